@@ -1,0 +1,1 @@
+"""The `llmtrain` command line: one file a command. Parse, call the library, print; no ML code."""

@@ -1,0 +1,115 @@
+"""What every command shares: where output goes, and how an error looks.
+
+Why: results go to standard output and everything else to standard error, so that `--json` and
+pipes hold nothing but results; and every failure is one red line and a hint.
+
+    console.print(table); notes.print("reading 12 files")
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+_PIPE_WIDTH = 160
+"""Columns when the output is no terminal: wide enough that no table cell is cut."""
+
+_PIPE_INTERVAL = 10.0
+"""Seconds between two progress lines when the output is no terminal."""
+
+
+def _console(*, stderr: bool) -> Console:
+    probe = Console(stderr=stderr)
+    width = None if probe.is_terminal else _PIPE_WIDTH
+    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=not probe.is_terminal)
+
+
+console = _console(stderr=False)
+"""Results: tables, the log of a run. Standard output."""
+
+notes = _console(stderr=True)
+"""Everything about the results: progress, warnings, errors. Standard error."""
+
+
+def print_json(document: object) -> None:
+    """One JSON document on standard output and nothing else."""
+    json.dump(document, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+def print_error(error: Exception, hint: str | None) -> None:
+    """One red line and, on a line of its own, what to do next."""
+    notes.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+    if hint:
+        notes.print(f"[bold]hint:[/] {escape(hint)}", soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """A yellow line for what the user should know and need not act on at once."""
+    notes.print(f"[yellow]warning:[/] {escape(message)}", soft_wrap=True)
+
+
+class ProgressLine:
+    """A progress bar on a terminal, a plain line every ten seconds elsewhere; on standard error."""
+
+    def __init__(self, description: str) -> None:
+        self._description = description
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._last = time.monotonic()
+
+    def __enter__(self) -> "ProgressLine":
+        if notes.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[detail]}"),
+                TimeRemainingColumn(),
+                console=notes,
+                transient=True,
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done: int, total: int | None, detail: str = "") -> None:
+        """Show `done` of `total` (None: not known) units of work, and `detail` as it stands."""
+        if self._bar is not None:
+            if self._task is None:
+                self._task = self._bar.add_task(self._description, total=total, detail=detail)
+            self._bar.update(self._task, completed=done, total=total, detail=detail)
+        elif time.monotonic() - self._last >= _PIPE_INTERVAL:
+            self._last = time.monotonic()
+            share = f"{done:,}" if total is None else f"{done:,}/{total:,} ({done / max(total, 1):.0%})"
+            notes.print(f"{self._description}: {share} {detail}".rstrip())
+
+
+@contextmanager
+def progress_line(description: str) -> Iterator[ProgressLine]:
+    """The progress of one piece of work; see `ProgressLine`."""
+    with ProgressLine(description) as line:
+        yield line
+
+
+def as_row(values: dict[str, Any], names: list[str]) -> list[str]:
+    """The cells of one table row, in the order of `names`; an absent value is an empty cell."""
+    return ["" if values.get(name) is None else str(values[name]) for name in names]

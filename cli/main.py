@@ -1,0 +1,82 @@
+"""The `llmtrain` command: its sub-commands, and what becomes of an error.
+
+Why it is apart: exit codes are a contract (0 done, 1 the run failed, 2 the command line, the
+config or the input is wrong, 128 + signal when a signal ended it) and are decided in one place.
+
+    llmtrain --help
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from llmtrain import __version__
+from llmtrain.errors import RunFailed, UserError
+
+from .average import average
+from .common import print_error
+from .eval import evaluate
+from .prepare import prepare
+from .pretrain import pretrain
+from .verify import verify
+
+app = typer.Typer(
+    name="llmtrain",
+    help="Pre-train GPT-2 models at high learning rates, then average the checkpoints of the run.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 the run failed, 2 wrong command line, config or input, 130 interrupted.",
+)
+app.command()(prepare)
+app.command()(pretrain)
+app.command()(average)
+app.command(name="eval")(evaluate)
+app.command()(verify)
+
+_debug = False
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"llmtrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the Python traceback of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
+    global _debug  # noqa: PLW0603  (one process, one command line)
+    _debug = debug
+
+
+def main() -> None:
+    """Run one command and leave with its exit code."""
+    try:
+        app()
+    except (UserError, RunFailed) as error:
+        if _debug:
+            raise
+        print_error(error, error.hint)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except BrokenPipeError:
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if _debug:
+            raise
+        described = RunFailed(f"{type(error).__name__}: {error}", hint="")
+        print_error(described, "this should not happen: `llmtrain --debug …` shows where it did")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

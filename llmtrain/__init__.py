@@ -1,0 +1,9 @@
+"""llmtrain: pre-train GPT-2 models at high learning rates, then average the checkpoints of the run.
+
+What the commands do can be done from Python with the same names; nothing heavy is imported here.
+
+    from llmtrain.config import load_config
+    from llmtrain.training.trainer import pretrain
+"""
+
+__version__ = "0.1.0"

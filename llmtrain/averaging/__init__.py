@@ -1,0 +1,1 @@
+"""Everything `llmtrain average` does: coefficients, checkpoint series and the streaming merge."""

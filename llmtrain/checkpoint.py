@@ -1,0 +1,221 @@
+"""A folder of weights: written so that Hugging Face reads it, read back as our model.
+
+Why: the average of two checkpoints, an evaluation harness and a serving engine should all take what
+training wrote, with no export in between. So a snapshot *is* a Hugging Face GPT-2 folder, with
+`training.json` beside the weights: step, tokens and learning rate.
+
+    with staged_folder(run.snapshot(step)) as folder: save_weights(folder, weights, shape, origin)
+
+In the file, linear weights are (in, out) as GPT-2's Conv1D has them, and a model without biases has
+biases of zero, which Hugging Face's GPT-2 always carries.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmtrain.config import ModelConfig
+from llmtrain.errors import UserError
+from llmtrain.model import GPT
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+TRAINING_FILE = "training.json"
+PROVENANCE_FILE = "provenance.json"
+
+_CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where in a training run weights come from."""
+
+    step: int
+    """Optimizer steps taken."""
+    tokens: int
+    """Tokens trained on so far."""
+    lr: float
+    """Learning rate of the last step."""
+    run: str
+    """Name of the run."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is needed, beside the weights, to compute with them."""
+
+    model: ModelConfig
+    block_size: int
+    eot: int
+    """Id of the end-of-text token."""
+
+
+def hugging_face_config(shape: Shape) -> dict[str, Any]:
+    """The `config.json` of a `GPT2LMHeadModel` with the same logits."""
+    model = shape.model
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": model.vocab_size,
+        "n_positions": shape.block_size,
+        "n_embd": model.n_embd,
+        "n_layer": model.n_layer,
+        "n_head": model.n_head,
+        "activation_function": "gelu_new",
+        "resid_pdrop": model.dropout,
+        "embd_pdrop": model.dropout,
+        "attn_pdrop": model.dropout,
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": model.scale_attn_by_inverse_layer_idx,
+        "tie_word_embeddings": True,
+        "bos_token_id": shape.eot,
+        "eos_token_id": shape.eot,
+        "dtype": "float32",
+        "llmtrain": {"bias": model.bias},
+    }
+
+
+def save_weights(
+    folder: Path, weights: Mapping[str, Tensor], shape: Shape, origin: Origin, provenance: object = None
+) -> None:
+    """Write a Hugging Face GPT-2 folder into the (staged) `folder`.
+
+    Args:
+        folder: an existing folder, committed by the caller.
+        weights: the model's parameters by name, float32.
+        shape: the model's shape.
+        origin: goes to `training.json`.
+        provenance: of an average; goes to `provenance.json`.
+    """
+    tensors = {}
+    for name, tensor in weights.items():
+        value = tensor.detach().to("cpu", torch.float32)
+        tensors[name] = value.t().contiguous() if name.endswith(_CONV1D) else value.contiguous()
+    if not shape.model.bias:
+        tensors |= _zero_biases(tensors)
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_json(folder / CONFIG_FILE, hugging_face_config(shape))
+    write_json(folder / TRAINING_FILE, asdict(origin))
+    if provenance is not None:
+        write_json(folder / PROVENANCE_FILE, provenance)
+
+
+def load_shape(folder: Path) -> Shape:
+    """The shape of the model in a folder of weights.
+
+    Raises:
+        UserError: `config.json` is missing, damaged, or of another architecture.
+    """
+    config = read_json(folder / CONFIG_FILE)
+    if config.get("model_type") != "gpt2":
+        raise UserError(
+            f"{folder} holds a model of type {config.get('model_type')!r}, not gpt2",
+            hint="only GPT-2 folders can be loaded here",
+        )
+    try:
+        return Shape(
+            model=ModelConfig(
+                n_layer=config["n_layer"],
+                n_head=config["n_head"],
+                n_embd=config["n_embd"],
+                vocab_size=config["vocab_size"],
+                bias=config.get("llmtrain", {}).get("bias", True),
+                scale_attn_by_inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False),
+            ),
+            block_size=config["n_positions"],
+            eot=config.get("eos_token_id", config["vocab_size"] - 1),
+        )
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG_FILE} is no GPT-2 config: {error}", hint="restore the file") from error
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a folder by the model's parameter names, on the CPU, in our layout.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = folder / WEIGHTS_FILE
+    weights = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+                tensor = file.get_tensor(name)
+                full = name if name.startswith("transformer.") else f"transformer.{name}"
+                weights[full] = tensor.t().contiguous() if name.endswith(_CONV1D) else tensor
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot read {path}: {error}", hint="llmtrain verify PATH tells which files are damaged"
+        ) from None
+    return weights
+
+
+def load_model(folder: Path) -> GPT:
+    """The model in a folder of weights, on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: files are missing or damaged, or the tensors do not fit the config.
+    """
+    shape = load_shape(folder)
+    model = GPT(shape.model, shape.block_size)
+    expected = model.state_dict()
+    weights = load_weights(folder)
+    misfits = [
+        name for name, value in expected.items() if name not in weights or weights[name].shape != value.shape
+    ]
+    if misfits:
+        raise UserError(
+            f"{folder}: {len(misfits)} tensors are missing or of another shape, such as {misfits[0]}",
+            hint="config.json and model.safetensors do not belong together",
+        )
+    # What remains unused is the tied head and the biases of a model without biases, which are zero.
+    model.load_state_dict({name: weights[name] for name in expected})
+    return model.eval()
+
+
+def load_origin(folder: Path) -> Origin | None:
+    """Step, tokens and learning rate of a folder of weights; None where it does not say."""
+    path = folder / TRAINING_FILE
+    if not path.exists():
+        return None
+    try:
+        return Origin(**read_json(path))
+    except TypeError as error:
+        raise UserError(f"{path} is damaged: {error}", hint="restore the file") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        UserError: missing, or not such a file.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}", hint="is it a complete folder of weights?") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path} does not hold a JSON object", hint="the file is damaged: restore it")
+    return document
+
+
+def write_json(path: Path, document: object) -> None:
+    """Write JSON, indented, with a newline at the end."""
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _zero_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A zero for each bias that Hugging Face's GPT-2 has and a model without biases has not."""
+    return {
+        name.removesuffix("weight") + "bias": torch.zeros(tensor.shape[-1])
+        for name, tensor in tensors.items()
+        if name.endswith((*_CONV1D, "ln_1.weight", "ln_2.weight", "ln_f.weight"))
+    }

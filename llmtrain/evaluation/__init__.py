@@ -1,0 +1,1 @@
+"""Everything `llmtrain eval` does: losses on fixed windows, tables and plots."""

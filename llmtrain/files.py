@@ -1,0 +1,264 @@
+"""Files that are either whole or not there: atomic commit, hashes, the lock and the names in a run.
+
+Why: a run must survive a kill between any two system calls. Whatever carries its final name is
+complete and durable; what was being written carries a name that starts with `.tmp-` and is
+removed by the next command that writes there.
+
+    with staged_folder(run.snapshot(1000)) as folder: save_weights(model, folder)
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtrain.errors import UserError
+
+TEMPORARY_PREFIX = ".tmp-"
+INTEGRITY_FILE = "integrity.json"
+"""Name and SHA-256 of every other file of a committed folder; written last, before the rename."""
+
+_CHUNK_BYTES = 1 << 20
+
+
+# --- hashes ------------------------------------------------------------------------------------
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in pieces so that memory does not grow with the file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_integrity(folder: Path) -> None:
+    """Record size (bytes) and SHA-256 of every file below `folder` in its `integrity.json`."""
+    files = {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": sha256_of(path),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != INTEGRITY_FILE
+    }
+    (folder / INTEGRITY_FILE).write_text(json.dumps({"files": files}, indent=1) + "\n")
+
+
+def read_integrity(folder: Path) -> dict[str, dict[str, int | str]]:
+    """Size and SHA-256 of each file as recorded when the folder was committed.
+
+    Raises:
+        UserError: the record is missing or cannot be read.
+    """
+    path = folder / INTEGRITY_FILE
+    try:
+        files = json.loads(path.read_text())["files"]
+        return {str(name): {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for name, f in files.items()}
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is missing, so nothing in the folder can be checked",
+            hint="the folder was not written by llmtrain, or was copied in part",
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error})", hint="the folder is damaged: restore it or delete it"
+        ) from error
+
+
+def integrity_problems(folder: Path, *, hashes: bool = True) -> list[str]:
+    """What differs between a committed folder and its record; empty when all is as written.
+
+    Sizes are always compared, contents when `hashes` is true.
+    """
+    problems = []
+    for name, expected in read_integrity(folder).items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != expected["bytes"]:
+            problems.append(f"{path} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}")
+        elif hashes and sha256_of(path) != expected["sha256"]:
+            problems.append(f"{path} has another SHA-256 than when it was written")
+    return problems
+
+
+# --- commit ------------------------------------------------------------------------------------
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a folder (its list of names) to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `target`; when the block ends well, make it `target` at once.
+
+    The folder gets its `integrity.json`, is flushed, renamed, and its parent flushed. When the
+    block raises, the temporary folder is removed and `target` is as it was.
+
+    Raises:
+        FileExistsError: `target` exists; a committed folder is never replaced.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target} exists already")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.parent / f"{TEMPORARY_PREFIX}{target.name}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+        write_integrity(staging)
+        for path in [*staging.rglob("*"), staging]:
+            fsync_path(path)
+        os.rename(staging, target)
+        fsync_path(target.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace (or create) one file so that a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.parent / f"{TEMPORARY_PREFIX}{path.name}"
+    staging.write_bytes(content.encode() if isinstance(content, str) else content)
+    fsync_path(staging)
+    os.replace(staging, path)
+    fsync_path(path.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a committed folder: renamed first, so that a kill half-way leaves no damaged one."""
+    doomed = folder.parent / f"{TEMPORARY_PREFIX}deleted-{folder.name}"
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Delete what an earlier, killed process left under a temporary name directly in `parent`."""
+    for path in parent.glob(f"{TEMPORARY_PREFIX}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone. The kernel drops the lock however the process ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{folder} is in use by another llmtrain process (pid {file.read().strip() or 'unknown'})",
+                hint="wait for it, stop it, or choose another folder",
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+# --- the names in a run ------------------------------------------------------------------------
+
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+
+
+def step_name(step: int) -> str:
+    """`step-00001000`: sorts as text in the order of the numbers up to 99,999,999."""
+    return f"step-{step:08d}"
+
+
+def step_folders(parent: Path) -> dict[int, Path]:
+    """The committed `step-…` folders of `parent`, by step, ascending."""
+    if not parent.is_dir():
+        return {}
+    matches = ((_STEP_NAME.fullmatch(path.name), path) for path in parent.iterdir() if path.is_dir())
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where everything of one run lies. Only names: nothing is created by asking."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def snapshots(self) -> Path:
+        return self.path / "snapshots"
+
+    @property
+    def states(self) -> Path:
+        return self.path / "state"
+
+    @property
+    def averages(self) -> Path:
+        return self.path / "averages"
+
+    @property
+    def evals(self) -> Path:
+        return self.path / "evals"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    def snapshot(self, step: int) -> Path:
+        return self.snapshots / step_name(step)
+
+    def state(self, step: int) -> Path:
+        return self.states / step_name(step)
+
+    def average(self, label: str, step: int) -> Path:
+        return self.averages / label / step_name(step)
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is the folder of a run (it has the resolved configuration)."""
+    return (path / "config.yaml").is_file()
+
+
+def newest_run(parent: Path = Path("runs")) -> RunFolder:
+    """The run under `parent` that was trained last (its metrics were written last).
+
+    Raises:
+        UserError: there is none.
+    """
+    runs = [path for path in parent.iterdir() if is_run(path)] if parent.is_dir() else []
+    if not runs:
+        raise UserError(
+            f"there is no run under {parent}/",
+            hint="train one (llmtrain pretrain --config FILE) or name its folder",
+        )
+
+    def trained(path: Path) -> float:
+        metrics = path / "metrics.jsonl"
+        return (metrics if metrics.exists() else path / "config.yaml").stat().st_mtime
+
+    return RunFolder(max(runs, key=trained))

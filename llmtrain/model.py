@@ -1,0 +1,162 @@
+"""GPT-2: the model of the paper, and nothing that is not GPT-2.
+
+Why our own: training wants one fused attention call, weights that are the same on every device for
+one seed, and a loss in float32. Module and parameter names are those of Hugging Face's
+`GPT2LMHeadModel`, so that a checkpoint needs no translation but a transpose.
+
+    model = GPT(ModelConfig(), block_size=1024, seed=1337); loss = model(tokens, targets)
+
+Shapes in names: B sequences, T tokens, C width, H heads, D width of a head, V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmtrain.config import ModelConfig
+
+INIT_STD = 0.02
+IGNORE = -1
+"""A target with this value is not counted in the loss."""
+
+
+class Attention(nn.Module):
+    """Causal self-attention; the logits of layer i may be divided by i + 1 as well."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        depth = layer + 1 if config.scale_attn_by_inverse_layer_idx else 1
+        self.scale = 1.0 / (math.sqrt(config.n_embd // config.n_head) * depth)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """(B, T, C) → (B, T, C)."""
+        B, T, C = x_BTC.shape
+        qkv = self.c_attn(x_BTC).view(B, T, 3, self.n_head, C // self.n_head)
+        q_BHTD, k_BHTD, v_BHTD = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y_BHTD = F.scaled_dot_product_attention(
+            q_BHTD,
+            k_BHTD,
+            v_BHTD,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=True,
+            scale=self.scale,
+        )
+        y: Tensor = self.resid_dropout(self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C)))
+        return y
+
+
+class MLP(nn.Module):
+    """Two linear layers around GPT-2's GELU (the tanh form)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """(B, T, C) → (B, T, C)."""
+        y: Tensor = self.dropout(self.c_proj(F.gelu(self.c_fc(x_BTC), approximate="tanh")))
+        return y
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a layer norm and beside a residual connection."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """(B, T, C) → (B, T, C)."""
+        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC))
+        y: Tensor = x_BTC + self.mlp(self.ln_2(x_BTC))
+        return y
+
+
+class Transformer(nn.Module):
+    """Token and position embeddings, the blocks, the last layer norm."""
+
+    def __init__(self, config: ModelConfig, block_size: int) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Token ids (B, T) → hidden states (B, T, C)."""
+        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        x_BTC = self.drop(self.wte(tokens_BT) + self.wpe(positions_T))
+        for block in self.h:
+            x_BTC = block(x_BTC)
+        y: Tensor = self.ln_f(x_BTC)
+        return y
+
+
+class GPT(nn.Module):
+    """GPT-2 with its output head tied to the token embedding."""
+
+    def __init__(self, config: ModelConfig, block_size: int, seed: int | None = None) -> None:
+        """Build the model; with a `seed`, initialise it (the same weights on every device).
+
+        Args:
+            config: the shape.
+            block_size: the longest input, in tokens.
+            seed: of the initial weights. None leaves torch's default values, to be loaded over.
+        """
+        super().__init__()
+        self.config = config
+        self.block_size = block_size
+        self.transformer = Transformer(config, block_size)
+        if seed is not None:
+            self._initialise(seed)
+
+    def _initialise(self, seed: int) -> None:
+        """N(0, 0.02); residual projections N(0, 0.02/√(2L)); biases 0 (GPT-2, Radford et al. 2019)."""
+        generator = torch.Generator().manual_seed(seed)
+        residual_std = INIT_STD / math.sqrt(2 * self.config.n_layer)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith("bias"):
+                    parameter.zero_()
+                elif parameter.dim() == 2:
+                    std = residual_std if name.endswith("c_proj.weight") else INIT_STD
+                    parameter.normal_(0.0, std, generator=generator)
+
+    def logits(self, tokens_BT: Tensor) -> Tensor:
+        """Token ids (B, T) → logits of the next token (B, T, V)."""
+        return F.linear(self.transformer(tokens_BT), self.transformer.wte.weight)
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean negative log-likelihood of the targets in nats, float32, shape ().
+
+        Targets equal to `IGNORE` are left out of the mean.
+        """
+        logits_BTV = self.logits(tokens_BT)
+        return F.cross_entropy(
+            logits_BTV.float().view(-1, logits_BTV.shape[-1]), targets_BT.reshape(-1), ignore_index=IGNORE
+        )
+
+    def n_parameters(self) -> int:
+        """All parameters, the tied matrix counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Model FLOPs to train on one token: 6N + 12·L·d·T (PaLM, Chowdhery et al. 2022, appendix B).
+
+        N leaves out the position embedding, which multiplies nothing.
+        """
+        matrices = self.n_parameters() - self.transformer.wpe.weight.numel()
+        return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * self.block_size

@@ -1,0 +1,1 @@
+"""Everything `llmtrain pretrain` does: the loop, its state, schedules, optimizers and metrics."""
