@@ -10,7 +10,6 @@ In the file, linear weights are (in, out) as GPT-2's Conv1D has them, and a mode
 biases of zero, which Hugging Face's GPT-2 always carries.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,27 +23,35 @@ from torch import Tensor
 from llmtrain.config import ModelConfig
 from llmtrain.errors import UserError
 from llmtrain.model import GPT
+from llmtrain.weights_folder import (
+    CONFIG_FILE,
+    PROVENANCE_FILE,
+    TRAINING_FILE,
+    WEIGHTS_FILE,
+    Origin,
+    load_origin,
+    read_json,
+    write_json,
+)
 
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
-TRAINING_FILE = "training.json"
-PROVENANCE_FILE = "provenance.json"
+__all__ = [
+    "CONFIG_FILE",
+    "PROVENANCE_FILE",
+    "TRAINING_FILE",
+    "WEIGHTS_FILE",
+    "Origin",
+    "Shape",
+    "hugging_face_config",
+    "load_model",
+    "load_origin",
+    "load_shape",
+    "load_weights",
+    "read_json",
+    "save_weights",
+    "write_json",
+]
 
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where in a training run weights come from."""
-
-    step: int
-    """Optimizer steps taken."""
-    tokens: int
-    """Tokens trained on so far."""
-    lr: float
-    """Learning rate of the last step."""
-    run: str
-    """Name of the run."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,9 @@ def load_shape(folder: Path) -> Shape:
             eot=config.get("eos_token_id", config["vocab_size"] - 1),
         )
     except (KeyError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG_FILE} is no GPT-2 config: {error}", hint="restore the file") from error
+        raise UserError(
+            f"{folder / CONFIG_FILE} is no GPT-2 config: {error}", hint="restore the file"
+        ) from error
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
@@ -179,37 +188,6 @@ def load_model(folder: Path) -> GPT:
     # What remains unused is the tied head and the biases of a model without biases, which are zero.
     model.load_state_dict({name: weights[name] for name in expected})
     return model.eval()
-
-
-def load_origin(folder: Path) -> Origin | None:
-    """Step, tokens and learning rate of a folder of weights; None where it does not say."""
-    path = folder / TRAINING_FILE
-    if not path.exists():
-        return None
-    try:
-        return Origin(**read_json(path))
-    except TypeError as error:
-        raise UserError(f"{path} is damaged: {error}", hint="restore the file") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        UserError: missing, or not such a file.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}", hint="is it a complete folder of weights?") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path} does not hold a JSON object", hint="the file is damaged: restore it")
-    return document
-
-
-def write_json(path: Path, document: object) -> None:
-    """Write JSON, indented, with a newline at the end."""
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _zero_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

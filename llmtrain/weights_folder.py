@@ -1,0 +1,68 @@
+"""What a folder of weights holds besides tensors: the names of its files and where it comes from.
+
+Why apart from `checkpoint.py`: importing torch takes longer than averaging small checkpoints, and
+whoever only asks for a folder's step or provenance should not pay for it. Nothing here needs torch.
+
+    origin = load_origin(run.snapshot(1000))
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtrain.errors import UserError
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+TRAINING_FILE = "training.json"
+PROVENANCE_FILE = "provenance.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where in a training run weights come from."""
+
+    step: int
+    """Optimizer steps taken."""
+    tokens: int
+    """Tokens trained on so far."""
+    lr: float
+    """Learning rate of the last step."""
+    run: str
+    """Name of the run."""
+
+
+def load_origin(folder: Path) -> Origin | None:
+    """Step, tokens and learning rate of a folder of weights; None where it does not say.
+
+    Raises:
+        UserError: the file that says so is damaged.
+    """
+    path = folder / TRAINING_FILE
+    if not path.exists():
+        return None
+    try:
+        return Origin(**read_json(path))
+    except TypeError as error:
+        raise UserError(f"{path} is damaged: {error}", hint="restore the file") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        UserError: missing, or not such a file.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}", hint="is it a complete folder of weights?") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path} does not hold a JSON object", hint="the file is damaged: restore it")
+    return document
+
+
+def write_json(path: Path, document: object) -> None:
+    """Write JSON, indented, with a newline at the end."""
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
