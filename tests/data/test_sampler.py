@@ -1,0 +1,166 @@
+"""The order of the training data. Needs neither files nor torch."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmtrain.data.sampler import Sampler, batch, validation_windows
+from llmtrain.errors import UserError
+
+
+class Counting:
+    """Tokens 0, 1, 2, …: a window shows where it came from."""
+
+    def __init__(self, n_tokens: int) -> None:
+        self._tokens = np.arange(n_tokens, dtype=np.uint16)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        assert start >= 0 and start + length <= len(self._tokens)
+        return self._tokens[start : start + length]
+
+
+def epoch_rows(sampler: Sampler, epoch: int) -> np.ndarray:
+    k = sampler.windows_per_epoch
+    first, last = epoch * k // sampler.batch_size, ((epoch + 1) * k - 1) // sampler.batch_size
+    rows = np.concatenate([sampler.rows(step) for step in range(first, last + 1)])
+    return rows[epoch * k - first * sampler.batch_size :][:k]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(2, 3000),
+    st.integers(1, 40),
+    st.integers(1, 50),
+    st.integers(-(2**70), 2**70),
+    st.integers(0, 3),
+)
+def test_every_window_once_an_epoch(n: int, block: int, size: int, seed: int, epoch: int) -> None:
+    if n < block + 1:
+        return
+    rows = np.sort(epoch_rows(Sampler(n, block, size, seed), epoch))
+    assert rows[0] < block
+    assert np.all(np.diff(rows) == block)
+    assert rows[-1] + block + 1 <= n
+    # What an epoch leaves out, before and after its windows, is less than two windows.
+    assert n - (len(rows) * block + 1) < 2 * block
+
+
+def test_rows_do_not_depend_on_how_they_are_asked_for() -> None:
+    whole = Sampler(100_000, 16, 12, seed=3)
+    halves = Sampler(100_000, 16, 6, seed=3)
+    again = np.concatenate([halves.rows(20), halves.rows(21)])
+    assert np.array_equal(whole.rows(10), again)
+    assert np.array_equal(whole.rows(10), whole.rows(10))
+
+
+def test_epochs_and_seeds_differ() -> None:
+    orders = [epoch_rows(Sampler(10_000, 10, 7, seed), epoch) for seed in (1, 2) for epoch in (0, 1)]
+    for i, a in enumerate(orders):
+        for b in orders[i + 1 :]:
+            assert np.mean(a // 10 == b // 10) < 0.02
+    offsets = {int(epoch_rows(Sampler(1_000, 64, 3, 0), epoch).min()) for epoch in range(200)}
+    assert len(offsets) > 55
+
+
+def test_a_batch_may_hold_several_epochs() -> None:
+    rows = Sampler(100, 10, 30, seed=5).rows(0)
+    assert Sampler(100, 10, 30, seed=5).windows_per_epoch == 9
+    for epoch in range(3):
+        assert len(np.unique(rows[9 * epoch : 9 * epoch + 9])) == 9
+
+
+def by_hand(sampler: Sampler, row: int) -> int:
+    """The same order written with Python's integers: no numpy, nothing vectorised."""
+    golden, ones = 0x9E3779B97F4A7C15, 2**64 - 1
+
+    def mix(x: int) -> int:
+        z = (x + golden) & ones
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & ones
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & ones
+        return z ^ z >> 31
+
+    n, block = sampler.n_tokens, sampler.block_size
+    count = (n - block) // block
+    key = mix((mix(sampler.seed & ones) + row // count) & ones)
+    x = row % count
+    for i in range(1, 65):
+        round_key = mix((key + i * golden) & ones)
+        partner = (round_key - x) % count if round_key >= x else (round_key % count - x) % count
+        if mix(round_key ^ max(x, partner)) >> 63:
+            x = partner
+    return mix(key) % block + x * block
+
+
+def test_golden_values() -> None:
+    """The order of a published run must never change: neither with numpy nor with a refactoring."""
+    openwebtext = Sampler(9_035_582_198, 1024, 384, seed=1337)
+    assert openwebtext.rows(0)[:3].tolist() == [6254420899, 295451555, 6641776547]
+    assert Sampler(100, 10, 9, seed=5).rows(1).tolist() == [24, 64, 4, 44, 54, 74, 84, 14, 34]
+
+
+@pytest.mark.parametrize(
+    "sampler", [Sampler(9_035_582_198, 1024, 8, seed=1337), Sampler(5_000, 10, 7, seed=-1)]
+)
+def test_equals_the_definition_in_plain_integers(sampler: Sampler) -> None:
+    for step in (0, 1, 71, 10**6):
+        expected = [by_hand(sampler, step * sampler.batch_size + i) for i in range(sampler.batch_size)]
+        assert sampler.rows(step).tolist() == expected
+
+
+def chi_square(counts: np.ndarray) -> float:
+    """Standardised: about normal(0, 1) when `counts` come from equal chances."""
+    expected = counts.mean()
+    freedom = counts.size - 1
+    return float((((counts - expected) ** 2 / expected).sum() - freedom) / np.sqrt(2 * freedom))
+
+
+@pytest.mark.parametrize("windows", [5, 24, 97, 256])
+def test_positions_are_uniform(windows: int) -> None:
+    # counts[i, j]: how often window j came at place i of an epoch.
+    counts = np.zeros((windows, windows))
+    sampler = Sampler((windows + 1) * 4, 4, windows, seed=11)
+    assert sampler.windows_per_epoch == windows
+    for epoch in range(60 * windows if windows < 100 else 4 * windows):
+        counts[np.arange(windows), sampler.rows(epoch) // 4] += 1
+    assert abs(chi_square(counts)) < 5
+
+
+def test_neighbours_are_independent() -> None:
+    rows = epoch_rows(Sampler(4 * 20_001, 4, 100, seed=2), 0) // 4
+    steps = np.diff(rows) % 20_000
+    assert abs(chi_square(np.bincount(steps * 20 // 20_000, minlength=20))) < 5
+    assert abs(np.corrcoef(rows[:-1], rows[1:])[0, 1]) < 0.03
+    assert abs(np.corrcoef(rows, np.arange(len(rows)))[0, 1]) < 0.03
+
+
+def test_smallest_data() -> None:
+    assert Sampler(11, 10, 3, seed=0).rows(0).tolist() == [0, 0, 0]
+    offsets = {row for step in range(50) for row in Sampler(15, 10, 4, seed=0).rows(step).tolist()}
+    assert offsets == {0, 1, 2, 3, 4}
+    with pytest.raises(UserError, match=r"has 10 tokens, fewer than one window of 11"):
+        Sampler(10, 10, 1, seed=0)
+
+
+def test_batch_reads_windows() -> None:
+    windows = batch(Counting(100), np.array([0, 50, 93]), 6)
+    assert windows.dtype == np.int64
+    assert windows.tolist() == [list(range(i, i + 7)) for i in (0, 50, 93)]
+
+
+@given(st.integers(0, 500), st.integers(1, 60))
+def test_validation_predicts_each_token_once(n: int, block: int) -> None:
+    windows = validation_windows(n, block)
+    predicted = [token for start, length in windows for token in range(start + 1, start + length)]
+    assert predicted == list(range(1, n))
+    assert all(2 <= length <= block + 1 for _, length in windows)
+    assert all(length == block + 1 for _, length in windows[:-1])
+
+
+def test_huge_steps_do_not_overflow() -> None:
+    rows = Sampler(10**13, 1024, 512, seed=1).rows(10**9)
+    assert rows.min() >= 0
+    assert rows.max() + 1025 <= 10**13

@@ -1,0 +1,278 @@
+"""Token files: the layout, reading across shards, and everything a damaged folder can be."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmtrain.data.manifest import Manifest, SourceRecord, SplitRule, read_manifest, write_manifest
+from llmtrain.data.shards import data_problems, open_data, open_split, tokenizer_record
+from llmtrain.data.token_files import HEADER_BYTES, ShardWriter, TokenFile, TokenReader
+from llmtrain.errors import UserError
+
+
+def write_data(folder: Path, documents: list[list[int]], shard_tokens: int = 10) -> Manifest:
+    """`documents` (without end-of-text) as the train split of a byte-tokenized folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = ShardWriter(folder, "train", shard_tokens)
+    for document in documents:
+        writer.add(np.array([*document, 256], dtype=np.uint16), len(document), ends_document=True)
+    train, val = writer.close(), ShardWriter(folder, "val", shard_tokens).close()
+    manifest = Manifest(
+        tokenizer=tokenizer_record("byte"),
+        source=SourceRecord(id="test", revision=None, text_field="text", limit_documents=None, files=()),
+        split=SplitRule(val_fraction=0.0, seed=1),
+        shard_tokens=shard_tokens,
+        train=train,
+        val=val,
+    )
+    write_manifest(folder, manifest)
+    return manifest
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_data(tmp_path / "data", [[1, 2, 3], [4] * 8, [], [5, 6], [7] * 30, [8]])
+    return tmp_path / "data"
+
+
+def test_layout_by_hand(folder: Path) -> None:
+    content = (folder / "train-00000.bin").read_bytes()
+    ints = np.frombuffer(content[:1024], dtype="<i4")
+    assert ints[:3].tolist() == [20240520, 1, 13]
+    assert not ints[3:].any()
+    assert np.frombuffer(content[1024:], dtype="<u2").tolist() == [1, 2, 3, 256, *[4] * 8, 256]
+    # A shard ends with the document that fills it, so the next document begins a shard.
+    assert sorted(path.name for path in folder.glob("*.bin")) == [f"train-0000{i}.bin" for i in range(3)]
+
+
+def test_manifest_counts(folder: Path) -> None:
+    document = json.loads((folder / "manifest.json").read_text())
+    assert document["train"]["tokens"] == 4 + 9 + 1 + 3 + 31 + 2
+    assert document["train"]["documents"] == 6
+    assert document["train"]["text_bytes"] == 44
+    assert document["val"] == {"tokens": 0, "documents": 0, "text_bytes": 0, "shards": []}
+    assert read_manifest(folder).sha256 == document["sha256"] == open_data(folder).sha256
+
+
+def test_open_data(folder: Path) -> None:
+    data = open_data(folder)
+    assert (data.tokenizer, data.vocab_size, data.eot) == ("byte", 257, 256)
+    assert (data.tokens("train"), data.tokens("val")) == (50, 0)
+    assert (data.text_bytes("train"), data.text_bytes("val")) == (44, 0)
+    assert not data.tokenizer_assumed
+    assert len(data.reader("val")) == 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=8),
+    ends=st.tuples(st.integers(0, 99), st.integers(0, 99)),
+)
+def test_reading_equals_slicing(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], ends: tuple[int, int]
+) -> None:
+    folder = tmp_path_factory.mktemp("files")
+    whole = np.arange(sum(lengths), dtype="<u2")
+    files, start = [], 0
+    for i, length in enumerate(lengths):
+        path = folder / f"{i}.bin"
+        path.write_bytes(bytes(6) + whole[start : start + length].tobytes())
+        files.append(TokenFile(path, length, 6))
+        start += length
+    reader = TokenReader(tuple(files))
+    assert len(reader) == len(whole)
+    first, last = sorted(min(end, len(whole)) for end in ends)
+    assert reader.read(first, last - first).tolist() == whole[first:last].tolist()
+    reader.close()
+
+
+def test_range_outside_the_split(folder: Path) -> None:
+    reader = open_split(folder, "train")
+    assert reader.read(50, 0).tolist() == []
+    for start, length in ((-1, 2), (49, 2), (0, -1), (51, 0)):
+        with pytest.raises(IndexError):
+            reader.read(start, length)
+
+
+def test_a_reader_closes_its_files(folder: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208  (iterdir would hold a descriptor too)
+    reader = open_split(folder, "train")
+    assert len(os.listdir("/proc/self/fd")) == before + 3  # noqa: PTH208
+    reader.close()
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    del reader
+    open_split(folder, "train")
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+def test_a_document_in_parts(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "train", shard_tokens=2)
+    for part, ends in (([1, 2, 3], False), ([4, 256], True), ([5, 256], True)):
+        writer.add(np.array(part, dtype=np.uint16), 1, ends_document=ends)
+    record = writer.close()
+    assert [shard.tokens for shard in record.shards] == [5, 2]
+    assert [shard.documents for shard in record.shards] == [1, 1]
+
+
+def test_unfinished_shards_have_no_final_name(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "train", shard_tokens=100)
+    writer.add(np.array([1, 256], dtype=np.uint16), 1, ends_document=True)
+    assert [path.name for path in tmp_path.iterdir()] == [".tmp-train-00000.bin"]
+    writer.abort()
+    assert [path.name for path in tmp_path.iterdir()] == [".tmp-train-00000.bin"]
+
+
+# --- damage ------------------------------------------------------------------------------------
+
+
+def test_intact_data_has_no_problems(folder: Path) -> None:
+    assert data_problems(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: p.unlink(), "is missing"),
+        (
+            lambda p: p.write_bytes(p.read_bytes()[:-2]),
+            r"has 1,056 bytes instead of 1,058 \(17 tokens\)|bytes instead of",
+        ),
+        (lambda p: p.write_bytes(b"\0" + p.read_bytes()[1:]), "has the header"),
+        (
+            lambda p: p.write_bytes(p.read_bytes()[:8] + b"\x63\0\0\0" + p.read_bytes()[12:]),
+            r"has the header .* instead of",
+        ),
+        (lambda p: p.write_bytes(p.read_bytes()[:1000] + b"\x01" + p.read_bytes()[1001:]), "has the header"),
+    ],
+)
+def test_a_damaged_shard_is_refused(folder: Path, damage, message: str) -> None:
+    damage(folder / "train-00001.bin")
+    with pytest.raises(UserError, match=message) as caught:
+        open_data(folder)
+    assert "train-00001.bin" in str(caught.value)
+    assert len(data_problems(folder)) == 1
+
+
+def test_changed_contents_are_found_by_verify_only(folder: Path) -> None:
+    path = folder / "train-00001.bin"
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    (folder / "train-00009.bin").write_bytes(b"")
+    open_data(folder)
+    problems = data_problems(folder)
+    assert [problem.split(" ", 1)[1] for problem in problems] == [
+        "has another SHA-256 than when it was written",
+        "is not in the manifest",
+    ]
+
+
+def test_a_shard_cut_short_while_open(folder: Path) -> None:
+    reader = open_split(folder, "train")
+    os.truncate(folder / "train-00002.bin", HEADER_BYTES)
+    with pytest.raises(UserError, match="ends at byte 1,024, before its last token"):
+        reader.read(0, 50)
+
+
+def test_no_data(tmp_path: Path) -> None:
+    for missing in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(UserError, match=r"holds no prepared data \(manifest.json is missing\)") as caught:
+            open_data(missing)
+        assert f"llmtrain prepare SOURCE --out {missing}" in caught.value.hint
+
+
+def edit(folder: Path, change) -> None:
+    path = folder / "manifest.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(format=2), "has format 2; this llmtrain reads format 1"),
+        (lambda d: d.update(surprise=1), "surprise: Extra inputs are not permitted"),
+        (lambda d: d.pop("tokenizer"), "tokenizer: Field required"),
+        (lambda d: d["train"].update(tokens="50"), "train.tokens: Input should be a valid integer"),
+        (lambda d: d["train"].update(tokens=49), "the sums of train are not those of its shards"),
+        (lambda d: d["train"]["shards"][0].update(name="../train-00000.bin"), "shard 0 of train is called"),
+        (lambda d: d["train"]["shards"].reverse(), "shard 0 of train is called"),
+        (lambda d: d["split"].update(seed=2), "does not have the hash that it records"),
+        (lambda d: d.pop("sha256"), "does not have the hash that it records"),
+    ],
+)
+def test_a_manifest_that_lies(folder: Path, change, message: str) -> None:
+    edit(folder, change)
+    with pytest.raises(UserError, match=message):
+        open_data(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000, b"null"])
+def test_a_manifest_that_is_none(folder: Path, content: bytes) -> None:
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"manifest.json is not"):
+        open_data(folder)
+
+
+def test_every_bit_flip_in_a_manifest_is_seen(folder: Path) -> None:
+    path = folder / "manifest.json"
+    intact = path.read_bytes()
+    for i in range(0, len(intact), 7):
+        path.write_bytes(intact[:i] + bytes([intact[i] ^ 1 << i % 8]) + intact[i + 1 :])
+        try:
+            changed = open_data(folder)
+        except UserError:
+            continue
+        # Whitespace between two values is all that may differ.
+        assert changed.sha256 == json.loads(intact)["sha256"]
+
+
+def test_another_tokenizer(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    other = manifest.tokenizer.model_copy(update={"sha256": "0" * 64})
+    write_manifest(folder, manifest.model_copy(update={"tokenizer": other}))
+    with pytest.raises(UserError, match="prepared with another byte tokenizer"):
+        open_data(folder)
+
+
+def test_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
+    write_data(tmp_path, [[1, 2], [300]])
+    assert data_problems(tmp_path) == [
+        f"{tmp_path}/train-00000.bin holds token 300, beyond the vocabulary of 257"
+    ]
+
+
+def test_documents_are_counted(tmp_path: Path) -> None:
+    write_data(tmp_path, [[1, 256], [3]])
+    assert data_problems(tmp_path) == [f"{tmp_path}/train-00000.bin holds 3 documents instead of 2"]
+
+
+# --- nanoGPT's files ---------------------------------------------------------------------------
+
+
+def test_nanogpt_folder(tmp_path: Path) -> None:
+    tokens = np.arange(1000, dtype="<u2")
+    tokens.tofile(tmp_path / "train.bin")
+    tokens[:10].tofile(tmp_path / "val.bin")
+    data = open_data(tmp_path)
+    assert data.tokenizer_assumed
+    assert (data.tokenizer, data.vocab_size, data.eot) == ("gpt2", 50257, 50256)
+    assert (data.tokens("train"), data.tokens("val"), data.text_bytes("train")) == (1000, 10, None)
+    assert data.reader("train").read(990, 10).tolist() == list(range(990, 1000))
+    tokens[::-1].tofile(tmp_path / "train.bin")
+    assert open_data(tmp_path).sha256 != data.sha256
+
+
+def test_nanogpt_refusals(tmp_path: Path) -> None:
+    (tmp_path / "train.bin").write_bytes(b"123")
+    with pytest.raises(UserError, match="3 bytes, which is no whole number of uint16 tokens"):
+        open_data(tmp_path)
+    (tmp_path / "meta.pkl").write_bytes(b"")
+    with pytest.raises(UserError, match="own vocabulary"):
+        open_data(tmp_path)
