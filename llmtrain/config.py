@@ -297,14 +297,16 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = str(self.construct_object(key_node, deep=True))  # type: ignore[no-untyped-call]  # no stubs
+            key = str(self.construct_object(key_node, deep=True))
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} stands twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]  # PyYAML's stubs leave it out
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 
@@ -324,7 +326,8 @@ def parse_yaml(text: str, source: str) -> tuple[Any, yaml.Node | None]:
         place = f"{source}, line {mark.line + 1}" if mark else source
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(
-            f"{place}: not valid YAML: {problem}", hint="check indentation, quotes and brackets around that line"
+            f"{place}: not valid YAML: {problem}",
+            hint="check indentation, quotes and brackets around that line",
         ) from None
 
 
@@ -339,7 +342,8 @@ def load_config(file: Path, overrides: list[str] | None = None) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(
-            f"cannot read the config {file}: {reason}", hint="shipped ones lie in configs/, such as configs/demo.yaml"
+            f"cannot read the config {file}: {reason}",
+            hint="shipped ones lie in configs/, such as configs/demo.yaml",
         ) from None
     values, node = parse_yaml(text, str(file))
     if not isinstance(values, dict):
@@ -379,7 +383,9 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 def _apply(values: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path.strip("."):
-        raise UserError(f"--set {override!r} is not section.key=value", hint="for example --set optimizer.lr=6e-3")
+        raise UserError(
+            f"--set {override!r} is not section.key=value", hint="for example --set optimizer.lr=6e-3"
+        )
     value, _ = parse_yaml(text, f"--set {path}")
     *parents, last = path.strip().split(".")
     place: Any = values
@@ -395,7 +401,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     elif isinstance(place, dict):
         place[last] = value
     else:
-        raise UserError(f"--set {path}: there is no such place in the config", hint="see `llmtrain pretrain --help`")
+        raise UserError(
+            f"--set {path}: there is no such place in the config", hint="see `llmtrain pretrain --help`"
+        )
 
 
 def _describe(error: dict[str, Any], file: Path, node: yaml.Node | None, overrides: list[str]) -> str:

@@ -58,7 +58,9 @@ def read_integrity(folder: Path) -> dict[str, dict[str, int | str]]:
     path = folder / INTEGRITY_FILE
     try:
         files = json.loads(path.read_text())["files"]
-        return {str(name): {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for name, f in files.items()}
+        return {
+            str(name): {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for name, f in files.items()
+        }
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing, so nothing in the folder can be checked",
@@ -100,16 +102,20 @@ def fsync_path(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
+def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Give a temporary folder beside `target`; when the block ends well, make it `target` at once.
 
     The folder gets its `integrity.json`, is flushed, renamed, and its parent flushed. When the
     block raises, the temporary folder is removed and `target` is as it was.
 
+    Args:
+        target: the final name.
+        replace: whether a folder of that name gives way once the new one is durable.
+
     Raises:
-        FileExistsError: `target` exists; a committed folder is never replaced.
+        FileExistsError: `target` exists and is not to be replaced.
     """
-    if target.exists():
+    if target.exists() and not replace:
         raise FileExistsError(f"{target} exists already")
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.parent / f"{TEMPORARY_PREFIX}{target.name}"
@@ -120,7 +126,9 @@ def staged_folder(target: Path) -> Iterator[Path]:
         write_integrity(staging)
         for path in [*staging.rglob("*"), staging]:
             fsync_path(path)
-        os.rename(staging, target)
+        if target.exists():
+            remove_folder(target)
+        staging.rename(target)
         fsync_path(target.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -133,7 +141,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     staging = path.parent / f"{TEMPORARY_PREFIX}{path.name}"
     staging.write_bytes(content.encode() if isinstance(content, str) else content)
     fsync_path(staging)
-    os.replace(staging, path)
+    staging.replace(path)
     fsync_path(path.parent)
 
 
@@ -141,7 +149,7 @@ def remove_folder(folder: Path) -> None:
     """Delete a committed folder: renamed first, so that a kill half-way leaves no damaged one."""
     doomed = folder.parent / f"{TEMPORARY_PREFIX}deleted-{folder.name}"
     shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(folder, doomed)
+    folder.rename(doomed)
     shutil.rmtree(doomed)
 
 
@@ -203,39 +211,49 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
+        """The resolved configuration: what makes a folder a run."""
         return self.path / "config.yaml"
 
     @property
     def metrics(self) -> Path:
+        """One JSON object an event."""
         return self.path / "metrics.jsonl"
 
     @property
     def snapshots(self) -> Path:
+        """Weights by step."""
         return self.path / "snapshots"
 
     @property
     def states(self) -> Path:
+        """Training states by step."""
         return self.path / "state"
 
     @property
     def averages(self) -> Path:
+        """Averages by label, then by step."""
         return self.path / "averages"
 
     @property
     def evals(self) -> Path:
+        """Results of evaluations."""
         return self.path / "evals"
 
     @property
     def report(self) -> Path:
+        """Tables and plots."""
         return self.path / "report"
 
     def snapshot(self, step: int) -> Path:
+        """The weights of one step."""
         return self.snapshots / step_name(step)
 
     def state(self, step: int) -> Path:
+        """The training state of one step."""
         return self.states / step_name(step)
 
     def average(self, label: str, step: int) -> Path:
+        """One average."""
         return self.averages / label / step_name(step)
 
 

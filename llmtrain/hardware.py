@@ -47,7 +47,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"train.device {name!r} is no device", hint="auto, cpu, cuda, cuda:N or mps") from None
+        raise UserError(
+            f"train.device {name!r} is no device", hint="auto, cpu, cuda, cuda:N or mps"
+        ) from None
     present = {
         "cpu": 1,
         "cuda": torch.cuda.device_count(),

@@ -1,0 +1,72 @@
+"""`llmtrain pretrain`: train a model from a configuration, or go on with a run.
+
+llmtrain pretrain --config configs/demo.yaml --set optimizer.lr=6e-3
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from .common import console, notes, warn
+
+
+class Resume(StrEnum):
+    """What to do with a run that is there."""
+
+    AUTO = "auto"
+    NEVER = "never"
+
+
+def pretrain(
+    config: Annotated[Path, typer.Option("--config", "-c", help="YAML file, such as configs/demo.yaml.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the config; repeatable."),
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", help="Folder of the run.", show_default="runs/<name>")
+    ] = None,
+    resume: Annotated[
+        Resume, typer.Option(help="auto: go on with a run that is there; never: refuse it.")
+    ] = Resume.AUTO,
+) -> None:
+    """Pre-train a GPT-2 model and save its snapshots.
+
+    Prints a line every log.every steps: loss (nats per token), learning rate, gradient norm, tokens
+    per second, utilisation of the device's peak (MFU) and time left. Ctrl-C or SIGTERM ends the run
+    after the step in hand with its state saved (exit code 130 or 143); the same command goes on.
+    """
+    from llmtrain.config import load_config
+
+    resolved = load_config(config, settings or [])
+    folder = run_dir or Path("runs") / resolved.name
+
+    from llmtrain.config import flatten
+    from llmtrain.hardware import device_name, resolve_device, resolve_precision
+    from llmtrain.interrupt import Interrupted
+    from llmtrain.training.run import pretrain as train
+
+    device = resolve_device(resolved.train.device)
+    table = Table("key", "value", title=f"{config}", title_justify="left")
+    for key, value in flatten(resolved).items():
+        table.add_row(key, "" if value is None else str(value))
+    table.add_section()
+    table.add_row("→ device", device_name(device))
+    table.add_row("→ precision", resolve_precision(resolved.train.precision, device))
+    table.add_row("→ tokens a step", f"{resolved.tokens_per_step:,}")
+    table.add_row("→ tokens in all", f"{resolved.tokens_per_step * resolved.train.max_steps:,}")
+    console.print(table)
+    try:
+        outcome = train(resolved, folder, resume=resume.value, say=console.print, warn=warn)
+    except Interrupted as interrupted:
+        notes.print(f"{interrupted}: state saved in {folder}; the same command goes on from there")
+        raise typer.Exit(interrupted.exit_code) from None
+    if outcome.already_finished:
+        console.print(
+            f"{folder} has finished: it is at step {outcome.step:,}. A larger train.max_steps goes on."
+        )
+    else:
+        console.print(f"{folder}: step {outcome.step:,} reached. Next: llmtrain average --every N")

@@ -1,0 +1,116 @@
+"""Loss on fixed windows of a split, with the figures that make it comparable.
+
+Why: two losses compare only when they come from the same tokens in the same windows. Every weight
+set, raw or averaged, during training or after it, is measured by this one function.
+
+    evaluate(model, reader, token_bytes, block_size=1024, batch=16, device=device, precision="float32")
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llmtrain.data.sampler import validation_windows
+from llmtrain.data.token_files import TokenReader
+from llmtrain.errors import UserError
+from llmtrain.hardware import Precision, autocast
+from llmtrain.model import GPT, IGNORE
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """The loss of one set of weights on one split."""
+
+    loss: float
+    """Mean negative log-likelihood, nats per token."""
+    tokens: int
+    """Tokens predicted."""
+    bytes: int
+    """Bytes of text those tokens stand for (end-of-text stands for none)."""
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where it does not fit a float."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """loss · tokens / (bytes · ln 2)."""
+        return self.loss * self.tokens / (self.bytes * math.log(2)) if self.bytes else math.nan
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT,
+    reader: TokenReader,
+    token_bytes: npt.NDArray[np.int64],
+    *,
+    block_size: int,
+    batch: int,
+    device: torch.device,
+    precision: Precision,
+    limit: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> LossResult:
+    """Loss of `model` on a split in disjoint windows: each token but the first is predicted once.
+
+    The mean is accumulated in float64 over batches. The model is left in the mode it was in.
+
+    Args:
+        model: on `device`.
+        reader: the split's tokens.
+        token_bytes: bytes of text of each token id, shape (vocabulary,).
+        block_size: tokens of context in a window.
+        batch: windows in one forward pass.
+        device: where the model is.
+        precision: of matrix products.
+        limit: use only the first so many tokens of the split.
+        on_progress: called with windows done and windows in all; may raise to stop.
+
+    Raises:
+        UserError: the split holds fewer than two tokens.
+    """
+    n_tokens = min(len(reader), limit or len(reader))
+    if n_tokens < 2:
+        raise UserError(
+            f"the split holds {n_tokens} tokens: nothing can be predicted",
+            hint="prepare the data with a larger --val-fraction",
+        )
+    started = time.perf_counter()
+    windows = validation_windows(n_tokens, block_size)
+    was_training = model.training
+    model.eval()
+    total, count, n_bytes = 0.0, 0, 0
+    try:
+        for first in range(0, len(windows), batch):
+            tokens, targets = _fill(reader, windows[first : first + batch], block_size)
+            counted = targets[targets != IGNORE]
+            with autocast(device, precision):
+                loss = model(torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device))
+            total += loss.item() * counted.size
+            count += counted.size
+            n_bytes += int(token_bytes[counted].sum())
+            if on_progress is not None:
+                on_progress(min(first + batch, len(windows)), len(windows))
+    finally:
+        model.train(was_training)
+    return LossResult(total / count, count, n_bytes, time.perf_counter() - started)
+
+
+def _fill(
+    reader: TokenReader, windows: list[tuple[int, int]], block_size: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Inputs and targets of shape (windows, block_size); a short window ends in ignored targets."""
+    tokens = np.zeros((len(windows), block_size), dtype=np.int64)
+    targets = np.full((len(windows), block_size), IGNORE, dtype=np.int64)
+    for row, (start, length) in enumerate(windows):
+        window = reader.read(start, length)
+        tokens[row, : length - 1] = window[:-1]
+        targets[row, : length - 1] = window[1:]
+    return tokens, targets

@@ -1,0 +1,145 @@
+"""One dict an event, fanned out to the terminal, `metrics.jsonl` and W&B.
+
+Why one dict: the number on the screen, in the file and in the dashboard is the same number. The
+file has no gap and no line twice after a resume: what lies past the resumed step is cut off.
+
+    log = MetricsLog(run.metrics, config, resumed_step=0, say=print); log.training(event)
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from llmtrain.config import RunConfig, flatten
+from llmtrain.files import write_atomically
+
+Event = Mapping[str, float | int | None]
+
+HEADER = f"{'step':>9}  {'loss':>8}  {'lr':>9}  {'grad norm':>9}  {'tokens/s':>9}  {'MFU':>6}  {'ETA':>8}"
+
+
+def format_duration(seconds: float) -> str:
+    """`1:02:03`, `2:03` or `2d 01:02`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d {hour:02}:{minute:02}"
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def format_training(event: Event, eta: float) -> str:
+    """One line under `HEADER`; `eta` in seconds."""
+    mfu = f"{event['mfu']:.1%}" if event["mfu"] is not None else "n/a"
+    return (
+        f"{event['step']:>9,}  {event['loss']:>8.4f}  {event['lr']:>9.3e}  {event['grad_norm']:>9.3f}  "
+        f"{event['tokens_per_second']:>9,.0f}  {mfu:>6}  {format_duration(eta):>8}"
+    )
+
+
+def format_evaluation(event: Event) -> str:
+    """`     1,000  validation 3.2100  ema-0.9 3.1900`."""
+    losses = {k.removeprefix("val/loss").lstrip("/"): v for k, v in event.items() if k.startswith("val/loss")}
+    cells = [f"{label or 'validation'} {loss:.4f}" for label, loss in losses.items()]
+    return f"{event['step']:>9,}  " + "  ".join(cells)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The events of a run, in order; a line torn by a kill, which can only be the last, is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    return [json.loads(line) for line in lines]
+
+
+class MetricsLog:
+    """Writes events; use as a context manager so that W&B is closed however the run ends."""
+
+    def __init__(
+        self,
+        path: Path,
+        config: RunConfig,
+        *,
+        resumed_step: int,
+        wandb_id: str | None,
+        say: Callable[[str], None],
+    ) -> None:
+        """Open the log of a run.
+
+        Args:
+            path: the run's `metrics.jsonl`.
+            config: what W&B is told.
+            resumed_step: events after this step are removed; 0 for a new run.
+            wandb_id: the id of the W&B run to go on with.
+            say: prints one line.
+        """
+        kept = [event for event in read_metrics(path) if event["step"] <= resumed_step]
+        self.evaluated_steps = {int(event["step"]) for event in kept if "val/loss" in event}
+        """Steps whose evaluation stands in the file already."""
+        write_atomically(path, "".join(json.dumps(event) + "\n" for event in kept))
+        self._file = path.open("a", encoding="utf-8")
+        self._say = say
+        self._lines = 0
+        self._wandb = _start_wandb(path.parent, config, wandb_id)
+
+    @property
+    def wandb_id(self) -> str | None:
+        """Id of the W&B run, kept in the training state."""
+        return self._wandb.id if self._wandb is not None else None
+
+    def training(self, event: Event, eta: float) -> None:
+        """Log one step; `eta` in seconds is for the terminal only."""
+        if self._lines % 25 == 0:
+            self._say(HEADER)
+        self._lines += 1
+        self._say(format_training(event, eta))
+        self._write(event)
+
+    def evaluation(self, event: Event) -> None:
+        """Log the losses of one evaluation."""
+        self._say(format_evaluation(event))
+        self._write(event)
+
+    def flush(self) -> None:
+        """Make durable what was written; called before a state that refers to it is committed."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _write(self, event: Event) -> None:
+        self._file.write(json.dumps(event) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in event.items() if v is not None}, step=int(event["step"] or 0))
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
+
+
+def _start_wandb(folder: Path, config: RunConfig, run_id: str | None) -> Any:
+    """A W&B run, or None when the config wants none. The import alone takes a third of a second."""
+    if config.log.wandb.mode == "disabled":
+        return None
+    import wandb
+
+    return wandb.init(
+        project=config.log.wandb.project,
+        name=config.name,
+        mode=config.log.wandb.mode,
+        dir=str(folder),
+        id=run_id,
+        resume="allow" if run_id is not None else None,
+        config=flatten(config),
+        settings=wandb.Settings(silent=True),
+    )

@@ -1,0 +1,173 @@
+"""Which run it is: a new one, one to go on with, or one that must not be touched.
+
+Why apart from the loop: a run folder is resumed only if its configuration agrees, and is never
+overwritten. That rule should be readable in one place.
+
+    outcome = pretrain(load_config(Path("configs/demo.yaml")), Path("runs/demo"))
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llmtrain.config import RunConfig, dump_config, flatten, load_config
+from llmtrain.data.shards import TokenData, open_data
+from llmtrain.errors import UserError
+from llmtrain.files import RunFolder, exclusive, is_run, remove_leftovers, write_atomically
+from llmtrain.hardware import autocast, resolve_compile, resolve_device, resolve_precision
+from llmtrain.interrupt import Interrupt
+from llmtrain.training.metrics import MetricsLog
+from llmtrain.training.state import State, load_state, newest_state
+from llmtrain.training.trainer import Trainer
+
+MAY_CHANGE = (
+    "name",
+    "train.max_steps",
+    "train.micro_batch",
+    "train.compile",
+    "train.device",
+    "data.path",
+    "checkpoint.",
+    "eval.",
+    "log.",
+)
+"""Keys that may differ when a run is resumed: they do not change what was learned so far."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `pretrain` ended."""
+
+    run: RunFolder
+    step: int
+    already_finished: bool
+    """Nothing was left to do."""
+
+
+def pretrain(
+    config: RunConfig,
+    folder: Path,
+    *,
+    resume: str = "auto",
+    say: Callable[[str], None] = print,
+    warn: Callable[[str], None] = print,
+) -> Outcome:
+    """Train, or go on training, until `train.max_steps`.
+
+    Args:
+        config: the resolved configuration.
+        folder: of the run; created when it does not exist.
+        resume: "auto" goes on with a run that is there; "never" refuses it.
+        say: prints one line of the log.
+        warn: tells what the user should know.
+
+    Raises:
+        UserError: config, data and run folder do not go together.
+        RunFailed: loss or gradients are not finite.
+        Interrupted: a signal came; the state is saved.
+    """
+    device = resolve_device(config.train.device)
+    precision = resolve_precision(config.train.precision, device)
+    data = open_data(Path(config.data.path))
+    _check_vocabulary(config, data)
+    run = RunFolder(folder)
+    with exclusive(run.path), Interrupt() as interrupt:
+        state = _existing_state(config, run, data, resume, warn)
+        if state is not None and state.progress.step >= config.train.max_steps:
+            return Outcome(run, state.progress.step, already_finished=True)
+        trainer = Trainer(config, run, data, device, precision)
+        if len(trainer.val_tokens) < 2:
+            warn("the val split is empty: no validation loss will be measured")
+        if state is not None:
+            trainer.restore(state)
+            say(f"resumed at step {state.progress.step:,}")
+        write_atomically(run.config, dump_config(config))
+        trainer.forward = _compiled(trainer, warn)
+        progress = trainer.progress
+        with MetricsLog(
+            run.metrics, config, resumed_step=progress.step, wandb_id=progress.wandb_id, say=say
+        ) as log:
+            trainer.train(log, interrupt)
+        return Outcome(run, trainer.progress.step, already_finished=False)
+
+
+def _check_vocabulary(config: RunConfig, data: TokenData) -> None:
+    if data.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size {config.model.vocab_size:,} is smaller than the vocabulary of the data, "
+            f"{data.vocab_size:,} ({data.tokenizer})",
+            hint=f"--set model.vocab_size={-(-data.vocab_size // 64) * 64}",
+        )
+
+
+def _existing_state(
+    config: RunConfig, run: RunFolder, data: TokenData, resume: str, warn: Callable[[str], None]
+) -> State | None:
+    """The state to go on from, or None for a new run.
+
+    Raises:
+        UserError: the run must not be resumed, or is another run.
+    """
+    for parent in (run.path, run.snapshots, run.states, *run.averages.glob("*")):
+        remove_leftovers(parent)
+    if not is_run(run.path):
+        return None
+    if resume == "never":
+        raise UserError(
+            f"{run.path} holds a run already and --resume is never",
+            hint="choose another --run-dir, or --resume auto to go on with it",
+        )
+    _refuse_other_config(config, run, warn)
+    newest = newest_state(run)
+    if newest is None:
+        return None
+    state = load_state(newest)
+    if state.progress.data != data.sha256:
+        raise UserError(
+            f"{run.path} was trained on other data than {config.data.path} holds now",
+            hint="point data.path at the data it was trained on, or choose another --run-dir",
+        )
+    return state
+
+
+def _refuse_other_config(config: RunConfig, run: RunFolder, warn: Callable[[str], None]) -> None:
+    before, now = flatten(load_config(run.config)), flatten(config)
+    keys = [key for key in now | before if before.get(key) != now.get(key)]
+    if changed := [key for key in keys if not key.startswith(MAY_CHANGE)]:
+        listed = "; ".join(f"{key}: {before.get(key)} there, {now.get(key)} here" for key in changed)
+        raise UserError(
+            f"{run.path} was trained with another config ({listed})",
+            hint="choose another --run-dir (or name:), or go back to that config",
+        )
+    follows_max_steps = getattr(config.schedule, "horizon", 0) is None
+    if "train.max_steps" in keys and follows_max_steps:
+        warn(
+            f"the {config.schedule.name} schedule ends at train.max_steps, which was "
+            f"{before['train.max_steps']:,} and is {config.train.max_steps:,}: the learning rate jumps here; "
+            "schedule.horizon keeps it where it was"
+        )
+
+
+def _compiled(trainer: Trainer, warn: Callable[[str], None]) -> nn.Module:
+    """The model to train with: compiled where that was asked for and works, else as it is."""
+    config, device = trainer.config, trainer.device
+    wanted, reason = resolve_compile(config.train.compile, device)
+    if reason is not None:
+        warn(reason)
+    if not wanted:
+        return trainer.model
+    compiled: nn.Module = torch.compile(trainer.model)  # type: ignore[assignment]  # it is a module
+    sample = torch.zeros(config.train.micro_batch, config.data.block_size, dtype=torch.long, device=device)
+    try:
+        with autocast(device, trainer.precision):
+            loss = compiled(sample, sample)
+        loss.backward()
+    except Exception as error:  # torch.compile fails with the exceptions of any of its back ends
+        warn(f"torch.compile failed ({type(error).__name__}): training uncompiled")
+        return trainer.model
+    finally:
+        trainer.model.zero_grad(set_to_none=True)
+    return compiled

@@ -1,0 +1,246 @@
+"""The training loop, and only the loop: what one step does, and what is due after it.
+
+Why a class: a step, an evaluation and a save all act on the same model, optimizer and averages, and
+a resumed run must find every one of them as it was. Which run it is, and whether it may be resumed,
+is decided in `run.py`.
+
+    trainer = Trainer(config, run, data, device, precision); trainer.train(log, interrupt)
+"""
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from llmtrain.averaging.online import OnlineEma, swapped_in
+from llmtrain.checkpoint import Origin, Shape, save_weights
+from llmtrain.config import RunConfig
+from llmtrain.data.sampler import Sampler, batch
+from llmtrain.data.shards import TokenData
+from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.errors import RunFailed
+from llmtrain.evaluation.loss import evaluate
+from llmtrain.files import RunFolder, staged_folder
+from llmtrain.hardware import Precision, autocast, peak_flops
+from llmtrain.interrupt import Interrupt, Interrupted
+from llmtrain.model import GPT
+from llmtrain.training.metrics import MetricsLog
+from llmtrain.training.optim import build_optimizer
+from llmtrain.training.schedules import learning_rate
+from llmtrain.training.state import Progress, State, gather, restore, save_state
+
+
+class Trainer:
+    """Everything that changes while a model is trained."""
+
+    def __init__(
+        self, config: RunConfig, run: RunFolder, data: TokenData, device: torch.device, precision: Precision
+    ) -> None:
+        """Build the model and what trains it, at step 0.
+
+        Args:
+            config: the resolved configuration.
+            run: where to save.
+            data: the token shards.
+            device: where to train.
+            precision: of matrix products.
+        """
+        self.config, self.run, self.data = config, run, data
+        self.device, self.precision = device, precision
+        self.model = GPT(config.model, config.data.block_size, config.seed).to(device)
+        self.forward: nn.Module = self.model
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.averages = [OnlineEma(each, self.model) for each in config.averages]
+        self.train_tokens = data.reader("train")
+        self.val_tokens = data.reader("val")
+        self.token_bytes = load_tokenizer(data.tokenizer).token_bytes()
+        self.sampler = Sampler(len(self.train_tokens), config.data.block_size, config.batch_size, config.seed)
+        self.shape = Shape(config.model, config.data.block_size, data.eot)
+        self.progress = Progress(data=data.sha256)
+        self._peak = peak_flops(device, precision)
+        self._evaluated: set[int] = set()
+
+    # --- one step ------------------------------------------------------------------------------
+
+    def step(self, interrupt: Interrupt) -> tuple[Tensor, Tensor]:
+        """One optimizer step on the batch that belongs to it.
+
+        Returns:
+            The loss (mean over all micro-batches) and the gradient norm before clipping, shape ().
+
+        Raises:
+            RunFailed: loss or gradient norm is not finite; the weights are those of the step before.
+            Interrupted: a signal came; nothing of the step has happened.
+        """
+        config, micro = self.config, self.config.train.micro_batch
+        _seed_dropout(config.seed, self.progress.step)
+        rows = self.sampler.rows(self.progress.step)
+        n_micro = len(rows) // micro
+        loss = torch.zeros((), device=self.device)
+        for index in range(n_micro):
+            interrupt.check()
+            some = rows[index * micro : (index + 1) * micro]
+            windows = torch.from_numpy(batch(self.train_tokens, some, config.data.block_size))
+            windows = windows.to(self.device)
+            with autocast(self.device, self.precision):
+                micro_loss = self.forward(windows[:, :-1], windows[:, 1:]) / n_micro
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        clip = config.optimizer.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        self._refuse_non_finite(loss, norm)
+        self.progress.step += 1
+        self.progress.tokens += config.tokens_per_step
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for average in self.averages:
+            average.update()
+        return loss, norm
+
+    def learning_rate(self) -> float:
+        """Of the last step taken (0 before the first)."""
+        config, step = self.config, self.progress.step
+        if step == 0:
+            return 0.0
+        return learning_rate(step, config.schedule, config.optimizer.lr, config.train.max_steps)
+
+    def _refuse_non_finite(self, loss: Tensor, norm: Tensor) -> None:
+        if bool(torch.isfinite(loss) & torch.isfinite(norm)):
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        raise RunFailed(
+            f"step {self.progress.step + 1:,} was not taken: its loss is {loss.item():g}, "
+            f"its gradient norm {norm.item():g}",
+            hint="lower optimizer.lr or lengthen schedule.warmup_steps; the last saved state is intact",
+        )
+
+    # --- the loop ------------------------------------------------------------------------------
+
+    def train(self, log: MetricsLog, interrupt: Interrupt) -> None:
+        """Train to `max_steps`; on a signal, save the state and let `Interrupted` through."""
+        config, progress = self.config, self.progress
+        self._evaluated = log.evaluated_steps
+        started, earlier = time.perf_counter(), progress.seconds
+        stepping, logged_step = 0.0, progress.step
+        try:
+            self._after_step(log, interrupt, fresh=False)
+            while progress.step < config.train.max_steps:
+                step_started = time.perf_counter()
+                loss, norm = self.step(interrupt)
+                stepping += time.perf_counter() - step_started
+                progress.seconds = earlier + time.perf_counter() - started
+                if self._due(config.log.every):
+                    seconds_a_step = stepping / (progress.step - logged_step)
+                    self._log(log, loss, norm, seconds_a_step)
+                    stepping, logged_step = 0.0, progress.step
+                self._after_step(log, interrupt, fresh=True)
+        except Interrupted:
+            self.save_state(log)
+            raise
+
+    def _log(self, log: MetricsLog, loss: Tensor, norm: Tensor, seconds_a_step: float) -> None:
+        rate = self.config.tokens_per_step / seconds_a_step
+        event = {
+            "step": self.progress.step,
+            "loss": loss.item(),
+            "lr": self.learning_rate(),
+            "grad_norm": norm.item(),
+            "tokens": self.progress.tokens,
+            "tokens_per_second": rate,
+            "mfu": self.model.flops_per_token() * rate / self._peak if self._peak else None,
+            "seconds": self.progress.seconds,
+        }
+        remaining = self.config.train.max_steps - self.progress.step
+        log.training(event, eta=remaining * seconds_a_step)
+
+    def _due(self, every: int) -> bool:
+        step = self.progress.step
+        return step > 0 and (step % every == 0 or step == self.config.train.max_steps)
+
+    def _after_step(self, log: MetricsLog, interrupt: Interrupt, *, fresh: bool) -> None:
+        """Evaluate and save what is due at this step.
+
+        When a run was interrupted between a step and its evaluation or snapshot, this is called
+        again after the resume with `fresh` false, and does only what is missing.
+        """
+        config, step = self.config, self.progress.step
+        if self._due(config.eval.every) and step not in self._evaluated and len(self.val_tokens) > 1:
+            log.evaluation(self.evaluate(interrupt))
+            self._evaluated.add(step)
+        warm = step > config.schedule.warmup_steps
+        if warm and self._due(config.checkpoint.snapshot_every):
+            if fresh or not self.run.snapshot(step).exists():
+                self.save_snapshot()
+            for average in self.averages:
+                if self._due(average.config.save_every or self._default_save_every()) and (
+                    fresh or not self.run.average(average.label, step).exists()
+                ):
+                    self.save_average(average)
+        if fresh and self._due(config.checkpoint.state_every):
+            self.save_state(log)
+
+    def _default_save_every(self) -> int:
+        snapshot, state = self.config.checkpoint.snapshot_every, self.config.checkpoint.state_every
+        return math.ceil(state / snapshot) * snapshot
+
+    # --- evaluate and save ---------------------------------------------------------------------
+
+    def evaluate(self, interrupt: Interrupt) -> dict[str, Any]:
+        """Validation loss of the weights and of each online average, as one event."""
+        losses = {"val/loss": self._validation_loss(interrupt)}
+        for average in self.averages:
+            with swapped_in(self.model, average.weights()):
+                losses[f"val/loss/{average.label}"] = self._validation_loss(interrupt)
+        return {"step": self.progress.step, **losses}
+
+    def _validation_loss(self, interrupt: Interrupt) -> float:
+        return evaluate(
+            self.model,
+            self.val_tokens,
+            self.token_bytes,
+            block_size=self.config.data.block_size,
+            batch=self.config.eval.batch,
+            device=self.device,
+            precision=self.precision,
+            limit=self.config.eval.tokens,
+            on_progress=lambda done, total: interrupt.check(),
+        ).loss
+
+    def origin(self) -> Origin:
+        """Where in the run the present weights are."""
+        return Origin(self.progress.step, self.progress.tokens, self.learning_rate(), self.config.name)
+
+    def save_snapshot(self) -> None:
+        """Commit the weights as a Hugging Face folder."""
+        with staged_folder(self.run.snapshot(self.progress.step), replace=True) as folder:
+            save_weights(folder, self.model.state_dict(), self.shape, self.origin())
+
+    def save_average(self, average: OnlineEma) -> None:
+        """Commit an online average as a Hugging Face folder with its provenance."""
+        step = self.progress.step
+        with staged_folder(self.run.average(average.label, step), replace=True) as folder:
+            save_weights(folder, average.weights(), self.shape, self.origin(), average.provenance(step))
+
+    def save_state(self, log: MetricsLog) -> None:
+        """Commit everything that decides how training goes on."""
+        log.flush()
+        self.progress.wandb_id = log.wandb_id
+        tensors = gather(self.model, self.optimizer, self.averages)
+        updates = {average.label: average.updates for average in self.averages}
+        save_state(self.run, State(self.progress, tensors, updates), keep=self.config.checkpoint.keep_states)
+
+    def restore(self, state: State) -> None:
+        """Go on from a saved state."""
+        restore(state, self.model, self.optimizer, self.averages)
+        self.progress = state.progress
+
+
+def _seed_dropout(seed: int, step: int) -> None:
+    """Make the draws of a step a function of (seed, step), as its data is: a state holds no RNG."""
+    mixed = np.random.SeedSequence([seed, step]).generate_state(1, np.uint32)
+    torch.manual_seed(int(mixed[0]))
