@@ -19,6 +19,7 @@ from .common import print_error
 from .eval import evaluate
 from .prepare import prepare
 from .pretrain import pretrain
+from .report import report
 from .verify import verify
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.command()(prepare)
 app.command()(pretrain)
 app.command()(average)
 app.command(name="eval")(evaluate)
+app.command()(report)
 app.command()(verify)
 
 _debug = False

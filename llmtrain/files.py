@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llmtrain.errors import UserError
 
@@ -145,6 +146,29 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     fsync_path(path.parent)
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that is appended to, in order; a last line torn by a kill is left out.
+
+    Raises:
+        UserError: a line before the last is not JSON.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    objects = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            objects.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(
+                f"{path}, line {number}: not JSON ({error})",
+                hint="the file is damaged: restore it or mend the line",
+            ) from None
+    return objects
+
+
 def remove_folder(folder: Path) -> None:
     """Delete a committed folder: renamed first, so that a kill half-way leaves no damaged one."""
     doomed = folder.parent / f"{TEMPORARY_PREFIX}deleted-{folder.name}"
@@ -260,6 +284,20 @@ class RunFolder:
 def is_run(path: Path) -> bool:
     """Whether `path` is the folder of a run (it has the resolved configuration)."""
     return (path / "config.yaml").is_file()
+
+
+def require_run(path: Path) -> RunFolder:
+    """The run in `path`.
+
+    Raises:
+        UserError: `path` is not the folder of a run.
+    """
+    if not is_run(path):
+        raise UserError(
+            f"{path} is not a run: it has no config.yaml",
+            hint="a run is what llmtrain pretrain wrote under runs/",
+        )
+    return RunFolder(path)
 
 
 def newest_run(parent: Path = Path("runs")) -> RunFolder:

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from llmtrain.config import RunConfig, flatten
-from llmtrain.files import write_atomically
+from llmtrain.files import read_json_lines, write_atomically
 
 Event = Mapping[str, float | int | None]
 
@@ -47,16 +47,6 @@ def format_evaluation(event: Event) -> str:
     return f"{event['step']:>9,}  " + "  ".join(cells)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The events of a run, in order; a line torn by a kill, which can only be the last, is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    return [json.loads(line) for line in lines]
-
-
 class MetricsLog:
     """Writes events; use as a context manager so that W&B is closed however the run ends."""
 
@@ -78,7 +68,7 @@ class MetricsLog:
             wandb_id: the id of the W&B run to go on with.
             say: prints one line.
         """
-        kept = [event for event in read_metrics(path) if event["step"] <= resumed_step]
+        kept = [event for event in read_json_lines(path) if event["step"] <= resumed_step]
         self.evaluated_steps = {int(event["step"]) for event in kept if "val/loss" in event}
         """Steps whose evaluation stands in the file already."""
         write_atomically(path, "".join(json.dumps(event) + "\n" for event in kept))

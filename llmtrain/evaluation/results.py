@@ -1,0 +1,213 @@
+"""Measured losses, kept so that the same weights on the same data are measured once.
+
+Why by content: a result belongs to the bytes of the weights and of the data, not to their names. A
+retrained snapshot or a re-prepared split is another measurement; a moved folder is the same.
+
+    rows = measure(targets, Settings(data=Path("data/openwebtext")), on_progress)
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from llmtrain.checkpoint import load_model
+from llmtrain.config import load_config
+from llmtrain.data.shards import TokenData, open_data
+from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.errors import RunFailed, UserError
+from llmtrain.evaluation.loss import LossResult, evaluate
+from llmtrain.evaluation.targets import RAW, Target
+from llmtrain.files import INTEGRITY_FILE, RunFolder, read_integrity, sha256_of, write_atomically
+from llmtrain.hardware import Precision, resolve_device, resolve_precision
+from llmtrain.weights_folder import WEIGHTS_FILE, read_json
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure. None: as the target's run does it, else the default."""
+
+    data: Path | None = None
+    split: str = "val"
+    tokens: int | None = None
+    """Use only the first so many tokens of the split."""
+    batch: int | None = None
+    precision: str | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured set of weights."""
+
+    label: str
+    step: int | None
+    path: str
+    loss: float
+    """Nats per token."""
+    perplexity: float
+    bits_per_byte: float | None
+    tokens: int
+    bytes: int
+    seconds: float
+    delta: float | None
+    """Loss minus that of the raw weights of the same step and run; None where there are none."""
+    split: str
+    block_size: int
+    precision: str
+    data: str
+    """SHA-256 of the data's manifest."""
+    weights: str
+    """SHA-256 of the weights file."""
+
+
+def measure(
+    targets: list[Target], settings: Settings, on_progress: Callable[[Target, int, int], None]
+) -> list[Row]:
+    """Measure each target, or take what was measured before.
+
+    Args:
+        targets: what to measure, raw before the averages of its step.
+        settings: how.
+        on_progress: called with the target, windows done and windows in all; may raise to stop.
+
+    Raises:
+        UserError: no data is known, data and model do not fit, weights are damaged.
+        RunFailed: a loss is not finite.
+    """
+    raw: dict[tuple[Path, int | None], float] = {}
+    opened: dict[Path, TokenData] = {}
+    rows = []
+    for target in targets:
+        resolved = _resolve(target, settings)
+        assert resolved.data is not None
+        if resolved.data not in opened:
+            opened[resolved.data] = open_data(resolved.data)
+        row = _measure_one(target, resolved, opened[resolved.data], on_progress)
+        if target.run is not None:
+            place = (target.run.path.resolve(), target.step)
+            if target.label == RAW:
+                raw[place] = row.loss
+            if place in raw:
+                row = replace(row, delta=row.loss - raw[place])
+        rows.append(row)
+    return rows
+
+
+def stored_rows(run: RunFolder) -> list[Row]:
+    """Every result kept under the run's `evals/`, by label and step; differences from raw filled in."""
+    rows = [Row(**read_json(path)) for path in sorted(run.evals.glob("*.json"))]
+    raw = {(row.step, row.data, row.split, row.tokens): row.loss for row in rows if row.label == RAW}
+    filled = []
+    for row in rows:
+        base = raw.get((row.step, row.data, row.split, row.tokens))
+        filled.append(replace(row, delta=None if base is None else row.loss - base))
+    return sorted(filled, key=lambda row: (row.label != RAW, row.label, row.step or 0))
+
+
+def _resolve(target: Target, settings: Settings) -> Settings:
+    """Fill what the user left open from the target's run.
+
+    Raises:
+        UserError: neither the user nor a run says which data.
+    """
+    if target.run is None:
+        if settings.data is None:
+            raise UserError(
+                f"{target.path} belongs to no run, so the data is not known",
+                hint="name it: --data data/openwebtext",
+            )
+        return replace(settings, batch=settings.batch or 16, precision=settings.precision or "auto")
+    config = load_config(target.run.config)
+    return replace(
+        settings,
+        data=settings.data or Path(config.data.path),
+        tokens=settings.tokens or (config.eval.tokens if settings.split == "val" else None),
+        batch=settings.batch or config.eval.batch,
+        precision=settings.precision or config.train.precision,
+    )
+
+
+def _measure_one(
+    target: Target, settings: Settings, data: TokenData, on_progress: Callable[[Target, int, int], None]
+) -> Row:
+    device = resolve_device(settings.device)
+    precision = resolve_precision(settings.precision or "auto", device)
+    weights = _weights_sha256(target.path)
+    limit = min(data.tokens(settings.split), settings.tokens or data.tokens(settings.split))
+    key = hashlib.sha256(f"{weights} {data.sha256} {settings.split} {limit} {precision}".encode()).hexdigest()
+    step = "" if target.step is None else f"-step-{target.step:08d}"
+    stored = target.run and target.run.evals / f"{target.label}{step}-{key[:16]}.json"
+    if stored and stored.exists():
+        return replace(Row(**read_json(stored)), path=str(target.path), delta=None)
+    model = load_model(target.path)
+    if data.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{data.folder} has a vocabulary of {data.vocab_size:,} ({data.tokenizer}), "
+            f"{target.path} one of {model.config.vocab_size:,}",
+            hint="evaluate on data prepared with the tokenizer of the model",
+        )
+    result = evaluate(
+        model.to(device),
+        data.reader(settings.split),
+        load_tokenizer(data.tokenizer).token_bytes(),
+        block_size=model.block_size,
+        batch=settings.batch or 16,
+        device=device,
+        precision=precision,
+        limit=limit,
+        on_progress=lambda done, total: on_progress(target, done, total),
+    )
+    if not math.isfinite(result.loss):
+        raise RunFailed(
+            f"the loss of {target.path} is {result.loss:g}",
+            hint="its weights are damaged or its training diverged: llmtrain verify tells which",
+        )
+    row = _row(target, result, settings.split, model.block_size, precision, data.sha256, weights)
+    if stored:
+        write_atomically(stored, json.dumps(asdict(row), indent=2) + "\n")
+    return row
+
+
+def _row(
+    target: Target,
+    result: LossResult,
+    split: str,
+    block_size: int,
+    precision: Precision,
+    data: str,
+    weights: str,
+) -> Row:
+    return Row(
+        label=target.label,
+        step=target.step,
+        path=str(target.path),
+        loss=result.loss,
+        perplexity=result.perplexity,
+        bits_per_byte=None if math.isnan(result.bits_per_byte) else result.bits_per_byte,
+        tokens=result.tokens,
+        bytes=result.bytes,
+        seconds=result.seconds,
+        delta=None,
+        split=split,
+        block_size=block_size,
+        precision=precision,
+        data=data,
+        weights=weights,
+    )
+
+
+def _weights_sha256(folder: Path) -> str:
+    """As recorded when the folder was committed, else of the file."""
+    if (folder / INTEGRITY_FILE).exists():
+        record = read_integrity(folder)
+        if WEIGHTS_FILE in record:
+            return str(record[WEIGHTS_FILE]["sha256"])
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing", hint="a folder of weights holds config.json and model.safetensors"
+        )
+    return sha256_of(path)
