@@ -1,0 +1,171 @@
+"""LAWA over a run's snapshots: numbers, files on disk, and what bad input gets."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import MakeRun, weights_at
+from torch.optim.swa_utils import AveragedModel
+from transformers import AutoModelForCausalLM
+
+from llmtrain.averaging.average import Average, average
+from llmtrain.averaging.plan import lawa_plans
+from llmtrain.averaging.series import run_series
+from llmtrain.checkpoint import load_model, load_weights
+from llmtrain.errors import UserError
+from llmtrain.files import RunFolder, integrity_problems
+
+
+def lawa(run: RunFolder, every: int, **options: object) -> list[Average]:
+    verify = bool(options.pop("verify", False))
+    settings = {"window": 3, "at": "last", "disjoint": False, "label": None, "out": None} | options
+    series = run_series(run)
+    return average(series, lawa_plans(series, run, every=every, **settings), verify=verify)  # type: ignore[arg-type]  # keyword options of one call
+
+
+def test_equals_torchs_averaged_model_and_the_float64_oracle(make_run: MakeRun) -> None:
+    run = make_run([10, 20, 30, 40, 50])
+    (result,) = lawa(run, 10, window=5)
+    got = load_file(result.plan.target / "model.safetensors")
+    snapshots = [load_file(run.snapshot(step) / "model.safetensors") for step in (10, 20, 30, 40, 50)]
+    averaged = AveragedModel(load_model(run.snapshot(10)))
+    for step in (10, 20, 30, 40, 50):
+        averaged.update_parameters(load_model(run.snapshot(step)))
+    ours = load_weights(result.plan.target)
+    for name, tensor in averaged.module.state_dict().items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-8)
+    for name, tensor in got.items():
+        oracle = sum(s[name].double() for s in snapshots) / 5
+        assert torch.equal(tensor, oracle.float()), name
+
+
+def test_transformers_loads_it_and_its_logits_are_our_models(make_run: MakeRun) -> None:
+    (result,) = lawa(make_run([10, 20, 30]), 10)
+    theirs = AutoModelForCausalLM.from_pretrained(result.plan.target).eval()
+    tokens = torch.arange(16).view(1, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            load_model(result.plan.target).logits(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_folder_is_complete_and_says_where_it_comes_from(make_run: MakeRun) -> None:
+    run = make_run([10, 20, 30])
+    (result,) = lawa(run, 10)
+    folder = run.path / "averages" / "lawa-3x10" / "step-00000030"
+    assert result.plan.target == folder
+    assert integrity_problems(folder) == []
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["method"] == "lawa"
+    assert [entry["step"] for entry in provenance["inputs"]] == [10, 20, 30]
+    assert [entry["tokens"] for entry in provenance["inputs"]] == [640, 1280, 1920]
+    recorded = json.loads((run.snapshot(20) / "integrity.json").read_text())["files"]["model.safetensors"]
+    assert provenance["inputs"][1]["sha256"] == recorded["sha256"]
+    assert json.loads((folder / "training.json").read_text())["step"] == 30
+
+
+def test_warm_up_and_step_0_never_enter(make_run: MakeRun) -> None:
+    run = make_run([5, 10, 20, 30, 40], warmup=10)
+    assert run_series(run).steps == [20, 30, 40]
+    with pytest.raises(UserError, match="20 to 40 every 10"):
+        lawa(run, 10, window=4)
+    shutil.copytree(run.snapshot(5), run.snapshot(0))
+    assert 0 not in run_series(run).steps
+
+
+def test_all_gives_every_complete_window_and_each_is_the_single_one(make_run: MakeRun) -> None:
+    run = make_run(list(range(10, 80, 10)))
+    results = lawa(run, 20, at="all")
+    assert [result.plan.window for result in results] == [(10, 30, 50), (20, 40, 60), (30, 50, 70)]
+    (single,) = lawa(run, 20, at="60", label="single")
+    assert (single.plan.target / "model.safetensors").read_bytes() == (
+        results[1].plan.target / "model.safetensors"
+    ).read_bytes()
+
+
+def test_an_average_that_exists_is_kept_or_refused(make_run: MakeRun) -> None:
+    run = make_run([10, 20, 30, 40])
+    assert not lawa(run, 10, label="mine")[0].kept
+    assert lawa(run, 10, label="mine")[0].kept
+    with pytest.raises(UserError, match="is not the average of these"):
+        lawa(run, 10, window=2, label="mine")
+
+
+def test_out_is_the_folder_itself_or_one_a_step(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run([10, 20, 30])
+    assert lawa(run, 10, out=tmp_path / "one")[0].plan.target == tmp_path / "one"
+    assert (tmp_path / "one" / "model.safetensors").exists()
+    results = lawa(run, 10, window=2, at="all", out=tmp_path / "many")
+    assert [r.plan.target.name for r in results] == ["step-00000020", "step-00000030"]
+
+
+def test_errors_list_what_there_is(make_run: MakeRun) -> None:
+    run = make_run([10, 20, 30, 40])
+    with pytest.raises(UserError, match="it has 4: 10 to 40 every 10") as caught:
+        lawa(run, 15)
+    assert "--every 10" in caught.value.hint
+    with pytest.raises(UserError, match="ends at step 25") as caught:
+        lawa(run, 10, at="25")
+    assert "30, 40" in caught.value.hint
+
+
+def test_a_missing_file_stops_it_and_leaves_nothing(make_run: MakeRun) -> None:
+    run = make_run([10, 20, 30])
+    (run.snapshot(20) / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"step-00000020/model\.safetensors"):
+        lawa(run, 10)
+    assert not run.averages.exists()
+
+
+def test_a_truncated_file_stops_it(make_run: MakeRun) -> None:
+    run = make_run([10, 20, 30])
+    path = run.snapshot(20) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(UserError, match=r"step-00000020/model\.safetensors"):
+        lawa(run, 10)
+
+
+def test_verify_sees_a_flipped_bit(make_run: MakeRun) -> None:
+    run = make_run([10, 20, 30])
+    path = run.snapshot(20) / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="another SHA-256"):
+        lawa(run, 10, verify=True)
+
+
+def test_a_nan_stops_it_and_is_located(make_run: MakeRun) -> None:
+    run = make_run([10, 20, 30])
+    path = run.snapshot(20) / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-4:] = np.float32("nan").tobytes()
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"step-00000020: .* holds nan at \[") as caught:
+        lawa(run, 10)
+    assert "step 20" in caught.value.hint
+    assert not list(run.averages.rglob("step-*"))
+
+
+def test_other_shapes_are_refused_from_the_headers(make_run: MakeRun) -> None:
+    run = make_run([10, 20, 30])
+    from safetensors.torch import save_file
+
+    tensors = load_file(run.snapshot(20) / "model.safetensors")
+    tensors["transformer.ln_f.weight"] = torch.zeros(33)
+    del tensors["transformer.wpe.weight"]
+    save_file(tensors, run.snapshot(20) / "model.safetensors")
+    (run.snapshot(20) / "integrity.json").unlink()
+    with pytest.raises(UserError, match="2 differences") as caught:
+        lawa(run, 10)
+    assert "wpe.weight: absent at step 20" in str(caught.value)
+    assert "F32[33] at step 20" in str(caught.value)
+
+
+def test_weights_of_the_oracle_are_not_the_newest(make_run: MakeRun) -> None:
+    """Guard of the other tests: the snapshots differ, so an average is none of them."""
+    assert not torch.equal(weights_at(10)["transformer.wte.weight"], weights_at(20)["transformer.wte.weight"])
