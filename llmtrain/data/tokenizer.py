@@ -169,7 +169,11 @@ def _gpt2_ranks() -> dict[bytes, int]:
 
 def well_formed(text: str) -> str:
     """`text` with surrogate pairs joined and lone surrogates replaced by U+FFFD: valid in UTF-8."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def cut(text: bytes | memoryview, size: int = PIECE_BYTES) -> Iterator[bytes | memoryview]:
