@@ -1,0 +1,100 @@
+"""Fixtures that several folders of tests share: a little real text, prepared, and a tiny configuration."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+# Nothing of a test may land in, or come from, a person's caches or accounts.
+os.environ["WANDB_SILENT"] = "true"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf-home"))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty documents of real English as JSON lines: this project's licence and documentation, cut."""
+    import json
+
+    text = "\n".join((REPOSITORY / name).read_text() for name in ("LICENSE", "README.md", "pyproject.toml"))
+    size = max(len(text) // 40, 200)
+    path = tmp_path_factory.mktemp("text") / "documents.jsonl"
+    documents = [text[start : start + size] for start in range(0, len(text) - size, size)][:40]
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """The documents of `text_file` as bytes, a tenth of them in the val split."""
+    from llmtrain.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("data") / "text"
+    prepare(str(text_file), folder, tokenizer="byte", val_fraction=0.1)
+    return folder
+
+
+@pytest.fixture
+def tiny(data_folder: Path) -> Callable[..., Any]:
+    """Builds a configuration of a model that trains in a second; keyword `section__key` overrides."""
+    from llmtrain.config import RunConfig
+
+    def build(**overrides: Any) -> RunConfig:
+        values: dict[str, Any] = {
+            "name": "tiny",
+            "data": {"path": str(data_folder), "block_size": 16},
+            "model": {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 264},
+            "optimizer": {"lr": 1e-2},
+            "schedule": {"name": "constant", "warmup_steps": 2},
+            "train": {
+                "max_steps": 12,
+                "batch_sequences": 8,
+                "micro_batch": 4,
+                "precision": "float32",
+                "compile": False,
+                "device": "cpu",
+            },
+            "checkpoint": {"snapshot_every": 2, "state_every": 4},
+            "averages": [{"kind": "ema", "decay": 0.9, "save_every": 4}],
+            "eval": {"every": 6, "batch": 4},
+            "log": {"every": 3},
+        }
+        for key, value in overrides.items():
+            section, _, name = key.partition("__")
+            if name:
+                values[section] = values[section] | {name: value}
+            else:
+                values[section] = value
+        return RunConfig.model_validate(values)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def llmtrain() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the installed `llmtrain` command, as a user does."""
+    command = Path(sys.executable).parent / "llmtrain"
+
+    def run(*arguments: str | Path, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [command, *map(str, arguments)],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+
+    return run

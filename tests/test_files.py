@@ -1,0 +1,155 @@
+"""Atomic commit, hashes, the lock, and the names in a run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmtrain.errors import UserError
+from llmtrain.files import (
+    RunFolder,
+    exclusive,
+    integrity_problems,
+    newest_run,
+    read_json_lines,
+    remove_folder,
+    remove_leftovers,
+    require_run,
+    staged_folder,
+    step_folders,
+    write_atomically,
+)
+
+
+def commit(target: Path, content: str = "x") -> None:
+    with staged_folder(target) as folder:
+        (folder / "a.txt").write_text(content)
+        (folder / "sub").mkdir()
+        (folder / "sub" / "b.txt").write_text(content)
+
+
+def test_a_committed_folder_is_whole_and_checked(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "step-00000001"
+    commit(target)
+    assert sorted(p.name for p in target.iterdir()) == ["a.txt", "integrity.json", "sub"]
+    assert integrity_problems(target) == []
+    assert not list(target.parent.glob(".tmp-*"))
+
+
+def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no"), staged_folder(tmp_path / "t") as folder:
+        (folder / "a").write_text("x")
+        raise RuntimeError("no")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    target = tmp_path / "t"
+    commit(target, "old")
+    with pytest.raises(FileExistsError):
+        commit(target, "new")
+    with staged_folder(target, replace=True) as folder:
+        (folder / "a.txt").write_text("new")
+    assert (target / "a.txt").read_text() == "new"
+    assert not (target / "sub").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+def test_a_killed_commit_is_ignored_and_cleaned_up(tmp_path: Path) -> None:
+    code = (
+        "import os,sys; from pathlib import Path; from llmtrain.files import staged_folder\n"
+        "with staged_folder(Path(sys.argv[1])) as f:\n"
+        "    (f/'a').write_text('x'); os.kill(os.getpid(), 9)"
+    )
+    target = tmp_path / "step-00000002"
+    assert subprocess.run([sys.executable, "-c", code, target], check=False).returncode == -9
+    assert step_folders(tmp_path) == {}
+    assert len(list(tmp_path.iterdir())) == 1
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda f: (f / "a.txt").write_text("y"), "another SHA-256"),
+        (lambda f: (f / "a.txt").write_text("longer"), "has 6 bytes instead of 1"),
+        (lambda f: (f / "sub" / "b.txt").unlink(), "is missing"),
+    ],
+)
+def test_damage_is_found(tmp_path: Path, damage: object, expected: str) -> None:
+    commit(tmp_path / "t")
+    damage(tmp_path / "t")  # type: ignore[operator]  # pytest's parameters are objects
+    (problem,) = integrity_problems(tmp_path / "t")
+    assert expected in problem
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"files": {"a": 1}}', "\x00"])
+def test_a_damaged_record_is_an_error(tmp_path: Path, content: str) -> None:
+    commit(tmp_path / "t")
+    (tmp_path / "t" / "integrity.json").write_text(content)
+    with pytest.raises(UserError, match="integrity"):
+        integrity_problems(tmp_path / "t")
+    (tmp_path / "t" / "integrity.json").unlink()
+    with pytest.raises(UserError, match="missing"):
+        integrity_problems(tmp_path / "t")
+
+
+def test_write_atomically_replaces(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "deep" / "f", "one")
+    write_atomically(tmp_path / "deep" / "f", b"two")
+    assert (tmp_path / "deep" / "f").read_bytes() == b"two"
+    assert len(list((tmp_path / "deep").iterdir())) == 1
+
+
+def test_removed_folders_never_look_damaged(tmp_path: Path) -> None:
+    commit(tmp_path / "step-00000003")
+    remove_folder(tmp_path / "step-00000003")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_is_exclusive_and_dies_with_its_process(tmp_path: Path) -> None:
+    code = (
+        "import sys,os; from pathlib import Path; from llmtrain.files import exclusive\n"
+        "with exclusive(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"pid {holder.pid}"), exclusive(tmp_path):
+        pass
+    holder.kill()
+    holder.communicate()
+    with exclusive(tmp_path):
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
+def test_json_lines_leave_out_a_torn_end(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    assert read_json_lines(path) == []
+    path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert read_json_lines(path) == [{"step": 1}, {"step": 2}]
+    path.write_text('{"step": 1}\n{broken\n{"step": 3}\n')
+    with pytest.raises(UserError, match="line 2"):
+        read_json_lines(path)
+
+
+def test_names_and_the_newest_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run under"):
+        newest_run(tmp_path / "runs")
+    for age, name in enumerate(("b", "a", "c")):
+        run = RunFolder(tmp_path / "runs" / name)
+        write_atomically(run.config, "")
+        write_atomically(run.metrics, "")
+        os.utime(run.metrics, (1000 - age, 1000 - age))
+    (tmp_path / "runs" / "no-run").mkdir()
+    assert newest_run(tmp_path / "runs").path.name == "b"
+    with pytest.raises(UserError, match="not a run"):
+        require_run(tmp_path / "runs" / "no-run")
+    for name in ("step-00000010", "step-100000000", "step-00000002", "step-3", ".tmp-step-00000004"):
+        (tmp_path / "steps" / name).mkdir(parents=True)
+    assert list(step_folders(tmp_path / "steps")) == [2, 10, 100_000_000]

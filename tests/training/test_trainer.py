@@ -1,0 +1,256 @@
+"""Training end to end in this process: against a plain loop, resumed, interrupted, diverged."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from llmtrain.checkpoint import load_model, load_weights
+from llmtrain.config import RunConfig, load_config
+from llmtrain.data.sampler import Sampler, batch
+from llmtrain.data.shards import open_data
+from llmtrain.errors import RunFailed, UserError
+from llmtrain.files import RunFolder, integrity_problems, read_json_lines, step_folders
+from llmtrain.interrupt import Interrupted
+from llmtrain.model import GPT
+from llmtrain.training.run import pretrain
+from llmtrain.training.schedules import learning_rate
+
+Build = Callable[..., RunConfig]
+
+
+def quiet(config: RunConfig, folder: Path, **options: Any) -> RunFolder:
+    return pretrain(config, folder, say=lambda line: None, **options).run
+
+
+def final_state(run: RunFolder) -> dict[str, torch.Tensor]:
+    return load_file(list(step_folders(run.states).values())[-1] / "tensors.safetensors")
+
+
+def events(run: RunFolder) -> list[dict[str, Any]]:
+    timed = {"seconds", "tokens_per_second"}
+    return [{k: v for k, v in e.items() if k not in timed} for e in read_json_lines(run.metrics)]
+
+
+def assert_same_run(one: RunFolder, two: RunFolder) -> None:
+    """Bitwise equal: state (weights, optimizer, averages), snapshots, averages, metrics but times."""
+    a, b = final_state(one), final_state(two)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    assert events(one) == events(two)
+    for parent in ("snapshots", "averages"):
+        for path in (one.path / parent).rglob("*.safetensors"):
+            assert path.read_bytes() == (two.path / path.relative_to(one.path)).read_bytes()
+
+
+def test_training_equals_a_plain_loop(tiny: Build, tmp_path: Path) -> None:
+    """transformers' loss gradients are tested with the model; here: accumulation, clipping, schedule, AdamW."""
+    config = tiny()
+    run = quiet(config, tmp_path / "run")
+    data = open_data(Path(config.data.path))
+    reader = data.reader("train")
+    sampler = Sampler(len(reader), 16, 8, config.seed)
+    model = GPT(config.model, 16, config.seed)
+    decayed = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    others = [p for p in model.parameters() if not any(p is d for d in decayed)]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.95), eps=1e-8, foreach=False, fused=False,
+    )  # fmt: skip
+    losses = []
+    for step in range(12):
+        windows = torch.from_numpy(batch(reader, sampler.rows(step), 16))
+        loss = model(windows[:, :-1], windows[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step + 1, config.schedule, 1e-2, 12)
+        optimizer.step()
+        losses.append(loss.item())
+    logged = {e["step"]: e["loss"] for e in events(run) if "loss" in e}
+    assert logged == pytest.approx({step: losses[step - 1] for step in (3, 6, 9, 12)}, rel=1e-4)
+    trained = load_weights(run.snapshot(12))
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(trained[name], parameter.detach(), atol=2e-4, rtol=2e-3)
+    assert losses[-1] < losses[0]
+
+
+def test_the_micro_batch_does_not_change_the_training(tiny: Build, tmp_path: Path) -> None:
+    runs = [quiet(tiny(train__micro_batch=m), tmp_path / str(m)) for m in (1, 8)]
+    losses = [[e["loss"] for e in events(run) if "loss" in e] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("cut", [1, 4, 5, 6, 11])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tiny: Build, tmp_path: Path, cut: int) -> None:
+    whole = quiet(tiny(model__dropout=0.2), tmp_path / "whole")
+    parts = tmp_path / "parts"
+    quiet(tiny(model__dropout=0.2, train__max_steps=cut), parts)
+    # What the shorter run did only because it was at its end would be missing from the longer one.
+    for name in ("metrics.jsonl",):
+        kept = [e for e in read_json_lines(parts / name) if not (e["step"] == cut and cut % 3)]
+        kept = [e for e in kept if "loss" in e or e["step"] % 6 == 0]
+        (parts / name).write_text("".join(json.dumps(e) + "\n" for e in kept))
+    resumed = quiet(tiny(model__dropout=0.2), parts)
+    assert_same_run(whole, resumed)
+
+
+@pytest.mark.parametrize("after", [0, 1, 7, 16, 21])
+def test_an_interrupted_run_is_bitwise_the_uninterrupted_one(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """A signal at the n-th place where the loop looks for one: between micro-batches or while evaluating."""
+    import llmtrain.training.run as module
+
+    whole = quiet(tiny(model__dropout=0.2), tmp_path / "whole")
+
+    class Later(module.Interrupt):
+        checks = 0
+
+        def check(self) -> None:
+            self.checks += 1
+            if self.checks == after + 1:
+                self.received = 15
+            super().check()
+
+    monkeypatch.setattr(module, "Interrupt", Later)
+    with pytest.raises(Interrupted) as caught:
+        quiet(tiny(model__dropout=0.2), tmp_path / "parts")
+    assert caught.value.exit_code == 143
+    monkeypatch.undo()
+    assert_same_run(whole, quiet(tiny(model__dropout=0.2), tmp_path / "parts"))
+
+
+def test_metrics_past_the_resumed_step_are_cut_off(tiny: Build, tmp_path: Path) -> None:
+    run = quiet(tiny(), tmp_path / "run")
+    before = events(run)
+    import shutil
+
+    shutil.rmtree(run.state(12))
+    with run.metrics.open("a") as file:
+        file.write('{"step": 12, "torn')
+    quiet(tiny(), run.path)
+    assert events(run) == before
+
+
+def test_what_a_run_leaves(tiny: Build, tmp_path: Path) -> None:
+    run = quiet(tiny(), tmp_path / "run")
+    assert list(step_folders(run.snapshots)) == [4, 6, 8, 10, 12]
+    assert list(step_folders(run.states)) == [8, 12]
+    assert list(step_folders(run.averages / "ema-0.9")) == [4, 8, 12]
+    for folder in (run.snapshot(4), run.state(12), run.average("ema-0.9", 8)):
+        assert integrity_problems(folder) == []
+    evaluations = [e for e in events(run) if "val/loss" in e]
+    assert [e["step"] for e in evaluations] == [6, 12]
+    assert set(evaluations[0]) == {"step", "val/loss", "val/loss/ema-0.9"}
+    training = [e for e in read_json_lines(run.metrics) if "loss" in e]
+    assert [e["step"] for e in training] == [3, 6, 9, 12]
+    assert [e["tokens"] for e in training] == [3 * 128, 6 * 128, 9 * 128, 12 * 128]
+    assert {"lr", "grad_norm", "tokens_per_second", "seconds", "mfu"} <= set(training[0])
+    assert load_config(run.config) == tiny()
+    provenance = json.loads((run.average("ema-0.9", 8) / "provenance.json").read_text())
+    assert (provenance["method"], provenance["updates"]) == ("ema", 8)
+
+
+def test_snapshots_load_in_transformers(tiny: Build, tmp_path: Path) -> None:
+    run = quiet(tiny(), tmp_path / "run")
+    tokens = torch.randint(0, 257, (2, 16))
+    for folder in (run.snapshot(12), run.average("ema-0.9", 12)):
+        theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(tokens).logits, load_model(folder).logits(tokens), atol=1e-4, rtol=0)
+
+
+def test_a_finished_run_says_so_and_a_longer_one_goes_on(tiny: Build, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    quiet(tiny(), folder)
+    assert pretrain(tiny(), folder, say=lambda line: None).already_finished
+    outcome = pretrain(tiny(train__max_steps=14), folder, say=lambda line: None)
+    assert (outcome.step, outcome.already_finished) == (14, False)
+
+
+def test_a_moving_schedule_is_told(tiny: Build, tmp_path: Path) -> None:
+    cosine = {"name": "cosine", "warmup_steps": 2}
+    quiet(tiny(schedule=cosine), tmp_path / "run")
+    warnings: list[str] = []
+    quiet(tiny(schedule=cosine, train__max_steps=14), tmp_path / "run", warn=warnings.append)
+    assert "the learning rate jumps" in warnings[0]
+
+
+def test_another_config_is_refused_with_its_keys(tiny: Build, tmp_path: Path) -> None:
+    quiet(tiny(), tmp_path / "run")
+    with pytest.raises(UserError, match=r"optimizer.lr: 0.01 there, 0.02 here"):
+        quiet(tiny(optimizer__lr=2e-2), tmp_path / "run")
+    with pytest.raises(UserError, match="--resume is never"):
+        quiet(tiny(), tmp_path / "run", resume="never")
+
+
+def test_other_data_is_refused(tiny: Build, tmp_path: Path, text_file: Path) -> None:
+    from llmtrain.data.prepare import prepare
+
+    quiet(tiny(), tmp_path / "run")
+    prepare(str(text_file), tmp_path / "other", tokenizer="byte", val_fraction=0.2)
+    with pytest.raises(UserError, match="other data"):
+        quiet(tiny(data__path=str(tmp_path / "other"), train__max_steps=14), tmp_path / "run")
+
+
+def test_a_damaged_state_is_refused(tiny: Build, tmp_path: Path) -> None:
+    run = quiet(tiny(), tmp_path / "run")
+    path = run.state(12) / "tensors.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(UserError, match="another SHA-256"):
+        quiet(tiny(train__max_steps=14), tmp_path / "run")
+
+
+def test_a_non_finite_loss_stops_before_the_weights(tiny: Build, tmp_path: Path) -> None:
+    """A learning rate that overflows float32 after some steps; the states before it stay whole."""
+    config = tiny(optimizer={"lr": 1e30, "grad_clip": 0.0}, checkpoint={"snapshot_every": 1, "state_every": 1})
+    with pytest.raises(RunFailed, match=r"step \d+ was not taken: its loss is") as caught:
+        quiet(config, tmp_path / "run")
+    assert "lower optimizer.lr" in caught.value.hint
+    states = step_folders(RunFolder(tmp_path / "run").states)
+    assert states
+    assert all(integrity_problems(folder) == [] for folder in states.values())
+
+
+def test_a_small_vocabulary_is_refused(tiny: Build, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"vocab_size 200 is smaller .* 257") as caught:
+        quiet(tiny(model__vocab_size=200), tmp_path / "run")
+    assert "model.vocab_size=320" in caught.value.hint
+    assert not (tmp_path / "run").exists()
+
+
+def test_bfloat16_trains_close_to_float32(tiny: Build, tmp_path: Path) -> None:
+    runs = [quiet(tiny(train__precision=p), tmp_path / p) for p in ("float32", "bfloat16")]
+    losses = [[e["loss"] for e in events(run) if "loss" in e] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.slow
+def test_compiled_training_equals_eager(tiny: Build, tmp_path: Path) -> None:
+    warnings: list[str] = []
+    runs = [quiet(tiny(train__compile=c), tmp_path / str(c), warn=warnings.append) for c in (False, True)]
+    assert warnings == []
+    losses = [[e["loss"] for e in events(run) if "loss" in e] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_wandb_offline_really_writes_a_run(tiny: Build, tmp_path: Path) -> None:
+    log = {"every": 3, "wandb": {"mode": "offline", "project": "test"}}
+    run = quiet(tiny(log=log, train__max_steps=4), tmp_path / "run")
+    written = list((run.path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(written) == 1
+    state = json.loads((list(step_folders(run.states).values())[-1] / "state.json").read_text())
+    assert state["progress"]["wandb_id"] in written[0].name
+    quiet(tiny(log=log, train__max_steps=6), run.path)
+    again = list((run.path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert all(state["progress"]["wandb_id"] in path.name for path in again)
