@@ -1,0 +1,89 @@
+"""The evaluator against transformers' model on the same windows, and its figures by hand."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from llmtrain.checkpoint import Origin, Shape, load_model, save_weights
+from llmtrain.config import ModelConfig
+from llmtrain.data.shards import open_data
+from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.errors import UserError
+from llmtrain.evaluation.loss import LossResult, evaluate
+from llmtrain.interrupt import Interrupted
+from llmtrain.model import GPT
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=264)
+    model = GPT(config, 16, seed=1)
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    save_weights(folder, model.state_dict(), Shape(config, 16, 256), Origin(3, 4, 0.1, "test"))
+    return folder
+
+
+def measured(folder: Path, data: Path, limit: int | None = None, batch: int = 4, block: int = 16) -> LossResult:
+    reader = open_data(data).reader("val")
+    return evaluate(
+        load_model(folder), reader, load_tokenizer("byte").token_bytes(),
+        block_size=block, batch=batch, device=CPU, precision="float32", limit=limit,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("limit", [None, 2, 17, 18, 100])
+def test_loss_equals_transformers_on_the_same_windows(weights: Path, data_folder: Path, limit: int | None) -> None:
+    result = measured(weights, data_folder, limit)
+    reader = open_data(data_folder).reader("val")
+    tokens = torch.from_numpy(reader.read(0, min(limit or len(reader), len(reader))).astype(np.int64))
+    model = AutoModelForCausalLM.from_pretrained(weights).eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, len(tokens) - 1, 16):
+            window = tokens[start : start + 17]
+            logits = model(window[None, :-1]).logits[0]
+            total += F.cross_entropy(logits, window[1:], reduction="sum").item()
+            count += len(window) - 1
+    assert result.tokens == count == len(tokens) - 1
+    assert result.loss == pytest.approx(total / count, abs=1e-4)
+    text_bytes = int((tokens[1:] != 256).sum())
+    assert result.bytes == text_bytes
+    assert result.bits_per_byte == pytest.approx(total / text_bytes / math.log(2), abs=1e-4)
+    assert result.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_the_batch_does_not_change_the_loss(weights: Path, data_folder: Path) -> None:
+    losses = [measured(weights, data_folder, batch=b).loss for b in (1, 7, 64)]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_too_few_tokens(weights: Path, data_folder: Path) -> None:
+    with pytest.raises(UserError, match="nothing can be predicted"):
+        measured(weights, data_folder, limit=1)
+
+
+def test_progress_may_stop_it_and_the_model_keeps_its_mode(weights: Path, data_folder: Path) -> None:
+    model = load_model(weights).train()
+
+    def stop(done: int, total: int) -> None:
+        raise Interrupted(2)
+
+    with pytest.raises(Interrupted):
+        evaluate(
+            model, open_data(data_folder).reader("val"), load_tokenizer("byte").token_bytes(),
+            block_size=16, batch=4, device=CPU, precision="float32", on_progress=stop,
+        )  # fmt: skip
+    assert model.training
+
+
+def test_figures_at_the_edges() -> None:
+    assert LossResult(1000.0, 10, 10, 0.1).perplexity == math.inf
+    assert math.isnan(LossResult(1.0, 1, 0, 0.1).bits_per_byte)

@@ -1,0 +1,112 @@
+"""Which weights a target stands for, what is measured once, and the report of a run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llmtrain.config import RunConfig
+from llmtrain.errors import RunFailed, UserError
+from llmtrain.evaluation.report import draw_losses, loss_curves, newest_rows
+from llmtrain.evaluation.results import Row, Settings, measure, stored_rows
+from llmtrain.evaluation.targets import Target, targets_of
+from llmtrain.files import RunFolder
+from llmtrain.training.run import pretrain
+
+
+@pytest.fixture
+def run(tiny: Callable[..., RunConfig], tmp_path: Path) -> RunFolder:
+    return pretrain(tiny(), tmp_path / "run", say=lambda line: None).run
+
+
+def measure_all(targets: list[Target], settings: Settings | None = None) -> tuple[list[Row], set[str]]:
+    """Rows, and the paths that were really computed."""
+    computed: set[str] = set()
+    rows = measure(targets, settings or Settings(), lambda target, done, total: computed.add(str(target.path)))
+    return rows, computed
+
+
+def test_a_run_stands_for_its_averages_and_the_matching_snapshots(run: RunFolder) -> None:
+    found = [(t.label, t.step) for t in targets_of(run.path, every_snapshot=False)]
+    assert found == [("raw", 4), ("ema-0.9", 4), ("raw", 8), ("ema-0.9", 8), ("raw", 12), ("ema-0.9", 12)]
+    assert len(targets_of(run.path, every_snapshot=True)) == 5 + 3
+
+
+def test_a_run_without_averages_stands_for_its_newest_snapshot(
+    tiny: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    run = pretrain(tiny(averages=[]), tmp_path / "run", say=lambda line: None).run
+    assert [t.step for t in targets_of(run.path, every_snapshot=False)] == [12]
+
+
+def test_a_folder_inside_a_run_brings_its_raw_weights(run: RunFolder) -> None:
+    found = [t.label for t in targets_of(run.average("ema-0.9", 8), every_snapshot=False)]
+    assert found == ["raw", "ema-0.9"]
+    assert [t.label for t in targets_of(run.snapshot(8), every_snapshot=False)] == ["raw"]
+
+
+def test_what_is_no_target(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
+    with pytest.raises(UserError, match="neither a run nor a folder of weights"):
+        targets_of(tmp_path, every_snapshot=False)
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(UserError, match="no snapshot yet"):
+        targets_of(tmp_path, every_snapshot=False)
+
+
+def test_losses_are_those_of_training_and_measured_once(run: RunFolder) -> None:
+    targets = targets_of(run.path, every_snapshot=False)
+    rows, computed = measure_all(targets)
+    logged = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    last = next(e for e in logged if e["step"] == 12 and "val/loss" in e)
+    by_label = {row.label: row for row in rows if row.step == 12}
+    assert by_label["raw"].loss == pytest.approx(last["val/loss"], rel=1e-6)
+    assert by_label["ema-0.9"].loss == pytest.approx(last["val/loss/ema-0.9"], rel=1e-6)
+    assert by_label["raw"].delta == 0.0
+    assert by_label["ema-0.9"].delta == by_label["ema-0.9"].loss - by_label["raw"].loss
+    assert len(computed) == len(targets)
+    again, computed_again = measure_all(targets)
+    assert again == rows
+    assert computed_again == set()
+
+
+def test_other_tokens_or_another_split_are_measured_anew(run: RunFolder) -> None:
+    targets = targets_of(run.snapshot(12), every_snapshot=False)
+    losses = {measure_all(targets, s)[0][0].loss for s in (Settings(), Settings(tokens=50), Settings(split="train"))}
+    assert len(losses) == 3
+    assert len(stored_rows(run)) == 3
+
+
+def test_a_folder_outside_a_run_needs_data(run: RunFolder, data_folder: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    run.snapshot(12).rename(moved)
+    targets = targets_of(moved, every_snapshot=False)
+    with pytest.raises(UserError, match="belongs to no run"):
+        measure_all(targets)
+    (row,), _ = measure_all(targets, Settings(data=data_folder))
+    assert (row.label, row.step, row.delta) == ("elsewhere", 12, None)
+
+
+def test_weights_that_are_not_finite_have_no_loss(run: RunFolder) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = run.snapshot(12) / "model.safetensors"
+    tensors = load_file(path)
+    tensors["transformer.ln_f.weight"][:] = float("nan")
+    save_file(tensors, path)
+    with pytest.raises(RunFailed, match="is nan"):
+        measure_all(targets_of(run.snapshot(12), every_snapshot=False))
+
+
+def test_the_report_holds_each_label_and_draws_a_png(run: RunFolder, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no evaluated weights"):
+        newest_rows(run)
+    measure_all(targets_of(run.path, every_snapshot=False))
+    assert [(row.label, row.step) for row in newest_rows(run)] == [("raw", 12), ("ema-0.9", 12)]
+    curves = loss_curves(run)
+    assert list(curves) == ["raw", "ema-0.9"]
+    assert [step for step, _ in curves["raw"]] == [4, 6, 8, 12]
+    draw_losses(curves, tmp_path / "report" / "loss.png", title="test")
+    assert (tmp_path / "report" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="no validation loss"):
+        draw_losses({}, tmp_path / "x.png", title="empty")
