@@ -39,7 +39,7 @@ def pretrain(
     per second, utilisation of the device's peak (MFU) and time left. Ctrl-C or SIGTERM ends the run
     after the step in hand with its state saved (exit code 130 or 143); the same command goes on.
     """
-    from llmtrain.config import load_config
+    from llmtrain.config_file import load_config
 
     resolved = load_config(config, settings or [])
     folder = run_dir or Path("runs") / resolved.name

@@ -7,7 +7,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtrain.config import RunConfig, dump_config, flatten, load_config
+from llmtrain.config import RunConfig, flatten
+from llmtrain.config_file import dump_config, load_config
 from llmtrain.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -45,16 +46,31 @@ def test_scientific_notation_is_a_number_and_the_name_is_the_files(tmp_path: Pat
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (GOOD.replace("lr: 6e-3", "learning_rate: 1"), "line 4: optimizer.learning_rate: there is no such key"),
-        (GOOD.replace("optimizer", "optimiser"), "line 3: optimiser: there is no such key; did you mean optimizer?"),
+        (
+            GOOD.replace("lr: 6e-3", "learning_rate: 1"),
+            "line 4: optimizer.learning_rate: there is no such key",
+        ),
+        (
+            GOOD.replace("optimizer", "optimiser"),
+            "line 3: optimiser: there is no such key; did you mean optimizer?",
+        ),
         (GOOD.replace("lr: 6e-3", "betas: [0.9]"), "line 4: optimizer.betas"),
-        (GOOD.replace("lr: 6e-3", "lr: fast"), "line 4: optimizer.lr: Input should be a valid number (got 'fast')"),
+        (
+            GOOD.replace("lr: 6e-3", "lr: fast"),
+            "line 4: optimizer.lr: Input should be a valid number (got 'fast')",
+        ),
         (GOOD.replace("lr: 6e-3", "lr: .nan"), "optimizer.lr"),
-        (GOOD.replace("warmup_steps", "warmup"), "schedule.warmup: there is no such key; did you mean warmup_steps?"),
+        (
+            GOOD.replace("warmup_steps", "warmup"),
+            "schedule.warmup: there is no such key; did you mean warmup_steps?",
+        ),
         (GOOD.replace("cosine", "cosin"), "schedule"),
         (GOOD.replace("min_lr: 6e-4", "min_lr: 1"), "min_lr is above the peak"),
         (GOOD.replace("warmup_steps: 10", "warmup_steps: 100"), "leaves nothing of the 100 steps"),
-        (GOOD.replace("micro_batch: 16", "micro_batch: 12"), "does not divide into train.micro_batch 12: 8 would"),
+        (
+            GOOD.replace("micro_batch: 16", "micro_batch: 12"),
+            "does not divide into train.micro_batch 12: 8 would",
+        ),
         (GOOD.replace("batch_sequences: 32", "batch_tokens: 1000"), "not a multiple of data.block_size 1024"),
         (GOOD.replace("batch_sequences: 32, ", ""), "set exactly one of batch_tokens and batch_sequences"),
         (GOOD.replace("data: {path: data/x}", ""), "data: this key is required"),
@@ -143,12 +159,18 @@ def test_any_text_is_a_config_or_an_error(tmp_path_factory: pytest.TempPathFacto
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-        lambda inner: st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from([*RunConfig.model_fields, "lr", "name", "path"]), inner, max_size=4),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from([*RunConfig.model_fields, "lr", "name", "path"]), inner, max_size=4
+            )
+        ),
         max_leaves=8,
     )
 )
-def test_any_yaml_value_is_a_config_or_an_error(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
+def test_any_yaml_value_is_a_config_or_an_error(
+    tmp_path_factory: pytest.TempPathFactory, value: object
+) -> None:
     path = tmp_path_factory.mktemp("config") / "any.yaml"
     path.write_text(yaml.safe_dump(value))
     try:

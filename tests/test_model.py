@@ -66,7 +66,8 @@ def test_gradients_equal_transformers(tmp_path: Path, bias: bool, scaled: bool) 
 
 
 @pytest.mark.parametrize(
-    ("layers", "heads", "width", "millions"), [(12, 12, 768, 124.44), (24, 16, 1024, 354.82), (36, 20, 1280, 774.03)]
+    ("layers", "heads", "width", "millions"),
+    [(12, 12, 768, 124.44), (24, 16, 1024, 354.82), (36, 20, 1280, 774.03)],
 )
 def test_published_parameter_counts(layers: int, heads: int, width: int, millions: float) -> None:
     config = ModelConfig(n_layer=layers, n_head=heads, n_embd=width, vocab_size=50257, bias=True)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from llmtrain.checkpoint import load_model
-from llmtrain.config import load_config
+from llmtrain.config_file import load_config
 from llmtrain.data.shards import TokenData, open_data
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import RunFailed, UserError

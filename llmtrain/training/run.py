@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from llmtrain.config import RunConfig, dump_config, flatten, load_config
+from llmtrain.config import RunConfig, flatten
+from llmtrain.config_file import dump_config, load_config
 from llmtrain.data.shards import TokenData, open_data
 from llmtrain.errors import UserError
 from llmtrain.files import RunFolder, exclusive, is_run, remove_leftovers, write_atomically

@@ -15,7 +15,10 @@ def test_the_papers_rule_leaves_out_embeddings() -> None:
     linear = decayed_parameters(model(), "linear")
     assert "transformer.h.0.attn.c_attn.weight" in linear
     assert len(linear) == 2 * 4
-    assert decayed_parameters(model(), "matrices") == linear | {"transformer.wte.weight", "transformer.wpe.weight"}
+    assert decayed_parameters(model(), "matrices") == linear | {
+        "transformer.wte.weight",
+        "transformer.wpe.weight",
+    }
 
 
 def test_decay_acts_on_those_weights_only() -> None:
@@ -33,6 +36,8 @@ def test_decay_acts_on_those_weights_only() -> None:
 
 def test_every_parameter_is_in_one_group() -> None:
     trained = model()
-    grouped = [p for group in build_optimizer(trained, OptimizerConfig()).param_groups for p in group["params"]]
+    grouped = [
+        p for group in build_optimizer(trained, OptimizerConfig()).param_groups for p in group["params"]
+    ]
     assert {id(p) for p in grouped} == {id(p) for p in trained.parameters()}
     assert len(grouped) == len(list(trained.parameters()))

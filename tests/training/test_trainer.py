@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from llmtrain.checkpoint import load_model, load_weights
-from llmtrain.config import RunConfig, load_config
+from llmtrain.config import RunConfig
+from llmtrain.config_file import load_config
 from llmtrain.data.sampler import Sampler, batch
 from llmtrain.data.shards import open_data
 from llmtrain.errors import RunFailed, UserError
@@ -49,7 +50,7 @@ def assert_same_run(one: RunFolder, two: RunFolder) -> None:
 
 
 def test_training_equals_a_plain_loop(tiny: Build, tmp_path: Path) -> None:
-    """transformers' loss gradients are tested with the model; here: accumulation, clipping, schedule, AdamW."""
+    """Accumulation, clipping, schedule and AdamW; the model's own gradients have their own test."""
     config = tiny()
     run = quiet(config, tmp_path / "run")
     data = open_data(Path(config.data.path))
@@ -164,7 +165,8 @@ def test_snapshots_load_in_transformers(tiny: Build, tmp_path: Path) -> None:
     for folder in (run.snapshot(12), run.average("ema-0.9", 12)):
         theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
         with torch.no_grad():
-            torch.testing.assert_close(theirs(tokens).logits, load_model(folder).logits(tokens), atol=1e-4, rtol=0)
+            expected = theirs(tokens).logits
+            torch.testing.assert_close(load_model(folder).logits(tokens), expected, atol=1e-4, rtol=0)
 
 
 def test_a_finished_run_says_so_and_a_longer_one_goes_on(tiny: Build, tmp_path: Path) -> None:
@@ -212,7 +214,8 @@ def test_a_damaged_state_is_refused(tiny: Build, tmp_path: Path) -> None:
 
 def test_a_non_finite_loss_stops_before_the_weights(tiny: Build, tmp_path: Path) -> None:
     """A learning rate that overflows float32 after some steps; the states before it stay whole."""
-    config = tiny(optimizer={"lr": 1e30, "grad_clip": 0.0}, checkpoint={"snapshot_every": 1, "state_every": 1})
+    every_step = {"snapshot_every": 1, "state_every": 1}
+    config = tiny(optimizer={"lr": 1e30, "grad_clip": 0.0}, checkpoint=every_step)
     with pytest.raises(RunFailed, match=r"step \d+ was not taken: its loss is") as caught:
         quiet(config, tmp_path / "run")
     assert "lower optimizer.lr" in caught.value.hint

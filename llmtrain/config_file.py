@@ -1,0 +1,187 @@
+"""A configuration read from its file: defaults, then the YAML, then each `--set a.b=c`, in that order.
+
+Why apart from `config.py`: what is right is one idea, and what a person is told when it is wrong
+another. A mistake names the file, the line, the key and the nearest right name; all are told at once.
+
+    config = load_config(Path("configs/demo.yaml"), overrides=["optimizer.lr=6e-3"])
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from llmtrain.config import EmaConfig, RunConfig, ScheduleConfig
+from llmtrain.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML 1.1 in which `6e-4` is a number and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = str(self.construct_object(key_node, deep=True))
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str, source: str) -> tuple[Any, yaml.Node | None]:
+    """The value of a YAML text and its node tree (for line numbers).
+
+    Raises:
+        UserError: not YAML, an object tag, a repeated key; with the line.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return (loader.construct_document(node) if node is not None else None), node
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{source}, line {mark.line + 1}" if mark else source
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(
+            f"{place}: not valid YAML: {problem}",
+            hint="check indentation, quotes and brackets around that line",
+        ) from None
+
+
+def load_config(file: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML configuration and apply `section.key=value` overrides.
+
+    Raises:
+        UserError: the file cannot be read, or a key, a type or a combination is wrong.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(
+            f"cannot read the config {file}: {reason}",
+            hint="shipped ones lie in configs/, such as configs/demo.yaml",
+        ) from None
+    values, node = parse_yaml(text, str(file))
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds no keys", hint="it should look like configs/demo.yaml")
+    for override in overrides or []:
+        _apply(values, override)
+    values.setdefault("name", file.stem)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(
+            "\n".join(_describe(dict(e), values, file, node, overrides or []) for e in error.errors()),
+            hint="every key is explained in configs/demo.yaml",
+        ) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip("."):
+        raise UserError(
+            f"--set {override!r} is not section.key=value", hint="for example --set optimizer.lr=6e-3"
+        )
+    value, _ = parse_yaml(text, f"--set {path}")
+    *parents, last = path.strip().split(".")
+    place: Any = values
+    for part in parents:
+        if isinstance(place, list) and part.isdecimal() and int(part) < len(place):
+            place = place[int(part)]
+        elif isinstance(place, dict):
+            place = place.setdefault(part, {})
+        else:
+            place = None
+    if isinstance(place, list) and last.isdecimal() and int(last) < len(place):
+        place[int(last)] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        raise UserError(
+            f"--set {path}: there is no such place in the config", hint="see `llmtrain pretrain --help`"
+        )
+
+
+def _describe(
+    error: dict[str, Any], values: dict[str, Any], file: Path, node: yaml.Node | None, overrides: list[str]
+) -> str:
+    """One pydantic error as `file, line n: key: what is wrong`."""
+    location = _location(error, values)
+    key = ".".join(location)
+    if any(override.partition("=")[0].strip() == key for override in overrides):
+        place = "--set"
+    else:
+        line = _line_of(node, location)
+        place = f"{file}, line {line}" if line else str(file)
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        message = "there is no such key" + _nearest(location)
+    elif error["type"] == "missing":
+        message = "this key is required"
+    elif error["type"] != "value_error":
+        message = f"{message} (got {error['input']!r})"
+    return f"{place}: {key}: {message}" if key else f"{place}: {message}"
+
+
+def _location(error: dict[str, Any], values: dict[str, Any]) -> list[str]:
+    """Where in the file the error is: pydantic's path without the names of union members in it."""
+    location: list[str] = []
+    place: Any = values
+    for part in error["loc"]:
+        inside_list = isinstance(place, list) and isinstance(part, int) and part < len(place)
+        if inside_list or (isinstance(place, dict) and part in place):
+            location.append(str(part))
+            place = place[part]
+    if error["type"] == "missing":
+        location.append(str(error["loc"][-1]))
+    return location
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    """Names of the section in which the last part of `location` stands."""
+    fields: dict[str, Any] = dict(RunConfig.model_fields)
+    for part in location[:-1]:
+        if part == "schedule":
+            members = get_args(get_args(ScheduleConfig)[0])
+            fields = {name: info for member in members for name, info in member.model_fields.items()}
+        elif part == "averages":
+            fields = dict(EmaConfig.model_fields)
+        elif part in fields and isinstance(fields[part].annotation, type):
+            fields = dict(fields[part].annotation.model_fields)
+    return list(fields)
+
+
+def _nearest(location: list[str]) -> str:
+    matches = difflib.get_close_matches(location[-1], _known_keys(location), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches and matches[0] != location[-1] else ""
+
+
+def _line_of(node: yaml.Node | None, location: list[str]) -> int | None:
+    """Line (from 1) of the deepest part of `location` that the file holds."""
+    line = None
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = next(((k, v) for k, v in node.value if k.value == part), None)
+            if found is None:
+                break
+            line, node = found[0].start_mark.line + 1, found[1]
+        elif isinstance(node, yaml.SequenceNode) and part.isdecimal() and int(part) < len(node.value):
+            node = node.value[int(part)]
+            line = node.start_mark.line + 1
+    return line
