@@ -89,8 +89,9 @@ def open_hub(
         files = tuple((path, sizes.get(path, 0)) for path in paths)
         found = HubDataset(name, config, revision, files, urls)
         first = next(found.stream(cache), None)
-    if first is not None:
-        text_of(first, field, f"the dataset {name}")
+    if first is None:
+        raise UserError(f"the dataset {name} holds no documents", hint="name a dataset with text in it")
+    text_of(first, field, f"the dataset {name}")
     return found
 
 
@@ -134,6 +135,12 @@ def _hub_errors(name: str) -> Iterator[None]:
     except ValueError as error:
         raise UserError(
             f"the dataset {name}: {error}", hint="hub:NAME:CONFIG names a configuration"
+        ) from error
+    except RuntimeError as error:
+        # What `datasets` raises for a repository that is a loading script.
+        raise UserError(
+            f"the dataset {name} cannot be loaded: {error}",
+            hint="download its data files and name them: llmtrain prepare FILE_OR_FOLDER",
         ) from error
     except Exception as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error

@@ -234,7 +234,7 @@ def _existing(out: Path, plan: Plan) -> Manifest | None:
     manifest = read_manifest(out)
     differences = _differences(plan.model_dump(), manifest.plan.model_dump())
     if differences:
-        raise UserError(f"{out} holds other data: {'; '.join(differences)}", hint=elsewhere)
+        raise UserError(f"{out} holds other data: {'; '.join(differences[:3])}", hint=elsewhere)
     open_data(out)
     return manifest
 
@@ -257,10 +257,7 @@ def _load(opened: Source, source: str, on_note: Callable[[str], None]) -> Docume
         on_note(f"skipping {len(opened.skipped)} file(s) of other kinds, such as {opened.skipped[0]}")
     size = sum(file.bytes for file in opened.record.files)
     on_note(f"reading {source}: {len(opened.record.files):,} file(s), {size / 1e6:,.1f} MB")
-    documents = opened.load()
-    if not len(documents):
-        raise UserError(f"{source} holds no documents", hint="name a source with text in it")
-    return documents
+    return opened.load()
 
 
 def _cores() -> int:

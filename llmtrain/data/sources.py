@@ -86,7 +86,8 @@ def open_source(source: str, text_field: str, limit: int | None, cache: Path) ->
     Raises:
         UserError: there is no such source, or it cannot be read.
     """
-    if source == OPENWEBTEXT:
+    # The hub's OpenWebText declares a loading script, which nothing runs any more: its files are named.
+    if source in (OPENWEBTEXT, f"hub:{OPENWEBTEXT_HUB}"):
         hub = open_hub(OPENWEBTEXT_HUB, None, text_field, cache, parquet=_OPENWEBTEXT_PARQUET)
         return _hub_source(hub, text_field, limit, cache)
     if source.startswith("hub:"):
@@ -191,5 +192,10 @@ def _written(read: Callable[..., Iterator[str]], arguments: dict[str, object], c
 
 
 def _rows(read: Callable[..., Iterator[str]], arguments: dict[str, object]) -> Iterator[dict[str, str]]:
+    empty = True
     for text in read(**arguments):
         yield {"text": text}
+        empty = False
+    # `datasets` cannot read back a file of no rows.
+    if empty:
+        raise UserError("the source holds no documents", hint="name a source with text in it")

@@ -1,0 +1,52 @@
+"""`llmtrain verify`: is every byte on disk as it was written?
+
+llmtrain verify data/openwebtext runs/demo
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from .common import console, print_json
+
+
+def verify(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Data folders, weights, runs, or any folder that holds some."),
+    ],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
+    ] = False,
+) -> None:
+    """Hash every file of every committed folder below PATH and compare with what was recorded.
+
+    Prints each folder with its files, bytes and problems. Exit code 1 when anything differs.
+    """
+    from dataclasses import asdict
+
+    from llmtrain.data.verify import verify_below
+    from llmtrain.errors import RunFailed
+
+    checks = [check for path in paths for check in verify_below(path)]
+    if as_json:
+        print_json([{**asdict(check), "folder": str(check.folder)} for check in checks])
+    else:
+        for check in checks:
+            verdict = "[red]damaged[/]" if check.problems else "ok"
+            console.print(
+                f"{verdict}  {escape(str(check.folder))}: {check.files:,} files, {check.bytes:,} bytes"
+            )
+            for problem in check.problems:
+                console.print(f"  [red]{escape(problem)}[/]")
+    damaged = sum(bool(check.problems) for check in checks)
+    if damaged:
+        raise RunFailed(
+            f"{damaged} of {len(checks)} folder(s) differ from what was written",
+            hint="restore them from a copy, or delete them and make them again",
+        )
+    if not as_json:
+        total = sum(check.bytes for check in checks)
+        console.print(f"{len(checks):,} folder(s), {total:,} bytes: all as written")

