@@ -99,7 +99,7 @@ def prepare(
     _quiet_unless_terminal()
     started = time.monotonic()
     try:
-        with progress_line("tokenizing") as line:
+        with progress_line("documents") as line:
             manifest = run(
                 source,
                 folder,
@@ -136,11 +136,14 @@ class _Rate:
 
     def show(self, progress: "Progress") -> None:
         now = time.monotonic()
+        if progress.total_documents is None:
+            self._line.update(progress.documents, None, "read")
+            return
         if not self._started:
             self._started, self._bytes_before = now, progress.text_bytes
         elapsed = max(now - self._started, 1e-9)
         rate = (progress.text_bytes - self._bytes_before) / elapsed
-        detail = f"documents, {progress.tokens:,} tokens, {rate / 1e6:.1f} MB/s"
+        detail = f"{progress.tokens / 1e6:,.1f}M tokens, {rate / 1e6:.1f} MB/s"
         # On a terminal the bar has a column for the time left.
         if progress.documents and not notes.is_terminal:
             detail += f", {elapsed * (progress.total_documents / progress.documents - 1):,.0f} s left"

@@ -37,12 +37,16 @@ class HubDataset:
     urls: tuple[str, ...] | None
     """The parquet files to read; None lets the repository's own description decide."""
 
-    def load(self, cache: Path) -> datasets.Dataset:
-        """All documents (and other columns), downloaded into the hub's cache, as Arrow under `cache`."""
+    def load(self, cache: Path) -> tuple[tuple[Path, ...], int]:
+        """Arrow files under `cache` with all documents (and other columns), and the number of documents.
+
+        What is downloaded stays in the hub's own cache.
+        """
         with _hub_errors(self.name):
             builder = self._builder(cache)
             builder.download_and_prepare()
-            return builder.as_dataset(split=_SPLIT)
+            arrow = sorted(Path(builder.cache_dir).glob(f"{builder.dataset_name}-{_SPLIT}*.arrow"))
+            return tuple(arrow), int(builder.info.splits[_SPLIT].num_examples)
 
     def stream(self, cache: Path) -> Iterator[dict[str, Any]]:
         """The documents in order, reading only as much of the repository as is asked for."""

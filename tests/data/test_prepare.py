@@ -117,6 +117,7 @@ def test_progress(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "PIECE_BYTES", 2000)
     seen: list[Progress] = []
     manifest = prepare(str(source), tmp_path / "out", tokenizer="byte", on_progress=seen.append)
+    assert seen.pop(0) == Progress(500, None, 0, 0)
     assert len(seen) > 5
     assert all(a.text_bytes < b.text_bytes for a, b in itertools.pairwise(seen))
     total = manifest.train.tokens + manifest.val.tokens
@@ -328,3 +329,24 @@ def test_webmix_has_the_published_number_of_tokens(tmp_path: Path) -> None:
     assert manifest.val.tokens == 0
     assert data_problems(tmp_path / "out") == []
     assert (tmp_path / "out" / "train-00000.bin").stat().st_size == 1024 + 2 * 28_699_060
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    peaks = []
+    code = f"{PREPARE} import resource; prepare(sys.argv[1], Path(sys.argv[2]), tokenizer='byte'); "
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    for megabytes in (20, 200):
+        path = tmp_path / f"{megabytes}.jsonl"
+        with path.open("w") as file:
+            for i in range(megabytes * 100):
+                file.write(json.dumps({"text": f"{i} " + "text " * 2000}) + "\n")
+        result = subprocess.run(
+            [sys.executable, "-c", code, str(path), str(tmp_path / f"out-{megabytes}")],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peaks.append(int(result.stdout) / 1024)
+    assert peaks[1] < peaks[0] + 40  # MiB; the corpus is 180 MB larger

@@ -1,0 +1,136 @@
+"""`llmtrain prepare` and `llmtrain verify` as a user runs them. Needs the package to be installed."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+
+from llmtrain.cli.prepare import parse_count
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "web.jsonl"
+    path.write_text("".join(json.dumps({"text": f"Document {i}. " * 20}) + "\n" for i in range(200)))
+    return path
+
+
+def test_prepare_and_verify(llmtrain: Command, source: Path, tmp_path: Path) -> None:
+    result = llmtrain("prepare", "web.jsonl", "--tokenizer", "byte", "--val-fraction", "0.1", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "180" in result.stdout and "byte tokens in data/web" in result.stdout
+    assert "reading web.jsonl: 1 file(s)" in result.stderr
+    assert "Generating" not in result.stderr
+
+    again = llmtrain(
+        "prepare", "web.jsonl", "--tokenizer", "byte", "--val-fraction", "0.1", "--json", cwd=tmp_path
+    )
+    assert "nothing to do" in again.stderr
+    assert json.loads(again.stdout) == json.loads((tmp_path / "data/web/manifest.json").read_text())
+
+    verified = llmtrain("verify", "data", cwd=tmp_path)
+    assert verified.returncode == 0
+    assert "1 folder(s)" in verified.stdout and "all as written" in verified.stdout
+
+    shard = tmp_path / "data/web/train-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    damaged = llmtrain("verify", "data/web", cwd=tmp_path)
+    assert damaged.returncode == 1
+    assert "train-00000.bin has another SHA-256" in damaged.stdout
+    assert "error: 1 of 1 folder(s) differ" in damaged.stderr and "hint: " in damaged.stderr
+    listed = json.loads(llmtrain("verify", "--json", "data/web", cwd=tmp_path).stdout)
+    assert listed[0]["folder"] == "data/web" and len(listed[0]["problems"]) == 1
+
+
+def test_an_empty_val_split_is_said(llmtrain: Command, source: Path, tmp_path: Path) -> None:
+    result = llmtrain("prepare", "web.jsonl", "--val-fraction", "0", "--shard-tokens", "1k", cwd=tmp_path)
+    assert "The val split is empty" in result.stdout
+    assert len(list((tmp_path / "data/web").glob("train-*.bin"))) > 5
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("absent.txt",),
+        ("web.jsonl", "--val-fraction", "1"),
+        ("web.jsonl", "--shard-tokens", "many"),
+        ("web.jsonl", "--tokenizer", "llama"),
+        ("openwebtext",),
+        ("hub:",),
+    ],
+)
+def test_mistakes_exit_with_2(
+    llmtrain: Command, source: Path, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    result = llmtrain("prepare", *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "rror" in result.stderr and "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert not list(tmp_path.glob("data/*"))
+
+
+def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "big.txt").write_text("It was the best of times. " * 1_500_000)
+    # In the background of a shell without job control the signal would be ignored.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from llmtrain.cli.main import main; main()"
+    command = [sys.executable, "-c", code, "prepare", "big.txt", "--val-fraction", "0"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("data/.tmp-big/.tmp-train*")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted: data/big was not written" in errors
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("100M", 100_000_000),
+        ("1_000", 1000),
+        ("2.5e6", 2_500_000),
+        ("10k", 10_000),
+        ("1.5b", 1_500_000_000),
+        ("7", 7),
+    ],
+)
+def test_counts(text: str, number: int) -> None:
+    assert parse_count(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "M", "x", "1.5", "1e999", "nan", "1.0001k"])
+def test_no_counts(text: str) -> None:
+    with pytest.raises(typer.BadParameter):
+        parse_count(text)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from llmtrain.cli import prepare, verify; "
+        "print({'torch', 'numpy', 'datasets', 'tiktoken', 'pyarrow', 'pydantic'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"
+
+
+def test_defaults_are_those_of_the_library() -> None:
+    from inspect import signature
+
+    from llmtrain.cli import prepare as command
+    from llmtrain.data import prepare as library
+
+    options = signature(command.prepare).parameters
+    for name, parameter in signature(library.prepare).parameters.items():
+        if name in options and name != "out" and parameter.default is not parameter.empty:
+            assert options[name].default == parameter.default, name
