@@ -1,75 +1,351 @@
-"""`llmtrain average`: turn checkpoints of one run into a better model.
+"""`llmtrain average`: turn checkpoints of one run, or of a public series, into a better model.
 
 llmtrain average --every 1000
 """
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from llmtrain.averaging.average import Average, Plan
+
+
+class Method(StrEnum):
+    """What is averaged; each is explained, with its source, in llmtrain/averaging/coefficients.py."""
+
+    lawa = "lawa"
+    swa = "swa"
+    ema = "ema"
+    linear = "linear"
+    decay = "decay"
+    custom = "custom"
+    posthoc = "posthoc-ema"
+    dense = "dense"
+
+
+class DecayShape(StrEnum):
+    """Shape of the learning-rate decay that a merge stands for."""
+
+    linear = "linear"
+    cosine = "cosine"
+    one_minus_sqrt = "1-sqrt"
+    inverse_sqrt = "inverse-sqrt"
+
+
+class Integers(StrEnum):
+    """What is done with tensors that have no mean."""
+
+    equal = "equal"
+    last = "last"
+
+
+class Dtype(StrEnum):
+    """Dtype of the written weights."""
+
+    float64 = "float64"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+_METHODS = "Methods"
+_OUTPUT = "Output"
+_HUB = "Series on the hub"
+_PROOF = "Checks of the inputs"
+_SEARCH = "Search"
+
 
 def average(
-    run: Annotated[
-        Path | None,
-        typer.Argument(help="Folder of a run. Default: the newest one under runs/.", show_default=False),
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            help="Folder of a run, folder of checkpoints, or OWNER/NAME on the hub. "
+            "Default: the newest run under runs/.",
+            show_default=False,
+        ),
     ] = None,
     every: Annotated[
-        int | None,
-        typer.Option(help="Training steps between two checkpoints of a window.", min=1, show_default=False),
+        int | None, typer.Option(help="Training steps between two checkpoints.", min=1, show_default=False)
     ] = None,
-    window: Annotated[int, typer.Option(help="Checkpoints in a window.", min=1)] = 5,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Checkpoints in a window.  [default: 5; ema: all]", min=1, show_default=False),
+    ] = None,
     at: Annotated[
-        str, typer.Option(help="Step at which a window ends: last (the newest complete one), all, or a step.")
-    ] = "last",
+        str | None,
+        typer.Option(
+            help="Step the average stands for: last (the newest possible), all, or a step.  [default: last]",
+            show_default=False,
+        ),
+    ] = None,
     disjoint: Annotated[
         bool, typer.Option("--disjoint", help="Windows that share no checkpoint, as in the paper's script.")
     ] = False,
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="lawa: mean of a window. swa: mean of all --from a step on. ema: exponential. "
+            "linear: weights 1…k. decay: equals a learning-rate decay over the window. custom: --weights. "
+            "posthoc-ema: any power-function EMA, from two that the run stored. "
+            "dense: mean over every step between --from and --to, from two running means that the run stored.",
+            rich_help_panel=_METHODS,
+        ),
+    ] = Method.lawa,
+    start: Annotated[
+        int | None,
+        typer.Option(
+            "--from",
+            help="First step that may be used (swa, ema); dense: after it.",
+            min=1,
+            rich_help_panel=_METHODS,
+            show_default=False,
+        ),
+    ] = None,
+    to: Annotated[
+        int | None,
+        typer.Option(help="Last step (dense).", min=1, rich_help_panel=_METHODS, show_default=False),
+    ] = None,
+    decay: Annotated[
+        float | None,
+        typer.Option(help="Per checkpoint, in [0, 1) (ema).", rich_help_panel=_METHODS, show_default=False),
+    ] = None,
+    half_life: Annotated[
+        float | None,
+        typer.Option(
+            help="In training steps, instead of --decay (ema).", rich_help_panel=_METHODS, show_default=False
+        ),
+    ] = None,
+    like_online: Annotated[
+        bool,
+        typer.Option(
+            "--like-online",
+            help="The trainer's arithmetic and warm-up, to the bit (ema).",
+            rich_help_panel=_METHODS,
+        ),
+    ] = False,
+    shape: Annotated[
+        DecayShape | None,
+        typer.Option(
+            help="Of the decay (decay).  [default: 1-sqrt]", rich_help_panel=_METHODS, show_default=False
+        ),
+    ] = None,
+    sigma_rel: Annotated[
+        float | None,
+        typer.Option(
+            help="Width as a share of training, up to 0.2886 (posthoc-ema).",
+            rich_help_panel=_METHODS,
+            show_default=False,
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON: {"1000": 0.25, "2000": 0.75}, or a list for a window (custom).',
+            rich_help_panel=_METHODS,
+            show_default=False,
+        ),
+    ] = None,
+    blend: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the newest checkpoint mixed into the average, 0 to 1.",
+            rich_help_panel=_METHODS,
+            show_default=False,
+        ),
+    ] = None,
+    show_weights: Annotated[
+        bool,
+        typer.Option(
+            "--show-weights", help="Print the weights and average nothing.", rich_help_panel=_METHODS
+        ),
+    ] = False,
     label: Annotated[
         str | None,
-        typer.Option(help="Name of the average. Default: such as lawa-5x1000.", show_default=False),
+        typer.Option(
+            help="Name of the average.  [default: such as lawa-5x1000]",
+            rich_help_panel=_OUTPUT,
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder to write. Default: averages/LABEL/step-STEP in the run.", show_default=False
+            help="Folder to write.  [default: averages/LABEL/step-STEP in the run, or here]",
+            rich_help_panel=_OUTPUT,
+            show_default=False,
         ),
     ] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            help="Of the written weights.  [default: the inputs']",
+            rich_help_panel=_OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Such as 5GB.  [default: sharded as the newest input]",
+            rich_help_panel=_OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
+    integers: Annotated[
+        Integers,
+        typer.Option(
+            help="Tensors of integers must be equal in all inputs, or are the last's.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = Integers.equal,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_OUTPUT)
+    ] = False,
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Hash the run's own snapshots again instead of trusting the record."),
+        typer.Option(
+            "--verify",
+            help="Hash a run's own snapshots again, not only compare their sizes with the record.",
+            rich_help_panel=_PROOF,
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="A checkpoint off the trajectory is an error.", rich_help_panel=_PROOF),
+    ] = False,
+    allow_duplicates: Annotated[
+        bool,
+        typer.Option(
+            "--allow-duplicates", help="Accept the same content at two steps.", rich_help_panel=_PROOF
+        ),
+    ] = False,
+    allow_known_bad: Annotated[
+        bool,
+        typer.Option(
+            "--allow-known-bad", help="Accept public revisions known to be wrong.", rich_help_panel=_PROOF
+        ),
+    ] = False,
+    revision_pattern: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of a revision, {N} for the step, * for anything.  [default: step{N}]",
+            rich_help_panel=_HUB,
+            show_default=False,
+        ),
+    ] = None,
+    discard_inputs: Annotated[
+        bool,
+        typer.Option(
+            "--discard-inputs",
+            help="Delete each download once it is summed: the disk holds one.",
+            rich_help_panel=_HUB,
+        ),
+    ] = False,
 ) -> None:
     """Average checkpoints of one run (LAWA: the mean of the last --window, --every steps apart).
 
     Training is never touched. Checkpoints from warm-up are never used, windows are always complete.
     """
-    from llmtrain.averaging.average import average as make
-    from llmtrain.averaging.plan import lawa_plans
-    from llmtrain.averaging.series import run_series
-    from llmtrain.files import RunFolder, newest_run
+    from llmtrain.averaging.average import Settings
+    from llmtrain.averaging.output import DTYPES, bytes_of
+    from llmtrain.averaging.plan import Request, make_plans
+    from llmtrain.averaging.sources import find_series
 
-    from .common import console, notes, print_json, progress_line
+    from .common import print_json
 
-    folder = RunFolder(run) if run is not None else newest_run()
-    series = run_series(folder)
-    plans = lawa_plans(
-        series, folder, every=every, window=window, at=at, disjoint=disjoint, label=label, out=out
+    series = find_series(source, revision_pattern=revision_pattern, discard=discard_inputs)
+    request = Request(
+        method=method.value,
+        every=every,
+        window=window,
+        at=at,
+        disjoint=disjoint or None,
+        start=start,
+        to=to,
+        shape=shape.value if shape else None,
+        decay=decay,
+        half_life=half_life,
+        like_online=like_online or None,
+        sigma_rel=sigma_rel,
+        weights=weights,
+        blend=blend,
+        label=label,
+        out=out,
     )
-    with progress_line("averaging") as line:
-        results = make(series, plans, verify=verify, progress=line.update)
+    plans = make_plans(series, request)
+    if show_weights:
+        _show_weights(plans, as_json)
+        return
+    settings = Settings(
+        dtype=DTYPES[dtype.value] if dtype else None,
+        max_shard=bytes_of(max_shard_size) if max_shard_size else None,
+        integers=integers.value,
+        verify=verify,
+        strict=strict,
+        allow_duplicates=allow_duplicates,
+        allow_known_bad=allow_known_bad,
+        discard_inputs=discard_inputs,
+    )
+    results = _run(series, plans, settings)
     if as_json:
         print_json([result.as_json() for result in results])
-        return
+    else:
+        _print_table(results)
+
+
+def _run(series: Any, plans: "list[Plan]", settings: Any) -> "list[Average]":
+    """Average with a progress line."""
+    from llmtrain.averaging.average import average as make
+
+    from .common import progress_line, warn
+
+    with progress_line("averaging") as line:
+        return make(series, plans, settings, progress=line.update, warn=warn)
+
+
+def _print_table(results: "list[Average]") -> None:
     from rich.table import Table
+
+    from .common import console, notes
 
     table = Table("step", "label", "inputs", "written to", box=None, header_style="bold")
     for result in results:
-        inputs = " ".join(str(step) for step in result.plan.window)
+        steps = [str(source.step) for source in result.plan.inputs]
+        inputs = " ".join(steps if len(steps) <= 8 else [*steps[:3], "…", *steps[-3:], f"({len(steps)})"])
         table.add_row(str(result.plan.step), result.plan.label, inputs, str(result.plan.target))
     console.print(table)
     if kept := sum(result.kept for result in results):
         notes.print(
             f"{kept} of {len(results)} existed already, of the same checkpoints and weights, and were kept"
         )
+
+
+def _show_weights(plans: "list[Plan]", as_json: bool) -> None:
+    """The coefficients of each planned average, and nothing read or written."""
+    from rich.table import Table
+
+    from .common import console, print_json
+
+    if as_json:
+        print_json(
+            [
+                {
+                    "label": plan.label,
+                    "step": plan.step,
+                    "inputs": [source.step for source in plan.inputs],
+                    "weights": list(plan.weights),
+                }
+                for plan in plans
+            ]
+        )
+        return
+    for plan in plans:
+        table = Table(
+            "checkpoint", "weight", box=None, header_style="bold", title=f"{plan.label}, step {plan.step}"
+        )
+        for source, weight in zip(plan.inputs, plan.weights, strict=True):
+            table.add_row(source.location, f"{weight:.10g}")
+        console.print(table)

@@ -1,30 +1,32 @@
-"""Averages of a series, from the plan to the committed folders.
+"""Averages of a series, from the plans to the committed folders.
 
-Why: one place decides what is read, what is kept because it exists already, and what a folder says
-about its inputs; the numbers are `coefficients.py`, the bytes `merge.py`.
+Why: one place decides what is read, what is kept because it exists already, which proofs the inputs
+must pass, and what a folder says about them; the numbers are `coefficients.py`, the bytes `merge.py`.
 
-    average(series, [Plan("lawa", "lawa-5x1000", window, uniform(5), target, {"every": 1000})])
+    average(series, make_plans(series, Request(method="lawa", every=1000)))
 """
 
-import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmtrain import __version__
-from llmtrain.averaging.merge import Mixture, merge
-from llmtrain.averaging.output import WeightsWriter, carry_over
-from llmtrain.averaging.series import Checkpoint, Series, check_alike
-from llmtrain.averaging.windows import Window
+from llmtrain.averaging import audit
+from llmtrain.averaging.checkpoints import Checkpoint
+from llmtrain.averaging.header import FLOATS
+from llmtrain.averaging.merge import Integers, Mixture, Norms, merge
+from llmtrain.averaging.output import WeightsWriter, carry_over, output_layout
+from llmtrain.averaging.provenance import Hashes, input_hashes, provenance, require_same
+from llmtrain.averaging.series import Input, Series, check_alike
 from llmtrain.errors import UserError
-from llmtrain.files import sha256_of, staged_folder
-from llmtrain.weights_folder import PROVENANCE_FILE, WEIGHTS_FILE, read_json, write_json
+from llmtrain.files import staged_folder
+from llmtrain.weights_folder import PROVENANCE_FILE, write_json
 
 AT_A_TIME = 64
 """Averages computed in one pass: a kill loses at most these, and two passes share k - 1 inputs."""
+
+_WEIGHTS = (".safetensors", ".bin", ".pt")
 
 
 @dataclass(frozen=True)
@@ -33,18 +35,42 @@ class Plan:
 
     method: str
     label: str
-    window: Window
-    weights: Sequence[float]
-    """One for each step of the window."""
+    inputs: tuple[Input, ...]
+    """Oldest first; the average stands for the step of the last."""
+    weights: tuple[float, ...]
+    """One for each input."""
     target: Path
-    """The folder to be written; its name says which step it stands for."""
+    """The folder to be written."""
     options: dict[str, Any] = field(default_factory=dict)
     """The method's parameters, for the provenance."""
+    decays: tuple[float, ...] | None = None
+    """See `Mixture.decays`."""
+    audited: bool = True
+    """The inputs are checkpoints of a trajectory, and must look like one."""
 
     @property
     def step(self) -> int:
-        """The step the average stands for: its newest input's."""
-        return self.window[-1]
+        """The step the average stands for."""
+        return self.inputs[-1].step
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How averages are made, whichever they are."""
+
+    dtype: str | None = None
+    """Of the float tensors written (`F32` …); default: that of the inputs."""
+    max_shard: int | None = None
+    """Bytes in a shard; default: the newest input's shards."""
+    integers: Integers = "equal"
+    verify: bool = False
+    """Compute hashes that were recorded when the files were committed anew."""
+    strict: bool = False
+    """An outlier is an error."""
+    allow_duplicates: bool = False
+    allow_known_bad: bool = False
+    discard_inputs: bool = False
+    """Delete each input once it is summed; for series on the hub."""
 
 
 @dataclass(frozen=True)
@@ -61,141 +87,158 @@ class Average:
             "label": self.plan.label,
             "step": self.plan.step,
             "path": str(self.plan.target),
-            "inputs": list(self.plan.window),
+            "inputs": [source.step for source in self.plan.inputs],
             "weights": list(self.plan.weights),
         }
+
+
+Progress = Callable[[int, int], None]
 
 
 def average(
     series: Series,
     plans: Sequence[Plan],
+    settings: Settings | None = None,
     *,
-    verify: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> list[Average]:
     """Make every planned average, reading each checkpoint once for up to `AT_A_TIME` of them.
 
     Args:
-        series: where the checkpoints are.
+        series: where the inputs come from.
         plans: ascending by step.
-        verify: hash files whose SHA-256 was recorded when they were committed as well.
+        settings: how; default: `Settings()`.
         progress: called with pieces done and in all, anew for each pass.
+        warn: called with what the user should know.
 
     Raises:
-        UserError: an input is missing, damaged or unlike the others, or a target holds something else.
+        UserError: an input is missing, damaged, unlike the others or not what it claims, or a
+            target holds something else.
         RunFailed: the disk is full.
     """
-    steps = sorted({step for plan in plans for step in plan.window})
-    checkpoints = {step: series.load(step) for step in steps}
+    settings = settings or Settings()
+    if settings.discard_inputs:
+        from llmtrain.averaging.fold import fold  # which needs this module
+
+        return [fold(series, plan, settings, progress) for plan in plans]
+    inputs = unique_inputs(plans)
+    check_claims(series, inputs, settings, audited=all(plan.audited for plan in plans))
+    checkpoints = {source: source.open() for source in inputs}
     check_alike(list(checkpoints.values()))
-    hashes = dict(zip(steps, _hashes(list(checkpoints.values()), verify), strict=True))
-    results: dict[Path, Average] = {}
+    hashes = input_hashes(checkpoints, compute=settings.verify or not series.trusted)
+    if not settings.allow_duplicates and all(plan.audited for plan in plans):
+        audit.refuse_duplicates(
+            {source.step: known.files for source, known in hashes.items()}, final_of(series)
+        )
+    results = {}
     missing = []
     for plan in plans:
-        document = _provenance(plan, checkpoints, hashes)
+        document = provenance(plan, checkpoints, hashes, settings.dtype)
         if plan.target.exists():
-            _require_same(plan, document)
+            require_same(plan.target, document)
             results[plan.target] = Average(plan, kept=True)
         else:
             missing.append((plan, document))
     for start in range(0, len(missing), AT_A_TIME):
         group = missing[start : start + AT_A_TIME]
-        _make(group, checkpoints, progress)
+        _make(group, checkpoints, settings, progress, warn)
         results |= {plan.target: Average(plan, kept=False) for plan, _ in group}
     return [results[plan.target] for plan in plans]
 
 
+def unique_inputs(plans: Sequence[Plan]) -> list[Input]:
+    """Every input of every plan once, by step."""
+    return sorted({i for plan in plans for i in plan.inputs}, key=lambda i: (i.step, i.location))
+
+
+def check_claims(series: Series, inputs: Sequence[Input], settings: Settings, *, audited: bool) -> None:
+    """What can be known of the inputs before they are opened, or downloaded.
+
+    Raises:
+        UserError: known-bad revisions, or files declared to be the same at two steps.
+    """
+    if not settings.allow_known_bad:
+        audit.refuse_known_bad(series.repository, [source.step for source in inputs])
+    if audited and not settings.allow_duplicates:
+        audit.refuse_duplicates({i.step: weights_only(i.declared()) for i in inputs}, final_of(series))
+
+
+def final_of(series: Series) -> tuple[int, dict[str, str]] | None:
+    """The last step and the finished model's hashes, where the series declares them."""
+    if series.final is None:
+        return None
+    return series.final.step, weights_only(series.final.declared())
+
+
+def weights_only(hashes: Hashes) -> dict[str, str]:
+    """The hashes of weights files among those of all files."""
+    return {name: digest for name, digest in hashes.items() if name.endswith(_WEIGHTS)}
+
+
+def check_trajectory(
+    checkpoints: Sequence[Checkpoint], norms: Norms, settings: Settings, warn: Callable[[str], None]
+) -> None:
+    """What the pass over the numbers has shown.
+
+    Raises:
+        UserError: a large tensor is the same at two steps; with `strict`, an outlier.
+    """
+    if not settings.allow_duplicates:
+        audit.refuse_duplicate_tensors(checkpoints, norms)
+    lines = audit.outliers(checkpoints, norms)
+    if lines and settings.strict:
+        raise UserError("\n  ".join(lines), hint="choose a window without it, or leave out --strict")
+    for line in lines:
+        warn(line)
+
+
 def _make(
     group: Sequence[tuple[Plan, dict[str, Any]]],
-    checkpoints: dict[int, Checkpoint],
-    progress: Callable[[int, int], None] | None,
+    checkpoints: dict[Input, Checkpoint],
+    settings: Settings,
+    progress: Progress | None,
+    warn: Callable[[str], None],
 ) -> None:
     """One pass: all averages of the group are committed at its end, or none is."""
-    steps = sorted({step for plan, _ in group for step in plan.window})
-    index = {step: i for i, step in enumerate(steps)}
+    inputs = unique_inputs([plan for plan, _ in group])
+    index = {source: i for i, source in enumerate(inputs)}
+    opened = [checkpoints[source] for source in inputs]
+    mixtures = [
+        Mixture(tuple(index[source] for source in plan.inputs), plan.weights, plan.decays)
+        for plan, _ in group
+    ]
     with ExitStack() as commits, ExitStack() as files:
         writers = []
         for plan, document in group:
             folder = commits.enter_context(staged_folder(plan.target))
-            newest = checkpoints[plan.step]
-            carry_over(newest.path, folder)
-            write_json(folder / PROVENANCE_FILE, document)
-            writers.append(files.enter_context(WeightsWriter(folder, {WEIGHTS_FILE: newest.tensors})))
-        mixtures = [
-            Mixture(tuple(index[step] for step in plan.window), tuple(plan.weights)) for plan, _ in group
-        ]
-        inputs = [checkpoints[step] for step in steps]
-        merge(inputs, mixtures, [writer.write for writer in writers], progress=progress)
-
-
-def _hashes(checkpoints: Sequence[Checkpoint], verify: bool) -> list[tuple[dict[str, str], str]]:
-    """SHA-256 of each weights file of each checkpoint, and whether it was `recorded` or `computed`.
-
-    Raises:
-        UserError: a file is not what was recorded.
-    """
-    recorded = [checkpoint.recorded_hashes() for checkpoint in checkpoints]
-
-    def of(checkpoint: Checkpoint, record: dict[str, str] | None) -> tuple[dict[str, str], str]:
-        if record is not None and not verify:
-            return record, "recorded"
-        computed = {path.name: sha256_of(path) for path in checkpoint.shards}
-        for path in checkpoint.shards:
-            if record is not None and record[path.name] != computed[path.name]:
-                raise UserError(
-                    f"{path} has another SHA-256 than when it was written",
-                    hint="the file is damaged: restore it, or average a window without this step",
-                )
-        return computed, "computed"
-
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(of, checkpoints, recorded))
-
-
-def _provenance(
-    plan: Plan, checkpoints: dict[int, Checkpoint], hashes: dict[int, tuple[dict[str, str], str]]
-) -> dict[str, Any]:
-    """What `provenance.json` says: method, weights, and for each input what it was."""
-    inputs = []
-    for step, weight in zip(plan.window, plan.weights, strict=True):
-        origin = checkpoints[step].origin
-        files, source = hashes[step]
-        inputs.append(
-            {
-                "path": str(checkpoints[step].path),
-                "step": step,
-                "weight": weight,
-                "lr": origin.lr if origin else None,
-                "tokens": origin.tokens if origin else None,
-                "sha256": next(iter(files.values())),
-                "sha256_source": source,
-            }
+            writers.append(
+                files.enter_context(prepare_folder(folder, checkpoints[plan.inputs[-1]], document, settings))
+            )
+        norms = merge(
+            opened,
+            mixtures,
+            [writer.write for writer in writers],
+            dtypes=output_dtypes(opened[-1], settings),
+            integers=settings.integers,
+            progress=progress,
         )
-    return {
-        "llmtrain": __version__,
-        "method": plan.method,
-        "label": plan.label,
-        "step": plan.step,
-        "options": plan.options,
-        "arithmetic": "float64 sums, rounded once",
-        "inputs": inputs,
-    }
+        if all(plan.audited for plan, _ in group):
+            check_trajectory(opened, norms, settings, warn)
 
 
-def _require_same(plan: Plan, wanted: dict[str, Any]) -> None:
-    """Raise a UserError unless the folder that exists is the average that is wanted."""
-    path = plan.target / PROVENANCE_FILE
-    there = read_json(path) if path.exists() else {}
+def prepare_folder(
+    folder: Path, newest: Checkpoint, document: dict[str, Any], settings: Settings
+) -> WeightsWriter:
+    """Everything but the numbers of an average; they go through the writer."""
+    carry_over(newest, folder, settings.dtype)
+    write_json(folder / PROVENANCE_FILE, document)
+    layout = output_layout(newest, dtype=settings.dtype, max_shard=settings.max_shard)
+    return WeightsWriter(folder, layout, newest.metadata)
 
-    def essence(document: dict[str, Any]) -> list[tuple[object, object]]:
-        return [(i.get("step"), i.get("sha256")) for i in document.get("inputs", [])]
 
-    same = essence(there) == essence(wanted) and all(
-        math.isclose(a["weight"], b["weight"], rel_tol=1e-12)
-        for a, b in zip(there["inputs"], wanted["inputs"], strict=True)
-    )
-    if not same:
-        raise UserError(
-            f"{plan.target} exists and is not the average of these checkpoints with these weights",
-            hint="--label NAME or --out DIR writes beside it; or delete it",
-        )
+def output_dtypes(newest: Checkpoint, settings: Settings) -> dict[str, str]:
+    """The dtype of each float tensor that is written in another than its own."""
+    if settings.dtype is None:
+        return {}
+    return {name: settings.dtype for name, spec in newest.tensors.items() if spec.dtype in FLOATS}

@@ -5,30 +5,30 @@ read from every input in the order of the steps, added in float64 to each averag
 and written, rounded once, when the last of its inputs has been added.
 
     norms = merge(checkpoints, [Mixture((0, 1, 2), (1 / 3, 1 / 3, 1 / 3))], [write])
-
-Inputs are read by position (pread) and not through a memory map: a map's pages count as memory of
-this process until the kernel takes them back, and a file that is cut short meanwhile would kill it.
 """
 
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtrain.averaging.header import FLOATS, ITEM_BYTES, TensorSpec
-from llmtrain.averaging.numbers import RAW, Float64s, Raw, narrow, overflows, widen
-from llmtrain.averaging.series import Checkpoint
+from llmtrain.averaging.checkpoints import Checkpoint
+from llmtrain.averaging.header import FLOATS, TensorSpec
+from llmtrain.averaging.numbers import Float64s, Raw, narrow, overflows, widen
 from llmtrain.errors import UserError
 
 PIECE = 65_536
 """Numbers summed at a time: the float64 buffers of one thread stay in a core's cache."""
+
+Integers = Literal["equal", "last"]
+"""What is done with tensors of integers and booleans."""
 
 Write = Callable[[str, int, Raw], None]
 """Takes a tensor's name, the index of the first number, and numbers in their stored form."""
@@ -42,16 +42,25 @@ class Mixture:
     """Indices into the sequence of checkpoints, ascending."""
     weights: tuple[float, ...]
     """One for each input; the average is Σ w_i θ_i."""
+    decays: tuple[float, ...] | None = None
+    """Instead of the sum: m ← d_i·m + (1 - d_i)·θ_i in float32, as an online average computes it."""
+
+    divisor: float = 1.0
+    """By which the sum is divided at its end."""
 
     def exact(self) -> tuple[dict[int, float], float]:
-        """Factor of each input and a common divisor.
+        """Factor of each input and the common divisor.
 
         Equal weights become 1 and k: sums of float32 numbers are then exact in float64 as long as
         their exponents differ by less than 29, so that no bit depends on the order.
         """
-        if len(set(self.weights)) == 1 and math.isclose(self.weights[0] * len(self.weights), 1.0):
+        if (
+            self.decays is None
+            and len(set(self.weights)) == 1
+            and math.isclose(self.weights[0] * len(self.weights), 1.0)
+        ):
             return dict.fromkeys(self.inputs, 1.0), float(len(self.inputs))
-        return dict(zip(self.inputs, self.weights, strict=True)), 1.0
+        return dict(zip(self.inputs, self.weights, strict=True)), self.divisor
 
 
 @dataclass(frozen=True)
@@ -86,17 +95,19 @@ def merge(
     mixtures: Sequence[Mixture],
     writes: Sequence[Write],
     *,
-    dtypes: dict[str, str] | None = None,
+    dtypes: Mapping[str, str] | None = None,
+    integers: Integers = "equal",
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Norms:
     """Compute every mixture in one pass over the checkpoints.
 
     Args:
-        checkpoints: ascending by step, alike (`check_alike`).
+        checkpoints: in the order in which they are added, alike (`check_alike`).
         mixtures: the averages; float tensors are averaged, others must be equal in all inputs.
         writes: where the numbers of each mixture go; called from several threads.
         dtypes: dtype of each output tensor; default: that of the inputs.
+        integers: tensors that have no mean must be equal in all inputs, or are the last input's.
         threads: default: the cores this process may use, at most 4.
         progress: called with the pieces done and in all.
 
@@ -109,12 +120,12 @@ def merge(
     stats = np.zeros((len(work), 2, len(checkpoints)))
     done = 0
     with ExitStack() as stack:
-        readers = [stack.enter_context(Reader(checkpoint)) for checkpoint in checkpoints]
+        sources = [_Source(checkpoint, stack) for checkpoint in checkpoints]
         failed = threading.Event()
 
         def worker() -> None:
             nonlocal done
-            summing = _Summing(readers, mixtures, writes, dtypes or {})
+            summing = _Summing(sources, mixtures, writes, dtypes or {}, integers)
             try:
                 for index, piece in todo:
                     if failed.is_set():
@@ -148,41 +159,26 @@ def _norms(work: Sequence[_Piece], stats: NDArray[np.float64]) -> Norms:
     return Norms(tuple(names), *np.sqrt(squares))
 
 
-class Reader:
-    """The open files of one checkpoint."""
+class _Source:
+    """An open input."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, files: ExitStack) -> None:
         self.checkpoint = checkpoint
-        self._descriptors: dict[Path, int] = {}
+        self.tensors = checkpoint.tensors
+        self._reader = files.enter_context(checkpoint.reader())
+        residual = checkpoint.residual
+        self._residual = _Source(residual, files) if residual is not None else None
 
-    def __enter__(self) -> "Reader":
-        for path in self.checkpoint.shards:
-            self._descriptors[path] = os.open(path, os.O_RDONLY)
-        return self
+    def raw(self, piece: _Piece, buffer: NDArray[np.uint8]) -> Raw:
+        """The piece in its stored form."""
+        return self._reader.read(piece.name, piece.start, piece.stop, buffer)
 
-    def __exit__(self, *exception: object) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-
-    def read(self, name: str, start: int, stop: int, buffer: NDArray[np.uint8]) -> Raw:
-        """Numbers `start` to `stop` of a tensor in their stored form; they lie in `buffer`.
-
-        Raises:
-            UserError: the file ends before them.
-        """
-        path, tensor = self.checkpoint.places[name]
-        width = ITEM_BYTES[tensor.dtype]
-        target = buffer[: (stop - start) * width]
-        got = 0
-        while got < len(target):
-            count = os.preadv(
-                self._descriptors[path], [target[got:].data], tensor.start + start * width + got
-            )
-            if count == 0:
-                raise UserError(f"{path} was cut short while it was read", hint="restore the file")
-            got += count
-        raw: Raw = target.view(RAW[tensor.dtype])
-        return raw
+    def floats(self, piece: _Piece, buffer: NDArray[np.uint8], out: Float64s, scratch: Float64s) -> None:
+        """The piece in float64, written to `out`."""
+        widen(self.raw(piece, buffer), self.tensors[piece.name].dtype, out)
+        if self._residual is not None:
+            self._residual.floats(piece, buffer, scratch, scratch)
+            out += scratch
 
 
 class _Summing:
@@ -190,17 +186,20 @@ class _Summing:
 
     def __init__(
         self,
-        readers: Sequence[Reader],
+        sources: Sequence[_Source],
         mixtures: Sequence[Mixture],
         writes: Sequence[Write],
-        dtypes: dict[str, str],
+        dtypes: Mapping[str, str],
+        integers: Integers,
     ) -> None:
-        self._readers = readers
+        self._sources = sources
+        self._integers_rule = integers
         self._mixtures = mixtures
         self._factors = [mixture.exact() for mixture in mixtures]
+        self._place = [{i: place for place, i in enumerate(mixture.inputs)} for mixture in mixtures]
         self._writes = writes
         self._dtypes = dtypes
-        self._users = [[m for m, mix in enumerate(mixtures) if i in mix.inputs] for i in range(len(readers))]
+        self._users = [[m for m, mix in enumerate(mixtures) if i in mix.inputs] for i in range(len(sources))]
         self._raw = np.empty(PIECE * 8, np.uint8)
         self._values = [np.empty(PIECE), np.empty(PIECE)]
         self._scratch = np.empty(PIECE)
@@ -211,19 +210,19 @@ class _Summing:
         if piece.spec.dtype in FLOATS:
             return self._floats(piece)
         self._integers(piece)
-        return np.zeros((2, len(self._readers)))
+        return np.zeros((2, len(self._sources)))
 
     def _floats(self, piece: _Piece) -> NDArray[np.float64]:
         count = piece.stop - piece.start
-        squares = np.zeros((2, len(self._readers)))
+        squares = np.zeros((2, len(self._sources)))
         scratch = self._scratch[:count]
         sums: dict[int, Float64s] = {}
-        for index, reader in enumerate(self._readers):
+        for index, source in enumerate(self._sources):
             values, before = (self._values[(index + turn) % 2][:count] for turn in (0, 1))
-            widen(reader.read(piece.name, piece.start, piece.stop, self._raw), piece.spec.dtype, values)
+            source.floats(piece, self._raw, values, scratch)
             squares[0, index] = _square(values)
             if not math.isfinite(squares[0, index]) and not np.isfinite(values).all():
-                raise self._not_finite(reader, piece, values)
+                raise self._not_finite(source, piece, values)
             if index:
                 np.subtract(values, before, out=scratch)
                 squares[1, index] = _square(scratch)
@@ -234,21 +233,29 @@ class _Summing:
         return squares
 
     def _add(
-        self, mixture: int, index: int, values: Float64s, sums: dict[int, Float64s], scratch: Float64s
+        self, number: int, index: int, values: Float64s, sums: dict[int, Float64s], scratch: Float64s
     ) -> None:
-        factor = self._factors[mixture][0][index]
-        if mixture not in sums:
+        """Add input `index` to the sum of mixture `number`."""
+        decays = self._mixtures[number].decays
+        first = number not in sums
+        if first:
             buffer = self._free.pop() if self._free else np.empty(PIECE)
-            sums[mixture] = buffer[: len(values)]
-            np.multiply(values, factor, out=sums[mixture])
+            sums[number] = buffer[: len(values)]
+        if decays is not None:
+            _decay_towards(sums[number], values, None if first else decays[self._place[number][index]])
+            return
+        factor = self._factors[number][0][index]
+        if first:
+            np.multiply(values, factor, out=sums[number])
         elif factor == 1.0:
-            sums[mixture] += values
+            sums[number] += values
         else:
             np.multiply(values, factor, out=scratch)
-            sums[mixture] += scratch
+            sums[number] += scratch
 
-    def _finish(self, mixture: int, piece: _Piece, total: Float64s) -> None:
-        total /= self._factors[mixture][1]
+    def _finish(self, number: int, piece: _Piece, total: Float64s) -> None:
+        """Round the sum of mixture `number` and hand it over."""
+        total /= self._factors[number][1]
         dtype = self._dtypes.get(piece.name, piece.spec.dtype)
         raw = narrow(total, dtype)
         if dtype != piece.spec.dtype and overflows(raw, dtype):
@@ -256,29 +263,43 @@ class _Summing:
                 f"the average of {piece.name} has numbers that {dtype} cannot hold",
                 hint="choose another --dtype",
             )
-        self._writes[mixture](piece.name, piece.start, raw)
-        self._free.append(total.base if isinstance(total.base, np.ndarray) else total)
+        self._writes[number](piece.name, piece.start, raw)
+        self._free.append(total if total.base is None else total.base)
 
     def _integers(self, piece: _Piece) -> None:
-        """Numbers that have no mean: equal in all inputs, and copied."""
-        first = self._readers[0].read(piece.name, piece.start, piece.stop, self._raw).copy()
-        for reader in self._readers[1:]:
-            if not np.array_equal(reader.read(piece.name, piece.start, piece.stop, self._raw), first):
+        """Numbers that have no mean are copied from the newest input of each mixture."""
+        held = [source.raw(piece, self._raw).copy() for source in self._sources]
+        for source, numbers in zip(self._sources, held, strict=True):
+            if self._integers_rule == "equal" and not np.array_equal(numbers, held[0]):
                 raise UserError(
                     f"{piece.name} ({piece.spec}) cannot be averaged and differs between "
-                    f"step {self._readers[0].checkpoint.step:,} and step {reader.checkpoint.step:,}",
+                    f"step {self._sources[0].checkpoint.step:,} and step {source.checkpoint.step:,}",
                     hint="--integers last takes it from the newest checkpoint",
                 )
-        for write in self._writes:
-            write(piece.name, piece.start, first)
+        for mixture, write in zip(self._mixtures, self._writes, strict=True):
+            write(piece.name, piece.start, held[mixture.inputs[-1]])
 
-    def _not_finite(self, reader: Reader, piece: _Piece, values: Float64s) -> UserError:
+    def _not_finite(self, source: _Source, piece: _Piece, values: Float64s) -> UserError:
         position = piece.start + int(np.flatnonzero(~np.isfinite(values))[0])
         index = tuple(int(i) for i in np.unravel_index(position, piece.spec.shape or (1,)))
         return UserError(
-            f"{reader.checkpoint.path}: {piece.name} holds {values[position - piece.start]} at {list(index)}",
-            hint=f"step {reader.checkpoint.step:,} is broken: choose a window without it",
+            f"{source.checkpoint.location}: {piece.name} holds {values[position - piece.start]} at {list(index)}",
+            hint=f"step {source.checkpoint.step:,} is broken: choose a window without it",
         )
+
+
+def _decay_towards(mean: Float64s, values: Float64s, decay: float | None) -> None:
+    """One update of an online EMA, to the bit: three float32 roundings (`averaging/online.py`).
+
+    `mean` holds float32 numbers; decay None is the first update, which copies.
+    """
+    fresh = values.astype(np.float32)
+    if decay is not None:
+        before = mean.astype(np.float32)
+        before *= np.float32(decay)
+        fresh *= np.float32(1.0 - decay)
+        fresh += before
+    mean[...] = fresh
 
 
 def _square(values: Float64s) -> float:

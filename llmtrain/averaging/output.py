@@ -1,19 +1,22 @@
-"""An average on disk: a Hugging Face folder whose tensors are written piece by piece, and its provenance.
+"""An average on disk: a Hugging Face folder whose tensors are written piece by piece.
 
 Why: the merge produces numbers in whatever order its threads finish, so every file is laid out and
 given its full size before the first number comes; a disk that is too small says so at once.
 
-    with WeightsWriter(folder, {"model.safetensors": specs}) as writer: writer.write(name, 0, raw)
+    with WeightsWriter(folder, layout, metadata) as writer: writer.write("lm_head.weight", 0, raw)
 """
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from llmtrain.averaging.header import ITEM_BYTES, StoredTensor, TensorSpec, encode_header
+from llmtrain.averaging.checkpoints import Checkpoint
+from llmtrain.averaging.header import FLOATS, ITEM_BYTES, StoredTensor, TensorSpec, encode_header
 from llmtrain.averaging.numbers import Raw
-from llmtrain.errors import RunFailed
+from llmtrain.errors import RunFailed, UserError
+from llmtrain.weights_folder import CONFIG_FILE, WEIGHTS_FILE, read_json, write_json
 
 CARRIED_OVER = (
     "config.json",
@@ -29,16 +32,60 @@ CARRIED_OVER = (
 )
 """Files of the newest input that an average needs to be loaded; never code."""
 
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""What --dtype may say."""
+
 Layout = Mapping[str, Mapping[str, TensorSpec]]
 """File name → the tensors it holds, in order."""
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def bytes_of(text: str) -> int:
+    """A size as people write it: `500MB`, `5GB`, `2GiB`.
+
+    Raises:
+        UserError: it is no such size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
+    size = int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
+    if size <= 0:
+        raise UserError(f"{text!r} is no size", hint="such as 500MB, 5GB or 2GiB")
+    return size
+
+
+def output_layout(newest: Checkpoint, *, dtype: str | None, max_shard: int | None) -> Layout:
+    """The files of an average: those of its newest input, or shards of at most `max_shard` bytes.
+
+    A tensor larger than that has a shard of its own.
+    """
+    layout = {
+        filename: {name: _converted(spec, dtype) for name, spec in specs.items()}
+        for filename, specs in newest.layout.items()
+    }
+    if max_shard is None:
+        return layout
+    shards: list[dict[str, TensorSpec]] = [{}]
+    for name, spec in ((name, spec) for specs in layout.values() for name, spec in specs.items()):
+        if shards[-1] and sum(held.bytes for held in shards[-1].values()) + spec.bytes > max_shard:
+            shards.append({})
+        shards[-1][name] = spec
+    if len(shards) == 1:
+        return {WEIGHTS_FILE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def _converted(spec: TensorSpec, dtype: str | None) -> TensorSpec:
+    return TensorSpec(dtype, spec.shape) if dtype and spec.dtype in FLOATS else spec
 
 
 class WeightsWriter:
     """The weights files of one folder, open for writing at any place."""
 
-    def __init__(self, folder: Path, layout: Layout) -> None:
+    def __init__(self, folder: Path, layout: Layout, metadata: Mapping[str, str]) -> None:
         self._folder = folder
         self._layout = layout
+        self._metadata = {"format": "pt"} | dict(metadata)
         self._places: dict[str, tuple[int, StoredTensor]] = {}
         self._descriptors: list[int] = []
 
@@ -49,6 +96,8 @@ class WeightsWriter:
         except BaseException:
             self.__exit__()
             raise
+        if len(self._layout) > 1:
+            self._write_index()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -56,7 +105,7 @@ class WeightsWriter:
             os.close(self._descriptors.pop())
 
     def _create(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
-        header, stored = encode_header(specs, {"format": "pt"})
+        header, stored = encode_header(specs, self._metadata)
         size = len(header) + sum(spec.bytes for spec in specs.values())
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._descriptors.append(descriptor)
@@ -70,6 +119,13 @@ class WeightsWriter:
         os.pwrite(descriptor, header, 0)
         self._places |= {name: (descriptor, tensor) for name, tensor in stored.items()}
 
+    def _write_index(self) -> None:
+        """The map from tensors to shards that transformers reads."""
+        weight_map = {name: filename for filename, specs in self._layout.items() for name in specs}
+        total = sum(spec.bytes for specs in self._layout.values() for spec in specs.values())
+        document = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(self._folder / f"{WEIGHTS_FILE}.index.json", document)
+
     def write(self, name: str, start: int, raw: Raw) -> None:
         """Put stored numbers at index `start` of a tensor; any thread may call this."""
         descriptor, tensor = self._places[name]
@@ -80,8 +136,17 @@ class WeightsWriter:
             remaining, position = remaining[count:], position + count
 
 
-def carry_over(source: Path, target: Path) -> None:
-    """Copy configuration, tokenizer, generation and origin files from the newest input."""
-    for pattern in CARRIED_OVER:
-        for path in sorted(source.glob(pattern)):
-            shutil.copyfile(path, target / path.name)
+def carry_over(newest: Checkpoint, target: Path, dtype: str | None) -> None:
+    """Copy configuration, tokenizer, generation and origin files; note a new dtype in the config."""
+    if newest.config is not None:
+        write_json(target / CONFIG_FILE, newest.config)
+    elif newest.folder.is_dir():
+        for pattern in CARRIED_OVER:
+            for path in sorted(newest.folder.glob(pattern)):
+                shutil.copyfile(path, target / path.name)
+    config = target / CONFIG_FILE
+    if dtype is not None and config.exists():
+        named = next(name for name, short in DTYPES.items() if short == dtype)
+        document = read_json(config)
+        key = "torch_dtype" if "torch_dtype" in document and "dtype" not in document else "dtype"
+        write_json(config, document | {key: named})

@@ -1,17 +1,18 @@
-"""The checkpoints of a run by step, known from their headers alone.
+"""The checkpoints of one training run, by step: of our own runs and of folders on disk.
 
-Why: whether a window can be averaged (all there, whole, same tensors) is decided from a few kilobytes
-a checkpoint, before a single weight is read. Steps are numbers, never texts or file times.
+Why: which window is wanted is decided on step numbers, before anything is opened. Steps are numbers,
+read from names, never texts or file times.
 
     series = run_series(RunFolder(Path("runs/demo"))); series.steps
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from llmtrain.averaging.header import Header, StoredTensor, TensorSpec, read_header
+from llmtrain.averaging.checkpoints import TORCH_WEIGHTS_FILE, Checkpoint, open_folder
 from llmtrain.averaging.windows import (
     Window,
     describe_spacings,
@@ -20,87 +21,56 @@ from llmtrain.averaging.windows import (
     possible_spacings,
     sliding_windows,
 )
-from llmtrain.config import load_config
+from llmtrain.config_file import load_config
 from llmtrain.errors import UserError
 from llmtrain.files import INTEGRITY_FILE, RunFolder, read_integrity, step_folders
-from llmtrain.weights_folder import WEIGHTS_FILE, Origin, load_origin
+from llmtrain.weights_folder import WEIGHTS_FILE
 
 _DIFFERENCES_SHOWN = 8
+_STEP_IN_NAME = re.compile(r"(?:^|\D)(\d+)$")
+_FINAL_NAMES = ("final", "main")
+
+
+def _nothing_declared() -> dict[str, str]:
+    return {}
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """Weights of one step: the files that hold them and the header of each."""
+class Input:
+    """A checkpoint that has not been opened."""
 
     step: int
-    path: Path
-    """The folder, or the file where there is nothing but a file."""
-    shards: Mapping[Path, Header]
-
-    @cached_property
-    def tensors(self) -> dict[str, TensorSpec]:
-        """Dtype and shape of every tensor, in the order in which they are stored."""
-        return {
-            name: tensor.spec for header in self.shards.values() for name, tensor in header.tensors.items()
-        }
-
-    @cached_property
-    def places(self) -> dict[str, tuple[Path, StoredTensor]]:
-        """File and position of every tensor."""
-        return {
-            name: (path, tensor)
-            for path, header in self.shards.items()
-            for name, tensor in header.tensors.items()
-        }
-
-    @cached_property
-    def origin(self) -> Origin | None:
-        """What the folder says about where its weights come from."""
-        return load_origin(self.path)
-
-    def recorded_hashes(self) -> dict[str, str] | None:
-        """SHA-256 of each weights file as recorded when the folder was committed; None: no record.
-
-        Raises:
-            UserError: the record and the files disagree about a size, or the record is damaged.
-        """
-        if not (self.path / INTEGRITY_FILE).exists():
-            return None
-        record = read_integrity(self.path)
-        for path in self.shards:
-            known, size = record.get(path.name, {}).get("bytes"), path.stat().st_size
-            if known != size:
-                raise UserError(
-                    f"{path} has {size:,} bytes and was committed with {known}",
-                    hint="the file is damaged: restore it, or average a window without this step",
-                )
-        return {path.name: str(record[path.name]["sha256"]) for path in self.shards}
+    location: str
+    """Path, or repository@commit."""
+    open: Callable[[], Checkpoint] = field(compare=False, repr=False)
+    """Find its files (download them, for one on the hub) and read their headers."""
+    declared: Callable[[], Mapping[str, str]] = field(compare=False, repr=False, default=_nothing_declared)
+    """SHA-256 by file name as whoever wrote the files recorded it; empty where nobody did."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """Checkpoints of one training run that can be averaged, by step, ascending."""
+    """Checkpoints that can be averaged."""
 
     name: str
     """What a person calls it, for messages."""
-    paths: Mapping[int, Path]
+    averages: Path
+    """Folder under which its averages go by default."""
+    inputs: Mapping[int, Input]
+    """By step, ascending."""
+    final: Input | None = None
+    """The finished model, where the series has one beside its steps."""
+    trusted: bool = False
+    """Its declared hashes are those of our own commit, and need not be computed again."""
+    repository: str | None = None
+    """On the hub."""
 
     @property
     def steps(self) -> list[int]:
         """What there is, ascending."""
-        return list(self.paths)
+        return list(self.inputs)
 
-    def load(self, step: int) -> Checkpoint:
-        """The checkpoint of a step, its headers read.
-
-        Raises:
-            UserError: a file is missing or damaged.
-        """
-        folder = self.paths[step]
-        weights = folder / WEIGHTS_FILE
-        return Checkpoint(step, folder, {weights: read_header(weights)})
-
-    def windows(self, *, every: int, size: int, at: int | str, disjoint: bool) -> list[Window]:
+    def windows(self, *, every: int, size: int, at: int | str, disjoint: bool = False) -> list[Window]:
         """The windows that `at` asks for: `last`, `all`, or the one that ends at a step.
 
         Raises:
@@ -145,14 +115,94 @@ def run_series(run: RunFolder) -> Series:
     """
     warmup = load_config(run.config).schedule.warmup_steps
     everything = step_folders(run.snapshots)
-    paths = {step: path for step, path in everything.items() if step > warmup}
-    if not paths:
+    inputs = {step: own_input(step, path) for step, path in everything.items() if step > warmup}
+    if not inputs:
         raise UserError(
             f"{run.path} has no snapshot after its {warmup:,} warm-up steps; "
             f"it has {describe_steps(list(everything))}",
             hint="train on; checkpoint.snapshot_every says how often a snapshot is kept",
         )
-    return Series(str(run.path), paths)
+    return Series(str(run.path), run.averages, inputs, trusted=True)
+
+
+def own_input(step: int, folder: Path) -> Input:
+    """A folder that was committed with its hashes."""
+    return Input(step, str(folder), partial(open_folder, folder, step=step), partial(recorded_hashes, folder))
+
+
+def recorded_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a folder as recorded when it was committed; empty without a record.
+
+    Raises:
+        UserError: the record and a file disagree about its size, or the record is damaged.
+    """
+    if not (folder / INTEGRITY_FILE).exists():
+        return {}
+    record = read_integrity(folder)
+    for name, known in record.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if known["bytes"] != size:
+            found = "is missing" if size is None else f"has {size:,} bytes"
+            raise UserError(
+                f"{path} {found} and was committed with {known['bytes']:,} bytes",
+                hint="the file is damaged: restore it, or average a window without this step",
+            )
+    return {name: str(known["sha256"]) for name, known in record.items()}
+
+
+def folder_series(folder: Path) -> Series:
+    """Checkpoints in a folder: `step1000/`, `checkpoint-1000/` … or `ckpt_1000.pt` …
+
+    The step is the number at the end of the name. Step 0 is left out.
+
+    Raises:
+        UserError: nothing of the kind in it, or two checkpoints of one step.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} is no folder", hint="name a run, a folder of checkpoints, or OWNER/NAME on the hub"
+        )
+    found: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()):
+        match = _STEP_IN_NAME.search(path.stem if path.is_file() else path.name)
+        if match is None or not _is_checkpoint(path) or not int(match[1]):
+            continue
+        if int(match[1]) in found:
+            raise UserError(
+                f"{found[int(match[1])]} and {path} are both of step {int(match[1]):,}",
+                hint="keep one of them in the folder",
+            )
+        found[int(match[1])] = path
+    if not found:
+        raise UserError(
+            f"{folder} holds no checkpoints whose names end in their step",
+            hint="such as step1000/ or checkpoint-1000/ with model.safetensors, or ckpt_1000.pt",
+        )
+    inputs = {step: path_input(step, found[step]) for step in sorted(found)}
+    finals = [path_input(max(found), folder / name) for name in _FINAL_NAMES if _is_checkpoint(folder / name)]
+    averages = Path("averages") / folder.resolve().name
+    return Series(str(folder), averages, inputs, final=finals[0] if finals else None)
+
+
+def path_input(step: int, path: Path) -> Input:
+    """A folder of weights or a file of torch, of whatever origin."""
+    if path.is_dir():
+        return own_input(step, path)
+
+    def open_file() -> Checkpoint:
+        from llmtrain.averaging.torch_files import open_training_file  # torch takes a second to import
+
+        return open_training_file(path, step=step)
+
+    return Input(step, str(path), open_file)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    if path.is_dir():
+        names = (WEIGHTS_FILE, TORCH_WEIGHTS_FILE)
+        return any((path / f"{name}{suffix}").exists() for name in names for suffix in ("", ".index.json"))
+    return path.is_file() and path.suffix in (".pt", ".pth", ".ckpt")
 
 
 def check_alike(checkpoints: Sequence[Checkpoint]) -> None:
@@ -162,15 +212,16 @@ def check_alike(checkpoints: Sequence[Checkpoint]) -> None:
         UserError: they differ; lists the tensors and the steps.
     """
     reference = checkpoints[-1]
+    newest = reference.tensors
     differences = []
     for checkpoint in checkpoints[:-1]:
-        for name in sorted(reference.tensors.keys() | checkpoint.tensors.keys()):
-            mine, newest = checkpoint.tensors.get(name), reference.tensors.get(name)
-            if mine != newest:
-                differences.append(
-                    f"{name}: {mine or 'absent'} at step {checkpoint.step:,}, "
-                    f"{newest or 'absent'} at step {reference.step:,}"
-                )
+        tensors = checkpoint.tensors
+        differences += [
+            f"{name}: {tensors.get(name) or 'absent'} at step {checkpoint.step:,}, "
+            f"{newest.get(name) or 'absent'} at step {reference.step:,}"
+            for name in sorted(newest.keys() | tensors.keys())
+            if tensors.get(name) != newest.get(name)
+        ]
     if differences:
         shown = "\n  ".join(differences[:_DIFFERENCES_SHOWN])
         more = len(differences) - _DIFFERENCES_SHOWN

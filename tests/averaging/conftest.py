@@ -7,7 +7,8 @@ import pytest
 from tiny_runs import SHAPE, MakeRun, weights_at
 
 from llmtrain.checkpoint import Origin, save_weights
-from llmtrain.config import RunConfig, dump_config
+from llmtrain.config import RunConfig
+from llmtrain.config_file import dump_config
 from llmtrain.files import RunFolder, staged_folder
 
 

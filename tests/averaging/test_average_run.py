@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,19 +13,19 @@ from tiny_runs import MakeRun, weights_at
 from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModelForCausalLM
 
-from llmtrain.averaging.average import Average, average
-from llmtrain.averaging.plan import lawa_plans
+from llmtrain.averaging.average import Average, Settings, average
+from llmtrain.averaging.plan import Request, make_plans
 from llmtrain.averaging.series import run_series
 from llmtrain.checkpoint import load_model, load_weights
 from llmtrain.errors import UserError
 from llmtrain.files import RunFolder, integrity_problems
 
 
-def lawa(run: RunFolder, every: int, **options: object) -> list[Average]:
-    verify = bool(options.pop("verify", False))
-    settings = {"window": 3, "at": "last", "disjoint": False, "label": None, "out": None} | options
+def lawa(run: RunFolder, every: int, **options: Any) -> list[Average]:
+    verify = options.pop("verify", False)
     series = run_series(run)
-    return average(series, lawa_plans(series, run, every=every, **settings), verify=verify)  # type: ignore[arg-type]  # keyword options of one call
+    request = Request(every=every, **{"window": 3} | options)
+    return average(series, make_plans(series, request), Settings(verify=verify))
 
 
 def test_equals_torchs_averaged_model_and_the_float64_oracle(make_run: MakeRun) -> None:
@@ -80,7 +81,11 @@ def test_warm_up_and_step_0_never_enter(make_run: MakeRun) -> None:
 def test_all_gives_every_complete_window_and_each_is_the_single_one(make_run: MakeRun) -> None:
     run = make_run(list(range(10, 80, 10)))
     results = lawa(run, 20, at="all")
-    assert [result.plan.window for result in results] == [(10, 30, 50), (20, 40, 60), (30, 50, 70)]
+    assert [tuple(i.step for i in result.plan.inputs) for result in results] == [
+        (10, 30, 50),
+        (20, 40, 60),
+        (30, 50, 70),
+    ]
     (single,) = lawa(run, 20, at="60", label="single")
     assert (single.plan.target / "model.safetensors").read_bytes() == (
         results[1].plan.target / "model.safetensors"

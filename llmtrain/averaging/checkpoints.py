@@ -1,0 +1,216 @@
+"""One checkpoint: which tensors it holds, in which files, and how their numbers are read.
+
+Why: the merge should not know whether numbers come from one safetensors file, from many shards, or
+from a file of torch. It asks a checkpoint for names and specs, and a reader for ranges of numbers.
+
+    checkpoint = open_folder(Path("step1000"), step=1000)
+    with checkpoint.reader() as reader: reader.read("lm_head.weight", 0, 10, buffer)
+
+Shards are read from the names in the index, which are bare file names inside the folder: an index
+is input, and must not be able to make us read anything else.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmtrain.averaging.header import ITEM_BYTES, StoredTensor, TensorSpec, read_header
+from llmtrain.averaging.numbers import RAW, Raw
+from llmtrain.errors import UserError
+from llmtrain.weights_folder import WEIGHTS_FILE, Origin, load_origin, read_json
+
+TORCH_WEIGHTS_FILE = "pytorch_model.bin"
+RESIDUAL_FILE = "model.residual.safetensors"
+"""Beside float32 weights: what rounding took from them, so that their sum has some 48 bits."""
+
+
+class Reader(Protocol):
+    """Open files of one checkpoint."""
+
+    def read(self, name: str, start: int, stop: int, buffer: NDArray[np.uint8]) -> Raw:
+        """Numbers `start` to `stop` of a tensor, flat, in stored form; they may lie in `buffer`.
+
+        Raises:
+            UserError: the file ends before them.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights of one step."""
+
+    step: int
+    location: str
+    """Path, or repository@commit: for messages and the provenance."""
+    folder: Path
+    """Where the files beside the weights lie."""
+    layout: Mapping[str, Mapping[str, TensorSpec]]
+    """The tensors by the safetensors file that holds them, or would, in stored order."""
+    files: tuple[Path, ...]
+    """The weights files."""
+    reader: Callable[[], AbstractContextManager[Reader]] = field(repr=False)
+    residual: "Checkpoint | None" = None
+    """Numbers to be added to these."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    disposable: bool = False
+    """The folder was downloaded to be deleted once it is summed."""
+    config: Mapping[str, Any] | None = None
+    """The config.json where the folder has none, but the weights file says what it would be."""
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Dtype and shape of every tensor, in stored order."""
+        return {name: spec for specs in self.layout.values() for name, spec in specs.items()}
+
+    @property
+    def origin(self) -> Origin | None:
+        """What the folder says about where its weights come from."""
+        return load_origin(self.folder)
+
+
+def open_folder(folder: Path, *, step: int, location: str | None = None) -> Checkpoint:
+    """The weights of a Hugging Face folder, known from headers: safetensors, or torch's format.
+
+    Raises:
+        UserError: no weights, a damaged header, or an index that does not fit its shards.
+    """
+    location = location or str(folder)
+    for name in (WEIGHTS_FILE, TORCH_WEIGHTS_FILE):
+        index = folder / f"{name}.index.json"
+        if (folder / name).exists():
+            shards: Mapping[Path, set[str] | None] = {folder / name: None}
+        elif index.exists():
+            shards = _shards(index)
+        else:
+            continue
+        if name == WEIGHTS_FILE:
+            return open_safetensors(folder, shards, step, location)
+        from llmtrain.averaging.torch_files import open_torch_shards  # torch takes a second to import
+
+        return open_torch_shards(folder, shards, step=step, location=location)
+    raise UserError(
+        f"{folder} holds no weights",
+        hint=f"expected {WEIGHTS_FILE} or {TORCH_WEIGHTS_FILE}, or one of them in shards with its index",
+    )
+
+
+def with_residual(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the rounding residuals that lie beside it, if any do."""
+    path = checkpoint.folder / RESIDUAL_FILE
+    if not path.exists():
+        return checkpoint
+    residual = open_safetensors(checkpoint.folder, {path: None}, checkpoint.step, checkpoint.location)
+    if residual.tensors != checkpoint.tensors:
+        raise UserError(f"{path} does not fit the weights beside it", hint="restore the folder")
+    return replace(checkpoint, residual=residual, files=(*checkpoint.files, path))
+
+
+def _shards(index: Path) -> Mapping[Path, set[str] | None]:
+    """The shards an index names and the tensors it promises in each.
+
+    Raises:
+        UserError: it is damaged, or names something that is not a file of this folder.
+    """
+    weight_map = read_json(index).get("weight_map")
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map", hint="the index is damaged: restore it")
+    promised: dict[Path, set[str]] = {}
+    for name, filename in weight_map.items():
+        bare = isinstance(filename, str) and filename == os.path.basename(filename)  # noqa: PTH119  (of a text that is no path yet)
+        if not bare or not filename.endswith(suffix) or "\\" in filename or "\0" in filename:
+            raise UserError(
+                f"{index} places {name!r} in {filename!r}, which is not the name of a {suffix} file beside it",
+                hint="do not trust this folder: an index may only name files of its own folder",
+            )
+        promised.setdefault(index.parent / filename, set()).add(name)
+    for path in promised:
+        _refuse_links_out(path)
+    return dict(sorted(promised.items()))
+
+
+def _refuse_links_out(path: Path) -> None:
+    """Raise unless `path` lies in its folder, or in the blobs of the hub's cache that the folder is in."""
+    real, folder = path.resolve(), path.parent.resolve()
+    blobs = folder.parent.parent / "blobs"  # <repo>/snapshots/<commit>/file -> <repo>/blobs/<hash>
+    inside = folder in real.parents or (folder.parent.name == "snapshots" and real.parent == blobs)
+    if not inside:
+        raise UserError(
+            f"{path} is a link to a file outside its folder",
+            hint="do not trust this folder, or replace the link by the file",
+        )
+
+
+def open_safetensors(
+    folder: Path, shards: Mapping[Path, set[str] | None], step: int, location: str
+) -> Checkpoint:
+    """The tensors of safetensors files; of each file all, which must be those promised where any are."""
+    layout: dict[str, dict[str, TensorSpec]] = {}
+    places: dict[str, tuple[Path, StoredTensor]] = {}
+    metadata: dict[str, str] = {}
+    for path, promised in shards.items():
+        _refuse_links_out(path)
+        header = read_header(path)
+        if promised is not None:
+            require_promised(path, set(header.tensors), promised)
+        layout[path.name] = {name: tensor.spec for name, tensor in header.tensors.items()}
+        places |= {name: (path, tensor) for name, tensor in header.tensors.items()}
+        metadata |= header.metadata
+    return Checkpoint(
+        step, location, folder, layout, tuple(shards), lambda: SafetensorsReader(places), metadata=metadata
+    )
+
+
+def require_promised(path: Path, held: set[str], promised: set[str]) -> None:
+    """Raise unless a shard holds exactly the tensors that the index places in it."""
+    if held != promised:
+        missing, extra = sorted(promised - held), sorted(held - promised)
+        parts = [f"lacks {', '.join(missing[:4])}"] if missing else []
+        parts += [f"also holds {', '.join(extra[:4])}"] if extra else []
+        raise UserError(
+            f"{path} is not the shard its index describes: it {' and '.join(parts)}",
+            hint="shards of different checkpoints were mixed, or a download is incomplete",
+        )
+
+
+class SafetensorsReader:
+    """Reads ranges of numbers by position.
+
+    Not through a memory map: a map's pages count as memory of this process until the kernel takes
+    them back, and a file that is cut short meanwhile would kill it.
+    """
+
+    def __init__(self, places: Mapping[str, tuple[Path, StoredTensor]]) -> None:
+        self._places = places
+        self._descriptors: dict[Path, int] = {}
+
+    def __enter__(self) -> "SafetensorsReader":
+        for path in {path for path, _ in self._places.values()}:
+            self._descriptors[path] = os.open(path, os.O_RDONLY)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def read(self, name: str, start: int, stop: int, buffer: NDArray[np.uint8]) -> Raw:
+        """See `Reader.read`; the numbers lie in `buffer`."""
+        path, tensor = self._places[name]
+        width = ITEM_BYTES[tensor.dtype]
+        target = buffer[: (stop - start) * width]
+        got = 0
+        while got < len(target):
+            position = tensor.start + start * width + got
+            count = os.preadv(self._descriptors[path], [target[got:].data], position)
+            if count == 0:
+                raise UserError(f"{path} was cut short while it was read", hint="restore the file")
+            got += count
+        raw: Raw = target.view(RAW[tensor.dtype])
+        return raw

@@ -1,0 +1,120 @@
+"""An average whose inputs are never on disk together: each is summed and deleted before the next comes.
+
+Why: five checkpoints of a 12B model are 120 GB, and a window is downloaded once and never needed again.
+The float64 sum lies in a file and is read and rewritten for each input, so that the numbers are those
+of the one-pass merge, to the bit; what needs two inputs at once (distances between them) is not checked.
+
+    fold(series, plan, Settings(discard_inputs=True), progress=None)
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from llmtrain.averaging.audit import refuse_duplicates
+from llmtrain.averaging.average import (
+    Average,
+    Plan,
+    Settings,
+    check_claims,
+    final_of,
+    output_dtypes,
+    prepare_folder,
+    weights_only,
+)
+from llmtrain.averaging.checkpoints import Checkpoint, open_safetensors
+from llmtrain.averaging.header import FLOATS, TensorSpec
+from llmtrain.averaging.merge import Mixture, merge
+from llmtrain.averaging.output import WeightsWriter
+from llmtrain.averaging.provenance import KnownHashes, hashes_of, provenance, require_same
+from llmtrain.averaging.series import Input, Series, check_alike
+from llmtrain.errors import UserError
+from llmtrain.files import staged_folder
+
+
+def fold(
+    series: Series, plan: Plan, settings: Settings, progress: Callable[[int, int], None] | None
+) -> Average:
+    """Make one average, opening (and so downloading) and deleting its inputs one by one.
+
+    Args:
+        series: where the inputs come from.
+        plan: the average.
+        settings: as for `average`; hashes are always computed.
+        progress: called with inputs done and in all.
+
+    Raises:
+        UserError: as `average`.
+    """
+    if plan.decays is not None:
+        raise UserError("--discard-inputs and --like-online exclude each other", hint="leave out one of them")
+    check_claims(series, plan.inputs, settings, audited=plan.audited)
+    if plan.target.exists():
+        _require_declared(plan, settings)
+        return Average(plan, kept=True)
+    everything = Mixture(tuple(range(len(plan.inputs))), plan.weights)
+    factors, divisor = everything.exact()
+    opened: dict[Input, Checkpoint] = {}
+    hashes: dict[Input, KnownHashes] = {}
+    total: Checkpoint | None = None
+    with staged_folder(plan.target) as folder:
+        for number, source in enumerate(plan.inputs):
+            checkpoint = source.open()
+            opened[source] = checkpoint
+            check_alike([*opened.values()])
+            hashes[source] = hashes_of(source, checkpoint, compute=True)
+            if not settings.allow_duplicates:
+                held = {known.step: hashes[known].files for known in hashes}
+                refuse_duplicates(held, final_of(series))
+            total = _add(folder, number, total, checkpoint, factors[number], settings)
+            if source is plan.inputs[-1]:
+                document = provenance(plan, opened, hashes, settings.dtype)
+                writer = prepare_folder(folder, checkpoint, document, settings)
+            if checkpoint.disposable:
+                shutil.rmtree(checkpoint.folder)
+            if progress is not None:
+                progress(number + 1, len(plan.inputs))
+        assert total is not None, "a plan has at least one input"
+        newest = opened[plan.inputs[-1]]
+        dtypes = {name: spec.dtype for name, spec in newest.tensors.items()} | output_dtypes(newest, settings)
+        with writer:
+            merge([total], [Mixture((0,), (1.0,), divisor=divisor)], [writer.write], dtypes=dtypes)
+        for path in total.files:
+            path.unlink()
+    return Average(plan, kept=False)
+
+
+def _add(
+    folder: Path,
+    number: int,
+    total: Checkpoint | None,
+    checkpoint: Checkpoint,
+    factor: float,
+    settings: Settings,
+) -> Checkpoint:
+    """The float64 sum with one more input, in a new file; the old one is deleted."""
+    specs = {
+        name: TensorSpec("F64", spec.shape) if spec.dtype in FLOATS else spec
+        for name, spec in checkpoint.tensors.items()
+    }
+    path = folder / f"sum-{number}.safetensors"
+    inputs = [checkpoint] if total is None else [total, checkpoint]
+    weights = (factor,) if total is None else (1.0, factor)
+    with WeightsWriter(folder, {path.name: specs}, {}) as writer:
+        dtypes = {name: spec.dtype for name, spec in specs.items()}
+        mixture = Mixture(tuple(range(len(inputs))), weights)
+        merge(inputs, [mixture], [writer.write], dtypes=dtypes, integers=settings.integers)
+    for old in total.files if total is not None else ():
+        old.unlink()
+    return open_safetensors(folder, {path: None}, checkpoint.step, checkpoint.location)
+
+
+def _require_declared(plan: Plan, settings: Settings) -> None:
+    """Raise unless the folder that exists was made of inputs with the hashes declared now."""
+    inputs = [
+        {"step": source.step, "weight": weight, "sha256": KnownHashes(declared, "recorded").sha256}
+        for source, weight in zip(plan.inputs, plan.weights, strict=True)
+        if (declared := weights_only(source.declared()))
+    ]
+    wanted = {"arithmetic": "float64 sums, rounded once", "dtype": settings.dtype or "as the inputs"}
+    require_same(plan.target, wanted | {"inputs": inputs})

@@ -1,0 +1,136 @@
+"""What an average says about itself: method, weights, and for each input what and where it was.
+
+Why: an average without this is a file of numbers. With it, anyone can tell whether two averages are
+the same, and make it again; and a command that is repeated keeps what is there.
+
+    document = provenance(plan, checkpoints, hashes, dtype=None)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtrain import __version__
+from llmtrain.averaging.checkpoints import Checkpoint
+from llmtrain.averaging.series import Input
+from llmtrain.errors import UserError
+from llmtrain.files import sha256_of
+from llmtrain.weights_folder import PROVENANCE_FILE, read_json
+
+if TYPE_CHECKING:
+    from llmtrain.averaging.average import Plan
+
+Hashes = Mapping[str, str]
+"""File name → SHA-256."""
+
+
+@dataclass(frozen=True)
+class KnownHashes:
+    """The hashes of one input's weights files."""
+
+    files: Hashes
+    source: str
+    """`recorded` when the files were committed (their sizes agree), or `computed` now."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the file; of several, that of the lines `<sha256>  <name>` in the order of names."""
+        if len(self.files) == 1:
+            return next(iter(self.files.values()))
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(self.files.items()))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def input_hashes(checkpoints: Mapping[Input, Checkpoint], *, compute: bool) -> dict[Input, KnownHashes]:
+    """The hashes of every input's weights files.
+
+    Args:
+        checkpoints: the opened inputs.
+        compute: hash the files even where hashes are declared, and compare.
+
+    Raises:
+        UserError: a file is not what was declared.
+    """
+    with ThreadPoolExecutor(2) as pool:  # hashing leaves the interpreter's lock to others
+        known = pool.map(lambda item: hashes_of(*item, compute=compute), checkpoints.items())
+        return dict(zip(checkpoints, known, strict=True))
+
+
+def hashes_of(source: Input, checkpoint: Checkpoint, *, compute: bool) -> KnownHashes:
+    """The hashes of one input's weights files; see `input_hashes`."""
+    declared = source.declared()
+    if not compute and all(path.name in declared for path in checkpoint.files):
+        return KnownHashes({path.name: declared[path.name] for path in checkpoint.files}, "recorded")
+    computed = {path.name: sha256_of(path) for path in checkpoint.files}
+    for path in checkpoint.files:
+        if declared.get(path.name, computed[path.name]) != computed[path.name]:
+            raise UserError(
+                f"{path} has another SHA-256 than when it was written",
+                hint="the file is damaged: restore it, or average a window without this step",
+            )
+    return KnownHashes(computed, "computed")
+
+
+def provenance(
+    plan: Plan,
+    checkpoints: Mapping[Input, Checkpoint],
+    hashes: Mapping[Input, KnownHashes],
+    dtype: str | None,
+) -> dict[str, Any]:
+    """What `provenance.json` says of an average."""
+    inputs = []
+    for source, weight in zip(plan.inputs, plan.weights, strict=True):
+        origin, known = checkpoints[source].origin, hashes[source]
+        entry: dict[str, Any] = {
+            "path": checkpoints[source].location,
+            "step": source.step,
+            "weight": weight,
+            "lr": origin.lr if origin else None,
+            "tokens": origin.tokens if origin else None,
+            "sha256": known.sha256,
+            "sha256_source": known.source,
+        }
+        if len(known.files) > 1:
+            entry["files"] = dict(known.files)
+        inputs.append(entry)
+    sums = "float64 sums, rounded once"
+    return {
+        "llmtrain": __version__,
+        "method": plan.method,
+        "label": plan.label,
+        "step": plan.step,
+        "options": plan.options,
+        "arithmetic": sums if plan.decays is None else "float32 recursion, as online",
+        "dtype": dtype or "as the inputs",
+        "inputs": inputs,
+    }
+
+
+def require_same(target: Path, wanted: Mapping[str, Any]) -> None:
+    """Raise a UserError unless the folder that exists is the average that is wanted."""
+    path = target / PROVENANCE_FILE
+    there = read_json(path) if path.exists() else {}
+
+    def essence(document: Mapping[str, Any]) -> list[object]:
+        inputs = document.get("inputs") or []
+        return [
+            document.get("arithmetic"),
+            document.get("dtype"),
+            [(i.get("step"), i.get("sha256")) for i in inputs],
+        ]
+
+    same = essence(there) == essence(wanted) and all(
+        math.isclose(a["weight"], b["weight"], rel_tol=1e-9, abs_tol=1e-15)
+        for a, b in zip(there["inputs"], wanted["inputs"], strict=True)
+    )
+    if not same:
+        raise UserError(
+            f"{target} exists and is not the average of these checkpoints with these weights",
+            hint="--label NAME or --out DIR writes beside it; or delete it",
+        )
