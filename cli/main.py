@@ -27,6 +27,7 @@ app = typer.Typer(
     help="Pre-train GPT-2 models at high learning rates, then average the checkpoints of the run.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 the run failed, 2 wrong command line, config or input, 130 interrupted.",
 )

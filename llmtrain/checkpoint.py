@@ -102,17 +102,22 @@ def save_weights(
         origin: goes to `training.json`.
         provenance: of an average; goes to `provenance.json`.
     """
+    save_tensors(folder / WEIGHTS_FILE, weights, shape)
+    write_json(folder / CONFIG_FILE, hugging_face_config(shape))
+    write_json(folder / TRAINING_FILE, asdict(origin))
+    if provenance is not None:
+        write_json(folder / PROVENANCE_FILE, provenance)
+
+
+def save_tensors(path: Path, weights: Mapping[str, Tensor], shape: Shape) -> None:
+    """Write a weights file in Hugging Face's layout; see `save_weights`."""
     tensors = {}
     for name, tensor in weights.items():
         value = tensor.detach().to("cpu", torch.float32)
         tensors[name] = value.t().contiguous() if name.endswith(_CONV1D) else value.contiguous()
     if not shape.model.bias:
         tensors |= _zero_biases(tensors)
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    write_json(folder / CONFIG_FILE, hugging_face_config(shape))
-    write_json(folder / TRAINING_FILE, asdict(origin))
-    if provenance is not None:
-        write_json(folder / PROVENANCE_FILE, provenance)
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def load_shape(folder: Path) -> Shape:

@@ -169,22 +169,97 @@ class CheckpointConfig(Section):
     keep_states: Positive = 2
 
 
-class EmaConfig(Section):
-    """Exponential moving average of the weights, kept during training.
+class _AverageConfig(Section):
+    every: Positive = 1
+    """Steps between two updates, which happen at multiples of it."""
+    start: Natural | None = None
+    """The first step that may be an update; default: see each kind."""
+    save_every: Positive | None = None
+    """Steps between two saves, a multiple of checkpoint.snapshot_every; default: see each kind. The
+    last step is always saved."""
+    offload: bool = False
+    """Keep the average in (pinned) host memory instead of on the device."""
+
+    def _spaced(self, label: str) -> str:
+        return label if self.every == 1 else f"{label}-every-{self.every}"
+
+
+class EmaConfig(_AverageConfig):
+    """Exponential moving average, from the first step; saved at checkpoint.state_every.
 
     Source: the paper's code; decay at update n is min(decay, 1 - (1 + n)^(-2/3)).
     """
 
     kind: Literal["ema"]
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    save_every: Positive | None = None
-    """Steps between two saves, a multiple of checkpoint.snapshot_every; default: checkpoint.state_every
-    rounded up to one. The last step is always saved."""
 
     @property
     def label(self) -> str:
         """The name under which it is logged and saved."""
-        return f"ema-{self.decay:g}"
+        return self._spaced(f"ema-{self.decay:g}")
+
+
+class SwaConfig(_AverageConfig):
+    """Uniform mean of all weights from step `start` on (SWA); saved at checkpoint.state_every."""
+
+    kind: Literal["swa"]
+    start: Natural
+
+    @property
+    def label(self) -> str:
+        """The name under which it is logged and saved."""
+        return self._spaced(f"swa-from-{self.start}")
+
+
+class LawaConfig(_AverageConfig):
+    """Mean of the last `window` weights, `every` steps apart, once warm-up is over (LAWA).
+
+    The weights wait in a queue in host memory. Saved at checkpoint.state_every.
+    """
+
+    kind: Literal["lawa"]
+    every: Positive
+    window: Positive = 5
+    offload: Literal[True] = True
+
+    @property
+    def label(self) -> str:
+        """The name under which it is logged and saved; not that of the post-hoc average."""
+        return f"online-lawa-{self.window}x{self.every}"
+
+
+class RunningMeanConfig(_AverageConfig):
+    """Mean of all weights since warm-up, exact to float64; saved with each snapshot.
+
+    From two of them, `llmtrain average --method dense` makes the mean over every step between.
+    """
+
+    kind: Literal["running-mean"]
+
+    @property
+    def label(self) -> str:
+        """The name under which it is logged and saved."""
+        return "running-mean"
+
+
+class PowerEmaConfig(_AverageConfig):
+    """Power-function EMA of relative width `sigma_rel`; saved with each snapshot.
+
+    From two of them, `llmtrain average --method posthoc-ema` makes one of any width.
+    """
+
+    kind: Literal["power-ema"]
+    sigma_rel: Annotated[float, Field(gt=0, lt=0.288)]
+
+    @property
+    def label(self) -> str:
+        """The name under which it is logged and saved."""
+        return f"power-ema-{self.sigma_rel:g}"
+
+
+AverageConfig = Annotated[
+    EmaConfig | SwaConfig | LawaConfig | RunningMeanConfig | PowerEmaConfig, Field(discriminator="kind")
+]
 
 
 class EvalConfig(Section):
@@ -226,7 +301,7 @@ class RunConfig(Section):
     schedule: ScheduleConfig = CosineSchedule(name="cosine", min_lr=6e-5)
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
-    averages: list[EmaConfig] = []
+    averages: list[AverageConfig] = []
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
 

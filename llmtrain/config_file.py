@@ -14,8 +14,11 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from llmtrain.config import EmaConfig, RunConfig, ScheduleConfig
+from llmtrain.config import AverageConfig, RunConfig, ScheduleConfig
 from llmtrain.errors import UserError
+
+_UNIONS: dict[str, Any] = {"schedule": ScheduleConfig, "averages": AverageConfig}
+"""Keys whose section is one of several, told apart by a name in it."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -134,6 +137,15 @@ def _describe(
         message = "there is no such key" + _nearest(location)
     elif error["type"] == "missing":
         message = "this key is required"
+    elif error["type"] == "union_tag_not_found":
+        message = f"the key {error['ctx']['discriminator']} is required"
+    elif error["type"] == "union_tag_invalid":
+        known = error["ctx"]["expected_tags"].replace("'", "").split(", ")
+        near = difflib.get_close_matches(str(error["ctx"]["tag"]), known, n=1)
+        message = (
+            f"{error['ctx']['discriminator'].strip(chr(39))} {error['ctx']['tag']!r} is not one of "
+            f"{', '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
+        )
     elif error["type"] != "value_error":
         message = f"{message} (got {error['input']!r})"
     return f"{place}: {key}: {message}" if key else f"{place}: {message}"
@@ -157,19 +169,18 @@ def _known_keys(location: list[str]) -> list[str]:
     """Names of the section in which the last part of `location` stands."""
     fields: dict[str, Any] = dict(RunConfig.model_fields)
     for part in location[:-1]:
-        if part == "schedule":
-            members = get_args(get_args(ScheduleConfig)[0])
+        if part in _UNIONS:
+            members = get_args(get_args(_UNIONS[part])[0])
             fields = {name: info for member in members for name, info in member.model_fields.items()}
-        elif part == "averages":
-            fields = dict(EmaConfig.model_fields)
         elif part in fields and isinstance(fields[part].annotation, type):
             fields = dict(fields[part].annotation.model_fields)
     return list(fields)
 
 
 def _nearest(location: list[str]) -> str:
-    matches = difflib.get_close_matches(location[-1], _known_keys(location), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]}?" if matches and matches[0] != location[-1] else ""
+    known = _known_keys(location)
+    matches = difflib.get_close_matches(location[-1].lower(), known, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def _line_of(node: yaml.Node | None, location: list[str]) -> int | None:

@@ -64,7 +64,7 @@ def test_scientific_notation_is_a_number_and_the_name_is_the_files(tmp_path: Pat
             GOOD.replace("warmup_steps", "warmup"),
             "schedule.warmup: there is no such key; did you mean warmup_steps?",
         ),
-        (GOOD.replace("cosine", "cosin"), "schedule"),
+        (GOOD.replace("cosine", "cosin"), "line 6: schedule: name 'cosin' is not one of"),
         (GOOD.replace("min_lr: 6e-4", "min_lr: 1"), "min_lr is above the peak"),
         (GOOD.replace("warmup_steps: 10", "warmup_steps: 100"), "leaves nothing of the 100 steps"),
         (
@@ -76,7 +76,10 @@ def test_scientific_notation_is_a_number_and_the_name_is_the_files(tmp_path: Pat
         (GOOD.replace("data: {path: data/x}", ""), "data: this key is required"),
         (GOOD + "data: {path: y}\n", "'data' stands twice"),
         (GOOD + "model: {n_head: 5}\n", "n_embd 768 is not a multiple of n_head 5"),
-        (GOOD + "averages: [{kind: emma}]\n", "line 7: averages.0.kind"),
+        (
+            GOOD + "averages: [{kind: emma}]\n",
+            "line 7: averages.0: kind 'emma' is not one of ema, swa, lawa, running-mean, power-ema; did you mean ema?",
+        ),
         (GOOD + "averages: [{kind: ema}, {kind: ema}]\n", "averages holds ema-0.9 twice"),
         (GOOD + "averages: [{kind: ema, save_every: 7}]\n", "not a multiple of checkpoint.snapshot_every"),
         (GOOD + "name: ../up\n", "name"),
@@ -124,7 +127,7 @@ def test_the_demo_config_explains_every_key() -> None:
     text = (REPOSITORY / "configs" / "demo.yaml").read_text()
     schedule_keys = {"min_lr", "horizon", "decay_steps", "shape", "cycle_steps"}
     named = {key.split(".")[-1] for key in flatten(load_config(REPOSITORY / "configs" / "demo.yaml"))}
-    for key in named | schedule_keys | {"batch_tokens", "save_every"}:
+    for key in named | schedule_keys | {"batch_tokens", "save_every", "start", "window", "offload", "sigma_rel"}:
         assert key in text, f"configs/demo.yaml does not mention {key}"
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from llmtrain.averaging.online import OnlineEma
+from llmtrain.averaging.online import OnlineAverage
 from llmtrain.errors import UserError
 from llmtrain.files import (
     RunFolder,
@@ -56,18 +56,18 @@ class State:
     """Updates each online average has seen, by label."""
 
 
-def gather(model: nn.Module, optimizer: Optimizer, averages: Sequence[OnlineEma]) -> dict[str, Tensor]:
+def gather(model: nn.Module, optimizer: Optimizer, averages: Sequence[OnlineAverage]) -> dict[str, Tensor]:
     """Every tensor that decides how training goes on, by a name that says what it is."""
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     moments = optimizer.state_dict()["state"]
     for index, name in enumerate(_optimized_names(model, optimizer)):
         tensors |= {f"optimizer/{key}/{name}": value for key, value in moments.get(index, {}).items()}
     for average in averages:
-        tensors |= {f"average/{average.label}/{name}": tensor for name, tensor in average.weights().items()}
+        tensors |= {f"average/{average.config.label}/{name}": t for name, t in average.state().items()}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def restore(state: State, model: nn.Module, optimizer: Optimizer, averages: Sequence[OnlineEma]) -> None:
+def restore(state: State, model: nn.Module, optimizer: Optimizer, averages: Sequence[OnlineAverage]) -> None:
     """Put everything that `gather` took back into its place.
 
     Raises:
@@ -82,8 +82,8 @@ def restore(state: State, model: nn.Module, optimizer: Optimizer, averages: Sequ
             moments[index] = {key: saved[f"{key}/{name}"] for key in keys}
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         for average in averages:
-            own = _under(f"average/{average.label}/", state.tensors)
-            average.load(own, state.average_updates[average.label])
+            label = average.config.label
+            average.load(_under(f"average/{label}/", state.tensors), state.average_updates[label])
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(
             f"the state of step {state.progress.step:,} does not fit this config: {error}",

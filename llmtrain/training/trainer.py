@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llmtrain.averaging.online import OnlineEma, swapped_in
-from llmtrain.checkpoint import Origin, Shape, save_weights
-from llmtrain.config import RunConfig
+from llmtrain.averaging.checkpoints import RESIDUAL_FILE
+from llmtrain.averaging.online import OnlineAverage, build_average, swapped_in
+from llmtrain.checkpoint import Origin, Shape, save_tensors, save_weights
+from llmtrain.config import PowerEmaConfig, RunConfig, RunningMeanConfig
 from llmtrain.data.sampler import Sampler, batch
 from llmtrain.data.shards import TokenData
 from llmtrain.data.tokenizer import load_tokenizer
@@ -53,7 +54,10 @@ class Trainer:
         self.model = GPT(config.model, config.data.block_size, config.seed).to(device)
         self.forward: nn.Module = self.model
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.averages = [OnlineEma(each, self.model) for each in config.averages]
+        self.averages = [
+            build_average(each, self.model, warmup_steps=config.schedule.warmup_steps)
+            for each in config.averages
+        ]
         self.train_tokens = data.reader("train")
         self.val_tokens = data.reader("val")
         self.token_bytes = load_tokenizer(data.tokenizer).token_bytes()
@@ -99,7 +103,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for average in self.averages:
-            average.update()
+            if average.due(self.progress.step):
+                average.update(self.progress.step)
         return loss, norm
 
     def learning_rate(self) -> float:
@@ -177,15 +182,18 @@ class Trainer:
             if fresh or not self.run.snapshot(step).exists():
                 self.save_snapshot()
             for average in self.averages:
-                if self._due(average.config.save_every or self._default_save_every()) and (
-                    fresh or not self.run.average(average.label, step).exists()
-                ):
+                saved = self.run.average(average.config.label, step).exists()
+                if average.ready and self._due(self._save_every(average)) and (fresh or not saved):
                     self.save_average(average)
         if fresh and self._due(config.checkpoint.state_every):
             self.save_state(log)
 
-    def _default_save_every(self) -> int:
+    def _save_every(self, average: OnlineAverage) -> int:
         snapshot, state = self.config.checkpoint.snapshot_every, self.config.checkpoint.state_every
+        if average.config.save_every is not None:
+            return average.config.save_every
+        if isinstance(average.config, RunningMeanConfig | PowerEmaConfig):
+            return snapshot  # others are made from these, at the steps of snapshots
         return math.ceil(state / snapshot) * snapshot
 
     # --- evaluate and save ---------------------------------------------------------------------
@@ -193,9 +201,9 @@ class Trainer:
     def evaluate(self, interrupt: Interrupt) -> dict[str, Any]:
         """Validation loss of the weights and of each online average, as one event."""
         losses = {"val/loss": self._validation_loss(interrupt)}
-        for average in self.averages:
+        for average in filter(lambda each: each.ready, self.averages):
             with swapped_in(self.model, average.weights()):
-                losses[f"val/loss/{average.label}"] = self._validation_loss(interrupt)
+                losses[f"val/loss/{average.config.label}"] = self._validation_loss(interrupt)
         return {"step": self.progress.step, **losses}
 
     def _validation_loss(self, interrupt: Interrupt) -> float:
@@ -220,18 +228,20 @@ class Trainer:
         with staged_folder(self.run.snapshot(self.progress.step), replace=True) as folder:
             save_weights(folder, self.model.state_dict(), self.shape, self.origin())
 
-    def save_average(self, average: OnlineEma) -> None:
+    def save_average(self, average: OnlineAverage) -> None:
         """Commit an online average as a Hugging Face folder with its provenance."""
-        step = self.progress.step
-        with staged_folder(self.run.average(average.label, step), replace=True) as folder:
-            save_weights(folder, average.weights(), self.shape, self.origin(), average.provenance(step))
+        step, weights, residual = self.progress.step, average.weights(), average.residual()
+        with staged_folder(self.run.average(average.config.label, step), replace=True) as folder:
+            save_weights(folder, weights, self.shape, self.origin(), average.provenance(step))
+            if residual is not None:
+                save_tensors(folder / RESIDUAL_FILE, residual, self.shape)
 
     def save_state(self, log: MetricsLog) -> None:
         """Commit everything that decides how training goes on."""
         log.flush()
         self.progress.wandb_id = log.wandb_id
         tensors = gather(self.model, self.optimizer, self.averages)
-        updates = {average.label: average.updates for average in self.averages}
+        updates = {average.config.label: average.updates for average in self.averages}
         save_state(self.run, State(self.progress, tensors, updates), keep=self.config.checkpoint.keep_states)
 
     def restore(self, state: State) -> None:

@@ -1,65 +1,169 @@
-"""The online EMA against float64 and against torch's AveragedModel."""
+"""Online averages against float64, against torch's AveragedModel, and across a reload."""
 
+from typing import Any
+
+import pytest
 import torch
-from torch import nn
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from llmtrain.averaging.online import OnlineEma, swapped_in
-from llmtrain.config import EmaConfig
+from llmtrain.averaging.online import OnlineAverage, build_average, swapped_in
+from llmtrain.averaging.power_ema import gamma_of
+from llmtrain.config import AverageConfig
+
+CONFIG: TypeAdapter[AverageConfig] = TypeAdapter(AverageConfig)
+KINDS: list[dict[str, Any]] = [
+    {"kind": "ema", "decay": 0.9},
+    {"kind": "ema", "decay": 0.5, "every": 3},
+    {"kind": "swa", "start": 10, "every": 5},
+    {"kind": "lawa", "every": 4, "window": 3},
+    {"kind": "running-mean"},
+    {"kind": "running-mean", "every": 2},
+    {"kind": "power-ema", "sigma_rel": 0.1},
+    {"kind": "power-ema", "sigma_rel": 0.2, "every": 4},
+]
 
 
-def walk(model: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+def names(values: dict[str, Any]) -> str:
+    return "-".join(str(value) for value in values.values())
+
+
+def build(model: nn.Module, values: dict[str, Any], warmup: int = 4) -> OnlineAverage:
+    return build_average(CONFIG.validate_python(values), model, warmup_steps=warmup)
+
+
+def walk(model: nn.Module, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator))
 
 
-def paper_decay(decay: float, n: int) -> float:
-    return min(decay, 1 - (1 + n) ** (-2 / 3))
+def follow(model: nn.Module, average: OnlineAverage, first: int, last: int) -> dict[int, Tensor]:
+    """Walk from step `first` to `last`; the float64 weights of each step."""
+    path = {}
+    for step in range(first, last + 1):
+        walk(model, step)
+        if average.due(step):
+            average.update(step)
+        path[step] = model.weight.detach().double()
+    return path
 
 
-def test_ema_with_the_papers_warmup() -> None:
+def oracle(values: dict[str, Any], path: dict[int, Tensor], warmup: int) -> Tensor:
+    """The average by its definition, in float64, from all the weights there were."""
+    every = values.get("every", 1)
+    steps = [step for step in path if step % every == 0]
+    match values["kind"]:
+        case "swa":
+            return torch.stack([path[s] for s in steps if s >= values["start"]]).mean(0)
+        case "running-mean":
+            return torch.stack([path[s] for s in steps if s > warmup]).mean(0)
+        case "lawa":
+            return torch.stack([path[s] for s in steps if s > warmup][-values["window"] :]).mean(0)
+    mean = path[steps[0]]
+    for n, step in enumerate(steps):
+        if values["kind"] == "ema":
+            decay = min(values["decay"], 1 - (1 + n) ** (-2 / 3))
+        else:
+            decay = (1 - every / step) ** (gamma_of(values["sigma_rel"]) + 1)
+        mean = decay * mean + (1 - decay) * path[step]
+    return mean
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("values", KINDS, ids=names)
+def test_against_the_definition_in_float64(values: dict[str, Any], offload: bool) -> None:
     model = nn.Linear(7, 5)
-    ema = OnlineEma(EmaConfig(kind="ema", decay=0.9), model)
-
-    def average(old: torch.Tensor, new: torch.Tensor, n: int | torch.Tensor) -> torch.Tensor:
-        return torch.lerp(new, old, paper_decay(0.9, int(n)))
-
-    reference = AveragedModel(model, avg_fn=average)
-    exact = None
-    for n in range(60):
-        walk(model, seed=n)
-        ema.update()
-        reference.update_parameters(model)
-        weight = model.weight.detach().double()
-        decay = paper_decay(0.9, n)
-        exact = weight if exact is None else decay * exact + (1 - decay) * weight
-    torch.testing.assert_close(ema.weights()["weight"], reference.module.weight)
-    assert exact is not None
-    torch.testing.assert_close(ema.weights()["weight"].double(), exact, atol=1e-5, rtol=1e-5)
+    average = build(model, values | ({"offload": True} if offload else {}))
+    path = follow(model, average, 1, 60)
+    expected = oracle(values, path, warmup=4)
+    exact = values["kind"] in {"swa", "lawa", "running-mean"}
+    tolerance = {"atol": 0.0, "rtol": 6e-8} if exact else {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(average.weights()["weight"].double(), expected, **tolerance)
 
 
-def test_the_first_update_copies_the_weights() -> None:
+@pytest.mark.parametrize("values", KINDS, ids=names)
+def test_a_reload_goes_on_bit_for_bit(values: dict[str, Any]) -> None:
     model = nn.Linear(3, 3)
-    ema = OnlineEma(EmaConfig(kind="ema"), model)
-    walk(model, seed=1)
-    ema.update()
-    assert torch.equal(ema.weights()["weight"], model.weight)
-
-
-def test_loading_continues_bit_for_bit() -> None:
-    model = nn.Linear(3, 3)
-    one = OnlineEma(EmaConfig(kind="ema"), model)
-    for n in range(5):
-        walk(model, n)
-        one.update()
-    two = OnlineEma(EmaConfig(kind="ema"), model)
-    two.load({name: t.clone() for name, t in one.weights().items()}, one.updates)
-    walk(model, 9)
-    one.update()
-    two.update()
+    one = build(model, values)
+    follow(model, one, 1, 31)
+    two = build(model, values)
+    two.load({name: tensor.clone() for name, tensor in one.state().items()}, one.updates)
+    for step in range(32, 50):
+        walk(model, step)
+        for average in (one, two):
+            if average.due(step):
+                average.update(step)
+    assert one.updates == two.updates
     assert torch.equal(one.weights()["weight"], two.weights()["weight"])
+
+
+@pytest.mark.parametrize("values", KINDS, ids=names)
+def test_the_state_is_no_view_of_the_models_weights(values: dict[str, Any]) -> None:
+    model = nn.Linear(3, 3)
+    average = build(model, values)
+    follow(model, average, 1, 20)
+    before = average.weights()["weight"].clone()
+    walk(model, 99)
+    assert torch.equal(average.weights()["weight"], before)
+
+
+def test_ema_against_torch() -> None:
+    model = nn.Linear(7, 5)
+    average = build(model, {"kind": "ema", "decay": 0.9})
+
+    def blend(old: Tensor, new: Tensor, n: int | Tensor) -> Tensor:
+        return torch.lerp(new, old, min(0.9, 1 - (1 + int(n)) ** (-2 / 3)))
+
+    reference = AveragedModel(model, avg_fn=blend)
+    for step in range(1, 50):
+        walk(model, step)
+        average.update(step)
+        reference.update_parameters(model)
+    torch.testing.assert_close(average.weights()["weight"], reference.module.weight)
+
+
+def test_swa_against_torch() -> None:
+    model = nn.Linear(7, 5)
+    average = build(model, {"kind": "swa", "start": 1})
+    reference = AveragedModel(model)
+    for step in range(1, 50):
+        walk(model, step)
+        average.update(step)
+        reference.update_parameters(model)
+    torch.testing.assert_close(average.weights()["weight"], reference.module.weight)
+
+
+def test_a_running_mean_keeps_more_than_float32() -> None:
+    model = nn.Linear(9, 9)
+    average = build(model, {"kind": "running-mean"}, warmup=0)
+    path = follow(model, average, 1, 400)
+    residual = average.residual()
+    assert residual is not None
+    kept = average.weights()["weight"].double() + residual["weight"].double()
+    exact = torch.stack(list(path.values())).mean(0)
+    assert (kept - exact).abs().max() < 1e-12 * exact.abs().max()
+
+
+@given(window=st.integers(1, 5), every=st.integers(1, 4), warmup=st.integers(0, 6))
+def test_lawa_is_ready_when_its_window_is_full_and_never_holds_warmup(
+    window: int, every: int, warmup: int
+) -> None:
+    model = nn.Linear(2, 2)
+    average = build(model, {"kind": "lawa", "window": window, "every": every}, warmup)
+    path: dict[int, Tensor] = {}
+    for step in range(1, 30):
+        path |= follow(model, average, step, step)
+        held = [s for s in path if s % every == 0 and s > warmup]
+        assert average.ready == (len(held) >= window)
+        if average.ready:
+            expected = torch.stack([path[s] for s in held[-window:]]).mean(0)
+            torch.testing.assert_close(average.weights()["weight"].double(), expected, atol=0, rtol=6e-8)
+            assert average.provenance(step)["inputs"] == held[-window:]
 
 
 def test_swapping_in_changes_the_output_and_gives_the_weights_back() -> None:
@@ -70,3 +174,21 @@ def test_swapping_in_changes_the_output_and_gives_the_weights_back() -> None:
         assert not model(torch.ones(3)).any()
     assert torch.equal(model.weight, own)
     assert not zeros["weight"].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("values", KINDS, ids=names)
+def test_the_device_gives_the_cpus_bits(values: dict[str, Any]) -> None:
+    on_cpu, on_gpu = nn.Linear(7, 5), nn.Linear(7, 5).cuda()
+    on_gpu.load_state_dict(on_cpu.state_dict())
+    averages = [build(on_cpu, values), build(on_gpu, values), build(on_gpu, values | {"offload": True})]
+    for step in range(1, 40):
+        walk(on_cpu, step)
+        with torch.no_grad():
+            for mine, theirs in zip(on_gpu.parameters(), on_cpu.parameters(), strict=True):
+                mine.copy_(theirs)
+        for average in averages:
+            if average.due(step):
+                average.update(step)
+    first = averages[0].weights()["weight"]
+    assert all(torch.equal(average.weights()["weight"].cpu(), first) for average in averages[1:])

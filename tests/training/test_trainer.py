@@ -24,6 +24,16 @@ from llmtrain.training.schedules import learning_rate
 
 Build = Callable[..., RunConfig]
 
+EVERY_AVERAGE = [
+    {"kind": "ema", "decay": 0.9, "save_every": 4},
+    {"kind": "ema", "decay": 0.5, "every": 2, "start": 3, "offload": True},
+    {"kind": "swa", "start": 6, "every": 2},
+    {"kind": "lawa", "every": 2, "window": 3},
+    {"kind": "running-mean"},
+    {"kind": "power-ema", "sigma_rel": 0.05},
+    {"kind": "power-ema", "sigma_rel": 0.1},
+]
+
 
 def quiet(config: RunConfig, folder: Path, **options: Any) -> RunFolder:
     return pretrain(config, folder, say=lambda line: None, **options).run
@@ -102,14 +112,15 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tiny: Build, tmp_path: P
     assert_same_run(whole, resumed)
 
 
-@pytest.mark.parametrize("after", [0, 1, 7, 16, 21])
+@pytest.mark.parametrize("after", [0, 1, 7, 16, 21, 60, 90])
 def test_an_interrupted_run_is_bitwise_the_uninterrupted_one(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     """A signal at the n-th place where the loop looks for one: between micro-batches or while evaluating."""
     import llmtrain.training.run as module
 
-    whole = quiet(tiny(model__dropout=0.2), tmp_path / "whole")
+    config = tiny(model__dropout=0.2, averages=EVERY_AVERAGE)
+    whole = quiet(config, tmp_path / "whole")
 
     class Later(module.Interrupt):
         checks = 0
@@ -122,10 +133,10 @@ def test_an_interrupted_run_is_bitwise_the_uninterrupted_one(
 
     monkeypatch.setattr(module, "Interrupt", Later)
     with pytest.raises(Interrupted) as caught:
-        quiet(tiny(model__dropout=0.2), tmp_path / "parts")
+        quiet(config, tmp_path / "parts")
     assert caught.value.exit_code == 143
     monkeypatch.undo()
-    assert_same_run(whole, quiet(tiny(model__dropout=0.2), tmp_path / "parts"))
+    assert_same_run(whole, quiet(config, tmp_path / "parts"))
 
 
 def test_metrics_past_the_resumed_step_are_cut_off(tiny: Build, tmp_path: Path) -> None:
@@ -257,3 +268,21 @@ def test_wandb_offline_really_writes_a_run(tiny: Build, tmp_path: Path) -> None:
     quiet(tiny(log=log, train__max_steps=6), run.path)
     again = list((run.path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert all(state["progress"]["wandb_id"] in path.name for path in again)
+
+
+def test_every_online_average_is_evaluated_and_saved(tiny: Build, tmp_path: Path) -> None:
+    run = quiet(tiny(averages=EVERY_AVERAGE), tmp_path / "run")
+    last = [e for e in events(run) if "val/loss" in e][-1]
+    labels = {key.removeprefix("val/loss").lstrip("/") for key in last} - {"step", ""}
+    assert labels == {
+        "ema-0.9", "ema-0.5-every-2", "swa-from-6-every-2", "online-lawa-3x2",
+        "running-mean", "power-ema-0.05", "power-ema-0.1",
+    }  # fmt: skip
+    assert {folder.name for folder in run.averages.iterdir()} == labels
+    assert list(step_folders(run.averages / "running-mean")) == [4, 6, 8, 10, 12]
+    assert (run.average("running-mean", 12) / "model.residual.safetensors").is_file()
+    assert list(step_folders(run.averages / "online-lawa-3x2")) == [8, 12]
+    raw = load_weights(run.snapshot(12))
+    for label in labels:
+        averaged = load_weights(run.average(label, 12))
+        assert any(not torch.equal(raw[name], averaged[name]) for name in raw)

@@ -1,0 +1,158 @@
+"""The installed command from end to end, as a user meets it: output, exit codes, errors, signals."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llmtrain.config import RunConfig
+from llmtrain.files import step_folders
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, tiny: Callable[..., RunConfig], text_file: Path) -> Path:
+    """An empty folder with a text file and a configuration beside it."""
+    (tmp_path / "documents.jsonl").write_text(text_file.read_text())
+    values = tiny(data__path="data/documents").model_dump(mode="json")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path
+
+
+def test_the_four_commands_work_as_they_stand(workplace: Path, llmtrain: Command) -> None:
+    prepared = llmtrain(
+        "prepare", "documents.jsonl", "--tokenizer", "byte", "--val-fraction", "0.1", "--json", cwd=workplace
+    )
+    assert prepared.returncode == 0, prepared.stderr
+    manifest = json.loads(prepared.stdout)
+    assert manifest["tokenizer"]["name"] == "byte"
+
+    trained = llmtrain("pretrain", "--config", "tiny.yaml", cwd=workplace)
+    assert trained.returncode == 0, trained.stderr
+    assert "validation" in trained.stdout
+    assert "Traceback" not in trained.stderr
+
+    averaged = llmtrain("average", "--every", "2", "--window", "3", "--json", cwd=workplace)
+    assert averaged.returncode == 0, averaged.stderr
+    (average,) = json.loads(averaged.stdout)
+    assert (average["label"], average["step"], average["inputs"]) == ("lawa-3x2", 12, [8, 10, 12])
+    assert sum(average["weights"]) == pytest.approx(1.0)
+    assert (workplace / average["path"] / "provenance.json").is_file()
+
+    evaluated = llmtrain("eval", "--json", cwd=workplace)
+    assert evaluated.returncode == 0, evaluated.stderr
+    rows = json.loads(evaluated.stdout)
+    assert {row["label"] for row in rows} == {"raw", "ema-0.9", "lawa-3x2"}
+    for row in rows:
+        assert {"label", "step", "path", "loss", "perplexity", "bits_per_byte", "tokens", "delta"} <= set(row)
+    raw = {row["step"]: row["loss"] for row in rows if row["label"] == "raw"}
+    assert all(row["delta"] == pytest.approx(row["loss"] - raw[row["step"]]) for row in rows)
+
+    reported = llmtrain("report", "--json", cwd=workplace)
+    assert Path(workplace, json.loads(reported.stdout)["plot"]).is_file()
+    assert "lawa-3x2" in llmtrain("eval", cwd=workplace).stdout
+
+    verified = llmtrain("verify", "data/documents", "runs/tiny", cwd=workplace)
+    assert verified.returncode == 0, verified.stderr
+    (workplace / average["path"] / "model.safetensors").write_bytes(b"damaged")
+    damaged = llmtrain("verify", "runs/tiny", cwd=workplace)
+    assert damaged.returncode == 1
+    assert "model.safetensors" in damaged.stdout
+    assert "1 of" in damaged.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["eval"], 2, "there is no run under runs/"),
+        (["average", "--every", "2"], 2, "there is no run under runs/"),
+        (["report", "nowhere"], 2, "not a run"),
+        (["eval", "nowhere"], 2, "neither a run nor a folder of weights"),
+        (["pretrain", "--config", "none.yaml"], 2, "cannot read the config none.yaml"),
+        (["pretrain", "--config", "tiny.yaml"], 2, "data/documents"),
+        (["pretrain", "--config", "tiny.yaml", "--set", "train.device=gpu"], 2, "is no device"),
+        (["pretrain", "--config", "tiny.yaml", "--set", "train.device=cuda:9"], 2, "this machine has"),
+        (["pretrain", "--config", "tiny.yaml", "--set", "optimizer.LR=3"], 2, "did you mean lr?"),
+        (["verify", "nowhere"], 2, "nowhere"),
+        (["prepare", "nothing.jsonl"], 2, "nothing.jsonl"),
+    ],
+)
+def test_errors_are_one_message_and_a_hint(
+    workplace: Path, llmtrain: Command, arguments: list[str], code: int, expected: str
+) -> None:
+    result = llmtrain(*arguments, cwd=workplace)
+    assert result.returncode == code
+    assert expected in result.stderr
+    assert "hint:" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (workplace / "runs").exists()
+
+
+def test_debug_shows_the_traceback(workplace: Path, llmtrain: Command) -> None:
+    result = llmtrain("--debug", "report", "nowhere", cwd=workplace)
+    assert "Traceback" in result.stderr
+
+
+def test_a_wrong_command_line_exits_with_2(workplace: Path, llmtrain: Command) -> None:
+    assert llmtrain("pretrain", cwd=workplace).returncode == 2
+    assert llmtrain("pretrian", cwd=workplace).returncode == 2
+
+
+def test_module_and_version(workplace: Path, llmtrain: Command) -> None:
+    version = llmtrain("--version", cwd=workplace).stdout
+    module = subprocess.run(
+        [sys.executable, "-m", "llmtrain", "--version"], capture_output=True, text=True, check=True, cwd=workplace
+    )
+    assert module.stdout == version
+    assert version.startswith("llmtrain ")
+
+
+@pytest.mark.parametrize("command", ["prepare", "pretrain", "average", "eval", "report", "verify"])
+def test_help_names_every_option_and_imports_nothing_heavy(
+    workplace: Path, llmtrain: Command, command: str
+) -> None:
+    result = llmtrain(command, "--help", cwd=workplace)
+    assert result.returncode == 0
+    assert "Usage:" in result.stdout
+    code = (
+        "import sys; from llmtrain.cli.main import app\n"
+        "heavy = {'torch', 'datasets', 'numpy', 'wandb', 'matplotlib', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_state_and_the_same_command_goes_on(
+    workplace: Path, llmtrain: Command, number: int, code: int
+) -> None:
+    llmtrain("prepare", "documents.jsonl", "--tokenizer", "byte", "--val-fraction", "0.1", cwd=workplace)
+    command = [Path(sys.executable).parent / "llmtrain", "pretrain", "--config", "tiny.yaml"]
+    long = ["--set", "train.max_steps=100000", "--set", "checkpoint.state_every=100000"]
+    process = subprocess.Popen(
+        [*command, *long], cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not step_folders(workplace / "runs" / "tiny" / "snapshots") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "state saved" in errors
+    (step,) = step_folders(workplace / "runs" / "tiny" / "state")
+    again = llmtrain(
+        "pretrain", "--config", "tiny.yaml", "--set", f"train.max_steps={step + 5}", cwd=workplace
+    )
+    assert again.returncode == 0, again.stderr
+    assert f"resumed at step {step:,}" in again.stdout
+    finished = llmtrain(
+        "pretrain", "--config", "tiny.yaml", "--set", f"train.max_steps={step + 5}", cwd=workplace
+    )
+    assert "has finished" in finished.stdout

@@ -1,0 +1,50 @@
+"""What is made of a wish for a device, a precision or a compiler; the GPU's part is marked `gpu`."""
+
+import pytest
+import torch
+
+from llmtrain.errors import UserError
+from llmtrain.hardware import autocast, peak_flops, resolve_compile, resolve_device, resolve_precision
+
+CPU = torch.device("cpu")
+
+
+def test_devices() -> None:
+    assert resolve_device("cpu") == CPU
+    assert resolve_device("auto").type in {"cpu", "cuda", "mps"}
+    with pytest.raises(UserError, match="is no device"):
+        resolve_device("gpu")
+    with pytest.raises(UserError, match="this machine has"):
+        resolve_device("cuda:99")
+
+
+def test_precision_and_what_autocast_makes_of_it() -> None:
+    assert resolve_precision("float32", CPU) == "float32"
+    assert resolve_precision("bfloat16", CPU) == "bfloat16"
+    assert resolve_precision("auto", CPU) in {"float32", "bfloat16"}
+    ones = torch.ones(2, 2)
+    with autocast(CPU, "bfloat16"):
+        assert (ones @ ones).dtype == torch.bfloat16
+    with autocast(CPU, "float32"):
+        assert (ones @ ones).dtype == torch.float32
+
+
+def test_no_peak_is_guessed() -> None:
+    assert peak_flops(CPU, "bfloat16") is None
+
+
+def test_compile_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_compile("auto", CPU) == (False, None)
+    assert resolve_compile(False, CPU) == (False, None)
+    monkeypatch.setenv("PATH", "")
+    wanted, warning = resolve_compile(True, CPU)
+    assert not wanted
+    assert warning is not None
+    assert "C++ compiler" in warning
+
+
+@pytest.mark.gpu
+def test_a_cuda_device_multiplies_bfloat16() -> None:
+    device = resolve_device("cuda")
+    assert resolve_precision("auto", device) == "bfloat16"
+    assert resolve_compile("auto", device) == (True, None)

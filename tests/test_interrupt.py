@@ -1,0 +1,27 @@
+"""The first signal is remembered, the second acts, and the handlers of before come back."""
+
+import os
+import signal
+
+import pytest
+
+from llmtrain.interrupt import Interrupt, Interrupted
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_waits_for_a_check(number: int, code: int) -> None:
+    before = signal.getsignal(number)
+    with Interrupt() as interrupt:
+        interrupt.check()
+        os.kill(os.getpid(), number)
+        with pytest.raises(Interrupted) as caught:
+            interrupt.check()
+        assert caught.value.exit_code == code
+    assert signal.getsignal(number) is before
+
+
+def test_the_second_one_leaves_at_once() -> None:
+    with Interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
