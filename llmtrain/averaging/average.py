@@ -17,7 +17,7 @@ from llmtrain.averaging.checkpoints import Checkpoint
 from llmtrain.averaging.header import FLOATS
 from llmtrain.averaging.merge import Integers, Mixture, Norms, merge
 from llmtrain.averaging.output import WeightsWriter, carry_over, output_layout
-from llmtrain.averaging.provenance import Hashes, input_hashes, provenance, require_same
+from llmtrain.averaging.provenance import Hashes, hashes_of, input_hashes, provenance, require_same
 from llmtrain.averaging.series import Input, Series, check_alike
 from llmtrain.errors import UserError
 from llmtrain.files import staged_folder
@@ -129,7 +129,7 @@ def average(
     hashes = input_hashes(checkpoints, compute=settings.verify or not series.trusted)
     if not settings.allow_duplicates and all(plan.audited for plan in plans):
         audit.refuse_duplicates(
-            {source.step: known.files for source, known in hashes.items()}, final_of(series)
+            {source.step: known.files for source, known in hashes.items()}, final_of(series, compute=True)
         )
     results = {}
     missing = []
@@ -164,11 +164,14 @@ def check_claims(series: Series, inputs: Sequence[Input], settings: Settings, *,
         audit.refuse_duplicates({i.step: weights_only(i.declared()) for i in inputs}, final_of(series))
 
 
-def final_of(series: Series) -> tuple[int, dict[str, str]] | None:
-    """The last step and the finished model's hashes, where the series declares them."""
+def final_of(series: Series, *, compute: bool = False) -> tuple[int, Hashes] | None:
+    """The last step and the finished model's hashes; those that nobody declared can be computed."""
     if series.final is None:
         return None
-    return series.final.step, weights_only(series.final.declared())
+    hashes: Hashes = weights_only(series.final.declared())
+    if compute and not hashes and series.repository is None:
+        hashes = hashes_of(series.final, series.final.open(), compute=True).files
+    return series.final.step, hashes
 
 
 def weights_only(hashes: Hashes) -> dict[str, str]:

@@ -38,6 +38,18 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+)
+"""What torch raises for files that are damaged or hold more than tensors."""
+
 _PREFIXES = ("_orig_mod.", "module.")
 """What torch.compile and DistributedDataParallel put before every name."""
 
@@ -106,15 +118,7 @@ def _load(path: Path) -> Any:
         ]
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        ValueError,
-        OSError,
-        EOFError,
-        AttributeError,
-        KeyError,
-    ) as error:
+    except _UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"cannot read {path} as tensors: {reason}",

@@ -1,0 +1,305 @@
+"""Series of every kind: folders of Hugging Face checkpoints, torch files, and what must be refused."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oracles import average_of, ulps
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_runs import MakeRun, load_all, model_at, write_checkpoint
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from llmtrain.averaging.average import Average, Settings, average
+from llmtrain.averaging.checkpoints import open_folder
+from llmtrain.averaging.plan import Request, make_plans
+from llmtrain.averaging.series import folder_series
+from llmtrain.averaging.sources import find_series
+from llmtrain.checkpoint import load_model
+from llmtrain.config import ModelConfig
+from llmtrain.errors import UserError
+from llmtrain.model import GPT
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(root: Path, settings: Settings | None = None, window: int = 3) -> Average:
+    series = find_series(str(root))
+    (result,) = average(series, make_plans(series, Request(every=10, window=window)), settings)
+    return result
+
+
+def assert_is_average(folder: Path, models: list[dict[str, Tensor]]) -> None:
+    exact = average_of(models, [1 / len(models)] * len(models))
+    got = load_all(folder)
+    assert got.keys() == exact.keys()
+    for name, tensor in got.items():
+        assert (
+            ulps(tensor, exact[name]) <= 1 if tensor.is_floating_point() else torch.equal(tensor, exact[name])
+        )
+
+
+def test_steps_are_numbers_whatever_the_names_and_file_times(tmp_path: Path) -> None:
+    for step in (1000, 90, 200):
+        write_checkpoint(tmp_path / "s" / f"checkpoint-{step}", model_at(step))
+    (tmp_path / "s" / "checkpoint-best").mkdir()
+    (tmp_path / "s" / "notes-7").mkdir()
+    write_checkpoint(tmp_path / "s" / "checkpoint-0", model_at(0))
+    os.utime(tmp_path / "s" / "checkpoint-90", (2e9, 2e9))
+    assert folder_series(tmp_path / "s").steps == [90, 200, 1000]
+
+
+def test_two_checkpoints_of_one_step_are_refused(tmp_path: Path) -> None:
+    for name in ("step10", "checkpoint-10"):
+        write_checkpoint(tmp_path / "s" / name, model_at(10))
+    with pytest.raises(UserError, match="both of step 10"):
+        folder_series(tmp_path / "s")
+
+
+@pytest.mark.parametrize("source", ["nowhere", "no/such/thing", "empty"])
+def test_what_is_no_series_is_said(tmp_path: Path, source: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=source):
+        find_series(source)
+
+
+def test_a_run_is_found_by_its_folder(make_run: MakeRun) -> None:
+    made = make_run([10, 20, 30])
+    assert find_series(str(made.path)).steps == [10, 20, 30]
+    assert find_series(None).name == "runs/tiny"
+
+
+# --- torch's format -----------------------------------------------------------------------------
+
+
+def write_bin(folder: Path, model: dict[str, Tensor], *, shards: int = 1) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    if shards == 1:
+        torch.save(model, folder / "pytorch_model.bin")
+        return
+    weight_map = {}
+    for number in range(shards):
+        filename = f"pytorch_model-{number + 1:05d}-of-{shards:05d}.bin"
+        part = {name: model[name] for name in list(model)[number::shards]}
+        torch.save(part, folder / filename)
+        weight_map |= dict.fromkeys(part, filename)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_bin_files_are_averaged_and_written_as_safetensors(
+    tmp_path: Path, shards: int, dtype: torch.dtype
+) -> None:
+    for step in (10, 20, 30):
+        write_bin(tmp_path / "s" / f"step{step}", model_at(step, dtype), shards=shards)
+    result = run(tmp_path / "s")
+    assert_is_average(result.plan.target, [model_at(s, dtype) for s in (10, 20, 30)])
+    assert len(list(result.plan.target.glob("model*.safetensors"))) == shards
+
+
+def test_a_tied_weight_is_written_once_and_stays_tied(tmp_path: Path) -> None:
+    def tied(step: int) -> dict[str, Tensor]:
+        torch.manual_seed(step)
+        config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=40, n_positions=8)
+        model = GPT2LMHeadModel(config)
+        folder = tmp_path / "s" / f"step{step}"
+        folder.mkdir(parents=True)
+        config.save_pretrained(folder)
+        state = model.state_dict()
+        torch.save(state, folder / "pytorch_model.bin")
+        return state
+
+    models = [tied(step) for step in (10, 20, 30)]
+    assert models[0]["lm_head.weight"].data_ptr() == models[0]["transformer.wte.weight"].data_ptr()
+    result = run(tmp_path / "s")
+    with safe_open(result.plan.target / "model.safetensors", framework="pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118  (a safetensors handle is no mapping)
+        assert file.metadata()["lm_head.weight"] == "transformer.wte.weight"
+    loaded = AutoModelForCausalLM.from_pretrained(result.plan.target)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    exact = sum(model["transformer.wte.weight"].double() for model in models) / 3
+    assert ulps(loaded.lm_head.weight.detach(), exact) == 0
+
+
+@dataclasses.dataclass
+class GPTConfig:
+    """As build-nanogpt stores it in its checkpoints, in place of a dictionary."""
+
+    block_size: int = 16
+    vocab_size: int = 97
+    n_layer: int = 2
+    n_head: int = 2
+    n_embd: int = 32
+
+
+SETTINGS = {"block_size": 16, "vocab_size": 97, "n_layer": 2, "n_head": 2, "n_embd": 32}
+
+
+@pytest.mark.parametrize("kind", ["nanogpt", "build-nanogpt", "paper"])
+def test_files_of_nanogpts_family_become_gpt2_folders(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "s").mkdir()
+    shape = ModelConfig(
+        **{k: v for k, v in SETTINGS.items() if k != "block_size"},
+        bias=kind == "build-nanogpt",
+        scale_attn_by_inverse_layer_idx=False,
+    )
+    models = []
+    for step in (10, 20, 30):
+        model = GPT(shape, 16, seed=step)
+        state = model.state_dict()
+        models.append({name: tensor.clone() for name, tensor in state.items()})
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+        prefix = {"nanogpt": "_orig_mod.", "paper": "module.", "build-nanogpt": ""}[kind]
+        document: dict[str, object] = {"model": {prefix + n: t for n, t in state.items()}, "iter_num": step}
+        if kind == "build-nanogpt":
+            document["config"] = GPTConfig()
+        else:
+            document["model_args"] = SETTINGS | {"bias": False, "dropout": 0.0}
+        torch.save(document, tmp_path / "s" / f"ckpt_{step}.pt")
+    torch.save({"model": models[0]}, tmp_path / "s" / "ckpt_best.pt")
+    result = run(tmp_path / "s")
+    mine = load_model(result.plan.target).state_dict()
+    exact = average_of(models, [1 / 3] * 3)
+    for name, tensor in mine.items():
+        assert ulps(tensor, exact[name]) <= 1, name
+    tokens = torch.arange(16).view(1, 16)
+    theirs = AutoModelForCausalLM.from_pretrained(result.plan.target).eval()
+    with torch.no_grad():
+        logits = load_model(result.plan.target).logits(tokens)
+        torch.testing.assert_close(logits, theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+class Payload:
+    """Runs a command when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.system, ("touch pwned",))
+
+
+class OddConfig:
+    """Is built with arguments, which an inert stand-in does not take."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (GPTConfig, (16, 97))
+
+
+@pytest.mark.parametrize("config", [Payload(), OddConfig()])
+def test_code_in_a_pickle_is_never_run(tmp_path: Path, config: object) -> None:
+    (tmp_path / "s").mkdir()
+    for step in (10, 20, 30):
+        torch.save({"model": {"w": torch.ones(3)}, "config": config}, tmp_path / "s" / f"ckpt_{step}.pt")
+    with pytest.raises(UserError, match="as tensors"):
+        run(tmp_path / "s")
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04" + bytes(50)])
+def test_a_damaged_torch_file_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "s").mkdir()
+    for step in (10, 20, 30):
+        torch.save({"model": {"w": torch.ones(3)}}, tmp_path / "s" / f"ckpt_{step}.pt")
+    (tmp_path / "s" / "ckpt_20.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"ckpt_20\.pt"):
+        run(tmp_path / "s")
+
+
+# --- indexes, links, integers, buffers ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "x.bin", "..\\x.safetensors", 7, ""]
+)
+def test_an_index_may_only_name_files_beside_it(tmp_path: Path, name: object) -> None:
+    folder = write_checkpoint(tmp_path / "step10", model_at(10), shards=2)
+    save_file({"w": torch.ones(2)}, tmp_path / "secret.safetensors")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["embed.weight"] = name
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="not the name of a"):
+        open_folder(folder, step=10)
+
+
+def test_a_link_out_of_the_folder_is_refused_and_the_hubs_cache_is_not(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "secret.safetensors")
+    folder = tmp_path / "step10"
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    with pytest.raises(UserError, match="link to a file outside"):
+        open_folder(folder, step=10)
+    cached = tmp_path / "models--a--b" / "snapshots" / "abc"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    cached.mkdir(parents=True)
+    blobs.mkdir()
+    (tmp_path / "secret.safetensors").rename(blobs / "123")
+    (cached / "model.safetensors").symlink_to("../../blobs/123")
+    assert open_folder(cached, step=10).tensors.keys() == {"w"}
+
+
+def test_a_shard_that_is_not_what_the_index_says_is_refused(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "step10", model_at(10), shards=2)
+    save_file({"stranger": torch.ones(2)}, folder / "model-00002-of-00002.safetensors")
+    with pytest.raises(UserError, match="is not the shard its index describes"):
+        open_folder(folder, step=10)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors"):
+        open_folder(folder, step=10)
+
+
+def test_integers_must_agree_or_be_the_last(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        model = model_at(step) | {"position_ids": torch.arange(7) + (step == 20)}
+        write_checkpoint(tmp_path / "s" / f"step{step}", model)
+    with pytest.raises(UserError, match=r"position_ids \(I64\[7\]\).*step 10 and step 20"):
+        run(tmp_path / "s")
+    result = run(tmp_path / "s", Settings(integers="last"))
+    assert torch.equal(load_file(result.plan.target / "model.safetensors")["position_ids"], torch.arange(7))
+
+
+def test_buffers_that_only_some_have_are_listed(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        extra = {"inv_freq": torch.ones(3)} if step == 10 else {}
+        write_checkpoint(tmp_path / "s" / f"step{step}", model_at(step) | extra)
+    with pytest.raises(UserError, match=r"inv_freq: F32\[3\] at step 10, absent at step 30"):
+        run(tmp_path / "s")
+
+
+def test_a_value_too_large_for_the_output_dtype_is_an_error(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        write_checkpoint(tmp_path / "s" / f"step{step}", {"w": torch.full((4,), 1e6 + step)})
+    with pytest.raises(UserError, match="F16 cannot hold"):
+        run(tmp_path / "s", Settings(dtype="F16"))
+    with np.errstate(all="raise"):
+        run(tmp_path / "s", Settings(dtype="BF16"))
+
+
+def test_files_a_model_needs_are_carried_over_and_code_is_not(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        folder = write_checkpoint(tmp_path / "s" / f"step{step}", model_at(step))
+        for name in ("tokenizer.json", "tokenizer_config.json", "merges.txt", "vocab.json", "modeling_x.py"):
+            (folder / name).write_text(str(step))
+    target = run(tmp_path / "s").plan.target
+    assert (target / "tokenizer.json").read_text() == "30"
+    assert (target / "merges.txt").exists()
+    assert not (target / "modeling_x.py").exists()
+
+
+def test_averages_can_be_averaged(tmp_path: Path, make_run: MakeRun) -> None:
+    made = make_run([10, 20, 30, 40])
+    series = find_series(str(made.path))
+    average(series, make_plans(series, Request(every=10, window=2, at="all", label="pairs")))
+    pairs = find_series(str(made.averages / "pairs"))
+    (result,) = average(pairs, make_plans(pairs, Request(every=20, window=2)))
+    (direct,) = average(series, make_plans(series, Request(every=10, window=4)))
+    got, wanted = (load_file(r.plan.target / "model.safetensors") for r in (result, direct))
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=3e-7, atol=1e-9)
