@@ -71,6 +71,14 @@ def _entry(folder: Path, path: Path) -> dict[str, Any]:
     return {"type": "file", "oid": oid, "size": path.stat().st_size, "path": name}
 
 
+def _lfs(path: Path) -> dict[str, Any]:
+    """What the hub says of weights, which it keeps in Git LFS."""
+    if path.suffix not in (".safetensors", ".bin"):
+        return {}
+    content = path.read_bytes()
+    return {"lfs": {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}}
+
+
 def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -135,7 +143,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
 
         def _info(self, name: str, commit: str, folder: Path) -> None:
             siblings = [
-                {"rfilename": e["path"], "size": e["size"], "blobId": e["oid"]}
+                {"rfilename": e["path"], "size": e["size"], "blobId": e["oid"]} | _lfs(folder / e["path"])
                 for e in (_entry(folder, path) for path in sorted(folder.rglob("*")) if path.is_file())
             ]
             self._json(

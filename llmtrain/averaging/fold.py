@@ -81,6 +81,9 @@ def fold(
             merge([total], [Mixture((0,), (1.0,), divisor=divisor)], [writer.write], dtypes=dtypes)
         for path in total.files:
             path.unlink()
+    for checkpoint in opened.values():
+        if checkpoint.disposable:
+            shutil.rmtree(checkpoint.folder.parent, ignore_errors=True)  # what the client left beside them
     return Average(plan, kept=False)
 
 
