@@ -56,6 +56,7 @@ class Mixture:
         """
         if (
             self.decays is None
+            and self.divisor == 1.0
             and len(set(self.weights)) == 1
             and math.isclose(self.weights[0] * len(self.weights), 1.0)
         ):

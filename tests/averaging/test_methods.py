@@ -199,6 +199,20 @@ def test_impossible_requests_are_explained(tmp_path: Path, request_: dict[str, A
         run(root, **request_)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["lawa", "linear"])
+def test_summing_one_input_after_the_other_gives_the_same_bytes(
+    tmp_path: Path, method: str, dtype: torch.dtype
+) -> None:
+    root = make_series(tmp_path / "series", dtype=dtype, shards=2)
+    (whole,) = run(root, every=100, method=method, label="whole")
+    (folded,) = run(root, Settings(discard_inputs=True), every=100, method=method, label="folded")
+    names = sorted(path.name for path in whole.plan.target.iterdir())
+    assert names == sorted(path.name for path in folded.plan.target.iterdir())
+    for path in whole.plan.target.glob("model*"):
+        assert path.read_bytes() == (folded.plan.target / path.name).read_bytes()
+
+
 def test_swa_at_all_grows_by_one_checkpoint(tmp_path: Path) -> None:
     root = make_series(tmp_path / "series")
     results = run(root, method="swa", every=100, start=400, at="all")
