@@ -67,11 +67,14 @@ def evaluate(
     from llmtrain.files import newest_run
     from llmtrain.interrupt import Interrupt, Interrupted
 
-    wanted = [
-        target
-        for path in (targets or [newest_run().path])
+    paths = targets or [newest_run().path]
+    # Two averages of one step bring the same raw weights: measure and show them once.
+    found = {
+        target.path.resolve(): target
+        for path in paths
         for target in targets_of(path, every_snapshot=every_snapshot)
-    ]
+    }
+    wanted = list(found.values())
     settings = Settings(data=data, split=split.value, tokens=tokens, batch=batch, device=device)
     try:
         with Interrupt() as interrupt, progress_line("evaluating") as line:
@@ -91,13 +94,14 @@ def evaluate(
 
 
 def loss_table(rows: "list[Row]") -> Table:
-    """One line a set of weights."""
+    """One line a set of weights; which run it is of, where there are several."""
+    several = len({row.run for row in rows}) > 1
     table = Table("weights", "step", "loss", "perplexity", "bits per byte", "minus raw", "tokens", "seconds")
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
         table.add_row(
-            row.label,
+            f"{row.run}: {row.label}" if several and row.run else row.label,
             "" if row.step is None else f"{row.step:,}",
             f"{row.loss:.4f}",
             f"{row.perplexity:.3f}",

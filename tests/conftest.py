@@ -12,6 +12,8 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
+# The models of the tests are tiny: threads would spend their time waiting for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing of a test may land in, or come from, a person's caches or accounts.
 os.environ["WANDB_SILENT"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -45,6 +45,8 @@ class Row:
     label: str
     step: int | None
     path: str
+    run: str | None
+    """Name of the run's folder."""
     loss: float
     """Nats per token."""
     perplexity: float
@@ -184,6 +186,7 @@ def _row(
         label=target.label,
         step=target.step,
         path=str(target.path),
+        run=target.run.path.resolve().name if target.run else None,
         loss=result.loss,
         perplexity=result.perplexity,
         bits_per_byte=None if math.isnan(result.bits_per_byte) else result.bits_per_byte,
