@@ -1,0 +1,79 @@
+"""`inspect`: the facts of checkpoints, against numpy; and damage is shown, not thrown."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_runs import MakeRun, model_at, write_checkpoint
+
+from llmtrain.averaging.average import average
+from llmtrain.averaging.inspection import inspect_path
+from llmtrain.averaging.plan import Request, make_plans
+from llmtrain.averaging.series import run_series
+from llmtrain.errors import UserError
+from llmtrain.files import sha256_of
+
+
+def test_facts_of_a_series(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        write_checkpoint(tmp_path / "s" / f"step{step}", model_at(step))
+    first, second, _ = inspect_path(tmp_path / "s")
+    assert [first.step, second.step] == [10, 20]
+    a, b = model_at(10), model_at(20)
+    assert first.parameters == sum(tensor.numel() for tensor in a.values())
+    assert first.dtypes == {"F32": 5, "I64": 1, "BOOL": 1}
+    assert first.sha256 == sha256_of(tmp_path / "s" / "step10" / "model.safetensors")
+    floats = [name for name, tensor in a.items() if tensor.is_floating_point()]
+    assert first.norm == pytest.approx(math.sqrt(sum(a[n].double().square().sum().item() for n in floats)))
+    assert first.distance is None
+    assert second.distance == pytest.approx(
+        math.sqrt(sum((a[n].double() - b[n].double()).square().sum().item() for n in floats))
+    )
+    facts = {tensor.name: tensor for tensor in second.tensors}
+    assert facts["embed.weight"].norm == pytest.approx(b["embed.weight"].double().norm().item())
+    assert facts["position_ids"].norm is None
+    assert second.problems == []
+
+
+def test_an_average_shows_its_provenance(make_run: MakeRun) -> None:
+    run = make_run([10, 20, 30])
+    series = run_series(run)
+    (result,) = average(series, make_plans(series, Request(every=10, window=3)))
+    (facts,) = inspect_path(result.plan.target)
+    assert facts.step == 30
+    assert facts.tokens == 30 * 64
+    assert facts.hash_source == "recorded"
+    assert facts.provenance is not None
+    assert [entry["step"] for entry in facts.provenance["inputs"]] == [10, 20, 30]
+    assert [facts.step for facts in inspect_path(run.path)] == [10, 20, 30]
+
+
+def test_damage_and_duplicates_are_shown(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        write_checkpoint(tmp_path / "s" / f"step{step}", model_at(20 if step == 40 else step))
+    path = tmp_path / "s" / "step30" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["norm.weight"][2] = float("nan")
+    save_file(tensors, path)
+    found = {facts.step: facts for facts in inspect_path(tmp_path / "s")}
+    assert found[30].norm is None
+    assert "norm.weight holds nan" in found[30].problems[0]
+    assert found[10].norm is not None
+    assert "the same at steps 20, 40" in found[40].problems[0]
+
+
+def test_models_that_differ_are_inspected_one_by_one(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "s" / "step10", model_at(10))
+    write_checkpoint(tmp_path / "s" / "step20", {"other": torch.ones(3)})
+    first, second = inspect_path(tmp_path / "s")
+    assert second.norm == pytest.approx(math.sqrt(3))
+    assert first.norm is not None
+    assert second.distance is None
+    assert "do not hold the same tensors" in second.problems[0]
+
+
+def test_nothing_to_inspect_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        inspect_path(tmp_path / "nowhere")
