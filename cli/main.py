@@ -17,6 +17,7 @@ from llmtrain.errors import RunFailed, UserError
 from .average import average
 from .common import print_error
 from .eval import evaluate
+from .inspect import inspect
 from .prepare import prepare
 from .pretrain import pretrain
 from .report import report
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.command()(prepare)
 app.command()(pretrain)
 app.command()(average)
+app.command()(inspect)
 app.command(name="eval")(evaluate)
 app.command()(report)
 app.command()(verify)
