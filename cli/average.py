@@ -5,12 +5,9 @@ llmtrain average --every 1000
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from llmtrain.averaging.average import Average, Plan
 
 
 class Method(StrEnum):
@@ -244,6 +241,18 @@ def average(
             rich_help_panel=_HUB,
         ),
     ] = False,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            help='Evaluate every combination without writing it: "window=3,5,10 every=200,400" '
+            "(also method, decay, half-life, shape, from, blend). --at all: at every snapshot.",
+            rich_help_panel=_SEARCH,
+            show_default=False,
+        ),
+    ] = None,
+    write_best: Annotated[
+        bool, typer.Option("--write-best", help="Write the best one of the sweep.", rich_help_panel=_SEARCH)
+    ] = False,
 ) -> None:
     """Average checkpoints of one run (LAWA: the mean of the last --window, --every steps apart).
 
@@ -254,9 +263,9 @@ def average(
     from llmtrain.averaging.plan import Request, make_plans
     from llmtrain.averaging.sources import find_series
 
+    from .average_output import evaluate_sweep, print_averages, print_weights, run_plans
     from .common import print_json
 
-    series = find_series(source, revision_pattern=revision_pattern, discard=discard_inputs)
     request = Request(
         method=method.value,
         every=every,
@@ -275,9 +284,13 @@ def average(
         label=label,
         out=out,
     )
+    if sweep is not None:
+        evaluate_sweep(source, sweep, request, write_best=write_best, as_json=as_json)
+        return
+    series = find_series(source, revision_pattern=revision_pattern, discard=discard_inputs)
     plans = make_plans(series, request)
     if show_weights:
-        _show_weights(plans, as_json)
+        print_weights(plans, as_json)
         return
     settings = Settings(
         dtype=DTYPES[dtype.value] if dtype else None,
@@ -289,63 +302,8 @@ def average(
         allow_known_bad=allow_known_bad,
         discard_inputs=discard_inputs,
     )
-    results = _run(series, plans, settings)
+    results = run_plans(series, plans, settings)
     if as_json:
         print_json([result.as_json() for result in results])
     else:
-        _print_table(results)
-
-
-def _run(series: Any, plans: "list[Plan]", settings: Any) -> "list[Average]":
-    """Average with a progress line."""
-    from llmtrain.averaging.average import average as make
-
-    from .common import progress_line, warn
-
-    with progress_line("averaging") as line:
-        return make(series, plans, settings, progress=line.update, warn=warn)
-
-
-def _print_table(results: "list[Average]") -> None:
-    from rich.table import Table
-
-    from .common import console, notes
-
-    table = Table("step", "label", "inputs", "written to", box=None, header_style="bold")
-    for result in results:
-        steps = [str(source.step) for source in result.plan.inputs]
-        inputs = " ".join(steps if len(steps) <= 8 else [*steps[:3], "…", *steps[-3:], f"({len(steps)})"])
-        table.add_row(str(result.plan.step), result.plan.label, inputs, str(result.plan.target))
-    console.print(table)
-    if kept := sum(result.kept for result in results):
-        notes.print(
-            f"{kept} of {len(results)} existed already, of the same checkpoints and weights, and were kept"
-        )
-
-
-def _show_weights(plans: "list[Plan]", as_json: bool) -> None:
-    """The coefficients of each planned average, and nothing read or written."""
-    from rich.table import Table
-
-    from .common import console, print_json
-
-    if as_json:
-        print_json(
-            [
-                {
-                    "label": plan.label,
-                    "step": plan.step,
-                    "inputs": [source.step for source in plan.inputs],
-                    "weights": list(plan.weights),
-                }
-                for plan in plans
-            ]
-        )
-        return
-    for plan in plans:
-        table = Table(
-            "checkpoint", "weight", box=None, header_style="bold", title=f"{plan.label}, step {plan.step}"
-        )
-        for source, weight in zip(plan.inputs, plan.weights, strict=True):
-            table.add_row(source.location, f"{weight:.10g}")
-        console.print(table)
+        print_averages(results)

@@ -26,7 +26,7 @@ DEFAULT_WINDOW = 5
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
-_OPTIONS = {
+OPTIONS = {
     "lawa": {"every", "window", "at", "disjoint", "blend"},
     "linear": {"every", "window", "at", "disjoint", "blend"},
     "decay": {"every", "window", "at", "disjoint", "blend", "shape"},
@@ -38,7 +38,7 @@ _OPTIONS = {
 }
 """The options each method takes."""
 
-METHODS = tuple(_OPTIONS)
+METHODS = tuple(OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ def make_plans(series: Series, request: Request) -> list[Plan]:
 
 
 def _check_options(request: Request) -> None:
-    if request.method not in _OPTIONS:
+    if request.method not in OPTIONS:
         raise UserError(f"--method {request.method!r} is unknown", hint=f"one of {', '.join(METHODS)}")
-    takes = _OPTIONS[request.method] | {"method", "label", "out"}
+    takes = OPTIONS[request.method] | {"method", "label", "out"}
     unused = [name for name, value in vars(request).items() if value is not None and name not in takes]
     if unused:
         flags = {"start": "--from"}

@@ -1,0 +1,250 @@
+"""Many averages of one run evaluated without writing any: which window, which spacing, which method.
+
+Why: the best window is a property of the run, and guessing it costs more than measuring it. All
+candidates of a step are summed in one pass over the snapshots, into memory, and evaluated there.
+
+    result = sweep(run, parse_sweep("window=3,5,10 every=200,400,1000"))
+    result.best.request, result.best.losses
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmtrain.averaging.average import Plan
+from llmtrain.averaging.checkpoints import Checkpoint
+from llmtrain.averaging.merge import Mixture, Write, merge
+from llmtrain.averaging.numbers import Raw
+from llmtrain.averaging.plan import OPTIONS, Request, make_plans
+from llmtrain.averaging.series import Input, Series, check_alike, run_series
+from llmtrain.checkpoint import load_model
+from llmtrain.config import RunConfig
+from llmtrain.config_file import load_config
+from llmtrain.data.shards import open_data
+from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.errors import UserError
+from llmtrain.evaluation.loss import evaluate
+from llmtrain.files import RunFolder
+from llmtrain.hardware import resolve_device, resolve_precision
+from llmtrain.model import GPT
+
+RAW = "raw"
+
+MEMORY = 4 << 30
+"""Bytes of averages held at a time; more are made in further passes over the snapshots."""
+
+POINTS = 12
+"""Steps at which candidates are compared, unless all are asked for."""
+
+_NUMBERS: dict[str, Callable[[str], Any]] = {
+    "window": int,
+    "every": int,
+    "start": int,
+    "decay": float,
+    "half_life": float,
+    "blend": float,
+    "method": str,
+    "shape": str,
+}
+
+_Weights = dict[str, np.ndarray[Any, np.dtype[np.float32]]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way of averaging, and its validation loss by step (nats per token)."""
+
+    label: str
+    request: Request | None
+    """None: the raw weights."""
+    losses: dict[int, float]
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """Raw weights and all candidates, on the same validation tokens."""
+
+    raw: Candidate
+    candidates: list[Candidate]
+    """Best first: by the loss at the last step that each has."""
+    skipped: list[str]
+    """Candidates for which the run has no window."""
+    tokens: int
+    """Validation tokens predicted in each evaluation."""
+
+    @property
+    def best(self) -> Candidate:
+        """The candidate with the lowest loss at the newest step that any has."""
+        return self.candidates[0]
+
+
+def parse_sweep(text: str) -> list[Request]:
+    """Every combination of `key=a,b key=c,d`, without what a method does not take.
+
+    Raises:
+        UserError: not of that form, an unknown key, or a value of the wrong kind.
+    """
+    choices: dict[str, list[Any]] = {"method": ["lawa"]}
+    for part in text.split():
+        key, equals, values = part.partition("=")
+        name = {"from": "start"}.get(key.replace("-", "_"), key.replace("-", "_"))
+        if not equals or name not in _NUMBERS:
+            known = ", ".join("from" if n == "start" else n for n in _NUMBERS)
+            raise UserError(f"--sweep {part!r} is not key=value,value", hint=f"keys: {known}")
+        try:
+            choices[name] = [_NUMBERS[name](value) for value in values.split(",")]
+        except ValueError:
+            raise UserError(f"--sweep {part!r} has a value that is no number", hint="window=3,5,10") from None
+    requests: list[Request] = []
+    for combination in itertools.product(*choices.values()):
+        asked: dict[str, Any] = dict(zip(choices, combination, strict=True))
+        takes = OPTIONS.get(asked["method"], set(choices)) | {"method"}
+        request = Request(**{key: value for key, value in asked.items() if key in takes})
+        if request not in requests:
+            requests.append(request)
+    return requests
+
+
+def sweep(
+    run: RunFolder,
+    requests: Sequence[Request],
+    *,
+    every_step: bool = False,
+    data: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> SweepResult:
+    """Evaluate each request at the same steps, and the raw weights beside them.
+
+    Args:
+        run: whose snapshots and validation data.
+        requests: the candidates.
+        every_step: at every snapshot, not at `POINTS` of them.
+        data: folder of token shards; default: the run's.
+        progress: called with evaluations done and in all.
+
+    Raises:
+        UserError: no candidate has a window, or a request is impossible.
+    """
+    series, config = run_series(run), load_config(run.config)
+    plans, skipped = _plans(series, requests)
+    steps = _compared_steps(series.steps, plans, every_step)
+    jobs = [
+        *(Plan(RAW, RAW, (series.inputs[step],), (1.0,), run.path) for step in steps),
+        *(plan for of_request in plans.values() for plan in of_request if plan.step in steps),
+    ]
+    jobs.sort(key=lambda job: job.step)
+    measure = _Evaluator(config, series.inputs[steps[-1]].open().folder, data)
+    losses: dict[str, dict[int, float]] = {}
+    for done, (job, weights) in enumerate(_averages(jobs), start=1):
+        losses.setdefault(job.label, {})[job.step] = measure.loss(weights)
+        if progress is not None:
+            progress(done, len(jobs))
+    found = [
+        Candidate(label, request, losses[label]) for (label, request) in _labels(plans) if label in losses
+    ]
+    found.sort(key=lambda candidate: (-max(candidate.losses), candidate.losses[max(candidate.losses)]))
+    return SweepResult(Candidate(RAW, None, losses[RAW]), found, skipped, measure.tokens)
+
+
+def _plans(series: Series, requests: Sequence[Request]) -> tuple[dict[Request, list[Plan]], list[str]]:
+    """All windows of each request, and why some have none."""
+    plans, skipped = {}, []
+    for request in requests:
+        try:
+            plans[request] = make_plans(series, replace(request, at="all"))
+        except UserError as error:
+            if "has no" not in str(error):
+                raise
+            skipped.append(str(error))
+    if not plans:
+        raise UserError(
+            "no candidate has a window:\n  " + "\n  ".join(skipped), hint="smaller window= or every="
+        )
+    return plans, skipped
+
+
+def _labels(plans: Mapping[Request, list[Plan]]) -> list[tuple[str, Request]]:
+    return [(of_request[-1].label, request) for request, of_request in plans.items()]
+
+
+def _compared_steps(steps: Sequence[int], plans: Mapping[Request, list[Plan]], every_step: bool) -> list[int]:
+    """Every step, or `POINTS` evenly spaced ones from the first window's end to the last's."""
+    ends = sorted({plan.step for of_request in plans.values() for plan in of_request})
+    if every_step:
+        return list(steps)
+    if len(ends) <= POINTS:
+        return ends
+    return sorted({ends[round(i * (len(ends) - 1) / (POINTS - 1))] for i in range(POINTS)})
+
+
+def _averages(jobs: Sequence[Plan]) -> Iterator[tuple[Plan, _Weights]]:
+    """Each average in memory, in groups that fit there; a group reads each of its snapshots once."""
+    opened: dict[Input, Checkpoint] = {}
+    position = 0
+    while position < len(jobs):
+        size = 4 * sum(spec.count for spec in jobs[position].inputs[-1].open().tensors.values())
+        group = jobs[position : position + max(1, MEMORY // size)]
+        inputs = sorted({i for job in group for i in job.inputs}, key=lambda i: i.step)
+        opened = {source: opened.get(source) or source.open() for source in inputs}
+        checkpoints = [opened[source] for source in inputs]
+        check_alike(checkpoints)
+        index = {source: i for i, source in enumerate(inputs)}
+        results: list[_Weights] = [
+            {name: np.empty(spec.count, np.float32) for name, spec in checkpoints[-1].tensors.items()}
+            for _ in group
+        ]
+        mixtures = [Mixture(tuple(index[i] for i in job.inputs), job.weights, job.decays) for job in group]
+        merge(checkpoints, mixtures, [_into(weights) for weights in results])
+        for job, weights in zip(group, results, strict=True):
+            shapes = checkpoints[-1].tensors
+            yield job, {name: array.reshape(shapes[name].shape) for name, array in weights.items()}
+        position += len(group)
+
+
+def _into(weights: _Weights) -> Write:
+    def write(name: str, start: int, raw: Raw) -> None:
+        weights[name][start : start + len(raw)] = raw
+
+    return write
+
+
+class _Evaluator:
+    """One model, into which weights are put to be measured on the run's validation tokens."""
+
+    def __init__(self, config: RunConfig, folder: Path, data: Path | None) -> None:
+        self._config = config
+        self._device = resolve_device(config.train.device)
+        self._model: GPT = load_model(folder).to(self._device)
+        opened = open_data(data or Path(config.data.path))
+        self._reader = opened.reader("val")
+        self._token_bytes = load_tokenizer(opened.tokenizer).token_bytes()
+        self.tokens = 0
+
+    def loss(self, weights: _Weights) -> float:
+        """Nats per token of `weights`, in Hugging Face's layout."""
+        with torch.no_grad():
+            for name, parameter in self._model.named_parameters():
+                held = torch.from_numpy(
+                    weights[name if name in weights else name.removeprefix("transformer.")]
+                )
+                # Hugging Face's Conv1D is (in, out); square ones are told by their names.
+                parameter.copy_(
+                    held.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else held
+                )
+        result = evaluate(
+            self._model,
+            self._reader,
+            self._token_bytes,
+            block_size=self._config.data.block_size,
+            batch=self._config.eval.batch,
+            device=self._device,
+            precision=resolve_precision(self._config.train.precision, self._device),
+            limit=self._config.eval.tokens,
+        )
+        self.tokens = result.tokens
+        return result.loss

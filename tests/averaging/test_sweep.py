@@ -1,0 +1,117 @@
+"""The sweep: its losses are those of the written averages, its savings are counted right."""
+
+import csv
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llmtrain.averaging.average import average
+from llmtrain.averaging.plan import Request, make_plans
+from llmtrain.averaging.series import run_series
+from llmtrain.averaging.sweep import Candidate, SweepResult, parse_sweep, sweep
+from llmtrain.averaging.sweep_report import summary, write_csv
+from llmtrain.config import RunConfig
+from llmtrain.errors import UserError
+from llmtrain.evaluation.results import Settings, measure
+from llmtrain.evaluation.targets import Target
+from llmtrain.files import RunFolder
+from llmtrain.training.run import pretrain
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(tiny: Callable[..., RunConfig], tmp_path: Path) -> RunFolder:
+    config = tiny(averages=[], train__max_steps=14, checkpoint={"snapshot_every": 1, "state_every": 14})
+    return pretrain(config, tmp_path / "runs" / "tiny", say=lambda line: None).run
+
+
+def test_every_combination_is_a_request_and_none_twice() -> None:
+    requests = parse_sweep("window=3,5 every=200,400 method=lawa,ema decay=0.5,0.9")
+    assert Request(method="lawa", window=3, every=200) in requests
+    assert Request(method="ema", window=5, every=400, decay=0.9) in requests
+    assert len(requests) == 4 + 8
+    assert parse_sweep("every=2 from=4 method=swa") == [Request(method="swa", every=2, start=4)]
+
+
+@pytest.mark.parametrize("text", ["window", "windows=3", "window=three", "window=3,"])
+def test_a_wrong_sweep_is_explained(text: str) -> None:
+    with pytest.raises(UserError, match="--sweep"):
+        parse_sweep(text)
+
+
+def test_losses_are_those_of_the_written_averages(run: RunFolder) -> None:
+    result = sweep(run, parse_sweep("method=lawa,linear window=2,3 every=2,3"), every_step=True)
+    assert len(result.candidates) == 8
+    assert sorted(result.raw.losses) == list(range(3, 15))
+    series = run_series(run)
+    for candidate in (result.best, result.candidates[-1]):
+        assert candidate.request is not None
+        (written,) = average(series, make_plans(series, candidate.request))
+        (row,) = measure([Target("x", 14, written.plan.target, run)], Settings(), lambda *progress: None)
+        assert row.loss == pytest.approx(candidate.losses[14], rel=1e-6)
+    (raw,) = measure([Target("raw", 9, run.snapshot(9), run)], Settings(), lambda *progress: None)
+    assert raw.loss == pytest.approx(result.raw.losses[9], rel=1e-6)
+    assert result.best.losses[14] == min(c.losses[14] for c in result.candidates)
+
+
+def test_nothing_but_reports_is_written(run: RunFolder) -> None:
+    before = sorted(run.path.rglob("*"))
+    sweep(run, parse_sweep("window=2 every=2"))
+    assert sorted(run.path.rglob("*")) == before
+
+
+def test_small_memory_changes_no_number(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = sweep(run, parse_sweep("window=2,4 every=1,2"))
+    monkeypatch.setattr("llmtrain.averaging.sweep.MEMORY", 1)
+    single = sweep(run, parse_sweep("window=2,4 every=1,2"))
+    assert {c.label: c.losses for c in whole.candidates} == {c.label: c.losses for c in single.candidates}
+
+
+def test_candidates_without_a_window_are_left_out_and_said(run: RunFolder) -> None:
+    result = sweep(run, parse_sweep("window=2,50 every=2"))
+    assert [candidate.label for candidate in result.candidates] == ["lawa-2x2"]
+    assert "no 50 checkpoints" in result.skipped[0]
+    with pytest.raises(UserError, match="no candidate has a window"):
+        sweep(run, parse_sweep("window=50 every=2"))
+
+
+def test_savings_are_counted_from_the_first_step_that_is_as_good(run: RunFolder, tmp_path: Path) -> None:
+    raw = Candidate("raw", None, {6: 3.0, 10: 2.5, 14: 2.0})
+    good = Candidate("good", None, {6: 2.4, 10: 1.9, 14: 1.8})
+    poor = Candidate("poor", None, {10: 2.6, 14: 2.1})
+    result = SweepResult(raw, [good, poor], [], 100)
+    first, second = summary(result, run)
+    assert (first.reached, first.steps_saved, first.tokens_saved) == (10, 4, 4 * 8 * 16)
+    assert first.best
+    assert first.delta == pytest.approx(-0.2)
+    assert first.hours_saved is not None
+    assert first.hours_saved > 0
+    assert (second.reached, second.steps_saved, second.hours_saved) == (None, None, None)
+    write_csv(result, tmp_path / "sweep.csv")
+    rows = list(csv.reader((tmp_path / "sweep.csv").open()))
+    assert rows == [
+        ["step", "raw", "good", "poor"],
+        ["6", "3.0", "2.4", ""],
+        ["10", "2.5", "1.9", "2.6"],
+        ["14", "2.0", "1.8", "2.1"],
+    ]
+
+
+def test_the_command_shows_and_writes_the_best(run: RunFolder, llmtrain: Command) -> None:
+    done = llmtrain(
+        "average", run.path, "--sweep", "window=2,3 every=2,3", "--write-best", "--json", cwd=run.path.parent
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    (best,) = [row for row in document["candidates"] if row["best"]]
+    (written,) = document["written"]
+    assert written["label"] == best["label"]
+    assert (Path(written["path"]) / "model.safetensors").exists()
+    assert (run.report / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    again = llmtrain("average", run.path, "--sweep", "window=2", "--every", "2", cwd=run.path.parent)
+    assert again.returncode == 2
+    assert "--sweep takes" in again.stderr
