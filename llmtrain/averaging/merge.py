@@ -139,7 +139,7 @@ def merge(
                 failed.set()
                 raise
 
-        count = threads or min(len(os.sched_getaffinity(0)), 4)
+        count = threads or min(_cores(), 4)
         with ThreadPoolExecutor(count) as pool:
             try:
                 for future in [pool.submit(worker) for _ in range(count)]:
@@ -147,6 +147,11 @@ def merge(
             finally:
                 failed.set()
     return _norms(work, stats)
+
+
+def _cores() -> int:
+    """Cores this process may use; not every system tells those from the cores there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _norms(work: Sequence[_Piece], stats: NDArray[np.float64]) -> Norms:

@@ -110,7 +110,10 @@ class WeightsWriter:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._descriptors.append(descriptor)
         try:
-            os.posix_fallocate(descriptor, 0, size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, size)
+            else:  # macOS: the disk may turn out to be full later
+                os.ftruncate(descriptor, size)
         except OSError as error:
             raise RunFailed(
                 f"cannot write {size:,} bytes to {path.parent.parent}: {error.strerror}",

@@ -5,6 +5,9 @@ fall-back: a file that needs more than tensors and plain containers to be read i
 
     checkpoint = open_training_file(Path("ckpt_1000.pt"), step=1000)
 
+Their pages count as memory of this process while they are mapped, unlike those of safetensors, but the
+kernel takes them back when it needs them.
+
 A tied weight that such a file holds under two names is kept under one, as safetensors demands.
 """
 

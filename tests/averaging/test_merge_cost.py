@@ -1,0 +1,80 @@
+"""What an average costs: memory that no number of inputs or tensors raises, and each input read once."""
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_runs import MakeRun
+
+from llmtrain.averaging.average import average
+from llmtrain.averaging.checkpoints import SafetensorsReader
+from llmtrain.averaging.plan import Request, make_plans
+from llmtrain.averaging.series import run_series
+
+GIGABYTE = 1 << 30
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from llmtrain.averaging import average, plan, series
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+found = series.folder_series(Path("series"))
+plans = plan.make_plans(found, plan.Request(every=10, window=len(found.steps)))
+average.average(found, plans, average.Settings(allow_duplicates=True))
+print(peak() - before)
+"""
+
+
+def write_sparse(path: Path, tensors: int, mark: int) -> None:
+    """A gigabyte of float32, nearly all holes: it takes no disk."""
+    count = GIGABYTE // 4 // tensors
+    entries = {
+        f"t{i}": {"dtype": "F32", "shape": [count], "data_offsets": [i * count * 4, (i + 1) * count * 4]}
+        for i in range(tensors)
+    }
+    text = json.dumps(entries).encode()
+    path.parent.mkdir(parents=True)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text + struct.pack("<f", mark))
+        file.truncate(8 + len(text) + tensors * count * 4)
+
+
+@pytest.mark.parametrize(("inputs", "tensors"), [(2, 1), (5, 2048)])
+def test_a_gigabyte_is_averaged_in_little_memory(tmp_path: Path, inputs: int, tensors: int) -> None:
+    for number in range(1, inputs + 1):
+        write_sparse(tmp_path / "series" / f"step{10 * number}" / "model.safetensors", tensors, number)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 100 * 10**6
+    (written,) = (tmp_path / "averages").rglob("model.safetensors")
+    with written.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        file.seek(8 + length)
+        assert struct.unpack("<f", file.read(4))[0] == (inputs + 1) / 2
+    written.unlink()
+
+
+def test_all_sliding_windows_read_each_input_once(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(list(range(10, 210, 10)))
+    read = 0
+    original = SafetensorsReader.read
+
+    def counting(self, name, start, stop, buffer):  # type: ignore[no-untyped-def]  # as the original
+        nonlocal read
+        raw = original(self, name, start, stop, buffer)
+        read += raw.nbytes
+        return raw
+
+    monkeypatch.setattr(SafetensorsReader, "read", counting)
+    series = run_series(run)
+    results = average(series, make_plans(series, Request(every=10, window=5, at="all")))
+    assert len(results) == 16
+    total = sum(spec.bytes for source in series.inputs.values() for spec in source.open().tensors.values())
+    assert read == total
