@@ -7,12 +7,13 @@ pipes hold nothing but results; and every failure is one red line and a hint.
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -110,6 +111,10 @@ def progress_line(description: str) -> Iterator[ProgressLine]:
         yield line
 
 
-def as_row(values: dict[str, Any], names: list[str]) -> list[str]:
-    """The cells of one table row, in the order of `names`; an absent value is an empty cell."""
-    return ["" if values.get(name) is None else str(values[name]) for name in names]
+def parse_duration(text: str) -> float:
+    """Seconds of `1h30m`, `90m`, `45s`, `2d` or a plain number of seconds."""
+    match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
+    if not match or not any(match.groups()):
+        raise typer.BadParameter(f"{text!r} is no time; write 90m, 1h30m or 3600s")
+    days, hours, minutes, seconds = (int(group or 0) for group in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)

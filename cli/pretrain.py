@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .common import console, notes, warn
+from .common import console, notes, parse_duration, warn
 
 
 class Resume(StrEnum):
@@ -32,12 +32,22 @@ def pretrain(
     resume: Annotated[
         Resume, typer.Option(help="auto: go on with a run that is there; never: refuse it.")
     ] = Resume.AUTO,
+    max_time: Annotated[
+        float | None,
+        typer.Option(
+            parser=parse_duration,
+            metavar="TIME",
+            help="Stop after this time with the state saved: 90m, 1h30m, 3600s.",
+            show_default="no limit",
+        ),
+    ] = None,
 ) -> None:
     """Pre-train a GPT-2 model and save its snapshots.
 
     Prints a line every log.every steps: loss (nats per token), learning rate, gradient norm, tokens
-    per second, utilisation of the device's peak (MFU) and time left. Ctrl-C or SIGTERM ends the run
-    after the step in hand with its state saved (exit code 130 or 143); the same command goes on.
+    per second, utilisation of the device's peak (MFU) and time left. Ctrl-C, SIGTERM, SIGUSR1 and
+    --max-time end the run at once with its state saved (exit codes 130, 143, 138 and 124); the same
+    command goes on. A second signal does not wait for the save.
     """
     from llmtrain.config_file import load_config
 
@@ -60,7 +70,9 @@ def pretrain(
     table.add_row("→ tokens in all", f"{resolved.tokens_per_step * resolved.train.max_steps:,}")
     console.print(table)
     try:
-        outcome = train(resolved, folder, resume=resume.value, say=console.print, warn=warn)
+        outcome = train(
+            resolved, folder, resume=resume.value, max_seconds=max_time, say=console.print, warn=warn
+        )
     except Interrupted as interrupted:
         notes.print(f"{interrupted}: state saved in {folder}; the same command goes on from there")
         raise typer.Exit(interrupted.exit_code) from None

@@ -1,41 +1,48 @@
-"""A signal that ends the work at the next safe place instead of in the middle of it.
+"""A signal, or a limit on time, that ends the work at the next safe place instead of in its middle.
 
 Why: Slurm, a spot machine and Ctrl-C all send one signal and expect the state to be saved. The
 handler only sets a flag; long work asks for it. A second signal leaves at once.
 
-    with Interrupt() as interrupt: ...; interrupt.check()
+    with Interrupt(max_seconds=3600) as interrupt: ...; interrupt.check()
 """
 
 import signal
+import time
 from types import FrameType, TracebackType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+OUT_OF_TIME = 124
+"""Exit code when the limit on time was reached; that of timeout(1)."""
 
 
 class Interrupted(Exception):
-    """Raised where work can be left; `signal` is what was received."""
+    """Raised where work can be left; `exit_code` says why: 128 + signal, or `OUT_OF_TIME`."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.signal = number
-
-    @property
-    def exit_code(self) -> int:
-        """128 + the signal's number, as a shell has it."""
-        return 128 + self.signal
+    def __init__(self, reason: str, exit_code: int) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code
 
 
 class Interrupt:
-    """While active, the first SIGINT or SIGTERM is remembered; the second has its usual effect."""
+    """While active, the first SIGINT, SIGTERM or SIGUSR1 is remembered; the second has its usual effect."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_seconds: float | None = None) -> None:
+        """Listen from `with` on.
+
+        Args:
+            max_seconds: treat the end of this time as a signal; None: no limit.
+        """
         self.received: int | None = None
+        self._deadline = time.monotonic() + max_seconds if max_seconds is not None else None
         self._previous: dict[int, object] = {}
 
     def check(self) -> None:
-        """Raise `Interrupted` if a signal came."""
+        """Raise `Interrupted` if a signal came or the time is over."""
         if self.received is not None:
-            raise Interrupted(self.received)
+            raise Interrupted(signal.Signals(self.received).name, 128 + self.received)
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            raise Interrupted("the time is over", OUT_OF_TIME)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = number

@@ -108,7 +108,11 @@ def test_a_wrong_command_line_exits_with_2(workplace: Path, llmtrain: Command) -
 def test_module_and_version(workplace: Path, llmtrain: Command) -> None:
     version = llmtrain("--version", cwd=workplace).stdout
     module = subprocess.run(
-        [sys.executable, "-m", "llmtrain", "--version"], capture_output=True, text=True, check=True, cwd=workplace
+        [sys.executable, "-m", "llmtrain", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=workplace,
     )
     assert module.stdout == version
     assert version.startswith("llmtrain ")
@@ -129,7 +133,9 @@ def test_help_names_every_option_and_imports_nothing_heavy(
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
+)
 def test_a_signal_saves_the_state_and_the_same_command_goes_on(
     workplace: Path, llmtrain: Command, number: int, code: int
 ) -> None:

@@ -127,7 +127,9 @@ def test_the_demo_config_explains_every_key() -> None:
     text = (REPOSITORY / "configs" / "demo.yaml").read_text()
     schedule_keys = {"min_lr", "horizon", "decay_steps", "shape", "cycle_steps"}
     named = {key.split(".")[-1] for key in flatten(load_config(REPOSITORY / "configs" / "demo.yaml"))}
-    for key in named | schedule_keys | {"batch_tokens", "save_every", "start", "window", "offload", "sigma_rel"}:
+    for key in (
+        named | schedule_keys | {"batch_tokens", "save_every", "start", "window", "offload", "sigma_rel"}
+    ):
         assert key in text, f"configs/demo.yaml does not mention {key}"
 
 

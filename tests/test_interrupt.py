@@ -8,7 +8,9 @@ import pytest
 from llmtrain.interrupt import Interrupt, Interrupted
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
+)
 def test_the_first_signal_waits_for_a_check(number: int, code: int) -> None:
     before = signal.getsignal(number)
     with Interrupt() as interrupt:
@@ -25,3 +27,11 @@ def test_the_second_one_leaves_at_once() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_end_of_the_time_is_like_a_signal() -> None:
+    with Interrupt(max_seconds=1000) as interrupt:
+        interrupt.check()
+    with Interrupt(max_seconds=0) as interrupt, pytest.raises(Interrupted) as caught:
+        interrupt.check()
+    assert caught.value.exit_code == 124

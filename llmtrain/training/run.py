@@ -21,7 +21,7 @@ from llmtrain.files import RunFolder, exclusive, is_run, remove_leftovers, write
 from llmtrain.hardware import autocast, resolve_compile, resolve_device, resolve_precision
 from llmtrain.interrupt import Interrupt
 from llmtrain.training.metrics import MetricsLog
-from llmtrain.training.state import State, load_state, newest_state
+from llmtrain.training.state import State, newest_state
 from llmtrain.training.trainer import Trainer
 
 MAY_CHANGE = (
@@ -53,6 +53,7 @@ def pretrain(
     folder: Path,
     *,
     resume: str = "auto",
+    max_seconds: float | None = None,
     say: Callable[[str], None] = print,
     warn: Callable[[str], None] = print,
 ) -> Outcome:
@@ -62,20 +63,21 @@ def pretrain(
         config: the resolved configuration.
         folder: of the run; created when it does not exist.
         resume: "auto" goes on with a run that is there; "never" refuses it.
+        max_seconds: stop after this time with the state saved, as if a signal had come.
         say: prints one line of the log.
         warn: tells what the user should know.
 
     Raises:
         UserError: config, data and run folder do not go together.
         RunFailed: loss or gradients are not finite.
-        Interrupted: a signal came; the state is saved.
+        Interrupted: a signal came or the time is over; the state is saved.
     """
     device = resolve_device(config.train.device)
     precision = resolve_precision(config.train.precision, device)
     data = open_data(Path(config.data.path))
     _check_vocabulary(config, data)
     run = RunFolder(folder)
-    with exclusive(run.path), Interrupt() as interrupt:
+    with exclusive(run.path), Interrupt(max_seconds) as interrupt:
         state = _existing_state(config, run, data, resume, warn)
         if state is not None and state.progress.step >= config.train.max_steps:
             return Outcome(run, state.progress.step, already_finished=True)
@@ -122,10 +124,9 @@ def _existing_state(
             hint="choose another --run-dir, or --resume auto to go on with it",
         )
     _refuse_other_config(config, run, warn)
-    newest = newest_state(run)
-    if newest is None:
+    state = newest_state(run, warn)
+    if state is None:
         return None
-    state = load_state(newest)
     if state.progress.data != data.sha256:
         raise UserError(
             f"{run.path} was trained on other data than {config.data.path} holds now",

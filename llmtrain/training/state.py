@@ -4,11 +4,11 @@ Why safetensors and JSON: nothing is ever unpickled, and a person can read what 
 newest states are kept; an older one goes only after its successor is durable. There is no RNG in it:
 the data and the dropout of a step are functions of (seed, step).
 
-    save_state(run, State(progress, gather(...), updates), keep=2); load_state(newest_state(run))
+    save_state(run, State(progress, gather(...), updates), keep=2); newest_state(run, warn=print)
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from llmtrain.files import (
     staged_folder,
     step_folders,
 )
+from llmtrain.weights_folder import read_json
 
 FORMAT_VERSION = 1
 _TENSORS = "tensors.safetensors"
@@ -117,12 +118,12 @@ def load_state(folder: Path) -> State:
     if problems := integrity_problems(folder):
         raise UserError(
             f"the state {folder} is damaged: {'; '.join(problems)}",
-            hint="move that folder away: the run then resumes from the state before it",
+            hint="restore it from a copy; the run can go on from the state before it",
         )
-    facts = json.loads((folder / _FACTS).read_text())
-    if facts["format_version"] != FORMAT_VERSION:
+    facts = read_json(folder / _FACTS)
+    if facts.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"{folder} has format version {facts['format_version']}, this is version {FORMAT_VERSION}",
+            f"{folder} has format version {facts.get('format_version')}, this is version {FORMAT_VERSION}",
             hint="use the version of llmtrain that wrote it",
         )
     try:
@@ -131,9 +132,30 @@ def load_state(folder: Path) -> State:
         raise UserError(f"the state {folder} cannot be read: {error}", hint="move it away") from error
 
 
-def newest_state(run: RunFolder) -> Path | None:
-    """The folder of the newest committed state, or None."""
-    return next(reversed(step_folders(run.states).values()), None)
+def newest_state(run: RunFolder, warn: Callable[[str], None]) -> State | None:
+    """The newest state that is whole; None while the run has saved none.
+
+    A damaged one is told, kept beside the others as `step-…-damaged`, and passed over.
+
+    Raises:
+        UserError: there are states and all are damaged.
+    """
+    folders = step_folders(run.states)
+    for folder in reversed(folders.values()):
+        try:
+            return load_state(folder)
+        except UserError as error:
+            aside = folder.with_name(f"{folder.name}-damaged")
+            if aside.exists():
+                remove_folder(aside)
+            folder.rename(aside)
+            warn(f"{error}; it is kept as {aside.name}, and the run goes on from the state before it")
+    if folders or any(run.states.glob("*-damaged")):
+        raise UserError(
+            f"every state of {run.path} is damaged",
+            hint="restore one from a copy, or train anew in another --run-dir",
+        )
+    return None
 
 
 def _optimized_names(model: nn.Module, optimizer: Optimizer) -> list[str]:

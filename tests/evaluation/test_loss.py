@@ -74,7 +74,7 @@ def test_progress_may_stop_it_and_the_model_keeps_its_mode(weights: Path, data_f
     model = load_model(weights).train()
 
     def stop(done: int, total: int) -> None:
-        raise Interrupted(2)
+        raise Interrupted("SIGINT", 130)
 
     with pytest.raises(Interrupted):
         evaluate(

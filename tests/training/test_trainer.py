@@ -213,14 +213,37 @@ def test_other_data_is_refused(tiny: Build, tmp_path: Path, text_file: Path) -> 
         quiet(tiny(data__path=str(tmp_path / "other"), train__max_steps=14), tmp_path / "run")
 
 
-def test_a_damaged_state_is_refused(tiny: Build, tmp_path: Path) -> None:
-    run = quiet(tiny(), tmp_path / "run")
-    path = run.state(12) / "tensors.safetensors"
+def damage(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
-    with pytest.raises(UserError, match="another SHA-256"):
-        quiet(tiny(train__max_steps=14), tmp_path / "run")
+
+
+def test_a_damaged_state_gives_way_to_the_one_before(tiny: Build, tmp_path: Path) -> None:
+    whole = quiet(tiny(), tmp_path / "whole")
+    run = quiet(tiny(), tmp_path / "run")
+    damage(run.state(12) / "tensors.safetensors")
+    warnings: list[str] = []
+    quiet(tiny(), run.path, warn=warnings.append)
+    assert "another SHA-256" in warnings[0]
+    assert (run.states / "step-00000012-damaged" / "tensors.safetensors").is_file()
+    assert_same_run(whole, run)
+
+
+def test_no_whole_state_is_an_error(tiny: Build, tmp_path: Path) -> None:
+    run = quiet(tiny(), tmp_path / "run")
+    for folder in step_folders(run.states).values():
+        damage(folder / "tensors.safetensors")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"every state of .* is damaged"):
+            quiet(tiny(), run.path, warn=lambda message: None)
+
+
+def test_the_time_may_be_limited(tiny: Build, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted) as caught:
+        quiet(tiny(train__max_steps=100_000), tmp_path / "run", max_seconds=1.0)
+    assert caught.value.exit_code == 124
+    assert len(step_folders(RunFolder(tmp_path / "run").states)) > 0
 
 
 def test_a_non_finite_loss_stops_before_the_weights(tiny: Build, tmp_path: Path) -> None:
