@@ -3,21 +3,13 @@
 llmtrain pretrain --config configs/demo.yaml --set optimizer.lr=6e-3
 """
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
 
 from .common import console, notes, parse_duration, warn
-
-
-class Resume(StrEnum):
-    """What to do with a run that is there."""
-
-    AUTO = "auto"
-    NEVER = "never"
 
 
 def pretrain(
@@ -30,8 +22,24 @@ def pretrain(
         Path | None, typer.Option("--run-dir", help="Folder of the run.", show_default="runs/<name>")
     ] = None,
     resume: Annotated[
-        Resume, typer.Option(help="auto: go on with a run that is there; never: refuse it.")
-    ] = Resume.AUTO,
+        str,
+        typer.Option(
+            metavar="auto|never|PATH",
+            help="auto: go on with a run that is there; never: refuse it; PATH: begin a new run with this "
+            "state (RUN/state/step-…).",
+        ),
+    ] = "auto",
+    branch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Begin run NAME beside this one, from its state --from STEP.",
+            show_default=False,
+        ),
+    ] = None,
+    from_step: Annotated[
+        int | None, typer.Option("--from", metavar="STEP", help="See --branch.", show_default=False)
+    ] = None,
     max_time: Annotated[
         float | None,
         typer.Option(
@@ -50,9 +58,23 @@ def pretrain(
     command goes on. A second signal does not wait for the save.
     """
     from llmtrain.config_file import load_config
+    from llmtrain.errors import UserError
+    from llmtrain.files import RunFolder
 
     resolved = load_config(config, settings or [])
     folder = run_dir or Path("runs") / resolved.name
+    start: Literal["auto", "never"] | Path = (
+        "auto" if resume == "auto" else "never" if resume == "never" else Path(resume)
+    )
+    if (branch is None) != (from_step is None) or (branch and resume != "auto"):
+        raise UserError(
+            "--branch NAME and --from STEP go together, and without --resume",
+            hint="--branch cooldown --from 8000 --set 'schedule={name: wsd, decay_steps: 2000}'",
+        )
+    if branch is not None and from_step is not None:
+        start = RunFolder(folder).state(from_step)
+        folder = folder.parent / branch
+        resolved = load_config(config, [*(settings or []), f"name={branch}"])
 
     from llmtrain.config import flatten
     from llmtrain.hardware import device_name, resolve_device, resolve_precision
@@ -70,9 +92,7 @@ def pretrain(
     table.add_row("→ tokens in all", f"{resolved.tokens_per_step * resolved.train.max_steps:,}")
     console.print(table)
     try:
-        outcome = train(
-            resolved, folder, resume=resume.value, max_seconds=max_time, say=console.print, warn=warn
-        )
+        outcome = train(resolved, folder, resume=start, max_seconds=max_time, say=console.print, warn=warn)
     except Interrupted as interrupted:
         notes.print(f"{interrupted}: state saved in {folder}; the same command goes on from there")
         raise typer.Exit(interrupted.exit_code) from None

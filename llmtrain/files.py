@@ -239,6 +239,11 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def parent(self) -> Path:
+        """Where a run that branched off another one says from which state."""
+        return self.path / "parent.json"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object an event."""
         return self.path / "metrics.jsonl"

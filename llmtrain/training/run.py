@@ -6,9 +6,11 @@ overwritten. That rule should be readable in one place.
     outcome = pretrain(load_config(Path("configs/demo.yaml")), Path("runs/demo"))
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -17,12 +19,21 @@ from llmtrain.config import RunConfig, flatten
 from llmtrain.config_file import dump_config, load_config
 from llmtrain.data.shards import TokenData, open_data
 from llmtrain.errors import UserError
-from llmtrain.files import RunFolder, exclusive, is_run, remove_leftovers, write_atomically
+from llmtrain.files import (
+    INTEGRITY_FILE,
+    RunFolder,
+    exclusive,
+    is_run,
+    remove_leftovers,
+    step_folders,
+    write_atomically,
+)
 from llmtrain.hardware import autocast, resolve_compile, resolve_device, resolve_precision
 from llmtrain.interrupt import Interrupt
 from llmtrain.training.metrics import MetricsLog
-from llmtrain.training.state import State, newest_state
+from llmtrain.training.state import State, load_state, newest_state
 from llmtrain.training.trainer import Trainer
+from llmtrain.weights_folder import read_json
 
 MAY_CHANGE = (
     "name",
@@ -52,7 +63,7 @@ def pretrain(
     config: RunConfig,
     folder: Path,
     *,
-    resume: str = "auto",
+    resume: Literal["auto", "never"] | Path = "auto",
     max_seconds: float | None = None,
     say: Callable[[str], None] = print,
     warn: Callable[[str], None] = print,
@@ -62,7 +73,8 @@ def pretrain(
     Args:
         config: the resolved configuration.
         folder: of the run; created when it does not exist.
-        resume: "auto" goes on with a run that is there; "never" refuses it.
+        resume: "auto" goes on with a run that is there; "never" refuses it; the folder of a state
+            begins a new run with it, for a cooldown or another learning rate.
         max_seconds: stop after this time with the state saved, as if a signal had come.
         say: prints one line of the log.
         warn: tells what the user should know.
@@ -78,7 +90,12 @@ def pretrain(
     _check_vocabulary(config, data)
     run = RunFolder(folder)
     with exclusive(run.path), Interrupt(max_seconds) as interrupt:
-        state = _existing_state(config, run, data, resume, warn)
+        branched = False
+        if isinstance(resume, Path) and not is_run(run.path):
+            state: State | None = _branch(config, run, resume)
+            branched = True
+        else:
+            state = _existing_state(config, run, data, resume, warn)
         if state is not None and state.progress.step >= config.train.max_steps:
             return Outcome(run, state.progress.step, already_finished=True)
         trainer = Trainer(config, run, data, device, precision)
@@ -86,7 +103,7 @@ def pretrain(
             warn("the val split is empty: no validation loss will be measured")
         if state is not None:
             trainer.restore(state)
-            say(f"resumed at step {state.progress.step:,}")
+            say(f"{'branched off' if branched else 'resumed'} at step {state.progress.step:,}")
         write_atomically(run.config, dump_config(config))
         trainer.forward = _compiled(trainer, warn)
         progress = trainer.progress
@@ -106,8 +123,39 @@ def _check_vocabulary(config: RunConfig, data: TokenData) -> None:
         )
 
 
+def _branch(config: RunConfig, run: RunFolder, folder: Path) -> State:
+    """The state of another run with which a new one begins; which it was goes to `parent.json`.
+
+    What the averages hold is taken over where both runs have them; others begin here.
+
+    Raises:
+        UserError: no state, a damaged one, or one of another model.
+    """
+    if not (folder / INTEGRITY_FILE).is_file():
+        there = ", ".join(str(path) for path in step_folders(folder.parent).values()) or "none"
+        raise UserError(f"{folder} is not the folder of a state", hint=f"states there: {there}")
+    state = load_state(folder)
+    parent = RunFolder(folder.resolve().parents[1])
+    before, now = flatten(load_config(parent.config)), flatten(config)
+    differing = {
+        key: [before.get(key), now.get(key)] for key in now | before if before.get(key) != now.get(key)
+    }
+    if other := [key for key in differing if key.startswith(("model.", "data.block_size"))]:
+        raise UserError(
+            f"{folder} is of another model: {', '.join(other)} differ", hint="a branch keeps its model"
+        )
+    state.progress.wandb_id = None
+    about = {"run": str(parent.path), "state": folder.name, "step": state.progress.step, "changed": differing}
+    write_atomically(run.parent, json.dumps(about, indent=2) + "\n")
+    return state
+
+
 def _existing_state(
-    config: RunConfig, run: RunFolder, data: TokenData, resume: str, warn: Callable[[str], None]
+    config: RunConfig,
+    run: RunFolder,
+    data: TokenData,
+    resume: Literal["auto", "never"] | Path,
+    warn: Callable[[str], None],
 ) -> State | None:
     """The state to go on from, or None for a new run.
 
@@ -123,6 +171,11 @@ def _existing_state(
             f"{run.path} holds a run already and --resume is never",
             hint="choose another --run-dir, or --resume auto to go on with it",
         )
+    if isinstance(resume, Path) and _parent_state(run) != resume.resolve():
+        raise UserError(
+            f"{run.path} holds a run already, and it did not begin with {resume}",
+            hint="choose another name for the branch",
+        )
     _refuse_other_config(config, run, warn)
     state = newest_state(run, warn)
     if state is None:
@@ -133,6 +186,14 @@ def _existing_state(
             hint="point data.path at the data it was trained on, or choose another --run-dir",
         )
     return state
+
+
+def _parent_state(run: RunFolder) -> Path | None:
+    """The state that a run began with, if it is a branch."""
+    if not run.parent.exists():
+        return None
+    about = read_json(run.parent)
+    return RunFolder(Path(str(about["run"]))).states / str(about["state"])
 
 
 def _refuse_other_config(config: RunConfig, run: RunFolder, warn: Callable[[str], None]) -> None:

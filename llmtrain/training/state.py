@@ -72,7 +72,7 @@ def restore(state: State, model: nn.Module, optimizer: Optimizer, averages: Sequ
     """Put everything that `gather` took back into its place.
 
     Raises:
-        UserError: the state is of another model, or lacks an average that the config asks for.
+        UserError: the state is of another model.
     """
     try:
         model.load_state_dict(_under("model/", state.tensors))
@@ -84,7 +84,8 @@ def restore(state: State, model: nn.Module, optimizer: Optimizer, averages: Sequ
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         for average in averages:
             label = average.config.label
-            average.load(_under(f"average/{label}/", state.tensors), state.average_updates[label])
+            if label in state.average_updates:  # in a branch, others begin where it does
+                average.load(_under(f"average/{label}/", state.tensors), state.average_updates[label])
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(
             f"the state of step {state.progress.step:,} does not fit this config: {error}",

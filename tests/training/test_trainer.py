@@ -230,6 +230,39 @@ def test_a_damaged_state_gives_way_to_the_one_before(tiny: Build, tmp_path: Path
     assert_same_run(whole, run)
 
 
+def test_a_branch_begins_with_a_state_and_records_its_parent(tiny: Build, tmp_path: Path) -> None:
+    trunk = quiet(tiny(), tmp_path / "trunk")
+    cooldown = tiny(
+        schedule={"name": "wsd", "warmup_steps": 2, "decay_steps": 4},
+        averages=[*EVERY_AVERAGE[:1], {"kind": "running-mean"}],
+    )
+    branch = quiet(cooldown, tmp_path / "branch", resume=trunk.state(8))
+    assert list(step_folders(branch.snapshots)) == [8, 10, 12]
+    assert [e["step"] for e in events(branch)] == [9, 12, 12]
+    parent = json.loads(branch.parent.read_text())
+    assert (parent["run"], parent["step"]) == (str(trunk.path), 8)
+    assert parent["changed"]["schedule.name"] == ["constant", "wsd"]
+    # The trunk's own continuation differs, and a branch that changes nothing does not.
+    ours, theirs = load_weights(branch.snapshot(12)), load_weights(trunk.snapshot(12))
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+    same = quiet(tiny(), tmp_path / "same", resume=trunk.state(8))
+    assert (same.snapshot(12) / "model.safetensors").read_bytes() == (
+        trunk.snapshot(12) / "model.safetensors"
+    ).read_bytes()
+    # The same command again goes on with the branch; another beginning is refused.
+    assert pretrain(cooldown, branch.path, resume=trunk.state(8), say=lambda line: None).already_finished
+    with pytest.raises(UserError, match="did not begin with"):
+        quiet(cooldown, branch.path, resume=trunk.state(12))
+
+
+def test_a_branch_needs_a_state_of_its_model(tiny: Build, tmp_path: Path) -> None:
+    trunk = quiet(tiny(), tmp_path / "trunk")
+    with pytest.raises(UserError, match="is not the folder of a state"):
+        quiet(tiny(), tmp_path / "branch", resume=trunk.state(3))
+    with pytest.raises(UserError, match=r"another model: model.n_layer"):
+        quiet(tiny(model__n_layer=1), tmp_path / "branch", resume=trunk.state(8))
+
+
 def test_no_whole_state_is_an_error(tiny: Build, tmp_path: Path) -> None:
     run = quiet(tiny(), tmp_path / "run")
     for folder in step_folders(run.states).values():
