@@ -20,7 +20,7 @@ from llmtrain.averaging.output import WeightsWriter, carry_over, output_layout
 from llmtrain.averaging.provenance import Hashes, hashes_of, input_hashes, provenance, require_same
 from llmtrain.averaging.series import Input, Series, check_alike
 from llmtrain.errors import UserError
-from llmtrain.files import staged_folder
+from llmtrain.files import exclusive, remove_leftovers, staged_folder
 from llmtrain.weights_folder import PROVENANCE_FILE, write_json
 
 AT_A_TIME = 64
@@ -47,6 +47,8 @@ class Plan:
     """See `Mixture.decays`."""
     audited: bool = True
     """The inputs are checkpoints of a trajectory, and must look like one."""
+    is_default: bool = False
+    """The target lies in a folder of averages of its label alone."""
 
     @property
     def step(self) -> int:
@@ -119,9 +121,7 @@ def average(
     """
     settings = settings or Settings()
     if settings.discard_inputs:
-        from llmtrain.averaging.fold import fold  # which needs this module
-
-        return [fold(series, plan, settings, progress) for plan in plans]
+        return [_fold_one(series, plans, settings, progress)]
     inputs = unique_inputs(plans)
     check_claims(series, inputs, settings, audited=all(plan.audited for plan in plans))
     checkpoints = {source: source.open() for source in inputs}
@@ -131,8 +131,7 @@ def average(
         audit.refuse_duplicates(
             {source.step: known.files for source, known in hashes.items()}, final_of(series, compute=True)
         )
-    results = {}
-    missing = []
+    results, missing = {}, []
     for plan in plans:
         document = provenance(plan, checkpoints, hashes, settings.dtype)
         if plan.target.exists():
@@ -145,6 +144,19 @@ def average(
         _make(group, checkpoints, settings, progress, warn)
         results |= {plan.target: Average(plan, kept=False) for plan, _ in group}
     return [results[plan.target] for plan in plans]
+
+
+def _fold_one(
+    series: Series, plans: Sequence[Plan], settings: Settings, progress: Progress | None
+) -> Average:
+    if len(plans) != 1:
+        raise UserError(
+            f"--discard-inputs would download the inputs of {len(plans)} averages several times",
+            hint="one average a command (--at STEP), or keep the inputs",
+        )
+    from llmtrain.averaging.fold import fold  # which needs this module
+
+    return fold(series, plans[0], settings, progress)
 
 
 def unique_inputs(plans: Sequence[Plan]) -> list[Input]:
@@ -212,6 +224,9 @@ def _make(
         for plan, _ in group
     ]
     with ExitStack() as commits, ExitStack() as files:
+        for label in {plan.target.parent for plan, _ in group if plan.is_default}:
+            commits.enter_context(exclusive(label))
+            remove_leftovers(label)
         writers = []
         for plan, document in group:
             folder = commits.enter_context(staged_folder(plan.target))

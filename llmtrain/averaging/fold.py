@@ -52,22 +52,16 @@ def fold(
     if plan.target.exists():
         _require_declared(plan, settings)
         return Average(plan, kept=True)
-    everything = Mixture(tuple(range(len(plan.inputs))), plan.weights)
-    factors, divisor = everything.exact()
+    factors, divisor = Mixture(tuple(range(len(plan.inputs))), plan.weights).exact()
     opened: dict[Input, Checkpoint] = {}
     hashes: dict[Input, KnownHashes] = {}
     total: Checkpoint | None = None
     with staged_folder(plan.target) as folder:
         for number, source in enumerate(plan.inputs):
-            checkpoint = source.open()
-            opened[source] = checkpoint
-            check_alike([*opened.values()])
-            hashes[source] = hashes_of(source, checkpoint, compute=True)
-            if not settings.allow_duplicates:
-                held = {known.step: hashes[known].files for known in hashes}
-                refuse_duplicates(held, final_of(series))
+            checkpoint = opened[source] = source.open()
+            _check(series, opened, hashes, settings)
             total = _add(folder, number, total, checkpoint, factors[number], settings)
-            if source is plan.inputs[-1]:
+            if number + 1 == len(plan.inputs):
                 document = provenance(plan, opened, hashes, settings.dtype)
                 writer = prepare_folder(folder, checkpoint, document, settings)
             if checkpoint.disposable:
@@ -75,16 +69,25 @@ def fold(
             if progress is not None:
                 progress(number + 1, len(plan.inputs))
         assert total is not None, "a plan has at least one input"
-        newest = opened[plan.inputs[-1]]
-        dtypes = {name: spec.dtype for name, spec in newest.tensors.items()} | output_dtypes(newest, settings)
+        dtypes = {name: spec.dtype for name, spec in checkpoint.tensors.items()}
+        dtypes |= output_dtypes(checkpoint, settings)
         with writer:
             merge([total], [Mixture((0,), (1.0,), divisor=divisor)], [writer.write], dtypes=dtypes)
-        for path in total.files:
-            path.unlink()
-    for checkpoint in opened.values():
-        if checkpoint.disposable:
-            shutil.rmtree(checkpoint.folder.parent, ignore_errors=True)  # what the client left beside them
+        total.files[0].unlink()
+    if checkpoint.disposable:
+        shutil.rmtree(checkpoint.folder.parent, ignore_errors=True)  # what the client left beside them
     return Average(plan, kept=False)
+
+
+def _check(
+    series: Series, opened: dict[Input, Checkpoint], hashes: dict[Input, KnownHashes], settings: Settings
+) -> None:
+    """Compare the newest opened input with those before it, and hash it."""
+    source = list(opened)[-1]
+    check_alike(list(opened.values()))
+    hashes[source] = hashes_of(source, opened[source], compute=True)
+    if not settings.allow_duplicates:
+        refuse_duplicates({known.step: held.files for known, held in hashes.items()}, final_of(series))
 
 
 def _add(

@@ -7,11 +7,12 @@ and written, rounded once, when the last of its inputs has been added.
     norms = merge(checkpoints, [Mixture((0, 1, 2), (1 / 3, 1 / 3, 1 / 3))], [write])
 """
 
+import itertools
 import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
@@ -115,38 +116,35 @@ def merge(
     Raises:
         UserError: a NaN or infinite weight, integers that differ, an input cut short.
     """
-    tensors = checkpoints[-1].tensors
-    work = list(pieces(tensors, PIECE))
-    todo = iter(enumerate(work))  # a list's iterator may be shared by threads
+    work = list(pieces(checkpoints[-1].tensors, PIECE))
+    todo = enumerate(work)  # shared by the threads: each takes the next piece when it is free
     stats = np.zeros((len(work), 2, len(checkpoints)))
-    done = 0
-    with ExitStack() as stack:
-        sources = [_Source(checkpoint, stack) for checkpoint in checkpoints]
-        failed = threading.Event()
+    done = itertools.count(1)
+    stopped = threading.Event()
+    with ExitStack() as files:
+        sources = [_Source(checkpoint, files) for checkpoint in checkpoints]
 
         def worker() -> None:
-            nonlocal done
             summing = _Summing(sources, mixtures, writes, dtypes or {}, integers)
-            try:
-                for index, piece in todo:
-                    if failed.is_set():
-                        return
-                    stats[index] = summing.piece(piece)
-                    done += 1
-                    if progress is not None:
-                        progress(done, len(work))
-            except BaseException:
-                failed.set()
-                raise
+            for index, piece in todo:
+                if stopped.is_set():
+                    return
+                stats[index] = summing.piece(piece)
+                if progress is not None:
+                    progress(next(done), len(work))
 
-        count = threads or min(_cores(), 4)
-        with ThreadPoolExecutor(count) as pool:
-            try:
-                for future in [pool.submit(worker) for _ in range(count)]:
-                    future.result()
-            finally:
-                failed.set()
+        _in_threads(worker, threads or min(_cores(), 4), stopped)
     return _norms(work, stats)
+
+
+def _in_threads(worker: Callable[[], None], count: int, stopped: threading.Event) -> None:
+    """Run `worker` in several threads; when one fails, or a signal comes, `stopped` ends the others."""
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            for future in as_completed([pool.submit(worker) for _ in range(count)]):
+                future.result()
+        finally:
+            stopped.set()
 
 
 def _cores() -> int:

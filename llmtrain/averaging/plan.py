@@ -8,7 +8,7 @@ is read; an option that a method does not take is an error and never ignored.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -283,4 +283,4 @@ def _finished(plan: Plan, series: Series, request: Request) -> Plan:
         target = series.averages / label / step_name(plan.step)
     else:
         target = request.out / step_name(plan.step) if request.at_step == "all" else request.out
-    return Plan(**{**vars(plan), "label": label, "target": target})
+    return replace(plan, label=label, target=target, is_default=request.out is None)
