@@ -1,6 +1,8 @@
 """LAWA over a run's snapshots: numbers, files on disk, and what bad input gets."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModelForCausalLM
 
 from llmtrain.averaging.average import Average, Settings, average
+from llmtrain.averaging.output import WeightsWriter
 from llmtrain.averaging.plan import Request, make_plans
 from llmtrain.averaging.series import run_series
 from llmtrain.checkpoint import load_model, load_weights
-from llmtrain.errors import UserError
-from llmtrain.files import RunFolder, integrity_problems
+from llmtrain.errors import RunFailed, UserError
+from llmtrain.files import RunFolder, exclusive, integrity_problems
 
 
 def lawa(run: RunFolder, every: int, **options: Any) -> list[Average]:
@@ -174,3 +177,42 @@ def test_other_shapes_are_refused_from_the_headers(make_run: MakeRun) -> None:
 def test_weights_of_the_oracle_are_not_the_newest(make_run: MakeRun) -> None:
     """Guard of the other tests: the snapshots differ, so an average is none of them."""
     assert not torch.equal(weights_at(10)["transformer.wte.weight"], weights_at(20)["transformer.wte.weight"])
+
+
+def test_what_a_killed_process_left_is_cleared(make_run: MakeRun) -> None:
+    run = make_run([10, 20, 30])
+    leftover = run.averages / "lawa-3x10" / ".tmp-step-00000020"
+    leftover.mkdir(parents=True)
+    (leftover / "model.safetensors").write_bytes(b"half")
+    lawa(run, 10)
+    assert [path.name for path in sorted((run.averages / "lawa-3x10").glob("*step*"))] == ["step-00000030"]
+
+
+def test_two_processes_do_not_write_one_label_at_a_time(make_run: MakeRun) -> None:
+    run = make_run([10, 20, 30])
+    with exclusive(run.averages / "lawa-3x10"), pytest.raises(UserError, match="in use by another"):
+        lawa(run, 10)
+
+
+def test_a_full_disk_is_told_before_anything_is_summed(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = make_run([10, 20, 30])
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(RunFailed, match="No space left"):
+        lawa(run, 10)
+    assert not list(run.averages.rglob("*.safetensors"))
+
+
+def test_a_failure_in_one_thread_ends_the_command(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: WeightsWriter, name: str, start: int, raw: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    run = make_run([10, 20, 30])
+    monkeypatch.setattr(WeightsWriter, "write", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        lawa(run, 10)
+    assert not list(run.averages.rglob("*.safetensors"))

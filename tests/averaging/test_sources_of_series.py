@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from llmtrain.averaging.average import Average, Settings, average
 from llmtrain.averaging.checkpoints import open_folder
+from llmtrain.averaging.output import bytes_of
 from llmtrain.averaging.plan import Request, make_plans
 from llmtrain.averaging.series import folder_series
 from llmtrain.averaging.sources import find_series
@@ -75,6 +76,27 @@ def test_a_run_is_found_by_its_folder(make_run: MakeRun) -> None:
     made = make_run([10, 20, 30])
     assert find_series(str(made.path)).steps == [10, 20, 30]
     assert find_series(None).name == "runs/tiny"
+
+
+def test_options_of_hub_series_are_refused_for_folders(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "s" / "step10", model_at(10))
+    with pytest.raises(UserError, match="has no revisions"):
+        find_series("s", revision_pattern="step{N}")
+    with pytest.raises(UserError, match="was not downloaded"):
+        find_series("s", discard=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("500MB", 5 * 10**8), ("2GiB", 2 << 30), ("1.5 kb", 1500), ("7", 7)]
+)
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    assert bytes_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1", "5 apples", "0", "1TB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="is no size"):
+        bytes_of(text)
 
 
 # --- torch's format -----------------------------------------------------------------------------
