@@ -8,7 +8,7 @@ overlaps, leaves the file, or has an odd size is an error before anything is rea
 
 Format: 8 bytes little-endian length, a JSON object of that length {name: {dtype, shape, data_offsets}}
 with the optional text map "__metadata__", then the tensors' bytes without holes
-(https://huggingface.co/docs/safetensors).
+(the format section of the safetensors documentation).
 """
 
 import json
