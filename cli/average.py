@@ -204,11 +204,11 @@ def average(
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify",
-            help="Hash a run's own snapshots again, not only compare their sizes with the record.",
+            "--verify/--no-verify",
+            help="Hash a run's own snapshots and compare with the record; else compare only their sizes.",
             rich_help_panel=_PROOF,
         ),
-    ] = False,
+    ] = True,
     strict: Annotated[
         bool,
         typer.Option("--strict", help="A checkpoint off the trajectory is an error.", rich_help_panel=_PROOF),
@@ -264,7 +264,7 @@ def average(
     from llmtrain.averaging.sources import find_series
 
     from .average_output import evaluate_sweep, print_averages, print_weights, run_plans
-    from .common import print_json
+    from .common import print_json, warn
 
     request = Request(
         method=method.value,
@@ -302,6 +302,11 @@ def average(
         allow_known_bad=allow_known_bad,
         discard_inputs=discard_inputs,
     )
+    if (request.at or "last") == "last" and plans[-1].step < series.steps[-1]:
+        warn(
+            f"the newest checkpoint, step {series.steps[-1]:,}, ends no such window; "
+            f"the average is that of step {plans[-1].step:,}"
+        )
     results = run_plans(series, plans, settings)
     if as_json:
         print_json([result.as_json() for result in results])

@@ -10,7 +10,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from llmtrain.averaging.average import Average, Plan, Settings
 from llmtrain.averaging.average import average as make
@@ -19,7 +20,7 @@ from llmtrain.averaging.series import Series, run_series
 from llmtrain.errors import UserError
 from llmtrain.files import RunFolder, newest_run
 
-from .common import console, notes, print_json, progress_line, warn
+from .common import console, interruptible, notes, print_json, progress_line, warn
 
 if TYPE_CHECKING:
     from llmtrain.averaging.sweep_report import SummaryRow  # which imports torch
@@ -27,17 +28,24 @@ if TYPE_CHECKING:
 
 def run_plans(series: Series, plans: Sequence[Plan], settings: Settings) -> list[Average]:
     """Average with a progress line."""
-    with progress_line("averaging") as line:
-        return make(series, plans, settings, progress=line.update, warn=warn)
+    with interruptible("what is complete is kept") as interrupt, progress_line("averaging") as line:
+
+        def on_progress(done: int, total: int) -> None:
+            interrupt.check()
+            line.update(done, total)
+
+        return make(series, plans, settings, progress=on_progress, warn=warn)
 
 
 def print_averages(results: Sequence[Average]) -> None:
     """Step, label, inputs and folder of each average."""
-    table = Table("step", "label", "inputs", "written to", box=None, header_style="bold")
+    table = Table(
+        "step", "label", "inputs", Column("written to", overflow="fold"), box=None, header_style="bold"
+    )
     for result in results:
         steps = [str(source.step) for source in result.plan.inputs]
         inputs = " ".join(steps if len(steps) <= 8 else [*steps[:3], "…", *steps[-3:], f"({len(steps)})"])
-        table.add_row(str(result.plan.step), result.plan.label, inputs, str(result.plan.target))
+        table.add_row(str(result.plan.step), result.plan.label, inputs, escape(str(result.plan.target)))
     console.print(table)
     if kept := sum(result.kept for result in results):
         notes.print(
@@ -87,8 +95,13 @@ def evaluate_sweep(
         )
     run = RunFolder(Path(source)) if source is not None else newest_run()
     candidates = parse_sweep(text)
-    with progress_line("evaluating") as line:
-        result = sweep(run, candidates, every_step=request.at == "all", progress=line.update)
+    with interruptible("nothing was written") as interrupt, progress_line("evaluating") as line:
+
+        def on_progress(done: int, total: int) -> None:
+            interrupt.check()
+            line.update(done, total)
+
+        result = sweep(run, candidates, every_step=request.at == "all", progress=on_progress)
     for reason in result.skipped:
         warn(reason)
     rows = summary(result, run)

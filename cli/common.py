@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -25,6 +26,9 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+if TYPE_CHECKING:
+    from llmtrain.interrupt import Interrupt
 
 _PIPE_WIDTH = 160
 """Columns when the output is no terminal: wide enough that no table cell is cut."""
@@ -48,7 +52,7 @@ notes = _console(stderr=True)
 
 def print_json(document: object) -> None:
     """One JSON document on standard output and nothing else."""
-    json.dump(document, sys.stdout, indent=2)
+    json.dump(document, sys.stdout, indent=2, allow_nan=False)
     sys.stdout.write("\n")
 
 
@@ -62,6 +66,19 @@ def print_error(error: Exception, hint: str | None) -> None:
 def warn(message: str) -> None:
     """A yellow line for what the user should know and need not act on at once."""
     notes.print(f"[yellow]warning:[/] {escape(message)}", soft_wrap=True)
+
+
+@contextmanager
+def interruptible(outcome: str) -> Iterator["Interrupt"]:
+    """A signal ends the block where it calls `check`; then say `outcome` and leave with its exit code."""
+    from llmtrain.interrupt import Interrupt, Interrupted
+
+    try:
+        with Interrupt() as interrupt:
+            yield interrupt
+    except Interrupted as interrupted:
+        notes.print(f"{interrupted}: {escape(outcome)}", soft_wrap=True)
+        raise typer.Exit(interrupted.exit_code) from None
 
 
 class ProgressLine:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
+from rich.markup import escape
 from rich.table import Table
 
-from .common import console, notes, print_json, progress_line
+from .common import console, interruptible, print_json, progress_line
 
 if TYPE_CHECKING:
     from llmtrain.evaluation.results import Row
@@ -29,7 +31,7 @@ def evaluate(
     targets: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[TARGET]...",
+            metavar="TARGET",
             help="Runs or folders of weights.",
             show_default="the newest run under runs/",
         ),
@@ -65,7 +67,6 @@ def evaluate(
     from llmtrain.evaluation.results import Settings, measure
     from llmtrain.evaluation.targets import targets_of
     from llmtrain.files import newest_run
-    from llmtrain.interrupt import Interrupt, Interrupted
 
     paths = targets or [newest_run().path]
     # Two averages of one step bring the same raw weights: measure and show them once.
@@ -76,17 +77,14 @@ def evaluate(
     }
     wanted = list(found.values())
     settings = Settings(data=data, split=split.value, tokens=tokens, batch=batch, device=device)
-    try:
-        with Interrupt() as interrupt, progress_line("evaluating") as line:
+    kept = "what was measured is kept; the same command goes on from there"
+    with interruptible(kept) as interrupt, progress_line("evaluating") as line:
 
-            def on_progress(target: "Target", done: int, total: int) -> None:
-                interrupt.check()
-                line.update(wanted.index(target), len(wanted), f"{target.path} {done / total:.0%}")
+        def on_progress(target: "Target", done: int, total: int) -> None:
+            interrupt.check()
+            line.update(wanted.index(target), len(wanted), f"{target.path} {done / total:.0%}")
 
-            rows = measure(wanted, settings, on_progress)
-    except Interrupted as interrupted:
-        notes.print(f"{interrupted}: what was measured is kept; the same command goes on from there")
-        raise typer.Exit(interrupted.exit_code) from None
+        rows = measure(wanted, settings, on_progress)
     if as_json:
         print_json([asdict(row) for row in rows])
     else:
@@ -96,15 +94,17 @@ def evaluate(
 def loss_table(rows: "list[Row]") -> Table:
     """One line a set of weights; which run it is of, where there are several."""
     several = len({row.run for row in rows}) > 1
-    table = Table("weights", "step", "loss", "perplexity", "bits per byte", "minus raw", "tokens", "seconds")
+    table = Table(
+        "weights", "step", "loss", "perplexity", "bits/byte", "minus raw", "tokens", "s", box=box.SIMPLE
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
         table.add_row(
-            f"{row.run}: {row.label}" if several and row.run else row.label,
+            escape(f"{row.run}: {row.label}" if several and row.run else row.label),
             "" if row.step is None else f"{row.step:,}",
             f"{row.loss:.4f}",
-            f"{row.perplexity:.3f}",
+            "inf" if row.perplexity is None else f"{row.perplexity:.3f}",
             "n/a" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}",
             "n/a" if row.delta is None else f"{row.delta:+.4f}",
             f"{row.tokens:,}",

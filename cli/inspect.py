@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def inspect(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="PATH...", help="Runs, folders of checkpoints, folders or files of weights."),
+        typer.Argument(metavar="PATH", help="Runs, folders of checkpoints, folders or files of weights."),
     ],
     tensors: Annotated[
         bool, typer.Option("--tensors", help="Each tensor: dtype, shape, norm, distance.")

@@ -6,6 +6,8 @@ config or the input is wrong, 128 + signal when a signal ended it) and are decid
     llmtrain --help
 """
 
+import os
+import signal
 import sys
 from typing import Annotated
 
@@ -30,7 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 the run failed, 2 wrong command line, config or input, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 the run failed, 2 wrong command line, config or input, "
+    "130 or 143 ended by Ctrl-C or SIGTERM with everything saved.",
 )
 app.command()(prepare)
 app.command()(pretrain)
@@ -72,7 +75,9 @@ def main() -> None:
         print_error(error, error.hint)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except BrokenPipeError:
-        sys.exit(1)
+        # Whoever read our output is gone; what is left in the buffer must not fail once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

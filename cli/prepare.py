@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .common import ProgressLine, console, notes, print_json, progress_line, warn
+from .common import ProgressLine, console, interruptible, notes, print_json, progress_line, warn
 
 if TYPE_CHECKING:
     from llmtrain.data.manifest import Manifest
@@ -98,24 +98,27 @@ def prepare(
     folder = out or Path("data") / default_name(source)
     _quiet_unless_terminal()
     started = time.monotonic()
-    try:
-        with progress_line("documents") as line:
-            manifest = run(
-                source,
-                folder,
-                tokenizer=tokenizer.value,
-                val_fraction=val_fraction,
-                seed=seed,
-                shard_tokens=shard_tokens,
-                workers=workers,
-                text_field=text_field,
-                limit_documents=limit_documents,
-                on_progress=_Rate(line).show,
-                on_note=lambda note: notes.print(escape(note)),
-            )
-    except KeyboardInterrupt:
-        notes.print(f"interrupted: {escape(str(folder))} was not written", soft_wrap=True)
-        raise typer.Exit(130) from None
+    unwritten = f"{folder} was not written"
+    with interruptible(unwritten) as interrupt, progress_line("documents") as line:
+        rate = _Rate(line)
+
+        def on_progress(progress: "Progress") -> None:
+            interrupt.check()
+            rate.show(progress)
+
+        manifest = run(
+            source,
+            folder,
+            tokenizer=tokenizer.value,
+            val_fraction=val_fraction,
+            seed=seed,
+            shard_tokens=shard_tokens,
+            workers=workers,
+            text_field=text_field,
+            limit_documents=limit_documents,
+            on_progress=on_progress,
+            on_note=lambda note: notes.print(escape(note)),
+        )
     seconds = time.monotonic() - started
     difference = published_difference(manifest)
     if difference:

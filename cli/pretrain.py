@@ -12,6 +12,11 @@ from rich.table import Table
 from .common import console, notes, parse_duration, warn
 
 
+def _print_line(line: str) -> None:
+    # Not through rich, which exits where the reader is gone; training then saves its state first.
+    print(line, flush=True)
+
+
 def pretrain(
     config: Annotated[Path, typer.Option("--config", "-c", help="YAML file, such as configs/demo.yaml.")],
     settings: Annotated[
@@ -54,8 +59,8 @@ def pretrain(
 
     Prints a line every log.every steps: loss (nats per token), learning rate, gradient norm, tokens
     per second, utilisation of the device's peak (MFU) and time left. Ctrl-C, SIGTERM, SIGUSR1 and
-    --max-time end the run at once with its state saved (exit codes 130, 143, 138 and 124); the same
-    command goes on. A second signal does not wait for the save.
+    --max-time end the run at its next micro-batch with the state of its last step saved (exit codes 130,
+    143, 138 and 124); the same command goes on. A second signal leaves at once.
     """
     from llmtrain.config_file import load_config
     from llmtrain.errors import UserError
@@ -92,13 +97,12 @@ def pretrain(
     table.add_row("→ tokens in all", f"{resolved.tokens_per_step * resolved.train.max_steps:,}")
     console.print(table)
     try:
-        outcome = train(resolved, folder, resume=start, max_seconds=max_time, say=console.print, warn=warn)
+        outcome = train(resolved, folder, resume=start, max_seconds=max_time, say=_print_line, warn=warn)
     except Interrupted as interrupted:
-        notes.print(f"{interrupted}: state saved in {folder}; the same command goes on from there")
+        notes.print(f"{interrupted}: state saved in {folder}; the same command goes on", markup=False)
         raise typer.Exit(interrupted.exit_code) from None
     if outcome.already_finished:
-        console.print(
-            f"{folder} has finished: it is at step {outcome.step:,}. A larger train.max_steps goes on."
-        )
+        message = f"{folder} has finished: it is at step {outcome.step:,}. A larger train.max_steps goes on."
     else:
-        console.print(f"{folder}: step {outcome.step:,} reached. Next: llmtrain average --every N")
+        message = f"{folder}: step {outcome.step:,} reached. Next: llmtrain average {folder} --every N"
+    console.print(message, markup=False)

@@ -37,4 +37,4 @@ def report(
         print_json({"rows": [asdict(row) for row in rows], "plot": str(plot)})
     else:
         console.print(loss_table(rows))
-        console.print(f"plot: {plot}")
+        console.print(f"plot: {plot}", markup=False)

@@ -2,8 +2,8 @@
 
 What the commands do can be done from Python with the same names; nothing heavy is imported here.
 
-    from llmtrain.config import load_config
-    from llmtrain.training.trainer import pretrain
+    from llmtrain.config_file import load_config
+    from llmtrain.training.run import pretrain
 """
 
 __version__ = "0.1.0"

@@ -31,6 +31,7 @@ from llmtrain.weights_folder import (
     Origin,
     load_origin,
     read_json,
+    weights_files,
     write_json,
 )
 
@@ -50,6 +51,15 @@ __all__ = [
     "save_weights",
     "write_json",
 ]
+
+_ONLY: dict[str, tuple[object, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "tie_word_embeddings": (True,),
+    "add_cross_attention": (False,),
+}
+"""Settings of Hugging Face's GPT-2 that change its logits and have one value here."""
 
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
@@ -132,6 +142,12 @@ def load_shape(folder: Path) -> Shape:
             f"{folder} holds a model of type {config.get('model_type')!r}, not gpt2",
             hint="only GPT-2 folders can be loaded here",
         )
+    for key, supported in _ONLY.items():
+        if key in config and config[key] not in supported:
+            raise UserError(
+                f"{folder / CONFIG_FILE}: {key} {config[key]!r} is not GPT-2 as it is computed here",
+                hint=f"only {' or '.join(map(repr, supported))}",
+            )
     try:
         return Shape(
             model=ModelConfig(
@@ -157,18 +173,18 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing or damaged.
     """
-    path = folder / WEIGHTS_FILE
     weights = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
-                tensor = file.get_tensor(name)
-                full = name if name.startswith("transformer.") else f"transformer.{name}"
-                weights[full] = tensor.t().contiguous() if name.endswith(_CONV1D) else tensor
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot read {path}: {error}", hint="llmtrain verify PATH tells which files are damaged"
-        ) from None
+    for path in weights_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+                    tensor = file.get_tensor(name)
+                    full = name if name.startswith("transformer.") else f"transformer.{name}"
+                    weights[full] = tensor.t().contiguous() if name.endswith(_CONV1D) else tensor
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"cannot read {path}: {error}", hint="llmtrain verify PATH tells which files are damaged"
+            ) from None
     return weights
 
 

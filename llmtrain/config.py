@@ -19,6 +19,7 @@ def _whole(value: object) -> object:
 
 Positive = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
 Natural = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**63)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -267,7 +268,7 @@ class EvalConfig(Section):
 
     every: Positive = 1000
     """Steps between two evaluations. The last step is always evaluated."""
-    tokens: Positive | None = None
+    tokens: Annotated[int, BeforeValidator(_whole), Field(ge=2)] | None = None
     """Use only this many tokens from the start of the val split; default: all of it."""
     batch: Positive = 16
     """Sequences in one forward pass of an evaluation."""
@@ -293,7 +294,7 @@ class RunConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """The run lies in runs/<name> unless --run-dir says otherwise; default: the file's name."""
-    seed: Natural = 1337
+    seed: Seed = 1337
     """Of the initial weights, the dropout and the data order."""
     data: DataConfig
     model: ModelConfig = ModelConfig()
@@ -335,9 +336,9 @@ class RunConfig(Section):
     def _schedule_fits(self) -> "RunConfig":
         schedule, steps = self.schedule, self.train.max_steps
         horizon = getattr(schedule, "horizon", None) or steps
-        if isinstance(schedule, _DecaySchedule) and schedule.warmup_steps >= horizon:
+        if schedule.warmup_steps >= min(horizon, steps):
             raise ValueError(
-                f"schedule.warmup_steps {schedule.warmup_steps:,} leaves nothing of the {horizon:,} steps"
+                f"schedule.warmup_steps {schedule.warmup_steps:,} leaves nothing of the {min(horizon, steps):,} steps"
             )
         if isinstance(schedule, WsdSchedule) and schedule.warmup_steps + schedule.decay_steps > horizon:
             raise ValueError(

@@ -19,6 +19,22 @@ from llmtrain.errors import UserError
 
 _UNIONS: dict[str, Any] = {"schedule": ScheduleConfig, "averages": AverageConfig}
 """Keys whose section is one of several, told apart by a name in it."""
+_TAGS = {"schedule": "name", "averages": "kind"}
+
+_PLAIN = {
+    "model_type": "should be a section of keys",
+    "tuple_type": "should be a list of numbers",
+    "list_type": "should be a list",
+    "string_pattern_mismatch": "should be letters, digits, '.', '_' and '-', beginning with a letter or digit",
+}
+"""What pydantic says with words of Python, said plainly."""
+
+
+_INTEGER = re.compile(r"[-+]?\d[\d_]*$")
+_FLOAT = re.compile(
+    r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|Inf|INF))$"
+    r"|\.(nan|NaN|NAN)$"
+)
 
 
 class _Loader(yaml.SafeLoader):
@@ -27,6 +43,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = str(self.construct_object(key_node, deep=True))
             if key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -36,9 +54,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+# YAML 1.1 reads 1:30 as ninety, in base 60; to a person it is no number.
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, _INTEGER if tag.endswith(":int") else regexp)
+        for tag, regexp in resolvers
+        if ":float" not in tag
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 def parse_yaml(text: str, source: str) -> tuple[Any, yaml.Node | None]:
@@ -105,10 +130,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
     *parents, last = path.strip().split(".")
     place: Any = values
     for part in parents:
+        if isinstance(place, dict) and place.get(part) is None:
+            place[part] = {}
         if isinstance(place, list) and part.isdecimal() and int(part) < len(place):
             place = place[int(part)]
         elif isinstance(place, dict):
-            place = place.setdefault(part, {})
+            place = place[part]
         else:
             place = None
     if isinstance(place, list) and last.isdecimal() and int(last) < len(place):
@@ -127,14 +154,14 @@ def _describe(
     """One pydantic error as `file, line n: key: what is wrong`."""
     location = _location(error, values)
     key = ".".join(location)
-    if any(override.partition("=")[0].strip() == key for override in overrides):
+    if any(_touches(override.partition("=")[0].strip(), key) for override in overrides):
         place = "--set"
     else:
         line = _line_of(node, location)
         place = f"{file}, line {line}" if line else str(file)
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        message = "there is no such key" + _nearest(location)
+        message = "there is no such key" + _nearest(location, values)
     elif error["type"] == "missing":
         message = "this key is required"
     elif error["type"] == "union_tag_not_found":
@@ -146,6 +173,8 @@ def _describe(
             f"{error['ctx']['discriminator'].strip(chr(39))} {error['ctx']['tag']!r} is not one of "
             f"{', '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
         )
+    elif error["type"] in _PLAIN:
+        message = f"{_PLAIN[error['type']]} (got {error['input']!r})"
     elif error["type"] != "value_error":
         message = f"{message} (got {error['input']!r})"
     return f"{place}: {key}: {message}" if key else f"{place}: {message}"
@@ -165,22 +194,36 @@ def _location(error: dict[str, Any], values: dict[str, Any]) -> list[str]:
     return location
 
 
-def _known_keys(location: list[str]) -> list[str]:
-    """Names of the section in which the last part of `location` stands."""
+def _touches(override: str, key: str) -> bool:
+    """Whether `--set override=…` wrote `key`, or a part of it, or the section it is in."""
+    return override == key or override.startswith(f"{key}.") or key.startswith(f"{override}.")
+
+
+def _fields(location: list[str], values: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+    """Keys of the section that holds the last part of `location`; of a union also those of each kind."""
     fields: dict[str, Any] = dict(RunConfig.model_fields)
+    place: Any = values
     for part in location[:-1]:
+        place = place[int(part)] if isinstance(place, list) else place[part]
         if part in _UNIONS:
             members = get_args(get_args(_UNIONS[part])[0])
-            fields = {name: info for member in members for name, info in member.model_fields.items()}
-        elif part in fields and isinstance(fields[part].annotation, type):
+            kinds = {
+                get_args(m.model_fields[_TAGS[part]].annotation)[0]: list(m.model_fields) for m in members
+            }
+            if isinstance(place, list):
+                place = place[int(location[1])]
+            return kinds.get(place.get(_TAGS[part]), []), kinds
+        if isinstance(fields[part].annotation, type):
             fields = dict(fields[part].annotation.model_fields)
-    return list(fields)
+    return list(fields), {}
 
 
-def _nearest(location: list[str]) -> str:
-    known = _known_keys(location)
+def _nearest(location: list[str], values: dict[str, Any]) -> str:
+    known, kinds = _fields(location, values)
+    if owners := [kind for kind, keys in kinds.items() if location[-1] in keys]:
+        return f" for this kind, only for {', '.join(owners)}"
     matches = difflib.get_close_matches(location[-1].lower(), known, n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]}?" if matches else ""
+    return f"; did you mean {matches[0]}?" if matches else f"; there are {', '.join(known)}"
 
 
 def _line_of(node: yaml.Node | None, location: list[str]) -> int | None:

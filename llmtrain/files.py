@@ -25,7 +25,7 @@ TEMPORARY_PREFIX = ".tmp-"
 INTEGRITY_FILE = "integrity.json"
 """Name and SHA-256 of every other file of a committed folder; written last, before the rename."""
 
-_CHUNK_BYTES = 1 << 20
+_REPLACED_PREFIX = f"{TEMPORARY_PREFIX}replaced-"
 
 
 # --- hashes ------------------------------------------------------------------------------------
@@ -127,10 +127,13 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         write_integrity(staging)
         for path in [*staging.rglob("*"), staging]:
             fsync_path(path)
+        old = target.with_name(f"{_REPLACED_PREFIX}{target.name}")
         if target.exists():
-            remove_folder(target)
+            target.rename(old)
         staging.rename(target)
         fsync_path(target.parent)
+        if old.exists():
+            shutil.rmtree(old)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -139,7 +142,8 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace (or create) one file so that a reader sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.parent / f"{TEMPORARY_PREFIX}{path.name}"
+    # Two processes may write the same file: each under a name of its own, and the last one stays.
+    staging = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}"
     staging.write_bytes(content.encode() if isinstance(content, str) else content)
     fsync_path(staging)
     staging.replace(path)
@@ -178,7 +182,14 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Delete what an earlier, killed process left under a temporary name directly in `parent`."""
+    """Delete what an earlier, killed process left under a temporary name directly in `parent`.
+
+    A folder that was about to be replaced, and whose successor did not get its name, comes back.
+    """
+    for path in parent.glob(f"{_REPLACED_PREFIX}*"):
+        target = parent / path.name.removeprefix(_REPLACED_PREFIX)
+        if not target.exists():
+            path.rename(target)
     for path in parent.glob(f"{TEMPORARY_PREFIX}*"):
         if path.is_dir():
             shutil.rmtree(path)

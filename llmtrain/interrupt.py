@@ -6,11 +6,12 @@ handler only sets a flag; long work asks for it. A second signal leaves at once.
     with Interrupt(max_seconds=3600) as interrupt: ...; interrupt.check()
 """
 
+import os
 import signal
 import time
 from types import FrameType, TracebackType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 OUT_OF_TIME = 124
 """Exit code when the limit on time was reached; that of timeout(1)."""
@@ -25,7 +26,7 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """While active, the first SIGINT, SIGTERM or SIGUSR1 is remembered; the second has its usual effect."""
+    """While active, the first of the signals is remembered; the second has its usual effect."""
 
     def __init__(self, max_seconds: float | None = None) -> None:
         """Listen from `with` on.
@@ -46,11 +47,15 @@ class Interrupt:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        for each in _SIGNALS:
+        # Unbuffered, because the signal may have come in the middle of a print.
+        os.write(2, b"stopping at the next safe place; the same signal again leaves at once\n")
+        for each in self._previous:
             signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
 
     def __enter__(self) -> "Interrupt":
-        self._previous = {each: signal.signal(each, self._remember) for each in _SIGNALS}
+        # What nohup, or a shell's `&`, told us to ignore stays ignored.
+        heard = [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+        self._previous = {each: signal.signal(each, self._remember) for each in heard}
         return self
 
     def __exit__(

@@ -17,6 +17,7 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 TRAINING_FILE = "training.json"
 PROVENANCE_FILE = "provenance.json"
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,32 @@ def load_origin(folder: Path) -> Origin | None:
         return Origin(**read_json(path))
     except TypeError as error:
         raise UserError(f"{path} is damaged: {error}", hint="restore the file") from error
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder of weights: one, or the shards that its index names, by name.
+
+    Raises:
+        UserError: there is none, or the index names something else than files beside it.
+    """
+    index = folder / INDEX_FILE
+    if not index.exists():
+        if not (folder / WEIGHTS_FILE).is_file():
+            raise UserError(
+                f"{folder / WEIGHTS_FILE} is missing",
+                hint="a folder of weights holds config.json and model.safetensors",
+            )
+        return [folder / WEIGHTS_FILE]
+    placed = read_json(index).get("weight_map")
+    names = sorted(set(placed.values())) if isinstance(placed, dict) else []
+    if not names or any(
+        not isinstance(n, str) or Path(n).name != n or not (folder / n).is_file() for n in names
+    ):
+        raise UserError(
+            f"{index} does not name safetensors files beside it",
+            hint="the folder is incomplete or not to be trusted",
+        )
+    return [folder / name for name in names]
 
 
 def read_json(path: Path) -> dict[str, Any]:

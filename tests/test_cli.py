@@ -140,10 +140,19 @@ def test_a_signal_saves_the_state_and_the_same_command_goes_on(
     workplace: Path, llmtrain: Command, number: int, code: int
 ) -> None:
     llmtrain("prepare", "documents.jsonl", "--tokenizer", "byte", "--val-fraction", "0.1", cwd=workplace)
-    command = [Path(sys.executable).parent / "llmtrain", "pretrain", "--config", "tiny.yaml"]
+    # Where the tests run in the background of a shell, the signal would be ignored.
+    program = (
+        f"import signal; signal.signal({int(number)}, signal.SIG_DFL if {int(number)} != signal.SIGINT "
+        "else signal.default_int_handler); from llmtrain.cli.main import main; main()"
+    )
+    command = [sys.executable, "-c", program, "pretrain", "--config", "tiny.yaml"]
     long = ["--set", "train.max_steps=100000", "--set", "checkpoint.state_every=100000"]
     process = subprocess.Popen(
-        [*command, *long], cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, *long],
+        cwd=workplace,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 60
     while not step_folders(workplace / "runs" / "tiny" / "snapshots") and time.monotonic() < deadline:
@@ -162,3 +171,27 @@ def test_a_signal_saves_the_state_and_the_same_command_goes_on(
         "pretrain", "--config", "tiny.yaml", "--set", f"train.max_steps={step + 5}", cwd=workplace
     )
     assert "has finished" in finished.stdout
+
+
+def test_a_closed_pipe_saves_the_state(workplace: Path, llmtrain: Command) -> None:
+    llmtrain("prepare", "documents.jsonl", "--tokenizer", "byte", "--val-fraction", "0.1", cwd=workplace)
+    command = (
+        f"'{Path(sys.executable).parent}/llmtrain' pretrain --config tiny.yaml --set train.max_steps=100000 "
+        "--set log.every=1 --set checkpoint.state_every=100000 | head -90 > /dev/null; exit ${PIPESTATUS[0]}"
+    )
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=workplace, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 141
+    assert "Traceback" not in result.stderr
+    assert len(step_folders(workplace / "runs" / "tiny" / "state")) == 1
+
+
+def test_other_files_are_never_touched(workplace: Path, llmtrain: Command) -> None:
+    llmtrain("prepare", "documents.jsonl", "--tokenizer", "byte", "--val-fraction", "0.1", cwd=workplace)
+    (workplace / "mine" / ".tmp-work").mkdir(parents=True)
+    for folder, expected in (("mine", "holds other files"), ("tiny.yaml", "is a file")):
+        result = llmtrain("pretrain", "--config", "tiny.yaml", "--run-dir", folder, cwd=workplace)
+        assert result.returncode == 2
+        assert expected in result.stderr
+    assert (workplace / "mine" / ".tmp-work").is_dir()

@@ -48,7 +48,16 @@ def test_scientific_notation_is_a_number_and_the_name_is_the_files(tmp_path: Pat
     [
         (
             GOOD.replace("lr: 6e-3", "learning_rate: 1"),
-            "line 4: optimizer.learning_rate: there is no such key",
+            "line 4: optimizer.learning_rate: there is no such key; there are name, lr, betas",
+        ),
+        (GOOD.replace("min_lr", "cycle_steps"), "no such key for this kind, only for cyclic"),
+        (GOOD.replace("lr: 6e-3", "lr: 1:30"), "line 4: optimizer.lr"),
+        (GOOD.replace("lr: 6e-3", ""), "line 3: optimizer: should be a section of keys"),
+        (GOOD + "eval: {tokens: 1}\n", "eval.tokens"),
+        (GOOD + "seed: 99999999999999999999\n", "seed"),
+        (
+            GOOD.replace("{name: cosine, warmup_steps: 10, min_lr: 6e-4}", "{name: constant}"),
+            "leaves nothing",
         ),
         (
             GOOD.replace("optimizer", "optimiser"),
@@ -98,6 +107,21 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     assert "optimizer.beta" in text
     assert "--set: train.max_step: there is no such key; did you mean max_steps?" in text
     assert "--set: log.every: Input should be a valid integer (got 'x')" in text
+
+
+def test_merge_keys_and_whole_floats(tmp_path: Path) -> None:
+    text = GOOD.replace("name: cosine,", "<<: {horizon: 1e2}, name: cosine,")
+    assert load_config(write(tmp_path, text)).train.max_steps == 100
+
+
+def test_a_mistake_in_an_override_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    assert message(tmp_path, GOOD, "schedule.name=cosin").startswith("--set: schedule: name 'cosin'")
+    assert message(tmp_path, GOOD, "averages=[{kind: emma}]").startswith("--set: averages.0: kind 'emma'")
+
+
+def test_an_override_may_fill_an_empty_section(tmp_path: Path) -> None:
+    text = GOOD.replace("  lr: 6e-3", "")
+    assert load_config(write(tmp_path, text), ["optimizer.lr=1e-3"]).optimizer.lr == 1e-3
 
 
 def test_overrides_come_last(tmp_path: Path) -> None:

@@ -153,3 +153,13 @@ def test_names_and_the_newest_run(tmp_path: Path) -> None:
     for name in ("step-00000010", "step-100000000", "step-00000002", "step-3", ".tmp-step-00000004"):
         (tmp_path / "steps" / name).mkdir(parents=True)
     assert list(step_folders(tmp_path / "steps")) == [2, 10, 100_000_000]
+
+
+def test_a_replacement_that_was_killed_gives_the_old_folder_back(tmp_path: Path) -> None:
+    """What is on disk between the two renames of a replacement."""
+    commit(tmp_path / "t", "old")
+    (tmp_path / "t").rename(tmp_path / ".tmp-replaced-t")
+    commit(tmp_path / ".tmp-t", "new")
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+    assert (tmp_path / "t" / "a.txt").read_text() == "old"

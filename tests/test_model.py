@@ -1,6 +1,7 @@
 """The model against transformers' GPT-2, in logits, loss, gradients and size."""
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from llmtrain.checkpoint import Origin, Shape, load_model, save_weights
 from llmtrain.config import ModelConfig
+from llmtrain.errors import UserError
 from llmtrain.model import GPT, IGNORE
 
 OPTIONS = list(itertools.product([False, True], [False, True]))
@@ -30,6 +32,7 @@ def pair(folder: Path, *, bias: bool, scaled: bool) -> tuple[GPT, GPT2LMHeadMode
         n_layer=3, n_head=4, n_embd=32, vocab_size=100, bias=bias, scale_attn_by_inverse_layer_idx=scaled
     )
     model = perturbed(config)
+    folder.mkdir(exist_ok=True)
     save_weights(folder, model.state_dict(), Shape(config, 24, 99), Origin(1, 1, 0.1, "test"))
     return model, AutoModelForCausalLM.from_pretrained(folder)
 
@@ -100,3 +103,28 @@ def test_dropout_acts_in_training_only() -> None:
     assert not torch.equal(model.logits(tokens), model.logits(tokens))
     model.eval()
     assert torch.equal(model.logits(tokens), model.logits(tokens))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("activation_function", "relu"), ("layer_norm_epsilon", 0.1), ("scale_attn_weights", False)],
+)
+def test_a_gpt2_that_is_computed_otherwise_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    pair(tmp_path, bias=True, scaled=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError, match=key):
+        load_model(tmp_path)
+
+
+def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
+    model, reference = pair(tmp_path / "whole", bias=True, scaled=True)
+    reference.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert (tmp_path / "shards" / "model.safetensors.index.json").exists()
+    loaded = load_model(tmp_path / "shards")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "../whole/model.safetensors"}}))
+    with pytest.raises(UserError, match="does not name safetensors files beside it"):
+        load_model(tmp_path / "shards")

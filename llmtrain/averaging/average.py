@@ -65,8 +65,8 @@ class Settings:
     max_shard: int | None = None
     """Bytes in a shard; default: the newest input's shards."""
     integers: Integers = "equal"
-    verify: bool = False
-    """Compute hashes that were recorded when the files were committed anew."""
+    verify: bool = True
+    """Hash the inputs even where hashes were recorded when they were committed, and compare."""
     strict: bool = False
     """An outlier is an error."""
     allow_duplicates: bool = False

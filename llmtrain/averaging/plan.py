@@ -24,6 +24,9 @@ from llmtrain.files import step_name
 DEFAULT_WINDOW = 5
 """k in the code of Sanyal et al. 2023."""
 
+RAW = "raw"
+"""What evaluations call the weights of a snapshot; no average may."""
+
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 OPTIONS = {
@@ -115,6 +118,8 @@ def _check_options(request: Request) -> None:
             f"--method {request.method} does not take {names}",
             hint=f"it takes {', '.join(sorted(flags.get(n, '--' + n.replace('_', '-')) for n in takes))}",
         )
+    if request.label == RAW:
+        raise UserError("--label raw is what the weights of a snapshot are called", hint="any other name")
     if request.label is not None and not _LABEL.fullmatch(request.label):
         raise UserError(f"--label {request.label!r} is no name of a folder", hint="letters, digits, - _ .")
     if request.blend is not None and not 0.0 <= request.blend <= 1.0:

@@ -20,7 +20,7 @@ from llmtrain.averaging.average import Plan
 from llmtrain.averaging.checkpoints import Checkpoint
 from llmtrain.averaging.merge import Mixture, Write, merge
 from llmtrain.averaging.numbers import Raw
-from llmtrain.averaging.plan import OPTIONS, Request, make_plans
+from llmtrain.averaging.plan import OPTIONS, RAW, Request, make_plans
 from llmtrain.averaging.series import Input, Series, check_alike, run_series
 from llmtrain.checkpoint import load_model
 from llmtrain.config import RunConfig
@@ -32,8 +32,6 @@ from llmtrain.evaluation.loss import evaluate
 from llmtrain.files import RunFolder
 from llmtrain.hardware import resolve_device, resolve_precision
 from llmtrain.model import GPT
-
-RAW = "raw"
 
 MEMORY = 4 << 30
 """Bytes of averages held at a time; more are made in further passes over the snapshots."""

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from llmtrain.averaging.sweep import RAW, Candidate, SweepResult
+from llmtrain.averaging.plan import RAW
+from llmtrain.averaging.sweep import Candidate, SweepResult
 from llmtrain.config_file import load_config
 from llmtrain.files import RunFolder, read_json_lines, write_atomically
 

@@ -229,7 +229,7 @@ def _existing(out: Path, plan: Plan) -> Manifest | None:
         UserError: something else is there.
     """
     elsewhere = "choose another folder with --out, or delete this one"
-    if out.is_mount():
+    if out.resolve().is_mount():
         raise UserError(f"{out} is a mount point, which cannot be renamed", hint=f"--out {out / 'NAME'}")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None

@@ -26,15 +26,17 @@ _MARKERS = ("", "o", "s", "^", "D", "v", "P")
 def loss_curves(run: RunFolder) -> dict[str, Curve]:
     """Validation loss by step for raw and each average; raw first.
 
-    Takes what training logged, and what `eval` measured on the same windows (the most common data
-    and number of tokens among the stored results).
+    Takes what `eval` measured (see `newest_rows`), and what training logged on as many tokens.
     """
+    rows = _comparable(stored_rows(run))
     curves: dict[str, dict[int, float]] = defaultdict(dict)
     for event in read_json_lines(run.metrics):
+        if rows and event.get("val/tokens") != rows[0].tokens:
+            continue
         for key, loss in event.items():
             if key.startswith("val/loss"):
                 curves[key.removeprefix("val/loss").lstrip("/") or RAW][event["step"]] = loss
-    for row in _comparable(stored_rows(run)):
+    for row in rows:
         if row.step is not None:
             curves[row.label][row.step] = row.loss
     return {
@@ -43,7 +45,7 @@ def loss_curves(run: RunFolder) -> dict[str, Curve]:
 
 
 def newest_rows(run: RunFolder) -> list[Row]:
-    """For raw and each average, the result of its newest step.
+    """For raw and each average, the result of its newest step, all on the same validation windows.
 
     Raises:
         UserError: nothing was evaluated yet.
@@ -104,9 +106,9 @@ def _loss_range(curves: Mapping[str, Curve]) -> tuple[float, float]:
 
 
 def _comparable(rows: Sequence[Row]) -> list[Row]:
-    """The results that were measured on the same validation windows: those of the largest group."""
+    """Results measured on the same validation windows: of those with most results, the largest windows."""
     groups = defaultdict(list)
     for row in rows:
         if row.split == "val":
             groups[row.data, row.tokens, row.precision].append(row)
-    return max(groups.values(), key=len, default=[])
+    return max(groups.values(), key=lambda group: (len(group), group[0].tokens), default=[])

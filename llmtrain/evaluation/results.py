@@ -22,7 +22,7 @@ from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.evaluation.targets import RAW, Target
 from llmtrain.files import INTEGRITY_FILE, RunFolder, read_integrity, sha256_of, write_atomically
 from llmtrain.hardware import Precision, resolve_device, resolve_precision
-from llmtrain.weights_folder import WEIGHTS_FILE, read_json
+from llmtrain.weights_folder import read_json, weights_files
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Row:
     """Name of the run's folder."""
     loss: float
     """Nats per token."""
-    perplexity: float
+    perplexity: float | None
+    """None where it does not fit a float."""
     bits_per_byte: float | None
     tokens: int
     bytes: int
@@ -99,8 +100,12 @@ def measure(
 
 
 def stored_rows(run: RunFolder) -> list[Row]:
-    """Every result kept under the run's `evals/`, by label and step; differences from raw filled in."""
-    rows = [Row(**read_json(path)) for path in sorted(run.evals.glob("*.json"))]
+    """Every result kept under the run's `evals/`, by label and step; differences from raw filled in.
+
+    Left out are those of weights that have been made anew since.
+    """
+    found = [row for path in sorted(run.evals.glob("[!.]*.json")) if (row := _read_row(path)) is not None]
+    rows = [row for row in found if _is_current(run, row)]
     raw = {(row.step, row.data, row.split, row.tokens): row.loss for row in rows if row.label == RAW}
     filled = []
     for row in rows:
@@ -123,9 +128,15 @@ def _resolve(target: Target, settings: Settings) -> Settings:
             )
         return replace(settings, batch=settings.batch or 16, precision=settings.precision or "auto")
     config = load_config(target.run.config)
+    data = settings.data or Path(config.data.path)
+    if not data.is_dir():
+        raise UserError(
+            f"{target.run.path} was trained on {data}, which is not below this folder",
+            hint="name where it is now: --data FOLDER",
+        )
     return replace(
         settings,
-        data=settings.data or Path(config.data.path),
+        data=data,
         tokens=settings.tokens or (config.eval.tokens if settings.split == "val" else None),
         batch=settings.batch or config.eval.batch,
         precision=settings.precision or config.train.precision,
@@ -142,8 +153,8 @@ def _measure_one(
     key = hashlib.sha256(f"{weights} {data.sha256} {settings.split} {limit} {precision}".encode()).hexdigest()
     step = "" if target.step is None else f"-step-{target.step:08d}"
     stored = target.run and target.run.evals / f"{target.label}{step}-{key[:16]}.json"
-    if stored and stored.exists():
-        return replace(Row(**read_json(stored)), path=str(target.path), delta=None)
+    if stored and stored.exists() and (row := _read_row(stored)) is not None:
+        return replace(row, path=str(target.path), delta=None)
     model = load_model(target.path)
     if data.vocab_size > model.config.vocab_size:
         raise UserError(
@@ -188,7 +199,7 @@ def _row(
         path=str(target.path),
         run=target.run.path.resolve().name if target.run else None,
         loss=result.loss,
-        perplexity=result.perplexity,
+        perplexity=result.perplexity if math.isfinite(result.perplexity) else None,
         bits_per_byte=None if math.isnan(result.bits_per_byte) else result.bits_per_byte,
         tokens=result.tokens,
         bytes=result.bytes,
@@ -202,15 +213,31 @@ def _row(
     )
 
 
+def _read_row(path: Path) -> Row | None:
+    """A stored result; None for one of another version, which is then measured anew."""
+    document = read_json(path)
+    return Row(**document) if document.keys() == Row.__dataclass_fields__.keys() else None
+
+
+def _is_current(run: RunFolder, row: Row) -> bool:
+    """Whether the weights that were measured are those that lie there now, if any do."""
+    if row.step is None:
+        return False
+    folder = run.snapshot(row.step) if row.label == RAW else run.average(row.label, row.step)
+    return not folder.is_dir() or _weights_sha256(folder) == row.weights
+
+
 def _weights_sha256(folder: Path) -> str:
-    """As recorded when the folder was committed, else of the file."""
-    if (folder / INTEGRITY_FILE).exists():
-        record = read_integrity(folder)
-        if WEIGHTS_FILE in record:
-            return str(record[WEIGHTS_FILE]["sha256"])
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise UserError(
-            f"{path} is missing", hint="a folder of weights holds config.json and model.safetensors"
-        )
-    return sha256_of(path)
+    """Of the weights file; of several, of their hashes in the order of names.
+
+    What was recorded when the folder was committed is taken while no file has been touched since.
+
+    Raises:
+        UserError: there are no weights.
+    """
+    paths = weights_files(folder)
+    record = folder / INTEGRITY_FILE
+    untouched = record.exists() and all(p.stat().st_mtime_ns <= record.stat().st_mtime_ns for p in paths)
+    known = read_integrity(folder) if untouched else {}
+    hashes = [str(known[p.name]["sha256"]) if p.name in known else sha256_of(p) for p in paths]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from llmtrain.config import RunConfig, flatten
+from llmtrain.errors import UserError
 from llmtrain.files import read_json_lines, write_atomically
 
 Event = Mapping[str, float | int | None]
@@ -123,13 +124,19 @@ def _start_wandb(folder: Path, config: RunConfig, run_id: str | None) -> Any:
         return None
     import wandb
 
-    return wandb.init(
-        project=config.log.wandb.project,
-        name=config.name,
-        mode=config.log.wandb.mode,
-        dir=str(folder),
-        id=run_id,
-        resume="allow" if run_id is not None else None,
-        config=flatten(config),
-        settings=wandb.Settings(silent=True),
-    )
+    try:
+        return wandb.init(
+            project=config.log.wandb.project,
+            name=config.name,
+            mode=config.log.wandb.mode,
+            dir=str(folder),
+            id=run_id,
+            resume="allow" if run_id is not None else None,
+            config=flatten(config),
+            settings=wandb.Settings(silent=True),
+        )
+    except wandb.Error as error:
+        raise UserError(
+            f"W&B cannot start: {str(error).splitlines()[0]}",
+            hint="wandb login, or --set log.wandb.mode=offline (wandb sync sends it later)",
+        ) from error

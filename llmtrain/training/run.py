@@ -7,6 +7,7 @@ overwritten. That rule should be readable in one place.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from llmtrain.files import (
     RunFolder,
     exclusive,
     is_run,
+    read_json_lines,
     remove_leftovers,
     step_folders,
     write_atomically,
@@ -84,6 +86,7 @@ def pretrain(
         RunFailed: loss or gradients are not finite.
         Interrupted: a signal came or the time is over; the state is saved.
     """
+    _refuse_other_files(folder)
     device = resolve_device(config.train.device)
     precision = resolve_precision(config.train.precision, device)
     data = open_data(Path(config.data.path))
@@ -99,6 +102,8 @@ def pretrain(
         if state is not None and state.progress.step >= config.train.max_steps:
             return Outcome(run, state.progress.step, already_finished=True)
         trainer = Trainer(config, run, data, device, precision)
+        if data.tokenizer_assumed:
+            warn(f"{config.data.path} does not say its tokenizer: GPT-2's is assumed")
         if len(trainer.val_tokens) < 2:
             warn("the val split is empty: no validation loss will be measured")
         if state is not None:
@@ -162,10 +167,10 @@ def _existing_state(
     Raises:
         UserError: the run must not be resumed, or is another run.
     """
-    for parent in (run.path, run.snapshots, run.states, *run.averages.glob("*")):
-        remove_leftovers(parent)
     if not is_run(run.path):
         return None
+    for parent in (run.path, run.snapshots, run.states, run.evals, *run.averages.glob("[!.]*")):
+        remove_leftovers(parent)
     if resume == "never":
         raise UserError(
             f"{run.path} holds a run already and --resume is never",
@@ -179,6 +184,7 @@ def _existing_state(
     _refuse_other_config(config, run, warn)
     state = newest_state(run, warn)
     if state is None:
+        _refuse_lost_states(run, warn)
         return None
     if state.progress.data != data.sha256:
         raise UserError(
@@ -186,6 +192,31 @@ def _existing_state(
             hint="point data.path at the data it was trained on, or choose another --run-dir",
         )
     return state
+
+
+def _refuse_other_files(folder: Path) -> None:
+    """Raise a UserError where something else than a run, or the beginning of one, lies."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file", hint="choose another --run-dir")
+    begun = re.compile(r"\.lock|parent\.json|\.tmp-\d+-(parent\.json|config\.yaml)")
+    if (
+        folder.is_dir()
+        and not is_run(folder)
+        and not all(begun.fullmatch(path.name) for path in folder.iterdir())
+    ):
+        raise UserError(f"{folder} holds other files and is no run", hint="choose another --run-dir")
+
+
+def _refuse_lost_states(run: RunFolder, warn: Callable[[str], None]) -> None:
+    """A run without a state begins again only if it cannot have had one."""
+    steps = [event["step"] for event in read_json_lines(run.metrics)]
+    if steps and max(steps) > load_config(run.config).checkpoint.state_every:
+        raise UserError(
+            f"{run.path} was trained to step {max(steps):,} and its states are gone",
+            hint="restore its state folder, or train anew in another --run-dir",
+        )
+    if steps:
+        warn(f"{run.path} was stopped before its first state: it begins again at step 0")
 
 
 def _parent_state(run: RunFolder) -> Path | None:

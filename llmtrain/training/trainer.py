@@ -23,7 +23,7 @@ from llmtrain.data.sampler import Sampler, batch
 from llmtrain.data.shards import TokenData
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import RunFailed
-from llmtrain.evaluation.loss import evaluate
+from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.files import RunFolder, staged_folder
 from llmtrain.hardware import Precision, autocast, peak_flops
 from llmtrain.interrupt import Interrupt, Interrupted
@@ -121,13 +121,14 @@ class Trainer:
         raise RunFailed(
             f"step {self.progress.step + 1:,} was not taken: its loss is {loss.item():g}, "
             f"its gradient norm {norm.item():g}",
-            hint="lower optimizer.lr or lengthen schedule.warmup_steps; the last saved state is intact",
+            hint="go on from a saved state at a lower rate: --branch NAME --from STEP --set optimizer.lr=RATE; or "
+            "begin again, in another --run-dir, with a lower rate or a longer schedule.warmup_steps",
         )
 
     # --- the loop ------------------------------------------------------------------------------
 
     def train(self, log: MetricsLog, interrupt: Interrupt) -> None:
-        """Train to `max_steps`; on a signal, save the state and let `Interrupted` through."""
+        """Train to `max_steps`; on a signal, or when nobody reads the log, save the state and leave."""
         config, progress = self.config, self.progress
         self._evaluated = log.evaluated_steps
         started, earlier = time.perf_counter(), progress.seconds
@@ -144,7 +145,7 @@ class Trainer:
                     self._log(log, loss, norm, seconds_a_step)
                     stepping, logged_step = 0.0, progress.step
                 self._after_step(log, interrupt, fresh=True)
-        except Interrupted:
+        except (Interrupted, BrokenPipeError):
             self.save_state(log)
             raise
 
@@ -200,13 +201,14 @@ class Trainer:
 
     def evaluate(self, interrupt: Interrupt) -> dict[str, Any]:
         """Validation loss of the weights and of each online average, as one event."""
-        losses = {"val/loss": self._validation_loss(interrupt)}
+        raw = self._validation_loss(interrupt)
+        event = {"step": self.progress.step, "val/tokens": raw.tokens, "val/loss": raw.loss}
         for average in filter(lambda each: each.ready, self.averages):
             with swapped_in(self.model, average.weights()):
-                losses[f"val/loss/{average.config.label}"] = self._validation_loss(interrupt)
-        return {"step": self.progress.step, **losses}
+                event[f"val/loss/{average.config.label}"] = self._validation_loss(interrupt).loss
+        return event
 
-    def _validation_loss(self, interrupt: Interrupt) -> float:
+    def _validation_loss(self, interrupt: Interrupt) -> LossResult:
         return evaluate(
             self.model,
             self.val_tokens,
@@ -217,7 +219,7 @@ class Trainer:
             precision=self.precision,
             limit=self.config.eval.tokens,
             on_progress=lambda done, total: interrupt.check(),
-        ).loss
+        )
 
     def origin(self) -> Origin:
         """Where in the run the present weights are."""

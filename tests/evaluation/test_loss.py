@@ -31,7 +31,9 @@ def weights(tmp_path: Path) -> Path:
     return folder
 
 
-def measured(folder: Path, data: Path, limit: int | None = None, batch: int = 4, block: int = 16) -> LossResult:
+def measured(
+    folder: Path, data: Path, limit: int | None = None, batch: int = 4, block: int = 16
+) -> LossResult:
     reader = open_data(data).reader("val")
     return evaluate(
         load_model(folder), reader, load_tokenizer("byte").token_bytes(),
@@ -40,7 +42,9 @@ def measured(folder: Path, data: Path, limit: int | None = None, batch: int = 4,
 
 
 @pytest.mark.parametrize("limit", [None, 2, 17, 18, 100])
-def test_loss_equals_transformers_on_the_same_windows(weights: Path, data_folder: Path, limit: int | None) -> None:
+def test_loss_equals_transformers_on_the_same_windows(
+    weights: Path, data_folder: Path, limit: int | None
+) -> None:
     result = measured(weights, data_folder, limit)
     reader = open_data(data_folder).reader("val")
     tokens = torch.from_numpy(reader.read(0, min(limit or len(reader), len(reader))).astype(np.int64))

@@ -23,7 +23,9 @@ def run(tiny: Callable[..., RunConfig], tmp_path: Path) -> RunFolder:
 def measure_all(targets: list[Target], settings: Settings | None = None) -> tuple[list[Row], set[str]]:
     """Rows, and the paths that were really computed."""
     computed: set[str] = set()
-    rows = measure(targets, settings or Settings(), lambda target, done, total: computed.add(str(target.path)))
+    rows = measure(
+        targets, settings or Settings(), lambda target, done, total: computed.add(str(target.path))
+    )
     return rows, computed
 
 
@@ -72,7 +74,9 @@ def test_losses_are_those_of_training_and_measured_once(run: RunFolder) -> None:
 
 def test_other_tokens_or_another_split_are_measured_anew(run: RunFolder) -> None:
     targets = targets_of(run.snapshot(12), every_snapshot=False)
-    losses = {measure_all(targets, s)[0][0].loss for s in (Settings(), Settings(tokens=50), Settings(split="train"))}
+    losses = {
+        measure_all(targets, s)[0][0].loss for s in (Settings(), Settings(tokens=50), Settings(split="train"))
+    }
     assert len(losses) == 3
     assert len(stored_rows(run)) == 3
 
@@ -110,3 +114,33 @@ def test_the_report_holds_each_label_and_draws_a_png(run: RunFolder, tmp_path: P
     assert (tmp_path / "report" / "loss.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="no validation loss"):
         draw_losses({}, tmp_path / "x.png", title="empty")
+
+
+def test_weights_changed_after_the_commit_are_measured_anew(run: RunFolder) -> None:
+    before, _ = measure_all(targets_of(run.snapshot(12), every_snapshot=False))
+    path = run.snapshot(12) / "model.safetensors"
+    path.write_bytes((run.snapshot(4) / "model.safetensors").read_bytes())
+    after, computed = measure_all(targets_of(run.snapshot(12), every_snapshot=False))
+    assert computed
+    assert after[0].loss != before[0].loss
+    assert [row.loss for row in stored_rows(run)] == [after[0].loss]
+
+
+def test_a_result_of_another_version_is_measured_anew(run: RunFolder) -> None:
+    measure_all(targets_of(run.snapshot(12), every_snapshot=False))
+    (path,) = run.evals.iterdir()
+    document = json.loads(path.read_text())
+    del document["run"]
+    path.write_text(json.dumps(document))
+    assert stored_rows(run) == []
+    _, computed = measure_all(targets_of(run.snapshot(12), every_snapshot=False))
+    assert computed
+
+
+def test_the_report_compares_equal_windows_only(run: RunFolder) -> None:
+    measure_all(targets_of(run.path, every_snapshot=False), Settings(tokens=50))
+    curves = loss_curves(run)
+    assert [step for step, _ in curves["raw"]] == [4, 8, 12]  # not step 6, which training measured on more
+    measure_all(targets_of(run.path, every_snapshot=False))
+    assert {row.tokens for row in newest_rows(run)} != {49}
+    assert [step for step, _ in loss_curves(run)["raw"]] == [4, 6, 8, 12]
