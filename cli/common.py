@@ -7,6 +7,7 @@ pipes hold nothing but results; and every failure is one red line and a hint.
 """
 
 import json
+import os
 import re
 import sys
 import time
@@ -61,6 +62,11 @@ def print_error(error: Exception, hint: str | None) -> None:
     notes.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
     if hint:
         notes.print(f"[bold]hint:[/] {escape(hint)}", soft_wrap=True)
+
+
+def discard_output() -> None:
+    """Once whoever read our output is gone: what is left in the buffer must not fail again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def warn(message: str) -> None:

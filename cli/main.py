@@ -6,8 +6,6 @@ config or the input is wrong, 128 + signal when a signal ended it) and are decid
     llmtrain --help
 """
 
-import os
-import signal
 import sys
 from typing import Annotated
 
@@ -74,10 +72,6 @@ def main() -> None:
             raise
         print_error(error, error.hint)
         sys.exit(2 if isinstance(error, UserError) else 1)
-    except BrokenPipeError:
-        # Whoever read our output is gone; what is left in the buffer must not fail once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

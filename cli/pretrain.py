@@ -3,13 +3,14 @@
 llmtrain pretrain --config configs/demo.yaml --set optimizer.lr=6e-3
 """
 
+import signal
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
 
-from .common import console, notes, parse_duration, warn
+from .common import console, discard_output, notes, parse_duration, warn
 
 
 def _print_line(line: str) -> None:
@@ -101,6 +102,10 @@ def pretrain(
     except Interrupted as interrupted:
         notes.print(f"{interrupted}: state saved in {folder}; the same command goes on", markup=False)
         raise typer.Exit(interrupted.exit_code) from None
+    except BrokenPipeError:
+        notes.print(f"nobody reads the log: state saved in {folder}; the same command goes on", markup=False)
+        discard_output()
+        raise typer.Exit(128 + signal.SIGPIPE) from None
     if outcome.already_finished:
         message = f"{folder} has finished: it is at step {outcome.step:,}. A larger train.max_steps goes on."
     else:
