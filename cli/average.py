@@ -262,6 +262,7 @@ def average(
     from llmtrain.averaging.output import DTYPES, bytes_of
     from llmtrain.averaging.plan import Request, make_plans
     from llmtrain.averaging.sources import find_series
+    from llmtrain.errors import UserError
 
     from .average_output import evaluate_sweep, print_averages, print_weights, run_plans
     from .common import print_json, warn
@@ -284,14 +285,6 @@ def average(
         label=label,
         out=out,
     )
-    if sweep is not None:
-        evaluate_sweep(source, sweep, request, write_best=write_best, as_json=as_json)
-        return
-    series = find_series(source, revision_pattern=revision_pattern, discard=discard_inputs)
-    plans = make_plans(series, request)
-    if show_weights:
-        print_weights(plans, as_json)
-        return
     settings = Settings(
         dtype=DTYPES[dtype.value] if dtype else None,
         max_shard=bytes_of(max_shard_size) if max_shard_size else None,
@@ -302,7 +295,26 @@ def average(
         allow_known_bad=allow_known_bad,
         discard_inputs=discard_inputs,
     )
-    if (request.at or "last") == "last" and plans[-1].step < series.steps[-1]:
+    if write_best and sweep is None:
+        raise UserError("--write-best goes with --sweep", hint='--sweep "window=3,5,10 every=200,400"')
+    if sweep is not None:
+        if settings != Settings() or show_weights or revision_pattern is not None:
+            raise UserError(
+                "--sweep evaluates in memory and takes none of the options for output, checks and the hub",
+                hint="sweep first, then make the best one with the options you want",
+            )
+        evaluate_sweep(source, sweep, request, write_best=write_best, as_json=as_json)
+        return
+    series = find_series(source, revision_pattern=revision_pattern, discard=discard_inputs)
+    plans = make_plans(series, request)
+    if show_weights:
+        print_weights(plans, as_json)
+        return
+    if (
+        method not in (Method.custom, Method.dense)
+        and (request.at or "last") == "last"
+        and plans[-1].step < series.steps[-1]
+    ):
         warn(
             f"the newest checkpoint, step {series.steps[-1]:,}, ends no such window; "
             f"the average is that of step {plans[-1].step:,}"

@@ -18,7 +18,7 @@ from llmtrain.averaging.average import average as make
 from llmtrain.averaging.plan import Request, make_plans
 from llmtrain.averaging.series import Series, run_series
 from llmtrain.errors import UserError
-from llmtrain.files import RunFolder, newest_run
+from llmtrain.files import newest_run, require_run
 
 from .common import console, interruptible, notes, print_json, progress_line, warn
 
@@ -93,7 +93,7 @@ def evaluate_sweep(
             "--sweep takes the methods' options in its own text, and of the others only --at all",
             hint='such as --sweep "method=lawa,linear window=3,5 every=200"',
         )
-    run = RunFolder(Path(source)) if source is not None else newest_run()
+    run = require_run(Path(source)) if source is not None else newest_run()
     candidates = parse_sweep(text)
     with interruptible("nothing was written") as interrupt, progress_line("evaluating") as line:
 

@@ -53,8 +53,7 @@ notes = _console(stderr=True)
 
 def print_json(document: object) -> None:
     """One JSON document on standard output and nothing else."""
-    json.dump(document, sys.stdout, indent=2, allow_nan=False)
-    sys.stdout.write("\n")
+    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
 def print_error(error: Exception, hint: str | None) -> None:

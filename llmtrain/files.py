@@ -67,7 +67,7 @@ def read_integrity(folder: Path) -> dict[str, dict[str, int | str]]:
             f"{path} is missing, so nothing in the folder can be checked",
             hint="the folder was not written by llmtrain, or was copied in part",
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{path} cannot be read ({error})", hint="the folder is damaged: restore it or delete it"
         ) from error
@@ -118,8 +118,20 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     if target.exists() and not replace:
         raise FileExistsError(f"{target} exists already")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
+        raise UserError(
+            f"cannot make the folder {target.parent}: {error.strerror}",
+            hint="choose another place to write to",
+        ) from None
     staging = target.parent / f"{TEMPORARY_PREFIX}{target.name}"
+    with _locked(target.parent / f"{staging.name}.lock", target):
+        yield from _staged(staging, target)
+
+
+def _staged(staging: Path, target: Path) -> Iterator[Path]:
+    """What `staged_folder` does once no other process can be at it."""
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
@@ -205,19 +217,30 @@ def exclusive(folder: Path) -> Iterator[None]:
         UserError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
+    with _locked(folder / ".lock", folder, keep=True):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(lock: Path, what: Path, *, keep: bool = False) -> Iterator[None]:
+    """Hold the file `lock`, which is removed afterwards unless it is to be kept."""
+    with lock.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"{folder} is in use by another llmtrain process (pid {file.read().strip() or 'unknown'})",
+                f"{what} is in use by another llmtrain process (pid {file.read().strip() or 'unknown'})",
                 hint="wait for it, stop it, or choose another folder",
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            if not keep:
+                lock.unlink(missing_ok=True)
 
 
 # --- the names in a run ------------------------------------------------------------------------

@@ -34,19 +34,24 @@ class Origin:
     """Name of the run."""
 
 
+_ORIGIN = {"step": int, "tokens": int, "lr": float, "run": str}
+
+
 def load_origin(folder: Path) -> Origin | None:
     """Step, tokens and learning rate of a folder of weights; None where it does not say.
 
+    Others write files of this name too; what is not ours says nothing.
+
     Raises:
-        UserError: the file that says so is damaged.
+        UserError: the file cannot be read.
     """
     path = folder / TRAINING_FILE
     if not path.exists():
         return None
-    try:
-        return Origin(**read_json(path))
-    except TypeError as error:
-        raise UserError(f"{path} is damaged: {error}", hint="restore the file") from error
+    document = read_json(path)
+    if {key: type(value) for key, value in document.items()} != _ORIGIN:
+        return None
+    return Origin(**document)
 
 
 def weights_files(folder: Path) -> list[Path]:
@@ -83,7 +88,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}", hint="is it a complete folder of weights?") from None
     if not isinstance(document, dict):
         raise UserError(f"{path} does not hold a JSON object", hint="the file is damaged: restore it")

@@ -66,7 +66,7 @@ def test_a_killed_commit_is_ignored_and_cleaned_up(tmp_path: Path) -> None:
     target = tmp_path / "step-00000002"
     assert subprocess.run([sys.executable, "-c", code, target], check=False).returncode == -9
     assert step_folders(tmp_path) == {}
-    assert len(list(tmp_path.iterdir())) == 1
+    assert all(path.name.startswith(".tmp-") for path in tmp_path.iterdir())
     remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -163,3 +163,19 @@ def test_a_replacement_that_was_killed_gives_the_old_folder_back(tmp_path: Path)
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
     assert (tmp_path / "t" / "a.txt").read_text() == "old"
+
+
+def test_two_processes_do_not_build_the_same_folder(tmp_path: Path) -> None:
+    with (
+        staged_folder(tmp_path / "t"),
+        pytest.raises(UserError, match="in use by another"),
+        staged_folder(tmp_path / "t"),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
+def test_a_place_where_no_folder_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot make the folder"), staged_folder(tmp_path / "file" / "t"):
+        pass

@@ -101,7 +101,9 @@ def refuse_duplicate_tensors(checkpoints: Sequence[Checkpoint], norms: Norms) ->
             if len({checkpoints[row].step for row in candidates}) > 1:
                 same = [c for c in candidates if _equal(checkpoints[candidates[0]], checkpoints[c], name)]
                 steps = sorted({checkpoints[row].step for row in same})
-                if len(steps) > 1:
+                # The same in all of three or more is a frozen tensor or a buffer, such as a mask.
+                frozen = len(same) == len(checkpoints) > 2
+                if len(steps) > 1 and not frozen:
                     found.append(f"{name} is the same at steps {describe_steps(steps)}")
     _refuse(found)
 
@@ -156,7 +158,8 @@ def outliers(checkpoints: Sequence[Checkpoint], norms: Norms) -> list[str]:
                 usual = float(np.median(others) if len(beside) == 2 else others.max())
             nearest = float(steps[beside].min()) if beside else 0.0
             if (usual > 0.0 and nearest > FAR * usual) or (len(beside) == 2 and unrelated[beside].all()):
-                times = f"{nearest / usual:.1f} times the usual distance" if usual > 0.0 else "unrelated"
+                far = usual > 0.0 and nearest > FAR * usual
+                times = f"{nearest / usual:.1f} times the usual distance" if far else "unrelated"
                 found[row].append(f"{name} ({times})")
         if len(steps) == 1 and unrelated[0]:
             found[1].append(f"{name} (unrelated)")

@@ -111,7 +111,8 @@ def average(
         series: where the inputs come from.
         plans: ascending by step.
         settings: how; default: `Settings()`.
-        progress: called with pieces done and in all, anew for each pass.
+        progress: called with what is done and in all: inputs opened, inputs hashed, then the pieces of each
+            pass; may raise to stop.
         warn: called with what the user should know.
 
     Raises:
@@ -124,16 +125,20 @@ def average(
         return [_fold_one(series, plans, settings, progress)]
     inputs = unique_inputs(plans)
     check_claims(series, inputs, settings, audited=all(plan.audited for plan in plans))
-    checkpoints = {source: source.open() for source in inputs}
+    checkpoints = {}
+    for done, source in enumerate(inputs):
+        if progress is not None:
+            progress(done, len(inputs))  # opening may be a download
+        checkpoints[source] = source.open()
     check_alike(list(checkpoints.values()))
-    hashes = input_hashes(checkpoints, compute=settings.verify or not series.trusted)
+    hashes = input_hashes(checkpoints, compute=settings.verify or not series.trusted, progress=progress)
     if not settings.allow_duplicates and all(plan.audited for plan in plans):
         audit.refuse_duplicates(
             {source.step: known.files for source, known in hashes.items()}, final_of(series, compute=True)
         )
     results, missing = {}, []
     for plan in plans:
-        document = provenance(plan, checkpoints, hashes, settings.dtype)
+        document = provenance(plan, checkpoints, hashes, settings)
         if plan.target.exists():
             require_same(plan.target, document)
             results[plan.target] = Average(plan, kept=True)

@@ -132,11 +132,11 @@ def _shards(index: Path) -> Mapping[Path, set[str] | None]:
             )
         promised.setdefault(index.parent / filename, set()).add(name)
     for path in promised:
-        _refuse_links_out(path)
+        refuse_links_out(path)
     return dict(sorted(promised.items()))
 
 
-def _refuse_links_out(path: Path) -> None:
+def refuse_links_out(path: Path) -> None:
     """Raise unless `path` lies in its folder, or in the blobs of the hub's cache that the folder is in."""
     real, folder = path.resolve(), path.parent.resolve()
     blobs = folder.parent.parent / "blobs"  # <repo>/snapshots/<commit>/file -> <repo>/blobs/<hash>
@@ -156,7 +156,7 @@ def open_safetensors(
     places: dict[str, tuple[Path, StoredTensor]] = {}
     metadata: dict[str, str] = {}
     for path, promised in shards.items():
-        _refuse_links_out(path)
+        refuse_links_out(path)
         header = read_header(path)
         if promised is not None:
             require_promised(path, set(header.tensors), promised)

@@ -22,8 +22,8 @@ def read_weights(path: Path) -> dict[int, float] | list[float]:
         UserError: unreadable, not of that form, not finite, or not summing to 1.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_distinct)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read the weights in {path}: {error}", hint=_EXAMPLE) from None
     values = list(document.values()) if isinstance(document, dict) else document
     numbers = isinstance(values, list) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
@@ -35,3 +35,11 @@ def read_weights(path: Path) -> dict[int, float] | list[float]:
     if isinstance(document, dict):
         return {step: float(weight) for step, weight in sorted((int(k), w) for k, w in document.items())}
     return [float(value) for value in values]
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object whose keys, as numbers, are all different."""
+    numbers = [int(key) if key.isdecimal() else key for key, _ in pairs]
+    if len(set(numbers)) != len(numbers):
+        raise ValueError("a step stands twice")
+    return dict(pairs)

@@ -46,6 +46,11 @@ def fold(
     Raises:
         UserError: as `average`.
     """
+    if settings.strict:
+        raise UserError(
+            "--strict needs two checkpoints at once, and --discard-inputs keeps one",
+            hint="leave out one of them",
+        )
     if plan.decays is not None:
         raise UserError("--discard-inputs and --like-online exclude each other", hint="leave out one of them")
     check_claims(series, plan.inputs, settings, audited=plan.audited)
@@ -62,7 +67,7 @@ def fold(
             _check(series, opened, hashes, settings)
             total = _add(folder, number, total, checkpoint, factors[number], settings)
             if number + 1 == len(plan.inputs):
-                document = provenance(plan, opened, hashes, settings.dtype)
+                document = provenance(plan, opened, hashes, settings)
                 writer = prepare_folder(folder, checkpoint, document, settings)
             if checkpoint.disposable:
                 shutil.rmtree(checkpoint.folder)
@@ -122,5 +127,10 @@ def _require_declared(plan: Plan, settings: Settings) -> None:
         for source, weight in zip(plan.inputs, plan.weights, strict=True)
         if (declared := weights_only(source.declared()))
     ]
-    wanted = {"arithmetic": "float64 sums, rounded once", "dtype": settings.dtype or "as the inputs"}
+    wanted = {
+        "arithmetic": "float64 sums, rounded once",
+        "dtype": settings.dtype or "as the inputs",
+        "max_shard_bytes": settings.max_shard,
+        "integers": settings.integers,
+    }
     require_same(plan.target, wanted | {"inputs": inputs})

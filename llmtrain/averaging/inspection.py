@@ -18,10 +18,18 @@ from llmtrain.averaging import audit
 from llmtrain.averaging.checkpoints import Checkpoint
 from llmtrain.averaging.merge import Norms, merge
 from llmtrain.averaging.provenance import hashes_of
-from llmtrain.averaging.series import Input, Series, check_alike, folder_series, own_input, path_input
+from llmtrain.averaging.series import (
+    Input,
+    Series,
+    check_alike,
+    folder_series,
+    is_checkpoint,
+    own_input,
+    path_input,
+)
 from llmtrain.errors import UserError
 from llmtrain.files import RunFolder, is_run, step_folders
-from llmtrain.weights_folder import CONFIG_FILE, PROVENANCE_FILE, load_origin, read_json
+from llmtrain.weights_folder import PROVENANCE_FILE, load_origin, read_json
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,7 @@ def _inputs(path: Path) -> list[Input]:
         if not inputs:
             raise UserError(f"{path} has no snapshot yet", hint="train on")
         return inputs
-    if path.is_file() or (path / CONFIG_FILE).exists():
+    if path.is_file() or is_checkpoint(path):
         return [path_input(_step_of(path), path)]
     series: Series = folder_series(path)
     return list(series.inputs.values())
@@ -159,7 +167,8 @@ def _total(norms: Norms | None, row: int, what: str) -> float | None:
     if norms is None or (what == "distance" and _row(norms, row) == 0):
         return None
     values = norms.norm if what == "norm" else norms.distance
-    return float(math.sqrt(float((values[_row(norms, row)] ** 2).sum())))
+    total = math.hypot(*values[_row(norms, row)])
+    return total if math.isfinite(total) else None
 
 
 def _tensor_facts(checkpoint: Checkpoint, norms: Norms | None, row: int) -> list[TensorFacts]:

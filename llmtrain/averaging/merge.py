@@ -10,6 +10,7 @@ and written, rounded once, when the last of its inputs has been added.
 import itertools
 import math
 import os
+import resource
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -120,6 +121,7 @@ def merge(
     todo = enumerate(work)  # shared by the threads: each takes the next piece when it is free
     stats = np.zeros((len(work), 2, len(checkpoints)))
     done = itertools.count(1)
+    _allow_open_files()
     stopped = threading.Event()
     with ExitStack() as files:
         sources = [_Source(checkpoint, files) for checkpoint in checkpoints]
@@ -150,6 +152,13 @@ def _in_threads(worker: Callable[[], None], count: int, stopped: threading.Event
 def _cores() -> int:
     """Cores this process may use; not every system tells those from the cores there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _allow_open_files() -> None:
+    """Many checkpoints of many shards are open at once: use what the system allows, not its default."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _norms(work: Sequence[_Piece], stats: NDArray[np.float64]) -> Norms:
@@ -262,10 +271,10 @@ class _Summing:
         total /= self._factors[number][1]
         dtype = self._dtypes.get(piece.name, piece.spec.dtype)
         raw = narrow(total, dtype)
-        if dtype != piece.spec.dtype and overflows(raw, dtype):
+        if overflows(raw, dtype):
             raise UserError(
                 f"the average of {piece.name} has numbers that {dtype} cannot hold",
-                hint="choose another --dtype",
+                hint="a wider --dtype; with weights below 0 or above 1, look at --show-weights",
             )
         self._writes[number](piece.name, piece.start, raw)
         self._free.append(total if total.base is None else total.base)
@@ -273,14 +282,16 @@ class _Summing:
     def _integers(self, piece: _Piece) -> None:
         """Numbers that have no mean are copied from the newest input of each mixture."""
         held = [source.raw(piece, self._raw).copy() for source in self._sources]
-        for source, numbers in zip(self._sources, held, strict=True):
-            if self._integers_rule == "equal" and not np.array_equal(numbers, held[0]):
-                raise UserError(
-                    f"{piece.name} ({piece.spec}) cannot be averaged and differs between "
-                    f"step {self._sources[0].checkpoint.step:,} and step {source.checkpoint.step:,}",
-                    hint="--integers last takes it from the newest checkpoint",
-                )
         for mixture, write in zip(self._mixtures, self._writes, strict=True):
+            first, *others = mixture.inputs
+            for other in others:
+                if self._integers_rule == "equal" and not np.array_equal(held[other], held[first]):
+                    raise UserError(
+                        f"{piece.name} ({piece.spec}) cannot be averaged and differs between "
+                        f"step {self._sources[first].checkpoint.step:,} and "
+                        f"step {self._sources[other].checkpoint.step:,}",
+                        hint="--integers last takes it from the newest checkpoint",
+                    )
             write(piece.name, piece.start, held[mixture.inputs[-1]])
 
     def _not_finite(self, source: _Source, piece: _Piece, values: Float64s) -> UserError:

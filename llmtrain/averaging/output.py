@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from llmtrain.averaging.checkpoints import Checkpoint
+from llmtrain.averaging.checkpoints import Checkpoint, refuse_links_out
 from llmtrain.averaging.header import FLOATS, ITEM_BYTES, StoredTensor, TensorSpec, encode_header
 from llmtrain.averaging.numbers import Raw
 from llmtrain.errors import RunFailed, UserError
@@ -63,6 +63,8 @@ def output_layout(newest: Checkpoint, *, dtype: str | None, max_shard: int | Non
         filename: {name: _converted(spec, dtype) for name, spec in specs.items()}
         for filename, specs in newest.layout.items()
     }
+    if len(layout) == 1:
+        layout = {WEIGHTS_FILE: next(iter(layout.values()))}  # a single file needs no index
     if max_shard is None:
         return layout
     shards: list[dict[str, TensorSpec]] = [{}]
@@ -146,7 +148,9 @@ def carry_over(newest: Checkpoint, target: Path, dtype: str | None) -> None:
     elif newest.folder.is_dir():
         for pattern in CARRIED_OVER:
             for path in sorted(newest.folder.glob(pattern)):
-                shutil.copyfile(path, target / path.name)
+                if path.is_file():
+                    refuse_links_out(path)
+                    shutil.copyfile(path, target / path.name)
     config = target / CONFIG_FILE
     if dtype is not None and config.exists():
         named = next(name for name, short in DTYPES.items() if short == dtype)

@@ -122,6 +122,10 @@ def _check_options(request: Request) -> None:
         raise UserError("--label raw is what the weights of a snapshot are called", hint="any other name")
     if request.label is not None and not _LABEL.fullmatch(request.label):
         raise UserError(f"--label {request.label!r} is no name of a folder", hint="letters, digits, - _ .")
+    for name in ("every", "window", "start"):
+        value = getattr(request, name)
+        if value is not None and value < 1:
+            raise UserError(f"{'from' if name == 'start' else name} is {value}", hint="a number from 1 on")
     if request.blend is not None and not 0.0 <= request.blend <= 1.0:
         raise UserError(f"--blend {request.blend} is not a share", hint="0 (the average) to 1 (the newest)")
 
@@ -140,7 +144,11 @@ def _every(series: Series, request: Request, size: int) -> int:
 
 def _windows(series: Series, request: Request) -> list[Plan]:
     """Windows of a fixed size: lawa, linear, decay, and ema with --window."""
-    size = request.window or DEFAULT_WINDOW
+    if request.start is not None:
+        raise UserError(
+            "--from and --window exclude each other", hint="--from takes everything from there on"
+        )
+    size = DEFAULT_WINDOW if request.window is None else request.window
     every = _every(series, request, size)
     steps = series.windows(every=every, size=size, at=request.at_step, disjoint=bool(request.disjoint))
     weights, decays, name, options = _weights(request, size, every)
@@ -181,7 +189,7 @@ def _growing(series: Series, request: Request) -> list[Plan]:
                 hint=f"--every {describe_spacings(possible_spacings(series.steps, 2))}",
             )
         weights, decays, name, options = _weights(request, len(wanted), every)
-        label = f"{name}-{start}x{every}" if request.start is not None else f"{name}x{every}"
+        label = f"{name}-from-{start}x{every}" if request.start is not None else f"{name}x{every}"
         options |= {"from": request.start}
         plans.append(_plan(series, request, label, wanted, weights, options, decays))
     if not plans:
@@ -228,7 +236,7 @@ def _ema_weights(
     if not 0.0 <= decay < 1.0:
         raise UserError(f"--decay {decay} is not in [0, 1)", hint="per checkpoint, such as 0.9")
     options |= {"decay": decay, "half_life": request.half_life}
-    name = f"ema-{decay:g}-" if request.half_life is None else f"ema-half-life-{request.half_life:g}-"
+    name = f"ema-{decay!r}-" if request.half_life is None else f"ema-half-life-{request.half_life!r}-"
     name = name.removesuffix("-")
     if request.like_online:
         decays = coefficients.warmed_up_decays(count, decay)
@@ -275,7 +283,7 @@ def _plan(
         if decays is not None:
             raise UserError("--blend and --like-online exclude each other", hint="leave out one of them")
         weights = coefficients.blend(weights, request.blend)
-        label, options = f"{label}-blend-{request.blend:g}", options | {"blend": request.blend}
+        label, options = f"{label}-blend-{request.blend!r}", options | {"blend": request.blend}
     inputs: tuple[Input, ...] = tuple(series.inputs[step] for step in steps)
     chosen = tuple(decays) if decays is not None else None
     return Plan(request.method, label, inputs, tuple(weights), series.averages, options, chosen)

@@ -3,14 +3,14 @@
 Why: an average without this is a file of numbers. With it, anyone can tell whether two averages are
 the same, and make it again; and a command that is repeated keeps what is there.
 
-    document = provenance(plan, checkpoints, hashes, dtype=None)
+    document = provenance(plan, checkpoints, hashes, Settings())
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,11 @@ from llmtrain import __version__
 from llmtrain.averaging.checkpoints import Checkpoint
 from llmtrain.averaging.series import Input
 from llmtrain.errors import UserError
-from llmtrain.files import sha256_of
+from llmtrain.files import integrity_problems, sha256_of
 from llmtrain.weights_folder import PROVENANCE_FILE, read_json
 
 if TYPE_CHECKING:
-    from llmtrain.averaging.average import Plan
+    from llmtrain.averaging.average import Plan, Settings
 
 Hashes = Mapping[str, str]
 """File name → SHA-256."""
@@ -47,19 +47,34 @@ class KnownHashes:
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def input_hashes(checkpoints: Mapping[Input, Checkpoint], *, compute: bool) -> dict[Input, KnownHashes]:
+def input_hashes(
+    checkpoints: Mapping[Input, Checkpoint],
+    *,
+    compute: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[Input, KnownHashes]:
     """The hashes of every input's weights files.
 
     Args:
         checkpoints: the opened inputs.
         compute: hash the files even where hashes are declared, and compare.
+        progress: called with inputs done and in all; may raise to stop.
 
     Raises:
         UserError: a file is not what was declared.
     """
+    found: dict[Input, KnownHashes] = {}
     with ThreadPoolExecutor(2) as pool:  # hashing leaves the interpreter's lock to others
         known = pool.map(lambda item: hashes_of(*item, compute=compute), checkpoints.items())
-        return dict(zip(checkpoints, known, strict=True))
+        try:
+            for source, hashes in zip(checkpoints, known, strict=True):
+                found[source] = hashes
+                if progress is not None:
+                    progress(len(found), len(checkpoints))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return found
 
 
 def hashes_of(source: Input, checkpoint: Checkpoint, *, compute: bool) -> KnownHashes:
@@ -81,7 +96,7 @@ def provenance(
     plan: Plan,
     checkpoints: Mapping[Input, Checkpoint],
     hashes: Mapping[Input, KnownHashes],
-    dtype: str | None,
+    settings: Settings,
 ) -> dict[str, Any]:
     """What `provenance.json` says of an average."""
     inputs = []
@@ -107,7 +122,9 @@ def provenance(
         "step": plan.step,
         "options": plan.options,
         "arithmetic": sums if plan.decays is None else "float32 recursion, as online",
-        "dtype": dtype or "as the inputs",
+        "dtype": settings.dtype or "as the inputs",
+        "max_shard_bytes": settings.max_shard,
+        "integers": settings.integers,
         "inputs": inputs,
     }
 
@@ -122,6 +139,8 @@ def require_same(target: Path, wanted: Mapping[str, Any]) -> None:
         return [
             document.get("arithmetic"),
             document.get("dtype"),
+            document.get("max_shard_bytes"),
+            document.get("integers", "equal"),
             [(i.get("step"), i.get("sha256")) for i in inputs],
         ]
 
@@ -129,6 +148,10 @@ def require_same(target: Path, wanted: Mapping[str, Any]) -> None:
         math.isclose(a["weight"], b["weight"], rel_tol=1e-9, abs_tol=1e-15)
         for a, b in zip(there["inputs"], wanted["inputs"], strict=True)
     )
+    if same and (problems := integrity_problems(target, hashes=False)):
+        raise UserError(
+            f"{target} exists and is damaged: {problems[0]}", hint="delete it and repeat the command"
+        )
     if not same:
         raise UserError(
             f"{target} exists and is not the average of these checkpoints with these weights",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from llmtrain.averaging.checkpoints import TORCH_WEIGHTS_FILE, Checkpoint, open_folder
+from llmtrain.averaging.checkpoints import TORCH_WEIGHTS_FILE, Checkpoint, open_folder, open_safetensors
 from llmtrain.averaging.windows import (
     Window,
     describe_spacings,
@@ -166,7 +166,7 @@ def folder_series(folder: Path) -> Series:
     found: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
         match = _STEP_IN_NAME.search(path.stem if path.is_file() else path.name)
-        if match is None or not _is_checkpoint(path) or not int(match[1]):
+        if match is None or not is_checkpoint(path) or not int(match[1]):
             continue
         if int(match[1]) in found:
             raise UserError(
@@ -180,17 +180,19 @@ def folder_series(folder: Path) -> Series:
             hint="such as step1000/ or checkpoint-1000/ with model.safetensors, or ckpt_1000.pt",
         )
     inputs = {step: path_input(step, found[step]) for step in sorted(found)}
-    finals = [path_input(max(found), folder / name) for name in _FINAL_NAMES if _is_checkpoint(folder / name)]
+    finals = [path_input(max(found), folder / name) for name in _FINAL_NAMES if is_checkpoint(folder / name)]
     averages = Path("averages") / folder.resolve().name
     return Series(str(folder), averages, inputs, final=finals[0] if finals else None)
 
 
 def path_input(step: int, path: Path) -> Input:
-    """A folder of weights or a file of torch, of whatever origin."""
+    """A folder of weights, a safetensors file, or a file of torch, of whatever origin."""
     if path.is_dir():
         return own_input(step, path)
 
     def open_file() -> Checkpoint:
+        if path.suffix == ".safetensors":
+            return open_safetensors(path.parent, {path: None}, step, str(path))
         from llmtrain.averaging.torch_files import open_training_file  # torch takes a second to import
 
         return open_training_file(path, step=step)
@@ -198,7 +200,8 @@ def path_input(step: int, path: Path) -> Input:
     return Input(step, str(path), open_file)
 
 
-def _is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a folder or a file of weights."""
     if path.is_dir():
         names = (WEIGHTS_FILE, TORCH_WEIGHTS_FILE)
         return any((path / f"{name}{suffix}").exists() for name in names for suffix in ("", ".index.json"))

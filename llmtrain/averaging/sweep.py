@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmtrain.averaging.average import Plan
+from llmtrain.averaging.average import Plan, Settings, check_claims, unique_inputs
 from llmtrain.averaging.checkpoints import Checkpoint
 from llmtrain.averaging.merge import Mixture, Write, merge
 from llmtrain.averaging.numbers import Raw
@@ -94,10 +94,18 @@ def parse_sweep(text: str) -> list[Request]:
         if not equals or name not in _NUMBERS:
             known = ", ".join("from" if n == "start" else n for n in _NUMBERS)
             raise UserError(f"--sweep {part!r} is not key=value,value", hint=f"keys: {known}")
+        if name in choices and (name != "method" or "method=" in text.replace(part, "", 1)):
+            raise UserError(f"--sweep has {key} twice", hint=f"{key}=a,b holds several values")
         try:
             choices[name] = [_NUMBERS[name](value) for value in values.split(",")]
         except ValueError:
             raise UserError(f"--sweep {part!r} has a value that is no number", hint="window=3,5,10") from None
+    taken = set().union(*(OPTIONS.get(method, set(choices)) for method in choices["method"])) | {"method"}
+    if unused := set(choices) - taken:
+        raise UserError(
+            f"--sweep: {', '.join(sorted(unused))} is nothing that {', '.join(choices['method'])} takes",
+            hint="add the method that takes it, such as method=ema for decay",
+        )
     requests: list[Request] = []
     for combination in itertools.product(*choices.values()):
         asked: dict[str, Any] = dict(zip(choices, combination, strict=True))
@@ -136,6 +144,8 @@ def sweep(
         *(plan for of_request in plans.values() for plan in of_request if plan.step in steps),
     ]
     jobs.sort(key=lambda job: job.step)
+    inputs = unique_inputs(jobs)
+    check_claims(series, inputs, Settings(), audited=True)
     measure = _Evaluator(config, series.inputs[steps[-1]].open().folder, data)
     losses: dict[str, dict[int, float]] = {}
     for done, (job, weights) in enumerate(_averages(jobs), start=1):

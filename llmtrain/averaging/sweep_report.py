@@ -32,6 +32,7 @@ class SummaryRow:
     reached: int | None
     """The first compared step at which it is as good as the raw weights of the last; None: never."""
     steps_saved: int | None
+    """From there to the first compared step at which the raw weights are."""
     tokens_saved: int | None
     hours_saved: float | None
     """Of training, by the run's own clock; None where the run has no metrics."""
@@ -48,7 +49,9 @@ def summary(result: SweepResult, run: RunFolder) -> list[SummaryRow]:
         reached = min(
             (s for s, loss in candidate.losses.items() if loss <= result.raw.losses[last]), default=None
         )
-        saved = None if reached is None else last - reached
+        # Raw weights wander: they may have been as good as at the end long before it.
+        raw_reached = min(s for s, loss in result.raw.losses.items() if loss <= result.raw.losses[last])
+        saved = None if reached is None else raw_reached - reached
         rows.append(
             SummaryRow(
                 label=candidate.label,
@@ -59,7 +62,7 @@ def summary(result: SweepResult, run: RunFolder) -> list[SummaryRow]:
                 reached=reached,
                 steps_saved=saved,
                 tokens_saved=None if saved is None else saved * tokens_per_step,
-                hours_saved=None if reached is None or not clock else _hours(clock, reached, last),
+                hours_saved=None if reached is None or not clock else _hours(clock, reached, raw_reached),
             )
         )
     return rows

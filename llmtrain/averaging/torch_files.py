@@ -98,7 +98,7 @@ def open_training_file(path: Path, *, step: int) -> Checkpoint:
     if isinstance(document, dict):
         weights = next((document[key] for key in ("model", "net", "state_dict") if key in document), document)
     tensors = _tensors_of(path, weights)
-    shape = _gpt2_shape(document) if isinstance(document, dict) else None
+    shape = _gpt2_shape(path, document) if isinstance(document, dict) else None
     if shape is not None and "transformer.wte.weight" in tensors:
         tensors = {
             name: tensor.t() if name.endswith(_TRANSPOSED) else tensor
@@ -150,6 +150,10 @@ def _tensors_of(path: Path, document: Any) -> dict[str, Tensor]:
             raise UserError(
                 f"{path}: {name} is of {value.dtype}, {value.layout}",
                 hint="only dense numbers can be averaged",
+            )
+        if name in tensors:
+            raise UserError(
+                f"{path} holds {name} twice, once as {key}", hint="which one is meant cannot be known"
             )
         tensors[name] = value.detach()
     return tensors
@@ -218,19 +222,25 @@ class _TorchReader:
         return raw.view(RAW[_DTYPES[tensor.dtype]])
 
 
-def _gpt2_shape(document: Mapping[str, Any]) -> Shape | None:
+def _gpt2_shape(path: Path, document: Mapping[str, Any]) -> Shape | None:
     """The model's shape from nanoGPT's `model_args` or build-nanogpt's `config`; None where absent."""
     settings = document.get("model_args") or document.get("config")
     values = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
     if not {"n_layer", "n_head", "n_embd", "vocab_size", "block_size"} <= values.keys():
         return None
-    shape = {key: int(values[key]) for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    model = ModelConfig(
-        **shape,
-        bias=bool(values.get("bias", True)),
-        scale_attn_by_inverse_layer_idx=bool(values.get("scale_attn_by_inverse_layer_idx", False)),
-    )
-    return Shape(model, int(values["block_size"]), min(50256, model.vocab_size - 1))
+    try:
+        model = ModelConfig(
+            **{key: int(values[key]) for key in ("n_layer", "n_head", "n_embd", "vocab_size")},
+            bias=bool(values.get("bias", True)),
+            scale_attn_by_inverse_layer_idx=bool(values.get("scale_attn_by_inverse_layer_idx", False)),
+        )
+        block_size = int(values["block_size"])
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{path}: its model_args are no shape of a GPT-2: {dict(values)!r:.200}",
+            hint="the file is damaged",
+        ) from None
+    return Shape(model, block_size, min(50256, model.vocab_size - 1))
 
 
 def _absent_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -155,6 +155,8 @@ def test_custom_weights_by_step_and_by_place(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ('{"200": 0.5}', "sum to 0.5"),
+        ('{"200": 0.5, "0200": 0.5}', "a step stands twice"),
+        ('{"200": 0.5, "200": 0.5}', "a step stands twice"),
         ('{"250": 1.0}', "not there: 250"),
         ('{"x": 1.0}', "does not hold weights"),
         ('{"200": "a"}', "does not hold weights"),
@@ -174,6 +176,10 @@ def test_wrong_weights_are_explained(tmp_path: Path, content: str, said: str) ->
     ("request_", "said"),
     [
         ({"method": "other"}, "unknown"),
+        ({"every": 0}, "every is 0"),
+        ({"every": 100, "window": 0}, "window is 0"),
+        ({"every": 100, "label": "raw"}, "--label raw"),
+        ({"method": "ema", "every": 100, "decay": 0.9, "window": 3, "start": 200}, "--from and --window"),
         ({"method": "swa", "every": 100}, "needs --from"),
         ({"method": "swa", "every": 150, "start": 100}, "no checkpoints at"),
         ({"method": "swa", "every": 100, "start": 700}, "no checkpoint at"),

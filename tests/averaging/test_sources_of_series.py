@@ -325,3 +325,80 @@ def test_averages_can_be_averaged(tmp_path: Path, make_run: MakeRun) -> None:
     got, wanted = (load_file(r.plan.target / "model.safetensors") for r in (result, direct))
     for name, tensor in got.items():
         torch.testing.assert_close(tensor, wanted[name], rtol=3e-7, atol=1e-9)
+
+
+def test_a_single_shard_with_an_index_becomes_a_single_file(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        folder = write_checkpoint(tmp_path / "s" / f"step{step}", model_at(step))
+        shard = "model-00001-of-00001.safetensors"
+        (folder / "model.safetensors").rename(folder / shard)
+        weight_map = dict.fromkeys(model_at(step), shard)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    target = run(tmp_path / "s").plan.target
+    assert (target / "model.safetensors").is_file()
+    assert not (target / "model.safetensors.index.json").exists()
+
+
+def test_an_overflow_in_the_inputs_own_dtype_is_an_error(tmp_path: Path) -> None:
+    for step, value in ((10, 60000.0), (20, 0.0), (30, -60000.0)):
+        tensor = torch.full((3,), value, dtype=torch.float16)
+        write_checkpoint(tmp_path / "s" / f"step{step}", {"a": tensor, "b": torch.rand(4)})
+    (tmp_path / "w.json").write_text('{"10": -1, "20": 1, "30": 1}')
+    series = find_series(str(tmp_path / "s"))
+    with pytest.raises(UserError, match="F16 cannot hold"):
+        average(series, make_plans(series, Request(method="custom", weights=tmp_path / "w.json")))
+
+
+def test_a_gutted_average_is_not_kept(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        write_checkpoint(tmp_path / "s" / f"step{step}", model_at(step))
+    target = run(tmp_path / "s").plan.target
+    assert run(tmp_path / "s").kept
+    with pytest.raises(UserError, match="is not the average"):
+        run(tmp_path / "s", Settings(max_shard=1000))
+    (target / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="is damaged"):
+        run(tmp_path / "s")
+
+
+def test_a_carried_file_that_links_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        folder = write_checkpoint(tmp_path / "s" / f"step{step}", model_at(step))
+    (tmp_path / "secret").write_text("secret")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="link to a file outside"):
+        run(tmp_path / "s")
+
+
+def test_integers_are_compared_within_a_window(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        model = model_at(step) | {"mask": torch.tensor([step > 20])}
+        write_checkpoint(tmp_path / "s" / f"step{step}", model)
+    series = find_series(str(tmp_path / "s"))
+    request = Request(every=10, window=2, at="all", disjoint=True)
+    assert [a.plan.step for a in average(series, make_plans(series, request))] == [20, 40]
+
+
+def test_a_foreign_training_json_says_nothing(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        folder = write_checkpoint(tmp_path / "s" / f"step{step}", model_at(step))
+        (folder / "training.json").write_text('{"learning_rate": 1, "epochs": 3}')
+    assert run(tmp_path / "s").plan.step == 30
+
+
+def test_names_that_coincide_without_their_prefixes_are_refused(tmp_path: Path) -> None:
+    for step in (10, 20):
+        (tmp_path / "s").mkdir(exist_ok=True)
+        weights = {"module.x": torch.rand(3), "x": torch.rand(3)}
+        torch.save({"model": weights}, tmp_path / "s" / f"step{step}.pt")
+    with pytest.raises(UserError, match="holds x twice"):
+        run(tmp_path / "s", window=2)
+
+
+def test_a_shape_that_is_none_is_told(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    shape = {"n_layer": "abc", "n_head": 2, "n_embd": 8, "vocab_size": None, "block_size": 8}
+    for step in (10, 20):
+        torch.save({"model": {"x": torch.rand(3)}, "model_args": shape}, tmp_path / "s" / f"step{step}.pt")
+    with pytest.raises(UserError, match="no shape of a GPT-2"):
+        run(tmp_path / "s", window=2)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,9 @@ def test_every_combination_is_a_request_and_none_twice() -> None:
     assert parse_sweep("every=2 from=4 method=swa") == [Request(method="swa", every=2, start=4)]
 
 
-@pytest.mark.parametrize("text", ["window", "windows=3", "window=three", "window=3,"])
+@pytest.mark.parametrize(
+    "text", ["window", "windows=3", "window=three", "window=3,", "window=3 window=5", "window=3 decay=0.9"]
+)
 def test_a_wrong_sweep_is_explained(text: str) -> None:
     with pytest.raises(UserError, match="--sweep"):
         parse_sweep(text)
@@ -115,3 +118,35 @@ def test_the_command_shows_and_writes_the_best(run: RunFolder, llmtrain: Command
     again = llmtrain("average", run.path, "--sweep", "window=2", "--every", "2", cwd=run.path.parent)
     assert again.returncode == 2
     assert "--sweep takes" in again.stderr
+
+
+@pytest.mark.parametrize("text", ["window=0 every=2", "window=3 every=0", "window=-2 every=2"])
+def test_values_without_sense_are_refused(run: RunFolder, text: str) -> None:
+    with pytest.raises(UserError, match=r"is -?\d"):
+        sweep(run, parse_sweep(text))
+
+
+def test_duplicated_snapshots_are_refused(run: RunFolder) -> None:
+    shutil.rmtree(run.snapshot(9))
+    shutil.copytree(run.snapshot(8), run.snapshot(9))
+    with pytest.raises(UserError, match="same content"):
+        sweep(run, parse_sweep("window=3 every=1"))
+
+
+def test_savings_count_from_where_raw_weights_were_first_as_good(run: RunFolder) -> None:
+    raw = {1: 3.0, 2: 2.0, 3: 1.9, 4: 2.5}
+    result = SweepResult(Candidate("raw", None, raw), [Candidate("a", None, {1: 2.4, 4: 2.0})], [], 10)
+    (row,) = summary(result, run)
+    assert (row.reached, row.steps_saved) == (1, 2 - 1)
+
+
+@pytest.mark.parametrize(
+    "option", [["--dtype", "float16"], ["--strict"], ["--show-weights"], ["--no-verify"]]
+)
+def test_options_that_a_sweep_would_ignore_are_refused(
+    run: RunFolder, llmtrain: Command, option: list[str]
+) -> None:
+    result = llmtrain("average", run.path, "--sweep", "window=3 every=1", *option, cwd=run.path.parent)
+    assert result.returncode == 2
+    alone = llmtrain("average", run.path, "--every", "1", "--write-best", cwd=run.path.parent)
+    assert alone.returncode == 2
