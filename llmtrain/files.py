@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,11 @@ def _staged(staging: Path, target: Path) -> Iterator[Path]:
     staging.mkdir()
     try:
         yield staging
-        write_integrity(staging)
-        for path in [*staging.rglob("*"), staging]:
+        with ThreadPoolExecutor(1) as pool:  # the disk takes in what is being hashed
+            flushed = pool.map(fsync_path, [path for path in staging.rglob("*") if path.is_file()])
+            write_integrity(staging)
+            list(flushed)
+        for path in [staging / INTEGRITY_FILE, *(p for p in staging.rglob("*") if p.is_dir()), staging]:
             fsync_path(path)
         old = target.with_name(f"{_REPLACED_PREFIX}{target.name}")
         if target.exists():

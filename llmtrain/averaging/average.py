@@ -8,7 +8,7 @@ must pass, and what a folder says about them; the numbers are `coefficients.py`,
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,14 @@ from llmtrain.averaging.checkpoints import Checkpoint
 from llmtrain.averaging.header import FLOATS
 from llmtrain.averaging.merge import Integers, Mixture, Norms, merge
 from llmtrain.averaging.output import WeightsWriter, carry_over, output_layout
-from llmtrain.averaging.provenance import Hashes, hashes_of, input_hashes, provenance, require_same
+from llmtrain.averaging.provenance import (
+    Hashes,
+    hashes_of,
+    input_hashes,
+    provenance,
+    require_same,
+    verification,
+)
 from llmtrain.averaging.series import Input, Series, check_alike
 from llmtrain.errors import UserError
 from llmtrain.files import exclusive, remove_leftovers, staged_folder
@@ -131,11 +138,14 @@ def average(
             progress(done, len(inputs))  # opening may be a download
         checkpoints[source] = source.open()
     check_alike(list(checkpoints.values()))
-    hashes = input_hashes(checkpoints, compute=settings.verify or not series.trusted, progress=progress)
+    hashes = input_hashes(checkpoints, compute=not series.trusted, progress=progress)
     if not settings.allow_duplicates and all(plan.audited for plan in plans):
         audit.refuse_duplicates(
             {source.step: known.files for source, known in hashes.items()}, final_of(series, compute=True)
         )
+    recorded = series.trusted and settings.verify
+    if recorded:  # what is written says so, and is committed only if it turns out to be true
+        hashes = {source: replace(known, source="computed") for source, known in hashes.items()}
     results, missing = {}, []
     for plan in plans:
         document = provenance(plan, checkpoints, hashes, settings)
@@ -144,10 +154,12 @@ def average(
             results[plan.target] = Average(plan, kept=True)
         else:
             missing.append((plan, document))
-    for start in range(0, len(missing), AT_A_TIME):
-        group = missing[start : start + AT_A_TIME]
-        _make(group, checkpoints, settings, progress, warn)
-        results |= {plan.target: Average(plan, kept=False) for plan, _ in group}
+    with verification(checkpoints, wanted=recorded) as verify:
+        for start in range(0, len(missing), AT_A_TIME):
+            group = missing[start : start + AT_A_TIME]
+            _make(group, checkpoints, settings, progress, warn, verify)
+            results |= {plan.target: Average(plan, kept=False) for plan, _ in group}
+        verify()
     return [results[plan.target] for plan in plans]
 
 
@@ -219,8 +231,9 @@ def _make(
     settings: Settings,
     progress: Progress | None,
     warn: Callable[[str], None],
+    verify: Callable[[], None],
 ) -> None:
-    """One pass: all averages of the group are committed at its end, or none is."""
+    """One pass: all averages of the group are committed at its end, once `verify` returns, or none is."""
     inputs = unique_inputs([plan for plan, _ in group])
     index = {source: i for i, source in enumerate(inputs)}
     opened = [checkpoints[source] for source in inputs]
@@ -248,6 +261,7 @@ def _make(
         )
         if all(plan.audited for plan, _ in group):
             check_trajectory(opened, norms, settings, warn)
+        verify()
 
 
 def prepare_folder(

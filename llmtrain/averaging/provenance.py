@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,31 @@ def input_hashes(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return found
+
+
+@contextmanager
+def verification(checkpoints: Mapping[Input, Checkpoint], *, wanted: bool) -> Iterator[Callable[[], None]]:
+    """Hash the inputs while they are averaged; what is given waits for it.
+
+    Args:
+        checkpoints: the opened inputs, whose hashes were recorded.
+        wanted: false: nothing is hashed.
+
+    Raises:
+        UserError: from what is given: a file is not what was recorded.
+    """
+    pool = ThreadPoolExecutor(2)
+    items = checkpoints.items() if wanted else ()
+    running = [pool.submit(hashes_of, source, checkpoint, compute=True) for source, checkpoint in items]
+
+    def wait() -> None:
+        for future in running:
+            future.result()
+
+    try:
+        yield wait
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def hashes_of(source: Input, checkpoint: Checkpoint, *, compute: bool) -> KnownHashes:
