@@ -319,6 +319,12 @@ def average(
             f"the newest checkpoint, step {series.steps[-1]:,}, ends no such window; "
             f"the average is that of step {plans[-1].step:,}"
         )
+    for plan in plans:
+        if plan.options.get("profile_error", 0.0) > 0.1:
+            warn(
+                f"{plan.label} at step {plan.step:,} is {plan.options['profile_error']:.0%} off the profile asked for: "
+                "the stored averages are too few, or too unlike that width"
+            )
     results = run_plans(series, plans, settings)
     if as_json:
         print_json([result.as_json() for result in results])

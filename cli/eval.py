@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich import box
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from .common import console, interruptible, print_json, progress_line
 
@@ -94,17 +94,17 @@ def evaluate(
 def loss_table(rows: "list[Row]") -> Table:
     """One line a set of weights; which run it is of, where there are several."""
     several = len({row.run for row in rows}) > 1
-    table = Table(
-        "weights", "step", "loss", "perplexity", "bits/byte", "minus raw", "tokens", "s", box=box.SIMPLE
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
+    names = ("step", "loss", "perplexity", "bits/byte", "minus raw", "tokens", "s")
+    columns = [Column(name, justify="right", no_wrap=True) for name in names]
+    table = Table(Column("weights", no_wrap=True), *columns, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for row in rows:
         table.add_row(
             escape(f"{row.run}: {row.label}" if several and row.run else row.label),
             "" if row.step is None else f"{row.step:,}",
             f"{row.loss:.4f}",
-            "inf" if row.perplexity is None else f"{row.perplexity:.3f}",
+            "inf"
+            if row.perplexity is None
+            else f"{row.perplexity:{'.3f' if row.perplexity < 1e5 else '.3e'}}",
             "n/a" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}",
             "n/a" if row.delta is None else f"{row.delta:+.4f}",
             f"{row.tokens:,}",

@@ -36,7 +36,9 @@ def known_bad(repository: str | None, steps: Sequence[int]) -> dict[int, str]:
     """Steps of a hub series that are known to hold wrong weights, with what is wrong and who says so."""
     data = json.loads((files("llmtrain.averaging") / "known_bad.json").read_text())
     bad: dict[int, str] = {}
-    for entry in data.get(repository, []):
+    # The hub's names do not depend on case.
+    named = {name.lower(): entries for name, entries in data.items()}
+    for entry in named.get((repository or "").lower(), []):
         for item in entry["steps"]:
             which = range(item[0], item[1] + 1, item[2]) if isinstance(item, list) else [item]
             bad |= {step: f"{entry['what']} ({entry['issue']})" for step in which if step in steps}

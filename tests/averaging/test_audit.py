@@ -142,3 +142,8 @@ def test_known_bad_revisions_of_the_paper_are_all_there() -> None:
 def test_known_bad_revisions_are_refused_with_their_issue() -> None:
     with pytest.raises(UserError, match=r"step 50,000 .*EleutherAI/pythia#206"):
         audit.refuse_known_bad("EleutherAI/pythia-12b", [48000, 50000])
+
+
+def test_known_bad_revisions_are_known_in_any_case() -> None:
+    assert audit.known_bad("eleutherai/Pythia-12B", [50000, 51000]).keys() == {50000}
+    assert audit.known_bad(None, [50000]) == {}
