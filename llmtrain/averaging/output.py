@@ -16,7 +16,7 @@ from llmtrain.averaging.checkpoints import Checkpoint, refuse_links_out
 from llmtrain.averaging.header import FLOATS, ITEM_BYTES, StoredTensor, TensorSpec, encode_header
 from llmtrain.averaging.numbers import Raw
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.weights_folder import CONFIG_FILE, WEIGHTS_FILE, read_json, write_json
+from llmtrain.weights_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_json, write_json
 
 CARRIED_OVER = (
     "config.json",
@@ -129,7 +129,7 @@ class WeightsWriter:
         weight_map = {name: filename for filename, specs in self._layout.items() for name in specs}
         total = sum(spec.bytes for specs in self._layout.values() for spec in specs.values())
         document = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(self._folder / f"{WEIGHTS_FILE}.index.json", document)
+        write_json(self._folder / INDEX_FILE, document)
 
     def write(self, name: str, start: int, raw: Raw) -> None:
         """Put stored numbers at index `start` of a tensor; any thread may call this."""

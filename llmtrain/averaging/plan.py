@@ -19,13 +19,11 @@ from llmtrain.averaging.series import Input, Series
 from llmtrain.averaging.stored_averages import dense_plan, power_ema_plans
 from llmtrain.averaging.windows import describe_spacings, describe_steps, possible_spacings
 from llmtrain.errors import UserError
+from llmtrain.evaluation.targets import RAW
 from llmtrain.files import step_name
 
 DEFAULT_WINDOW = 5
 """k in the code of Sanyal et al. 2023."""
-
-RAW = "raw"
-"""What evaluations call the weights of a snapshot; no average may."""
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

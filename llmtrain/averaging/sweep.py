@@ -20,7 +20,7 @@ from llmtrain.averaging.average import Plan, Settings, check_claims, unique_inpu
 from llmtrain.averaging.checkpoints import Checkpoint
 from llmtrain.averaging.merge import Mixture, Write, merge
 from llmtrain.averaging.numbers import Raw
-from llmtrain.averaging.plan import OPTIONS, RAW, Request, make_plans
+from llmtrain.averaging.plan import OPTIONS, Request, make_plans
 from llmtrain.averaging.series import Input, Series, check_alike, run_series
 from llmtrain.checkpoint import load_model
 from llmtrain.config import RunConfig
@@ -29,6 +29,7 @@ from llmtrain.data.shards import open_data
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import UserError
 from llmtrain.evaluation.loss import evaluate
+from llmtrain.evaluation.targets import RAW
 from llmtrain.files import RunFolder
 from llmtrain.hardware import resolve_device, resolve_precision
 from llmtrain.model import GPT

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from llmtrain.averaging.plan import RAW
 from llmtrain.averaging.sweep import Candidate, SweepResult
 from llmtrain.config_file import load_config
+from llmtrain.evaluation.targets import RAW
 from llmtrain.files import RunFolder, read_json_lines, write_atomically
 
 

@@ -52,7 +52,7 @@ def find_files(source: str) -> tuple[list[Path], list[Path]]:
         paths = [path]
     else:
         # Path.glob knows no absolute pattern.
-        matches = (Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207
+        matches = (Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207  (takes absolute patterns)
         paths = sorted(match for match in matches if match.is_file())
     if not paths:
         raise UserError(
