@@ -86,6 +86,7 @@ def pretrain(
     from llmtrain.hardware import device_name, resolve_device, resolve_precision
     from llmtrain.interrupt import Interrupted
     from llmtrain.training.run import pretrain as train
+    from llmtrain.training.schedules import tokens_until
 
     device = resolve_device(resolved.train.device)
     table = Table("key", "value", title=f"{config}", title_justify="left")
@@ -95,7 +96,7 @@ def pretrain(
     table.add_row("→ device", device_name(device))
     table.add_row("→ precision", resolve_precision(resolved.train.precision, device))
     table.add_row("→ tokens a step", f"{resolved.tokens_per_step:,}")
-    table.add_row("→ tokens in all", f"{resolved.tokens_per_step * resolved.train.max_steps:,}")
+    table.add_row("→ tokens in all", f"{tokens_until(resolved.train.max_steps, resolved):,}")
     console.print(table)
     try:
         outcome = train(resolved, folder, resume=start, max_seconds=max_time, say=_print_line, warn=warn)

@@ -9,27 +9,34 @@ read from a file, and what a mistake is told, is in `config_file.py`.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from llmtrain.config_averages import AverageConfig
+from llmtrain.config_base import (
+    Betas,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    Rate,
+    Section,
+    Seed,
+    whole,
+)
 
 
-def _whole(value: object) -> object:
-    """`7e4` is a float to YAML and a number of steps to a person."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+class BlockWarmupConfig(Section):
+    """Sequence-length warm-up: the first steps train on shorter sequences (Li et al. 2021, arXiv 2108.06084).
 
+    Each window of the batch is cut to its first tokens, so which windows a step reads does not change.
+    """
 
-Positive = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
-Natural = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
-Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**63)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
-
-
-class Section(BaseModel):
-    """A part of the configuration: no unknown keys, no silent conversions, no change once read."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    start: Positive = 64
+    """Tokens of context in the first step."""
+    steps: Positive
+    """The context grows in a straight line and is data.block_size at this step."""
+    multiple_of: Positive = 8
+    """Lengths are rounded down to a multiple of this: fewer shapes to compile, and faster ones."""
 
 
 class DataConfig(Section):
@@ -39,6 +46,16 @@ class DataConfig(Section):
     """Folder that `llmtrain prepare` wrote (or nanoGPT's folder with train.bin and val.bin)."""
     block_size: Positive = 1024
     """Tokens of context in a training sample."""
+    block_warmup: BlockWarmupConfig | None = None
+    """Shorter samples at first; default: none."""
+
+    @model_validator(mode="after")
+    def _warmup_is_shorter(self) -> "DataConfig":
+        if self.block_warmup is not None and self.block_warmup.start > self.block_size:
+            raise ValueError(
+                f"block_warmup.start {self.block_warmup.start} is above block_size {self.block_size}"
+            )
+        return self
 
 
 class ModelConfig(Section):
@@ -62,10 +79,30 @@ class ModelConfig(Section):
         return self
 
 
-class OptimizerConfig(Section):
-    """AdamW. `decay` says what weight decay acts on."""
+class SpamConfig(Section):
+    """What SPAM adds to AdamW (Huang et al. 2025, arXiv 2501.06842), with the values of its paper."""
 
-    name: Literal["adamw"] = "adamw"
+    threshold: Rate = 5000.0
+    """A gradient is cut to √(threshold · second moment) where its square is above threshold times that moment."""
+    reset_every: Positive = 500
+    """Steps after which both moments begin again at zero."""
+    reset_warmup: Natural = 150
+    """Steps over which the learning rate comes back after a reset, in half a cosine."""
+
+    @model_validator(mode="after")
+    def _comes_back(self) -> "SpamConfig":
+        if self.reset_warmup >= self.reset_every:
+            raise ValueError(
+                f"reset_warmup {self.reset_warmup} is not below reset_every {self.reset_every}: "
+                "the learning rate would never come back"
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW, or SPAM over it. `decay` says what weight decay acts on."""
+
+    name: Literal["adamw", "spam"] = "adamw"
     lr: Rate = 6e-4
     """Peak learning rate."""
     betas: Betas = (0.9, 0.95)
@@ -75,6 +112,21 @@ class OptimizerConfig(Section):
     """linear: weights of linear layers only (the paper); matrices: embeddings too (nanoGPT)."""
     grad_clip: NonNegative = 1.0
     """Largest global gradient norm; 0: no clipping."""
+    spam: SpamConfig | None = None
+    """With name: spam only."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spam_has_defaults(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("name") == "spam" and values.get("spam") is None:
+            return values | {"spam": {}}
+        return values
+
+    @model_validator(mode="after")
+    def _spam_is_used(self) -> "OptimizerConfig":
+        if self.spam is not None and self.name != "spam":
+            raise ValueError(f"the keys under spam do nothing with name: {self.name}")
+        return self
 
 
 class _Schedule(Section):
@@ -152,6 +204,9 @@ class TrainConfig(Section):
     """torch.compile. auto: on CUDA."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
+    on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
+    """When loss or gradient norm is NaN or infinite; the weights never see it. skip: pass over the
+    step; rewind: as under `spikes`."""
 
     @model_validator(mode="after")
     def _one_batch(self) -> "TrainConfig":
@@ -170,97 +225,20 @@ class CheckpointConfig(Section):
     keep_states: Positive = 2
 
 
-class _AverageConfig(Section):
-    every: Positive = 1
-    """Steps between two updates, which happen at multiples of it."""
-    start: Natural | None = None
-    """The first step that may be an update; default: see each kind."""
-    save_every: Positive | None = None
-    """Steps between two saves, a multiple of checkpoint.snapshot_every; default: see each kind. The
-    last step is always saved."""
-    offload: bool = False
-    """Keep the average in (pinned) host memory instead of on the device."""
+class SpikesConfig(Section):
+    """Loss spikes: a loss or gradient norm far above those of the last steps, by a robust z-score."""
 
-    def _spaced(self, label: str) -> str:
-        return label if self.every == 1 else f"{label}-every-{self.every}"
-
-
-class EmaConfig(_AverageConfig):
-    """Exponential moving average, from the first step; saved at checkpoint.state_every.
-
-    Source: the paper's code; decay at update n is min(decay, 1 - (1 + n)^(-2/3)).
-    """
-
-    kind: Literal["ema"]
-    decay: Annotated[float, Field(gt=0, lt=1)] = 0.9
-
-    @property
-    def label(self) -> str:
-        """The name under which it is logged and saved."""
-        return self._spaced(f"ema-{self.decay:g}")
-
-
-class SwaConfig(_AverageConfig):
-    """Uniform mean of all weights from step `start` on (SWA); saved at checkpoint.state_every."""
-
-    kind: Literal["swa"]
-    start: Natural
-
-    @property
-    def label(self) -> str:
-        """The name under which it is logged and saved."""
-        return self._spaced(f"swa-from-{self.start}")
-
-
-class LawaConfig(_AverageConfig):
-    """Mean of the last `window` weights, `every` steps apart, once warm-up is over (LAWA).
-
-    The weights wait in a queue in host memory. Saved at checkpoint.state_every.
-    """
-
-    kind: Literal["lawa"]
-    every: Positive
-    window: Positive = 5
-    offload: Literal[True] = True
-
-    @property
-    def label(self) -> str:
-        """The name under which it is logged and saved; not that of the post-hoc average."""
-        return f"online-lawa-{self.window}x{self.every}"
-
-
-class RunningMeanConfig(_AverageConfig):
-    """Mean of all weights since warm-up, exact to float64; saved with each snapshot.
-
-    From two of them, `llmtrain average --method dense` makes the mean over every step between.
-    """
-
-    kind: Literal["running-mean"]
-
-    @property
-    def label(self) -> str:
-        """The name under which it is logged and saved."""
-        return "running-mean"
-
-
-class PowerEmaConfig(_AverageConfig):
-    """Power-function EMA of relative width `sigma_rel`; saved with each snapshot.
-
-    From two of them, `llmtrain average --method posthoc-ema` makes one of any width.
-    """
-
-    kind: Literal["power-ema"]
-    sigma_rel: Annotated[float, Field(gt=0, lt=0.288)]
-
-    @property
-    def label(self) -> str:
-        """The name under which it is logged and saved."""
-        return f"power-ema-{self.sigma_rel:g}"
-
-
-AverageConfig = Annotated[
-    EmaConfig | SwaConfig | LawaConfig | RunningMeanConfig | PowerEmaConfig, Field(discriminator="kind")
-]
+    action: Literal["ignore", "log", "skip", "rewind"] = "log"
+    """log: say so; skip: leave the update out; rewind: go back to a saved state and pass over the
+    batches since (PaLM, Chowdhery et al. 2022, section 5.1)."""
+    window: Annotated[int, BeforeValidator(whole), Field(ge=8)] = 128
+    """Steps looked back on; nothing is a spike before so many steps were taken."""
+    threshold: Rate = 10.0
+    """Distance above the median, in robust standard deviations (1.4826 times the median deviation)."""
+    rewind_steps: Positive = 100
+    """A rewind goes back at least so many steps before the spike."""
+    max_rewinds: Positive = 10
+    """The run stops when it would rewind more often."""
 
 
 class EvalConfig(Section):
@@ -268,7 +246,7 @@ class EvalConfig(Section):
 
     every: Positive = 1000
     """Steps between two evaluations. The last step is always evaluated."""
-    tokens: Annotated[int, BeforeValidator(_whole), Field(ge=2)] | None = None
+    tokens: Annotated[int, BeforeValidator(whole), Field(ge=2)] | None = None
     """Use only this many tokens from the start of the val split; default: all of it."""
     batch: Positive = 16
     """Sequences in one forward pass of an evaluation."""
@@ -301,8 +279,9 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = CosineSchedule(name="cosine", min_lr=6e-5)
     train: TrainConfig
+    spikes: SpikesConfig = SpikesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    averages: list[AverageConfig] = []
+    averages: list[AverageConfig] = Field(default=[])
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
 
@@ -347,6 +326,21 @@ class RunConfig(Section):
             )
         if getattr(schedule, "min_lr", 0.0) > self.optimizer.lr:
             raise ValueError(f"schedule.min_lr is above the peak, optimizer.lr {self.optimizer.lr:g}")
+        return self
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether training may go back to an earlier state."""
+        return "rewind" in (self.spikes.action, self.train.on_nonfinite)
+
+    @model_validator(mode="after")
+    def _rewind_fits(self) -> "RunConfig":
+        kept = (self.checkpoint.keep_states - 1) * self.checkpoint.state_every
+        if self.rewinds and kept < self.spikes.rewind_steps:
+            raise ValueError(
+                f"a rewind of spikes.rewind_steps {self.spikes.rewind_steps:,} steps needs older states than are "
+                f"kept: (checkpoint.keep_states - 1) · checkpoint.state_every is {kept:,}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -14,7 +14,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from llmtrain.config import AverageConfig, RunConfig, ScheduleConfig
+from llmtrain.config import RunConfig, ScheduleConfig
+from llmtrain.config_averages import AverageConfig
 from llmtrain.errors import UserError
 
 _UNIONS: dict[str, Any] = {"schedule": ScheduleConfig, "averages": AverageConfig}

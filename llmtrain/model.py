@@ -153,10 +153,11 @@ class GPT(nn.Module):
         """All parameters, the tied matrix counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def flops_per_token(self) -> int:
+    def flops_per_token(self, length: int | None = None) -> int:
         """Model FLOPs to train on one token: 6N + 12·L·d·T (PaLM, Chowdhery et al. 2022, appendix B).
 
-        N leaves out the position embedding, which multiplies nothing.
+        N leaves out the position embedding, which multiplies nothing. T is `length`, by default the
+        block size.
         """
         matrices = self.n_parameters() - self.transformer.wpe.weight.numel()
-        return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * self.block_size
+        return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * (length or self.block_size)

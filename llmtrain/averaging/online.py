@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from llmtrain.averaging.power_ema import gamma_of
-from llmtrain.config import (
+from llmtrain.config_averages import (
     AverageConfig,
     EmaConfig,
     LawaConfig,

@@ -7,6 +7,7 @@ file has no gap and no line twice after a resume: what lies past the resumed ste
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,8 +17,12 @@ from typing import Any
 from llmtrain.config import RunConfig, flatten
 from llmtrain.errors import UserError
 from llmtrain.files import read_json_lines, write_atomically
+from llmtrain.training.stability import Incident
 
-Event = Mapping[str, float | int | None]
+Event = Mapping[str, float | int | str | None]
+
+REWOUND_FILE = "metrics-rewound.jsonl"
+"""Beside `metrics.jsonl`: the events that rewinds took back."""
 
 HEADER = f"{'step':>9}  {'loss':>8}  {'lr':>9}  {'grad norm':>9}  {'tokens/s':>9}  {'MFU':>6}  {'ETA':>8}"
 
@@ -73,6 +78,7 @@ class MetricsLog:
         self.evaluated_steps = {int(event["step"]) for event in kept if "val/loss" in event}
         """Steps whose evaluation stands in the file already."""
         write_atomically(path, "".join(json.dumps(event) + "\n" for event in kept))
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
         self._say = say
         self._lines = 0
@@ -96,12 +102,38 @@ class MetricsLog:
         self._say(format_evaluation(event))
         self._write(event)
 
+    def incident(self, incident: Incident) -> None:
+        """Log a spike or a number that is not finite."""
+        self._say(str(incident))
+        self._write(incident.event())
+
+    def rewind(self, record: Event) -> None:
+        """Log that the run went back; the events that it takes back go to another file, and to no average.
+
+        Nothing happens where the file tells it already: a resumed run calls this again.
+        """
+        step = int(record["step"] or 0)
+        events = read_json_lines(self._path)
+        if record in events:
+            return
+        taken_back = [event for event in events if event["step"] > step]
+        with self._path.with_name(REWOUND_FILE).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(event) + "\n" for event in taken_back)
+        self._file.close()
+        kept = [*(event for event in events if event["step"] <= step), record]
+        write_atomically(self._path, "".join(json.dumps(event) + "\n" for event in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        self.evaluated_steps = {each for each in self.evaluated_steps if each <= step}
+        self._say(f"{step:>9,}  back from step {record['rewound_from']:,}, past the batches since")
+
     def flush(self) -> None:
         """Make durable what was written; called before a state that refers to it is committed."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def _write(self, event: Event) -> None:
+        # JSON has no word for a number that is not finite.
+        event = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
         self._file.write(json.dumps(event) + "\n")
         self._file.flush()
         if self._wandb is not None:

@@ -1,4 +1,4 @@
-"""The optimizer: which weights decay, and AdamW over them.
+"""The optimizer: which weights decay, AdamW over them, and SPAM's two remedies against spikes.
 
 Why: decay on embeddings and norms is a different recipe, so the rule is one line of the config and
 this file, and the groups are in the order of the model's parameters on every machine.
@@ -6,10 +6,48 @@ this file, and the groups are in the order of the model's parameters on every ma
     optimizer = build_optimizer(model, config.optimizer)
 """
 
+import torch
 from torch import nn
 from torch.optim import AdamW
 
-from llmtrain.config import OptimizerConfig
+from llmtrain.config import OptimizerConfig, SpamConfig
+
+SPAM_SETTLE_STEPS = 20
+"""Steps after a reset in which nothing is cut: a second moment of few gradients calls every one a spike."""
+
+
+class Spam(AdamW):
+    """AdamW whose gradients are cut where they spike and whose moments begin again at intervals.
+
+    Source: Huang et al. 2025 (arXiv 2501.06842), without its sparse momentum. For runs that spike:
+    each reset costs some steps of progress, so it is no gain on a run that is stable without it. The
+    learning rate's warm-up after a reset is `schedules.reset_factor`.
+    """
+
+    def __init__(self, groups: list[dict[str, object]], config: OptimizerConfig, spam: SpamConfig) -> None:
+        """Take parameter groups as AdamW does.
+
+        Args:
+            groups: parameters and their weight decay.
+            config: what AdamW needs.
+            spam: threshold and interval.
+        """
+        super().__init__(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        self.spam = spam
+
+    @torch.no_grad()
+    def tame(self, step: int) -> None:
+        """Before step `step` (from 1): reset the moments where that is due, else cut spiking gradients."""
+        since = (step - 1) % self.spam.reset_every
+        for parameter, moments in self.state.items():
+            second = moments["exp_avg_sq"]
+            if since == 0:
+                for moment in (moments["step"], moments["exp_avg"], second):
+                    moment.zero_()
+            elif since >= SPAM_SETTLE_STEPS and parameter.grad is not None:
+                # A second moment of zero has seen no gradient yet: nothing to compare with.
+                limit = torch.where(second > 0, (self.spam.threshold * second).sqrt(), torch.inf)
+                parameter.grad.clamp_(-limit, limit)
 
 
 def decayed_parameters(model: nn.Module, rule: str) -> set[str]:
@@ -26,11 +64,13 @@ def decayed_parameters(model: nn.Module, rule: str) -> set[str]:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), fused where the device has it."""
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) or SPAM, fused where the device has it."""
     decayed = decayed_parameters(model, config.decay)
     named = list(model.named_parameters())
-    groups = [
+    groups: list[dict[str, object]] = [
         {"params": [p for name, p in named if name in decayed], "weight_decay": config.weight_decay},
         {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
     ]
+    if config.spam is not None:
+        return Spam(groups, config, config.spam)
     return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

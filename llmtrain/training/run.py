@@ -43,6 +43,11 @@ MAY_CHANGE = (
     "train.micro_batch",
     "train.compile",
     "train.device",
+    "train.on_nonfinite",
+    "spikes.action",
+    "spikes.threshold",
+    "spikes.rewind_steps",
+    "spikes.max_rewinds",
     "data.path",
     "checkpoint.",
     "eval.",
@@ -83,7 +88,7 @@ def pretrain(
 
     Raises:
         UserError: config, data and run folder do not go together.
-        RunFailed: loss or gradients are not finite.
+        RunFailed: loss or gradients are not finite, or spike, and the configuration has no way on.
         Interrupted: a signal came or the time is over; the state is saved.
     """
     _refuse_other_files(folder)
@@ -101,7 +106,7 @@ def pretrain(
             state = _existing_state(config, run, data, resume, warn)
         if state is not None and state.progress.step >= config.train.max_steps:
             return Outcome(run, state.progress.step, already_finished=True)
-        trainer = Trainer(config, run, data, device, precision)
+        trainer = Trainer(config, run, data, device, precision, warn)
         if data.tokenizer_assumed:
             warn(f"{config.data.path} does not say its tokenizer: GPT-2's is assumed")
         if len(trainer.val_tokens) < 2:

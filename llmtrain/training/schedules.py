@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step.
+"""The learning rate and the block size as pure functions of the step.
 
 Why pure: a resumed run, a plot and a plan must all see the rate that training saw, from the
 configuration alone. No state, no torch.
@@ -13,9 +13,12 @@ from llmtrain.config import (
     ConstantSchedule,
     CosineSchedule,
     CyclicSchedule,
+    DataConfig,
     InverseSqrtSchedule,
     LinearSchedule,
+    RunConfig,
     ScheduleConfig,
+    SpamConfig,
     WsdSchedule,
 )
 
@@ -67,3 +70,36 @@ def _decay(step: int, start: int, end: int, shape: str, peak: float, floor: floa
     """`peak` up to step `start`, then down the shape to `floor` at step `end` and after it."""
     share = min(max((step - start) / (end - start), 0.0), 1.0)
     return floor + (peak - floor) * SHAPES[shape](share)
+
+
+def reset_factor(step: int, spam: SpamConfig) -> float:
+    """Share of the learning rate in step `step` (from 1): SPAM's half a cosine after each reset.
+
+    Source: Huang et al. 2025 (arXiv 2501.06842). The beginning of training is the schedule's own.
+    """
+    since = (step - 1) % spam.reset_every
+    if step <= spam.reset_every or since >= spam.reset_warmup:
+        return 1.0
+    return 0.5 * (1.0 - math.cos(math.pi * (since + 1) / spam.reset_warmup))
+
+
+def block_size(step: int, data: DataConfig) -> int:
+    """Tokens of context in step `step` (from 1): `data.block_size`, less while it warms up.
+
+    Source: the truncating schedule of Li et al. 2021 (arXiv 2108.06084), from `start` in a straight
+    line to the whole at `block_warmup.steps`.
+    """
+    assert step >= 1, f"steps count from 1, not {step}"
+    warmup = data.block_warmup
+    if warmup is None or step >= warmup.steps:
+        return data.block_size
+    grown = warmup.start + (data.block_size - warmup.start) * (step - 1) // (warmup.steps - 1)
+    return max(grown // warmup.multiple_of * warmup.multiple_of, warmup.start)
+
+
+def tokens_until(step: int, config: RunConfig) -> int:
+    """Tokens trained on after `step` steps."""
+    warmup = config.data.block_warmup
+    short = min(step, warmup.steps) if warmup is not None else 0
+    lengths = sum(block_size(each, config.data) for each in range(1, short + 1))
+    return config.batch_size * (lengths + (step - short) * config.data.block_size)

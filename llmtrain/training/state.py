@@ -9,8 +9,9 @@ the data and the dropout of a step are functions of (seed, step).
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,7 @@ from llmtrain.files import (
     staged_folder,
     step_folders,
 )
+from llmtrain.training.stability import Watch
 from llmtrain.weights_folder import read_json
 
 FORMAT_VERSION = 1
@@ -45,6 +47,12 @@ class Progress:
     wandb_id: str | None = None
     data: str = ""
     """Identity of the data: SHA-256 of its manifest."""
+    skipped: int = 0
+    """Steps whose update was left out, because of a spike or a number that was not finite."""
+    passed_batches: int = 0
+    """Step `s` trains on batch `s + passed_batches`: rewinds pass over the batches of a spike."""
+    rewinds: list[dict[str, Any]] = field(default_factory=list)
+    """Each rewind as `metrics.jsonl` tells it, oldest first."""
 
 
 @dataclass
@@ -57,7 +65,9 @@ class State:
     """Updates each online average has seen, by label."""
 
 
-def gather(model: nn.Module, optimizer: Optimizer, averages: Sequence[OnlineAverage]) -> dict[str, Tensor]:
+def gather(
+    model: nn.Module, optimizer: Optimizer, averages: Sequence[OnlineAverage], watch: Watch
+) -> dict[str, Tensor]:
     """Every tensor that decides how training goes on, by a name that says what it is."""
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     moments = optimizer.state_dict()["state"]
@@ -65,10 +75,17 @@ def gather(model: nn.Module, optimizer: Optimizer, averages: Sequence[OnlineAver
         tensors |= {f"optimizer/{key}/{name}": value for key, value in moments.get(index, {}).items()}
     for average in averages:
         tensors |= {f"average/{average.config.label}/{name}": t for name, t in average.state().items()}
+    tensors |= {f"watch/{name}": tensor for name, tensor in watch.state().items()}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def restore(state: State, model: nn.Module, optimizer: Optimizer, averages: Sequence[OnlineAverage]) -> None:
+def restore(
+    state: State,
+    model: nn.Module,
+    optimizer: Optimizer,
+    averages: Sequence[OnlineAverage],
+    watch: Watch,
+) -> None:
     """Put everything that `gather` took back into its place.
 
     Raises:
@@ -82,6 +99,7 @@ def restore(state: State, model: nn.Module, optimizer: Optimizer, averages: Sequ
             keys = [key.removesuffix(f"/{name}") for key in saved if key.endswith(f"/{name}")]
             moments[index] = {key: saved[f"{key}/{name}"] for key in keys}
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        watch.load(_under("watch/", state.tensors))
         for average in averages:
             label = average.config.label
             if label in state.average_updates:  # in a branch, others begin where it does
@@ -93,17 +111,20 @@ def restore(state: State, model: nn.Module, optimizer: Optimizer, averages: Sequ
         ) from error
 
 
-def save_state(run: RunFolder, state: State, *, keep: int) -> None:
-    """Commit a state, then remove all but the newest `keep`."""
+def save_state(run: RunFolder, state: State, *, keep: int, replace: bool = False) -> None:
+    """Commit a state, then remove all but the newest `keep`.
+
+    One that is there for this step is the same and stays, unless `replace` says otherwise.
+    """
     remove_leftovers(run.states)
     target = run.state(state.progress.step)
-    if not target.exists():
+    if replace or not target.exists():
         facts = {
             "format_version": FORMAT_VERSION,
             "progress": asdict(state.progress),
             "average_updates": state.average_updates,
         }
-        with staged_folder(target) as folder:
+        with staged_folder(target, replace=replace) as folder:
             save_file(state.tensors, folder / _TENSORS)
             (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n")
     for folder in list(step_folders(run.states).values())[:-keep]:
@@ -133,15 +154,17 @@ def load_state(folder: Path) -> State:
         raise UserError(f"the state {folder} cannot be read: {error}", hint="move it away") from error
 
 
-def newest_state(run: RunFolder, warn: Callable[[str], None]) -> State | None:
-    """The newest state that is whole; None while the run has saved none.
+def newest_state(run: RunFolder, warn: Callable[[str], None], latest: int | None = None) -> State | None:
+    """The newest state that is whole (and not after step `latest`); None while the run has saved none.
 
     A damaged one is told, kept beside the others as `step-…-damaged`, and passed over.
 
     Raises:
         UserError: there are states and all are damaged.
     """
-    folders = step_folders(run.states)
+    folders = {
+        step: path for step, path in step_folders(run.states).items() if latest is None or step <= latest
+    }
     for folder in reversed(folders.values()):
         try:
             return load_state(folder)
@@ -151,7 +174,7 @@ def newest_state(run: RunFolder, warn: Callable[[str], None]) -> State | None:
                 remove_folder(aside)
             folder.rename(aside)
             warn(f"{error}; it is kept as {aside.name}, and the run goes on from the state before it")
-    if folders or any(run.states.glob("*-damaged")):
+    if folders or (latest is None and any(run.states.glob("*-damaged"))):
         raise UserError(
             f"every state of {run.path} is damaged",
             hint="restore one from a copy, or train anew in another --run-dir",

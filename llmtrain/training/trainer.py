@@ -4,11 +4,12 @@ Why a class: a step, an evaluation and a save all act on the same model, optimiz
 a resumed run must find every one of them as it was. Which run it is, and whether it may be resumed,
 is decided in `run.py`.
 
-    trainer = Trainer(config, run, data, device, precision); trainer.train(log, interrupt)
+    trainer = Trainer(config, run, data, device, precision, warn); trainer.train(log, interrupt)
 """
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from llmtrain.averaging.checkpoints import RESIDUAL_FILE
 from llmtrain.averaging.online import OnlineAverage, build_average, swapped_in
 from llmtrain.checkpoint import Origin, Shape, save_tensors, save_weights
-from llmtrain.config import PowerEmaConfig, RunConfig, RunningMeanConfig
+from llmtrain.config import RunConfig
+from llmtrain.config_averages import PowerEmaConfig, RunningMeanConfig
 from llmtrain.data.sampler import Sampler, batch
 from llmtrain.data.shards import TokenData
 from llmtrain.data.tokenizer import load_tokenizer
@@ -29,8 +31,10 @@ from llmtrain.hardware import Precision, autocast, peak_flops
 from llmtrain.interrupt import Interrupt, Interrupted
 from llmtrain.model import GPT
 from llmtrain.training.metrics import MetricsLog
-from llmtrain.training.optim import build_optimizer
-from llmtrain.training.schedules import learning_rate
+from llmtrain.training.optim import Spam, build_optimizer
+from llmtrain.training.rewind import state_before, take_back
+from llmtrain.training.schedules import block_size, learning_rate, reset_factor
+from llmtrain.training.stability import Incident, Watch
 from llmtrain.training.state import Progress, State, gather, restore, save_state
 
 
@@ -38,7 +42,13 @@ class Trainer:
     """Everything that changes while a model is trained."""
 
     def __init__(
-        self, config: RunConfig, run: RunFolder, data: TokenData, device: torch.device, precision: Precision
+        self,
+        config: RunConfig,
+        run: RunFolder,
+        data: TokenData,
+        device: torch.device,
+        precision: Precision,
+        warn: Callable[[str], None],
     ) -> None:
         """Build the model and what trains it, at step 0.
 
@@ -48,7 +58,9 @@ class Trainer:
             data: the token shards.
             device: where to train.
             precision: of matrix products.
+            warn: tells what the user should know.
         """
+        self.warn = warn
         self.config, self.run, self.data = config, run, data
         self.device, self.precision = device, precision
         self.model = GPT(config.model, config.data.block_size, config.seed).to(device)
@@ -58,6 +70,7 @@ class Trainer:
             build_average(each, self.model, warmup_steps=config.schedule.warmup_steps)
             for each in config.averages
         ]
+        self.watch = Watch(config, device)
         self.train_tokens = data.reader("train")
         self.val_tokens = data.reader("val")
         self.token_bytes = load_tokenizer(data.tokenizer).token_bytes()
@@ -66,91 +79,114 @@ class Trainer:
         self.progress = Progress(data=data.sha256)
         self._peak = peak_flops(device, precision)
         self._evaluated: set[int] = set()
+        self._stepping = 0.0
+        """Seconds in steps since the last line of the log, which stood at:"""
+        self._logged = (0, 0)
+        """Its step and tokens."""
 
     # --- one step ------------------------------------------------------------------------------
 
     def step(self, interrupt: Interrupt) -> tuple[Tensor, Tensor]:
-        """One optimizer step on the batch that belongs to it.
+        """One optimizer step on the batch that belongs to it; one that the watch holds back changes no weight.
 
         Returns:
             The loss (mean over all micro-batches) and the gradient norm before clipping, shape ().
 
         Raises:
-            RunFailed: loss or gradient norm is not finite; the weights are those of the step before.
             Interrupted: a signal came; nothing of the step has happened.
         """
-        config, micro = self.config, self.config.train.micro_batch
-        _seed_dropout(config.seed, self.progress.step)
-        rows = self.sampler.rows(self.progress.step)
-        n_micro = len(rows) // micro
-        loss = torch.zeros((), device=self.device)
-        for index in range(n_micro):
-            interrupt.check()
-            some = rows[index * micro : (index + 1) * micro]
-            windows = torch.from_numpy(batch(self.train_tokens, some, config.data.block_size))
-            windows = windows.to(self.device)
-            with autocast(self.device, self.precision):
-                micro_loss = self.forward(windows[:, :-1], windows[:, 1:]) / n_micro
-            micro_loss.backward()
-            loss += micro_loss.detach()
-        clip = config.optimizer.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        self._refuse_non_finite(loss, norm)
-        self.progress.step += 1
-        self.progress.tokens += config.tokens_per_step
+        step, progress = self.progress.step + 1, self.progress
+        loss = self._accumulate_gradients(step, interrupt)
+        norm = self._clip_gradients(step)
+        progress.step = step
+        progress.tokens += self.config.batch_size * block_size(step, self.config.data)
+        hold = self.watch.judge(step, loss, norm)
+        # What fused AdamW itself looks at, on the device: where it is 1, nothing is changed.
+        self.optimizer.found_inf = hold.float()  # type: ignore[attr-defined]  # optional in torch
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for average in self.averages:
-            if average.due(self.progress.step):
-                average.update(self.progress.step)
+            if average.due(step):
+                average.update(step)
         return loss, norm
+
+    def _accumulate_gradients(self, step: int, interrupt: Interrupt) -> Tensor:
+        """Gradients of the whole batch of step `step`, and its mean loss, shape ()."""
+        config, micro = self.config, self.config.train.micro_batch
+        _seed_dropout(config.seed, step - 1)
+        rows = self.sampler.rows(step - 1 + self.progress.passed_batches)
+        length = block_size(step, config.data)
+        n_micro = len(rows) // micro
+        loss = torch.zeros((), device=self.device)
+        for index in range(n_micro):
+            interrupt.check()
+            some = rows[index * micro : (index + 1) * micro]
+            windows = torch.from_numpy(batch(self.train_tokens, some, length))
+            windows = windows.to(self.device)
+            with autocast(self.device, self.precision):
+                micro_loss = self.forward(windows[:, :-1], windows[:, 1:]) / n_micro
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        return loss
+
+    def _clip_gradients(self, step: int) -> Tensor:
+        """Clip by the global norm, after SPAM's clipping by element; the norm before both, shape ()."""
+        clip = self.config.optimizer.grad_clip or math.inf
+        parameters = list(self.model.parameters())
+        if not isinstance(self.optimizer, Spam):
+            return torch.nn.utils.clip_grad_norm_(parameters, clip)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.optimizer.tame(step)
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
+        return norm
 
     def learning_rate(self) -> float:
         """Of the last step taken (0 before the first)."""
         config, step = self.config, self.progress.step
         if step == 0:
             return 0.0
-        return learning_rate(step, config.schedule, config.optimizer.lr, config.train.max_steps)
-
-    def _refuse_non_finite(self, loss: Tensor, norm: Tensor) -> None:
-        if bool(torch.isfinite(loss) & torch.isfinite(norm)):
-            return
-        self.optimizer.zero_grad(set_to_none=True)
-        raise RunFailed(
-            f"step {self.progress.step + 1:,} was not taken: its loss is {loss.item():g}, "
-            f"its gradient norm {norm.item():g}",
-            hint="go on from a saved state at a lower rate: --branch NAME --from STEP --set optimizer.lr=RATE; or "
-            "begin again, in another --run-dir, with a lower rate or a longer schedule.warmup_steps",
-        )
+        rate = learning_rate(step, config.schedule, config.optimizer.lr, config.train.max_steps)
+        return rate if config.optimizer.spam is None else rate * reset_factor(step, config.optimizer.spam)
 
     # --- the loop ------------------------------------------------------------------------------
 
     def train(self, log: MetricsLog, interrupt: Interrupt) -> None:
         """Train to `max_steps`; on a signal, or when nobody reads the log, save the state and leave."""
-        config, progress = self.config, self.progress
         self._evaluated = log.evaluated_steps
-        started, earlier = time.perf_counter(), progress.seconds
-        stepping, logged_step = 0.0, progress.step
+        started, earlier = time.perf_counter(), self.progress.seconds
         try:
-            self._after_step(log, interrupt, fresh=False)
-            while progress.step < config.train.max_steps:
+            self._begin(log, interrupt)
+            while self.progress.step < self.config.train.max_steps:
                 step_started = time.perf_counter()
                 loss, norm = self.step(interrupt)
-                stepping += time.perf_counter() - step_started
-                progress.seconds = earlier + time.perf_counter() - started
-                if self._due(config.log.every):
-                    seconds_a_step = stepping / (progress.step - logged_step)
-                    self._log(log, loss, norm, seconds_a_step)
-                    stepping, logged_step = 0.0, progress.step
-                self._after_step(log, interrupt, fresh=True)
+                self._stepping += time.perf_counter() - step_started
+                self.progress.seconds = earlier + time.perf_counter() - started
+                if self._settle(log):
+                    if self._due(self.config.log.every):
+                        self._log(log, loss, norm)
+                    self._after_step(log, interrupt, fresh=True)
         except (Interrupted, BrokenPipeError):
-            self.save_state(log)
+            if self._settle(log, now=True):
+                self.save_state(log)
             raise
 
-    def _log(self, log: MetricsLog, loss: Tensor, norm: Tensor, seconds_a_step: float) -> None:
-        rate = self.config.tokens_per_step / seconds_a_step
+    def _begin(self, log: MetricsLog, interrupt: Interrupt) -> None:
+        """Do what an interruption left undone, and save what a rewind in the first steps goes back to."""
+        rewinds = self.progress.rewinds
+        if rewinds and rewinds[-1]["step"] == self.progress.step:
+            self._finish_rewind(log)
+        if self.config.rewinds and self.progress.step == 0:
+            self.save_state(log)
+        self._logged = (self.progress.step, self.progress.tokens)
+        self._after_step(log, interrupt, fresh=False)
+
+    def _log(self, log: MetricsLog, loss: Tensor, norm: Tensor) -> None:
+        step, tokens = self._logged
+        seconds_a_step = self._stepping / (self.progress.step - step)
+        rate = (self.progress.tokens - tokens) / self._stepping
+        self._stepping, self._logged = 0.0, (self.progress.step, self.progress.tokens)
         event = {
             "step": self.progress.step,
             "loss": loss.item(),
@@ -158,11 +194,15 @@ class Trainer:
             "grad_norm": norm.item(),
             "tokens": self.progress.tokens,
             "tokens_per_second": rate,
-            "mfu": self.model.flops_per_token() * rate / self._peak if self._peak else None,
+            "mfu": self._flops_per_token() * rate / self._peak if self._peak else None,
             "seconds": self.progress.seconds,
+            "skipped": self.progress.skipped,
         }
         remaining = self.config.train.max_steps - self.progress.step
         log.training(event, eta=remaining * seconds_a_step)
+
+    def _flops_per_token(self) -> int:
+        return self.model.flops_per_token(block_size(self.progress.step, self.config.data))
 
     def _due(self, every: int) -> bool:
         step = self.progress.step
@@ -196,6 +236,46 @@ class Trainer:
         if isinstance(average.config, RunningMeanConfig | PowerEmaConfig):
             return snapshot  # others are made from these, at the steps of snapshots
         return math.ceil(state / snapshot) * snapshot
+
+    # --- what the watch saw --------------------------------------------------------------------
+
+    def _settle(self, log: MetricsLog, *, now: bool = False) -> bool:
+        """Learn what the watch saw where the host reads numbers anyway; False when the run went back.
+
+        Raises:
+            RunFailed: the policy is to stop, or a rewind is not possible.
+        """
+        config = self.config
+        reading = (config.log.every, config.eval.every, config.checkpoint.snapshot_every)
+        due = any(map(self._due, (*reading, config.checkpoint.state_every)))
+        if not (now or due or self.device.type == "cpu"):
+            return True
+        for incident in self.watch.drain():
+            log.incident(incident)
+            if incident.action == "rewind":
+                self._rewind(incident, log)
+                return False
+            if incident.action == "stop":
+                raise RunFailed(
+                    f"step {incident.step:,} was not taken: its loss is {incident.loss:g}, its gradient norm "
+                    f"{incident.grad_norm:g}",
+                    hint="--set train.on_nonfinite=skip passes over such steps, rewind goes back; or go on from a "
+                    "saved state at a lower rate: --branch NAME --from STEP --set optimizer.lr=RATE",
+                )
+            self.progress.skipped += incident.action == "skip"
+        return True
+
+    def _rewind(self, incident: Incident, log: MetricsLog) -> None:
+        """Go back to a state before the incident, and from there on past the batches in between."""
+        self.restore(state_before(self.run, incident, self.progress, self.config, self.warn))
+        self.save_state(log, replace=True)  # from here on, a resume knows of it
+        self._finish_rewind(log)
+        self._stepping, self._logged = 0.0, (self.progress.step, self.progress.tokens)
+
+    def _finish_rewind(self, log: MetricsLog) -> None:
+        take_back(self.run, self.progress.step)
+        log.rewind(self.progress.rewinds[-1])
+        self._evaluated = log.evaluated_steps
 
     # --- evaluate and save ---------------------------------------------------------------------
 
@@ -238,17 +318,18 @@ class Trainer:
             if residual is not None:
                 save_tensors(folder / RESIDUAL_FILE, residual, self.shape)
 
-    def save_state(self, log: MetricsLog) -> None:
+    def save_state(self, log: MetricsLog, *, replace: bool = False) -> None:
         """Commit everything that decides how training goes on."""
         log.flush()
         self.progress.wandb_id = log.wandb_id
-        tensors = gather(self.model, self.optimizer, self.averages)
+        tensors = gather(self.model, self.optimizer, self.averages, self.watch)
         updates = {average.config.label: average.updates for average in self.averages}
-        save_state(self.run, State(self.progress, tensors, updates), keep=self.config.checkpoint.keep_states)
+        state = State(self.progress, tensors, updates)
+        save_state(self.run, state, keep=self.config.checkpoint.keep_states, replace=replace)
 
     def restore(self, state: State) -> None:
         """Go on from a saved state."""
-        restore(state, self.model, self.optimizer, self.averages)
+        restore(state, self.model, self.optimizer, self.averages, self.watch)
         self.progress = state.progress
 
 

@@ -1,0 +1,63 @@
+"""Going back: which state a run rewinds to, and what becomes of all that came after it.
+
+Why: after a spike, training goes on from before it with other data (PaLM, Chowdhery et al. 2022,
+section 5.1). Weights of the stretch that is taken back must not be averaged with those of the new
+one, and none of it may be lost: it is kept under names that end in `-rewound`.
+
+    state = state_before(run, incident, config, warn); take_back(run, state.progress.step)
+"""
+
+from collections.abc import Callable
+
+from llmtrain.config import RunConfig
+from llmtrain.errors import RunFailed
+from llmtrain.files import RunFolder, remove_folder, step_folders
+from llmtrain.training.stability import Incident
+from llmtrain.training.state import Progress, State, newest_state
+
+
+def state_before(
+    run: RunFolder, incident: Incident, progress: Progress, config: RunConfig, warn: Callable[[str], None]
+) -> State:
+    """The newest state at least `spikes.rewind_steps` before the incident, its progress brought up to now.
+
+    The batches from there to the incident's are passed over: batch `step` becomes batch
+    `step + progress.passed_batches`.
+
+    Raises:
+        RunFailed: there were too many rewinds, or no state is that old.
+    """
+    spikes = config.spikes
+    if len(progress.rewinds) >= spikes.max_rewinds:
+        raise RunFailed(
+            f"step {incident.step:,} would be rewind {spikes.max_rewinds + 1}: the run does not become stable",
+            hint="lower optimizer.lr, or raise schedule.warmup_steps or spikes.max_rewinds",
+        )
+    state = newest_state(run, warn, latest=max(incident.step - spikes.rewind_steps, 0))
+    if state is None:
+        raise RunFailed(
+            f"step {incident.step:,} cannot be rewound: no state is {spikes.rewind_steps:,} steps older",
+            hint="save states earlier (checkpoint.state_every), or lower spikes.rewind_steps",
+        )
+    back = state.progress
+    passed = incident.step + progress.passed_batches - back.step
+    record = {"step": back.step, "rewound_from": incident.step, "passed_batches": passed, **incident.reason()}
+    back.passed_batches = passed
+    back.rewinds = [*progress.rewinds, record]
+    back.seconds, back.wandb_id = progress.seconds, progress.wandb_id
+    back.skipped = progress.skipped
+    return state
+
+
+def take_back(run: RunFolder, step: int) -> None:
+    """Set aside the snapshots and averages after `step`, and remove the states after it."""
+    for later, folder in step_folders(run.states).items():
+        if later > step:
+            remove_folder(folder)
+    for parent in (run.snapshots, *run.averages.glob("[!.]*")):
+        for later, folder in step_folders(parent).items():
+            if later > step:
+                aside = folder.with_name(f"{folder.name}-rewound")
+                if aside.exists():
+                    remove_folder(aside)
+                folder.rename(aside)
