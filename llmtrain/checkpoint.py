@@ -42,6 +42,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "Origin",
     "Shape",
+    "bytes_of",
     "hugging_face_config",
     "load_model",
     "load_origin",
@@ -128,6 +129,11 @@ def save_tensors(path: Path, weights: Mapping[str, Tensor], shape: Shape) -> Non
     if not shape.model.bias:
         tensors |= _zero_biases(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def bytes_of(tensors: Mapping[str, Tensor]) -> int:
+    """What tensors take on disk, but for a header."""
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def load_shape(folder: Path) -> Shape:

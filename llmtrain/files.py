@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmtrain.disk import writing
 from llmtrain.errors import UserError
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -27,6 +28,8 @@ INTEGRITY_FILE = "integrity.json"
 """Name and SHA-256 of every other file of a committed folder; written last, before the rename."""
 
 _REPLACED_PREFIX = f"{TEMPORARY_PREFIX}replaced-"
+_LOCK = ".lock"
+"""After a temporary name: held while a process builds what has that name."""
 
 
 # --- hashes ------------------------------------------------------------------------------------
@@ -104,7 +107,7 @@ def fsync_path(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+def staged_folder(target: Path, *, replace: bool = False, needed: int | None = None) -> Iterator[Path]:
     """Give a temporary folder beside `target`; when the block ends well, make it `target` at once.
 
     The folder gets its `integrity.json`, is flushed, renamed, and its parent flushed. When the
@@ -113,22 +116,27 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     Args:
         target: the final name.
         replace: whether a folder of that name gives way once the new one is durable.
+        needed: bytes that will be written, for the message when they find no room.
 
     Raises:
         FileExistsError: `target` exists and is not to be replaced.
+        UserError: its parent is no folder, or another process is writing `target`.
+        RunFailed: the disk is full or cannot be written to; see `disk.writing`.
     """
     if target.exists() and not replace:
         raise FileExistsError(f"{target} exists already")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
-        raise UserError(
-            f"cannot make the folder {target.parent}: {error.strerror}",
-            hint="choose another place to write to",
-        ) from None
-    staging = target.parent / f"{TEMPORARY_PREFIX}{target.name}"
-    with _locked(target.parent / f"{staging.name}.lock", target):
-        yield from _staged(staging, target)
+    with writing(target, needed=needed):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+            raise UserError(
+                f"cannot make the folder {target.parent}: {error.strerror}",
+                hint="choose another place to write to",
+            ) from None
+        remove_abandoned(target.parent)
+        staging = target.parent / f"{TEMPORARY_PREFIX}{target.name}"
+        with _locked(target.parent / f"{staging.name}{_LOCK}", target):
+            yield from _staged(staging, target)
 
 
 def _staged(staging: Path, target: Path) -> Iterator[Path]:
@@ -156,14 +164,25 @@ def _staged(staging: Path, target: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace (or create) one file so that a reader sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Replace (or create) one file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        RunFailed: the disk is full or cannot be written to; see `disk.writing`.
+    """
+    encoded = content.encode() if isinstance(content, str) else content
     # Two processes may write the same file: each under a name of its own, and the last one stays.
     staging = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}"
-    staging.write_bytes(content.encode() if isinstance(content, str) else content)
-    fsync_path(staging)
-    staging.replace(path)
-    fsync_path(path.parent)
+    with writing(path, needed=len(encoded)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staging.write_bytes(encoded)
+            fsync_path(staging)
+            staging.replace(path)
+            fsync_path(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                staging.unlink()
+            raise
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -200,17 +219,32 @@ def remove_folder(folder: Path) -> None:
 def remove_leftovers(parent: Path) -> None:
     """Delete what an earlier, killed process left under a temporary name directly in `parent`.
 
-    A folder that was about to be replaced, and whose successor did not get its name, comes back.
+    A folder that was about to be replaced, and whose successor did not get its name, comes back. What a
+    living process is building stays.
     """
+    remove_abandoned(parent)
+    live = {lock.name.removesuffix(_LOCK) for lock in parent.glob(f"{TEMPORARY_PREFIX}*{_LOCK}")}
     for path in parent.glob(f"{_REPLACED_PREFIX}*"):
         target = parent / path.name.removeprefix(_REPLACED_PREFIX)
         if not target.exists():
             path.rename(target)
     for path in parent.glob(f"{TEMPORARY_PREFIX}*"):
+        if path.name.removesuffix(_LOCK) in live:
+            continue
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Delete what `staged_folder` was building directly in `parent` when its process was killed.
+
+    Nothing else is touched: `parent` may be anybody's folder, and other processes may be writing there.
+    """
+    for lock in parent.glob(f"{TEMPORARY_PREFIX}*{_LOCK}"):
+        with contextlib.suppress(UserError, OSError), _locked(lock, lock):  # else it lives, or is not ours
+            shutil.rmtree(parent / lock.name.removesuffix(_LOCK), ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -231,6 +265,9 @@ def _locked(lock: Path, what: Path, *, keep: bool = False) -> Iterator[None]:
     with lock.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its last holder may have removed it since it was opened, and another made one of that name.
+            if os.fstat(file.fileno()).st_nlink == 0:
+                raise BlockingIOError
         except BlockingIOError:
             file.seek(0)
             raise UserError(

@@ -6,7 +6,7 @@ must pass, and what a folder says about them; the numbers are `coefficients.py`,
     average(series, make_plans(series, Request(method="lawa", every=1000)))
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from llmtrain.averaging import audit
 from llmtrain.averaging.checkpoints import Checkpoint
 from llmtrain.averaging.header import FLOATS
 from llmtrain.averaging.merge import Integers, Mixture, Norms, merge
-from llmtrain.averaging.output import WeightsWriter, carry_over, output_layout
+from llmtrain.averaging.output import WeightsWriter, carry_over, layout_bytes, output_layout
 from llmtrain.averaging.provenance import (
     Hashes,
     hashes_of,
@@ -26,12 +26,15 @@ from llmtrain.averaging.provenance import (
     verification,
 )
 from llmtrain.averaging.series import Input, Series, check_alike
+from llmtrain.disk import require_room
 from llmtrain.errors import UserError
 from llmtrain.files import exclusive, remove_leftovers, staged_folder
 from llmtrain.weights_folder import PROVENANCE_FILE, write_json
 
 AT_A_TIME = 64
-"""Averages computed in one pass: a kill loses at most these, and two passes share k - 1 inputs."""
+BYTES_AT_A_TIME = 8 << 30
+"""Averages computed in one pass, and what they may take on disk together: a kill loses at most these, and
+two passes share k - 1 inputs."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt")
 
@@ -103,6 +106,9 @@ class Average:
 
 Progress = Callable[[int, int], None]
 
+_Wanted = tuple[Plan, dict[str, Any]]
+"""An average and its provenance."""
+
 
 def average(
     series: Series,
@@ -113,6 +119,9 @@ def average(
     warn: Callable[[str], None] = lambda message: None,
 ) -> list[Average]:
     """Make every planned average, reading each checkpoint once for up to `AT_A_TIME` of them.
+
+    An average that is there already, of the same inputs and weights, is kept as it is, so that a command that
+    was killed goes on where it was; only inputs of averages that are made are hashed.
 
     Args:
         series: where the inputs come from.
@@ -125,7 +134,7 @@ def average(
     Raises:
         UserError: an input is missing, damaged, unlike the others or not what it claims, or a
             target holds something else.
-        RunFailed: the disk is full.
+        RunFailed: the disk is full or cannot be written to.
     """
     settings = settings or Settings()
     if settings.discard_inputs:
@@ -154,9 +163,9 @@ def average(
             results[plan.target] = Average(plan, kept=True)
         else:
             missing.append((plan, document))
-    with verification(checkpoints, wanted=recorded) as verify:
-        for start in range(0, len(missing), AT_A_TIME):
-            group = missing[start : start + AT_A_TIME]
+    wanted = {source: checkpoints[source] for source in unique_inputs([plan for plan, _ in missing])}
+    with verification(wanted, wanted=recorded) as verify:
+        for group in _passes(missing, checkpoints, settings):
             _make(group, checkpoints, settings, progress, warn, verify)
             results |= {plan.target: Average(plan, kept=False) for plan, _ in group}
         verify()
@@ -225,8 +234,25 @@ def check_trajectory(
         warn(line)
 
 
+def _passes(
+    missing: Sequence[_Wanted], checkpoints: dict[Input, Checkpoint], settings: Settings
+) -> Iterator[list[_Wanted]]:
+    """The averages to be made, in the groups in which they are committed."""
+    group: list[_Wanted] = []
+    size = 0
+    for plan, document in missing:
+        needed = output_bytes(checkpoints[plan.inputs[-1]], settings)
+        if group and (len(group) == AT_A_TIME or size + needed > BYTES_AT_A_TIME):
+            yield group
+            group, size = [], 0
+        group.append((plan, document))
+        size += needed
+    if group:
+        yield group
+
+
 def _make(
-    group: Sequence[tuple[Plan, dict[str, Any]]],
+    group: Sequence[_Wanted],
     checkpoints: dict[Input, Checkpoint],
     settings: Settings,
     progress: Progress | None,
@@ -245,9 +271,11 @@ def _make(
         for label in {plan.target.parent for plan, _ in group if plan.is_default}:
             commits.enter_context(exclusive(label))
             remove_leftovers(label)
+        needed = {plan.target: output_bytes(checkpoints[plan.inputs[-1]], settings) for plan, _ in group}
+        require_room(group[0][0].target, sum(needed.values()))
         writers = []
         for plan, document in group:
-            folder = commits.enter_context(staged_folder(plan.target))
+            folder = commits.enter_context(staged_folder(plan.target, needed=needed[plan.target]))
             writers.append(
                 files.enter_context(prepare_folder(folder, checkpoints[plan.inputs[-1]], document, settings))
             )
@@ -272,6 +300,11 @@ def prepare_folder(
     write_json(folder / PROVENANCE_FILE, document)
     layout = output_layout(newest, dtype=settings.dtype, max_shard=settings.max_shard)
     return WeightsWriter(folder, layout, newest.metadata)
+
+
+def output_bytes(newest: Checkpoint, settings: Settings) -> int:
+    """What an average takes on disk, but for a few kilobytes."""
+    return layout_bytes(output_layout(newest, dtype=settings.dtype, max_shard=settings.max_shard))
 
 
 def output_dtypes(newest: Checkpoint, settings: Settings) -> dict[str, str]:

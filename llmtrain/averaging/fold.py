@@ -25,9 +25,10 @@ from llmtrain.averaging.average import (
 from llmtrain.averaging.checkpoints import Checkpoint, open_safetensors
 from llmtrain.averaging.header import FLOATS, TensorSpec
 from llmtrain.averaging.merge import Mixture, merge
-from llmtrain.averaging.output import WeightsWriter
+from llmtrain.averaging.output import WeightsWriter, layout_bytes
 from llmtrain.averaging.provenance import KnownHashes, hashes_of, provenance, require_same
 from llmtrain.averaging.series import Input, Series, check_alike
+from llmtrain.disk import writing
 from llmtrain.errors import UserError
 from llmtrain.files import staged_folder
 
@@ -111,7 +112,8 @@ def _add(
     path = folder / f"sum-{number}.safetensors"
     inputs = [checkpoint] if total is None else [total, checkpoint]
     weights = (factor,) if total is None else (1.0, factor)
-    with WeightsWriter(folder, {path.name: specs}, {}) as writer:
+    layout = {path.name: specs}
+    with writing(path, needed=layout_bytes(layout)), WeightsWriter(folder, layout, {}) as writer:
         dtypes = {name: spec.dtype for name, spec in specs.items()}
         mixture = Mixture(tuple(range(len(inputs))), weights)
         merge(inputs, [mixture], [writer.write], dtypes=dtypes, integers=settings.integers)

@@ -15,7 +15,7 @@ from pathlib import Path
 from llmtrain.averaging.checkpoints import Checkpoint, refuse_links_out
 from llmtrain.averaging.header import FLOATS, ITEM_BYTES, StoredTensor, TensorSpec, encode_header
 from llmtrain.averaging.numbers import Raw
-from llmtrain.errors import RunFailed, UserError
+from llmtrain.errors import UserError
 from llmtrain.weights_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_json, write_json
 
 CARRIED_OVER = (
@@ -77,6 +77,11 @@ def output_layout(newest: Checkpoint, *, dtype: str | None, max_shard: int | Non
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
+def layout_bytes(layout: Layout) -> int:
+    """Bytes of all tensors of a layout: what an average takes on disk, but for a few kilobytes."""
+    return sum(spec.bytes for specs in layout.values() for spec in specs.values())
+
+
 def _converted(spec: TensorSpec, dtype: str | None) -> TensorSpec:
     return TensorSpec(dtype, spec.shape) if dtype and spec.dtype in FLOATS else spec
 
@@ -111,24 +116,17 @@ class WeightsWriter:
         size = len(header) + sum(spec.bytes for spec in specs.values())
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._descriptors.append(descriptor)
-        try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, size)
-            else:  # macOS: the disk may turn out to be full later
-                os.ftruncate(descriptor, size)
-        except OSError as error:
-            raise RunFailed(
-                f"cannot write {size:,} bytes to {path.parent.parent}: {error.strerror}",
-                hint="make room on the disk, or write elsewhere with --out",
-            ) from None
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        else:  # macOS: the disk may turn out to be full later
+            os.ftruncate(descriptor, size)
         os.pwrite(descriptor, header, 0)
         self._places |= {name: (descriptor, tensor) for name, tensor in stored.items()}
 
     def _write_index(self) -> None:
         """The map from tensors to shards that transformers reads."""
         weight_map = {name: filename for filename, specs in self._layout.items() for name in specs}
-        total = sum(spec.bytes for specs in self._layout.values() for spec in specs.values())
-        document = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        document = {"metadata": {"total_size": layout_bytes(self._layout)}, "weight_map": weight_map}
         write_json(self._folder / INDEX_FILE, document)
 
     def write(self, name: str, start: int, raw: Raw) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llmtrain.averaging.online import OnlineAverage
+from llmtrain.checkpoint import bytes_of
 from llmtrain.errors import UserError
 from llmtrain.files import (
     RunFolder,
@@ -124,7 +125,7 @@ def save_state(run: RunFolder, state: State, *, keep: int, replace: bool = False
             "progress": asdict(state.progress),
             "average_updates": state.average_updates,
         }
-        with staged_folder(target, replace=replace) as folder:
+        with staged_folder(target, replace=replace, needed=bytes_of(state.tensors)) as folder:
             save_file(state.tensors, folder / _TENSORS)
             (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n")
     for folder in list(step_folders(run.states).values())[:-keep]:

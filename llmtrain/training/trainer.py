@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmtrain.averaging.checkpoints import RESIDUAL_FILE
 from llmtrain.averaging.online import OnlineAverage, build_average, swapped_in
-from llmtrain.checkpoint import Origin, Shape, save_tensors, save_weights
+from llmtrain.checkpoint import Origin, Shape, bytes_of, save_tensors, save_weights
 from llmtrain.config import RunConfig
 from llmtrain.config_averages import PowerEmaConfig, RunningMeanConfig
 from llmtrain.data.sampler import Sampler, batch
@@ -307,13 +307,17 @@ class Trainer:
 
     def save_snapshot(self) -> None:
         """Commit the weights as a Hugging Face folder."""
-        with staged_folder(self.run.snapshot(self.progress.step), replace=True) as folder:
-            save_weights(folder, self.model.state_dict(), self.shape, self.origin())
+        weights, target = self.model.state_dict(), self.run.snapshot(self.progress.step)
+        with staged_folder(target, replace=True, needed=bytes_of(weights)) as folder:
+            save_weights(folder, weights, self.shape, self.origin())
 
     def save_average(self, average: OnlineAverage) -> None:
         """Commit an online average as a Hugging Face folder with its provenance."""
         step, weights, residual = self.progress.step, average.weights(), average.residual()
-        with staged_folder(self.run.average(average.config.label, step), replace=True) as folder:
+        target = self.run.average(average.config.label, step)
+        with staged_folder(
+            target, replace=True, needed=bytes_of(weights) + bytes_of(residual or {})
+        ) as folder:
             save_weights(folder, weights, self.shape, self.origin(), average.provenance(step))
             if residual is not None:
                 save_tensors(folder / RESIDUAL_FILE, residual, self.shape)
