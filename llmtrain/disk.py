@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from llmtrain.errors import RunFailed
+from llmtrain.errors import WriteFailed
 
 _FULL = {
     errno.ENOSPC: "make room there, or write elsewhere",
@@ -36,7 +36,7 @@ def writing(target: Path, *, needed: int | None = None) -> Iterator[None]:
         needed: bytes in all, where they are known.
 
     Raises:
-        RunFailed: the disk is full, over quota, limited, or not to be written to.
+        WriteFailed: the disk is full, over quota, limited, or not to be written to.
     """
     try:
         yield
@@ -48,14 +48,14 @@ def writing(target: Path, *, needed: int | None = None) -> Iterator[None]:
             hint = "make that folder writable, or write elsewhere"
         else:
             raise
-        raise RunFailed(
+        raise WriteFailed(
             f"cannot write {target}: {os.strerror(number)} ({_room(target, needed)})",
             hint=f"{hint}; what is complete is kept, and the same command goes on from there",
         ) from error
 
 
 def require_room(target: Path, needed: int) -> None:
-    """Raise a RunFailed when the disk of `target` has fewer than `needed` bytes free."""
+    """Raise a WriteFailed when the disk of `target` has fewer than `needed` bytes free."""
     if free_bytes(target) < needed:
         with writing(target, needed=needed):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

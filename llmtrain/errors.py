@@ -1,7 +1,7 @@
-"""The two ways in which a command fails on purpose, each with a hint that says what to do next.
+"""The ways in which a command fails on purpose, each with a hint that says what to do next.
 
 Why: a person who mistyped a key and a person whose loss became NaN both need one red line and
-one next step, not a traceback. The CLI turns these two classes into exit codes 2 and 1.
+one next step, not a traceback. The CLI turns these classes into exit codes 2 and 1.
 
     raise UserError("no run under runs/", hint="train one: llmtrain pretrain --config FILE")
 """
@@ -24,6 +24,10 @@ class RunFailed(RuntimeError):
     def __init__(self, message: str, *, hint: str) -> None:
         super().__init__(message)
         self.hint = hint
+
+
+class WriteFailed(RunFailed):
+    """A disk that is full, limited or not to be written to; training goes on without what is not essential."""
 
 
 def _rebuild(kind: type[UserError], message: str, hint: str) -> UserError:

@@ -121,7 +121,7 @@ def staged_folder(target: Path, *, replace: bool = False, needed: int | None = N
     Raises:
         FileExistsError: `target` exists and is not to be replaced.
         UserError: its parent is no folder, or another process is writing `target`.
-        RunFailed: the disk is full or cannot be written to; see `disk.writing`.
+        WriteFailed: the disk is full or cannot be written to; see `disk.writing`.
     """
     if target.exists() and not replace:
         raise FileExistsError(f"{target} exists already")
@@ -167,7 +167,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace (or create) one file so that a reader sees the old content or the new, never a part.
 
     Raises:
-        RunFailed: the disk is full or cannot be written to; see `disk.writing`.
+        WriteFailed: the disk is full or cannot be written to; see `disk.writing`.
     """
     encoded = content.encode() if isinstance(content, str) else content
     # Two processes may write the same file: each under a name of its own, and the last one stays.

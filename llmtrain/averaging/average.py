@@ -134,7 +134,7 @@ def average(
     Raises:
         UserError: an input is missing, damaged, unlike the others or not what it claims, or a
             target holds something else.
-        RunFailed: the disk is full or cannot be written to.
+        WriteFailed: the disk is full or cannot be written to.
     """
     settings = settings or Settings()
     if settings.discard_inputs:

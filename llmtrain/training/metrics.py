@@ -15,7 +15,8 @@ from types import TracebackType
 from typing import Any
 
 from llmtrain.config import RunConfig, flatten
-from llmtrain.errors import UserError
+from llmtrain.disk import writing
+from llmtrain.errors import UserError, WriteFailed
 from llmtrain.files import read_json_lines, write_atomically
 from llmtrain.training.stability import Incident
 
@@ -107,6 +108,10 @@ class MetricsLog:
         self._say(str(incident))
         self._write(incident.event())
 
+    def not_saved(self, step: int, error: WriteFailed) -> None:
+        """Log that a snapshot or an average of this step found no place on the disk."""
+        self._write({"step": step, "not_saved": str(error)})
+
     def rewind(self, record: Event) -> None:
         """Log that the run went back; the events that it takes back go to another file, and to no average.
 
@@ -128,14 +133,16 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Make durable what was written; called before a state that refers to it is committed."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def _write(self, event: Event) -> None:
         # JSON has no word for a number that is not finite.
         event = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
-        self._file.write(json.dumps(event) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(event) + "\n")
+            self._file.flush()
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in event.items() if v is not None}, step=int(event["step"] or 0))
 

@@ -24,7 +24,7 @@ from llmtrain.config_averages import PowerEmaConfig, RunningMeanConfig
 from llmtrain.data.sampler import Sampler, batch
 from llmtrain.data.shards import TokenData
 from llmtrain.data.tokenizer import load_tokenizer
-from llmtrain.errors import RunFailed
+from llmtrain.errors import RunFailed, WriteFailed
 from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.files import RunFolder, staged_folder
 from llmtrain.hardware import Precision, autocast, peak_flops
@@ -220,14 +220,23 @@ class Trainer:
             self._evaluated.add(step)
         warm = step > config.schedule.warmup_steps
         if warm and self._due(config.checkpoint.snapshot_every):
-            if fresh or not self.run.snapshot(step).exists():
-                self.save_snapshot()
-            for average in self.averages:
-                saved = self.run.average(average.config.label, step).exists()
-                if average.ready and self._due(self._save_every(average)) and (fresh or not saved):
-                    self.save_average(average)
+            try:
+                self._save_weights(fresh=fresh)
+            except WriteFailed as error:
+                log.not_saved(step, error)
+                self.warn(f"{error}. Training goes on without it: an average that needs it will say so")
         if fresh and self._due(config.checkpoint.state_every):
             self.save_state(log)
+
+    def _save_weights(self, *, fresh: bool) -> None:
+        """The snapshot of this step, and the averages whose turn it is."""
+        step = self.progress.step
+        if fresh or not self.run.snapshot(step).exists():
+            self.save_snapshot()
+        for average in self.averages:
+            saved = self.run.average(average.config.label, step).exists()
+            if average.ready and self._due(self._save_every(average)) and (fresh or not saved):
+                self.save_average(average)
 
     def _save_every(self, average: OnlineAverage) -> int:
         snapshot, state = self.config.checkpoint.snapshot_every, self.config.checkpoint.state_every

@@ -1,10 +1,11 @@
 """Which weights decay, and one step against torch's own AdamW in a plain loop."""
 
+import numpy as np
 import torch
 
-from llmtrain.config import ModelConfig, OptimizerConfig
+from llmtrain.config import ModelConfig, OptimizerConfig, SpamConfig
 from llmtrain.model import GPT
-from llmtrain.training.optim import build_optimizer, decayed_parameters
+from llmtrain.training.optim import SPAM_SETTLE_STEPS, Spam, build_optimizer, decayed_parameters
 
 
 def model() -> GPT:
@@ -41,3 +42,63 @@ def test_every_parameter_is_in_one_group() -> None:
     ]
     assert {id(p) for p in grouped} == {id(p) for p in trained.parameters()}
     assert len(grouped) == len(list(trained.parameters()))
+
+
+def test_spam_equals_a_float64_oracle() -> None:
+    """Gradients that spike by 1e4 at some steps, over two resets; decay and epsilon of AdamW included."""
+    spam = SpamConfig(threshold=50.0, reset_every=40, reset_warmup=0)
+    config = OptimizerConfig(name="spam", lr=1e-2, weight_decay=0.1, spam=spam)
+    linear = torch.nn.Linear(4, 3, bias=False)
+    optimizer = build_optimizer(linear, config)
+    assert isinstance(optimizer, Spam)
+    random = np.random.default_rng(0)
+    weight = linear.weight.detach().double().numpy().copy()
+    first, second, updates = np.zeros_like(weight), np.zeros_like(weight), 0
+    for step in range(1, 101):
+        gradient = random.normal(size=weight.shape)
+        if step % 9 == 0:
+            gradient[1, 2] *= 1e4
+        since = (step - 1) % 40
+        if since == 0:
+            first, second, updates = np.zeros_like(weight), np.zeros_like(weight), 0
+        linear.weight.grad = torch.from_numpy(gradient).float()
+        if since >= SPAM_SETTLE_STEPS:
+            limit = np.sqrt(50.0 * second)
+            gradient = np.clip(gradient, -limit, limit)
+        first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient**2
+        updates += 1
+        scaled = (first / (1 - 0.9**updates)) / (np.sqrt(second / (1 - 0.95**updates)) + 1e-8)
+        weight = weight * (1 - 1e-2 * 0.1) - 1e-2 * scaled
+        optimizer.tame(step)
+        optimizer.step()
+    np.testing.assert_allclose(linear.weight.detach().numpy(), weight, rtol=1e-4, atol=1e-5)
+
+
+def test_spam_leaves_what_it_cannot_judge() -> None:
+    """A NaN stays one, to be seen; a weight that never had a gradient is not frozen."""
+    linear = torch.nn.Linear(2, 1, bias=False)
+    optimizer = build_optimizer(linear, OptimizerConfig(name="spam", spam=SpamConfig()))
+    assert isinstance(optimizer, Spam)
+    linear.weight.grad = torch.tensor([[1.0, 0.0]])
+    optimizer.step()
+    linear.weight.grad = torch.tensor([[torch.nan, 7.0]])
+    optimizer.tame(SPAM_SETTLE_STEPS + 1)
+    assert linear.weight.grad[0, 0].isnan()
+    assert linear.weight.grad[0, 1] == 7.0
+
+
+def test_a_step_that_is_held_back_changes_nothing() -> None:
+    """torch's fused AdamW looks at `found_inf` itself; its state and its count of steps stay as well."""
+    trained = model()
+    optimizer = build_optimizer(trained, OptimizerConfig())
+    for hold in (0.0, 1.0):
+        before = [p.detach().clone() for p in trained.parameters()]
+        moments = [{k: v.clone() for k, v in state.items()} for state in optimizer.state.values()]
+        for parameter in trained.parameters():
+            parameter.grad = torch.full_like(parameter, torch.nan if hold else 1.0)
+        optimizer.found_inf = torch.tensor(hold)  # type: ignore[attr-defined]
+        optimizer.step()
+        after = list(trained.parameters())
+        assert all(torch.equal(b, a) == bool(hold) for b, a in zip(before, after, strict=True))
+    for state, saved in zip(optimizer.state.values(), moments, strict=True):
+        assert all(torch.equal(state[key], saved[key]) for key in saved)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from llmtrain.config import ScheduleConfig
-from llmtrain.training.schedules import learning_rate
+from llmtrain.config import RunConfig, ScheduleConfig, SpamConfig
+from llmtrain.training.schedules import block_size, learning_rate, reset_factor, tokens_until
 
 SCHEDULE: TypeAdapter[ScheduleConfig] = TypeAdapter(ScheduleConfig)
 
@@ -70,3 +70,31 @@ def test_never_above_the_peak_nor_below_zero(schedule: dict[str, object], step: 
 @given(name=st.sampled_from(["cosine", "linear"]), step=st.integers(11, 99))
 def test_decays_never_rise(name: str, step: int) -> None:
     assert rate(step + 1, name=name) <= rate(step, name=name)
+
+
+@given(st.integers(1, 64), st.integers(1, 40), st.integers(1, 9), st.integers(1, 50))
+def test_the_block_size_grows_to_the_whole(start: int, steps: int, multiple_of: int, step: int) -> None:
+    warmup = {"start": start, "steps": steps, "multiple_of": multiple_of}
+    config = RunConfig.model_validate(
+        {
+            "name": "x",
+            "data": {"path": "x", "block_size": 64, "block_warmup": warmup},
+            "train": {"batch_sequences": 16},
+        }
+    )
+    lengths = [block_size(each, config.data) for each in range(1, step + 1)]
+    assert lengths == sorted(lengths)
+    assert all(start <= length <= 64 for length in lengths)
+    assert all(length % multiple_of == 0 or length in (start, 64) for length in lengths)
+    assert lengths[0] == (start if steps > 1 else 64)
+    assert block_size(steps, config.data) == 64
+    assert tokens_until(step, config) == 16 * sum(lengths)
+
+
+def test_the_rate_comes_back_after_a_reset() -> None:
+    spam = SpamConfig(reset_every=10, reset_warmup=4)
+    factors = [reset_factor(step, spam) for step in range(1, 23)]
+    assert factors[:10] == [1.0] * 10
+    cosine = [0.5 * (1 - math.cos(math.pi * n / 4)) for n in (1, 2, 3, 4)]
+    assert factors[10:20] == pytest.approx([*cosine, *[1.0] * 6])
+    assert factors[20:] == pytest.approx(cosine[:2])

@@ -2,17 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from tiny_training import EVERY_AVERAGE, Build, assert_same_run, events, interrupt_at, quiet
 from transformers import AutoModelForCausalLM
 
 from llmtrain.checkpoint import load_model, load_weights
-from llmtrain.config import RunConfig
 from llmtrain.config_file import load_config
 from llmtrain.data.sampler import Sampler, batch
 from llmtrain.data.shards import open_data
@@ -22,42 +19,6 @@ from llmtrain.interrupt import Interrupted
 from llmtrain.model import GPT
 from llmtrain.training.run import pretrain
 from llmtrain.training.schedules import learning_rate
-
-Build = Callable[..., RunConfig]
-
-EVERY_AVERAGE = [
-    {"kind": "ema", "decay": 0.9, "save_every": 4},
-    {"kind": "ema", "decay": 0.5, "every": 2, "start": 3, "offload": True},
-    {"kind": "swa", "start": 6, "every": 2},
-    {"kind": "lawa", "every": 2, "window": 3},
-    {"kind": "running-mean"},
-    {"kind": "power-ema", "sigma_rel": 0.05},
-    {"kind": "power-ema", "sigma_rel": 0.1},
-]
-
-
-def quiet(config: RunConfig, folder: Path, **options: Any) -> RunFolder:
-    return pretrain(config, folder, say=lambda line: None, **options).run
-
-
-def final_state(run: RunFolder) -> dict[str, torch.Tensor]:
-    return load_file(list(step_folders(run.states).values())[-1] / "tensors.safetensors")
-
-
-def events(run: RunFolder) -> list[dict[str, Any]]:
-    timed = {"seconds", "tokens_per_second"}
-    return [{k: v for k, v in e.items() if k not in timed} for e in read_json_lines(run.metrics)]
-
-
-def assert_same_run(one: RunFolder, two: RunFolder) -> None:
-    """Bitwise equal: state (weights, optimizer, averages), snapshots, averages, metrics but times."""
-    a, b = final_state(one), final_state(two)
-    assert a.keys() == b.keys()
-    assert [name for name in a if a[name].numpy().tobytes() != b[name].numpy().tobytes()] == []
-    assert events(one) == events(two)
-    for parent in ("snapshots", "averages"):
-        for path in (one.path / parent).rglob("*.safetensors"):
-            assert path.read_bytes() == (two.path / path.relative_to(one.path)).read_bytes()
 
 
 def test_training_equals_a_plain_loop(tiny: Build, tmp_path: Path) -> None:
@@ -118,26 +79,75 @@ def test_an_interrupted_run_is_bitwise_the_uninterrupted_one(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     """A signal at the n-th place where the loop looks for one: between micro-batches or while evaluating."""
-    import llmtrain.training.run as module
-
     config = tiny(model__dropout=0.2, averages=EVERY_AVERAGE)
     whole = quiet(config, tmp_path / "whole")
-
-    class Later(module.Interrupt):
-        checks = 0
-
-        def check(self) -> None:
-            self.checks += 1
-            if self.checks == after + 1:
-                self.received = 15
-            super().check()
-
-    monkeypatch.setattr(module, "Interrupt", Later)
+    interrupt_at(monkeypatch, after)
     with pytest.raises(Interrupted) as caught:
         quiet(config, tmp_path / "parts")
     assert caught.value.exit_code == 143
     monkeypatch.undo()
     assert_same_run(whole, quiet(config, tmp_path / "parts"))
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_interrupted_at_every_step_is_bitwise_the_uninterrupted_one(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    """Forty steps, forty processes' worth of sessions of one step: each resumes what the one before saved."""
+    config = tiny(
+        model__dropout=0.2,
+        averages=EVERY_AVERAGE,
+        train__max_steps=40,
+        train__compile=compiled,
+        optimizer={"lr": 1e-2, "name": "spam", "spam": {"reset_every": 12, "reset_warmup": 4}},
+        spikes={"action": "skip", "window": 8, "threshold": 3.0},
+        data__block_warmup={"start": 9, "steps": 7, "multiple_of": 1},
+        eval={"every": 40, "batch": 4},
+    )
+    whole = quiet(config, tmp_path / "whole")
+    sessions = 0
+    for _ in range(60):
+        if newest(tmp_path / "parts") == 40:
+            break
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 3)  # after the two micro-batches of a step, in the first of the next
+            try:
+                quiet(config, tmp_path / "parts")
+            except Interrupted:
+                sessions += 1
+    assert sessions >= 38
+    assert_same_run(whole, quiet(config, tmp_path / "parts"))
+
+
+def newest(folder: Path) -> int:
+    """Step of the newest state; 0 for none."""
+    return max(step_folders(RunFolder(folder).states), default=0)
+
+
+def test_shorter_first_sequences_equal_a_plain_loop(tiny: Build, tmp_path: Path) -> None:
+    """The windows of a step are those of a run without warm-up, cut to their first tokens."""
+    config = tiny(
+        data__block_warmup={"start": 4, "steps": 6, "multiple_of": 2},
+        train__max_steps=8,
+        optimizer={"lr": 1e-2, "weight_decay": 0.0, "grad_clip": 0.0},
+    )
+    run = quiet(config, tmp_path / "run")
+    reader = open_data(Path(config.data.path)).reader("train")
+    model = GPT(config.model, 16, config.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    lengths = [4, 6, 8, 10, 12, 16, 16, 16]  # 4 + 12 · (step - 1) // 5, down to an even number
+    for step, length in enumerate(lengths, start=1):
+        rows = Sampler(len(reader), 16, 8, config.seed).rows(step - 1)
+        windows = torch.from_numpy(batch(reader, rows, 16))[:, : length + 1]
+        optimizer.zero_grad()
+        model(windows[:, :-1], windows[:, 1:]).backward()
+        optimizer.param_groups[0]["lr"] = learning_rate(step, config.schedule, 1e-2, 8)
+        optimizer.step()
+    trained = load_weights(run.snapshot(8))
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(trained[name], parameter.detach(), atol=2e-4, rtol=2e-3)
+    tokens = [e["tokens"] for e in events(run) if "tokens" in e]
+    assert tokens == [8 * sum(lengths[:3]), 8 * sum(lengths[:6]), 8 * sum(lengths)]
 
 
 def test_metrics_past_the_resumed_step_are_cut_off(tiny: Build, tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""A disk without room while training, through the installed command and a limit on the size of files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tiny_training import Build, events
+
+from llmtrain.config_file import dump_config
+from llmtrain.files import RunFolder, integrity_problems, step_folders
+
+
+def train(config: Path, folder: Path, limit: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `llmtrain pretrain` with files of at most `limit` bytes."""
+    command = [str(Path(sys.executable).parent / "llmtrain"), "pretrain", "--config", str(config)]
+    start = "import os, resource, sys; "
+    if limit is not None:
+        start += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+    start += "os.execv(sys.argv[1], sys.argv[1:])"
+    return subprocess.run(
+        [sys.executable, "-c", start, *command, "--run-dir", str(folder)],
+        capture_output=True, text=True, timeout=120, check=False, cwd=folder.parent,
+    )  # fmt: skip
+
+
+def config_file(tiny: Build, folder: Path, **overrides: object) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(dump_config(tiny(**overrides)))
+    return path
+
+
+def test_training_goes_on_without_a_snapshot(tiny: Build, tmp_path: Path) -> None:
+    """No room for weights (42 kB) at any step; no state is due before the last step."""
+    config = config_file(tiny, tmp_path, checkpoint={"snapshot_every": 4, "state_every": 100})
+    done = train(config, tmp_path / "run", limit=30_000)
+    assert "Traceback" not in done.stderr
+    run = RunFolder(tmp_path / "run")
+    assert [e["step"] for e in events(run) if "not_saved" in e] == [4, 8, 12]
+    assert "bytes needed" in done.stderr
+    assert "Training goes on without it" in done.stderr
+    assert [e["step"] for e in events(run) if "lr" in e] == [3, 6, 9, 12]
+    # The state of the last step is essential, and does not fit either.
+    assert done.returncode == 1
+    assert step_folders(run.snapshots) == {}
+    assert not [path for path in run.path.rglob(".tmp-*") if path.is_dir()]
+    assert train(config, run.path).returncode == 0
+
+
+def test_the_last_good_state_stays(tiny: Build, tmp_path: Path) -> None:
+    config = config_file(tiny, tmp_path)
+    whole, run = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "run")
+    assert train(config, whole.path).returncode == 0
+    shorter = tmp_path / "shorter.yaml"
+    shorter.write_text(config.read_text().replace("max_steps: 12", "max_steps: 8"))
+    assert train(shorter, run.path).returncode == 0
+    failed = train(config, run.path, limit=60_000)  # a snapshot fits, a state does not
+    assert failed.returncode == 1
+    assert "cannot write" in failed.stderr
+    assert "step-00000012" in failed.stderr
+    assert "bytes needed" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert list(step_folders(run.states)) == [4, 8]
+    assert all(integrity_problems(folder) == [] for folder in step_folders(run.states).values())
+    assert train(config, run.path).returncode == 0
+    for name in (
+        "snapshots/step-00000012/model.safetensors",
+        "averages/ema-0.9/step-00000012/model.safetensors",
+    ):
+        assert (run.path / name).read_bytes() == (whole.path / name).read_bytes()
+    assert json.loads((run.state(12) / "state.json").read_text())["progress"]["step"] == 12

@@ -1,0 +1,214 @@
+"""Bad batches in real training: skipped, rewound, survived, and all of it exact after an interruption."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_training import EVERY_AVERAGE, Build, assert_same_run, events, interrupt_at, quiet
+from torch import Tensor, nn
+
+import llmtrain.training.run as module
+from llmtrain.config import RunConfig
+from llmtrain.data.sampler import Sampler, batch
+from llmtrain.data.shards import open_data
+from llmtrain.errors import RunFailed, UserError
+from llmtrain.files import RunFolder, step_folders, write_integrity
+from llmtrain.interrupt import Interrupted
+
+BAD_BATCH = 14
+"""From 0: step 15 reads it, until a rewind passes over it."""
+SPIKES = {"window": 8, "threshold": 20.0, "rewind_steps": 4}
+CHECKPOINT = {"snapshot_every": 1, "state_every": 4, "keep_states": 3}
+
+Poison = Callable[[float], None]
+
+
+class Poisoned(nn.Module):
+    """The model, but a batch that begins with one window has a loss multiplied by a factor, or NaN."""
+
+    def __init__(self, model: nn.Module, window: Tensor, factor: float) -> None:
+        super().__init__()
+        self.model, self.window, self.factor = model, window, factor
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = self.model(tokens, targets)
+        return loss * self.factor if torch.equal(tokens[0], self.window[: tokens.shape[1]]) else loss
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch, tiny: Build) -> Poison:
+    """Makes batch `BAD_BATCH` of every training bad, by a factor on its loss."""
+    config = tiny()
+    reader = open_data(Path(config.data.path)).reader("train")
+    rows = Sampler(len(reader), 16, 8, config.seed).rows(BAD_BATCH)
+    window = torch.from_numpy(batch(reader, rows[:1], 16))[0, :-1]
+
+    def apply(factor: float) -> None:
+        monkeypatch.setattr(
+            module, "_compiled", lambda trainer, warn: Poisoned(trainer.model, window, factor)
+        )
+
+    return apply
+
+
+def run_config(tiny: Build, action: str = "log", on_nonfinite: str = "stop", **more: Any) -> RunConfig:
+    sections = {"checkpoint": CHECKPOINT, "eval": {"every": 6, "batch": 4}, "model__dropout": 0.1}
+    overrides = {"train__max_steps": 24, "train__on_nonfinite": on_nonfinite, **sections, **more}
+    return tiny(spikes=SPIKES | {"action": action}, **overrides)
+
+
+def weights(run: RunFolder, step: int) -> bytes:
+    return (run.snapshot(step) / "model.safetensors").read_bytes()
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    tiny: Build, tmp_path: Path, poison: Poison
+) -> None:
+    poison(float("nan"))
+    run = quiet(run_config(tiny, on_nonfinite="skip"), tmp_path / "run")
+    assert weights(run, 14) == weights(run, 15)
+    assert weights(run, 15) != weights(run, 16)
+    (incident,) = [e for e in events(run) if "incident" in e]
+    assert (incident["step"], incident["incident"], incident["action"]) == (15, "nonfinite", "skip")
+    assert incident["loss"] is None
+    assert [e["skipped"] for e in events(run) if "skipped" in e] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert "NaN" not in run.metrics.read_text()
+    from safetensors.torch import load_file
+
+    state = load_file(run.state(24) / "tensors.safetensors")
+    assert {float(t) for name, t in state.items() if name.startswith("optimizer/step/")} == {23.0}
+
+
+def test_a_stop_leaves_the_states_and_skip_goes_on(tiny: Build, tmp_path: Path, poison: Poison) -> None:
+    poison(float("inf"))
+    whole = quiet(run_config(tiny, on_nonfinite="skip"), tmp_path / "whole")
+    with pytest.raises(RunFailed, match="step 15 was not taken: its loss is inf") as caught:
+        quiet(run_config(tiny), tmp_path / "run")
+    assert "train.on_nonfinite=skip" in caught.value.hint
+    assert_same_run(whole, quiet(run_config(tiny, on_nonfinite="skip"), tmp_path / "run"))
+
+
+def test_a_spike_is_logged_or_skipped(tiny: Build, tmp_path: Path, poison: Poison) -> None:
+    poison(50.0)
+    for action, same in (("log", False), ("skip", True)):
+        run = quiet(run_config(tiny, action), tmp_path / action)
+        assert (weights(run, 14) == weights(run, 15)) == same
+        (incident,) = [e for e in events(run) if "incident" in e]
+        assert (incident["step"], incident["incident"], incident["action"]) == (15, "spike", action)
+        assert incident["z_loss"] > 20
+
+
+@pytest.mark.parametrize(
+    ("factor", "policy"), [(50.0, ("rewind", "stop")), (float("nan"), ("log", "rewind"))]
+)
+def test_a_rewind_goes_back_and_passes_over_the_batches(
+    tiny: Build, tmp_path: Path, poison: Poison, factor: float, policy: tuple[str, str]
+) -> None:
+    poison(factor)
+    config = run_config(tiny, *policy, averages=EVERY_AVERAGE)
+    run = quiet(config, tmp_path / "run")
+    (record,) = [e for e in events(run) if "rewound_from" in e]
+    # The newest state at least 4 steps before step 15 is that of step 8; batches 8 to 14 are passed over.
+    assert (record["step"], record["rewound_from"], record["passed_batches"]) == (8, 15, 7)
+    assert [e["step"] for e in events(run)] == sorted(e["step"] for e in events(run))
+    assert [e["step"] for e in events(run) if "lr" in e] == [3, 6, 9, 12, 15, 18, 21, 24]
+    taken_back = (run.path / "metrics-rewound.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in taken_back][-1] == 15
+    assert (run.snapshots / "step-00000012-rewound").is_dir()
+    # Beside it, a run that is told at step 8 to go on with batch 15.
+    other = quiet(run_config(tiny, averages=EVERY_AVERAGE, train__max_steps=8), tmp_path / "other")
+    facts = json.loads((other.state(8) / "state.json").read_text())
+    facts["progress"]["passed_batches"] = 7
+    (other.state(8) / "state.json").write_text(json.dumps(facts))
+    write_integrity(other.state(8))
+    quiet(run_config(tiny, averages=EVERY_AVERAGE), other.path)
+    for step in (9, 24):
+        assert weights(run, step) == weights(other, step)
+    for label in ("ema-0.9", "running-mean"):
+        one, two = (each.average(label, 24) / "model.safetensors" for each in (run, other))
+        assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize("after", [1, 5, 20, 28, 29, 31, 33, 36, 40, 50])
+def test_an_interrupted_run_with_a_rewind_is_bitwise_the_uninterrupted_one(
+    tiny: Build, tmp_path: Path, poison: Poison, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    poison(50.0)
+    config = run_config(tiny, "rewind")
+    whole = quiet(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, after)
+        with pytest.raises(Interrupted):
+            quiet(config, tmp_path / "parts")
+    assert_same_run(whole, quiet(config, tmp_path / "parts"))
+
+
+@pytest.mark.parametrize("crash", ["save_state", "take_back", "rewind"])
+def test_a_crash_within_a_rewind_changes_nothing(
+    tiny: Build, tmp_path: Path, poison: Poison, monkeypatch: pytest.MonkeyPatch, crash: str
+) -> None:
+    """As if the process were killed before each of a rewind's three writes."""
+    import llmtrain.training.trainer as trainer_module
+    from llmtrain.training.metrics import MetricsLog
+
+    poison(50.0)
+    config = run_config(tiny, "rewind")
+    whole = quiet(config, tmp_path / "whole")
+
+    class KilledError(Exception):
+        pass
+
+    def killed(*arguments: Any, replace: bool = True, **options: Any) -> None:
+        if replace:
+            raise KilledError
+        real(*arguments, replace=replace, **options)
+
+    with monkeypatch.context() as patch:
+        owner: Any = MetricsLog if crash == "rewind" else trainer_module
+        real = getattr(owner, crash)
+        patch.setattr(owner, crash, killed)
+        with pytest.raises(KilledError):
+            quiet(config, tmp_path / "parts")
+    assert_same_run(whole, quiet(config, tmp_path / "parts"))
+
+
+def test_a_run_that_never_calms_down_ends(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_compiled", lambda trainer, warn: _Nan(trainer.model))
+    config = run_config(tiny, "rewind", "rewind")
+    with pytest.raises(RunFailed, match="would be rewind 11: the run does not become stable"):
+        quiet(config, tmp_path / "run")
+
+
+class _Nan(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = self.model(tokens, targets)
+        return loss * float("nan")
+
+
+def test_a_rewind_needs_states_that_are_old_enough(tiny: Build) -> None:
+    with pytest.raises(ValueError, match=r"spikes.rewind_steps 100 .* is 4"):
+        tiny(spikes={"action": "rewind"}, checkpoint={"snapshot_every": 2, "state_every": 4})
+
+
+def test_a_policy_may_change_in_a_run_and_its_window_may_not(tiny: Build, tmp_path: Path) -> None:
+    config = run_config(tiny, train__max_steps=4)
+    quiet(config, tmp_path / "run")
+    quiet(run_config(tiny, "skip", "rewind", train__max_steps=5), tmp_path / "run")
+    with pytest.raises(UserError, match=r"spikes.window: 8 there, 9 here"):
+        quiet(
+            tiny(spikes=SPIKES | {"window": 9}, checkpoint=CHECKPOINT, model__dropout=0.1), tmp_path / "run"
+        )
+
+
+def test_the_states_of_a_rewinding_run_begin_at_step_0(tiny: Build, tmp_path: Path) -> None:
+    run = quiet(run_config(tiny, "rewind", train__max_steps=4), tmp_path / "run")
+    assert list(step_folders(run.states)) == [0, 4]
