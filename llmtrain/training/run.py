@@ -104,7 +104,7 @@ def pretrain(
             branched = True
         else:
             state = _existing_state(config, run, data, resume, warn)
-        if state is not None and state.progress.step >= config.train.max_steps:
+        if state is not None and _is_finished(config, run, data, state.progress.step):
             return Outcome(run, state.progress.step, already_finished=True)
         trainer = Trainer(config, run, data, device, precision, warn)
         if data.tokenizer_assumed:
@@ -122,6 +122,15 @@ def pretrain(
         ) as log:
             trainer.train(log, interrupt)
         return Outcome(run, trainer.progress.step, already_finished=False)
+
+
+def _is_finished(config: RunConfig, run: RunFolder, data: TokenData, step: int) -> bool:
+    """Whether nothing is left to do: an interruption at the last step may have left its evaluation undone."""
+    if step != config.train.max_steps:
+        return step > config.train.max_steps
+    saved = [run.snapshot(step), *(run.average(average.label, step) for average in config.averages)]
+    evaluated = any("val/loss" in event and event["step"] == step for event in read_json_lines(run.metrics))
+    return all(path.exists() for path in saved) and (evaluated or len(data.reader("val")) < 2)
 
 
 def _check_vocabulary(config: RunConfig, data: TokenData) -> None:

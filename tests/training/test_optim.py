@@ -49,7 +49,7 @@ def test_spam_equals_a_float64_oracle() -> None:
     spam = SpamConfig(threshold=50.0, reset_every=40, reset_warmup=0)
     config = OptimizerConfig(name="spam", lr=1e-2, weight_decay=0.1, spam=spam)
     linear = torch.nn.Linear(4, 3, bias=False)
-    optimizer = build_optimizer(linear, config)
+    optimizer = build_optimizer(torch.nn.Sequential(linear), config)
     assert isinstance(optimizer, Spam)
     random = np.random.default_rng(0)
     weight = linear.weight.detach().double().numpy().copy()
