@@ -76,11 +76,11 @@ def _errno(error: Exception) -> int | None:
 
 
 def _concerns(target: Path, filename: str | None) -> bool:
-    """Whether a path that was refused is `target`, above it, or at a temporary name of it."""
+    """Whether a path that was refused is `target`, above or below it, or at a temporary name of it."""
     if filename is None:
         return False
     path, target = Path(filename).absolute(), target.absolute()
-    if path == target or path in target.parents:
+    if path == target or path in target.parents or target in path.parents:
         return True
     beside = path.relative_to(target.parent).parts if target.parent in path.parents else ()
     return bool(beside) and beside[0].startswith(".") and target.name in beside[0]

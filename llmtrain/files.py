@@ -116,7 +116,7 @@ def staged_folder(target: Path, *, replace: bool = False, needed: int | None = N
     Args:
         target: the final name.
         replace: whether a folder of that name gives way once the new one is durable.
-        needed: bytes that will be written, for the message when they find no room.
+        needed: bytes that will be written, if known.
 
     Raises:
         FileExistsError: `target` exists and is not to be replaced.
@@ -219,8 +219,8 @@ def remove_folder(folder: Path) -> None:
 def remove_leftovers(parent: Path) -> None:
     """Delete what an earlier, killed process left under a temporary name directly in `parent`.
 
-    A folder that was about to be replaced, and whose successor did not get its name, comes back. What a
-    living process is building stays.
+    A folder that was about to be replaced, and whose successor did not get its name, comes back.
+    What a living process is building stays.
     """
     remove_abandoned(parent)
     live = {lock.name.removesuffix(_LOCK) for lock in parent.glob(f"{TEMPORARY_PREFIX}*{_LOCK}")}
@@ -238,10 +238,7 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Delete what `staged_folder` was building directly in `parent` when its process was killed.
-
-    Nothing else is touched: `parent` may be anybody's folder, and other processes may be writing there.
-    """
+    """Delete what `staged_folder` built directly in `parent` when its process was killed, and nothing else."""
     for lock in parent.glob(f"{TEMPORARY_PREFIX}*{_LOCK}"):
         with contextlib.suppress(UserError, OSError), _locked(lock, lock):  # else it lives, or is not ours
             shutil.rmtree(parent / lock.name.removesuffix(_LOCK), ignore_errors=True)
@@ -254,7 +251,9 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
     with _locked(folder / ".lock", folder, keep=True):
         yield
 
@@ -274,9 +273,9 @@ def _locked(lock: Path, what: Path, *, keep: bool = False) -> Iterator[None]:
                 f"{what} is in use by another llmtrain process (pid {file.read().strip() or 'unknown'})",
                 hint="wait for it, stop it, or choose another folder",
             ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with writing(what):
+            file.truncate(0)
+            os.write(file.fileno(), str(os.getpid()).encode())  # unbuffered: closing must not fail again
         try:
             yield
         finally:

@@ -1,18 +1,23 @@
 """Disks that are full, limited or not to be written to: what is said, and that nothing is half-written."""
 
 import os
+import re
 import resource
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from llmtrain.config import RunConfig
 from llmtrain.disk import require_room, writing
 from llmtrain.errors import RunFailed
 from llmtrain.files import staged_folder, write_atomically
+from llmtrain.training.run import pretrain
 
 CAN_MOUNT = (
     sys.platform == "linux"
@@ -22,17 +27,23 @@ CAN_MOUNT = (
 needs_mount = pytest.mark.skipif(not CAN_MOUNT, reason="may not mount a file system")
 
 
-def on_a_disk(tmp_path: Path, options: str, code: str) -> "subprocess.CompletedProcess[str]":
-    """Run Python code in a new folder `disk` that is a mounted tmpfs of its own."""
-    (tmp_path / "disk").mkdir(exist_ok=True)
-    script = f'mount -t tmpfs -o {options} tmpfs disk && exec "$0" -c "$1"'
+def on_a_disk(cwd: Path, options: str, *script: str) -> "subprocess.CompletedProcess[str]":
+    """Run a shell script with Python and `llmtrain` on its PATH, where `disk` is a mounted tmpfs of its own."""
+    (cwd / "disk").mkdir(exist_ok=True)
+    lines = (f"mount -t tmpfs -o {options} tmpfs disk", *script)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
-        ["unshare", "-m", "bash", "-c", script, sys.executable, code],
-        cwd=tmp_path,
+        ["unshare", "-m", "bash", "-ec", "\n".join(lines)],
+        cwd=cwd,
+        env=os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def python(code: str) -> str:
+    return f"python -c {shlex.quote(code)}"
 
 
 STAGE = """
@@ -40,6 +51,7 @@ import torch
 from pathlib import Path
 from safetensors.torch import save_file
 from llmtrain.files import staged_folder, write_atomically
+from llmtrain.training.run import pretrain
 """
 KEEP = """
 write_atomically(Path("disk/old"), "kept")
@@ -56,7 +68,7 @@ print([path.name for path in Path("disk").iterdir()])
 
 @needs_mount
 def test_a_full_disk_leaves_what_is_there_and_says_what_was_needed(tmp_path: Path) -> None:
-    said, there = on_a_disk(tmp_path, "size=1m", STAGE + KEEP + WRITE).stdout.splitlines()
+    said, there = on_a_disk(tmp_path, "size=1m", python(STAGE + KEEP + WRITE)).stdout.splitlines()
     assert said.startswith(
         "RunFailed cannot write disk/new: No space left on device (4,000,000 bytes needed, 1,0"
     )
@@ -65,7 +77,7 @@ def test_a_full_disk_leaves_what_is_there_and_says_what_was_needed(tmp_path: Pat
 
 @needs_mount
 def test_a_disk_that_is_read_only(tmp_path: Path) -> None:
-    said, there = on_a_disk(tmp_path, "ro", STAGE + WRITE).stdout.splitlines()
+    said, there = on_a_disk(tmp_path, "ro", python(STAGE + WRITE)).stdout.splitlines()
     assert said.startswith("RunFailed cannot write disk/new: Read-only file system (4,000,000 bytes needed")
     assert there == "[]"
 
@@ -98,3 +110,31 @@ def test_only_refusals_of_the_target_are_told(tmp_path: Path) -> None:
     for filename, kind in (("inputs/model", PermissionError), (".tmp-t/model", RunFailed)):
         with pytest.raises(kind), writing(tmp_path / "t"):
             raise PermissionError(13, os.strerror(13), str(tmp_path / filename))
+
+
+@needs_mount
+def test_average_and_eval_on_a_full_disk(tiny: Callable[..., RunConfig], tmp_path: Path) -> None:
+    pretrain(tiny(train__max_steps=8), tmp_path / "run", say=print)
+    size = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*"))
+    result = on_a_disk(
+        tmp_path,
+        f"size={size // 4096 * 4096 + 400_000}",
+        "cp -r run disk/run",
+        "head -c 100M /dev/zero > disk/rest || true",
+        "find disk -type f | sort | xargs sha256sum > before",
+        "! llmtrain average disk/run --every 2 --window 2",
+        "! llmtrain eval disk/run",
+        "find disk -type f | sort | xargs sha256sum | cmp - before",
+        "rm disk/rest",
+        "llmtrain average disk/run --every 2 --window 2 && llmtrain eval disk/run && llmtrain verify disk/run",
+    )
+    assert result.returncode == 0, result.stderr
+    (average, _, eval_, _) = result.stderr.splitlines()[-4:]
+    assert re.match(
+        r"error: cannot write disk/run/averages/.* No space left on device \([\d,]+ bytes needed, 0 bytes free",
+        average,
+    )
+    assert re.match(
+        r"error: cannot write disk/run/evals/raw.* No space left on device \([\d,]+ bytes needed, 0 bytes free",
+        eval_,
+    )

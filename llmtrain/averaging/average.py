@@ -28,7 +28,7 @@ from llmtrain.averaging.provenance import (
 from llmtrain.averaging.series import Input, Series, check_alike
 from llmtrain.disk import require_room
 from llmtrain.errors import UserError
-from llmtrain.files import exclusive, remove_leftovers, staged_folder
+from llmtrain.files import exclusive, remove_abandoned, remove_leftovers, staged_folder
 from llmtrain.weights_folder import PROVENANCE_FILE, write_json
 
 AT_A_TIME = 64
@@ -137,6 +137,8 @@ def average(
         WriteFailed: the disk is full or cannot be written to.
     """
     settings = settings or Settings()
+    for parent in {plan.target.parent for plan in plans}:
+        remove_abandoned(parent)
     if settings.discard_inputs:
         return [_fold_one(series, plans, settings, progress)]
     inputs = unique_inputs(plans)
@@ -267,12 +269,12 @@ def _make(
         Mixture(tuple(index[source] for source in plan.inputs), plan.weights, plan.decays)
         for plan, _ in group
     ]
+    needed = {plan.target: output_bytes(checkpoints[plan.inputs[-1]], settings) for plan, _ in group}
+    require_room(group[0][0].target, sum(needed.values()))
     with ExitStack() as commits, ExitStack() as files:
         for label in {plan.target.parent for plan, _ in group if plan.is_default}:
             commits.enter_context(exclusive(label))
             remove_leftovers(label)
-        needed = {plan.target: output_bytes(checkpoints[plan.inputs[-1]], settings) for plan, _ in group}
-        require_room(group[0][0].target, sum(needed.values()))
         writers = []
         for plan, document in group:
             folder = commits.enter_context(staged_folder(plan.target, needed=needed[plan.target]))
