@@ -16,8 +16,8 @@ from rich.table import Table
 from .common import ProgressLine, console, interruptible, notes, print_json, progress_line, warn
 
 if TYPE_CHECKING:
+    from llmtrain.data.build import Progress
     from llmtrain.data.manifest import Manifest
-    from llmtrain.data.prepare import Progress
 
 
 class TokenizerName(StrEnum):
@@ -89,7 +89,8 @@ def prepare(
     """Turn documents into token shards that pretrain and eval read.
 
     Documents keep their order and are each followed by an end-of-text token; those held out are
-    chosen as datasets' train_test_split does. The folder appears when it is complete.
+    chosen as datasets' train_test_split does. The folder appears when it is complete; interrupted
+    or killed, the same command goes on after the last finished shard.
     """
     from llmtrain.data.prepare import prepare as run
     from llmtrain.data.prepare import published_difference
@@ -98,8 +99,8 @@ def prepare(
     folder = out or Path("data") / default_name(source)
     _quiet_unless_terminal()
     started = time.monotonic()
-    unwritten = f"{folder} was not written"
-    with interruptible(unwritten) as interrupt, progress_line("documents") as line:
+    unfinished = f"{folder} is not complete; the same command goes on after its last finished shard"
+    with interruptible(unfinished) as interrupt, progress_line("documents") as line:
         rate = _Rate(line)
 
         def on_progress(progress: "Progress") -> None:
@@ -135,7 +136,7 @@ class _Rate:
     def __init__(self, line: ProgressLine) -> None:
         self._line = line
         self._started = 0.0
-        self._bytes_before = 0
+        self._before = (0, 0)
 
     def show(self, progress: "Progress") -> None:
         now = time.monotonic()
@@ -143,13 +144,15 @@ class _Rate:
             self._line.update(progress.documents, None, "read")
             return
         if not self._started:
-            self._started, self._bytes_before = now, progress.text_bytes
+            self._started, self._before = now, (progress.documents, progress.text_bytes)
         elapsed = max(now - self._started, 1e-9)
-        rate = (progress.text_bytes - self._bytes_before) / elapsed
+        documents, text_bytes = self._before
+        rate = (progress.text_bytes - text_bytes) / elapsed
         detail = f"{progress.tokens / 1e6:,.1f}M tokens, {rate / 1e6:.1f} MB/s"
         # On a terminal the bar has a column for the time left.
-        if progress.documents and not notes.is_terminal:
-            detail += f", {elapsed * (progress.total_documents / progress.documents - 1):,.0f} s left"
+        if progress.documents > documents and not notes.is_terminal:
+            left = (progress.total_documents - progress.documents) / (progress.documents - documents)
+            detail += f", {elapsed * left:,.0f} s left"
         self._line.update(progress.documents, progress.total_documents, detail)
 
 

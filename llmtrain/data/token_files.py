@@ -7,9 +7,11 @@ and grow with the file, and a file cut short under a map kills the process inste
     TokenReader((TokenFile(Path("train-00000.bin"), tokens=100, offset=HEADER_BYTES),)).read(0, 65)
 """
 
+import contextlib
 import os
 import weakref
 from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -30,6 +32,7 @@ MAX_SHARD_TOKENS = 2**31 - 1
 
 _SCAN_BYTES = 1 << 24
 _TOKEN = np.dtype("<u2")
+TOKEN_BYTES = _TOKEN.itemsize
 _HEADER_INT = np.dtype("<i4")
 
 
@@ -47,10 +50,22 @@ class ShardWriter:
     """Writes the documents of one split into shards; a shard ends with the document that fills it.
 
     A shard is written under a temporary name, flushed to disk, and renamed when it is whole.
+
+    Args:
+        finished: the shards that are in the folder already.
+        on_shard: called with each shard once it is durable.
     """
 
-    def __init__(self, folder: Path, split: str, shard_tokens: int) -> None:
-        self.shards: list[ShardRecord] = []
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        shard_tokens: int,
+        finished: Sequence[ShardRecord] = (),
+        on_shard: Callable[[ShardRecord], None] = lambda record: None,
+    ) -> None:
+        self.shards = list(finished)
+        self._on_shard = on_shard
         self._folder = folder
         self._split = split
         self._shard_tokens = shard_tokens
@@ -86,10 +101,12 @@ class ShardWriter:
         return SplitRecord.of(self.shards)
 
     def abort(self) -> None:
-        """Close the file without finishing it."""
+        """Drop the shard that is not finished. On a full disk, its room is needed."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what is buffered still does not fit
+                self._file.close()
             self._file = None
+            self._staging.unlink()
 
     @property
     def _name(self) -> str:
@@ -115,6 +132,7 @@ class ShardWriter:
         )
         self._staging.replace(self._folder / self._name)
         files.fsync_path(self._folder)
+        self._on_shard(record)
         self.shards.append(record)
         self._tokens = self._documents = self._text_bytes = 0
 
@@ -166,7 +184,7 @@ class TokenReader:
 
     def _fill(self, target: npt.NDArray[np.uint16], index: int, first: int) -> None:
         file = self._files[index]
-        position = file.offset + first * _TOKEN.itemsize
+        position = file.offset + first * TOKEN_BYTES
         view = target.view(np.uint8).data
         while view:
             count = os.preadv(self._descriptors[index], [view], position)
@@ -193,7 +211,7 @@ def shard_problem(folder: Path, shard: ShardRecord) -> str | None:
     path = folder / shard.name
     if not path.is_file():
         return f"{path} is missing"
-    expected, size = HEADER_BYTES + _TOKEN.itemsize * shard.tokens, path.stat().st_size
+    expected, size = HEADER_BYTES + TOKEN_BYTES * shard.tokens, path.stat().st_size
     if size != expected:
         return f"{path} has {size:,} bytes instead of {expected:,} ({shard.tokens:,} tokens)"
     with path.open("rb") as file:

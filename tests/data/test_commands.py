@@ -78,20 +78,20 @@ def test_mistakes_exit_with_2(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_leaves_nothing(tmp_path: Path, number: int, code: int) -> None:
+def test_a_signal_before_the_first_shard_leaves_nothing(tmp_path: Path, number: int, code: int) -> None:
     (tmp_path / "big.txt").write_text("It was the best of times. " * 1_500_000)
     # In the background of a shell without job control the signal would be ignored.
     program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     program += "from llmtrain.cli.main import main; main()"
     command = [sys.executable, "-c", program, "prepare", "big.txt", "--val-fraction", "0"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob("data/.tmp-big/.tmp-train*")):
+    while not list(tmp_path.glob("data/.tmp-big/shards/.tmp-train*")):
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == code
-    assert "data/big was not written" in errors
+    assert "data/big is not complete; the same command goes on" in errors
     assert list((tmp_path / "data").iterdir()) == []
 
 

@@ -3,19 +3,17 @@
 import itertools
 import json
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 
-from llmtrain.data import prepare as module
+from llmtrain.data.build import Build, Progress, validation_documents
 from llmtrain.data.manifest import Manifest, read_manifest
-from llmtrain.data.prepare import Progress, prepare, published_difference, validation_documents
+from llmtrain.data.prepare import prepare, published_difference
 from llmtrain.data.shards import data_problems, open_data
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.data.verify import verify_below
@@ -114,7 +112,7 @@ def test_limit(source: Path, tmp_path: Path) -> None:
 
 
 def test_progress(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PIECE_BYTES", 2000)
+    monkeypatch.setattr("llmtrain.data.encode.PIECE_BYTES", 2000)
     seen: list[Progress] = []
     manifest = prepare(str(source), tmp_path / "out", tokenizer="byte", on_progress=seen.append)
     assert seen.pop(0) == Progress(500, None, 0, 0)
@@ -149,7 +147,7 @@ def test_published_totals(source: Path, tmp_path: Path) -> None:
 def test_again_is_quick_and_says_so(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(str(source), tmp_path / "out", tokenizer="byte")
     before = contents(tmp_path / "out")
-    monkeypatch.setattr(module, "_write", None)
+    monkeypatch.setattr(Build, "_write", None)
     notes: list[str] = []
     assert prepare(str(source), tmp_path / "out", tokenizer="byte", workers=2, on_note=notes.append) == first
     assert "holds this data already" in notes[-1]
@@ -212,7 +210,9 @@ def test_failures_leave_nothing(source: Path, tmp_path: Path) -> None:
 def test_leftovers_are_cleaned(source: Path, tmp_path: Path) -> None:
     leftover = tmp_path / ".tmp-out"
     (leftover / "documents").mkdir(parents=True)
-    (leftover / "train-00007.bin").write_bytes(b"half")
+    (leftover / "shards").mkdir()
+    for name in ("train-00007.bin", "shards/train-00000.bin", "shards/.tmp-train-00001.bin"):
+        (leftover / name).write_bytes(b"half")
     prepare(str(source), tmp_path / "out", tokenizer="byte")
     assert data_problems(tmp_path / "out") == []
     assert not leftover.exists()
@@ -229,25 +229,6 @@ def test_a_failing_disk(source: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 PREPARE = "import sys; from pathlib import Path; from llmtrain.data.prepare import prepare; "
-
-
-def test_killed_and_interrupted(tmp_path: Path, own_cache: Path) -> None:
-    source = write_lines(tmp_path / "web.jsonl", make_documents(20_000))
-    code = f"{PREPARE} prepare({str(source)!r}, Path({str(tmp_path / 'out')!r}), shard_tokens=20_000)"
-    for number in (signal.SIGINT, signal.SIGKILL):
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
-        while not (tmp_path / ".tmp-out" / "train-00000.bin").exists():
-            assert process.poll() is None
-            time.sleep(0.005)
-        process.send_signal(number)
-        assert process.wait() != 0
-        assert not (tmp_path / "out").exists()
-        # SIGINT cleans up; what SIGKILL leaves is cleaned by the next prepare.
-        assert (tmp_path / ".tmp-out").exists() == (number == signal.SIGKILL)
-    after = prepare(str(source), tmp_path / "out", shard_tokens=20_000)
-    undisturbed = prepare(str(source), tmp_path / "undisturbed", shard_tokens=20_000)
-    assert after == undisturbed
-    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
 
 
 # --- what it refuses ---------------------------------------------------------------------------

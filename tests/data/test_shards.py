@@ -119,12 +119,12 @@ def test_a_document_in_parts(tmp_path: Path) -> None:
     assert [shard.documents for shard in record.shards] == [1, 1]
 
 
-def test_unfinished_shards_have_no_final_name(tmp_path: Path) -> None:
+def test_unfinished_shards_have_no_final_name_and_are_dropped(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, "train", shard_tokens=100)
     writer.add(np.array([1, 256], dtype=np.uint16), 1, ends_document=True)
     assert [path.name for path in tmp_path.iterdir()] == [".tmp-train-00000.bin"]
     writer.abort()
-    assert [path.name for path in tmp_path.iterdir()] == [".tmp-train-00000.bin"]
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- damage ------------------------------------------------------------------------------------

@@ -3,22 +3,23 @@
 import builtins
 import gzip
 import json
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from llmtrain.data.readers import partitions_of, read_partition
 from llmtrain.data.sources import default_name, open_source
 from llmtrain.errors import UserError
 
 
 def texts(source: str | Path, tmp_path: Path, field: str = "text", limit: int | None = None) -> list[str]:
     opened = open_source(str(source), field, limit, tmp_path / "cache")
-    documents = opened.load(lambda read: None)
-    found = [bytes(text).decode() for text in documents]
-    assert len(documents) == len(found)
-    return found
+    partitions = partitions_of(opened.spans(lambda read: None))
+    documents = (text for partition in partitions for text in read_partition(partition, opened.field))
+    return [bytes(text).decode() for text in islice(documents, limit)]
 
 
 def lines(*documents: str, field: str = "text") -> bytes:
