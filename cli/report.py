@@ -26,7 +26,7 @@ def report(
 
     Takes what `pretrain` logged and `eval` measured; computes nothing anew.
     """
-    from llmtrain.evaluation.report import draw_losses, loss_curves, newest_rows
+    from llmtrain.evaluation.report import draw_losses, interventions, loss_curves, newest_rows
     from llmtrain.files import RunFolder, newest_run, require_run
 
     folder: RunFolder = newest_run() if run is None else require_run(run)
@@ -34,7 +34,9 @@ def report(
     plot = (out or folder.report) / "loss.png"
     draw_losses(loss_curves(folder), plot, title=folder.path.name)
     if as_json:
-        print_json({"rows": [asdict(row) for row in rows], "plot": str(plot)})
+        acted = asdict(interventions(folder))
+        print_json({"rows": [asdict(row) for row in rows], "plot": str(plot), "interventions": acted})
     else:
         console.print(loss_table(rows))
+        console.print(str(interventions(folder)))
         console.print(f"plot: {plot}", markup=False)

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from llmtrain.errors import WriteFailed
 
-_FULL = {
+NO_ROOM = {
     errno.ENOSPC: "make room there, or write elsewhere",
     errno.EDQUOT: "make room in your quota there, or write elsewhere",
     errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or write elsewhere",
 }
+"""What the errors of writing mean (no space, no quota, a file beyond the limit on its size) and what to do."""
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 
@@ -42,8 +43,8 @@ def writing(target: Path, *, needed: int | None = None) -> Iterator[None]:
         yield
     except Exception as error:
         number = _errno(error)
-        if number in _FULL:
-            hint = _FULL[number]
+        if number in NO_ROOM:
+            hint = NO_ROOM[number]
         elif number in _FORBIDDEN and _concerns(target, getattr(error, "filename", None)):
             hint = "make that folder writable, or write elsewhere"
         else:

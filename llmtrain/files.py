@@ -8,7 +8,6 @@ removed by the next command that writes there.
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -27,9 +26,6 @@ from llmtrain.errors import UserError
 TEMPORARY_PREFIX = ".tmp-"
 INTEGRITY_FILE = "integrity.json"
 """Name and SHA-256 of every other file of a committed folder; written last, before the rename."""
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the errors of writing mean: no space, no quota, a file beyond the limit on its size."""
 
 _REPLACED_PREFIX = f"{TEMPORARY_PREFIX}replaced-"
 _LOCK = ".lock"
@@ -325,6 +321,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object an event."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def rewound_metrics(self) -> Path:
+        """The events that rewinds took back."""
+        return self.path / "metrics-rewound.jsonl"
 
     @property
     def snapshots(self) -> Path:

@@ -20,8 +20,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from llmtrain.data.readers import missing_field, not_a_string
+from llmtrain.disk import NO_ROOM
 from llmtrain.errors import UserError
-from llmtrain.files import NO_ROOM
 
 _SPLIT = "train"
 

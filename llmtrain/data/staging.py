@@ -17,6 +17,7 @@ from llmtrain import files
 from llmtrain.data.journal import JOURNAL_FILE
 from llmtrain.data.manifest import MANIFEST_FILE, Manifest, Plan, read_manifest, write_manifest
 from llmtrain.data.shards import open_data
+from llmtrain.disk import NO_ROOM
 from llmtrain.errors import RunFailed, UserError
 
 
@@ -86,7 +87,7 @@ def staged(out: Path, need: Need) -> Iterator[Staging]:
 def _cannot_write(out: Path, staging: Staging, error: OSError, need: Need) -> RunFailed:
     message = f"cannot write {error.filename or out}: {error.strerror or error}"
     hint = "choose another place with --out"
-    if error.errno in files.NO_ROOM:
+    if error.errno in NO_ROOM:
         parent = next(path for path in staging.folder.parents if path.is_dir())
         wanted = "" if need.bytes is None else f"about {_size(need.bytes)} more are needed, "
         message += f" ({wanted}{_size(shutil.disk_usage(parent).free)} are free)"

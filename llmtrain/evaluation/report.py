@@ -6,8 +6,9 @@ and can be made again on a machine without the weights.
     draw_losses(loss_curves(run), Path("loss.png"), title="demo")
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrain.errors import UserError
@@ -34,7 +35,7 @@ def loss_curves(run: RunFolder) -> dict[str, Curve]:
         if rows and event.get("val/tokens") != rows[0].tokens:
             continue
         for key, loss in event.items():
-            if key.startswith("val/loss"):
+            if key.startswith("val/loss") and loss is not None:  # a loss that was not finite
                 curves[key.removeprefix("val/loss").lstrip("/") or RAW][event["step"]] = loss
     for row in rows:
         if row.step is not None:
@@ -42,6 +43,38 @@ def loss_curves(run: RunFolder) -> dict[str, Curve]:
     return {
         label: sorted(curves[label].items()) for label in sorted(curves, key=lambda name: (name != RAW, name))
     }
+
+
+@dataclass(frozen=True)
+class Interventions:
+    """How often training met a spike or a number that is not finite, and what it did."""
+
+    nonfinite: int
+    """Steps whose loss or gradient norm was not finite."""
+    spikes: int
+    """Steps whose loss or gradient norm was far above those before them."""
+    skipped: int
+    """Of both, the steps whose update was left out."""
+    rewinds: int
+    """Times that the run went back."""
+
+    def __str__(self) -> str:
+        return (
+            f"spikes {self.spikes:,}, not finite {self.nonfinite:,}: skipped {self.skipped:,} steps, "
+            f"rewound {self.rewinds:,} times"
+        )
+
+
+def interventions(run: RunFolder) -> Interventions:
+    """What `metrics.jsonl` tells of them, with what rewinds took back."""
+    events = [*read_json_lines(run.metrics), *read_json_lines(run.rewound_metrics)]
+    kinds = Counter((event["incident"], event["action"] == "skip") for event in events if "incident" in event)
+    return Interventions(
+        nonfinite=kinds["nonfinite", True] + kinds["nonfinite", False],
+        spikes=kinds["spike", True] + kinds["spike", False],
+        skipped=kinds["nonfinite", True] + kinds["spike", True],
+        rewinds=sum("rewound_from" in event for event in events),
+    )
 
 
 def newest_rows(run: RunFolder) -> list[Row]:

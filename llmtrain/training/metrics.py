@@ -17,13 +17,10 @@ from typing import Any
 from llmtrain.config import RunConfig, flatten
 from llmtrain.disk import writing
 from llmtrain.errors import UserError, WriteFailed
-from llmtrain.files import read_json_lines, write_atomically
+from llmtrain.files import RunFolder, read_json_lines, write_atomically
 from llmtrain.training.stability import Incident
 
 Event = Mapping[str, float | int | str | None]
-
-REWOUND_FILE = "metrics-rewound.jsonl"
-"""Beside `metrics.jsonl`: the events that rewinds took back."""
 
 HEADER = f"{'step':>9}  {'loss':>8}  {'lr':>9}  {'grad norm':>9}  {'tokens/s':>9}  {'MFU':>6}  {'ETA':>8}"
 
@@ -122,7 +119,7 @@ class MetricsLog:
         if record in events:
             return
         taken_back = [event for event in events if event["step"] > step]
-        with self._path.with_name(REWOUND_FILE).open("a", encoding="utf-8") as file:
+        with RunFolder(self._path.parent).rewound_metrics.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(event) + "\n" for event in taken_back)
         self._file.close()
         kept = [*(event for event in events if event["step"] <= step), record]
