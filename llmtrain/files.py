@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llmtrain.disk import writing
 from llmtrain.errors import UserError
@@ -183,29 +182,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             with contextlib.suppress(OSError):
                 staging.unlink()
             raise
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file that is appended to, in order; a last line torn by a kill is left out.
-
-    Raises:
-        UserError: a line before the last is not JSON.
-    """
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    objects = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            objects.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(
-                f"{path}, line {number}: not JSON ({error})",
-                hint="the file is damaged: restore it or mend the line",
-            ) from None
-    return objects
 
 
 def remove_folder(folder: Path) -> None:

@@ -47,7 +47,7 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Pa
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny(data_folder: Path) -> Callable[..., Any]:
     """Builds a configuration of a model that trains in a second; keyword `section__key` overrides."""
     from llmtrain.config import RunConfig

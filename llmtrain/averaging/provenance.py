@@ -104,18 +104,24 @@ def verification(checkpoints: Mapping[Input, Checkpoint], *, wanted: bool) -> It
 
 
 def hashes_of(source: Input, checkpoint: Checkpoint, *, compute: bool) -> KnownHashes:
-    """The hashes of one input's weights files; see `input_hashes`."""
+    """The hashes of one input's weights files; see `input_hashes`.
+
+    Computing them, the small files beside the weights, which an average takes over, are compared too.
+    """
     declared = source.declared()
     if not compute and all(path.name in declared for path in checkpoint.files):
         return KnownHashes({path.name: declared[path.name] for path in checkpoint.files}, "recorded")
-    computed = {path.name: sha256_of(path) for path in checkpoint.files}
-    for path in checkpoint.files:
-        if declared.get(path.name, computed[path.name]) != computed[path.name]:
+    beside = [checkpoint.folder / name for name in declared if name.endswith((".json", ".txt", ".model"))]
+    computed = {
+        path: sha256_of(path) for path in {*checkpoint.files, *(path for path in beside if path.is_file())}
+    }
+    for path, digest in computed.items():
+        if declared.get(path.name, digest) != digest:
             raise UserError(
                 f"{path} has another SHA-256 than when it was written",
                 hint="the file is damaged: restore it, or average a window without this step",
             )
-    return KnownHashes(computed, "computed")
+    return KnownHashes({path.name: computed[path] for path in checkpoint.files}, "computed")
 
 
 def provenance(
@@ -159,21 +165,13 @@ def require_same(target: Path, wanted: Mapping[str, Any]) -> None:
     """Raise a UserError unless the folder that exists is the average that is wanted."""
     path = target / PROVENANCE_FILE
     there = read_json(path) if path.exists() else {}
-
-    def essence(document: Mapping[str, Any]) -> list[object]:
-        inputs = document.get("inputs") or []
-        return [
-            document.get("arithmetic"),
-            document.get("dtype"),
-            document.get("max_shard_bytes"),
-            document.get("integers", "equal"),
-            [(i.get("step"), i.get("sha256")) for i in inputs],
-        ]
-
-    same = essence(there) == essence(wanted) and all(
-        math.isclose(a["weight"], b["weight"], rel_tol=1e-9, abs_tol=1e-15)
-        for a, b in zip(there["inputs"], wanted["inputs"], strict=True)
-    )
+    try:
+        same = _essence(there) == _essence(wanted) and all(
+            math.isclose(a["weight"], b["weight"], rel_tol=1e-9, abs_tol=1e-15)
+            for a, b in zip(there["inputs"], wanted["inputs"], strict=True)
+        )
+    except (TypeError, KeyError, AttributeError, OverflowError):  # no provenance that llmtrain wrote
+        same = False
     if same and (problems := integrity_problems(target, hashes=False)):
         raise UserError(
             f"{target} exists and is damaged: {problems[0]}", hint="delete it and repeat the command"
@@ -183,3 +181,14 @@ def require_same(target: Path, wanted: Mapping[str, Any]) -> None:
             f"{target} exists and is not the average of these checkpoints with these weights",
             hint="--label NAME or --out DIR writes beside it; or delete it",
         )
+
+
+def _essence(document: Mapping[str, Any]) -> list[object]:
+    """What decides the numbers of an average, but for the weights of its inputs."""
+    return [
+        document.get("arithmetic"),
+        document.get("dtype"),
+        document.get("max_shard_bytes"),
+        document.get("integers", "equal"),
+        [(i.get("step"), i.get("sha256")) for i in document.get("inputs") or []],
+    ]

@@ -6,6 +6,7 @@ from snapshots; but it is a sum of a few online averages that were kept beside t
     plan = dense_plan(series, start=2000, to=3000)
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def dense_plan(series: Series, start: int | None, to: int | None) -> Plan:
     if start is None or to is None or start >= to:
         raise UserError("--method dense needs --from A and --to B, A before B", hint="--from 2000 --to 3000")
     stored = _stored(series.averages / RUNNING_MEAN, RUNNING_MEAN)
-    began = min((int(about.get("start", 0)) for _, about in stored.values()), default=0)
+    began = min((int(about["start"]) for _, about in stored.values()), default=0)
     absent = [step for step in (start, to) if step not in stored and not (step == start == began)]
     if absent or not stored:
         raise UserError(
@@ -94,7 +95,7 @@ def power_ema_plans(series: Series, sigma_rel: float | None, at: int | str) -> l
     plans = []
     for end in ends:
         used = sorted((item for item in stored if item[0] <= end), key=lambda item: (item[0], str(item[1])))
-        times = [(float(step - int(about.get("start", 0))), float(about["gamma"])) for step, _, about in used]
+        times = [(float(step - int(about["start"])), float(about["gamma"])) for step, _, about in used]
         weights, error = reconstruct(times, max(time for time, _ in times), gamma)
         inputs = tuple(_input(step, path) for step, path, _ in used)
         options = {"sigma_rel": sigma_rel, "gamma": gamma, "profile_error": error}
@@ -111,8 +112,19 @@ def _stored(folder: Path, method: str) -> dict[int, tuple[Path, dict[str, Any]]]
     for step, path in step_folders(folder).items():
         about = read_json(path / PROVENANCE_FILE)
         if about.get("method") == method:
+            _require_numbers(path, about, ("start", "gamma" if method == POWER_EMA else "updates"))
             found[step] = (path, about)
     return found
+
+
+def _require_numbers(folder: Path, about: dict[str, Any], keys: Sequence[str]) -> None:
+    """Raise a UserError unless the provenance of a stored average holds what its weights follow from."""
+    for key in keys:
+        if type(about.get(key)) not in (int, float) or not 0 <= about[key] < 2**63:
+            raise UserError(
+                f"{folder / PROVENANCE_FILE}: {key} is {about.get(key)!r:.40}, no number that a run writes",
+                hint="the file is damaged: restore it, or delete the folder",
+            )
 
 
 def _input(step: int, folder: Path) -> Input:

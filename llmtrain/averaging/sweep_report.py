@@ -16,7 +16,8 @@ import numpy as np
 from llmtrain.averaging.sweep import Candidate, SweepResult
 from llmtrain.config_file import load_config
 from llmtrain.evaluation.targets import RAW
-from llmtrain.files import RunFolder, read_json_lines, write_atomically
+from llmtrain.events import read_events
+from llmtrain.files import RunFolder, write_atomically
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class SummaryRow:
 def summary(result: SweepResult, run: RunFolder) -> list[SummaryRow]:
     """A row for each candidate, best first."""
     tokens_per_step = load_config(run.config).tokens_per_step
-    clock = [(e["step"], e["seconds"]) for e in read_json_lines(run.metrics) if "seconds" in e]
+    clock = [(e["step"], e["seconds"]) for e in read_events(run.metrics) if "seconds" in e]
     last = max(result.raw.losses)
     rows = []
     for candidate in result.candidates:

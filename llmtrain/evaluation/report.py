@@ -14,7 +14,8 @@ from pathlib import Path
 from llmtrain.errors import UserError
 from llmtrain.evaluation.results import Row, stored_rows
 from llmtrain.evaluation.targets import RAW
-from llmtrain.files import RunFolder, read_json_lines, write_atomically
+from llmtrain.events import read_events
+from llmtrain.files import RunFolder, write_atomically
 
 Curve = list[tuple[int, float]]
 """(step, loss in nats per token), by step."""
@@ -31,7 +32,7 @@ def loss_curves(run: RunFolder) -> dict[str, Curve]:
     """
     rows = _comparable(stored_rows(run))
     curves: dict[str, dict[int, float]] = defaultdict(dict)
-    for event in read_json_lines(run.metrics):
+    for event in read_events(run.metrics):
         if rows and event.get("val/tokens") != rows[0].tokens:
             continue
         for key, loss in event.items():
@@ -67,7 +68,7 @@ class Interventions:
 
 def interventions(run: RunFolder) -> Interventions:
     """What `metrics.jsonl` tells of them, with what rewinds took back."""
-    events = [*read_json_lines(run.metrics), *read_json_lines(run.rewound_metrics)]
+    events = [*read_events(run.metrics), *read_events(run.rewound_metrics)]
     kinds = Counter((event["incident"], event["action"] == "skip") for event in events if "incident" in event)
     return Interventions(
         nonfinite=kinds["nonfinite", True] + kinds["nonfinite", False],

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from llmtrain.checkpoint import load_model
 from llmtrain.config_file import load_config
 from llmtrain.data.shards import TokenData, open_data
@@ -64,6 +66,9 @@ class Row:
     """SHA-256 of the data's manifest."""
     weights: str
     """SHA-256 of the weights file."""
+
+
+_ROW = TypeAdapter(Row)
 
 
 def measure(
@@ -214,9 +219,27 @@ def _row(
 
 
 def _read_row(path: Path) -> Row | None:
-    """A stored result; None for one of another version, which is then measured anew."""
+    """A stored result; None for one of another version, which is then measured anew.
+
+    Raises:
+        UserError: it is damaged.
+    """
     document = read_json(path)
-    return Row(**document) if document.keys() == Row.__dataclass_fields__.keys() else None
+    if document.keys() != Row.__dataclass_fields__.keys():
+        return None
+    try:
+        row = _ROW.validate_json(json.dumps(document), strict=True)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise UserError(
+            f"{path}: {wrong['loc'][0]}: {wrong['msg']}",
+            hint="delete the file: llmtrain eval measures it again",
+        ) from None
+    if not math.isfinite(row.loss):
+        raise UserError(
+            f"{path}: its loss is {row.loss}", hint="delete the file: llmtrain eval measures it again"
+        )
+    return row
 
 
 def _is_current(run: RunFolder, row: Row) -> bool:

@@ -17,7 +17,8 @@ from typing import Any
 from llmtrain.config import RunConfig, flatten
 from llmtrain.disk import writing
 from llmtrain.errors import UserError, WriteFailed
-from llmtrain.files import RunFolder, read_json_lines, write_atomically
+from llmtrain.events import read_events
+from llmtrain.files import RunFolder, write_atomically
 from llmtrain.training.stability import Incident
 
 Event = Mapping[str, float | int | str | None]
@@ -72,7 +73,7 @@ class MetricsLog:
             wandb_id: the id of the W&B run to go on with.
             say: prints one line.
         """
-        kept = [event for event in read_json_lines(path) if event["step"] <= resumed_step]
+        kept = [event for event in read_events(path) if event["step"] <= resumed_step]
         self.evaluated_steps = {int(event["step"]) for event in kept if "val/loss" in event}
         """Steps whose evaluation stands in the file already."""
         write_atomically(path, "".join(json.dumps(event) + "\n" for event in kept))
@@ -115,7 +116,7 @@ class MetricsLog:
         Nothing happens where the file tells it already: a resumed run calls this again.
         """
         step = int(record["step"] or 0)
-        events = read_json_lines(self._path)
+        events = read_events(self._path)
         if record in events:
             return
         taken_back = [event for event in events if event["step"] > step]

@@ -20,12 +20,12 @@ from llmtrain.config import RunConfig, flatten
 from llmtrain.config_file import dump_config, load_config
 from llmtrain.data.shards import TokenData, open_data
 from llmtrain.errors import UserError
+from llmtrain.events import read_events
 from llmtrain.files import (
     INTEGRITY_FILE,
     RunFolder,
     exclusive,
     is_run,
-    read_json_lines,
     remove_leftovers,
     step_folders,
     write_atomically,
@@ -129,7 +129,7 @@ def _is_finished(config: RunConfig, run: RunFolder, data: TokenData, step: int) 
     if step != config.train.max_steps:
         return step > config.train.max_steps
     saved = [run.snapshot(step), *(run.average(average.label, step) for average in config.averages)]
-    evaluated = any("val/loss" in event and event["step"] == step for event in read_json_lines(run.metrics))
+    evaluated = any("val/loss" in event and event["step"] == step for event in read_events(run.metrics))
     return all(path.exists() for path in saved) and (evaluated or len(data.reader("val")) < 2)
 
 
@@ -223,7 +223,7 @@ def _refuse_other_files(folder: Path) -> None:
 
 def _refuse_lost_states(run: RunFolder, warn: Callable[[str], None]) -> None:
     """A run without a state begins again only if it cannot have had one."""
-    steps = [event["step"] for event in read_json_lines(run.metrics)]
+    steps = [event["step"] for event in read_events(run.metrics)]
     if steps and max(steps) > load_config(run.config).checkpoint.state_every:
         raise UserError(
             f"{run.path} was trained to step {max(steps):,} and its states are gone",
@@ -238,7 +238,10 @@ def _parent_state(run: RunFolder) -> Path | None:
     if not run.parent.exists():
         return None
     about = read_json(run.parent)
-    return RunFolder(Path(str(about["run"]))).states / str(about["state"])
+    parent, state = about.get("run"), about.get("state")
+    if not (isinstance(parent, str) and isinstance(state, str)):
+        raise UserError(f"{run.parent} does not say which state the run began with", hint="restore the file")
+    return RunFolder(Path(parent)).states / state
 
 
 def _refuse_other_config(config: RunConfig, run: RunFolder, warn: Callable[[str], None]) -> None:

@@ -56,7 +56,7 @@ def run(make_run: MakeRun) -> RunFolder:
                     f"power-ema-{sigma:g}",
                     t,
                     mean,
-                    {"method": "power-ema", "gamma": gamma, "sigma_rel": sigma},
+                    {"method": "power-ema", "gamma": gamma, "sigma_rel": sigma, "start": 0},
                 )
     return made
 

@@ -14,7 +14,8 @@ from llmtrain.config_file import load_config
 from llmtrain.data.sampler import Sampler, batch
 from llmtrain.data.shards import open_data
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.files import RunFolder, integrity_problems, read_json_lines, step_folders
+from llmtrain.events import read_json_lines
+from llmtrain.files import RunFolder, integrity_problems, step_folders
 from llmtrain.interrupt import Interrupted
 from llmtrain.model import GPT
 from llmtrain.training.run import pretrain

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 import llmtrain.training.run as module
 from llmtrain.config import RunConfig
-from llmtrain.files import RunFolder, read_json_lines, step_folders
+from llmtrain.events import read_json_lines
+from llmtrain.files import RunFolder, step_folders
 from llmtrain.training.run import pretrain
 
 Build = Callable[..., RunConfig]

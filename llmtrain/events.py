@@ -1,0 +1,59 @@
+"""The events of a run, read back from its `metrics.jsonl` and checked.
+
+Why apart from the log that writes them: training, the report and a sweep all read that file, and a line
+that was damaged or written by something else must end in a message for each of them.
+
+    losses = [event["loss"] for event in read_events(run.metrics) if "loss" in event]
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmtrain.errors import UserError
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events in the order of the file, each with its `step`; a last line torn by a kill is left out.
+
+    Raises:
+        UserError: a line is no JSON object, has no step, or has something else than a number where one belongs.
+    """
+    events = read_json_lines(path)
+    for number, event in enumerate(events, start=1):
+        step = event.get("step")
+        if type(step) is not int or not 0 <= step < 2**63:
+            raise _damaged(path, number, f"its step is {step!r:.40}")
+        for key, value in event.items():
+            numbers = (int, float, type(None)) if key.startswith("val/") else (int, float)  # null: not finite
+            if (key == "seconds" or key.startswith("val/")) and type(value) not in numbers:
+                raise _damaged(path, number, f"its {key} is {value!r:.40}")
+    return events
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that is appended to, in order; a last line torn by a kill is left out.
+
+    Raises:
+        UserError: a line before the last is not a JSON object.
+    """
+    if not path.exists():
+        return []
+    *lines, _ = path.read_bytes().split(b"\n")
+    objects = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            objects.append(dict(json.loads(line.decode())))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{path}, line {number}: not a JSON object ({error})",
+                hint="the file is damaged: restore it or mend the line",
+            ) from None
+    return objects
+
+
+def _damaged(path: Path, number: int, what: str) -> UserError:
+    return UserError(
+        f"{path}, line {number}: no event of a run: {what}",
+        hint="the file is damaged: restore it or delete the line",
+    )
