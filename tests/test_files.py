@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from llmtrain.errors import UserError
+from llmtrain.events import read_json_lines
 from llmtrain.files import (
     RunFolder,
     exclusive,
     integrity_problems,
     newest_run,
-    read_json_lines,
     remove_folder,
     remove_leftovers,
     require_run,
