@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmtrain.config import ModelConfig
+from llmtrain.config import DataConfig, ModelConfig
 from llmtrain.errors import UserError
 from llmtrain.model import GPT
 from llmtrain.weights_folder import (
@@ -154,23 +155,27 @@ def load_shape(folder: Path) -> Shape:
                 f"{folder / CONFIG_FILE}: {key} {config[key]!r} is not GPT-2 as it is computed here",
                 hint=f"only {' or '.join(map(repr, supported))}",
             )
+    own, eot = config.get("llmtrain", {}), config.get("eos_token_id")
     try:
-        return Shape(
-            model=ModelConfig(
-                n_layer=config["n_layer"],
-                n_head=config["n_head"],
-                n_embd=config["n_embd"],
-                vocab_size=config["vocab_size"],
-                bias=config.get("llmtrain", {}).get("bias", True),
-                scale_attn_by_inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False),
-            ),
-            block_size=config["n_positions"],
-            eot=config.get("eos_token_id", config["vocab_size"] - 1),
+        model = ModelConfig(
+            n_layer=config["n_layer"],
+            n_head=config["n_head"],
+            n_embd=config["n_embd"],
+            vocab_size=config["vocab_size"],
+            bias=own.get("bias", True),
+            scale_attn_by_inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False),
         )
-    except (KeyError, ValueError) as error:
+        block_size = DataConfig(path="", block_size=config["n_positions"]).block_size
+    except (KeyError, AttributeError, ValidationError) as error:
+        wrong = error.errors()[0] if isinstance(error, ValidationError) else None
+        what = (
+            f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" if wrong else f"{error} is missing or wrong"
+        )
         raise UserError(
-            f"{folder / CONFIG_FILE} is no GPT-2 config: {error}", hint="restore the file"
+            f"{folder / CONFIG_FILE} is no GPT-2 config: {what}", hint="restore the file"
         ) from error
+    # Elsewhere there may be several such tokens, or none; what is computed here does not depend on it.
+    return Shape(model, block_size, eot if isinstance(eot, int) else model.vocab_size - 1)
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
@@ -201,9 +206,10 @@ def load_model(folder: Path) -> GPT:
         UserError: files are missing or damaged, or the tensors do not fit the config.
     """
     shape = load_shape(folder)
+    weights = load_weights(folder)
+    _require_fit(folder, shape, weights)
     model = GPT(shape.model, shape.block_size)
     expected = model.state_dict()
-    weights = load_weights(folder)
     misfits = [
         name for name, value in expected.items() if name not in weights or weights[name].shape != value.shape
     ]
@@ -215,6 +221,21 @@ def load_model(folder: Path) -> GPT:
     # What remains unused is the tied head and the biases of a model without biases, which are zero.
     model.load_state_dict({name: weights[name] for name in expected})
     return model.eval()
+
+
+def _require_fit(folder: Path, shape: Shape, weights: Mapping[str, Tensor]) -> None:
+    """Raise a UserError unless the sizes of the config are those of the weights: before anything is built."""
+    layers = len({name.split(".")[2] for name in weights if name.startswith("transformer.h.")})
+    width, vocabulary = shape.model.n_embd, shape.model.vocab_size
+    sizes = {"wte": (vocabulary, width), "wpe": (shape.block_size, width)}
+    for name, size in sizes.items():
+        tensor = weights.get(f"transformer.{name}.weight")
+        if tensor is None or tuple(tensor.shape) != size or layers != shape.model.n_layer:
+            raise UserError(
+                f"{folder} holds {layers} layers and {name} of {None if tensor is None else list(tensor.shape)}, "
+                f"config.json says {shape.model.n_layer:,} and {list(size)}",
+                hint="config.json and model.safetensors do not belong together",
+            )
 
 
 def _zero_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -38,6 +38,10 @@ _FLOAT = re.compile(
 )
 
 
+_MOST_NODES = 100_000
+"""Values in a configuration, far beyond any that a person writes."""
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML 1.1 in which `6e-4` is a number and a key that stands twice is an error."""
 
@@ -76,6 +80,8 @@ def parse_yaml(text: str, source: str) -> tuple[Any, yaml.Node | None]:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
+        if node is not None and _expanded(node, {}) > _MOST_NODES:
+            raise ValueError("its aliases stand for too many values")
         return (loader.construct_document(node) if node is not None else None), node
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -85,6 +91,18 @@ def parse_yaml(text: str, source: str) -> tuple[Any, yaml.Node | None]:
             f"{place}: not valid YAML: {problem}",
             hint="check indentation, quotes and brackets around that line",
         ) from None
+
+
+def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for once every alias in it is written out: nested ones multiply."""
+    if id(node) not in known:
+        known[id(node)] = _MOST_NODES  # for an alias to what it is in
+        if isinstance(node, yaml.MappingNode):
+            inner = [each for pair in node.value for each in pair]
+        else:
+            inner = node.value if isinstance(node, yaml.SequenceNode) else []
+        known[id(node)] = 1 + sum(_expanded(each, known) for each in inner)
+    return known[id(node)]
 
 
 def load_config(file: Path, overrides: list[str] | None = None) -> RunConfig:

@@ -62,9 +62,9 @@ def read_integrity(folder: Path) -> dict[str, dict[str, int | str]]:
     path = folder / INTEGRITY_FILE
     try:
         files = json.loads(path.read_text())["files"]
-        return {
-            str(name): {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for name, f in files.items()
-        }
+        if any(Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name for name in files):
+            raise ValueError("it names a file outside its folder")
+        return {name: {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for name, f in files.items()}
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing, so nothing in the folder can be checked",

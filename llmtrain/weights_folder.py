@@ -69,10 +69,9 @@ def weights_files(folder: Path) -> list[Path]:
             )
         return [folder / WEIGHTS_FILE]
     placed = read_json(index).get("weight_map")
-    names = sorted(set(placed.values())) if isinstance(placed, dict) else []
-    if not names or any(
-        not isinstance(n, str) or Path(n).name != n or not (folder / n).is_file() for n in names
-    ):
+    values = list(placed.values()) if isinstance(placed, dict) else []
+    names = sorted({name for name in values if isinstance(name, str) and Path(name).name == name})
+    if not names or set(names) != set(map(str, values)) or not all((folder / n).is_file() for n in names):
         raise UserError(
             f"{index} does not name safetensors files beside it",
             hint="the folder is incomplete or not to be trusted",

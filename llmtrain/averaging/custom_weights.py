@@ -26,7 +26,7 @@ def read_weights(path: Path) -> dict[int, float] | list[float]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read the weights in {path}: {error}", hint=_EXAMPLE) from None
     values = list(document.values()) if isinstance(document, dict) else document
-    numbers = isinstance(values, list) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
+    numbers = isinstance(values, list) and all(type(v) in (int, float) and -1e300 < v < 1e300 for v in values)
     if not numbers or not values or (isinstance(document, dict) and not all(k.isdecimal() for k in document)):
         raise UserError(f"{path} does not hold weights", hint=_EXAMPLE)
     total = math.fsum(values)

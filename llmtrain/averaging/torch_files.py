@@ -11,7 +11,7 @@ kernel takes them back when it needs them.
 A tied weight that such a file holds under two names is kept under one, as safetensors demands.
 """
 
-import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -41,18 +41,6 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-)
-"""What torch raises for files that are damaged or hold more than tensors."""
-
 _PREFIXES = ("_orig_mod.", "module.")
 """What torch.compile and DistributedDataParallel put before every name."""
 
@@ -114,6 +102,7 @@ def open_training_file(path: Path, *, step: int) -> Checkpoint:
 def _load(path: Path) -> Any:
     """Unpickle tensors and plain containers only, the tensors mapped from the file."""
     try:
+        _refuse_bombs(path)
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         # build-nanogpt stores its GPTConfig object; an inert class takes its place.
         stand_ins: list[Any] = [
@@ -121,12 +110,20 @@ def _load(path: Path) -> Any:
         ]
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except _UNREADABLE as error:
+    except Exception as error:  # torch has no exception of its own for files that are damaged or hostile
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"cannot read {path} as tensors: {reason}",
             hint="files that need more than weights_only are refused; re-save the weights as safetensors",
         ) from None
+
+
+def _refuse_bombs(path: Path) -> None:
+    """Raise a ValueError where a file of torch unpacks to more than it is: torch never compresses its own."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it unpacks to more bytes than it has")
 
 
 def _tensors_of(path: Path, document: Any) -> dict[str, Tensor]:
@@ -150,6 +147,11 @@ def _tensors_of(path: Path, document: Any) -> dict[str, Tensor]:
             raise UserError(
                 f"{path}: {name} is of {value.dtype}, {value.layout}",
                 hint="only dense numbers can be averaged",
+            )
+        if value.nbytes > path.stat().st_size:
+            raise UserError(
+                f"{path}: {name} claims {value.nbytes:,} bytes in a file of {path.stat().st_size:,}",
+                hint="do not trust this file, or re-save the tensor with .contiguous()",
             )
         if name in tensors:
             raise UserError(
@@ -235,7 +237,7 @@ def _gpt2_shape(path: Path, document: Mapping[str, Any]) -> Shape | None:
             scale_attn_by_inverse_layer_idx=bool(values.get("scale_attn_by_inverse_layer_idx", False)),
         )
         block_size = int(values["block_size"])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(
             f"{path}: its model_args are no shape of a GPT-2: {dict(values)!r:.200}",
             hint="the file is damaged",

@@ -46,7 +46,7 @@ class TokenData:
 
     def reader(self, split: str) -> TokenReader:
         """A reader of "train" or "val"; empty when the split is."""
-        return TokenReader(self.files[split])
+        return TokenReader(self.files[split], self.vocab_size)
 
 
 def open_data(folder: Path) -> TokenData:

@@ -152,8 +152,15 @@ class TokenFile:
 class TokenReader:
     """The tokens of one split as one array on disk. Safe to share between threads; holds no tokens."""
 
-    def __init__(self, token_files: tuple[TokenFile, ...]) -> None:
+    def __init__(self, token_files: tuple[TokenFile, ...], vocab_size: int = 1 << 16) -> None:
+        """Open the files.
+
+        Args:
+            token_files: of one split, in order.
+            vocab_size: ids from this on are refused when they are read.
+        """
         self._files = token_files
+        self._vocab_size = vocab_size
         self._ends = list(accumulate(file.tokens for file in token_files))
         self._descriptors: list[int] = []
         self._close = weakref.finalize(self, _close_all, self._descriptors)
@@ -168,7 +175,7 @@ class TokenReader:
 
         Raises:
             IndexError: the range is not inside the split.
-            UserError: a file has become shorter since it was opened.
+            UserError: a file has become shorter since it was opened, or holds an id beyond the vocabulary.
         """
         if start < 0 or length < 0 or start + length > len(self):
             raise IndexError(f"tokens {start} to {start + length} of {len(self)}")
@@ -178,7 +185,10 @@ class TokenReader:
             index = bisect_right(self._ends, start + done)
             first = start + done - (self._ends[index] - self._files[index].tokens)
             count = min(length - done, self._files[index].tokens - first)
-            self._fill(tokens[done : done + count], index, first)
+            part = tokens[done : done + count]
+            self._fill(part, index, first)
+            if part.max() >= self._vocab_size:  # of a window: a thousandth of what the model does with it
+                raise self._beyond_vocabulary(part, index, first)
             done += count
         return tokens
 
@@ -195,6 +205,14 @@ class TokenReader:
                 )
             view = view[count:]
             position += count
+
+    def _beyond_vocabulary(self, part: npt.NDArray[np.uint16], index: int, first: int) -> UserError:
+        place = int((part >= self._vocab_size).argmax())
+        return UserError(
+            f"{self._files[index].path} holds id {part[place]} at token {first + place:,}, beyond the vocabulary of "
+            f"{self._vocab_size:,}",
+            hint="the file is damaged or of another tokenizer: llmtrain verify tells; prepare it again",
+        )
 
     def close(self) -> None:
         """Close the files; reading is over. Also happens when the reader is garbage-collected."""
