@@ -13,7 +13,6 @@ from typing import Any
 from llmtrain.errors import UserError
 
 
-
 def read_events(path: Path) -> list[dict[str, Any]]:
     """The events in the order of the file, each with its `step`; a last line torn by a kill is left out.
 
