@@ -70,7 +70,7 @@ print([path.name for path in Path("disk").iterdir()])
 def test_a_full_disk_leaves_what_is_there_and_says_what_was_needed(tmp_path: Path) -> None:
     said, there = on_a_disk(tmp_path, "size=1m", python(STAGE + KEEP + WRITE)).stdout.splitlines()
     assert said.startswith(
-        "RunFailed cannot write disk/new: No space left on device (4,000,000 bytes needed, 1,0"
+        "WriteFailed cannot write disk/new: No space left on device (4,000,000 bytes needed, 1,0"
     )
     assert there == "['old']"
 
@@ -78,7 +78,7 @@ def test_a_full_disk_leaves_what_is_there_and_says_what_was_needed(tmp_path: Pat
 @needs_mount
 def test_a_disk_that_is_read_only(tmp_path: Path) -> None:
     said, there = on_a_disk(tmp_path, "ro", python(STAGE + WRITE)).stdout.splitlines()
-    assert said.startswith("RunFailed cannot write disk/new: Read-only file system (4,000,000 bytes needed")
+    assert said.startswith("WriteFailed cannot write disk/new: Read-only file system (4,000,000 bytes needed")
     assert there == "[]"
 
 
