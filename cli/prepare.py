@@ -27,6 +27,13 @@ class TokenizerName(StrEnum):
     BYTE = "byte"
 
 
+class EngineName(StrEnum):
+    """Where the tokenizing is done."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
 def parse_count(value: str | int) -> int:
     """A whole number as people write it: 100M, 1_000, 2.5e6, 10k, 1B. An int is itself (a default)."""
     text = str(value).strip()
@@ -75,6 +82,17 @@ def prepare(
     workers: Annotated[
         int | None, typer.Option(help="Threads that tokenize; the output is the same.", show_default="cores")
     ] = None,
+    engine: Annotated[
+        EngineName, typer.Option(help="Threads here, or a Ray cluster; the output is the same.")
+    ] = EngineName.LOCAL,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="The cluster: HOST:PORT, or auto for the one that runs here.",
+            show_default="RAY_ADDRESS, else one is started",
+        ),
+    ] = None,
     text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
     limit_documents: Annotated[
         int | None,
@@ -115,6 +133,8 @@ def prepare(
             seed=seed,
             shard_tokens=shard_tokens,
             workers=workers,
+            engine=engine.value,
+            ray_address=ray_address,
             text_field=text_field,
             limit_documents=limit_documents,
             on_progress=on_progress,

@@ -10,11 +10,12 @@ again: finished shards are kept, their documents are passed over, and the result
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from llmtrain.data.build import Build, Progress
-from llmtrain.data.encode import locally
+from llmtrain.data.encode import Engine, locally
 from llmtrain.data.manifest import SPLITS, Manifest, Plan, SplitRule
 from llmtrain.data.shards import tokenizer_record
 from llmtrain.data.sources import OPENWEBTEXT_HUB, open_source
@@ -25,6 +26,7 @@ from llmtrain.errors import UserError
 DEFAULT_VAL_FRACTION = 0.0005
 DEFAULT_SEED = 2357
 DEFAULT_SHARD_TOKENS = 100_000_000
+ENGINES = ("local", "ray")
 
 PUBLISHED_OPENWEBTEXT = {"train": 9_035_582_198, "val": 4_434_897}
 """Tokens that nanoGPT's preparation of OpenWebText gives, and this one with its defaults."""
@@ -43,6 +45,8 @@ def prepare(
     seed: int = DEFAULT_SEED,
     shard_tokens: int = DEFAULT_SHARD_TOKENS,
     workers: int | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
     text_field: str = "text",
     limit_documents: int | None = None,
     on_progress: Callable[[Progress], None] = _ignore,
@@ -58,6 +62,8 @@ def prepare(
         seed: of the split.
         shard_tokens: a shard ends with the document that brings it to so many tokens.
         workers: threads that tokenize (default: one a core). The output does not depend on it.
+        engine: "local", or "ray" for a cluster's CPUs. The output does not depend on it.
+        ray_address: where that cluster is; see `ray_engine.on_ray`.
         text_field: the field or column that holds the text.
         limit_documents: take only so many documents, from the first.
         on_progress: called every few megabytes.
@@ -68,6 +74,7 @@ def prepare(
         RunFailed: the disk is full or failed.
     """
     _check_options(val_fraction, seed, shard_tokens, workers, limit_documents)
+    _check_engine(engine, workers, ray_address)
     need = Need()
     with staged(out, need) as staging:
         opened = open_source(source, text_field, limit_documents, staging.documents)
@@ -86,9 +93,9 @@ def prepare(
         if opened.skipped:
             on_note(f"skipping {len(opened.skipped)} file(s) of other kinds, such as {opened.skipped[0]}")
         on_note(f"reading {source}: {len(opened.record.files):,} file(s), {size / 1e6:,.1f} MB")
-        manifest = Build(
-            opened, plan, staging, locally, workers or _cores(), need, on_note, on_progress
-        ).run()
+        threads = 1 if engine == "ray" else workers or _cores()
+        with _engine(engine, ray_address) as run:
+            manifest = Build(opened, plan, staging, run, threads, need, on_note, on_progress).run()
         staging.commit(manifest)
     return manifest
 
@@ -113,11 +120,31 @@ def published_difference(manifest: Manifest) -> str | None:
     )
 
 
+@contextmanager
+def _engine(name: str, ray_address: str | None) -> Iterator[Engine]:
+    if name == "local":
+        yield locally
+        return
+    from llmtrain.data.ray_engine import on_ray  # an extra: not everybody has it
+
+    with on_ray(ray_address) as engine:
+        yield engine
+
+
 # --- options ---------------------------------------------------------------------------------
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_engine(engine: str, workers: int | None, ray_address: str | None) -> None:
+    if engine not in ENGINES:
+        raise UserError(f"unknown engine {engine!r}", hint=f"choose one of: {', '.join(ENGINES)}")
+    if engine == "ray" and workers is not None:
+        raise UserError("--workers counts threads here, not those of a cluster", hint="leave it out")
+    if engine != "ray" and ray_address is not None:
+        raise UserError("--ray-address needs --engine ray", hint="add it, or leave the address out")
 
 
 def _check_options(

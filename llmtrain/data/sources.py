@@ -122,7 +122,7 @@ def _local_source(source: str, field: str, limit: int | None) -> Source:
     id_ = f"files:{Path(source).expanduser().resolve().name}"
 
     def spans(on_read: OnRead) -> list[Span]:
-        return [span for path in paths for span in spans_of(str(path))]
+        return [span for path in paths for span in spans_of(str(path.absolute()))]
 
     return Source(_record(id_, None, field, limit, files), tuple(skipped), field, spans)
 
