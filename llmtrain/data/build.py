@@ -9,7 +9,7 @@ that order alone. Only this process writes.
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -95,8 +95,9 @@ class Build:
         finished = sum(map(len, journal.shards.values()))
         if finished:
             self.on_note(f"resumed at shard {finished + 1:,} ({journal.tokens:,} tokens done)")
-        batches = self.engine(encode_partition, self._tasks(partitions, counts, places))
-        records = self._write(batches, journal, len(places))
+        # Closed at once, whatever happens: an engine then calls off what nobody waits for any more.
+        with closing(self.engine(encode_partition, self._tasks(partitions, counts, places))) as batches:
+            records = self._write(batches, journal, len(places))
         if not sum(record.text_bytes for record in records.values()):
             raise UserError(
                 "the source holds no text: every document is empty", hint="is it the right field?"
@@ -110,15 +111,16 @@ class Build:
             return journal.counts
         limit, counts, read = self.plan.source.limit_documents, [0], 0
         tasks = (CountTask(partition, self.source.field, limit) for partition in partitions)
-        for more, partition_done in self.engine(count_documents, tasks):
-            counts[-1] += more
-            read += more
-            if limit is not None and read >= limit:
-                counts[-1] -= read - limit
-                break
-            self.on_progress(Progress(read, None, 0, 0))
-            if partition_done:
-                counts.append(0)
+        with closing(self.engine(count_documents, tasks)) as results:
+            for more, partition_done in results:
+                counts[-1] += more
+                read += more
+                if limit is not None and read >= limit:
+                    counts[-1] -= read - limit
+                    break
+                self.on_progress(Progress(read, None, 0, 0))
+                if partition_done:
+                    counts.append(0)
         journal.set_counts(counts, layout)
         return counts
 

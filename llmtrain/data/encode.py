@@ -9,7 +9,7 @@ documents went in. So the tokens do not depend on the number of workers either.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -42,11 +42,13 @@ class Engine(Protocol):
 
     def __call__(
         self, function: Callable[[Task], Iterator[Result]], tasks: Iterable[Task]
-    ) -> Iterator[Result]:
+    ) -> Generator[Result, None, None]:
         """The results of all tasks, one after the other."""
 
 
-def locally(function: Callable[[Task], Iterator[Result]], tasks: Iterable[Task]) -> Iterator[Result]:
+def locally(
+    function: Callable[[Task], Iterator[Result]], tasks: Iterable[Task]
+) -> Generator[Result, None, None]:
     """The engine of one machine: a task at a time, which uses its own threads."""
     for task in tasks:
         yield from function(task)

@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -78,7 +78,7 @@ class _RayEngine:
 
     def __call__(
         self, function: Callable[[Task], Iterator[Result]], tasks: Iterable[Task]
-    ) -> Iterator[Result]:
+    ) -> Generator[Result, None, None]:
         """The results of all tasks, one after the other.
 
         Raises:

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -188,6 +189,24 @@ def test_the_command(cluster: str, corpora: dict[str, Path], tmp_path: Path, llm
     assert result.stderr.startswith("reading ") and len(result.stderr.splitlines()) == 1
     prepare(str(source), tmp_path / "local", shard_tokens=100_000)
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_command_and_its_tasks(
+    cluster: str, corpora: dict[str, Path], tmp_path: Path
+) -> None:
+    command = [Path(sys.executable).parent / "llmtrain", "prepare", corpora["web.jsonl"], "--out", "ray"]
+    command += ["--shard-tokens", "50k", "--engine", "ray", "--ray-address", cluster]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob(".tmp-ray/shards/train-*.bin")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "ray is not complete; the same command goes on" in errors
+    assert "Traceback" not in errors and len(errors.splitlines()) == 3
+    assert list(tmp_path.glob(".tmp-ray/shards/train-*.bin"))
 
 
 @pytest.mark.slow
