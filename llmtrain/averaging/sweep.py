@@ -25,6 +25,7 @@ from llmtrain.averaging.series import Input, Series, check_alike, run_series
 from llmtrain.checkpoint import load_model
 from llmtrain.config import RunConfig
 from llmtrain.config_file import load_config
+from llmtrain.data.copies import local_folder
 from llmtrain.data.shards import open_data
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import UserError
@@ -229,7 +230,7 @@ class _Evaluator:
         self._config = config
         self._device = resolve_device(config.train.device)
         self._model: GPT = load_model(folder).to(self._device)
-        opened = open_data(data or Path(config.data.path))
+        opened = open_data(data or local_folder(config.data.path))
         self._reader = opened.reader("val")
         self._token_bytes = load_tokenizer(opened.tokenizer).token_bytes()
         self.tokens = 0

@@ -50,6 +50,14 @@ class Progress:
     tokens: int
     text_bytes: int
 
+    @classmethod
+    def whole(cls, manifest: Manifest) -> Self:
+        """The progress when all is written."""
+        splits = manifest.train, manifest.val
+        documents = sum(split.documents for split in splits)
+        tokens, text_bytes = sum(split.tokens for split in splits), sum(split.text_bytes for split in splits)
+        return cls(documents, documents, tokens, text_bytes)
+
     def plus(self, batch: list[Encoded]) -> Self:
         """The progress after one more batch is written."""
         return replace(

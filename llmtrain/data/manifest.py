@@ -46,7 +46,11 @@ class SourceFile(_Record):
 
 
 class SourceRecord(_Record):
-    """Where the documents came from, in the order of `files`."""
+    """Where the documents came from, in the order of `files`.
+
+    `revision` is the commit on the hub, the version of a package, or of files behind a URL what their
+    store says of their versions (a hash of it).
+    """
 
     id: str
     revision: str | None
@@ -158,21 +162,31 @@ def read_manifest(folder: Path) -> Manifest:
         UserError: there is none, it is damaged, or a newer llmtrain wrote it.
     """
     path = folder / MANIFEST_FILE
-    damaged = "it is damaged or was edited: restore it, or delete the folder and prepare it again"
     try:
-        document = json.loads(path.read_bytes())
+        return parse_manifest(path.read_bytes(), str(path))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder} holds no prepared data ({MANIFEST_FILE} is missing)",
             hint=f"prepare it: llmtrain prepare SOURCE --out {folder}",
         ) from None
+
+
+def parse_manifest(content: bytes, place: str) -> Manifest:
+    """The manifest that was read from `place`.
+
+    Raises:
+        UserError: it is damaged, or a newer llmtrain wrote it.
+    """
+    damaged = "it is damaged or was edited: restore it, or delete the folder and prepare it again"
+    try:
+        document = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error})", hint=damaged) from None
+        raise UserError(f"{place} is not JSON ({error})", hint=damaged) from None
     if not isinstance(document, dict):
-        raise UserError(f"{path} is not a JSON object", hint=damaged)
+        raise UserError(f"{place} is not a JSON object", hint=damaged)
     if document.get("format") != FORMAT_VERSION:
         raise UserError(
-            f"{path} has format {document.get('format')!r}; this llmtrain reads format {FORMAT_VERSION}",
+            f"{place} has format {document.get('format')!r}; this llmtrain reads format {FORMAT_VERSION}",
             hint="use the llmtrain that wrote it, or prepare the data again",
         )
     recorded = document.pop("sha256", None)
@@ -181,7 +195,7 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
-        raise UserError(f"{path}: {where}: {first['msg']}", hint=damaged) from None
+        raise UserError(f"{place}: {where}: {first['msg']}", hint=damaged) from None
     if recorded != manifest.sha256:
-        raise UserError(f"{path} does not have the hash that it records", hint=damaged)
+        raise UserError(f"{place} does not have the hash that it records", hint=damaged)
     return manifest

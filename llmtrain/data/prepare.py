@@ -15,11 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llmtrain.data.build import Build, Progress
+from llmtrain.data.copies import published, upload, workplace
 from llmtrain.data.encode import Engine, locally
 from llmtrain.data.manifest import SPLITS, Manifest, Plan, SplitRule
+from llmtrain.data.remote import is_url, without_scheme
 from llmtrain.data.shards import tokenizer_record
-from llmtrain.data.sources import OPENWEBTEXT_HUB, open_source
-from llmtrain.data.staging import Need, existing, staged
+from llmtrain.data.sources import OPENWEBTEXT_HUB, Source, open_source
+from llmtrain.data.staging import Need, existing, require_same, staged
 from llmtrain.data.token_files import MAX_SHARD_TOKENS
 from llmtrain.errors import UserError
 
@@ -38,7 +40,7 @@ def _ignore(_: object) -> None:
 
 def prepare(
     source: str,
-    out: Path,
+    out: Path | str,
     *,
     tokenizer: str = "gpt2",
     val_fraction: float = DEFAULT_VAL_FRACTION,
@@ -56,7 +58,8 @@ def prepare(
 
     Args:
         source: see `sources.open_source`.
-        out: the data folder. When it holds this very data already, nothing is done.
+        out: the data folder, or a URL; then the shards are built in `copies.workplace` and copied.
+            When it holds this very data already, nothing is done.
         tokenizer: "gpt2" or "byte".
         val_fraction: share of documents for the val split, rounded up; 0 for an empty one.
         seed: of the split.
@@ -75,8 +78,10 @@ def prepare(
     """
     _check_options(val_fraction, seed, shard_tokens, workers, limit_documents)
     _check_engine(engine, workers, ray_address)
+    url = str(out) if is_url(str(out)) else None
+    folder = Path(without_scheme(str(out))) if url is None else workplace(url)
     need = Need()
-    with staged(out, need) as staging:
+    with staged(folder, need) as staging:
         opened = open_source(source, text_field, limit_documents, staging.documents)
         plan = Plan(
             tokenizer=tokenizer_record(tokenizer),
@@ -84,20 +89,49 @@ def prepare(
             split=SplitRule(val_fraction=val_fraction, seed=seed),
             shard_tokens=shard_tokens,
         )
-        there = existing(out, plan)
-        if there is not None:
+        manifest = existing(folder, plan) if url is None else _published(url, plan)
+        if manifest is not None:
             on_note(f"{out} holds this data already: nothing to do")
             shutil.rmtree(staging.shards)
-            return there
-        size = need.bytes = sum(file.bytes for file in opened.record.files)
-        if opened.skipped:
-            on_note(f"skipping {len(opened.skipped)} file(s) of other kinds, such as {opened.skipped[0]}")
-        on_note(f"reading {source}: {len(opened.record.files):,} file(s), {size / 1e6:,.1f} MB")
-        threads = 1 if engine == "ray" else workers or _cores()
-        with _engine(engine, ray_address) as run:
-            manifest = Build(opened, plan, staging, run, threads, need, on_note, on_progress).run()
-        staging.commit(manifest)
+            return manifest
+        manifest = _left_to_upload(folder, plan) if url else None
+        if manifest is None:
+            need.bytes = _announce(source, opened, on_note)
+            threads = 1 if engine == "ray" else workers or _cores()
+            with _engine(engine, ray_address) as run:
+                manifest = Build(opened, plan, staging, run, threads, need, on_note, on_progress).run()
+            staging.commit(manifest)
+        if url is not None:
+            on_note(f"copying the shards to {url}")
+            written = manifest
+            upload(folder, url, lambda: on_progress(Progress.whole(written)))
+            shutil.rmtree(folder)
     return manifest
+
+
+def _announce(source: str, opened: Source, on_note: Callable[[str], None]) -> int:
+    """Say what will be read; its size in bytes."""
+    if opened.skipped:
+        on_note(f"skipping {len(opened.skipped)} file(s) of other kinds, such as {opened.skipped[0]}")
+    size = sum(file.bytes for file in opened.record.files)
+    on_note(f"reading {source}: {len(opened.record.files):,} file(s), {size / 1e6:,.1f} MB")
+    return size
+
+
+def _published(url: str, plan: Plan) -> Manifest | None:
+    manifest = published(url)
+    if manifest is not None:
+        require_same(url, manifest, plan)
+    return manifest
+
+
+def _left_to_upload(folder: Path, plan: Plan) -> Manifest | None:
+    """What an earlier command has built and not copied; of another request, it goes."""
+    try:
+        return existing(folder, plan)
+    except UserError:
+        shutil.rmtree(folder)
+        return None
 
 
 def published_difference(manifest: Manifest) -> str | None:

@@ -11,7 +11,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llmtrain.data.remote import is_url, open_url, reading, without_scheme
 from llmtrain.data.tokenizer import well_formed
 from llmtrain.errors import UserError
 
@@ -106,8 +107,12 @@ def read_partition(partition: Partition, field: str) -> Iterator[bytes | memoryv
 
 @contextmanager
 def open_input(path: str) -> Iterator[Any]:
-    """A file to read bytes from, with `seek`."""
-    with Path(path).open("rb") as file:
+    """A file to read bytes from, with `seek`: a path or a URL."""
+    if is_url(path):
+        with open_url(path) as file:
+            yield file
+        return
+    with Path(without_scheme(path)).open("rb") as file:
         yield file
 
 
@@ -277,7 +282,8 @@ def damage_named(path: str) -> Iterator[None]:
         UserError: the file cannot be opened or read, or is not of its kind.
     """
     try:
-        yield
+        with reading(path) if is_url(path) else nullcontext():
+            yield
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
         hint = "is it complete, and really of the kind its name says?"

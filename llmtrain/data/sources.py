@@ -19,7 +19,8 @@ import pyarrow as pa
 from llmtrain.data.hub_dataset import HubDataset, open_hub
 from llmtrain.data.local_files import find_files
 from llmtrain.data.manifest import SourceFile, SourceRecord
-from llmtrain.data.readers import Span, damage_named, spans_of
+from llmtrain.data.readers import KINDS, Span, damage_named, kind_of, spans_of
+from llmtrain.data.remote import find_remote, is_url, without_scheme
 from llmtrain.errors import UserError
 from llmtrain.files import sha256_of
 
@@ -49,7 +50,7 @@ class Source:
     """
 
     record: SourceRecord
-    skipped: tuple[Path, ...]
+    skipped: tuple[str, ...]
     field: str
     spans: Callable[[OnRead], list[Span]]
 
@@ -58,8 +59,8 @@ def open_source(source: str, text_field: str, limit: int | None, cache: Path) ->
     """Find SOURCE; nothing big is read yet, but local files are hashed.
 
     Args:
-        source: `openwebtext`, `hub:NAME[:CONFIG]`, `sotu`, or a file, folder or glob (a file of one
-            of these names is written `./sotu`).
+        source: `openwebtext`, `hub:NAME[:CONFIG]`, `sotu`, or a file, folder or glob, which may be a
+            URL (a file of one of these names is written `./sotu`).
         text_field: the field or column that holds the text.
         limit: read only so many documents, from the first.
         cache: folder for intermediate files, to be deleted afterwards.
@@ -78,7 +79,9 @@ def open_source(source: str, text_field: str, limit: int | None, cache: Path) ->
         return _hub_source(open_hub(name, config or None, text_field, cache), text_field, limit, cache)
     if source == "sotu":
         return _sotu_source(text_field, limit, cache)
-    return _local_source(source, text_field, limit)
+    if is_url(source):
+        return _remote_source(source, text_field, limit)
+    return _local_source(without_scheme(source), text_field, limit)
 
 
 def default_name(source: str) -> str:
@@ -97,7 +100,7 @@ def _record(
     )
 
 
-# --- the three kinds ---------------------------------------------------------------------------
+# --- the kinds ---------------------------------------------------------------------------
 
 
 def _hub_source(hub: HubDataset, field: str, limit: int | None, cache: Path) -> Source:
@@ -124,7 +127,27 @@ def _local_source(source: str, field: str, limit: int | None) -> Source:
     def spans(on_read: OnRead) -> list[Span]:
         return [span for path in paths for span in spans_of(str(path.absolute()))]
 
-    return Source(_record(id_, None, field, limit, files), tuple(skipped), field, spans)
+    return Source(_record(id_, None, field, limit, files), tuple(map(str, skipped)), field, spans)
+
+
+def _remote_source(source: str, field: str, limit: int | None) -> Source:
+    found = find_remote(source)
+    known = [file for file in found if kind_of(file.url)]
+    if not known:
+        raise UserError(
+            f"{source} holds no file of a known kind ({', '.join(KINDS)})",
+            hint="name a file, or a folder with text, in one of these kinds",
+        )
+    # Hashing the files would be one more time through the network; what the store says must do.
+    version = hashlib.sha256("\n".join(file.version for file in known).encode()).hexdigest()
+    files = [SourceFile(name=file.name, bytes=file.bytes, sha256=None) for file in known]
+    id_ = f"files:{source.rstrip('/').rpartition('/')[2]}"
+
+    def spans(on_read: OnRead) -> list[Span]:
+        return [span for file in known for span in spans_of(file.url)]
+
+    skipped = tuple(file.url for file in found if not kind_of(file.url))
+    return Source(_record(id_, version, field, limit, files), skipped, field, spans)
 
 
 def _source_file(path: Path, base: Path) -> SourceFile:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrain import files
+from llmtrain.data.copies import cache_folder
 from llmtrain.data.journal import JOURNAL_FILE
 from llmtrain.data.manifest import MANIFEST_FILE, Manifest, Plan, read_manifest, write_manifest
 from llmtrain.data.shards import open_data
@@ -87,6 +88,8 @@ def staged(out: Path, need: Need) -> Iterator[Staging]:
 def _cannot_write(out: Path, staging: Staging, error: OSError, need: Need) -> RunFailed:
     message = f"cannot write {error.filename or out}: {error.strerror or error}"
     hint = "choose another place with --out"
+    if staging.folder.is_relative_to(cache_folder().resolve()):
+        hint = "build it in another place: LLMTRAIN_CACHE=FOLDER"
     if error.errno in NO_ROOM:
         parent = next(path for path in staging.folder.parents if path.is_dir())
         wanted = "" if need.bytes is None else f"about {_size(need.bytes)} more are needed, "
@@ -106,6 +109,8 @@ def _size(size: float) -> str:
 
 # --- the target --------------------------------------------------------------------------------
 
+_ELSEWHERE = "choose another folder with --out, or delete this one"
+
 
 def existing(out: Path, plan: Plan) -> Manifest | None:
     """The manifest of `out` if it holds what `plan` would make; None if nothing is there.
@@ -113,19 +118,27 @@ def existing(out: Path, plan: Plan) -> Manifest | None:
     Raises:
         UserError: something else is there.
     """
-    elsewhere = "choose another folder with --out, or delete this one"
     if out.resolve().is_mount():
         raise UserError(f"{out} is a mount point, which cannot be renamed", hint=f"--out {out / 'NAME'}")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST_FILE).is_file():
-        raise UserError(f"{out} exists and is no prepared data", hint=elsewhere)
+        raise UserError(f"{out} exists and is no prepared data", hint=_ELSEWHERE)
     manifest = read_manifest(out)
-    differences = _differences(plan.model_dump(), manifest.plan.model_dump())
-    if differences:
-        raise UserError(f"{out} holds other data: {'; '.join(differences[:3])}", hint=elsewhere)
+    require_same(str(out), manifest, plan)
     open_data(out)
     return manifest
+
+
+def require_same(place: str, manifest: Manifest, plan: Plan) -> None:
+    """Check that the data in `place` is what `plan` would make.
+
+    Raises:
+        UserError: it is other data.
+    """
+    differences = _differences(plan.model_dump(), manifest.plan.model_dump())
+    if differences:
+        raise UserError(f"{place} holds other data: {'; '.join(differences[:3])}", hint=_ELSEWHERE)
 
 
 def _differences(wanted: dict[str, object], found: dict[str, object], prefix: str = "") -> list[str]:

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from llmtrain.checkpoint import load_model
 from llmtrain.config_file import load_config
+from llmtrain.data.copies import local_folder
 from llmtrain.data.shards import TokenData, open_data
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import RunFailed, UserError
@@ -133,7 +134,7 @@ def _resolve(target: Target, settings: Settings) -> Settings:
             )
         return replace(settings, batch=settings.batch or 16, precision=settings.precision or "auto")
     config = load_config(target.run.config)
-    data = settings.data or Path(config.data.path)
+    data = settings.data or local_folder(config.data.path)
     if not data.is_dir():
         raise UserError(
             f"{target.run.path} was trained on {data}, which is not below this folder",

@@ -18,6 +18,7 @@ from torch import nn
 
 from llmtrain.config import RunConfig, flatten
 from llmtrain.config_file import dump_config, load_config
+from llmtrain.data.copies import local_folder
 from llmtrain.data.shards import TokenData, open_data
 from llmtrain.errors import UserError
 from llmtrain.events import read_events
@@ -94,7 +95,7 @@ def pretrain(
     _refuse_other_files(folder)
     device = resolve_device(config.train.device)
     precision = resolve_precision(config.train.precision, device)
-    data = open_data(Path(config.data.path))
+    data = open_data(local_folder(config.data.path))
     _check_vocabulary(config, data)
     run = RunFolder(folder)
     with exclusive(run.path), Interrupt(max_seconds) as interrupt:
