@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from llmtrain.errors import UserError
@@ -19,17 +20,45 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "bfloat16"]
 
-_DENSE_BF16_PEAK = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
+@dataclass(frozen=True)
+class Published:
+    """What NVIDIA's data sheet says of a device."""
+
+    flops: float
+    """FLOP/s of dense bfloat16 matrix products (without sparsity)."""
+    memory: float | None
+    """Bytes, the sheet's GB being 1e9 of them; None where a name is sold with several sizes."""
+    link: float | None = None
+    """Bytes/s of NVLink to the other devices of a machine, in each direction, where it joins them all."""
+
+
+_PUBLISHED = {
+    "H200": Published(989e12, 141e9, 450e9),
+    "H100 PCIe": Published(756e12, 80e9),
+    "H100 NVL": Published(835e12, 94e9),
+    "H100": Published(989e12, 80e9, 450e9),
+    "A100 40GB": Published(312e12, 40e9),
+    "A100 80GB": Published(312e12, 80e9),
+    "A100": Published(312e12, None),
+    "L40S": Published(362e12, 48e9),
+    "L4": Published(121e12, 24e9),
+    "A10G": Published(70e12, 24e9),
 }
-"""FLOP/s of dense bfloat16 matrix products, from NVIDIA's data sheets (without sparsity)."""
+
+
+def published(name: str) -> Published:
+    """The data sheet of a device by its short name, such as `h100` or `a100-80gb`.
+
+    Raises:
+        UserError: none is known here.
+    """
+    known = {key.lower().replace(" ", "-"): sheet for key, sheet in _PUBLISHED.items()}
+    if name.lower() not in known:
+        raise UserError(
+            f"nothing is known of a device {name!r}",
+            hint=f"{', '.join(known)}; or cpu, or other, with --flops or --tokens-per-second",
+        )
+    return known[name.lower()]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -118,4 +147,4 @@ def peak_flops(device: torch.device, precision: Precision) -> float | None:
     if device.type != "cuda" or precision != "bfloat16":
         return None
     name = device_name(device)
-    return next((peak for key, peak in _DENSE_BF16_PEAK.items() if key in name), None)
+    return next((sheet.flops for key, sheet in _PUBLISHED.items() if key in name), None)

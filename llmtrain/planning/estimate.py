@@ -1,0 +1,152 @@
+"""The plan of a run: what it computes, holds, sends, stores and takes, from the configuration alone.
+
+Why: whether a model fits, and what it costs, should be known before the first GPU is paid for.
+
+    plan = estimate(load_config(Path("configs/gpt2-small.yaml")), Options(devices=8)); plan.hours
+"""
+
+from dataclasses import dataclass
+
+from llmtrain.averaging.merge import PIECE
+from llmtrain.averaging.windows import sliding_windows
+from llmtrain.config import RunConfig
+from llmtrain.errors import UserError
+from llmtrain.planning.activations import FLOAT
+from llmtrain.planning.architecture import Architecture
+from llmtrain.planning.machine import Machine, Options, resolve_machine
+from llmtrain.planning.memory import DOUBLE, Usage, device_memory, host_memory, micro_batches
+from llmtrain.planning.storage import Storage, run_storage, snapshot_bytes, snapshot_steps
+
+MERGE_THREADS = 4
+"""The most that the streaming merge starts."""
+
+
+@dataclass(frozen=True)
+class Communication:
+    """What a device sends in a step, and whether the computation gives it the time."""
+
+    bytes: int
+    """Sent by each device, and received."""
+    seconds: float | None
+    """At the links' rate."""
+    hidden: bool | None
+    """Whether it can go on behind the backward pass that it belongs to."""
+    exposed_seconds: float | None
+    """What of it cannot."""
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """What `llmtrain average` reads, writes and takes."""
+
+    label: str
+    averages: int
+    read: int
+    written: int
+    memory: int
+    """Bytes of its buffers, however large the model."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of it; sizes in bytes, what is not known None."""
+
+    architecture: Architecture
+    machine: Machine
+    steps: int
+    tokens: int
+    micro_batches: int
+    flops: int
+    tokens_per_second: float | None
+    step_seconds: float | None
+    hours: float | None
+    usages: list[Usage]
+    host_memory: int
+    communication: Communication | None
+    storage: Storage
+    averaging: list[Averaging]
+
+
+def estimate(config: RunConfig, options: Options) -> Plan:
+    """What the run will cost on the machine of the options.
+
+    Raises:
+        UserError: options that are out of range or do not go with the config.
+    """
+    model = Architecture(config.model, config.data.block_size)
+    machine = resolve_machine(config, options, model.flops_per_token)
+    tokens = config.tokens_per_step * config.train.max_steps
+    rate = machine.flops and machine.flops * machine.layout.devices / model.flops_per_token
+    return Plan(
+        architecture=model,
+        machine=machine,
+        steps=config.train.max_steps,
+        tokens=tokens,
+        micro_batches=micro_batches(config, machine.layout),
+        flops=tokens * model.flops_per_token,
+        tokens_per_second=rate,
+        step_seconds=config.tokens_per_step / rate if rate else None,
+        hours=tokens / rate / 3600 if rate else None,
+        usages=device_memory(config, machine.layout),
+        host_memory=host_memory(config, machine.layout),
+        communication=_communication(config, model, machine),
+        storage=run_storage(config),
+        averaging=_averaging(config, options, machine.disk),
+    )
+
+
+def _communication(config: RunConfig, model: Architecture, machine: Machine) -> Communication | None:
+    """DDP: one float32 ring all-reduce a step, behind the last micro-batch's backward pass.
+
+    FSDP: for every micro-batch an all-gather in the precision of matrix products behind the forward pass
+    (a third of the computation), another and a float32 reduce-scatter behind the backward pass.
+    """
+    layout = machine.layout
+    if layout.devices == 1:
+        return None
+    once = model.parameters * (layout.devices - 1) / layout.devices  # numbers that a ring moves in a pass
+    flops = config.train.micro_batch * config.data.block_size * model.flops_per_token
+    compute = flops / machine.flops if machine.flops else None
+    if layout.sharded:
+        times, forward, backward = (
+            micro_batches(config, layout), once * layout.item, once * (layout.item + FLOAT),
+        )  # fmt: skip  # one line of names
+    else:
+        times, forward, backward = 1, 0.0, 2 * once * FLOAT
+    sent = round(times * (forward + backward))
+    if machine.link is None:
+        return Communication(sent, None, None, None)
+    seconds = sent / machine.link
+    if compute is None:
+        return Communication(sent, seconds, None, None)
+    exposed = times * (
+        max(forward / machine.link - compute / 3, 0.0) + max(backward / machine.link - compute * 2 / 3, 0.0)
+    )
+    return Communication(sent, seconds, exposed == 0, exposed)
+
+
+def _averaging(config: RunConfig, options: Options, disk: float) -> list[Averaging]:
+    """LAWA over the run's snapshots: the last window, and the whole sliding trajectory in one pass."""
+    every, size = options.every or config.checkpoint.snapshot_every, options.window
+    if every % config.checkpoint.snapshot_every:
+        raise UserError(
+            f"--every {every:,} is no multiple of checkpoint.snapshot_every {config.checkpoint.snapshot_every:,}",
+            hint="the spacing of a window is one of snapshots",
+        )
+    windows = sliding_windows(snapshot_steps(config), every=every, size=size)
+    label, each = f"LAWA {size}×{every}", snapshot_bytes(config)
+    return [
+        _merge(f"{label}, {name}", chosen, each, disk)
+        for name, chosen in (("the last", windows[-1:]), ("all (--at all)", windows))
+        if chosen
+    ]
+
+
+def _merge(label: str, windows: list[tuple[int, ...]], each: int, disk: float) -> Averaging:
+    """Each input is read once; a thread holds a piece of the input, three of work, and the open sums."""
+    read = len({step for window in windows for step in window}) * each
+    written = len(windows) * each
+    open_sums = min(len(windows), len(windows[0]))
+    memory = MERGE_THREADS * PIECE * DOUBLE * (4 + open_sums)
+    return Averaging(label, len(windows), read, written, memory, (read + written) / disk)

@@ -1,0 +1,175 @@
+"""On what the run is planned: devices, their speed, links and disk, and what of it is an assumption.
+
+Why: a plan is as good as its assumptions, so each is a number with a source, or one that the user gave,
+or it is missing and what depends on it is not computed.
+
+    machine = resolve_machine(config, Options(devices=8, device="h100"))
+"""
+
+from dataclasses import dataclass
+
+from llmtrain.config import RunConfig
+from llmtrain.errors import UserError
+from llmtrain.hardware import Precision, Published, published, resolve_precision
+from llmtrain.planning.memory import Layout, Parallel
+
+DEVICES_A_MACHINE = 8
+"""GPUs that NVLink joins; beyond them the network does."""
+NETWORK = 50e9
+"""Bytes/s and GPU in each direction: NDR InfiniBand, 400 Gb/s, a card for each GPU."""
+MFU = 0.4
+"""Model FLOPs over the dense peak, where none is given."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user says of the machine."""
+
+    devices: int = 1
+    device: str = "h100"
+    parallel: Parallel = "ddp"
+    mfu: float | None = None
+    flops: float | None = None
+    """Dense peak of one device, FLOP/s, instead of the published one."""
+    tokens_per_second: float | None = None
+    """Measured, of all devices; then there is nothing to assume of their speed."""
+    interconnect_gbps: float | None = None
+    """GB/s of one device in each direction."""
+    disk_gbps: float = 2.0
+    """GB/s, reading and writing together."""
+    window: int = 5
+    every: int | None = None
+    """Steps between two snapshots of a window; default: checkpoint.snapshot_every."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The devices as the plan takes them; what is not known is None."""
+
+    device: str
+    precision: Precision
+    layout: Layout
+    memory: float | None
+    """Bytes of one device."""
+    flops: float | None
+    """FLOP/s that one device sustains."""
+    mfu: float | None
+    """What that is of the dense peak."""
+    link: float | None
+    """Bytes/s of one device in each direction."""
+    disk: float
+    """Bytes/s."""
+    assumptions: tuple[str, ...]
+
+
+def resolve_machine(config: RunConfig, options: Options, flops_per_token: int) -> Machine:
+    """The machine that the options mean, with defaults from data sheets.
+
+    Raises:
+        UserError: a value out of range, a device that is not in the table, a batch that does not divide.
+    """
+    _check(options)
+    device = options.device.lower()
+    sheet = Published(0.0, None) if device in ("cpu", "other") else published(device)
+    precision, assumed = _precision(config, device)
+    layout = Layout(
+        options.devices, options.parallel, 2 if precision == "bfloat16" else 4, cuda=device != "cpu"
+    )
+    _check_batch(config, options.devices)
+    peak = options.flops or (sheet.flops if precision == "bfloat16" else 0.0) or None
+    if options.tokens_per_second is not None:
+        sustained: float | None = options.tokens_per_second * flops_per_token / options.devices
+        speed = f"speed: {options.tokens_per_second:,.0f} tokens/s measured on all devices, --tokens-per-second"
+    else:
+        sustained = peak and peak * (options.mfu or MFU)
+        speed = _say_speed(options, peak)
+    link, linked = _link(options, sheet)
+    disk = f"disk: {options.disk_gbps:g} GB/s, reading and writing together, --disk-gbps"
+    return Machine(
+        device=device,
+        precision=precision,
+        layout=layout,
+        memory=sheet.memory,
+        flops=sustained,
+        mfu=sustained / peak if sustained and peak else None,
+        link=link,
+        disk=options.disk_gbps * 1e9,
+        assumptions=tuple(line for line in (speed, linked, disk, assumed) if line),
+    )
+
+
+def _check(options: Options) -> None:
+    positive = {
+        "--devices": options.devices,
+        "--mfu": options.mfu,
+        "--flops": options.flops,
+        "--tokens-per-second": options.tokens_per_second,
+        "--interconnect-gbps": options.interconnect_gbps,
+        "--disk-gbps": options.disk_gbps,
+        "--window": options.window,
+        "--every": options.every,
+    }
+    for name, value in positive.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"{name} {value:g} is no number above 0", hint=f"see llmtrain plan --help for {name}")
+    if options.mfu is not None and options.mfu > 1:
+        raise UserError(
+            f"--mfu {options.mfu:g} is above 1, the device's peak", hint="a share of it, such as --mfu 0.4"
+        )
+    if options.tokens_per_second is not None and (options.mfu is not None or options.flops is not None):
+        raise UserError(
+            "--tokens-per-second is a measured speed, and --mfu and --flops an assumed one",
+            hint="give one or the other",
+        )
+
+
+def _check_batch(config: RunConfig, devices: int) -> None:
+    """A step's sequences must divide among the devices, and a device's into micro-batches."""
+    batch, micro = config.batch_size, config.train.micro_batch
+    if batch % devices:
+        raise UserError(
+            f"a step of {batch:,} sequences does not divide among {devices:,} devices",
+            hint=f"--set train.batch_sequences={max(round(batch / devices), 1) * devices} "
+            "(and leave out train.batch_tokens: --set train.batch_tokens=null)",
+        )
+    if (batch // devices) % micro:
+        fitting = max(n for n in range(1, micro + 1) if (batch // devices) % n == 0)
+        raise UserError(
+            f"a device's {batch // devices:,} sequences a step do not divide into train.micro_batch {micro:,}",
+            hint=f"--set train.micro_batch={fitting}",
+        )
+
+
+def _precision(config: RunConfig, device: str) -> tuple[Precision, str | None]:
+    """The precision of matrix products, and what was assumed where the config leaves it open."""
+    if config.train.precision != "auto":
+        return config.train.precision, None
+    if device == "other":
+        return "bfloat16", "precision: auto is taken for bfloat16, --set train.precision=float32"
+    if device != "cpu":
+        return "bfloat16", None
+    import torch  # only this machine's processor can tell what it multiplies
+
+    precision = resolve_precision("auto", torch.device("cpu"))
+    return precision, f"precision: auto, which is {precision} on this machine"
+
+
+def _say_speed(options: Options, peak: float | None) -> str | None:
+    if peak is None:
+        return None
+    source = "--flops" if options.flops else "published dense bfloat16 peak"
+    return f"speed: {options.mfu or MFU:.0%} (--mfu) of {peak / 1e12:,.6g} TFLOP/s a device, {source}"
+
+
+def _link(options: Options, sheet: Published) -> tuple[float | None, str | None]:
+    if options.devices == 1:
+        return None, None
+    if options.interconnect_gbps is not None:
+        rate, source = options.interconnect_gbps * 1e9, "--interconnect-gbps"
+    elif options.devices <= DEVICES_A_MACHINE and sheet.link is not None:
+        rate, source = sheet.link, "NVLink, --interconnect-gbps"
+    elif options.devices > DEVICES_A_MACHINE and sheet.flops:
+        rate, source = NETWORK, "400 Gb/s InfiniBand, --interconnect-gbps"
+    else:
+        return None, None
+    return rate, f"links: {rate / 1e9:g} GB/s a device in each direction, {source}"
