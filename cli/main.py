@@ -18,6 +18,7 @@ from .average import average
 from .common import print_error
 from .eval import evaluate
 from .inspect import inspect
+from .plan import plan
 from .prepare import prepare
 from .pretrain import pretrain
 from .report import report
@@ -34,6 +35,7 @@ app = typer.Typer(
     "130 or 143 ended by Ctrl-C or SIGTERM with everything saved.",
 )
 app.command()(prepare)
+app.command()(plan)
 app.command()(pretrain)
 app.command()(average)
 app.command()(inspect)

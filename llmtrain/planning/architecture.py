@@ -48,6 +48,11 @@ class Architecture:
         return self.model.n_layer * self.block + self.final_norm
 
     @property
+    def root(self) -> int:
+        """All but the blocks."""
+        return self.parameters - self.model.n_layer * self.block
+
+    @property
     def multiplied(self) -> int:
         """Weights that autocast copies to bfloat16: linear layers with their biases, and the head."""
         width = self.model.n_embd

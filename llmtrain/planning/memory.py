@@ -87,109 +87,20 @@ def device_memory(config: RunConfig, layout: Layout) -> list[Usage]:
         config: the run.
         layout: devices, and how the run is spread over them.
     """
-    return [*_of_a_step(config, layout), *_between_steps(config, layout)]
+    run = _Run(config, layout)
+    return [run.loss(), run.last_block(), run.first_block(), run.end(), run.averaging(), run.evaluating()]
+
+
+def host_memory(config: RunConfig, layout: Layout) -> int:
+    """Host memory for a process with a GPU: averages kept there, and the copy of a state being saved."""
+    run = _Run(config, layout)
+    offloaded = sum(bytes_held(each) for each in config.averages if each.offload)
+    return offloaded * run.share + run.resident.total
 
 
 def micro_batches(config: RunConfig, layout: Layout) -> int:
     """Forward passes of one device in one step."""
     return config.batch_size // (layout.devices * config.train.micro_batch)
-
-
-def _resident(config: RunConfig, layout: Layout) -> Usage:
-    """What is there all the time: float32 weights, AdamW's two moments, the online averages."""
-    count = math.ceil(Architecture(config.model, config.data.block_size).parameters / _shards(layout))
-    held = sum(bytes_held(each) for each in config.averages if not (layout.cuda and each.offload))
-    return Usage("", weights=FLOAT * count, optimizer=2 * FLOAT * count, averages=held * count)
-
-
-def _of_a_step(config: RunConfig, layout: Layout) -> list[Usage]:
-    """At the loss, in the backward of the last and the first block, and where the embeddings get theirs."""
-    model = Architecture(config.model, config.data.block_size)
-    saved = Activations(model, config.train.micro_batch, layout.item, layout.cuda)
-    accumulating = micro_batches(config, layout) > 1
-    everywhere = FLOAT * math.ceil(model.parameters / _shards(layout))
-    before = everywhere if layout.replicated or accumulating else 0
-    tied = (layout.item if layout.sharded else FLOAT) * model.token_embedding
-    block_copies = layout.item * model.block if layout.item != FLOAT else 0
-    copies = _copies(model, layout)
-    reduced = (layout.item + FLOAT) * model.block if layout.sharded else 0
-    root = model.parameters - model.model.n_layer * model.block
-    above = FLOAT * math.ceil((model.without_embeddings - model.block) / _shards(layout))
-    resident = _resident(config, layout)
-    return [
-        replace(
-            resident,
-            moment="at the loss",
-            gradients=before,
-            copies=copies,
-            activations=saved.blocks + saved.head,
-            logits=saved.loss,
-        ),
-        replace(
-            resident,
-            moment="in the last block's backward",
-            gradients=before + tied,
-            copies=copies,
-            activations=saved.blocks + saved.block_backward,
-            buffers=reduced,
-        ),
-        replace(
-            resident,
-            moment="in the first block's backward",
-            gradients=(before or above) + tied,
-            copies=copies if layout.sharded else block_copies,
-            activations=saved.block + saved.block_backward,
-            buffers=reduced,
-        ),
-        # The tied matrix has a gradient from the head and one from the embedding; the sum takes the place of
-        # one of them where it was cast from bfloat16, and is a third where it was not.
-        replace(
-            resident,
-            moment="at the end of backward",
-            gradients=(before or everywhere - FLOAT * math.ceil(model.token_embedding / _shards(layout))) + (3 if layout.item == FLOAT else 2) * tied,
-            copies=layout.item * root if layout.sharded else 0,
-            buffers=(layout.item + FLOAT) * root if layout.sharded else 0,
-        ),
-    ]
-
-
-def _between_steps(config: RunConfig, layout: Layout) -> list[Usage]:
-    """In an update or a save of averages, and in an evaluation; there are no gradients but in buckets."""
-    model = Architecture(config.model, config.data.block_size)
-    saved = Activations(model, config.train.micro_batch, layout.item, layout.cuda)
-    resident = replace(
-        _resident(config, layout), gradients=FLOAT * model.parameters if layout.replicated else 0
-    )
-    count = math.ceil(model.parameters / _shards(layout))
-    here = [each for each in config.averages if not (layout.cuda and each.offload)]
-    making = max((_made(each) for each in here), default=0) * count
-    evaluated = FLOAT * count if any(isinstance(each, _MEANS) for each in config.averages) else 0
-    return [
-        replace(
-            resident,
-            moment="when averages are updated or saved",
-            averages=resident.averages + making,
-            buffers=_transposed(model, layout),
-        ),
-        replace(
-            resident,
-            moment="in an evaluation",
-            averages=resident.averages + evaluated,
-            copies=_copies(model, layout),
-            activations=saved.evaluation(config.eval.batch),
-        ),
-    ]
-
-
-def host_memory(config: RunConfig, layout: Layout) -> int:
-    """Host memory for a process with a GPU: averages kept there, and the copy of a state being saved."""
-    count = math.ceil(Architecture(config.model, config.data.block_size).parameters / _shards(layout))
-    held = sum(bytes_held(each) for each in config.averages if each.offload)
-    resident = _resident(config, layout)
-    return held * count + resident.weights + resident.optimizer + resident.averages
-
-
-_MEANS = (SwaConfig, RunningMeanConfig, LawaConfig)
 
 
 def bytes_held(average: AverageConfig) -> int:
@@ -203,27 +114,125 @@ def bytes_held(average: AverageConfig) -> int:
             return FLOAT
 
 
-def _made(average: AverageConfig) -> int:
+def _bytes_made(average: AverageConfig) -> int:
     """Bytes of each parameter that exist only while an average is updated or saved.
 
     A recursion scales a copy of the weights, a queue takes its newest before it drops its oldest, a mean is
     divided out; a running mean and what it lost by rounding are float32, both from a float64 quotient.
     """
-    return 3 * FLOAT + DOUBLE - FLOAT if isinstance(average, RunningMeanConfig) else FLOAT
+    return 2 * FLOAT + DOUBLE if isinstance(average, RunningMeanConfig) else FLOAT
 
 
-def _shards(layout: Layout) -> int:
-    return layout.devices if layout.sharded else 1
+class _Run:
+    """The sizes of which the moments are made; each method is one moment."""
 
+    def __init__(self, config: RunConfig, layout: Layout) -> None:
+        self.config, self.layout = config, layout
+        self.model = Architecture(config.model, config.data.block_size)
+        self.saved = Activations(self.model, config.train.micro_batch, layout.item, layout.cuda)
+        self.here = [each for each in config.averages if not (layout.cuda and each.offload)]
+        self.share = self._sharded(self.model.parameters)
+        """Parameters whose float32 weights lie on one device."""
+        self.resident = Usage(
+            "",
+            weights=FLOAT * self.share,
+            optimizer=2 * FLOAT * self.share,
+            averages=sum(map(bytes_held, self.here)) * self.share,
+        )
+        accumulating = micro_batches(config, layout) > 1
+        self.held_gradients = FLOAT * self.share if layout.replicated or accumulating else 0
+        """Gradients that are there before the backward pass begins."""
+        self.tied = (layout.item if layout.sharded else FLOAT) * self.model.token_embedding
+        """The head's gradient of the tied matrix, which waits for the embedding's."""
 
-def _copies(model: Architecture, layout: Layout) -> int:
-    """Copies of weights that a forward pass holds: autocast's of all it multiplies, or FSDP's gathered."""
-    if layout.sharded:
-        root = model.parameters - model.model.n_layer * model.block
-        return layout.item * (root + min(2, model.model.n_layer) * model.block)
-    return layout.item * model.multiplied if layout.item != FLOAT else 0
+    def _sharded(self, parameters: int) -> int:
+        return math.ceil(parameters / self.layout.devices) if self.layout.sharded else parameters
 
+    @property
+    def _copies(self) -> int:
+        """Copies of weights that a forward pass holds: autocast's of all it multiplies, or FSDP's gathered."""
+        if self.layout.sharded:
+            gathered = self.model.root + min(2, self.model.model.n_layer) * self.model.block
+            return self.layout.item * gathered
+        return self.layout.item * self.model.multiplied if self.layout.item != FLOAT else 0
 
-def _transposed(model: Architecture, layout: Layout) -> int:
-    """A saved folder's linear weights lie the other way round: on a CPU, a copy in the same memory."""
-    return 0 if layout.cuda else FLOAT * 12 * model.model.n_embd**2 * model.model.n_layer
+    def _reduced(self, parameters: int) -> int:
+        """FSDP's gradients of a gathered group, as they came and as they are reduced."""
+        return (self.layout.item + FLOAT) * parameters if self.layout.sharded else 0
+
+    def loss(self) -> Usage:
+        """All that is saved for the backward pass, which begins."""
+        return replace(
+            self.resident,
+            moment="at the loss",
+            gradients=self.held_gradients,
+            copies=self._copies,
+            activations=self.saved.blocks + self.saved.head,
+            logits=self.saved.loss,
+        )
+
+    def last_block(self) -> Usage:
+        """The logits are gone, the activations of all blocks are not."""
+        return replace(
+            self.resident,
+            moment="in the last block's backward",
+            gradients=self.held_gradients + self.tied,
+            copies=self._copies,
+            activations=self.saved.blocks + self.saved.block_backward,
+            buffers=self._reduced(self.model.block),
+        )
+
+    def first_block(self) -> Usage:
+        """All gradients but its own and the embeddings' are there, and autocast's copies are gone."""
+        above = FLOAT * self._sharded(self.model.without_embeddings - self.model.block)
+        own = self.layout.item * self.model.block if self.layout.item != FLOAT else 0
+        return replace(
+            self.resident,
+            moment="in the first block's backward",
+            gradients=(self.held_gradients or above) + self.tied,
+            copies=self._copies if self.layout.sharded else own,
+            activations=self.saved.block + self.saved.block_backward,
+            buffers=self._reduced(self.model.block),
+        )
+
+    def end(self) -> Usage:
+        """The tied matrix has two gradients, and their sum.
+
+        The sum takes the place of one of them where it was cast from bfloat16, and is a third where it was not.
+        """
+        others = FLOAT * self._sharded(self.model.parameters - self.model.token_embedding)
+        return replace(
+            self.resident,
+            moment="at the end of backward",
+            gradients=(self.held_gradients or others) + (3 if self.layout.item == FLOAT else 2) * self.tied,
+            copies=self.layout.item * self.model.root if self.layout.sharded else 0,
+            buffers=self._reduced(self.model.root),
+        )
+
+    def averaging(self) -> Usage:
+        """Averages are updated or saved; on a CPU, saving turns linear weights round in the same memory."""
+        linear = 12 * self.model.model.n_embd**2 * self.model.model.n_layer
+        return replace(
+            self.resident,
+            moment="when averages or weights are saved",
+            averages=self.resident.averages + max(map(_bytes_made, self.here), default=0) * self.share,
+            gradients=self._buckets,
+            buffers=0 if self.layout.cuda else FLOAT * linear,
+        )
+
+    def evaluating(self) -> Usage:
+        """A forward pass of the validation data; a mean is divided out for it."""
+        means = any(isinstance(each, SwaConfig | RunningMeanConfig | LawaConfig) for each in self.config.averages)
+        return replace(
+            self.resident,
+            moment="in an evaluation",
+            averages=self.resident.averages + (FLOAT * self.share if means else 0),
+            gradients=self._buckets,
+            copies=self._copies,
+            activations=self.saved.evaluation(self.config.eval.batch),
+        )
+
+    @property
+    def _buckets(self) -> int:
+        """Gradients between two steps: only what DDP never gives back."""
+        return FLOAT * self.share if self.layout.replicated else 0
