@@ -28,7 +28,9 @@ _AVERAGING = "Averaging"
 
 
 def plan(
-    config: Annotated[Path, typer.Option("--config", "-c", help="YAML file, such as configs/gpt2-small.yaml.")],
+    config: Annotated[
+        Path, typer.Option("--config", "-c", help="YAML file, such as configs/gpt2-small.yaml.")
+    ],
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the config; repeatable."),
@@ -139,11 +141,11 @@ def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right
 def _run(plan: "Plan") -> Table:
     model, layout = plan.architecture, plan.machine.layout
     table = _table("Model and run", "", justify="left")
-    sequences = f"{plan.tokens // plan.steps // model.block_size // layout.devices // plan.micro_batches:,}"
+    sequences = f"{plan.tokens_per_step // model.block_size // layout.devices // plan.micro_batches:,}"
     table.add_row("parameters", f"{model.parameters:,}")
     table.add_row("  without embeddings", f"{model.without_embeddings:,}")
-    table.add_row("tokens", f"{plan.tokens // plan.steps:,} a step × {plan.steps:,} steps = {plan.tokens:,}")
-    table.add_row("FLOPs", f"{model.flops_per_token:.3g} a token, {plan.flops:.3g} in all")
+    table.add_row("tokens", f"{plan.tokens_per_step:,} a step, {plan.steps:,} steps, {plan.tokens:,} in all")
+    table.add_row("FLOPs", f"{model.flops_per_token():.3g} a token, {plan.flops:.3g} in all")
     table.add_row("devices", f"{layout.devices:,} × {plan.machine.device}" + _spread(plan))
     table.add_row("a device's step", f"{plan.micro_batches} × {sequences} sequences of {model.block_size:,}")
     table.add_row("precision", plan.machine.precision)
@@ -197,12 +199,12 @@ def _time(plan: "Plan") -> Table:
     devices, sent = plan.machine.layout.devices, plan.communication
     table.add_row("tokens/s", number(plan.tokens_per_second))
     table.add_row("a step", seconds(plan.step_seconds))
-    table.add_row("hours", number(plan.hours))
+    table.add_row("hours", number(plan.hours) if plan.hours else "n/a without --flops or --tokens-per-second")
     table.add_row("device-hours", number(plan.hours and plan.hours * devices))
     if sent is not None:
         table.add_row("sent by a device a step", size(sent.bytes))
         table.add_row("  takes", seconds(sent.seconds))
-        hidden = {None: "n/a", True: "yes", False: f"no, {seconds(sent.exposed_seconds)} a step stay"}
+        hidden = {None: "n/a", True: "yes", False: f"no, {seconds(sent.exposed_seconds)} a step are not"}
         table.add_row("  hidden by computation", hidden[sent.hidden])
     return table
 
@@ -270,7 +272,7 @@ def _document(plan: "Plan") -> dict[str, Any]:
     return {
         "parameters": model.parameters,
         "parameters_without_embeddings": model.without_embeddings,
-        "flops_per_token": model.flops_per_token,
+        "flops_per_token": model.flops_per_token(),
         "flops": plan.flops,
         "tokens": plan.tokens,
         "steps": plan.steps,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "bfloat16"]
 
+
 @dataclass(frozen=True)
 class Published:
     """What NVIDIA's data sheet says of a device."""

@@ -66,11 +66,13 @@ class Architecture:
             return self.parameters
         return self.parameters + self.model.n_embd * (11 * self.model.n_layer + 1)
 
-    @property
-    def flops_per_token(self) -> int:
-        """6N + 12·L·C·T to train on one token, as `GPT.flops_per_token` (PaLM, 2022, appendix B)."""
+    def flops_per_token(self, length: int | None = None) -> int:
+        """6N + 12·L·C·T to train on one token, as `GPT.flops_per_token` (PaLM, 2022, appendix B).
+
+        T is `length`, by default the block size.
+        """
         matrices = self.parameters - self.position_embedding
-        return 6 * matrices + 12 * self.model.n_layer * self.model.n_embd * self.block_size
+        return 6 * matrices + 12 * self.model.n_layer * self.model.n_embd * (length or self.block_size)
 
     def _biases(self, *, block: bool) -> int:
         """Of one block: attention 3C + C, MLP 4C + C, norms 2C; of the last norm: C."""

@@ -16,6 +16,7 @@ from llmtrain.planning.architecture import Architecture
 from llmtrain.planning.machine import Machine, Options, resolve_machine
 from llmtrain.planning.memory import DOUBLE, Usage, device_memory, host_memory, micro_batches
 from llmtrain.planning.storage import Storage, run_storage, snapshot_bytes, snapshot_steps
+from llmtrain.training.schedules import block_size, tokens_until
 
 MERGE_THREADS = 4
 """The most that the streaming merge starts."""
@@ -55,10 +56,13 @@ class Plan:
     architecture: Architecture
     machine: Machine
     steps: int
+    tokens_per_step: int
+    """Once the sequences have their full length."""
     tokens: int
     micro_batches: int
     flops: int
     tokens_per_second: float | None
+    """At full length."""
     step_seconds: float | None
     hours: float | None
     usages: list[Usage]
@@ -75,25 +79,36 @@ def estimate(config: RunConfig, options: Options) -> Plan:
         UserError: options that are out of range or do not go with the config.
     """
     model = Architecture(config.model, config.data.block_size)
-    machine = resolve_machine(config, options, model.flops_per_token)
-    tokens = config.tokens_per_step * config.train.max_steps
-    rate = machine.flops and machine.flops * machine.layout.devices / model.flops_per_token
+    machine = resolve_machine(config, options, model.flops_per_token())
+    speed = machine.flops and machine.flops * machine.layout.devices
+    rate = speed and speed / model.flops_per_token()
+    flops = _flops(config, model)
     return Plan(
         architecture=model,
         machine=machine,
         steps=config.train.max_steps,
-        tokens=tokens,
+        tokens_per_step=config.tokens_per_step,
+        tokens=tokens_until(config.train.max_steps, config),
         micro_batches=micro_batches(config, machine.layout),
-        flops=tokens * model.flops_per_token,
+        flops=flops,
         tokens_per_second=rate,
         step_seconds=config.tokens_per_step / rate if rate else None,
-        hours=tokens / rate / 3600 if rate else None,
+        hours=flops / speed / 3600 if speed else None,
         usages=device_memory(config, machine.layout),
         host_memory=host_memory(config, machine.layout),
         communication=_communication(config, model, machine),
         storage=run_storage(config),
         averaging=_averaging(config, options, machine.disk),
     )
+
+
+def _flops(config: RunConfig, model: Architecture) -> int:
+    """Of the whole run; the first steps may train on shorter sequences, whose attention costs less."""
+    warmup, steps = config.data.block_warmup, config.train.max_steps
+    short = min(steps, warmup.steps) if warmup is not None else 0
+    lengths = [block_size(step, config.data) for step in range(1, short + 1)]
+    short_flops = config.batch_size * sum(length * model.flops_per_token(length) for length in lengths)
+    return short_flops + (steps - short) * config.tokens_per_step * model.flops_per_token()
 
 
 def _communication(config: RunConfig, model: Architecture, machine: Machine) -> Communication | None:
@@ -106,7 +121,7 @@ def _communication(config: RunConfig, model: Architecture, machine: Machine) -> 
     if layout.devices == 1:
         return None
     once = model.parameters * (layout.devices - 1) / layout.devices  # numbers that a ring moves in a pass
-    flops = config.train.micro_batch * config.data.block_size * model.flops_per_token
+    flops = config.train.micro_batch * config.data.block_size * model.flops_per_token()
     compute = flops / machine.flops if machine.flops else None
     if layout.sharded:
         times, forward, backward = (

@@ -79,7 +79,9 @@ def resolve_machine(config: RunConfig, options: Options, flops_per_token: int) -
     peak = options.flops or (sheet.flops if precision == "bfloat16" else 0.0) or None
     if options.tokens_per_second is not None:
         sustained: float | None = options.tokens_per_second * flops_per_token / options.devices
-        speed = f"speed: {options.tokens_per_second:,.0f} tokens/s measured on all devices, --tokens-per-second"
+        speed: str | None = (
+            f"speed: {options.tokens_per_second:,.0f} tokens/s measured on all devices, --tokens-per-second"
+        )
     else:
         sustained = peak and peak * (options.mfu or MFU)
         speed = _say_speed(options, peak)
@@ -111,7 +113,9 @@ def _check(options: Options) -> None:
     }
     for name, value in positive.items():
         if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"{name} {value:g} is no number above 0", hint=f"see llmtrain plan --help for {name}")
+            raise UserError(
+                f"{name} {value:g} is no number above 0", hint=f"see llmtrain plan --help for {name}"
+            )
     if options.mfu is not None and options.mfu > 1:
         raise UserError(
             f"--mfu {options.mfu:g} is above 1, the device's peak", hint="a share of it, such as --mfu 0.4"

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from llmtrain.config import AverageConfig, LawaConfig, RunConfig, RunningMeanConfig, SwaConfig
+from llmtrain.config import RunConfig
+from llmtrain.config_averages import AverageConfig, LawaConfig, RunningMeanConfig, SwaConfig
 from llmtrain.planning.activations import FLOAT, Activations
 from llmtrain.planning.architecture import Architecture
 
@@ -222,7 +223,9 @@ class _Run:
 
     def evaluating(self) -> Usage:
         """A forward pass of the validation data; a mean is divided out for it."""
-        means = any(isinstance(each, SwaConfig | RunningMeanConfig | LawaConfig) for each in self.config.averages)
+        means = any(
+            isinstance(each, SwaConfig | RunningMeanConfig | LawaConfig) for each in self.config.averages
+        )
         return replace(
             self.resident,
             moment="in an evaluation",

@@ -8,7 +8,8 @@ the headers of their files and the JSON beside them are a few kilobytes a folder
 
 from dataclasses import dataclass
 
-from llmtrain.config import AverageConfig, EmaConfig, LawaConfig, PowerEmaConfig, RunConfig, RunningMeanConfig
+from llmtrain.config import RunConfig
+from llmtrain.config_averages import AverageConfig, EmaConfig, LawaConfig, PowerEmaConfig, RunningMeanConfig
 from llmtrain.planning.activations import FLOAT
 from llmtrain.planning.architecture import Architecture
 from llmtrain.planning.memory import bytes_held
@@ -51,7 +52,9 @@ class Storage:
 
 def snapshot_steps(config: RunConfig) -> list[int]:
     """The steps of snapshots: each `snapshot_every` once warm-up is over, and the last step."""
-    return [s for s in _multiples(config.checkpoint.snapshot_every, config) if s > config.schedule.warmup_steps]
+    return [
+        s for s in _multiples(config.checkpoint.snapshot_every, config) if s > config.schedule.warmup_steps
+    ]
 
 
 def snapshot_bytes(config: RunConfig) -> int:
@@ -62,14 +65,13 @@ def snapshot_bytes(config: RunConfig) -> int:
 def run_storage(config: RunConfig) -> Storage:
     """What the run leaves on disk, from an uninterrupted start to its end."""
     parameters = Architecture(config.model, config.data.block_size).parameters
-    states = len(_multiples(config.checkpoint.state_every, config))
+    # One that may go back saves where it began.
+    states = len(_multiples(config.checkpoint.state_every, config)) + config.rewinds
     held = sum(bytes_held(each) for each in config.averages)
     return Storage(
         snapshots=Saved("snapshots", len(snapshot_steps(config)), snapshot_bytes(config)),
         averages=tuple(_saved(each, config) for each in config.averages),
-        states=Saved(
-            "states", min(states, config.checkpoint.keep_states), (3 * FLOAT + held) * parameters
-        ),
+        states=Saved("states", min(states, config.checkpoint.keep_states), (3 * FLOAT + held) * parameters),
         states_saved=states,
     )
 
