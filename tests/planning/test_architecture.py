@@ -1,0 +1,27 @@
+"""The formulas count what the model has."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmtrain.config import ModelConfig
+from llmtrain.model import GPT
+from llmtrain.planning.architecture import Architecture
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 4), st.integers(1, 3), st.integers(1, 16), st.integers(1, 300), st.integers(1, 64), st.booleans()
+)  # fmt: skip  # one line of ranges
+def test_counts_are_those_of_the_model(
+    layers: int, heads: int, head: int, vocabulary: int, block: int, bias: bool
+) -> None:
+    config = ModelConfig(
+        n_layer=layers, n_head=heads, n_embd=heads * head, vocab_size=vocabulary, bias=bias
+    )
+    counted, model = Architecture(config, block), GPT(config, block)
+    assert counted.parameters == model.n_parameters()
+    assert counted.flops_per_token() == model.flops_per_token()
+    assert counted.flops_per_token(8) == model.flops_per_token(8)
+    embeddings = model.transformer.wte.weight.numel() + model.transformer.wpe.weight.numel()
+    assert counted.without_embeddings == counted.parameters - embeddings
+    assert counted.block == sum(p.numel() for p in model.transformer.h[0].parameters())
