@@ -104,7 +104,13 @@ print(resident("VmHWM") - before)
     ("layers", "width", "vocabulary"), [(6, 384, 50_304), (6, 384, 264), (4, 256, 8_192)]
 )
 def test_a_training_process_grows_by_the_planned_peak(
-    planned: Build, data_folder: Path, tmp_path: Path, layers: int, width: int, vocabulary: int, precision: str
+    planned: Build,
+    data_folder: Path,
+    tmp_path: Path,
+    layers: int,
+    width: int,
+    vocabulary: int,
+    precision: str,
 ) -> None:
     config = planned(
         data={"path": str(data_folder), "block_size": 256},
@@ -153,7 +159,11 @@ def test_fsdp_divides_what_ddp_repeats(planned: Build) -> None:
         for devices, parallel in ((1, "ddp"), (8, "ddp"), (8, "fsdp"))
     )
     for one, copied, sharded in zip(alone, ddp, fsdp, strict=True):
-        assert (copied.weights, copied.optimizer, copied.averages) == (one.weights, one.optimizer, one.averages)
+        assert (copied.weights, copied.optimizer, copied.averages) == (
+            one.weights,
+            one.optimizer,
+            one.averages,
+        )
         for part in ("weights", "optimizer"):
             assert getattr(sharded, part) == pytest.approx(getattr(one, part) / 8, rel=1e-3)
         assert sharded.activations == copied.activations

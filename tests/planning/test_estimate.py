@@ -1,0 +1,138 @@
+"""Hours, communication and averaging: arithmetic that a reader can repeat, and what cannot be known."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llmtrain.config import RunConfig
+from llmtrain.config_file import load_config
+from llmtrain.errors import UserError
+from llmtrain.planning.estimate import Plan, estimate
+from llmtrain.planning.machine import Options
+
+Build = Callable[..., RunConfig]
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+REPOSITORY = Path(__file__).parents[2]
+SMALL = REPOSITORY / "configs" / "gpt2-small.yaml"
+
+
+def small(options: Options, *overrides: str) -> Plan:
+    return estimate(load_config(SMALL, list(overrides)), options)
+
+
+def test_hours_are_flops_over_the_peak_and_the_mfu() -> None:
+    plan = small(Options(devices=8, mfu=0.5))
+    assert plan.flops == 27_525_120_000 * plan.architecture.flops_per_token()
+    assert plan.hours == pytest.approx(plan.flops / (8 * 0.5 * 989e12) / 3600)
+    assert small(Options(devices=8, flops=1e15, mfu=0.989 / 2)).hours == pytest.approx(plan.hours)
+    measured = small(Options(devices=8, tokens_per_second=plan.tokens_per_second))
+    assert measured.hours == pytest.approx(plan.hours)
+    assert measured.machine.mfu == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("device", ["cpu", "other"])
+def test_nothing_is_guessed_of_an_unknown_device(device: str) -> None:
+    plan = small(Options(devices=8, device=device), "train.precision=float32")
+    assert plan.communication is not None
+    assert (plan.hours, plan.tokens_per_second, plan.machine.memory) == (None, None, None)
+    assert (plan.communication.seconds, plan.communication.hidden) == (None, None)
+    assert small(Options(device=device, flops=1e12)).hours is not None
+
+
+def test_float32_has_no_published_peak() -> None:
+    assert small(Options(), "train.precision=float32").hours is None
+
+
+def test_ddp_sends_gradients_once_a_step_and_fsdp_every_micro_batch() -> None:
+    ddp, fsdp = small(Options(devices=8)), small(Options(devices=8, parallel="fsdp"))
+    assert ddp.communication is not None
+    assert fsdp.communication is not None
+    numbers = ddp.architecture.parameters * 7 / 8
+    assert ddp.micro_batches == 3
+    assert ddp.communication.bytes == pytest.approx(2 * 4 * numbers)
+    assert fsdp.communication.bytes == pytest.approx(3 * (2 + 2 + 4) * numbers)
+    assert ddp.communication.seconds == pytest.approx(ddp.communication.bytes / 450e9)
+    beyond = small(Options(devices=24))
+    assert beyond.communication is not None
+    assert beyond.communication.seconds == pytest.approx(beyond.communication.bytes / 50e9)
+
+
+def test_what_the_backward_pass_cannot_hide_is_told() -> None:
+    options = Options(devices=8, mfu=0.4)
+    plan = small(options)
+    micro = 16 * 1024 * plan.architecture.flops_per_token()
+    backward = micro * 2 / 3 / (0.4 * 989e12)
+    assert plan.communication is not None
+    just = plan.communication.bytes / backward / 1e9
+    hidden = small(replace(options, interconnect_gbps=just * 1.01)).communication
+    late = small(replace(options, interconnect_gbps=just / 2)).communication
+    assert hidden is not None
+    assert hidden.hidden is True
+    assert late is not None
+    assert late.hidden is False
+    assert late.exposed_seconds == pytest.approx(backward)
+
+
+def test_shorter_first_sequences_cost_less(planned: Build) -> None:
+    whole = estimate(planned(), Options())
+    short = estimate(planned(data__block_warmup={"start": 8, "steps": 2}), Options())
+    flops = whole.architecture.flops_per_token
+    assert whole.tokens - short.tokens == 64 * (64 - 8)
+    assert whole.flops - short.flops == 64 * (64 * flops(64) - 8 * flops(8))
+
+
+def test_averaging_reads_each_input_once() -> None:
+    last, whole = small(Options(every=1000, disk_gbps=4.0)).averaging
+    folder = small(Options()).storage.snapshots.bytes_each
+    assert (last.averages, last.read, last.written) == (1, 5 * folder, folder)
+    # Snapshots at 3,000 … 70,000 in steps of 1,000, and those between that --every passes over too.
+    assert whole.averages == 340 - 4 * 5
+    assert whole.read == 340 * folder
+    assert last.seconds == pytest.approx(6 * folder / 4e9)
+    assert whole.memory < 20e6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(devices=0), "--devices 0"),
+        (Options(devices=-1), "--devices -1"),
+        (Options(mfu=2), "above 1"),
+        (Options(mfu=float("nan")), "--mfu nan"),
+        (Options(device="tpu"), "'tpu'"),
+        (Options(devices=7), "does not divide among 7"),
+        (Options(devices=48), "micro_batch 16"),
+        (Options(every=300), "no multiple"),
+        (Options(tokens_per_second=1.0, mfu=0.4), "or the other"),
+    ],
+)
+def test_bad_options(options: Options, message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        small(options)
+    assert message in f"{raised.value} {raised.value.hint}"
+
+
+def test_the_command(llmtrain: Command, tmp_path: Path) -> None:
+    shown = llmtrain("plan", "--config", SMALL, "--devices", "8", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    assert "124,373,760" in shown.stdout
+    printed = llmtrain("plan", "--config", SMALL, "--devices", "8", "--json", cwd=tmp_path)
+    document = json.loads(printed.stdout)
+    assert document["time"]["hours"] == pytest.approx(small(Options(devices=8)).hours)
+    refused = llmtrain("plan", "--config", SMALL, "--device", "tpu", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert len(refused.stderr.splitlines()) == 2
+
+
+def test_a_plan_needs_no_torch() -> None:
+    code = f"import sys; sys.argv = ['llmtrain', 'plan', '--config', {str(SMALL)!r}]\n"
+    code += "import atexit; atexit.register(lambda: print('torch' in sys.modules))\n"
+    code += "from llmtrain.cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
