@@ -39,7 +39,7 @@ def plan(
     device: Annotated[
         str,
         typer.Option(
-            help="h200, h100, h100-pcie, h100-nvl, a100-80gb, a100-40gb, l40s, l4, a10g, cpu, or other: one of "
+            help="h200, h100, h100-pcie, h100-nvl, a100-80gb, a100-40gb, a100, l40s, l4, a10g, cpu, or other: one of "
             "which nothing is known."
         ),
     ] = "h100",
@@ -201,6 +201,8 @@ def _time(plan: "Plan") -> Table:
     table.add_row("a step", seconds(plan.step_seconds))
     table.add_row("hours", number(plan.hours) if plan.hours else "n/a without --flops or --tokens-per-second")
     table.add_row("device-hours", number(plan.hours and plan.hours * devices))
+    if sent is not None and sent.hidden is False:
+        table.add_row("hours, exposed added", number(plan.hours_exposed))
     if sent is not None:
         table.add_row("sent by a device a step", size(sent.bytes))
         table.add_row("  takes", seconds(sent.seconds))
@@ -288,6 +290,7 @@ def _document(plan: "Plan") -> dict[str, Any]:
             "tokens_per_second": plan.tokens_per_second,
             "step_seconds": plan.step_seconds,
             "hours": plan.hours,
+            "hours_exposed": plan.hours_exposed,
             "device_hours": plan.hours and plan.hours * plan.machine.layout.devices,
         },
         "communication": asdict(plan.communication) if plan.communication else None,

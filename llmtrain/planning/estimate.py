@@ -65,6 +65,9 @@ class Plan:
     """At full length."""
     step_seconds: float | None
     hours: float | None
+    """As if all communication were hidden."""
+    hours_exposed: float | None
+    """With what cannot be hidden added to every step."""
     usages: list[Usage]
     host_memory: int
     communication: Communication | None
@@ -82,7 +85,10 @@ def estimate(config: RunConfig, options: Options) -> Plan:
     machine = resolve_machine(config, options, model.flops_per_token())
     speed = machine.flops and machine.flops * machine.layout.devices
     rate = speed and speed / model.flops_per_token()
+    step_seconds = config.tokens_per_step / rate if rate else None
     flops = _flops(config, model)
+    hours = flops / speed / 3600 if speed else None
+    communication = _communication(config, model, machine)
     return Plan(
         architecture=model,
         machine=machine,
@@ -92,11 +98,12 @@ def estimate(config: RunConfig, options: Options) -> Plan:
         micro_batches=micro_batches(config, machine.layout),
         flops=flops,
         tokens_per_second=rate,
-        step_seconds=config.tokens_per_step / rate if rate else None,
-        hours=flops / speed / 3600 if speed else None,
+        step_seconds=step_seconds,
+        hours=hours,
+        hours_exposed=_with_exposed(hours, step_seconds, communication),
         usages=device_memory(config, machine.layout),
         host_memory=host_memory(config, machine.layout),
-        communication=_communication(config, model, machine),
+        communication=communication,
         storage=run_storage(config),
         averaging=_averaging(config, options, machine.disk),
     )
@@ -141,6 +148,17 @@ def _communication(config: RunConfig, model: Architecture, machine: Machine) -> 
     return Communication(sent, seconds, exposed == 0, exposed)
 
 
+def _with_exposed(
+    hours: float | None, step: float | None, communication: Communication | None
+) -> float | None:
+    """The hours of a run whose steps take longer by what of its communication is not hidden."""
+    if hours is None or step is None or communication is None:
+        return hours
+    if communication.exposed_seconds is None:
+        return None
+    return hours * (1 + communication.exposed_seconds / step)
+
+
 def _averaging(config: RunConfig, options: Options, disk: float) -> list[Averaging]:
     """LAWA over the run's snapshots: the last window, and the whole sliding trajectory in one pass."""
     every, size = options.every or config.checkpoint.snapshot_every, options.window
@@ -159,9 +177,12 @@ def _averaging(config: RunConfig, options: Options, disk: float) -> list[Averagi
 
 
 def _merge(label: str, windows: list[tuple[int, ...]], each: int, disk: float) -> Averaging:
-    """Each input is read once; a thread holds a piece of the input, three of work, and the open sums."""
+    """Each input is read once.
+
+    A thread holds a piece as it is stored, three of work, one rounded, and the sums that are open.
+    """
     read = len({step for window in windows for step in window}) * each
     written = len(windows) * each
     open_sums = min(len(windows), len(windows[0]))
-    memory = MERGE_THREADS * PIECE * DOUBLE * (4 + open_sums)
+    memory = MERGE_THREADS * PIECE * DOUBLE * (5 + open_sums)
     return Averaging(label, len(windows), read, written, memory, (read + written) / disk)

@@ -16,7 +16,11 @@ from llmtrain.planning.memory import Layout, Parallel
 DEVICES_A_MACHINE = 8
 """GPUs that NVLink joins; beyond them the network does."""
 NETWORK = 50e9
-"""Bytes/s and GPU in each direction: NDR InfiniBand, 400 Gb/s, a card for each GPU."""
+"""Bytes/s and GPU in each direction: NDR InfiniBand, 400 Gb/s, a card for each GPU.
+
+As if each GPU's traffic left through its own card. Rings over all eight cards of a machine leave most of it
+to NVLink and can come near eight times this.
+"""
 MFU = 0.4
 """Model FLOPs over the dense peak, where none is given."""
 
@@ -131,10 +135,15 @@ def _check_batch(config: RunConfig, devices: int) -> None:
     """A step's sequences must divide among the devices, and a device's into micro-batches."""
     batch, micro = config.batch_size, config.train.micro_batch
     if batch % devices:
+        fitting = max(round(batch / devices), 1) * devices
+        key, value = (
+            ("sequences", fitting)
+            if config.train.batch_tokens is None
+            else ("tokens", fitting * config.data.block_size)
+        )
         raise UserError(
             f"a step of {batch:,} sequences does not divide among {devices:,} devices",
-            hint=f"--set train.batch_sequences={max(round(batch / devices), 1) * devices} "
-            "(and leave out train.batch_tokens: --set train.batch_tokens=null)",
+            hint=f"--set train.batch_{key}={value}",
         )
     if (batch // devices) % micro:
         fitting = max(n for n in range(1, micro + 1) if (batch // devices) % n == 0)
@@ -173,7 +182,7 @@ def _link(options: Options, sheet: Published) -> tuple[float | None, str | None]
     elif options.devices <= DEVICES_A_MACHINE and sheet.link is not None:
         rate, source = sheet.link, "NVLink, --interconnect-gbps"
     elif options.devices > DEVICES_A_MACHINE and sheet.flops:
-        rate, source = NETWORK, "400 Gb/s InfiniBand, --interconnect-gbps"
+        rate, source = NETWORK, "a 400 Gb/s card; --interconnect-gbps"
     else:
         return None, None
     return rate, f"links: {rate / 1e9:g} GB/s a device in each direction, {source}"
