@@ -100,7 +100,7 @@ def resolve_machine(config: RunConfig, options: Options, flops_per_token: int) -
         mfu=sustained / peak if sustained and peak else None,
         link=link,
         disk=options.disk_gbps * 1e9,
-        assumptions=tuple(line for line in (speed, linked, disk, assumed) if line),
+        assumptions=tuple(line for line in (speed, linked, disk, assumed, _say_memory(layout)) if line),
     )
 
 
@@ -172,6 +172,11 @@ def _say_speed(options: Options, peak: float | None) -> str | None:
         return None
     source = "--flops" if options.flops else "published dense bfloat16 peak"
     return f"speed: {options.mfu or MFU:.0%} (--mfu) of {peak / 1e12:,.6g} TFLOP/s a device, {source}"
+
+
+def _say_memory(layout: Layout) -> str:
+    left_out = "; CUDA's, NCCL's and lost to fragmentation not counted" if layout.cuda else ""
+    return f"memory: of tensors, uncompiled{left_out}"
 
 
 def _link(options: Options, sheet: Published) -> tuple[float | None, str | None]:
