@@ -175,8 +175,8 @@ def _say_speed(options: Options, peak: float | None) -> str | None:
 
 
 def _say_memory(layout: Layout) -> str:
-    left_out = "; CUDA's, NCCL's and lost to fragmentation not counted" if layout.cuda else ""
-    return f"memory: of tensors, uncompiled{left_out}"
+    left_out = "; CUDA, NCCL and fragmentation take more" if layout.cuda else ""
+    return f"memory: that of tensors, uncompiled{left_out}"
 
 
 def _link(options: Options, sheet: Published) -> tuple[float | None, str | None]:
@@ -187,7 +187,7 @@ def _link(options: Options, sheet: Published) -> tuple[float | None, str | None]
     elif options.devices <= DEVICES_A_MACHINE and sheet.link is not None:
         rate, source = sheet.link, "NVLink, --interconnect-gbps"
     elif options.devices > DEVICES_A_MACHINE and sheet.flops:
-        rate, source = NETWORK, "a 400 Gb/s card; --interconnect-gbps"
+        rate, source = NETWORK, "a 400 Gb/s card, --interconnect-gbps"
     else:
         return None, None
-    return rate, f"links: {rate / 1e9:g} GB/s a device in each direction, {source}"
+    return rate, f"links: {rate / 1e9:g} GB/s a device each way, {source}"
