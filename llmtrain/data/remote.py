@@ -19,6 +19,7 @@ import fsspec
 from fsspec.registry import known_implementations
 
 from llmtrain import files
+from llmtrain.disk import NO_ROOM
 from llmtrain.errors import RunFailed, UserError
 
 
@@ -63,7 +64,7 @@ def reading(url: str) -> Iterator[None]:
     except (UserError, RunFailed):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in files.NO_ROOM:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
             raise
         raise UserError(
             f"{url} cannot be read: {str(error) or type(error).__name__}",
