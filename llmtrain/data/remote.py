@@ -18,7 +18,6 @@ from typing import Any
 import fsspec
 from fsspec.registry import known_implementations
 
-from llmtrain import files
 from llmtrain.disk import NO_ROOM
 from llmtrain.errors import RunFailed, UserError
 
