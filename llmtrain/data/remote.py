@@ -6,8 +6,8 @@ disk to share. `file://` is a path of this machine like any other.
     with open_url("s3://bucket/web.jsonl") as file: ...
 """
 
+import hashlib
 import io
-import os
 import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,7 +85,7 @@ class RemoteFile:
 
     Attributes:
         name: relative to the folder that was asked for.
-        version: changes when the content does, as far as the store can tell.
+        version: hex hash of what the store says of it (its times and tags), which changes with the content.
     """
 
     url: str
@@ -102,17 +102,17 @@ def find_remote(url: str) -> list[RemoteFile]:
     """
     system, path = file_system(url)
     with reading(url):
-        paths = sorted(system.glob(path) if has_magic(path) else system.find(path))
-        paths = [each for each in paths if system.isfile(each)]
-        base = os.path.commonpath([posixpath.dirname(each) for each in paths]) if paths else ""
+        listed = system.glob(path, detail=True) if has_magic(path) else system.find(path, detail=True)
+        infos = {each: info for each, info in sorted(listed.items()) if info["type"] == "file"}
+        base = posixpath.commonpath([posixpath.dirname(each) for each in infos]) if infos else ""
         found = [
             RemoteFile(
                 system.unstrip_protocol(each),
                 posixpath.relpath(each, base or "."),
-                system.size(each),
-                system.ukey(each),
+                info["size"],
+                hashlib.sha256(repr(sorted(info.items(), key=str)).encode()).hexdigest(),
             )
-            for each in paths
+            for each, info in infos.items()
         ]
     found = [file for file in found if not any(part.startswith(".") for part in file.name.split("/"))]
     if not found:

@@ -86,7 +86,8 @@ def staged(out: Path, need: Need) -> Iterator[Staging]:
 
 
 def _cannot_write(out: Path, staging: Staging, error: OSError, need: Need) -> RunFailed:
-    message = f"cannot write {error.filename or out}: {error.strerror or error}"
+    elsewhere = error.filename and not Path(error.filename).is_relative_to(staging.folder)
+    message = f"cannot write {error.filename if elsewhere else out}: {error.strerror or error}"
     hint = "choose another place with --out"
     if staging.folder.is_relative_to(cache_folder().resolve()):
         hint = "build it in another place: LLMTRAIN_CACHE=FOLDER"

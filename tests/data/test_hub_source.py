@@ -110,6 +110,33 @@ def test_openwebtext(run: Run, hub: HubServer, tmp_path: Path) -> None:
     assert not (tmp_path / "home" / "datasets").exists() or not list((tmp_path / "home").rglob("*.arrow"))
 
 
+STOPPED = """
+import sys
+from pathlib import Path
+from llmtrain.data.prepare import prepare
+
+def stop(progress):
+    if progress.tokens:
+        raise SystemExit(7)
+
+prepare("openwebtext", Path(sys.argv[1]), tokenizer="byte", shard_tokens=2000, on_progress=stop)
+"""
+
+
+def test_interrupted_and_resumed(run: Run, hub: HubServer, tmp_path: Path) -> None:
+    variables = {**hub.environment(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", STOPPED, str(tmp_path / "out")]
+    stopped = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, check=False)
+    assert stopped.returncode == 7, stopped.stderr
+    shards = {path.name: path.stat().st_ino for path in (tmp_path / ".tmp-out" / "shards").glob("*.bin")}
+    assert len(shards) > 3
+    resumed = run("openwebtext", shard_tokens=2000)
+    assert {name: (tmp_path / "out" / name).stat().st_ino for name in shards} == shards
+    assert run("openwebtext", out="undisturbed", shard_tokens=2000) == resumed
+    for name in shards:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
 def test_a_limit_downloads_no_more_than_it_needs(run: Run, hub: HubServer, tmp_path: Path) -> None:
     run("openwebtext", val_fraction=0, limit_documents=20)
     assert text_of(tmp_path / "out") == DOCUMENTS[:20]

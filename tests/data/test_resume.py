@@ -353,6 +353,16 @@ def test_a_full_disk(undisturbed: tuple[Path, Path], small_disk: Path, llmtrain:
     assert before.items() <= identity(small_disk / "out").items()
 
 
+def test_a_disk_that_may_only_be_read(
+    undisturbed: tuple[Path, Path], small_disk: Path, llmtrain: Command
+) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    result = llmtrain("prepare", undisturbed[0], "--out", small_disk / "out", *ARGUMENTS, cwd=small_disk)
+    assert result.returncode == 1
+    assert f"error: cannot write {small_disk}/out: Read-only file system\n" in result.stderr
+    assert "hint: choose another place with --out\n" in result.stderr
+
+
 NOBODY = 65534
 
 

@@ -3,13 +3,17 @@
 import builtins
 import gzip
 import json
+import tempfile
 from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from llmtrain.data import readers
 from llmtrain.data.readers import partitions_of, read_partition
 from llmtrain.data.sources import default_name, open_source
 from llmtrain.errors import UserError
@@ -64,6 +68,41 @@ def test_parquet(tmp_path: Path, kind: pa.DataType) -> None:
     assert texts(tmp_path / "a.parquet", tmp_path, field="body") == documents
 
 
+@settings(deadline=None)
+@given(
+    documents=st.lists(st.text(max_size=20), min_size=1, max_size=12),
+    blanks=st.lists(st.sampled_from(["", "\n", "\r\n", "  \n"]), min_size=12, max_size=12),
+    end=st.sampled_from(["", "\n", "\r\n"]),
+    size=st.integers(1, 200),
+)
+def test_json_lines_cut_anywhere(documents: list[str], blanks: list[str], end: str, size: int) -> None:
+    rows = [json.dumps({"text": text}, ensure_ascii=False) for text in documents]
+    content = "\r\n".join(blank + row for blank, row in zip(blanks, rows, strict=False)) + end
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "PARTITION_BYTES", size)
+        path = Path(folder, "a.jsonl")
+        path.write_bytes(b"\xef\xbb\xbf" + content.encode())
+        spans = readers.spans_of(str(path))
+        assert len(spans) == -(-path.stat().st_size // size)
+        found = [bytes(text).decode() for span in spans for text in read_partition((span,), "text")]
+        assert found == documents
+        path.write_bytes(path.read_bytes() + b"\n{")
+        last = path.read_bytes().count(b"\n") + 1
+        with pytest.raises(UserError, match=rf"a\.jsonl, line {last} is not valid JSON"):
+            list(read_partition(tuple(readers.spans_of(str(path))), "text"))
+
+
+@pytest.mark.parametrize("size", [1, 400, 1 << 26])
+def test_parquet_cut_between_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(readers, "PARTITION_BYTES", size)
+    documents = [f"document {i}" for i in range(200)]
+    pq.write_table(pa.table({"text": documents}), tmp_path / "a.parquet", row_group_size=30)
+    spans = readers.spans_of(str(tmp_path / "a.parquet"))
+    assert sum(span.documents or 0 for span in spans) == 200
+    assert len(spans) == {1: 7, 1 << 26: 1}.get(size, len(spans))
+    assert texts(tmp_path / "a.parquet", tmp_path) == documents
+
+
 def test_surrogates_in_json(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
     assert texts(tmp_path / "a.jsonl", tmp_path) == ["a\ufffdb", "\U0001f600"]
@@ -89,7 +128,7 @@ def corpus(tmp_path: Path) -> Path:
 def test_folder_in_the_order_of_paths(corpus: Path, tmp_path: Path) -> None:
     assert texts(corpus, tmp_path) == ["a", "b/a", "b/c 1", "b/c 2", "c", "d 1", "d 2"]
     opened = open_source(str(corpus), "text", None, tmp_path / "cache")
-    assert [path.name for path in opened.skipped] == ["readme.md"]
+    assert list(opened.skipped) == [str(corpus / "readme.md")]
     names = [file.name for file in opened.record.files]
     assert names == ["a.txt", "b/a.jsonl", "b/c.jsonl.gz", "c.TXT", "d.parquet"]
     assert opened.record.files[0].bytes == 1
