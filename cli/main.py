@@ -76,6 +76,14 @@ def main() -> None:
         sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # of a path that was given, or of the machine: told by the system in plain words
+        if _debug:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print_error(
+            RunFailed(f"{place}{error.strerror or error}", hint=""), "is the path right, and the disk sound?"
+        )
+        sys.exit(1)
     except Exception as error:
         if _debug:
             raise
