@@ -43,7 +43,10 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     objects = []
     for number, line in enumerate(lines, start=1):
         try:
-            objects.append(dict(json.loads(line.decode())))
+            value = json.loads(line.decode())
+            if not isinstance(value, dict):
+                raise TypeError(f"a {type(value).__name__}")
+            objects.append(value)
         except (ValueError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{path}, line {number}: not a JSON object ({error})",
