@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from preparations import OPTIONS, write_source
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -30,3 +31,15 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache / "datasets")
     monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", cache / "downloads")
     return cache
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A source, and the folder that an undisturbed preparation of it writes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    from llmtrain.data.prepare import prepare
+
+    source = write_source(folder)
+    prepare(str(source), folder / "out", **OPTIONS)
+    assert len(list((folder / "out").glob("train-*.bin"))) > 20
+    return source, folder / "out"
