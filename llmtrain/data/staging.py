@@ -70,6 +70,7 @@ def staged(out: Path, need: Need) -> Iterator[Staging]:
     target = out.resolve()
     staging = Staging(target.parent / f"{files.TEMPORARY_PREFIX}{target.name}", target)
     try:
+        staging.folder.mkdir(parents=True, exist_ok=True)  # here, for an error that names `out`
         with files.exclusive(staging.folder):
             for leftover in staging.folder.iterdir():
                 if leftover.name not in {".lock", staging.shards.name, staging.journal.name}:
