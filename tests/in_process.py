@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,11 @@ from typing import NamedTuple
 import pytest
 
 from llmtrain.cli.main import main
+
+
+def unmeasured() -> dict[str, str]:
+    """The environment for a process under a limit on the size of files: its coverage could not be saved."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
 
 
 class Outcome(NamedTuple):

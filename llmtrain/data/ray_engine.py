@@ -45,7 +45,8 @@ def on_ray(address: str | None) -> Iterator[Engine]:
         ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level="error")
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"no Ray cluster can be reached at {address} ({error})",
+            f"no Ray cluster can be {f'reached at {address}' if address else 'started here'} "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
             hint="start one (ray start --head), or leave --ray-address out to start one for this command",
         ) from error
     signal.signal(signal.SIGTERM, heard)  # Ray puts its own handler in place

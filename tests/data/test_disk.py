@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from in_process import unmeasured
 from preparations import ARGUMENTS, COMMAND, OPTIONS, contents, identity
 
 from llmtrain.data.prepare import prepare
@@ -29,6 +30,7 @@ def test_a_limit_on_the_size_of_files(undisturbed: tuple[Path, Path], tmp_path: 
         capture_output=True,
         text=True,
         check=False,
+        env=unmeasured(),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert result.returncode == 1

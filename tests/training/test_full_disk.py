@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from in_process import unmeasured
 from tiny_training import Build, events
 
 from llmtrain.config_file import dump_config
@@ -21,6 +22,7 @@ def train(config: Path, folder: Path, limit: int | None = None) -> subprocess.Co
     return subprocess.run(
         [sys.executable, "-c", start, *command, "--run-dir", str(folder)],
         capture_output=True, text=True, timeout=120, check=False, cwd=folder.parent,
+        env=unmeasured(),
     )  # fmt: skip
 
 
