@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from llmtrain import __version__
+from llmtrain import __version__, ranks
 from llmtrain.errors import RunFailed, UserError
 
 from .average import average
@@ -67,29 +67,34 @@ def options(
 
 def main() -> None:
     """Run one command and leave with its exit code."""
+    ranks.quiet_unless_first()
     try:
         app()
-    except (UserError, RunFailed) as error:
-        if _debug:
-            raise
-        print_error(error, error.hint)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+    except SystemExit as end:
+        sys.exit(ranks.leave(end.code if isinstance(end.code, int) else int(end.code is not None)))
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as error:  # of a path that was given, or of the machine: told by the system in plain words
-        if _debug:
-            raise
+    except Exception as error:
+        with ranks.telling() as mine:
+            if mine and _debug:
+                raise
+            if mine:
+                _tell(error)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+
+
+def _tell(error: Exception) -> None:
+    """What happened in one red line, and what to do next."""
+    if isinstance(error, UserError | RunFailed):
+        print_error(error, error.hint)
+    elif isinstance(error, OSError):  # of a path that was given, or of the machine: told in plain words
         place = f"{error.filename}: " if error.filename else ""
         print_error(
             RunFailed(f"{place}{error.strerror or error}", hint=""), "is the path right, and the disk sound?"
         )
-        sys.exit(1)
-    except Exception as error:
-        if _debug:
-            raise
+    else:
         described = RunFailed(f"{type(error).__name__}: {error}", hint="")
         print_error(described, "this should not happen: `llmtrain --debug …` shows where it did")
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,14 @@ llmtrain pretrain --config configs/demo.yaml --set optimizer.lr=6e-3
 """
 
 import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
+
+from llmtrain import ranks
 
 from .common import console, discard_output, notes, parse_duration, warn
 
@@ -16,6 +19,18 @@ from .common import console, discard_output, notes, parse_duration, warn
 def _print_line(line: str) -> None:
     # Not through rich, which exits where the reader is gone; training then saves its state first.
     print(line, flush=True)
+
+
+def _without_nproc(words: list[str]) -> list[str]:
+    """The command line of one process."""
+    kept = []
+    rest = iter(words)
+    for word in rest:
+        if word == "--nproc":
+            next(rest)
+        elif not word.startswith("--nproc="):
+            kept.append(word)
+    return kept
 
 
 def pretrain(
@@ -46,6 +61,16 @@ def pretrain(
     from_step: Annotated[
         int | None, typer.Option("--from", metavar="STEP", help="See --branch.", show_default=False)
     ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Train with N processes on this machine, a GPU each (or a part of the CPU). Across machines: "
+            "torchrun … -m llmtrain pretrain.",
+            show_default="this one",
+        ),
+    ] = None,
     max_time: Annotated[
         float | None,
         typer.Option(
@@ -61,7 +86,8 @@ def pretrain(
     Prints a line every log.every steps: loss (nats per token), learning rate, gradient norm, tokens
     per second, utilisation of the device's peak (MFU) and time left. Ctrl-C, SIGTERM, SIGUSR1 and
     --max-time end the run at its next micro-batch with the state of its last step saved (exit codes 130,
-    143, 138 and 124); the same command goes on. A second signal leaves at once.
+    143, 138 and 124); the same command goes on. A second signal leaves at once. Any number of processes
+    gives the same training, and each can go on from what another saved.
     """
     from llmtrain.config_file import load_config
     from llmtrain.errors import UserError
@@ -81,6 +107,12 @@ def pretrain(
         start = RunFolder(folder).state(from_step)
         folder = folder.parent / branch
         resolved = load_config(config, [*(settings or []), f"name={branch}"])
+    if nproc is not None:
+        if ranks.is_member():
+            raise UserError("--nproc starts processes, and this is one of several", hint="leave it out here")
+        from llmtrain.training.launch import launch
+
+        raise typer.Exit(launch(_without_nproc(sys.argv[1:]), nproc))
 
     from llmtrain.config import flatten
     from llmtrain.hardware import device_name, resolve_device, resolve_precision
@@ -101,12 +133,12 @@ def pretrain(
     try:
         outcome = train(resolved, folder, resume=start, max_seconds=max_time, say=_print_line, warn=warn)
     except Interrupted as interrupted:
-        notes.print(f"{interrupted}: state saved in {folder}; the same command goes on", markup=False)
+        reason = str(interrupted)
+        if interrupted.exit_code == 128 + signal.SIGPIPE:
+            reason = "nobody reads the log"
+            discard_output()
+        notes.print(f"{reason}: state saved in {folder}; the same command goes on", markup=False)
         raise typer.Exit(interrupted.exit_code) from None
-    except BrokenPipeError:
-        notes.print(f"nobody reads the log: state saved in {folder}; the same command goes on", markup=False)
-        discard_output()
-        raise typer.Exit(128 + signal.SIGPIPE) from None
     if outcome.already_finished:
         message = f"{folder} has finished: it is at step {outcome.step:,}. A larger train.max_steps goes on."
     else:

@@ -103,13 +103,13 @@ def hugging_face_config(shape: Shape) -> dict[str, Any]:
 
 
 def save_weights(
-    folder: Path, weights: Mapping[str, Tensor], shape: Shape, origin: Origin, provenance: object = None
+    folder: Path, weights: dict[str, Tensor], shape: Shape, origin: Origin, provenance: object = None
 ) -> None:
     """Write a Hugging Face GPT-2 folder into the (staged) `folder`.
 
     Args:
         folder: an existing folder, committed by the caller.
-        weights: the model's parameters by name, float32.
+        weights: the model's parameters by name, float32; emptied, so that no tensor is held twice.
         shape: the model's shape.
         origin: goes to `training.json`.
         provenance: of an average; goes to `provenance.json`.
@@ -121,11 +121,11 @@ def save_weights(
         write_json(folder / PROVENANCE_FILE, provenance)
 
 
-def save_tensors(path: Path, weights: Mapping[str, Tensor], shape: Shape) -> None:
+def save_tensors(path: Path, weights: dict[str, Tensor], shape: Shape) -> None:
     """Write a weights file in Hugging Face's layout; see `save_weights`."""
     tensors = {}
-    for name, tensor in weights.items():
-        value = tensor.detach().to("cpu", torch.float32)
+    for name in list(weights):
+        value = weights.pop(name).detach().to("cpu", torch.float32)
         tensors[name] = value.t().contiguous() if name.endswith(_CONV1D) else value.contiguous()
     if not shape.model.bias:
         tensors |= _zero_biases(tensors)

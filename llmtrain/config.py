@@ -204,6 +204,11 @@ class TrainConfig(Section):
     """torch.compile. auto: on CUDA."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    """How weights lie on several processes. ddp: whole on each; fsdp: in shards; hsdp: in shards within a
+    machine, the same on each machine. auto: ddp where that fits the GPU, else fsdp."""
+    activation_checkpointing: bool = False
+    """Compute the blocks again in the backward pass instead of keeping what they computed: less memory."""
     on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
     """When loss or gradient norm is NaN or infinite; the weights never see it. skip: pass over the
     step; rewind: as under `spikes`."""

@@ -25,10 +25,13 @@ class RunFailed(RuntimeError):
         super().__init__(message)
         self.hint = hint
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), str(self), self.hint))
+
 
 class WriteFailed(RunFailed):
     """A disk that is full, limited or not to be written to; training goes on without what is not essential."""
 
 
-def _rebuild(kind: type[UserError], message: str, hint: str) -> UserError:
+def _rebuild(kind: type[UserError | RunFailed], message: str, hint: str) -> UserError | RunFailed:
     return kind(message, hint=hint)

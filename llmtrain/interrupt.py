@@ -9,6 +9,7 @@ handler only sets a flag; long work asks for it. A second signal leaves at once.
 import os
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -28,27 +29,45 @@ class Interrupted(Exception):
 class Interrupt:
     """While active, the first of the signals is remembered; the second has its usual effect."""
 
-    def __init__(self, max_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        max_seconds: float | None = None,
+        *,
+        quiet: bool = False,
+        agree: Callable[[int], int] = lambda code: code,
+    ) -> None:
         """Listen from `with` on.
 
         Args:
             max_seconds: treat the end of this time as a signal; None: no limit.
+            quiet: do not say that a signal came.
+            agree: of the exit code of this process, that of all (0: nobody leaves).
         """
         self.received: int | None = None
+        self._agree = agree
+        self._quiet = quiet
         self._deadline = time.monotonic() + max_seconds if max_seconds is not None else None
         self._previous: dict[int, object] = {}
 
+    @property
+    def exit_code(self) -> int:
+        """That of leaving now: 0 while there is no reason to leave."""
+        if self.received is not None:
+            return 128 + self.received
+        late = self._deadline is not None and time.monotonic() >= self._deadline
+        return OUT_OF_TIME if late else 0
+
     def check(self) -> None:
         """Raise `Interrupted` if a signal came or the time is over."""
-        if self.received is not None:
-            raise Interrupted(signal.Signals(self.received).name, 128 + self.received)
-        if self._deadline is not None and time.monotonic() >= self._deadline:
-            raise Interrupted("the time is over", OUT_OF_TIME)
+        if code := self._agree(self.exit_code):
+            reason = "the time is over" if code == OUT_OF_TIME else signal.Signals(code - 128).name
+            raise Interrupted(reason, code)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         # Unbuffered, because the signal may have come in the middle of a print.
-        os.write(2, b"stopping at the next safe place; the same signal again leaves at once\n")
+        if not self._quiet:
+            os.write(2, b"stopping at the next safe place; the same signal again leaves at once\n")
         for each in self._previous:
             signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
 

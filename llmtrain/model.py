@@ -10,10 +10,12 @@ Shapes in names: B sequences, T tokens, C width, H heads, D width of a head, V v
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config import ModelConfig
 
@@ -76,9 +78,17 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
+        self.recompute = False
+        """Keep only the input for the backward pass and compute the rest again there."""
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """(B, T, C) → (B, T, C)."""
+        if self.recompute and self.training:
+            again: Tensor = checkpoint(self._layers, x_BTC, use_reentrant=False)
+            return again
+        return self._layers(x_BTC)
+
+    def _layers(self, x_BTC: Tensor) -> Tensor:
         x_BTC = x_BTC + self.attn(self.ln_1(x_BTC))
         y: Tensor = x_BTC + self.mlp(self.ln_2(x_BTC))
         return y
@@ -121,19 +131,26 @@ class GPT(nn.Module):
         self.block_size = block_size
         self.transformer = Transformer(config, block_size)
         if seed is not None:
-            self._initialise(seed)
+            parameters = dict(self.named_parameters())
+            with torch.no_grad():
+                for name, value in self.initial_weights(seed):
+                    parameters[name].copy_(value)
 
-    def _initialise(self, seed: int) -> None:
-        """N(0, 0.02); residual projections N(0, 0.02/√(2L)); biases 0 (GPT-2, Radford et al. 2019)."""
+    def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter's name and first value, whole and on the CPU, wherever and however spread it is.
+
+        N(0, 0.02); residual projections N(0, 0.02/√(2L)); biases 0, norms 1 (GPT-2, Radford et al. 2019).
+        """
         generator = torch.Generator().manual_seed(seed)
         residual_std = INIT_STD / math.sqrt(2 * self.config.n_layer)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if name.endswith("bias"):
-                    parameter.zero_()
-                elif parameter.dim() == 2:
-                    std = residual_std if name.endswith("c_proj.weight") else INIT_STD
-                    parameter.normal_(0.0, std, generator=generator)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                yield name, torch.zeros(parameter.shape)
+            elif parameter.dim() == 1:
+                yield name, torch.ones(parameter.shape)
+            else:
+                std = residual_std if name.endswith("c_proj.weight") else INIT_STD
+                yield name, torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Token ids (B, T) → logits of the next token (B, T, V)."""

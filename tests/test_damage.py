@@ -32,7 +32,7 @@ from llmtrain.evaluation.results import Settings, measure
 from llmtrain.evaluation.targets import targets_of
 from llmtrain.files import RunFolder
 from llmtrain.training.run import pretrain
-from llmtrain.training.state import load_state
+from llmtrain.training.state import load_state, read_tensors
 
 LENGTHS, BITS = 100, 200
 
@@ -114,7 +114,7 @@ def state(place: Path) -> object:
     loaded = load_state(place / "run/state/step-00000008")
     return (
         loaded.progress,
-        {name: tensor.tolist() for name, tensor in loaded.tensors.items()},
+        {name: tensor.tolist() for name, tensor in read_tensors(loaded.folder, {}).items()},
         loaded.average_updates,
     )
 

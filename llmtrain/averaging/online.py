@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from llmtrain.averaging.power_ema import gamma_of
@@ -28,6 +29,7 @@ from llmtrain.config_averages import (
     RunningMeanConfig,
     SwaConfig,
 )
+from llmtrain.sharded import local, overwrite
 
 Weights = Mapping[str, Tensor]
 
@@ -49,6 +51,7 @@ class OnlineAverage(ABC):
         self.start = config.start if config.start is not None else start
         self.updates = 0
         self._parameters = dict(model.named_parameters())
+        """Of which each process averages its own part, where they are spread."""
         self._pinned = config.offload and any(p.is_cuda for p in self._parameters.values())
 
     def due(self, step: int) -> bool:
@@ -71,7 +74,7 @@ class OnlineAverage(ABC):
 
     @abstractmethod
     def weights(self) -> Weights:
-        """The average in float32 by parameter name; not to be written to."""
+        """The average in float32 by parameter name, each process its part; not to be written to."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
@@ -89,16 +92,17 @@ class OnlineAverage(ABC):
         """What `weights` lost by its rounding to float32, where that is kept."""
         return None
 
-    def _place(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    def _place(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         """A copy where the average lives: on the device, or in host memory."""
+        value = local(parameter.detach())
         if not self.config.offload:
-            return tensor.detach().to(dtype, copy=True)
-        home = torch.empty(tensor.shape, dtype=dtype, pin_memory=self._pinned)
-        return home.copy_(tensor.detach())
+            return value.to(dtype, copy=True)
+        home = torch.empty(value.shape, dtype=dtype, pin_memory=self._pinned)
+        return home.copy_(value)
 
     def _fresh(self) -> list[Tensor]:
         """The model's weights where the average lives; float32."""
-        values = [parameter.detach() for parameter in self._parameters.values()]
+        values = [local(parameter.detach()) for parameter in self._parameters.values()]
         return [value.cpu() for value in values] if self.config.offload else values
 
     def _about(self, step: int, **more: Any) -> dict[str, Any]:
@@ -305,8 +309,22 @@ def build_average(config: AverageConfig, model: nn.Module, *, warmup_steps: int)
 
 @contextmanager
 def swapped_in(model: nn.Module, weights: Weights) -> Iterator[None]:
-    """Let `model` compute with `weights` inside the block; its own come back unchanged."""
+    """Let `model` compute with `weights` inside the block; its own come back unchanged.
+
+    Args:
+        model: spread over processes or not.
+        weights: by parameter name, each process its part.
+    """
     parameters = dict(model.named_parameters())
+    if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+        # FSDP gathers from the shards' own memory: they cannot be exchanged, only written over.
+        kept = {name: local(parameter.detach()).clone() for name, parameter in parameters.items()}
+        try:
+            overwrite(model, weights)
+            yield
+        finally:
+            overwrite(model, kept)
+        return
     own = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():

@@ -20,6 +20,7 @@ from llmtrain.data.token_files import TokenReader
 from llmtrain.errors import UserError
 from llmtrain.hardware import Precision, autocast
 from llmtrain.model import GPT, IGNORE
+from llmtrain.training.distributed import World
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def evaluate(
     batch: int,
     device: torch.device,
     precision: Precision,
+    world: World | None = None,
     limit: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LossResult:
@@ -70,8 +72,9 @@ def evaluate(
         batch: windows in one forward pass.
         device: where the model is.
         precision: of matrix products.
+        world: the processes that share the windows; all call this together. None: this one alone.
         limit: use only the first so many tokens of the split.
-        on_progress: called with windows done and windows in all; may raise to stop.
+        on_progress: called with windows done and windows in all; may raise to stop, on all processes alike.
 
     Raises:
         UserError: the split holds fewer than two tokens.
@@ -83,24 +86,30 @@ def evaluate(
             hint="prepare the data with a larger --val-fraction",
         )
     started = time.perf_counter()
+    world = world or World()
     windows = validation_windows(n_tokens, block_size)
     was_training = model.training
     model.eval()
     total, count, n_bytes = 0.0, 0, 0
     try:
-        for first in range(0, len(windows), batch):
-            tokens, targets = _fill(reader, windows[first : first + batch], block_size)
-            counted = targets[targets != IGNORE]
+        for first in range(0, len(windows), world.size * batch):
+            mine = first + world.rank * batch
+            # Weights may be in shards: who has no windows left computes with the others all the same.
+            some = windows[mine : mine + batch] or windows[:1]
+            tokens, targets = _fill(reader, some, block_size)
             with autocast(device, precision):
                 loss = model(torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device))
-            total += loss.item() * counted.size
-            count += counted.size
-            n_bytes += int(token_bytes[counted].sum())
+            if mine < len(windows):
+                counted = targets[targets != IGNORE]
+                total += loss.item() * counted.size
+                count += counted.size
+                n_bytes += int(token_bytes[counted].sum())
             if on_progress is not None:
-                on_progress(min(first + batch, len(windows)), len(windows))
+                on_progress(min(first + world.size * batch, len(windows)), len(windows))
     finally:
         model.train(was_training)
-    return LossResult(total / count, count, n_bytes, time.perf_counter() - started)
+    nats, predicted, text = world.sums([total, count, n_bytes])
+    return LossResult(nats / predicted, int(predicted), int(text), time.perf_counter() - started)
 
 
 def _fill(

@@ -57,7 +57,7 @@ class MetricsLog:
 
     def __init__(
         self,
-        path: Path,
+        path: Path | None,
         config: RunConfig,
         *,
         resumed_step: int,
@@ -67,20 +67,25 @@ class MetricsLog:
         """Open the log of a run.
 
         Args:
-            path: the run's `metrics.jsonl`.
+            path: the run's `metrics.jsonl`; None: tell nobody, for a process that is not the first.
             config: what W&B is told.
             resumed_step: events after this step are removed; 0 for a new run.
             wandb_id: the id of the W&B run to go on with.
             say: prints one line.
         """
+        self.evaluated_steps: set[int] = set()
+        """Steps whose evaluation stands in the file already."""
+        self._lines = 0
+        self._path = path
+        self._wandb = None
+        if path is None:
+            self._say: Callable[[str], None] = lambda line: None
+            return
+        self._say = say
         kept = [event for event in read_events(path) if event["step"] <= resumed_step]
         self.evaluated_steps = {int(event["step"]) for event in kept if "val/loss" in event}
-        """Steps whose evaluation stands in the file already."""
         write_atomically(path, "".join(json.dumps(event) + "\n" for event in kept))
-        self._path = path
         self._file = path.open("a", encoding="utf-8")
-        self._say = say
-        self._lines = 0
         self._wandb = _start_wandb(path.parent, config, wandb_id)
 
     @property
@@ -115,6 +120,8 @@ class MetricsLog:
 
         Nothing happens where the file tells it already: a resumed run calls this again.
         """
+        if self._path is None:
+            return
         step = int(record["step"] or 0)
         events = read_events(self._path)
         if record in events:
@@ -131,11 +138,15 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Make durable what was written; called before a state that refers to it is committed."""
+        if self._path is None:
+            return
         with writing(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def _write(self, event: Event) -> None:
+        if self._path is None:
+            return
         # JSON has no word for a number that is not finite.
         event = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
         with writing(self._path):
@@ -150,7 +161,8 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
+        if self._path is not None:
+            self._file.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from llmtrain.config import OptimizerConfig, SpamConfig
+from llmtrain.sharded import local
 
 SPAM_SETTLE_STEPS = 20
 """Steps after a reset in which nothing is cut: a second moment of few gradients calls every one a spike."""
@@ -40,14 +41,14 @@ class Spam(AdamW):
         """Before step `step` (from 1): reset the moments where that is due, else cut spiking gradients."""
         since = (step - 1) % self.spam.reset_every
         for parameter, moments in self.state.items():
-            second = moments["exp_avg_sq"]
+            second = local(moments["exp_avg_sq"])
             if since == 0:
-                for moment in (moments["step"], moments["exp_avg"], second):
+                for moment in (moments["step"], moments["exp_avg"], moments["exp_avg_sq"]):
                     moment.zero_()
             elif since >= SPAM_SETTLE_STEPS and parameter.grad is not None:
                 # A second moment of zero has seen no gradient yet: nothing to compare with.
                 limit = torch.where(second > 0, (self.spam.threshold * second).sqrt(), torch.inf)
-                parameter.grad.clamp_(-limit, limit)
+                local(parameter.grad).clamp_(-limit, limit)
 
 
 def decayed_parameters(model: nn.Module, rule: str) -> set[str]:

@@ -8,6 +8,7 @@ overwritten. That rule should be readable in one place.
 
 import json
 import re
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +32,11 @@ from llmtrain.files import (
     step_folders,
     write_atomically,
 )
-from llmtrain.hardware import autocast, resolve_compile, resolve_device, resolve_precision
+from llmtrain.hardware import autocast, resolve_compile, resolve_device
 from llmtrain.interrupt import Interrupt
+from llmtrain.training.distributed import join
 from llmtrain.training.metrics import MetricsLog
+from llmtrain.training.parallel import wrapped
 from llmtrain.training.state import State, load_state, newest_state
 from llmtrain.training.trainer import Trainer
 from llmtrain.weights_folder import read_json
@@ -44,6 +47,8 @@ MAY_CHANGE = (
     "train.micro_batch",
     "train.compile",
     "train.device",
+    "train.parallel",
+    "train.activation_checkpointing",
     "train.on_nonfinite",
     "spikes.action",
     "spikes.threshold",
@@ -92,37 +97,81 @@ def pretrain(
         RunFailed: loss or gradients are not finite, or spike, and the configuration has no way on.
         Interrupted: a signal came or the time is over; the state is saved.
     """
-    _refuse_other_files(folder)
     device = resolve_device(config.train.device)
-    precision = resolve_precision(config.train.precision, device)
-    data = open_data(local_folder(config.data.path))
-    _check_vocabulary(config, data)
-    run = RunFolder(folder)
-    with exclusive(run.path), Interrupt(max_seconds) as interrupt:
-        branched = False
-        if isinstance(resume, Path) and not is_run(run.path):
-            state: State | None = _branch(config, run, resume)
-            branched = True
-        else:
-            state = _existing_state(config, run, data, resume, warn)
-        if state is not None and _is_finished(config, run, data, state.progress.step):
-            return Outcome(run, state.progress.step, already_finished=True)
-        trainer = Trainer(config, run, data, device, precision, warn)
-        if data.tokenizer_assumed:
-            warn(f"{config.data.path} does not say its tokenizer: GPT-2's is assumed")
-        if len(trainer.val_tokens) < 2:
-            warn("the val split is empty: no validation loss will be measured")
-        if state is not None:
-            trainer.restore(state)
-            say(f"{'branched off' if branched else 'resumed'} at step {state.progress.step:,}")
-        write_atomically(run.config, dump_config(config))
-        trainer.forward = _compiled(trainer, warn)
-        progress = trainer.progress
-        with MetricsLog(
-            run.metrics, config, resumed_step=progress.step, wandb_id=progress.wandb_id, say=say
-        ) as log:
-            trainer.train(log, interrupt)
-        return Outcome(run, trainer.progress.step, already_finished=False)
+    with join(device, spread=config.train.parallel in ("fsdp", "hsdp")) as (world, device):
+        if not world.first:
+            say = warn = _say_nothing
+        world.on_first(lambda: _refuse_other_files(folder))
+        data = world.first_on_machine(lambda: open_data(local_folder(config.data.path)))
+        _check_vocabulary(config, data)
+        run = RunFolder(folder)
+        interrupt = Interrupt(max_seconds, quiet=not world.first, agree=world.agreement())
+        with world.held_by_first(exclusive(run.path)), interrupt:
+            start = world.on_first(lambda: _start(config, run, data, resume, warn))
+            if start.finished and start.state is not None:
+                return Outcome(run, start.state.progress.step, already_finished=True)
+            trainer = Trainer(config, run, data, world, device, warn)
+            _tell_about(data, config, warn)
+            if start.state is not None:
+                trainer.restore(start.state)
+                how = "branched off" if start.branched else "resumed"
+                say(f"{how} at step {start.state.progress.step:,}")
+            world.on_first(lambda: write_atomically(run.config, dump_config(config)))
+            trainer.forward = _forward(trainer, warn)
+            with _open_log(trainer, interrupt, say) as log:
+                trainer.train(log, interrupt)
+            return Outcome(run, trainer.progress.step, already_finished=False)
+
+
+def _say_nothing(line: str) -> None:
+    """Of the processes of a run, only the first speaks."""
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a run begins."""
+
+    state: State | None
+    """To go on from, if any."""
+    branched: bool
+    """It is the state of another run."""
+    finished: bool
+    """Nothing is left to do."""
+
+
+def _start(
+    config: RunConfig,
+    run: RunFolder,
+    data: TokenData,
+    resume: Literal["auto", "never"] | Path,
+    warn: Callable[[str], None],
+) -> _Start:
+    if isinstance(resume, Path) and not is_run(run.path):
+        return _Start(_branch(config, run, resume), branched=True, finished=False)
+    state = _existing_state(config, run, data, resume, warn)
+    finished = state is not None and _is_finished(config, run, data, state.progress.step)
+    return _Start(state, branched=False, finished=finished)
+
+
+def _tell_about(data: TokenData, config: RunConfig, warn: Callable[[str], None]) -> None:
+    if data.tokenizer_assumed:
+        warn(f"{config.data.path} does not say its tokenizer: GPT-2's is assumed")
+    if len(data.reader("val")) < 2:
+        warn("the val split is empty: no validation loss will be measured")
+
+
+def _open_log(trainer: Trainer, interrupt: Interrupt, say: Callable[[str], None]) -> MetricsLog:
+    """The log of this process: of the first one, as the others have nothing to tell."""
+
+    def tell(line: str) -> None:
+        try:
+            say(line)
+        except BrokenPipeError:  # nobody reads any more: a reason to leave, as good as a signal
+            interrupt.received = signal.SIGPIPE
+
+    progress = trainer.progress
+    path = trainer.run.metrics if trainer.world.first else None
+    return MetricsLog(path, trainer.config, resumed_step=progress.step, wandb_id=progress.wandb_id, say=tell)
 
 
 def _is_finished(config: RunConfig, run: RunFolder, data: TokenData, step: int) -> bool:
@@ -263,23 +312,39 @@ def _refuse_other_config(config: RunConfig, run: RunFolder, warn: Callable[[str]
         )
 
 
-def _compiled(trainer: Trainer, warn: Callable[[str], None]) -> nn.Module:
-    """The model to train with: compiled where that was asked for and works, else as it is."""
-    config, device = trainer.config, trainer.device
-    wanted, reason = resolve_compile(config.train.compile, device)
+def _forward(trainer: Trainer, warn: Callable[[str], None]) -> nn.Module:
+    """The module to train with: compiled where that was asked for and works, and exchanging gradients."""
+    wanted, reason = resolve_compile(trainer.config.train.compile, trainer.device)
     if reason is not None:
         warn(reason)
-    if not wanted:
-        return trainer.model
-    compiled: nn.Module = torch.compile(trainer.model)  # type: ignore[assignment]  # it is a module
-    sample = torch.zeros(config.train.micro_batch, config.data.block_size, dtype=torch.long, device=device)
+    forward: nn.Module = trainer.model
+    if wanted:
+        in_shards = trainer.parallel in ("fsdp", "hsdp")
+        blocks = list(trainer.model.transformer.h) if in_shards else []
+        if in_shards:  # block by block, inside of what gathers and frees its weights
+            for block in blocks:
+                block.forward = torch.compile(block.forward)
+        else:
+            forward = torch.compile(forward)  # type: ignore[assignment]  # it is a module
+        if failure := _failure(forward, trainer):
+            warn(f"torch.compile failed ({failure}): training uncompiled")
+            forward = trainer.model
+            for block in blocks:
+                del block.forward
+    return wrapped(forward, trainer.parallel, trainer.device)
+
+
+def _failure(forward: nn.Module, trainer: Trainer) -> str | None:
+    """What compiling fails with, if it does: seen in one forward and backward pass."""
+    config = trainer.config
+    shape = (config.train.micro_batch, config.data.block_size)
+    sample = torch.zeros(shape, dtype=torch.long, device=trainer.device)
     try:
-        with autocast(device, trainer.precision):
-            loss = compiled(sample, sample)
+        with autocast(trainer.device, trainer.cast):
+            loss = forward(sample, sample)
         loss.backward()
     except Exception as error:  # torch.compile fails with the exceptions of any of its back ends
-        warn(f"torch.compile failed ({type(error).__name__}): training uncompiled")
-        return trainer.model
+        return type(error).__name__
     finally:
         trainer.model.zero_grad(set_to_none=True)
-    return compiled
+    return None

@@ -1,40 +1,38 @@
 """The full training state: saved so that a run interrupted at any step goes on as if it had not been.
 
-Why safetensors and JSON: nothing is ever unpickled, and a person can read what a state says. The
-newest states are kept; an older one goes only after its successor is durable. There is no RNG in it:
-the data and the dropout of a step are functions of (seed, step).
+Why safetensors and JSON: nothing is ever unpickled, and a person can read what a state says. Several
+processes write it together through torch's distributed checkpoint (its safetensors form), so that any
+number of them, with whole weights or shards, can go on from it. The newest states are kept; an older
+one goes only after its successor is durable. There is no RNG in it: the data and the dropout of a step
+are functions of (seed, step).
 
-    save_state(run, State(progress, gather(...), updates), keep=2); newest_state(run, warn=print)
+    writer.save(progress, updates, gather(...)); saved = newest_state(run, warn=print)
 """
 
-import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.optim import Optimizer
 
 from llmtrain.averaging.online import OnlineAverage
-from llmtrain.checkpoint import bytes_of
 from llmtrain.errors import UserError
-from llmtrain.files import (
-    RunFolder,
-    integrity_problems,
-    remove_folder,
-    remove_leftovers,
-    staged_folder,
-    step_folders,
-)
+from llmtrain.files import RunFolder, integrity_problems, remove_folder, step_folders
+from llmtrain.sharded import local, overwrite, part_of
 from llmtrain.training.stability import Watch
 from llmtrain.weights_folder import read_json
 
 FORMAT_VERSION = 1
-_TENSORS = "tensors.safetensors"
-_FACTS = "state.json"
+TENSORS_FILE = "tensors.safetensors"
+"""Of one process; several write a file each, named by torch."""
+FACTS_FILE = "state.json"
 
 
 @dataclass
@@ -58,26 +56,41 @@ class Progress:
 
 @dataclass
 class State:
-    """Everything that decides how training goes on."""
+    """What decides how training goes on: the tensors are read from its folder when they are needed."""
 
+    folder: Path
     progress: Progress
-    tensors: dict[str, Tensor]
     average_updates: dict[str, int]
     """Updates each online average has seen, by label."""
 
 
 def gather(
-    model: nn.Module, optimizer: Optimizer, averages: Sequence[OnlineAverage], watch: Watch
+    model: nn.Module,
+    optimizer: Optimizer,
+    averages: Sequence[OnlineAverage],
+    watch: Watch,
+    *,
+    copy: bool = False,
 ) -> dict[str, Tensor]:
-    """Every tensor that decides how training goes on, by a name that says what it is."""
-    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    """Every tensor that decides how training goes on, by a name that says what it is, in host memory.
+
+    What is spread over processes is so here too. With `copy`, training may go on while they are saved.
+    """
+    parameters = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = {f"model/{name}": tensor for name, tensor in parameters.items()}
     moments = optimizer.state_dict()["state"]
     for index, name in enumerate(_optimized_names(model, optimizer)):
         tensors |= {f"optimizer/{key}/{name}": value for key, value in moments.get(index, {}).items()}
     for average in averages:
         tensors |= {f"average/{average.config.label}/{name}": t for name, t in average.state().items()}
     tensors |= {f"watch/{name}": tensor for name, tensor in watch.state().items()}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    gathered = {}
+    for key, tensor in tensors.items():
+        mine = local(tensor.detach()).to("cpu", copy=copy).contiguous()
+        parameter = parameters.get(_parameter_name(key))
+        fits = parameter is not None and mine.shape == local(parameter).shape
+        gathered[key] = part_of(parameter, mine) if parameter is not None and fits else mine
+    return gathered
 
 
 def restore(
@@ -87,24 +100,30 @@ def restore(
     averages: Sequence[OnlineAverage],
     watch: Watch,
 ) -> None:
-    """Put everything that `gather` took back into its place.
+    """Put everything that `gather` took back into its place, of whatever number of processes it was.
 
     Raises:
         UserError: the state is of another model.
     """
+    parameters = dict(model.named_parameters())
     try:
-        model.load_state_dict(_under("model/", state.tensors))
+        tensors = read_tensors(state.folder, parameters)
+        weights = _under("model/", tensors)
+        if weights.keys() != parameters.keys():
+            raise KeyError(f"weights of {', '.join(sorted(weights.keys() ^ parameters.keys()))}")
+        overwrite(model, weights)
         moments: dict[int, dict[str, Tensor]] = {}
-        saved = _under("optimizer/", state.tensors)
+        saved = _under("optimizer/", tensors)
         for index, name in enumerate(_optimized_names(model, optimizer)):
             keys = [key.removesuffix(f"/{name}") for key in saved if key.endswith(f"/{name}")]
-            moments[index] = {key: saved[f"{key}/{name}"] for key in keys}
+            parameter = parameters[name]
+            moments[index] = {key: _beside(parameter, saved[f"{key}/{name}"]) for key in keys}
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-        watch.load(_under("watch/", state.tensors))
+        watch.load(_under("watch/", tensors))
         for average in averages:
             label = average.config.label
             if label in state.average_updates:  # in a branch, others begin where it does
-                average.load(_under(f"average/{label}/", state.tensors), state.average_updates[label])
+                average.load(_under(f"average/{label}/", tensors), state.average_updates[label])
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(
             f"the state of step {state.progress.step:,} does not fit this config: {error}",
@@ -112,28 +131,32 @@ def restore(
         ) from error
 
 
-def save_state(run: RunFolder, state: State, *, keep: int, replace: bool = False) -> None:
-    """Commit a state, then remove all but the newest `keep`.
+def read_tensors(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state by name, in host memory; of what is spread, this process's part.
 
-    One that is there for this step is the same and stays, unless `replace` says otherwise.
+    Args:
+        folder: of the state.
+        parameters: of the model, by name: what has the shape of one is spread as it is.
     """
-    remove_leftovers(run.states)
-    target = run.state(state.progress.step)
-    if replace or not target.exists():
-        facts = {
-            "format_version": FORMAT_VERSION,
-            "progress": asdict(state.progress),
-            "average_updates": state.average_updates,
-        }
-        with staged_folder(target, replace=replace, needed=bytes_of(state.tensors)) as folder:
-            save_file(state.tensors, folder / _TENSORS)
-            (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n")
-    for folder in list(step_folders(run.states).values())[:-keep]:
-        remove_folder(folder)
+    reader = HuggingFaceStorageReader(str(folder))
+    spread: dict[str, Tensor] = {}
+    for key, about in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(about, TensorStorageMetadata)
+        parameter = parameters.get(_parameter_name(key))
+        if parameter is not None and about.size == parameter.shape:
+            part = torch.empty(local(parameter).shape, dtype=about.properties.dtype)
+            spread[key] = part_of(parameter, part)
+        else:
+            spread[key] = torch.empty(about.size, dtype=about.properties.dtype)
+    alone = not torch.distributed.is_initialized()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        load(spread, storage_reader=reader, no_dist=alone)
+    return {key: local(tensor) for key, tensor in spread.items()}
 
 
 def load_state(folder: Path) -> State:
-    """Read a state, its hashes checked.
+    """A state, its hashes checked.
 
     Raises:
         UserError: a file is missing or damaged, or the format is of a newer version.
@@ -143,15 +166,15 @@ def load_state(folder: Path) -> State:
             f"the state {folder} is damaged: {'; '.join(problems)}",
             hint="restore it from a copy; the run can go on from the state before it",
         )
-    facts = read_json(folder / _FACTS)
+    facts = read_json(folder / FACTS_FILE)
     if facts.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{folder} has format version {facts.get('format_version')}, this is version {FORMAT_VERSION}",
             hint="use the version of llmtrain that wrote it",
         )
     try:
-        return State(Progress(**facts["progress"]), load_file(folder / _TENSORS), facts["average_updates"])
-    except (SafetensorError, TypeError, KeyError) as error:
+        return State(folder, Progress(**facts["progress"]), facts["average_updates"])
+    except (TypeError, KeyError) as error:
         raise UserError(f"the state {folder} cannot be read: {error}", hint="move it away") from error
 
 
@@ -181,6 +204,18 @@ def newest_state(run: RunFolder, warn: Callable[[str], None], latest: int | None
             hint="restore one from a copy, or train anew in another --run-dir",
         )
     return None
+
+
+def _parameter_name(key: str) -> str:
+    """The last part of a name in a state: that of the parameter it belongs to, if it belongs to one."""
+    return key.rpartition("/")[2]
+
+
+def _beside(parameter: Tensor, value: Tensor) -> Tensor:
+    """`value` as the optimizer keeps it: on the parameter's device and spread as it is, if it has its shape."""
+    if value.shape != local(parameter).shape:
+        return value
+    return part_of(parameter, value.to(parameter.device))
 
 
 def _optimized_names(model: nn.Module, optimizer: Optimizer) -> list[str]:

@@ -10,15 +10,16 @@ is decided in `run.py`.
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from llmtrain.averaging.checkpoints import RESIDUAL_FILE
 from llmtrain.averaging.online import OnlineAverage, build_average, swapped_in
-from llmtrain.checkpoint import Origin, Shape, bytes_of, save_tensors, save_weights
+from llmtrain.checkpoint import Origin, Shape
 from llmtrain.config import RunConfig
 from llmtrain.config_averages import PowerEmaConfig, RunningMeanConfig
 from llmtrain.data.sampler import Sampler, batch
@@ -26,16 +27,19 @@ from llmtrain.data.shards import TokenData
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import RunFailed, WriteFailed
 from llmtrain.evaluation.loss import LossResult, evaluate
-from llmtrain.files import RunFolder, staged_folder
-from llmtrain.hardware import Precision, autocast, peak_flops
+from llmtrain.files import RunFolder
+from llmtrain.hardware import Precision, autocast, peak_flops, resolve_precision
 from llmtrain.interrupt import Interrupt, Interrupted
-from llmtrain.model import GPT
+from llmtrain.training.distributed import World
 from llmtrain.training.metrics import MetricsLog
 from llmtrain.training.optim import Spam, build_optimizer
+from llmtrain.training.parallel import build_model, exchanging, resolve_parallel
 from llmtrain.training.rewind import state_before, take_back
 from llmtrain.training.schedules import block_size, learning_rate, reset_factor
+from llmtrain.training.snapshots import commit_weights
 from llmtrain.training.stability import Incident, Watch
-from llmtrain.training.state import Progress, State, gather, restore, save_state
+from llmtrain.training.state import Progress, State, gather, restore
+from llmtrain.training.state_writer import StateWriter
 
 
 class Trainer:
@@ -46,8 +50,8 @@ class Trainer:
         config: RunConfig,
         run: RunFolder,
         data: TokenData,
+        world: World,
         device: torch.device,
-        precision: Precision,
         warn: Callable[[str], None],
     ) -> None:
         """Build the model and what trains it, at step 0.
@@ -56,15 +60,22 @@ class Trainer:
             config: the resolved configuration.
             run: where to save.
             data: the token shards.
-            device: where to train.
-            precision: of matrix products.
+            world: the processes that train it together.
+            device: where this one trains.
             warn: tells what the user should know.
+
+        Raises:
+            UserError: a step does not divide over the processes.
         """
         self.warn = warn
         self.config, self.run, self.data = config, run, data
-        self.device, self.precision = device, precision
-        self.model = GPT(config.model, config.data.block_size, config.seed).to(device)
+        self.world, self.device = world, device
+        precision = resolve_precision(config.train.precision, device)
+        self.parallel = resolve_parallel(config, world, device, precision)
+        self.model = build_model(config, self.parallel, world, device, precision)
         self.forward: nn.Module = self.model
+        self.cast: Precision = precision if self.parallel in (None, "ddp") else "float32"
+        """For autocast: FSDP casts by itself."""
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.averages = [
             build_average(each, self.model, warmup_steps=config.schedule.warmup_steps)
@@ -77,7 +88,11 @@ class Trainer:
         self.sampler = Sampler(len(self.train_tokens), config.data.block_size, config.batch_size, config.seed)
         self.shape = Shape(config.model, config.data.block_size, data.eot)
         self.progress = Progress(data=data.sha256)
-        self._peak = peak_flops(device, precision)
+        in_background = world.size > 1 or device.type != "cpu"
+        keep = config.checkpoint.keep_states
+        self.state_writer = StateWriter(run, world, keep=keep, background=in_background)
+        peak = peak_flops(device, precision)
+        self._peak = peak and peak * world.size
         self._evaluated: set[int] = set()
         self._stepping = 0.0
         """Seconds in steps since the last line of the log, which stood at:"""
@@ -90,7 +105,8 @@ class Trainer:
         """One optimizer step on the batch that belongs to it; one that the watch holds back changes no weight.
 
         Returns:
-            The loss (mean over all micro-batches) and the gradient norm before clipping, shape ().
+            The loss (mean over all micro-batches of all processes) and the gradient norm before
+            clipping, shape ().
 
         Raises:
             Interrupted: a signal came; nothing of the step has happened.
@@ -98,6 +114,8 @@ class Trainer:
         step, progress = self.progress.step + 1, self.progress
         loss = self._accumulate_gradients(step, interrupt)
         norm = self._clip_gradients(step)
+        if self.world.size > 1:  # one number for all: they must decide alike
+            loss, norm = self.world.mean(torch.stack([loss, norm])).unbind()
         progress.step = step
         progress.tokens += self.config.batch_size * block_size(step, self.config.data)
         hold = self.watch.judge(step, loss, norm)
@@ -113,10 +131,10 @@ class Trainer:
         return loss, norm
 
     def _accumulate_gradients(self, step: int, interrupt: Interrupt) -> Tensor:
-        """Gradients of the whole batch of step `step`, and its mean loss, shape ()."""
+        """Gradients of the whole batch of step `step`, and the mean loss of this process's part, shape ()."""
         config, micro = self.config, self.config.train.micro_batch
-        _seed_dropout(config.seed, step - 1)
-        rows = self.sampler.rows(step - 1 + self.progress.passed_batches)
+        _seed_dropout(config.seed, step - 1, self.world.rank)
+        rows = self.world.share(self.sampler.rows(step - 1 + self.progress.passed_batches))
         length = block_size(step, config.data)
         n_micro = len(rows) // micro
         loss = torch.zeros((), device=self.device)
@@ -125,9 +143,10 @@ class Trainer:
             some = rows[index * micro : (index + 1) * micro]
             windows = torch.from_numpy(batch(self.train_tokens, some, length))
             windows = windows.to(self.device)
-            with autocast(self.device, self.precision):
-                micro_loss = self.forward(windows[:, :-1], windows[:, 1:]) / n_micro
-            micro_loss.backward()
+            with exchanging(self.forward, index == n_micro - 1):
+                with autocast(self.device, self.cast):
+                    micro_loss = self.forward(windows[:, :-1], windows[:, 1:]) / n_micro
+                micro_loss.backward()
             loss += micro_loss.detach()
         return loss
 
@@ -136,11 +155,12 @@ class Trainer:
         clip = self.config.optimizer.grad_clip or math.inf
         parameters = list(self.model.parameters())
         if not isinstance(self.optimizer, Spam):
-            return torch.nn.utils.clip_grad_norm_(parameters, clip)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self.optimizer.tame(step)
-        torch.nn.utils.clip_grad_norm_(parameters, clip)
-        return norm
+            norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            self.optimizer.tame(step)
+            torch.nn.utils.clip_grad_norm_(parameters, clip)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def learning_rate(self) -> float:
         """Of the last step taken (0 before the first)."""
@@ -153,8 +173,8 @@ class Trainer:
     # --- the loop ------------------------------------------------------------------------------
 
     def train(self, log: MetricsLog, interrupt: Interrupt) -> None:
-        """Train to `max_steps`; on a signal, or when nobody reads the log, save the state and leave."""
-        self._evaluated = log.evaluated_steps
+        """Train to `max_steps`; on a signal save the state and leave."""
+        self._evaluated = self.world.on_first(lambda: log.evaluated_steps)
         started, earlier = time.perf_counter(), self.progress.seconds
         try:
             self._begin(log, interrupt)
@@ -167,10 +187,14 @@ class Trainer:
                     if self._due(self.config.log.every):
                         self._log(log, loss, norm)
                     self._after_step(log, interrupt, fresh=True)
-        except (Interrupted, BrokenPipeError):
+            self.state_writer.wait()
+        except Interrupted:
             if self._settle(log, now=True):
                 self.save_state(log)
+            self.state_writer.wait()
             raise
+        finally:
+            self.state_writer.close()
 
     def _begin(self, log: MetricsLog, interrupt: Interrupt) -> None:
         """Do what an interruption left undone, and save what a rewind in the first steps goes back to."""
@@ -183,9 +207,11 @@ class Trainer:
         self._after_step(log, interrupt, fresh=False)
 
     def _log(self, log: MetricsLog, loss: Tensor, norm: Tensor) -> None:
+        self.state_writer.check()
         step, tokens = self._logged
-        seconds_a_step = self._stepping / (self.progress.step - step)
-        rate = (self.progress.tokens - tokens) / self._stepping
+        stepping = self.world.sums([self._stepping])[0] / self.world.size
+        seconds_a_step = stepping / (self.progress.step - step)
+        rate = (self.progress.tokens - tokens) / stepping
         self._stepping, self._logged = 0.0, (self.progress.step, self.progress.tokens)
         event = {
             "step": self.progress.step,
@@ -230,13 +256,16 @@ class Trainer:
 
     def _save_weights(self, *, fresh: bool) -> None:
         """The snapshot of this step, and the averages whose turn it is."""
-        step = self.progress.step
-        if fresh or not self.run.snapshot(step).exists():
+        if fresh or not self._exists(self.run.snapshot(self.progress.step)):
             self.save_snapshot()
         for average in self.averages:
-            saved = self.run.average(average.config.label, step).exists()
-            if average.ready and self._due(self._save_every(average)) and (fresh or not saved):
+            target = self.run.average(average.config.label, self.progress.step)
+            due = average.ready and self._due(self._save_every(average))
+            if due and (fresh or not self._exists(target)):
                 self.save_average(average)
+
+    def _exists(self, path: Path) -> bool:
+        return self.world.on_first(path.exists)
 
     def _save_every(self, average: OnlineAverage) -> int:
         snapshot, state = self.config.checkpoint.snapshot_every, self.config.checkpoint.state_every
@@ -276,15 +305,21 @@ class Trainer:
 
     def _rewind(self, incident: Incident, log: MetricsLog) -> None:
         """Go back to a state before the incident, and from there on past the batches in between."""
-        self.restore(state_before(self.run, incident, self.progress, self.config, self.warn))
-        self.save_state(log, replace=True)  # from here on, a resume knows of it
+        self.state_writer.wait()
+        self.restore(
+            self.world.on_first(
+                lambda: state_before(self.run, incident, self.progress, self.config, self.warn)
+            )
+        )
+        self.save_state(log, replace=True)
+        self.state_writer.wait()  # from here on, a resume knows of it
         self._finish_rewind(log)
         self._stepping, self._logged = 0.0, (self.progress.step, self.progress.tokens)
 
     def _finish_rewind(self, log: MetricsLog) -> None:
-        take_back(self.run, self.progress.step)
+        self.world.on_first(lambda: take_back(self.run, self.progress.step))
         log.rewind(self.progress.rewinds[-1])
-        self._evaluated = log.evaluated_steps
+        self._evaluated = self.world.on_first(lambda: log.evaluated_steps)
 
     # --- evaluate and save ---------------------------------------------------------------------
 
@@ -305,7 +340,8 @@ class Trainer:
             block_size=self.config.data.block_size,
             batch=self.config.eval.batch,
             device=self.device,
-            precision=self.precision,
+            precision=self.cast,
+            world=self.world,
             limit=self.config.eval.tokens,
             on_progress=lambda done, total: interrupt.check(),
         )
@@ -316,29 +352,31 @@ class Trainer:
 
     def save_snapshot(self) -> None:
         """Commit the weights as a Hugging Face folder."""
-        weights, target = self.model.state_dict(), self.run.snapshot(self.progress.step)
-        with staged_folder(target, replace=True, needed=bytes_of(weights)) as folder:
-            save_weights(folder, weights, self.shape, self.origin())
+        target, weights = self.run.snapshot(self.progress.step), dict(self.model.named_parameters())
+        commit_weights(target, self.model, weights, self.world, self.shape, self.origin())
 
     def save_average(self, average: OnlineAverage) -> None:
         """Commit an online average as a Hugging Face folder with its provenance."""
-        step, weights, residual = self.progress.step, average.weights(), average.residual()
-        target = self.run.average(average.config.label, step)
-        with staged_folder(
-            target, replace=True, needed=bytes_of(weights) + bytes_of(residual or {})
-        ) as folder:
-            save_weights(folder, weights, self.shape, self.origin(), average.provenance(step))
-            if residual is not None:
-                save_tensors(folder / RESIDUAL_FILE, residual, self.shape)
+        step = self.progress.step
+        commit_weights(
+            self.run.average(average.config.label, step),
+            self.model,
+            average.weights(),
+            self.world,
+            self.shape,
+            self.origin(),
+            residual=average.residual(),
+            provenance=average.provenance(step),
+        )
 
     def save_state(self, log: MetricsLog, *, replace: bool = False) -> None:
-        """Commit everything that decides how training goes on."""
-        log.flush()
+        """Begin to commit everything that decides how training goes on."""
+        self.world.on_first(log.flush)
         self.progress.wandb_id = log.wandb_id
-        tensors = gather(self.model, self.optimizer, self.averages, self.watch)
+        in_background = self.state_writer.in_background
+        tensors = gather(self.model, self.optimizer, self.averages, self.watch, copy=in_background)
         updates = {average.config.label: average.updates for average in self.averages}
-        state = State(self.progress, tensors, updates)
-        save_state(self.run, state, keep=self.config.checkpoint.keep_states, replace=replace)
+        self.state_writer.save(self.progress, updates, tensors, replace=replace)
 
     def restore(self, state: State) -> None:
         """Go on from a saved state."""
@@ -346,7 +384,7 @@ class Trainer:
         self.progress = state.progress
 
 
-def _seed_dropout(seed: int, step: int) -> None:
-    """Make the draws of a step a function of (seed, step), as its data is: a state holds no RNG."""
-    mixed = np.random.SeedSequence([seed, step]).generate_state(1, np.uint32)
+def _seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Make the draws of a step a function of (seed, step, rank), as its data is: a state holds no RNG."""
+    mixed = np.random.SeedSequence([seed, step] + [rank] * (rank > 0)).generate_state(1, np.uint32)
     torch.manual_seed(int(mixed[0]))

@@ -48,7 +48,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, tiny: Build) -> Poison:
 
     def apply(factor: float) -> None:
         monkeypatch.setattr(
-            module, "_compiled", lambda trainer, warn: Poisoned(trainer.model, window, factor)
+            module, "_forward", lambda trainer, warn: Poisoned(trainer.model, window, factor)
         )
 
     return apply
@@ -146,13 +146,14 @@ def test_an_interrupted_run_with_a_rewind_is_bitwise_the_uninterrupted_one(
     assert_same_run(whole, quiet(config, tmp_path / "parts"))
 
 
-@pytest.mark.parametrize("crash", ["save_state", "take_back", "rewind"])
+@pytest.mark.parametrize("crash", ["save", "take_back", "rewind"])
 def test_a_crash_within_a_rewind_changes_nothing(
     tiny: Build, tmp_path: Path, poison: Poison, monkeypatch: pytest.MonkeyPatch, crash: str
 ) -> None:
     """As if the process were killed before each of a rewind's three writes."""
     import llmtrain.training.trainer as trainer_module
     from llmtrain.training.metrics import MetricsLog
+    from llmtrain.training.state_writer import StateWriter
 
     poison(50.0)
     config = run_config(tiny, "rewind")
@@ -167,7 +168,7 @@ def test_a_crash_within_a_rewind_changes_nothing(
         real(*arguments, replace=replace, **options)
 
     with monkeypatch.context() as patch:
-        owner: Any = MetricsLog if crash == "rewind" else trainer_module
+        owner: Any = {"save": StateWriter, "take_back": trainer_module, "rewind": MetricsLog}[crash]
         real = getattr(owner, crash)
         patch.setattr(owner, crash, killed)
         with pytest.raises(KilledError):
@@ -178,7 +179,7 @@ def test_a_crash_within_a_rewind_changes_nothing(
 def test_a_run_that_never_calms_down_ends(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_compiled", lambda trainer, warn: _Nan(trainer.model))
+    monkeypatch.setattr(module, "_forward", lambda trainer, warn: _Nan(trainer.model))
     config = run_config(tiny, "rewind", "rewind")
     with pytest.raises(RunFailed, match="would be rewind 11: the run does not become stable"):
         quiet(config, tmp_path / "run")

@@ -1,0 +1,133 @@
+"""A model on several processes: whole on each (DDP), or in shards (FSDP2), as torch has them.
+
+Why not in the loop: a step is the same however the weights lie. What differs is how the model is built,
+wrapped and told when to exchange gradients: once a step, not once a micro-batch.
+
+    model = build_model(config, "fsdp", world, device, precision); forward = wrapped(model, "fsdp", device)
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from llmtrain.config import RunConfig
+from llmtrain.errors import UserError
+from llmtrain.hardware import Precision
+from llmtrain.model import GPT
+from llmtrain.planning.memory import Layout, device_memory, peak
+from llmtrain.sharded import scatter
+from llmtrain.training.distributed import World
+
+Parallel = Literal["ddp", "fsdp", "hsdp"]
+
+_USABLE = 0.9
+"""Share of a GPU's memory that a plan may fill: it does not count the allocator's gaps and CUDA's context."""
+
+
+def resolve_parallel(
+    config: RunConfig, world: World, device: torch.device, precision: Precision
+) -> Parallel | None:
+    """How the weights will lie; None: on one process, as they are.
+
+    Raises:
+        UserError: a step does not divide over the processes.
+    """
+    _check_batch(config, world.size)
+    setting = config.train.parallel
+    if setting in ("fsdp", "hsdp"):
+        return setting
+    if world.size == 1:
+        return None
+    if setting == "auto" and device.type == "cuda":
+        layout = Layout(world.size, "ddp", 2 if precision == "bfloat16" else 4, cuda=True)
+        room = torch.cuda.get_device_properties(device).total_memory
+        if peak(device_memory(config, layout)).total > _USABLE * room:
+            return "fsdp"
+    return "ddp"
+
+
+def _check_batch(config: RunConfig, size: int) -> None:
+    sequences, micro = config.batch_size, config.train.micro_batch
+    if sequences % (size * micro) == 0:
+        return
+    each, rest = divmod(sequences, size)
+    if rest:
+        key, unit = "batch_sequences", 1
+        if config.train.batch_tokens is not None:
+            key, unit = "batch_tokens", config.data.block_size
+        fitting_sizes = [n * size * unit for n in (each, each + 1) if n]
+        said = " or ".join(f"{n:,}" for n in fitting_sizes)
+        raise UserError(
+            f"train.{key} {sequences * unit:,} does not divide over {size} processes: {said} would",
+            hint=f"--set train.{key}={fitting_sizes[-1]}, or another number of processes",
+        )
+    fitting = next(n for n in range(min(micro, each), 0, -1) if each % n == 0)
+    raise UserError(
+        f"a step of {sequences:,} sequences leaves {each:,} for each of {size} processes, which does not divide "
+        f"into train.micro_batch {micro}: {fitting} would",
+        hint=f"--set train.micro_batch={fitting}",
+    )
+
+
+def build_model(
+    config: RunConfig, parallel: Parallel | None, world: World, device: torch.device, precision: Precision
+) -> GPT:
+    """The model at step 0, on `device`; where it is spread, each process holds its shard alone.
+
+    Its weights are the same in every case: sharded ones are made parameter by parameter, never as a whole.
+    """
+    if parallel in (None, "ddp"):
+        model = GPT(config.model, config.data.block_size, config.seed).to(device)
+    else:
+        with torch.device("meta"):
+            model = GPT(config.model, config.data.block_size)
+        _shard(model, _mesh(parallel, world, device), precision)
+        model.to_empty(device=device)
+        parameters = dict(model.named_parameters())
+        for name, value in model.initial_weights(config.seed):
+            scatter(parameters[name], value)
+    for block in model.transformer.h:
+        block.recompute = config.train.activation_checkpointing  # type: ignore[assignment]  # it is a Block
+    return model
+
+
+def _mesh(parallel: Parallel | None, world: World, device: torch.device) -> DeviceMesh:
+    if parallel == "hsdp":
+        shape = (world.size // world.local_size, world.local_size)
+        return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
+
+
+def _shard(model: GPT, mesh: DeviceMesh, precision: Precision) -> None:
+    """FSDP2 by block: gathered in the precision of matrix products, reduced in float32."""
+    product = torch.bfloat16 if precision == "bfloat16" else None
+    policy = MixedPrecisionPolicy(param_dtype=product, reduce_dtype=torch.float32)
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def wrapped(forward: nn.Module, parallel: Parallel | None, device: torch.device) -> nn.Module:
+    """The module to call in training: with DDP around it where that is how gradients are exchanged."""
+    if parallel != "ddp":
+        return forward
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(forward, device_ids=devices, gradient_as_bucket_view=True)
+
+
+@contextmanager
+def exchanging(forward: nn.Module, wanted: bool) -> Iterator[None]:
+    """Whether the backward pass inside the block adds up the gradients of all processes."""
+    if isinstance(forward, DistributedDataParallel) and not wanted:
+        with forward.no_sync():
+            yield
+        return
+    if isinstance(forward, FSDPModule):
+        forward.set_requires_gradient_sync(wanted)
+    yield
