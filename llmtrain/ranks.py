@@ -23,7 +23,7 @@ _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
 _PATIENCE = timedelta(seconds=20)
 """How long a process waits for another one that should speak, or leave, before it."""
 
-_FIRST_TO_FAIL, _TOLD, _LEFT = "llmtrain/first-to-fail", "llmtrain/told", "llmtrain/left"
+_FIRST_TO_FAIL, _TOLD, _LEFT = "first-to-fail", "told", "left"
 
 
 def is_member() -> bool:
@@ -50,10 +50,12 @@ def quiet_unless_first() -> None:
 @functools.cache
 def store() -> "Store":
     """What the processes share before, and beside, a process group: names and values."""
+    from torch._C._distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    shared: Store = next(iter(rendezvous("env://")))[0]
-    return shared
+    # The launcher's store outlives its workers: what those before a restart said is not for us.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"llmtrain/{attempt}", next(iter(rendezvous("env://")))[0])
 
 
 def first_to_fail() -> bool:

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -80,8 +79,6 @@ def overwrite(model: nn.Module, parts: Mapping[str, Tensor]) -> None:
         model: spread or not.
         parts: by parameter name, of the shapes of `local(parameter)`.
     """
-    if isinstance(model, FSDPModule):
-        model.reshard()  # else what an evaluation gathered of the old weights would be used again
     for name, parameter in model.named_parameters():
         mine, new = local(parameter), parts[name]
         if mine.shape != new.shape:

@@ -9,6 +9,7 @@ of one, and nothing here costs it anything.
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -169,11 +170,14 @@ def join(device: torch.device, *, spread: bool) -> Iterator[tuple[World, torch.d
         raise
     except BaseException as error:
         # Before the connections close, and the others fail because of it.
-        if ranks.first_to_fail() and _is_lost_peer(error):
+        if _is_lost_peer(error):
+            if dist.is_torchelastic_launched():
+                sys.exit(1)  # the launcher sees which process it was and of what it died, and says so
             raise RunFailed(
                 "another process of this run is gone without a word",
                 hint="was it killed, or out of memory? The same command goes on from the newest state",
             ) from error
+        ranks.first_to_fail()
         raise
     dist.destroy_process_group()
 

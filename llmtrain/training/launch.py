@@ -34,7 +34,7 @@ def launch(arguments: list[str], processes: int) -> int:
     Raises:
         RunFailed: a process was killed.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable()  # the launcher's own reports; the processes' are theirs
     # Each its share: threads of several processes on one core wait for each other.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // processes, 1)))
@@ -52,13 +52,14 @@ def launch(arguments: list[str], processes: int) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "llmtrain", *arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode > 0:
-            return int(failure.exitcode)
-        raise RunFailed(
-            f"process {rank} of {processes} was killed by {signal.Signals(-failure.exitcode).name}",
-            hint="was memory short? The same command goes on from the newest state",
-        ) from error
+        for rank, failure in error.failures.items():
+            # The others left without a word then; those that the launcher itself ended are no reason.
+            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
+                raise RunFailed(
+                    f"process {rank} of {processes} was killed by {signal.Signals(-failure.exitcode).name}",
+                    hint="was memory short? The same command goes on from the newest state",
+                ) from error
+        return int(error.get_first_failure()[1].exitcode)
     except SignalException as ended:
         return 128 + int(ended.sigval)
     return 0

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from llmtrain.averaging.online import OnlineAverage, build_average, swapped_in
@@ -333,7 +334,7 @@ class Trainer:
         return event
 
     def _validation_loss(self, interrupt: Interrupt) -> LossResult:
-        return evaluate(
+        result = evaluate(
             self.model,
             self.val_tokens,
             self.token_bytes,
@@ -345,6 +346,9 @@ class Trainer:
             limit=self.config.eval.tokens,
             on_progress=lambda done, total: interrupt.check(),
         )
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # a backward pass would have done it
+        return result
 
     def origin(self) -> Origin:
         """Where in the run the present weights are."""

@@ -47,9 +47,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, tiny: Build) -> Poison:
     window = torch.from_numpy(batch(reader, rows[:1], 16))[0, :-1]
 
     def apply(factor: float) -> None:
-        monkeypatch.setattr(
-            module, "_forward", lambda trainer, warn: Poisoned(trainer.model, window, factor)
-        )
+        monkeypatch.setattr(module, "_forward", lambda trainer, warn: Poisoned(trainer.model, window, factor))
 
     return apply
 
