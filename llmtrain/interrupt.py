@@ -6,6 +6,7 @@ handler only sets a flag; long work asks for it. A second signal leaves at once.
     with Interrupt(max_seconds=3600) as interrupt: ...; interrupt.check()
 """
 
+import contextlib
 import os
 import signal
 import time
@@ -65,9 +66,11 @@ class Interrupt:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        # Unbuffered, because the signal may have come in the middle of a print.
-        if not self._quiet:
-            os.write(2, b"stopping at the next safe place; the same signal again leaves at once\n")
+        # Unbuffered, because the signal may have come in the middle of a print. The terminal may be gone, and
+        # the `tee` of a pipe ended by the same Ctrl-C: an exception here would be raised in the middle of a step.
+        said = b"" if self._quiet else b"stopping at the next safe place; the same signal again leaves at once\n"
+        with contextlib.suppress(OSError):
+            os.write(2, said)
         for each in self._previous:
             signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
 

@@ -35,3 +35,20 @@ def test_the_end_of_the_time_is_like_a_signal() -> None:
     with Interrupt(max_seconds=0) as interrupt, pytest.raises(Interrupted) as caught:
         interrupt.check()
     assert caught.value.exit_code == 124
+
+
+def test_a_signal_that_also_took_the_terminal_away_waits_as_well() -> None:
+    """`pretrain 2>&1 | tee log` and Ctrl-C: nobody reads what the handler says."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    stderr = os.dup(2)
+    os.dup2(writer, 2)
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(Interrupted):
+                interrupt.check()
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(writer)
