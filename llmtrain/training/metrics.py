@@ -95,21 +95,21 @@ class MetricsLog:
 
     def training(self, event: Event, eta: float) -> None:
         """Log one step; `eta` in seconds is for the terminal only."""
+        self._write(event)  # first: where nobody reads what is said, the state of this step is saved
         if self._lines % 25 == 0:
             self._say(HEADER)
         self._lines += 1
         self._say(format_training(event, eta))
-        self._write(event)
 
     def evaluation(self, event: Event) -> None:
         """Log the losses of one evaluation."""
-        self._say(format_evaluation(event))
         self._write(event)
+        self._say(format_evaluation(event))
 
     def incident(self, incident: Incident) -> None:
         """Log a spike or a number that is not finite."""
-        self._say(str(incident))
         self._write(incident.event())
+        self._say(str(incident))
 
     def not_saved(self, step: int, error: WriteFailed) -> None:
         """Log that a snapshot or an average of this step found no place on the disk."""

@@ -17,6 +17,7 @@ from llmtrain.data.shards import open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.files import RunFolder, step_folders, write_integrity
 from llmtrain.interrupt import Interrupted
+from llmtrain.training.run import pretrain
 
 BAD_BATCH = 14
 """From 0: step 15 reads it, until a rewind passes over it."""
@@ -141,6 +142,24 @@ def test_an_interrupted_run_with_a_rewind_is_bitwise_the_uninterrupted_one(
         interrupt_at(patch, after)
         with pytest.raises(Interrupted):
             quiet(config, tmp_path / "parts")
+    assert_same_run(whole, quiet(config, tmp_path / "parts"))
+
+
+@pytest.mark.parametrize("line", [2, 8, 9])
+def test_a_run_whose_log_nobody_reads_any_more_is_bitwise_the_other_one(
+    tiny: Build, tmp_path: Path, poison: Poison, line: int
+) -> None:
+    """`| head` leaves before the line of a step, a spike, a rewind."""
+    poison(50.0)
+    config = run_config(tiny, "rewind")
+    whole, said = quiet(config, tmp_path / "whole"), iter(range(1, 100))
+
+    def say(_: str) -> None:
+        if next(said) >= line:
+            raise BrokenPipeError
+
+    with pytest.raises(Interrupted):
+        pretrain(config, tmp_path / "parts", say=say)
     assert_same_run(whole, quiet(config, tmp_path / "parts"))
 
 
