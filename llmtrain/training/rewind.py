@@ -13,7 +13,7 @@ from llmtrain.config import RunConfig
 from llmtrain.errors import RunFailed
 from llmtrain.files import RunFolder, remove_folder, step_folders
 from llmtrain.training.stability import Incident
-from llmtrain.training.state import Progress, State, newest_state
+from llmtrain.training.state import Progress, State, newest_state, regular
 
 
 def state_before(
@@ -21,11 +21,11 @@ def state_before(
 ) -> State:
     """The newest state at least `spikes.rewind_steps` before the incident, its progress brought up to now.
 
-    The batches from there to the incident's are passed over: batch `step` becomes batch
-    `step + progress.passed_batches`.
+    Where the run began, or last went back to, later than that: its oldest state. The batches from there
+    to the incident's are passed over: batch `step` becomes batch `step + progress.passed_batches`.
 
     Raises:
-        RunFailed: there were too many rewinds, or no state is that old.
+        RunFailed: there were too many rewinds, or there is no state.
     """
     spikes = config.spikes
     if len(progress.rewinds) >= spikes.max_rewinds:
@@ -33,11 +33,13 @@ def state_before(
             f"step {incident.step:,} would be rewind {spikes.max_rewinds + 1}: the run does not become stable",
             hint="lower optimizer.lr, or raise schedule.warmup_steps or spikes.max_rewinds",
         )
-    state = newest_state(run, warn, latest=max(incident.step - spikes.rewind_steps, 0))
+    steps = regular(list(step_folders(run.states)), config.checkpoint.state_every)
+    old = [step for step in steps if step <= incident.step - spikes.rewind_steps]
+    state = newest_state(run, warn, among=old or steps[:1])
     if state is None:
         raise RunFailed(
-            f"step {incident.step:,} cannot be rewound: no state is {spikes.rewind_steps:,} steps older",
-            hint="save states earlier (checkpoint.state_every), or lower spikes.rewind_steps",
+            f"step {incident.step:,} cannot be rewound: {run.states} holds no state",
+            hint="the folder was emptied while the run was training: restore it",
         )
     back = state.progress
     passed = incident.step + progress.passed_batches - back.step

@@ -10,7 +10,7 @@ are functions of (seed, step).
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,14 @@ def read_tensors(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Te
     return {key: local(tensor) for key, tensor in spread.items()}
 
 
+def regular(steps: Sequence[int], every: int) -> list[int]:
+    """Of the steps of states, those that a run has however often it was interrupted: a rewind goes to no other.
+
+    They are the multiples of `every`, and the oldest: the run may have begun with it.
+    """
+    return [step for step in steps if step % every == 0 or step == steps[0]]
+
+
 def load_state(folder: Path) -> State:
     """A state, its hashes checked.
 
@@ -178,8 +186,10 @@ def load_state(folder: Path) -> State:
         raise UserError(f"the state {folder} cannot be read: {error}", hint="move it away") from error
 
 
-def newest_state(run: RunFolder, warn: Callable[[str], None], latest: int | None = None) -> State | None:
-    """The newest state that is whole (and not after step `latest`); None while the run has saved none.
+def newest_state(
+    run: RunFolder, warn: Callable[[str], None], among: Collection[int] | None = None
+) -> State | None:
+    """The newest state that is whole (of the steps `among`, if given); None while the run has saved none.
 
     A damaged one is told, kept beside the others as `step-…-damaged`, and passed over.
 
@@ -187,7 +197,7 @@ def newest_state(run: RunFolder, warn: Callable[[str], None], latest: int | None
         UserError: there are states and all are damaged.
     """
     folders = {
-        step: path for step, path in step_folders(run.states).items() if latest is None or step <= latest
+        step: path for step, path in step_folders(run.states).items() if among is None or step in among
     }
     for folder in reversed(folders.values()):
         try:
@@ -198,7 +208,7 @@ def newest_state(run: RunFolder, warn: Callable[[str], None], latest: int | None
                 remove_folder(aside)
             folder.rename(aside)
             warn(f"{error}; it is kept as {aside.name}, and the run goes on from the state before it")
-    if folders or (latest is None and any(run.states.glob("*-damaged"))):
+    if folders or (among is None and any(run.states.glob("*-damaged"))):
         raise UserError(
             f"every state of {run.path} is damaged",
             hint="restore one from a copy, or train anew in another --run-dir",

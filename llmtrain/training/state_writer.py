@@ -29,7 +29,7 @@ from llmtrain.errors import RunFailed, UserError
 from llmtrain.files import RunFolder, remove_folder, remove_leftovers, staged_folder, step_folders
 from llmtrain.sharded import local
 from llmtrain.training.distributed import World
-from llmtrain.training.state import FACTS_FILE, FORMAT_VERSION, TENSORS_FILE, Progress
+from llmtrain.training.state import FACTS_FILE, FORMAT_VERSION, TENSORS_FILE, Progress, regular
 
 T = TypeVar("T")
 
@@ -37,16 +37,17 @@ T = TypeVar("T")
 class StateWriter:
     """Saves states one after the other; what fails is raised by the next call, on every process."""
 
-    def __init__(self, run: RunFolder, world: World, *, keep: int, background: bool) -> None:
+    def __init__(self, run: RunFolder, world: World, *, keep: int, every: int, background: bool) -> None:
         """Nothing is written yet.
 
         Args:
             run: where to save.
             world: the processes, which make the same calls in the same order.
-            keep: so many of the newest states stay.
+            keep: so many of the newest states stay, and of the `regular` ones of them.
+            every: steps between two regular states.
             background: let training go on meanwhile; the tensors must be copies then.
         """
-        self._run, self._world, self._keep = run, world, keep
+        self._run, self._world, self._keep, self._every = run, world, keep, every
         self.in_background = background
         self._pool = ThreadPoolExecutor(1, "state") if background else None
         self._saving: Future[None] | None = None
@@ -106,7 +107,7 @@ class StateWriter:
             with staged_folder(target, replace=replace, needed=bytes_of(tensors)) as folder:
                 save_file({key: local(tensor) for key, tensor in tensors.items()}, folder / TENSORS_FILE)
                 (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
-        self._retire()
+        self._retire(target)
 
     def _commit_together(
         self, target: Path, facts: dict[str, Any], tensors: dict[str, Tensor], replace: bool
@@ -129,7 +130,7 @@ class StateWriter:
                     told = self._tell(folder) is not None
                     self._write_all_parts(folder, tensors)
                     (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
-            self._retire()
+            self._retire(target)
         except (UserError, RunFailed, OSError) as error:
             outcome = error
         if not told:
@@ -164,7 +165,11 @@ class StateWriter:
                     hint="the run folder must be on a disk that all machines share",
                 )
 
-    def _retire(self) -> None:
-        """Remove all but the newest states."""
-        for folder in list(step_folders(self._run.states).values())[: -self._keep]:
-            remove_folder(folder)
+    def _retire(self, target: Path) -> None:
+        """Remove what need not be kept beside the state that was just saved."""
+        folders = step_folders(self._run.states)
+        steps = list(folders)
+        kept = {*steps[-self._keep :], *regular(steps, self._every)[-self._keep :]}
+        for step, folder in folders.items():
+            if step not in kept and folder != target:
+                remove_folder(folder)

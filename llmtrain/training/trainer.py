@@ -28,7 +28,7 @@ from llmtrain.data.shards import TokenData
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import RunFailed, WriteFailed
 from llmtrain.evaluation.loss import LossResult, evaluate
-from llmtrain.files import RunFolder
+from llmtrain.files import RunFolder, step_folders
 from llmtrain.hardware import Precision, autocast, peak_flops, resolve_precision
 from llmtrain.interrupt import Interrupt, Interrupted
 from llmtrain.training.distributed import World
@@ -89,9 +89,13 @@ class Trainer:
         self.sampler = Sampler(len(self.train_tokens), config.data.block_size, config.batch_size, config.seed)
         self.shape = Shape(config.model, config.data.block_size, data.eot)
         self.progress = Progress(data=data.sha256)
-        in_background = world.size > 1 or device.type != "cpu"
-        keep = config.checkpoint.keep_states
-        self.state_writer = StateWriter(run, world, keep=keep, background=in_background)
+        self.state_writer = StateWriter(
+            run,
+            world,
+            keep=config.checkpoint.keep_states,
+            every=config.checkpoint.state_every if config.rewinds else 1,
+            background=world.size > 1 or device.type != "cpu",
+        )
         peak = peak_flops(device, precision)
         self._peak = peak and peak * world.size
         self._evaluated: set[int] = set()
@@ -198,11 +202,12 @@ class Trainer:
             self.state_writer.close()
 
     def _begin(self, log: MetricsLog, interrupt: Interrupt) -> None:
-        """Do what an interruption left undone, and save what a rewind in the first steps goes back to."""
+        """Do what an interruption left undone, and save the state that a branch, or a rewind, begins with."""
         rewinds = self.progress.rewinds
         if rewinds and rewinds[-1]["step"] == self.progress.step:
             self._finish_rewind(log)
-        if self.config.rewinds and self.progress.step == 0:
+        begins = self.world.on_first(lambda: not step_folders(self.run.states))
+        if begins and (self.config.rewinds or self.progress.step > 0):
             self.save_state(log)
         self._logged = (self.progress.step, self.progress.tokens)
         self._after_step(log, interrupt, fresh=False)

@@ -24,7 +24,7 @@ BAD_BATCH = 14
 SPIKES = {"window": 8, "threshold": 20.0, "rewind_steps": 4}
 CHECKPOINT = {"snapshot_every": 1, "state_every": 4, "keep_states": 3}
 
-Poison = Callable[[float], None]
+Poison = Callable[..., None]
 
 
 class Poisoned(nn.Module):
@@ -41,14 +41,21 @@ class Poisoned(nn.Module):
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch, tiny: Build) -> Poison:
-    """Makes batch `BAD_BATCH` of every training bad, by a factor on its loss."""
+    """Makes batches of every training bad, by a factor on their loss."""
     config = tiny()
     reader = open_data(Path(config.data.path)).reader("train")
-    rows = Sampler(len(reader), 16, 8, config.seed).rows(BAD_BATCH)
-    window = torch.from_numpy(batch(reader, rows[:1], 16))[0, :-1]
+    sampler = Sampler(len(reader), 16, 8, config.seed)
 
-    def apply(factor: float) -> None:
-        monkeypatch.setattr(module, "_forward", lambda trainer, warn: Poisoned(trainer.model, window, factor))
+    def window(number: int) -> Tensor:
+        return torch.from_numpy(batch(reader, sampler.rows(number)[:1], 16))[0, :-1]
+
+    def apply(factor: float, *batches: int) -> None:
+        def poisoned(model: nn.Module) -> nn.Module:
+            for number in batches or (BAD_BATCH,):
+                model = Poisoned(model, window(number), factor)
+            return model
+
+        monkeypatch.setattr(module, "_forward", lambda trainer, warn: poisoned(trainer.model))
 
     return apply
 
@@ -131,12 +138,15 @@ def test_a_rewind_goes_back_and_passes_over_the_batches(
         assert one.read_bytes() == two.read_bytes()
 
 
-@pytest.mark.parametrize("after", [1, 5, 20, 28, 29, 31, 33, 36, 40, 50])
+@pytest.mark.parametrize("after", [1, 18, 20, 22, 26, 28, 29, 31, 36, 50])
 def test_an_interrupted_run_with_a_rewind_is_bitwise_the_uninterrupted_one(
     tiny: Build, tmp_path: Path, poison: Poison, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
+    """Two looks for a signal a step. A state that the signal left is neither gone back to nor instead of another."""
     poison(50.0)
-    config = run_config(tiny, "rewind")
+    config = run_config(
+        tiny, "rewind", checkpoint=CHECKPOINT | {"keep_states": 2}, eval={"every": 24, "batch": 64}
+    )
     whole = quiet(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         interrupt_at(patch, after)
@@ -191,6 +201,15 @@ def test_a_crash_within_a_rewind_changes_nothing(
         with pytest.raises(KilledError):
             quiet(config, tmp_path / "parts")
     assert_same_run(whole, quiet(config, tmp_path / "parts"))
+
+
+def test_a_rewind_soon_after_a_beginning_goes_back_to_it(tiny: Build, tmp_path: Path, poison: Poison) -> None:
+    """A branch off step 13 meets its spike in step 15, and another one in step 14 of the way from there."""
+    poison(50.0, BAD_BATCH, 15)
+    trunk = quiet(run_config(tiny, train__max_steps=13), tmp_path / "trunk")
+    branch = quiet(run_config(tiny, "rewind"), tmp_path / "branch", resume=trunk.state(13))
+    rewinds = [(e["step"], e["rewound_from"]) for e in events(branch) if "rewound_from" in e]
+    assert rewinds == [(13, 15), (13, 14)]
 
 
 def test_a_run_that_never_calms_down_ends(
