@@ -147,7 +147,7 @@ def _start(
     warn: Callable[[str], None],
 ) -> _Start:
     if isinstance(resume, Path) and not is_run(run.path):
-        return _Start(_branch(config, run, resume), branched=True, finished=False)
+        return _Start(_branch(config, run, data, resume), branched=True, finished=False)
     state = _existing_state(config, run, data, resume, warn)
     finished = state is not None and _is_finished(config, run, data, state.progress.step)
     return _Start(state, branched=False, finished=finished)
@@ -192,7 +192,7 @@ def _check_vocabulary(config: RunConfig, data: TokenData) -> None:
         )
 
 
-def _branch(config: RunConfig, run: RunFolder, folder: Path) -> State:
+def _branch(config: RunConfig, run: RunFolder, data: TokenData, folder: Path) -> State:
     """The state of another run with which a new one begins; which it was goes to `parent.json`.
 
     What the averages hold is taken over where both runs have them; others begin here.
@@ -213,7 +213,7 @@ def _branch(config: RunConfig, run: RunFolder, folder: Path) -> State:
         raise UserError(
             f"{folder} is of another model: {', '.join(other)} differ", hint="a branch keeps its model"
         )
-    state.progress.wandb_id = None
+    state.progress.wandb_id, state.progress.data = None, data.sha256
     about = {"run": str(parent.path), "state": folder.name, "step": state.progress.step, "changed": differing}
     write_atomically(run.parent, json.dumps(about, indent=2) + "\n")
     return state
@@ -248,8 +248,10 @@ def _existing_state(
     _refuse_other_config(config, run, warn)
     state = newest_state(run, warn)
     if state is None:
-        _refuse_lost_states(run, warn)
-        return None
+        began_with = _parent_state(run)
+        state = None if began_with is None else _branch(config, run, data, began_with)
+        _refuse_lost_states(run, 0 if state is None else state.progress.step, warn)
+        return state
     if state.progress.data != data.sha256:
         raise UserError(
             f"{run.path} was trained on other data than {config.data.path} holds now",
@@ -271,16 +273,16 @@ def _refuse_other_files(folder: Path) -> None:
         raise UserError(f"{folder} holds other files and is no run", hint="choose another --run-dir")
 
 
-def _refuse_lost_states(run: RunFolder, warn: Callable[[str], None]) -> None:
-    """A run without a state begins again only if it cannot have had one."""
+def _refuse_lost_states(run: RunFolder, first: int, warn: Callable[[str], None]) -> None:
+    """A run without a state begins again at step `first` only if it cannot have had one."""
     steps = [event["step"] for event in read_events(run.metrics)]
-    if steps and max(steps) > load_config(run.config).checkpoint.state_every:
+    if steps and max(steps) > first + load_config(run.config).checkpoint.state_every:
         raise UserError(
             f"{run.path} was trained to step {max(steps):,} and its states are gone",
             hint="restore its state folder, or train anew in another --run-dir",
         )
     if steps:
-        warn(f"{run.path} was stopped before its first state: it begins again at step 0")
+        warn(f"{run.path} was stopped before its first state: it begins again at step {first:,}")
 
 
 def _parent_state(run: RunFolder) -> Path | None:

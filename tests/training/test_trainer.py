@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from llmtrain.interrupt import Interrupted
 from llmtrain.model import GPT
 from llmtrain.training.run import pretrain
 from llmtrain.training.schedules import learning_rate
+from llmtrain.training.trainer import Trainer
 
 
 def test_training_equals_a_plain_loop(tiny: Build, tmp_path: Path) -> None:
@@ -214,13 +216,17 @@ def test_another_config_is_refused_with_its_keys(tiny: Build, tmp_path: Path) ->
         quiet(tiny(), tmp_path / "run", resume="never")
 
 
-def test_other_data_is_refused(tiny: Build, tmp_path: Path, text_file: Path) -> None:
+def test_other_data_is_refused_but_for_a_branch(tiny: Build, tmp_path: Path, text_file: Path) -> None:
     from llmtrain.data.prepare import prepare
 
-    quiet(tiny(), tmp_path / "run")
+    run = quiet(tiny(), tmp_path / "run")
     prepare(str(text_file), tmp_path / "other", tokenizer="byte", val_fraction=0.2)
     with pytest.raises(UserError, match="other data"):
         quiet(tiny(data__path=str(tmp_path / "other"), train__max_steps=14), tmp_path / "run")
+    quiet(tiny(data__path=str(tmp_path / "other")), tmp_path / "branch", resume=run.state(8))
+    quiet(tiny(data__path=str(tmp_path / "other"), train__max_steps=14), tmp_path / "branch")
+    with pytest.raises(UserError, match="other data"):
+        quiet(tiny(train__max_steps=16), tmp_path / "branch")
 
 
 def damage(path: Path) -> None:
@@ -263,6 +269,30 @@ def test_a_branch_begins_with_a_state_and_records_its_parent(tiny: Build, tmp_pa
     assert pretrain(cooldown, branch.path, resume=trunk.state(8), say=lambda line: None).already_finished
     with pytest.raises(UserError, match="did not begin with"):
         quiet(cooldown, branch.path, resume=trunk.state(12))
+
+
+def test_a_branch_that_was_killed_before_its_first_state_is_bitwise_the_other_one(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = quiet(tiny(), tmp_path / "trunk")
+    config = tiny(optimizer={"lr": 5e-3})
+    whole = quiet(config, tmp_path / "whole", resume=trunk.state(8))
+
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save_state", killed)
+        with pytest.raises(KeyboardInterrupt):
+            quiet(config, tmp_path / "parts", resume=trunk.state(8))
+    assert_same_run(whole, quiet(config, tmp_path / "parts"))
+    # Later it needs its parent no more, and where it had states of its own, they are not made up for.
+    parts = RunFolder(tmp_path / "parts")
+    shutil.rmtree(trunk.path)
+    quiet(tiny(optimizer={"lr": 5e-3}, train__max_steps=14), parts.path)
+    shutil.rmtree(parts.states)
+    with pytest.raises(UserError, match="step-00000008 is not the folder of a state"):
+        quiet(config, parts.path)
 
 
 def test_a_branch_needs_a_state_of_its_model(tiny: Build, tmp_path: Path) -> None:
