@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import typer
@@ -73,6 +73,12 @@ def warn(message: str) -> None:
     notes.print(f"[yellow]warning:[/] {escape(message)}", soft_wrap=True)
 
 
+def say_at_the_end(message: str) -> None:
+    """A line for whoever still reads standard error; the exit code is the same where nobody does."""
+    with suppress(OSError, SystemExit):  # rich leaves with a code of its own where the pipe is closed
+        notes.print(message, markup=False, soft_wrap=True)
+
+
 @contextmanager
 def interruptible(outcome: str) -> Iterator["Interrupt"]:
     """A signal ends the block where it calls `check`; then say `outcome` and leave with its exit code."""
@@ -82,7 +88,7 @@ def interruptible(outcome: str) -> Iterator["Interrupt"]:
         with Interrupt() as interrupt:
             yield interrupt
     except Interrupted as interrupted:
-        notes.print(f"{interrupted}: {escape(outcome)}", soft_wrap=True)
+        say_at_the_end(f"{interrupted}: {outcome}")
         raise typer.Exit(interrupted.exit_code) from None
 
 

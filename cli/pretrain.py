@@ -3,6 +3,7 @@
 llmtrain pretrain --config configs/demo.yaml --set optimizer.lr=6e-3
 """
 
+import json
 import signal
 import sys
 from pathlib import Path
@@ -13,12 +14,15 @@ from rich.table import Table
 
 from llmtrain import ranks
 
-from .common import console, discard_output, notes, parse_duration, warn
+from .common import console, discard_output, parse_duration, say_at_the_end, warn
 
 
 def _print_line(line: str) -> None:
     # Not through rich, which exits where the reader is gone; training then saves its state first.
-    print(line, flush=True)
+    try:
+        print(line, flush=True)
+    except OSError as error:  # a terminal that was closed, a full disk under a redirection
+        raise BrokenPipeError(error.errno, error.strerror) from error
 
 
 def _without_nproc(words: list[str]) -> list[str]:
@@ -106,7 +110,7 @@ def pretrain(
     if branch is not None and from_step is not None:
         start = RunFolder(folder).state(from_step)
         folder = folder.parent / branch
-        resolved = load_config(config, [*(settings or []), f"name={branch}"])
+        resolved = load_config(config, [*(settings or []), f"name={json.dumps(branch)}"])
     if nproc is not None:
         if ranks.is_member():
             raise UserError("--nproc starts processes, and this is one of several", hint="leave it out here")
@@ -133,11 +137,11 @@ def pretrain(
     try:
         outcome = train(resolved, folder, resume=start, max_seconds=max_time, say=_print_line, warn=warn)
     except Interrupted as interrupted:
-        reason = str(interrupted)
-        if interrupted.exit_code == 128 + signal.SIGPIPE:
-            reason = "nobody reads the log"
+        nobody_reads = interrupted.exit_code == 128 + signal.SIGPIPE
+        reason = "nobody reads the log" if nobody_reads else str(interrupted)
+        say_at_the_end(f"{reason}: state saved in {folder}; the same command goes on")
+        if nobody_reads:
             discard_output()
-        notes.print(f"{reason}: state saved in {folder}; the same command goes on", markup=False)
         raise typer.Exit(interrupted.exit_code) from None
     if outcome.already_finished:
         message = f"{folder} has finished: it is at step {outcome.step:,}. A larger train.max_steps goes on."

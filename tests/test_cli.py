@@ -77,6 +77,7 @@ def test_the_four_commands_work_as_they_stand(workplace: Path, llmtrain: Command
         (["eval", "nowhere"], 2, "neither a run nor a folder of weights"),
         (["pretrain", "--config", "none.yaml"], 2, "cannot read the config none.yaml"),
         (["pretrain", "--config", "tiny.yaml"], 2, "data/documents"),
+        (["pretrain", "--config", "tiny.yaml", "--branch", "1", "--from", "3"], 2, "data/documents"),
         (["pretrain", "--config", "tiny.yaml", "--set", "train.device=gpu"], 2, "is no device"),
         (["pretrain", "--config", "tiny.yaml", "--set", "train.device=cuda:9"], 2, "this machine has"),
         (["pretrain", "--config", "tiny.yaml", "--set", "optimizer.LR=3"], 2, "did you mean lr?"),
@@ -173,11 +174,13 @@ def test_a_signal_saves_the_state_and_the_same_command_goes_on(
     assert "has finished" in finished.stdout
 
 
-def test_a_closed_pipe_saves_the_state(workplace: Path, llmtrain: Command) -> None:
+@pytest.mark.parametrize("pipe", ["|", "2>&1 |"])
+def test_a_closed_pipe_saves_the_state(workplace: Path, llmtrain: Command, pipe: str) -> None:
     llmtrain("prepare", "documents.jsonl", "--tokenizer", "byte", "--val-fraction", "0.1", cwd=workplace)
     command = (
         f"'{Path(sys.executable).parent}/llmtrain' pretrain --config tiny.yaml --set train.max_steps=100000 "
-        "--set log.every=1 --set checkpoint.state_every=100000 | head -90 > /dev/null; exit ${PIPESTATUS[0]}"
+        f"--set log.every=1 --set checkpoint.state_every=100000 {pipe} head -90 > /dev/null; "
+        "exit ${PIPESTATUS[0]}"
     )
     result = subprocess.run(
         ["bash", "-c", command], cwd=workplace, capture_output=True, text=True, timeout=120, check=False

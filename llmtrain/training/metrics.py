@@ -6,6 +6,7 @@ file has no gap and no line twice after a resume: what lies past the resumed ste
     log = MetricsLog(run.metrics, config, resumed_step=0, say=print); log.training(event)
 """
 
+import contextlib
 import json
 import math
 import os
@@ -162,7 +163,8 @@ class MetricsLog:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._path is not None:
-            self._file.close()
+            with contextlib.suppress(OSError) if kind else writing(self._path):
+                self._file.close()  # after a failed write it fails again, and must not hide what was said of that
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 

@@ -29,6 +29,7 @@ from llmtrain.files import (
     exclusive,
     is_run,
     remove_leftovers,
+    require_run,
     step_folders,
     write_atomically,
 )
@@ -204,7 +205,7 @@ def _branch(config: RunConfig, run: RunFolder, data: TokenData, folder: Path) ->
         there = ", ".join(str(path) for path in step_folders(folder.parent).values()) or "none"
         raise UserError(f"{folder} is not the folder of a state", hint=f"states there: {there}")
     state = load_state(folder)
-    parent = RunFolder(folder.resolve().parents[1])
+    parent = require_run(folder.resolve().parents[1])
     before, now = flatten(load_config(parent.config)), flatten(config)
     differing = {
         key: [before.get(key), now.get(key)] for key in now | before if before.get(key) != now.get(key)

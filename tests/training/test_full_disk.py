@@ -71,3 +71,13 @@ def test_the_last_good_state_stays(tiny: Build, tmp_path: Path) -> None:
     ):
         assert (run.path / name).read_bytes() == (whole.path / name).read_bytes()
     assert json.loads((run.state(12) / "state.json").read_text())["progress"]["step"] == 12
+
+
+def test_a_log_that_does_not_fit_is_named(tiny: Build, tmp_path: Path) -> None:
+    config = config_file(
+        tiny, tmp_path, log={"every": 1}, checkpoint={"snapshot_every": 4, "state_every": 99}
+    )
+    failed = train(config, tmp_path / "run", limit=1500)
+    assert failed.returncode == 1
+    assert "metrics.jsonl: File too large (" in failed.stderr
+    assert "Traceback" not in failed.stderr

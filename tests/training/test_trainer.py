@@ -301,6 +301,9 @@ def test_a_branch_needs_a_state_of_its_model(tiny: Build, tmp_path: Path) -> Non
         quiet(tiny(), tmp_path / "branch", resume=trunk.state(3))
     with pytest.raises(UserError, match=r"another model: model.n_layer"):
         quiet(tiny(model__n_layer=1), tmp_path / "branch", resume=trunk.state(8))
+    shutil.copytree(trunk.state(8), tmp_path / "elsewhere" / "state" / "step-00000008")
+    with pytest.raises(UserError, match="elsewhere is not a run: it has no config"):
+        quiet(tiny(), tmp_path / "branch", resume=tmp_path / "elsewhere" / "state" / "step-00000008")
 
 
 def test_no_whole_state_is_an_error(tiny: Build, tmp_path: Path) -> None:
