@@ -322,13 +322,15 @@ def _forward(trainer: Trainer, warn: Callable[[str], None]) -> nn.Module:
         warn(reason)
     forward: nn.Module = trainer.model
     if wanted:
+        # One program for all lengths from the start: else which one runs a step depends on those before it.
+        dynamic = True if trainer.config.data.block_warmup is not None else None
         in_shards = trainer.parallel in ("fsdp", "hsdp")
         blocks = list(trainer.model.transformer.h) if in_shards else []
         if in_shards:  # block by block, inside of what gathers and frees its weights
             for block in blocks:
-                block.forward = torch.compile(block.forward)
+                block.forward = torch.compile(block.forward, dynamic=dynamic)
         else:
-            forward = torch.compile(forward)  # type: ignore[assignment]  # it is a module
+            forward = torch.compile(forward, dynamic=dynamic)  # type: ignore[assignment]  # it is a module
         if failure := _failure(forward, trainer):
             warn(f"torch.compile failed ({failure}): training uncompiled")
             forward = trainer.model

@@ -358,6 +358,29 @@ def test_bfloat16_trains_close_to_float32(tiny: Build, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_compiled_run_resumed_after_the_block_warmup_is_bitwise_the_uninterrupted_one(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each session compiles anew, as a process of its own does."""
+    config = tiny(
+        model={"n_layer": 1, "n_head": 2, "n_embd": 64, "vocab_size": 264},
+        data__block_size=64,
+        data__block_warmup={"start": 16, "steps": 8},
+        train__compile=True,
+        averages=[],
+        eval={"every": 40, "batch": 64},
+    )
+    whole = quiet(config, tmp_path / "whole")
+    torch._dynamo.reset()
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 20)
+        with pytest.raises(Interrupted):
+            quiet(config, tmp_path / "parts")
+    torch._dynamo.reset()
+    assert_same_run(whole, quiet(config, tmp_path / "parts"))
+
+
+@pytest.mark.slow
 def test_compiled_training_equals_eager(tiny: Build, tmp_path: Path) -> None:
     warnings: list[str] = []
     runs = [quiet(tiny(train__compile=c), tmp_path / str(c), warn=warnings.append) for c in (False, True)]
