@@ -9,6 +9,7 @@ are functions of (seed, step).
     writer.save(progress, updates, gather(...)); saved = newest_state(run, warn=print)
 """
 
+import errno
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -202,13 +203,14 @@ def newest_state(
     for folder in reversed(folders.values()):
         try:
             return load_state(folder)
-        except UserError as error:
-            aside = folder.with_name(f"{folder.name}-damaged")
-            if aside.exists():
-                remove_folder(aside)
+        except (UserError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EIO:
+                raise  # a missing right is mended by whoever started this; a bad sector is damage
+            number = len(list(run.states.glob(f"{folder.name}-damaged*")))
+            aside = folder.with_name(f"{folder.name}-damaged" + (f"-{number + 1}" if number else ""))
             folder.rename(aside)
             warn(f"{error}; it is kept as {aside.name}, and the run goes on from the state before it")
-    if folders or (among is None and any(run.states.glob("*-damaged"))):
+    if folders or (among is None and any(run.states.glob("*-damaged*"))):
         raise UserError(
             f"every state of {run.path} is damaged",
             hint="restore one from a copy, or train anew in another --run-dir",

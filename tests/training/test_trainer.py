@@ -1,5 +1,6 @@
 """Training end to end in this process: against a plain loop, resumed, interrupted, diverged."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from tiny_training import EVERY_AVERAGE, Build, assert_same_run, events, interrupt_at, quiet
 from transformers import AutoModelForCausalLM
 
+from llmtrain import files
 from llmtrain.checkpoint import load_model, load_weights
 from llmtrain.config_file import load_config
 from llmtrain.data.sampler import Sampler, batch
@@ -235,7 +237,9 @@ def damage(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-def test_a_damaged_state_gives_way_to_the_one_before(tiny: Build, tmp_path: Path) -> None:
+def test_a_damaged_state_gives_way_to_the_one_before(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = quiet(tiny(), tmp_path / "whole")
     run = quiet(tiny(), tmp_path / "run")
     damage(run.state(12) / "tensors.safetensors")
@@ -243,6 +247,20 @@ def test_a_damaged_state_gives_way_to_the_one_before(tiny: Build, tmp_path: Path
     quiet(tiny(), run.path, warn=warnings.append)
     assert "another SHA-256" in warnings[0]
     assert (run.states / "step-00000012-damaged" / "tensors.safetensors").is_file()
+    assert_same_run(whole, run)
+    # Once more, by a sector that cannot be read: the first one stays as well.
+    real = files.sha256_of
+
+    def bad_sector(path: Path) -> str:
+        if path.parent == run.state(12):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sha256_of", bad_sector)
+        quiet(tiny(), run.path, warn=warnings.append)
+    assert "Input/output error" in warnings[1]
+    assert len(list(run.states.glob("step-00000012-damaged*/tensors.safetensors"))) == 2
     assert_same_run(whole, run)
 
 
