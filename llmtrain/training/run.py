@@ -233,6 +233,7 @@ def _existing_state(
         UserError: the run must not be resumed, or is another run.
     """
     if not is_run(run.path):
+        run.parent.unlink(missing_ok=True)  # of a branch that was killed before it had a config
         return None
     for parent in (run.path, run.snapshots, run.states, run.evals, *run.averages.glob("[!.]*")):
         remove_leftovers(parent)
@@ -241,7 +242,7 @@ def _existing_state(
             f"{run.path} holds a run already and --resume is never",
             hint="choose another --run-dir, or --resume auto to go on with it",
         )
-    if isinstance(resume, Path) and _parent_state(run) != resume.resolve():
+    if isinstance(resume, Path) and not _began_with(run, resume.resolve()):
         raise UserError(
             f"{run.path} holds a run already, and it did not begin with {resume}",
             hint="choose another name for the branch",
@@ -295,6 +296,14 @@ def _parent_state(run: RunFolder) -> Path | None:
     if not (isinstance(parent, str) and isinstance(state, str)):
         raise UserError(f"{run.parent} does not say which state the run began with", hint="restore the file")
     return RunFolder(Path(parent)).states / state
+
+
+def _began_with(run: RunFolder, state: Path) -> bool:
+    recorded = _parent_state(run)
+    if recorded is None or recorded == state:
+        return recorded == state
+    # On another machine, or under another name of the disk, the same state of the same run.
+    return not recorded.parents[1].exists() and recorded.parts[-3:] == state.parts[-3:]
 
 
 def _refuse_other_config(config: RunConfig, run: RunFolder, warn: Callable[[str], None]) -> None:

@@ -287,6 +287,11 @@ def test_a_branch_begins_with_a_state_and_records_its_parent(tiny: Build, tmp_pa
     assert pretrain(cooldown, branch.path, resume=trunk.state(8), say=lambda line: None).already_finished
     with pytest.raises(UserError, match="did not begin with"):
         quiet(cooldown, branch.path, resume=trunk.state(12))
+    (tmp_path / "moved").mkdir()
+    moved = [each.path.rename(tmp_path / "moved" / each.path.name) for each in (trunk, branch)]
+    assert pretrain(
+        cooldown, moved[1], resume=RunFolder(moved[0]).state(8), say=lambda _: None
+    ).already_finished
 
 
 def test_a_branch_that_was_killed_before_its_first_state_is_bitwise_the_other_one(
@@ -304,6 +309,10 @@ def test_a_branch_that_was_killed_before_its_first_state_is_bitwise_the_other_on
         with pytest.raises(KeyboardInterrupt):
             quiet(config, tmp_path / "parts", resume=trunk.state(8))
     assert_same_run(whole, quiet(config, tmp_path / "parts"))
+    # What is left of one that had no config yet does not make a branch of a run that is none.
+    (tmp_path / "new").mkdir()
+    shutil.copy(whole.parent, tmp_path / "new")
+    assert not quiet(config, tmp_path / "new").parent.exists()
     # Later it needs its parent no more, and where it had states of its own, they are not made up for.
     parts = RunFolder(tmp_path / "parts")
     shutil.rmtree(trunk.path)
