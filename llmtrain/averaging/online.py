@@ -58,6 +58,16 @@ class OnlineAverage(ABC):
         """Whether the weights of this step are taken in."""
         return step >= self.start and step % self.config.every == 0
 
+    def go_on_from(self, step: int) -> None:
+        """At step `step`, after `load` if there was something: begin later where a branch has added the average.
+
+        The updates so far were the last ones due, so their number says which was the first.
+        """
+        every = self.config.every
+        first = (step // every - self.updates + 1) * every
+        if first - every >= max(self.start, 1):
+            self.start = first - every + 1
+
     @property
     def ready(self) -> bool:
         """Whether there is an average yet."""

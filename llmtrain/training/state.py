@@ -125,6 +125,7 @@ def restore(
             label = average.config.label
             if label in state.average_updates:  # in a branch, others begin where it does
                 average.load(_under(f"average/{label}/", tensors), state.average_updates[label])
+            average.go_on_from(state.progress.step)
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(
             f"the state of step {state.progress.step:,} does not fit this config: {error}",

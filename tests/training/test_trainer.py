@@ -294,6 +294,17 @@ def test_a_branch_begins_with_a_state_and_records_its_parent(tiny: Build, tmp_pa
     ).already_finished
 
 
+def test_an_average_that_a_branch_adds_begins_there(tiny: Build, tmp_path: Path) -> None:
+    """And says so, after a resume as well: `average` computes weights from where it began."""
+    trunk = quiet(tiny(), tmp_path / "trunk")
+    averages = [{"kind": "ema", "save_every": 4}, {"kind": "running-mean", "every": 2}, EVERY_AVERAGE[-1]]
+    for steps in (12, 14):
+        run = quiet(tiny(averages=averages, train__max_steps=steps), tmp_path / "run", resume=trunk.state(8))
+        for label, start in (("ema-0.9", 1), ("running-mean", 8), ("power-ema-0.1", 8)):
+            about = json.loads((run.average(label, steps) / "provenance.json").read_text())
+            assert about["start"] == start
+
+
 def test_a_branch_that_was_killed_before_its_first_state_is_bitwise_the_other_one(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
