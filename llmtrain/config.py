@@ -241,7 +241,8 @@ class SpikesConfig(Section):
     threshold: Rate = 10.0
     """Distance above the median, in robust standard deviations (1.4826 times the median deviation)."""
     rewind_steps: Positive = 100
-    """A rewind goes back at least so many steps before the spike."""
+    """A rewind goes back at least so many steps before the spike, or to the beginning: of the run, or of the
+    stretch since the last rewind."""
     max_rewinds: Positive = 10
     """The run stops when it would rewind more often."""
 
