@@ -68,7 +68,9 @@ class Interrupt:
         self.received = number
         # Unbuffered, because the signal may have come in the middle of a print. The terminal may be gone, and
         # the `tee` of a pipe ended by the same Ctrl-C: an exception here would be raised in the middle of a step.
-        said = b"" if self._quiet else b"stopping at the next safe place; the same signal again leaves at once\n"
+        said = (
+            b"" if self._quiet else b"stopping at the next safe place; the same signal again leaves at once\n"
+        )
         with contextlib.suppress(OSError):
             os.write(2, said)
         for each in self._previous:

@@ -1,17 +1,14 @@
 """Several processes train what one would: the same numbers, and states that any number can go on from."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tiny_training import EVERY_AVERAGE, Build, events, quiet
 from worlds import train_together
 
 from llmtrain.config import RunConfig
-from llmtrain.files import RunFolder, step_folders
-from llmtrain.training.state import read_tensors
+from llmtrain.files import RunFolder
 
 SPREADS = [("ddp", 2, 1), ("ddp", 4, 1), ("fsdp", 2, 1), ("fsdp", 4, 1), ("hsdp", 4, 2)]
 """How weights lie, processes, machines."""
