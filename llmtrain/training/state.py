@@ -30,10 +30,14 @@ from llmtrain.sharded import local, overwrite, part_of
 from llmtrain.training.stability import Watch
 from llmtrain.weights_folder import read_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TENSORS_FILE = "tensors.safetensors"
 """Of one process; several write a file each, named by torch."""
 FACTS_FILE = "state.json"
+
+
+class OtherVersion(UserError):
+    """A state that is whole, and written by another version of this program."""
 
 
 @dataclass
@@ -178,7 +182,7 @@ def load_state(folder: Path) -> State:
         )
     facts = read_json(folder / FACTS_FILE)
     if facts.get("format_version") != FORMAT_VERSION:
-        raise UserError(
+        raise OtherVersion(
             f"{folder} has format version {facts.get('format_version')}, this is version {FORMAT_VERSION}",
             hint="use the version of llmtrain that wrote it",
         )
@@ -196,7 +200,7 @@ def newest_state(
     A damaged one is told, kept beside the others as `step-…-damaged`, and passed over.
 
     Raises:
-        UserError: there are states and all are damaged.
+        UserError: there are states and all are damaged, or one is of another version.
     """
     folders = {
         step: path for step, path in step_folders(run.states).items() if among is None or step in among
@@ -204,6 +208,8 @@ def newest_state(
     for folder in reversed(folders.values()):
         try:
             return load_state(folder)
+        except OtherVersion:
+            raise
         except (UserError, OSError) as error:
             if isinstance(error, OSError) and error.errno != errno.EIO:
                 raise  # a missing right is mended by whoever started this; a bad sector is damage
