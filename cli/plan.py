@@ -44,8 +44,9 @@ def plan(
         ),
     ] = "h100",
     parallel: Annotated[
-        Parallel, typer.Option(help="ddp: a whole copy on each device. fsdp: sharded.")
-    ] = Parallel.DDP,
+        Parallel | None,
+        typer.Option(help="ddp: a whole copy on each device. fsdp: sharded.", show_default="train.parallel"),
+    ] = None,
     mfu: Annotated[
         float | None,
         typer.Option(
@@ -104,7 +105,7 @@ def plan(
     options = Options(
         devices=devices,
         device=device,
-        parallel=parallel.value,
+        parallel=parallel.value if parallel else None,
         mfu=mfu,
         flops=flops,
         tokens_per_second=tokens_per_second,

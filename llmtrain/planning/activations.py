@@ -37,6 +37,8 @@ class Activations:
     """Bytes of a matrix product's result: 4 in float32, 2 in bfloat16."""
     cuda: bool
     """Attention is fused with dropout, and a dropout mask is one byte: on CUDA only."""
+    checkpointing: bool = False
+    """Of a block only its input, the float32 stream, is kept; the rest is computed again in its backward."""
 
     @property
     def tokens(self) -> int:
@@ -55,7 +57,13 @@ class Activations:
         """Saved by all blocks, and by the dropout of the embedding."""
         model = self.architecture.model
         mask = (1 if self.cuda else FLOAT) * model.n_embd if model.dropout else 0
-        return model.n_layer * self.block + self.tokens * mask
+        each = self.tokens * FLOAT * model.n_embd if self.checkpointing else self.block
+        return model.n_layer * each + self.tokens * mask
+
+    @property
+    def recomputed(self) -> int:
+        """What a block's backward computes again and keeps until it is through."""
+        return self.block if self.checkpointing else 0
 
     @property
     def head(self) -> int:

@@ -122,7 +122,8 @@ def _communication(config: RunConfig, model: Architecture, machine: Machine) -> 
     """DDP: one float32 ring all-reduce a step, behind the last micro-batch's backward pass.
 
     FSDP: for every micro-batch an all-gather in the precision of matrix products behind the forward pass
-    (a third of the computation), another and a float32 reduce-scatter behind the backward pass.
+    (a third of the computation) and another behind the backward pass; behind the last backward pass a
+    float32 reduce-scatter too.
     """
     layout = machine.layout
     if layout.devices == 1:
@@ -130,20 +131,20 @@ def _communication(config: RunConfig, model: Architecture, machine: Machine) -> 
     once = model.parameters * (layout.devices - 1) / layout.devices  # numbers that a ring moves in a pass
     flops = config.train.micro_batch * config.data.block_size * model.flops_per_token()
     compute = flops / machine.flops if machine.flops else None
-    if layout.sharded:
-        times, forward, backward = (
-            micro_batches(config, layout), once * layout.item, once * (layout.item + FLOAT),
-        )  # fmt: skip  # one line of names
-    else:
-        times, forward, backward = 1, 0.0, 2 * once * FLOAT
-    sent = round(times * (forward + backward))
+    times = micro_batches(config, layout)
+    gather = once * layout.item if layout.sharded else 0.0
+    reduce = once * FLOAT * (1 if layout.sharded else 2)
+    sent = round(times * 2 * gather + reduce)
     if machine.link is None:
         return Communication(sent, None, None, None)
     seconds = sent / machine.link
     if compute is None:
         return Communication(sent, seconds, None, None)
-    exposed = times * (
-        max(forward / machine.link - compute / 3, 0.0) + max(backward / machine.link - compute * 2 / 3, 0.0)
+    forward, backward = compute / 3, compute * 2 / 3
+    exposed = (
+        times * max(gather / machine.link - forward, 0.0)
+        + (times - 1) * max(gather / machine.link - backward, 0.0)
+        + max((gather + reduce) / machine.link - backward, 0.0)
     )
     return Communication(sent, seconds, exposed == 0, exposed)
 

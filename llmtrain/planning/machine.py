@@ -31,7 +31,8 @@ class Options:
 
     devices: int = 1
     device: str = "h100"
-    parallel: Parallel = "ddp"
+    parallel: Parallel | None = None
+    """Default: train.parallel, auto being ddp."""
     mfu: float | None = None
     flops: float | None = None
     """Dense peak of one device, FLOP/s, instead of the published one."""
@@ -77,9 +78,9 @@ def resolve_machine(config: RunConfig, options: Options, flops_per_token: int) -
     sheet = Published(0.0, None) if device in ("cpu", "other") else published(device)
     precision, assumed = _precision(config, device)
     layout = Layout(
-        options.devices, options.parallel, 2 if precision == "bfloat16" else 4, cuda=device != "cpu"
+        options.devices, _parallel(config, options), 2 if precision == "bfloat16" else 4, cuda=device != "cpu"
     )
-    _check_batch(config, options.devices)
+    check_batch(config, options.devices)
     peak = options.flops or (sheet.flops if precision == "bfloat16" else 0.0) or None
     if options.tokens_per_second is not None:
         sustained: float | None = options.tokens_per_second * flops_per_token / options.devices
@@ -100,7 +101,9 @@ def resolve_machine(config: RunConfig, options: Options, flops_per_token: int) -
         mfu=sustained / peak if sustained and peak else None,
         link=link,
         disk=options.disk_gbps * 1e9,
-        assumptions=tuple(line for line in (speed, linked, disk, assumed, _say_memory(layout)) if line),
+        assumptions=tuple(
+            line for line in (speed, linked, disk, assumed, _say_memory(layout), _say_again(config)) if line
+        ),
     )
 
 
@@ -131,24 +134,25 @@ def _check(options: Options) -> None:
         )
 
 
-def _check_batch(config: RunConfig, devices: int) -> None:
-    """A step's sequences must divide among the devices, and a device's into micro-batches."""
-    batch, micro = config.batch_size, config.train.micro_batch
-    if batch % devices:
-        fitting = max(round(batch / devices), 1) * devices
-        key, value = (
-            ("sequences", fitting)
-            if config.train.batch_tokens is None
-            else ("tokens", fitting * config.data.block_size)
-        )
+def check_batch(config: RunConfig, processes: int) -> None:
+    """Raise a UserError unless a step's sequences divide among the processes, and each's into micro-batches."""
+    sequences, micro = config.batch_size, config.train.micro_batch
+    each, rest = divmod(sequences, processes)
+    if rest:
+        key, unit = "batch_sequences", 1
+        if config.train.batch_tokens is not None:
+            key, unit = "batch_tokens", config.data.block_size
+        fitting_sizes = [n * processes * unit for n in (each, each + 1) if n]
+        said = " or ".join(f"{n:,}" for n in fitting_sizes)
         raise UserError(
-            f"a step of {batch:,} sequences does not divide among {devices:,} devices",
-            hint=f"--set train.batch_{key}={value}",
+            f"train.{key} {sequences * unit:,} does not divide over {processes:,} processes: {said} would",
+            hint=f"--set train.{key}={fitting_sizes[-1]}, or another number of processes",
         )
-    if (batch // devices) % micro:
-        fitting = max(n for n in range(1, micro + 1) if (batch // devices) % n == 0)
+    if each % micro:
+        fitting = next(n for n in range(min(micro, each), 0, -1) if each % n == 0)
         raise UserError(
-            f"a device's {batch // devices:,} sequences a step do not divide into train.micro_batch {micro:,}",
+            f"a step of {sequences:,} sequences leaves {each:,} for each of {processes:,} processes, which does not "
+            f"divide into train.micro_batch {micro}: {fitting} would",
             hint=f"--set train.micro_batch={fitting}",
         )
 
@@ -172,6 +176,21 @@ def _say_speed(options: Options, peak: float | None) -> str | None:
         return None
     source = "--flops" if options.flops else "published dense bfloat16 peak"
     return f"speed: {options.mfu or MFU:.0%} (--mfu) of {peak / 1e12:,.6g} TFLOP/s a device, {source}"
+
+
+def _parallel(config: RunConfig, options: Options) -> Parallel:
+    setting = options.parallel or config.train.parallel
+    if setting == "hsdp":
+        raise UserError(
+            "hsdp is not planned", hint="--parallel fsdp is its memory and time within one machine"
+        )
+    return "fsdp" if setting == "fsdp" else "ddp"
+
+
+def _say_again(config: RunConfig) -> str | None:
+    if not config.train.activation_checkpointing:
+        return None
+    return "activation checkpointing computes a third more than is counted: expect a lower --mfu"
 
 
 def _say_memory(layout: Layout) -> str:

@@ -7,9 +7,10 @@ micro-batch on one device, no gradient; at the end of the backward pass it is th
 
 DDP: weights, optimizer and averages on every device; gradients lie in the buckets (views of them, as with
 `gradient_as_bucket_view=True`), which are never given back. FSDP2: float32 weights, gradients, optimizer
-and averages in shards; gathered in the precision of matrix products are the embeddings, for the whole
-step, and two blocks, the one at work and the next; a block's gradients wait in that precision while
-their float32 copy is reduced. Not counted: the CUDA context, NCCL's and cuBLAS's own buffers, fragmentation.
+and averages in shards, but gradients whole while micro-batches add up; gathered in the precision of
+matrix products are the embeddings, for the whole step, and two blocks, the one at work and the next; a
+block's gradients wait in that precision while their float32 copy is reduced. Not counted: the CUDA
+context, NCCL's and cuBLAS's own buffers, fragmentation.
 """
 
 import math
@@ -130,7 +131,13 @@ class _Run:
     def __init__(self, config: RunConfig, layout: Layout) -> None:
         self.config, self.layout = config, layout
         self.model = Architecture(config.model, config.data.block_size)
-        self.saved = Activations(self.model, config.train.micro_batch, layout.item, layout.cuda)
+        self.saved = Activations(
+            self.model,
+            config.train.micro_batch,
+            layout.item,
+            layout.cuda,
+            config.train.activation_checkpointing,
+        )
         self.here = [each for each in config.averages if not (layout.cuda and each.offload)]
         self.share = self._sharded(self.model.parameters)
         """Parameters whose float32 weights lie on one device."""
@@ -141,7 +148,9 @@ class _Run:
             averages=sum(map(bytes_held, self.here)) * self.share,
         )
         accumulating = micro_batches(config, layout) > 1
-        self.held_gradients = FLOAT * self.share if layout.replicated or accumulating else 0
+        # FSDP exchanges gradients once a step: until then each process adds up whole ones.
+        accumulated = FLOAT * self.model.parameters if accumulating else 0
+        self.held_gradients = FLOAT * self.share if layout.replicated else accumulated
         """Gradients that are there before the backward pass begins."""
         self.tied = (layout.item if layout.sharded else FLOAT) * self.model.token_embedding
         """The head's gradient of the tied matrix, which waits for the embedding's."""
@@ -179,7 +188,7 @@ class _Run:
             moment="in the last block's backward",
             gradients=self.held_gradients + self.tied,
             copies=self._copies,
-            activations=self.saved.blocks + self.saved.block_backward,
+            activations=self.saved.blocks + self.saved.recomputed + self.saved.block_backward,
             buffers=self._reduced(self.model.block),
         )
 

@@ -17,9 +17,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from llmtrain.config import RunConfig
-from llmtrain.errors import UserError
 from llmtrain.hardware import Precision
 from llmtrain.model import GPT
+from llmtrain.planning.machine import check_batch
 from llmtrain.planning.memory import Layout, device_memory, peak
 from llmtrain.sharded import scatter
 from llmtrain.training.distributed import World
@@ -38,7 +38,7 @@ def resolve_parallel(
     Raises:
         UserError: a step does not divide over the processes.
     """
-    _check_batch(config, world.size)
+    check_batch(config, world.size)
     setting = config.train.parallel
     if setting in ("fsdp", "hsdp"):
         return setting
@@ -50,29 +50,6 @@ def resolve_parallel(
         if peak(device_memory(config, layout)).total > _USABLE * room:
             return "fsdp"
     return "ddp"
-
-
-def _check_batch(config: RunConfig, size: int) -> None:
-    sequences, micro = config.batch_size, config.train.micro_batch
-    if sequences % (size * micro) == 0:
-        return
-    each, rest = divmod(sequences, size)
-    if rest:
-        key, unit = "batch_sequences", 1
-        if config.train.batch_tokens is not None:
-            key, unit = "batch_tokens", config.data.block_size
-        fitting_sizes = [n * size * unit for n in (each, each + 1) if n]
-        said = " or ".join(f"{n:,}" for n in fitting_sizes)
-        raise UserError(
-            f"train.{key} {sequences * unit:,} does not divide over {size} processes: {said} would",
-            hint=f"--set train.{key}={fitting_sizes[-1]}, or another number of processes",
-        )
-    fitting = next(n for n in range(min(micro, each), 0, -1) if each % n == 0)
-    raise UserError(
-        f"a step of {sequences:,} sequences leaves {each:,} for each of {size} processes, which does not divide "
-        f"into train.micro_batch {micro}: {fitting} would",
-        hint=f"--set train.micro_batch={fitting}",
-    )
 
 
 def build_model(

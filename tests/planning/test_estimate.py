@@ -53,14 +53,14 @@ def test_float32_has_no_published_peak() -> None:
     assert small(Options(), "train.precision=float32").hours is None
 
 
-def test_ddp_sends_gradients_once_a_step_and_fsdp_every_micro_batch() -> None:
+def test_gradients_are_sent_once_a_step_and_what_fsdp_gathers_every_micro_batch() -> None:
     ddp, fsdp = small(Options(devices=8)), small(Options(devices=8, parallel="fsdp"))
     assert ddp.communication is not None
     assert fsdp.communication is not None
     numbers = ddp.architecture.parameters * 7 / 8
     assert ddp.micro_batches == 3
     assert ddp.communication.bytes == pytest.approx(2 * 4 * numbers)
-    assert fsdp.communication.bytes == pytest.approx(3 * (2 + 2 + 4) * numbers)
+    assert fsdp.communication.bytes == pytest.approx((3 * (2 + 2) + 4) * numbers)
     assert ddp.communication.seconds == pytest.approx(ddp.communication.bytes / 450e9)
     beyond = small(Options(devices=24))
     assert beyond.communication is not None
@@ -110,7 +110,7 @@ def test_averaging_reads_each_input_once() -> None:
         (Options(mfu=2), "above 1"),
         (Options(mfu=float("nan")), "--mfu nan"),
         (Options(device="tpu"), "'tpu'"),
-        (Options(devices=7), "does not divide among 7"),
+        (Options(devices=7), "does not divide over 7"),
         (Options(devices=48), "micro_batch 16"),
         (Options(every=300), "no multiple"),
         (Options(tokens_per_second=1.0, mfu=0.4), "or the other"),

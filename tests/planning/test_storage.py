@@ -7,7 +7,7 @@ import pytest
 
 from llmtrain.config import RunConfig
 from llmtrain.planning.storage import run_storage
-from llmtrain.training import state
+from llmtrain.training import state_writer
 from llmtrain.training.run import pretrain
 
 Build = Callable[..., RunConfig]
@@ -39,14 +39,14 @@ def test_a_run_writes_what_was_planned(
         averages=AVERAGES,
     )
     fullest = 0
-    remove = state.remove_folder
+    remove = state_writer.remove_folder
 
     def measuring(folder: Path) -> None:
         nonlocal fullest
         fullest = max(fullest, on_disk(tmp_path / "run"))
         remove(folder)
 
-    monkeypatch.setattr(state, "remove_folder", measuring)
+    monkeypatch.setattr(state_writer, "remove_folder", measuring)
     pretrain(config, tmp_path / "run", say=lambda line: None)
     storage = run_storage(config)
     for saved in (storage.snapshots, *storage.averages, storage.states):
