@@ -164,7 +164,12 @@ class _Run:
         if self.layout.sharded:
             gathered = self.model.root + min(2, self.model.model.n_layer) * self.model.block
             return self.layout.item * gathered
-        return self.layout.item * self.model.multiplied if self.layout.item != FLOAT else 0
+        if self.layout.item == FLOAT:
+            return 0
+        model = self.model.model
+        # Checkpointing keeps no block's but that of the one at work.
+        dropped = (model.n_layer - 1) * 12 * model.n_embd**2 if self.saved.checkpointing else 0
+        return self.layout.item * (self.model.multiplied - dropped)
 
     def _reduced(self, parameters: int) -> int:
         """FSDP's gradients of a gathered group, as they came and as they are reduced."""

@@ -16,7 +16,9 @@ from llmtrain.config import RunConfig
 from llmtrain.hardware import autocast
 from llmtrain.model import GPT
 from llmtrain.planning.memory import Layout, device_memory, peak
+from llmtrain.training.distributed import World
 from llmtrain.training.optim import build_optimizer
+from llmtrain.training.parallel import build_model
 
 Build = Callable[..., RunConfig]
 
@@ -28,7 +30,7 @@ def planned_peak(config: RunConfig, *, cuda: bool = False) -> int:
 
 def a_trainer(config: RunConfig, device: torch.device) -> tuple[GPT, Callable[[], None]]:
     """A model, and what `Trainer.step` does to its memory."""
-    model = GPT(config.model, config.data.block_size, 1).to(device)
+    model = build_model(config, None, World(), device, "float32")
     optimizer = build_optimizer(model, config.optimizer)
     micro = config.train.micro_batch
 
@@ -56,6 +58,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "one micro-batch": {"train__batch_sequences": 2},
     "biases": {"model__bias": True},
     "dropout": {"model__dropout": 0.1, "data__block_size": 128},
+    "checkpointing": {"train__activation_checkpointing": True, "model__n_layer": 6, "data__block_size": 256},
 }  # fmt: skip  # one line a shape
 
 
