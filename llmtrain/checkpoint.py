@@ -63,7 +63,8 @@ _ONLY: dict[str, tuple[object, ...]] = {
 }
 """Settings of Hugging Face's GPT-2 that change its logits and have one value here."""
 
-_CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+"""Linear weights, which files have as (in, out)."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def save_tensors(path: Path, weights: dict[str, Tensor], shape: Shape) -> None:
     tensors = {}
     for name in list(weights):
         value = weights.pop(name).detach().to("cpu", torch.float32)
-        tensors[name] = value.t().contiguous() if name.endswith(_CONV1D) else value.contiguous()
+        tensors[name] = value.t().contiguous() if name.endswith(CONV1D) else value.contiguous()
     if not shape.model.bias:
         tensors |= _zero_biases(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
@@ -143,7 +144,11 @@ def load_shape(folder: Path) -> Shape:
     Raises:
         UserError: `config.json` is missing, damaged, or of another architecture.
     """
-    config = read_json(folder / CONFIG_FILE)
+    return shape_of(read_json(folder / CONFIG_FILE), folder)
+
+
+def shape_of(config: Mapping[str, Any], folder: Path) -> Shape:
+    """The shape that a `config.json`, of `folder`, describes; see `load_shape`."""
     if config.get("model_type") != "gpt2":
         raise UserError(
             f"{folder} holds a model of type {config.get('model_type')!r}, not gpt2",
@@ -191,7 +196,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
                 for name in file.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
                     tensor = file.get_tensor(name)
                     full = name if name.startswith("transformer.") else f"transformer.{name}"
-                    weights[full] = tensor.t().contiguous() if name.endswith(_CONV1D) else tensor
+                    weights[full] = tensor.t().contiguous() if name.endswith(CONV1D) else tensor
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"cannot read {path}: {error}", hint="llmtrain verify PATH tells which files are damaged"
@@ -243,5 +248,5 @@ def _zero_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         name.removesuffix("weight") + "bias": torch.zeros(tensor.shape[-1])
         for name, tensor in tensors.items()
-        if name.endswith((*_CONV1D, "ln_1.weight", "ln_2.weight", "ln_f.weight"))
+        if name.endswith((*CONV1D, "ln_1.weight", "ln_2.weight", "ln_f.weight"))
     }

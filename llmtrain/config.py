@@ -39,6 +39,15 @@ class BlockWarmupConfig(Section):
     """Lengths are rounded down to a multiple of this: fewer shapes to compile, and faster ones."""
 
 
+class MixConfig(Section):
+    """Other data in a fixed share of every batch, such as what a model was trained on before."""
+
+    path: str
+    """As data.path; tokens of the same tokenizer."""
+    weight: Annotated[float, Field(gt=0, lt=1)]
+    """Its share of the sequences; data.path has the rest."""
+
+
 class DataConfig(Section):
     """What is trained on."""
 
@@ -48,6 +57,14 @@ class DataConfig(Section):
     """Tokens of context in a training sample."""
     block_warmup: BlockWarmupConfig | None = None
     """Shorter samples at first; default: none."""
+    mix: list[MixConfig] = Field(default=[])
+    """Further folders to train on; validation is that of data.path."""
+
+    @model_validator(mode="after")
+    def _mix_leaves_a_share(self) -> "DataConfig":
+        if (taken := sum(each.weight for each in self.mix)) >= 1:
+            raise ValueError(f"the weights of mix are {taken:g} together and leave nothing for {self.path}")
+        return self
 
     @model_validator(mode="after")
     def _warmup_is_shorter(self) -> "DataConfig":
@@ -280,6 +297,9 @@ class RunConfig(Section):
     """The run lies in runs/<name> unless --run-dir says otherwise; default: the file's name."""
     seed: Seed = 1337
     """Of the initial weights, the dropout and the data order."""
+    init_from: str | None = None
+    """Weights to begin with instead of random ones: a folder of weights, a nanoGPT .pt file, or a public
+    GPT-2 (owner/name or owner/name@revision). The schedule warms up anew."""
     data: DataConfig
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -84,6 +84,16 @@ def hub_series(repository: str, *, revision_pattern: str | None = None, discard:
     return Series(repository, averages, inputs, final=final, repository=repository)
 
 
+def hub_checkpoint(repository: str, revision: str) -> Checkpoint:
+    """One revision of a public model, downloaded to the hub's cache and pinned to its commit.
+
+    Raises:
+        UserError: there is no such model or revision, or it holds no weights.
+        RunFailed: the hub cannot be reached.
+    """
+    return _Revision(repository, revision, None).open(0)
+
+
 def _input(repository: str, revision: str, step: int, downloads: Path | None) -> Input:
     source = _Revision(repository, revision, downloads)
     return Input(step, f"{repository}@{revision}", lambda: source.open(step), lambda: source.hashes)

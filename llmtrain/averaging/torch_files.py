@@ -51,6 +51,10 @@ _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "m
 """Linear in nanoGPT, Conv1D (in, out) in Hugging Face's GPT-2."""
 
 
+MASKS = (".attn.bias", ".attn.masked_bias")
+"""Buffers of older GPT-2 files: the causal mask."""
+
+
 class _Settings:
     """Stands in for a file's own configuration class: its values are taken, its code never runs."""
 
@@ -91,7 +95,7 @@ def open_training_file(path: Path, *, step: int) -> Checkpoint:
         tensors = {
             name: tensor.t() if name.endswith(_TRANSPOSED) else tensor
             for name, tensor in tensors.items()
-            if not name.endswith((".attn.bias", ".attn.masked_bias"))
+            if not name.endswith(MASKS)
         }
         if not shape.model.bias:
             tensors |= _absent_biases(tensors)

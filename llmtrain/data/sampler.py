@@ -80,14 +80,18 @@ class Sampler:
         A batch may begin in one epoch and end in the next, or hold several.
         """
         assert step >= 0
-        row = step * self.batch_size + np.arange(self.batch_size, dtype=_U64)
-        count = _U64(self.windows_per_epoch)
-        epoch_key = _mix(_mix(_U64(self.seed & _MASK)) + row // count)
+        return self.windows(step * self.batch_size, self.batch_size)
+
+    def windows(self, first: int, count: int) -> npt.NDArray[np.int64]:
+        """First token of each of the rows `first` to `first + count` of the endless sequence, shape (count,)."""
+        row = first + np.arange(count, dtype=_U64)
+        in_epoch = _U64(self.windows_per_epoch)
+        epoch_key = _mix(_mix(_U64(self.seed & _MASK)) + row // in_epoch)
         # Data shorter than two windows has fewer offsets to choose from than block_size.
         offsets = min(self.block_size, self.n_tokens - self.windows_per_epoch * self.block_size)
-        window = _shuffle(row % count, count, epoch_key)
-        first: npt.NDArray[np.uint64] = _mix(epoch_key) % _U64(offsets) + window * _U64(self.block_size)
-        return first.astype(np.int64)
+        window = _shuffle(row % in_epoch, in_epoch, epoch_key)
+        start: npt.NDArray[np.uint64] = _mix(epoch_key) % _U64(offsets) + window * _U64(self.block_size)
+        return start.astype(np.int64)
 
 
 def batch(tokens: Tokens, rows: npt.NDArray[np.int64], block_size: int) -> npt.NDArray[np.int64]:

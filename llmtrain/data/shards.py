@@ -8,6 +8,7 @@ data this is (its hash), whether `llmtrain prepare` wrote the folder or nanoGPT 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 
 from llmtrain.data import nanogpt
@@ -35,6 +36,8 @@ class TokenData:
     tokenizer_assumed: bool
     files: Mapping[str, tuple[TokenFile, ...]]
     _text_bytes: Mapping[str, int | None] = field(repr=False)
+    mix: "tuple[tuple[TokenData, Fraction], ...]" = ()
+    """Other data to train on beside this, and the share of each in a batch; see `mixture.py`."""
 
     def tokens(self, split: str) -> int:
         """Number of tokens of "train" or "val"."""

@@ -11,6 +11,7 @@ import re
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +20,8 @@ from torch import nn
 
 from llmtrain.config import RunConfig, flatten
 from llmtrain.config_file import dump_config, load_config
-from llmtrain.data.copies import local_folder
-from llmtrain.data.shards import TokenData, open_data
+from llmtrain.data.mixture import open_training_data
+from llmtrain.data.shards import TokenData
 from llmtrain.errors import UserError
 from llmtrain.events import read_events
 from llmtrain.files import (
@@ -36,6 +37,7 @@ from llmtrain.files import (
 from llmtrain.hardware import autocast, resolve_compile, resolve_device
 from llmtrain.interrupt import Interrupt
 from llmtrain.training.distributed import join
+from llmtrain.training.initial import begin_with, open_weights
 from llmtrain.training.metrics import MetricsLog
 from llmtrain.training.parallel import wrapped
 from llmtrain.training.state import State, load_state, newest_state
@@ -103,7 +105,7 @@ def pretrain(
         if not world.first:
             say = warn = _say_nothing
         world.on_first(lambda: _refuse_other_files(folder))
-        data = world.first_on_machine(lambda: open_data(local_folder(config.data.path)))
+        data = world.first_on_machine(lambda: open_training_data(config.data))
         _check_vocabulary(config, data)
         run = RunFolder(folder)
         interrupt = Interrupt(max_seconds, quiet=not world.first, agree=world.agreement())
@@ -117,6 +119,10 @@ def pretrain(
                 trainer.restore(start.state)
                 how = "branched off" if start.branched else "resumed"
                 say(f"{how} at step {start.state.progress.step:,}")
+            elif config.init_from is not None:
+                initial = world.first_on_machine(partial(open_weights, config.init_from))
+                begin_with(initial, trainer.model, config)
+                say(f"begins with the weights of {initial.location}")
             world.on_first(lambda: write_atomically(run.config, dump_config(config)))
             trainer.forward = _forward(trainer, warn)
             with _open_log(trainer, interrupt, say) as log:

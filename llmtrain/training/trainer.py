@@ -23,7 +23,8 @@ from llmtrain.averaging.online import OnlineAverage, build_average, swapped_in
 from llmtrain.checkpoint import Origin, Shape
 from llmtrain.config import RunConfig
 from llmtrain.config_averages import PowerEmaConfig, RunningMeanConfig
-from llmtrain.data.sampler import Sampler, batch
+from llmtrain.data.mixture import MixtureSampler, train_tokens
+from llmtrain.data.sampler import batch
 from llmtrain.data.shards import TokenData
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import RunFailed, WriteFailed
@@ -83,10 +84,10 @@ class Trainer:
             for each in config.averages
         ]
         self.watch = Watch(config, device)
-        self.train_tokens = data.reader("train")
+        self.train_tokens = train_tokens(data)
         self.val_tokens = data.reader("val")
         self.token_bytes = load_tokenizer(data.tokenizer).token_bytes()
-        self.sampler = Sampler(len(self.train_tokens), config.data.block_size, config.batch_size, config.seed)
+        self.sampler = MixtureSampler(data, config.data.block_size, config.batch_size, config.seed)
         self.shape = Shape(config.model, config.data.block_size, data.eot)
         self.progress = Progress(data=data.sha256)
         self.state_writer = StateWriter(

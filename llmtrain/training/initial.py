@@ -1,0 +1,112 @@
+"""Weights to begin with that somebody trained before: for continued pre-training.
+
+Why tensor by tensor: weights may be spread over processes, and none needs the whole. What the file is
+(safetensors, torch's, nanoGPT's, on the hub) is read as `llmtrain average` reads it.
+
+    begin_with(open_weights("openai-community/gpt2"), model, config)
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmtrain.averaging.checkpoints import Checkpoint, Reader, open_folder
+from llmtrain.averaging.header import ITEM_BYTES
+from llmtrain.averaging.hub_series import hub_checkpoint
+from llmtrain.averaging.numbers import widen
+from llmtrain.averaging.torch_files import MASKS, open_training_file
+from llmtrain.checkpoint import CONV1D, load_shape, shape_of
+from llmtrain.config import RunConfig
+from llmtrain.errors import UserError
+from llmtrain.model import GPT
+from llmtrain.sharded import scatter
+
+_EMBEDDINGS = ("wte.weight", "wpe.weight")
+
+
+def open_weights(source: str) -> Checkpoint:
+    """The weights that `init_from` names, known from their headers; downloaded where they are on the hub.
+
+    Raises:
+        UserError: there is no such thing, or it cannot be read.
+        RunFailed: the hub cannot be reached.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return open_folder(path, step=0)
+    if path.is_file():
+        return open_training_file(path, step=0)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[^@]+)?", source) and not path.parent.exists():
+        repository, _, revision = source.partition("@")
+        return hub_checkpoint(repository, revision or "main")
+    raise UserError(
+        f"init_from: there is no {source}",
+        hint="a folder of weights, a nanoGPT .pt file, or a public model, owner/name",
+    )
+
+
+def begin_with(source: Checkpoint, model: GPT, config: RunConfig) -> None:
+    """Put the weights of `source` into a new model.
+
+    Rows of a larger vocabulary keep their random values; of a longer context, the first positions are taken.
+
+    Args:
+        source: of `open_weights`.
+        model: at step 0, spread over processes or not.
+        config: its configuration, whose seed made its values.
+
+    Raises:
+        UserError: it is another model.
+    """
+    shape = load_shape(source.folder) if source.config is None else shape_of(source.config, source.folder)
+    here, there = config.model.model_dump(), shape.model.model_dump()
+    wrong = [
+        f"model.{key}={there[key]}".lower()
+        for key in ("n_layer", "n_head", "n_embd", "scale_attn_by_inverse_layer_idx")
+        if here[key] != there[key]
+    ]
+    if config.model.vocab_size < shape.model.vocab_size:
+        wrong.append(f"model.vocab_size={shape.model.vocab_size}")
+    if config.data.block_size > shape.block_size:
+        wrong.append(f"data.block_size={shape.block_size}")
+    if wrong:
+        raise UserError(
+            f"{source.location} is another model than the config's",
+            hint=" ".join(f"--set {each}" for each in wrong),
+        )
+    parameters = dict(model.named_parameters())
+    names = {name.removeprefix("transformer."): name for name in source.tensors}
+    with source.reader() as reader:
+        for name, fresh in model.initial_weights(config.seed):
+            stored = names.pop(name.removeprefix("transformer."), None)
+            if stored is None:
+                raise UserError(f"{source.location} holds no {name}", hint="is it a whole GPT-2?")
+            scatter(parameters[name], _fitted(_read(reader, source, stored), fresh, source.location, name))
+        for stored in names.values():
+            if stored.endswith("bias") and not stored.endswith(MASKS) and _read(reader, source, stored).any():
+                raise UserError(f"{source.location} has biases", hint="--set model.bias=true")
+
+
+def _read(reader: Reader, source: Checkpoint, name: str) -> Tensor:
+    """A stored tensor in float32, linear weights turned round as the model has them."""
+    spec = source.tensors[name]
+    raw = reader.read(name, 0, spec.count, np.empty(spec.count * ITEM_BYTES[spec.dtype], dtype=np.uint8))
+    values = np.empty(spec.count)
+    widen(raw, spec.dtype, values)
+    tensor = torch.from_numpy(values.astype(np.float32)).view(spec.shape)
+    return tensor.t() if name.endswith(CONV1D) else tensor
+
+
+def _fitted(value: Tensor, fresh: Tensor, location: str, name: str) -> Tensor:
+    """`value` in the shape of `fresh`: of an embedding its first rows, or all of them before fresh ones."""
+    if value.shape[name.endswith(_EMBEDDINGS) :] != fresh.shape[name.endswith(_EMBEDDINGS) :]:
+        raise UserError(
+            f"{location}: {name} has the shape {tuple(value.shape)}, not {tuple(fresh.shape)}",
+            hint="its config.json and its weights do not belong together",
+        )
+    rows = min(len(value), len(fresh))
+    fresh[:rows] = value[:rows]
+    return fresh

@@ -1,0 +1,91 @@
+"""Shares of several sources: exact, read in epochs, a function of the step alone."""
+
+import itertools
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmtrain.config import DataConfig
+from llmtrain.data.mixture import MixtureSampler, open_training_data, shared, train_tokens
+from llmtrain.data.prepare import prepare
+from llmtrain.data.sampler import Sampler
+from llmtrain.data.shards import open_data
+from llmtrain.errors import UserError
+
+SHARES = st.lists(st.integers(1, 300), max_size=4).map(lambda parts: [Fraction(n, 1201) for n in parts])
+
+
+@given(SHARES, st.integers(0, 10**12), st.lists(st.integers(0, 500), min_size=1, max_size=8))
+def test_rows_are_given_out_once_and_in_order(shares: list[Fraction], first: int, counts: list[int]) -> None:
+    """However a range of rows is cut, each source gives its own rows without gap or repetition."""
+    cuts = [first + sum(counts[:n]) for n in range(len(counts) + 1)]
+    pieces = [shared(a, b, shares) for a, b in itertools.pairwise(cuts)]
+    for (start, stop), parts in zip(
+        shared(cuts[0], cuts[-1], shares), zip(*pieces, strict=True), strict=True
+    ):
+        assert [start, *(end for _, end in parts)] == [*(begin for begin, _ in parts), stop]
+    for piece, count in zip(pieces, counts, strict=True):
+        assert sum(stop - start for start, stop in piece) == count
+        assert all(start <= stop for start, stop in piece)
+
+
+@given(SHARES, st.integers(1, 10**9))
+def test_a_source_has_its_share_to_within_one_row_a_source(shares: list[Fraction], rows: int) -> None:
+    for share, (start, stop) in zip(shares, shared(0, rows, shares)[1:], strict=True):
+        assert start == 0
+        assert abs(stop - rows * share) <= len(shares)
+
+
+@pytest.fixture
+def old(tmp_path: Path, text_file: Path) -> Path:
+    prepare(str(text_file), tmp_path / "old", tokenizer="byte", val_fraction=0.5)
+    return tmp_path / "old"
+
+
+def test_a_batch_holds_windows_of_each_source(data_folder: Path, old: Path) -> None:
+    config = DataConfig(path=str(data_folder), block_size=16, mix=[{"path": str(old), "weight": 0.25}])
+    data = open_training_data(config)
+    tokens, main = train_tokens(data), open_data(data_folder)
+    sampler = MixtureSampler(data, 16, 8, seed=3)
+    alone = Sampler(open_data(old).tokens("train"), 16, 8, seed=3)
+    for step in range(50):
+        rows = sampler.rows(step)
+        of_main = rows[rows < main.tokens("train")]
+        assert len(of_main) == 6
+        others = rows[rows >= main.tokens("train")] - main.tokens("train")
+        assert others.tolist() == alone.windows(2 * step, 2).tolist()
+        expected = open_data(old).reader("train").read(int(others[0]), 17)
+        assert np.array_equal(tokens.read(int(others[0]) + main.tokens("train"), 17), expected)
+    assert data.sha256 != main.sha256
+    assert open_training_data(config).sha256 == data.sha256
+
+
+def test_one_source_is_what_it_was(data_folder: Path) -> None:
+    data = open_training_data(DataConfig(path=str(data_folder), block_size=16))
+    assert data.sha256 == open_data(data_folder).sha256
+    for step in (0, 7, 10_000):
+        expected = Sampler(data.tokens("train"), 16, 8, seed=3).rows(step)
+        assert np.array_equal(MixtureSampler(data, 16, 8, seed=3).rows(step), expected)
+
+
+def test_another_tokenizer_is_refused(data_folder: Path, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import llmtrain.data.mixture as module
+
+    real = module.open_data
+    monkeypatch.setattr(
+        module, "open_data", lambda path: replace(real(path), tokenizer="gpt2") if path == old else real(path)
+    )
+    config = DataConfig(path=str(data_folder), mix=[{"path": str(old), "weight": 0.25}])
+    with pytest.raises(UserError, match="holds tokens of gpt2"):
+        open_training_data(config)
+
+
+def test_weights_leave_a_share(data_folder: Path) -> None:
+    mix = [{"path": "a", "weight": 0.6}, {"path": "b", "weight": 0.4}]
+    with pytest.raises(ValueError, match="leave nothing"):
+        DataConfig(path=str(data_folder), mix=mix)
