@@ -25,6 +25,13 @@ def _print_line(line: str) -> None:
         raise BrokenPipeError(error.errno, error.strerror) from error
 
 
+def _warn(message: str) -> None:
+    try:
+        warn(message)
+    except SystemExit as left:  # how rich says that nobody reads
+        raise BrokenPipeError from left
+
+
 def _without_nproc(words: list[str]) -> list[str]:
     """The command line of one process."""
     kept = []
@@ -135,7 +142,7 @@ def pretrain(
     table.add_row("→ tokens in all", f"{tokens_until(resolved.train.max_steps, resolved):,}")
     console.print(table)
     try:
-        outcome = train(resolved, folder, resume=start, max_seconds=max_time, say=_print_line, warn=warn)
+        outcome = train(resolved, folder, resume=start, max_seconds=max_time, say=_print_line, warn=_warn)
     except Interrupted as interrupted:
         nobody_reads = interrupted.exit_code == 128 + signal.SIGPIPE
         reason = "nobody reads the log" if nobody_reads else str(interrupted)

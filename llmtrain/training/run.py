@@ -109,6 +109,7 @@ def pretrain(
         _check_vocabulary(config, data)
         run = RunFolder(folder)
         interrupt = Interrupt(max_seconds, quiet=not world.first, agree=world.agreement())
+        say, warn = partial(_tell, interrupt, say), partial(_tell, interrupt, warn)
         with world.held_by_first(exclusive(run.path)), interrupt:
             start = world.on_first(lambda: _start(config, run, data, resume, warn))
             if start.finished and start.state is not None:
@@ -125,13 +126,21 @@ def pretrain(
                 say(f"begins with the weights of {initial.location}")
             world.on_first(lambda: write_atomically(run.config, dump_config(config)))
             trainer.forward = _forward(trainer, warn)
-            with _open_log(trainer, interrupt, say) as log:
+            with _open_log(trainer, say) as log:
                 trainer.train(log, interrupt)
             return Outcome(run, trainer.progress.step, already_finished=False)
 
 
 def _say_nothing(line: str) -> None:
     """Of the processes of a run, only the first speaks."""
+
+
+def _tell(interrupt: Interrupt, tell: Callable[[str], None], line: str) -> None:
+    """Where nobody reads any more, that is a reason to leave, as good as a signal."""
+    try:
+        tell(line)
+    except BrokenPipeError:
+        interrupt.received = signal.SIGPIPE
 
 
 @dataclass(frozen=True)
@@ -167,18 +176,11 @@ def _tell_about(data: TokenData, config: RunConfig, warn: Callable[[str], None])
         warn("the val split is empty: no validation loss will be measured")
 
 
-def _open_log(trainer: Trainer, interrupt: Interrupt, say: Callable[[str], None]) -> MetricsLog:
+def _open_log(trainer: Trainer, say: Callable[[str], None]) -> MetricsLog:
     """The log of this process: of the first one, as the others have nothing to tell."""
-
-    def tell(line: str) -> None:
-        try:
-            say(line)
-        except BrokenPipeError:  # nobody reads any more: a reason to leave, as good as a signal
-            interrupt.received = signal.SIGPIPE
-
     progress = trainer.progress
     path = trainer.run.metrics if trainer.world.first else None
-    return MetricsLog(path, trainer.config, resumed_step=progress.step, wandb_id=progress.wandb_id, say=tell)
+    return MetricsLog(path, trainer.config, resumed_step=progress.step, wandb_id=progress.wandb_id, say=say)
 
 
 def _is_finished(config: RunConfig, run: RunFolder, data: TokenData, step: int) -> bool:
