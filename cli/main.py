@@ -17,6 +17,7 @@ from llmtrain.errors import RunFailed, UserError
 from .average import average
 from .common import print_error
 from .eval import evaluate
+from .generate import generate
 from .inspect import inspect
 from .plan import plan
 from .prepare import prepare
@@ -41,6 +42,7 @@ app.command()(average)
 app.command()(inspect)
 app.command(name="eval")(evaluate)
 app.command()(report)
+app.command()(generate)
 app.command()(verify)
 
 _debug = False

@@ -1,0 +1,55 @@
+"""Which weights a word stands for where one set is wanted: to write text with, to hand over.
+
+Why apart from `targets.py`: measuring wants all of a run's weights, using wants the best of them.
+
+    weights, raw = choose_weights("runs/demo")
+"""
+
+import math
+import re
+from pathlib import Path
+
+from llmtrain.errors import UserError
+from llmtrain.evaluation.results import stored_rows
+from llmtrain.evaluation.targets import RAW, Target, targets_of
+from llmtrain.files import newest_run
+
+_REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+
+
+def choose_weights(name: str | None) -> tuple[Target, Target | None]:
+    """One set of weights, and the raw ones of its step where it is an average and they are there.
+
+    Args:
+        name: a folder of weights; a run, for its newest average (of several at that step the one that
+            `eval` found best, else the first by name) or, without averages, its newest snapshot;
+            OWNER/NAME or OWNER/NAME@REVISION on the hub; None: the newest run.
+
+    Raises:
+        UserError: it is none of these.
+        RunFailed: the hub cannot be reached.
+    """
+    path = newest_run().path if name is None else Path(name)
+    match = _REPOSITORY.fullmatch(str(path))
+    if not path.exists() and match and not str(path).startswith((".", "runs/")):
+        from llmtrain.averaging.hub_series import hub_checkpoint  # takes a second to import
+
+        return Target(match[1].rpartition("/")[2], None, hub_checkpoint(match[1], match[2] or "main").folder, None), None
+    if not path.exists():
+        raise UserError(
+            f"there is no {path}", hint="name a run, a folder of weights, or OWNER/NAME on the hub"
+        )
+    return _best(targets_of(path, every_snapshot=False))
+
+
+def _best(targets: list[Target]) -> tuple[Target, Target | None]:
+    last = targets[-1]
+    newest = [target for target in targets if target.step == last.step]
+    raw = next((target for target in newest if target.label == RAW), None)
+    averages = [target for target in newest if target.label != RAW]
+    if len(averages) > 1:
+        assert last.run is not None
+        rows = [row for row in stored_rows(last.run) if row.step == last.step and row.delta is not None]
+        gains = {row.label: row.delta or 0.0 for row in rows}
+        return min(averages, key=lambda target: (gains.get(target.label, math.inf), target.label)), raw
+    return last, raw if last is not raw else None

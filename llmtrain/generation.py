@@ -1,0 +1,207 @@
+"""Text from a model, a token at a time, with the keys and values of what was read kept.
+
+Why apart from `model.py`: training never needs a cache, and what is compiled for training should not carry
+one. Here the same layers are walked with a cache; a test holds the outcome equal to transformers'.
+
+    model, tokenizer = load_writer(Path("runs/demo/averages/lawa-5x20/step-00000900"))
+    print("".join(write(model, tokenizer, "My fellow Americans", Sampling())))
+
+Shapes in names as in `model.py`: B sequences, T tokens, C width, H heads, D width of a head, V vocabulary.
+"""
+
+import codecs
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmtrain.checkpoint import load_model, load_shape
+from llmtrain.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
+from llmtrain.errors import UserError
+from llmtrain.hardware import resolve_device
+from llmtrain.model import GPT, Attention, Block
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    max_tokens: int = 256
+    """The text ends here, or where the model ends it."""
+    temperature: float = 0.8
+    """Logits are divided by this; 0: always the likeliest token."""
+    top_k: int | None = None
+    """Choose among so many of the likeliest."""
+    top_p: float | None = None
+    """Choose among the fewest of the likeliest whose probabilities add up to this."""
+    seed: int = 1337
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        wrong = {
+            "max_tokens": self.max_tokens < 1 and "is below 1",
+            "temperature": not 0 <= self.temperature < math.inf and "is no number from 0 on",
+            "top_k": self.top_k is not None and self.top_k < 1 and "is below 1",
+            "top_p": self.top_p is not None and not 0 < self.top_p <= 1 and "is not above 0 and at most 1",
+        }
+        for name, problem in wrong.items():
+            if problem:
+                raise UserError(
+                    f"{name} {getattr(self, name)} {problem}", hint="see llmtrain generate --help"
+                )
+
+
+class Cache:
+    """Keys and values of the tokens that were read, for every layer; room for the model's block size."""
+
+    def __init__(self, model: GPT) -> None:
+        """Make room for one sequence, on the model's device."""
+        config, weight = model.config, model.transformer.wte.weight
+        shape = (2, config.n_layer, 1, config.n_head, model.block_size, config.n_embd // config.n_head)
+        self._kept = torch.empty(shape, device=weight.device, dtype=weight.dtype)
+        self.length = 0
+        """Tokens read."""
+
+    def extend(self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Append what `layer` computed of new tokens; all keys and values so far."""
+        end = self.length + k_BHTD.shape[2]
+        for kept, new in zip(self._kept[:, layer], (k_BHTD, v_BHTD), strict=True):
+            kept[:, :, self.length : end] = new
+        keys, values = self._kept[:, layer, :, :, :end]
+        return keys, values
+
+
+def next_logits(model: GPT, tokens_BT: Tensor, cache: Cache) -> Tensor:
+    """Read tokens (1, T) behind those in the cache; logits (V,) of what follows the last.
+
+    Several tokens at a time go into an empty cache only.
+    """
+    T = tokens_BT.shape[1]
+    assert T == 1 or cache.length == 0
+    transformer = model.transformer
+    positions_T = torch.arange(cache.length, cache.length + T, device=tokens_BT.device)
+    x_BTC = transformer.wte(tokens_BT) + transformer.wpe(positions_T)
+    for layer, block in enumerate(transformer.h):
+        assert isinstance(block, Block)
+        x_BTC = x_BTC + _attend(block.attn, block.ln_1(x_BTC), layer, cache)
+        x_BTC = x_BTC + block.mlp(block.ln_2(x_BTC))
+    cache.length += T
+    return F.linear(transformer.ln_f(x_BTC[0, -1]), transformer.wte.weight)
+
+
+def _attend(attention: Attention, x_BTC: Tensor, layer: int, cache: Cache) -> Tensor:
+    """`Attention.forward` with what came before from the cache."""
+    B, T, C = x_BTC.shape
+    qkv = attention.c_attn(x_BTC).view(B, T, 3, attention.n_head, C // attention.n_head)
+    q_BHTD, k_BHTD, v_BHTD = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    keys, values = cache.extend(layer, k_BHTD, v_BHTD)
+    y_BHTD = F.scaled_dot_product_attention(q_BHTD, keys, values, is_causal=T > 1, scale=attention.scale)
+    y: Tensor = attention.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
+    return y
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT, prompt: Sequence[int], sampling: Sampling, *, eot: int, vocabulary: int | None = None
+) -> Iterator[int]:
+    """The ids that follow the prompt, one by one, up to `max_tokens` or before the end-of-text token.
+
+    Where the context is full, its newer half is read again at the front of an empty one: GPT-2 knows no
+    position beyond its block size.
+
+    Args:
+        model: in evaluation mode.
+        prompt: token ids; none: a new document.
+        sampling: how each is chosen.
+        eot: id of the end-of-text token.
+        vocabulary: ids from this one on are rows that pad the embedding and never chosen; None: there are none.
+    """
+    device = model.transformer.wte.weight.device
+    generator = torch.Generator().manual_seed(sampling.seed)
+    context = list(prompt or [eot])[-model.block_size :]
+    cache, unread = Cache(model), context
+    for _ in range(sampling.max_tokens):
+        if cache.length == model.block_size:
+            context = context[-max(model.block_size // 2, 1) :]
+            cache.length, unread = 0, context
+        logits_V = next_logits(model, torch.tensor([unread], device=device), cache)
+        token = choose(logits_V[:vocabulary].float().cpu(), sampling, generator)
+        if token == eot:
+            return
+        yield token
+        context, unread = [*context, token], [token]
+
+
+def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """One id, drawn on the CPU so that a seed means the same everywhere."""
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    probabilities = F.softmax(narrowed(logits_V / sampling.temperature, sampling), dim=-1)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def narrowed(logits_V: Tensor, sampling: Sampling) -> Tensor:
+    """Logits with -inf for what top-k, and then top-p, leave out; top-p: Holtzman et al. 2020 (nucleus)."""
+    if sampling.top_k is not None and sampling.top_k < len(logits_V):
+        least = logits_V.topk(sampling.top_k).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < least, -math.inf)
+    if sampling.top_p is not None:
+        ordered, ids = logits_V.sort(descending=True)
+        probabilities = F.softmax(ordered, dim=-1)
+        beyond = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        logits_V = logits_V.index_fill(0, ids[beyond], -math.inf)
+    return logits_V
+
+
+def load_writer(folder: Path, *, tokenizer: str | None = None, device: str = "auto") -> tuple[GPT, Tokenizer]:
+    """The model of a folder of weights, on a device and in float32, and its tokenizer.
+
+    Args:
+        folder: GPT-2 weights, ours or anyone's.
+        tokenizer: its name; None: the one whose end-of-text token the folder's config names. Every folder
+            names that token, wherever its run and its data are, and no two tokenizers here share one.
+        device: auto, cpu, cuda, cuda:N or mps.
+
+    Raises:
+        UserError: no GPT-2 weights, no such device, or a tokenizer that is not ours or not the model's.
+    """
+    shape = load_shape(folder)
+    found = load_tokenizer(tokenizer) if tokenizer else _tokenizer_of(shape.eot, folder)
+    if found.vocab_size > shape.model.vocab_size:
+        raise UserError(
+            f"{folder} has {shape.model.vocab_size:,} rows of embeddings, "
+            f"the {found.name} tokenizer {found.vocab_size:,} ids",
+            hint="name the tokenizer the model was trained with: --tokenizer gpt2 or --tokenizer byte",
+        )
+    return load_model(folder).float().to(resolve_device(device)), found
+
+
+def _tokenizer_of(eot: int, folder: Path) -> Tokenizer:
+    for name in TOKENIZERS:
+        if load_tokenizer(name).eot == eot:
+            return load_tokenizer(name)
+    raise UserError(
+        f"{folder} ends a text with token {eot:,}: that is none of the tokenizers {' and '.join(TOKENIZERS)}",
+        hint="if it is one of them after all, name it: --tokenizer gpt2 or --tokenizer byte",
+    )
+
+
+def write(model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Iterator[str]:
+    """The text that follows the prompt, as it comes: a character appears when its last byte does.
+
+    Bytes that can be no part of a character become U+FFFD; one that is cut off at the end is left out.
+    """
+    prompt_ids = tokenizer.encode(prompt).tolist()
+    ids = generate(model, prompt_ids, sampling, eot=tokenizer.eot, vocabulary=tokenizer.vocab_size)
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in ids:
+        if text := decoder.decode(tokenizer.decode_bytes([token])):
+            yield text
