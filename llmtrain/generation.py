@@ -11,7 +11,7 @@ Shapes in names as in `model.py`: B sequences, T tokens, C width, H heads, D wid
 
 import codecs
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,12 +195,18 @@ def _tokenizer_of(eot: int, folder: Path) -> Tokenizer:
 
 
 def write(model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Iterator[str]:
-    """The text that follows the prompt, as it comes: a character appears when its last byte does.
+    """The text that follows the prompt, in pieces as they come; see `generate` and `text_of`."""
+    prompt_ids = tokenizer.encode(prompt).tolist()
+    return text_of(
+        generate(model, prompt_ids, sampling, eot=tokenizer.eot, vocabulary=tokenizer.vocab_size), tokenizer
+    )
+
+
+def text_of(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """The text of ids, each character once its last byte is there.
 
     Bytes that can be no part of a character become U+FFFD; one that is cut off at the end is left out.
     """
-    prompt_ids = tokenizer.encode(prompt).tolist()
-    ids = generate(model, prompt_ids, sampling, eot=tokenizer.eot, vocabulary=tokenizer.vocab_size)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in ids:
         if text := decoder.decode(tokenizer.decode_bytes([token])):

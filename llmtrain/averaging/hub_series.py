@@ -8,29 +8,20 @@ window is pinned and its duplicates are found first; then only what the window n
 
 import fnmatch
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-import httpx
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
 from huggingface_hub.hf_api import ModelInfo
 
 from llmtrain.averaging.checkpoints import TORCH_WEIGHTS_FILE, Checkpoint, open_folder
 from llmtrain.averaging.output import CARRIED_OVER
 from llmtrain.averaging.series import Input, Series
-from llmtrain.errors import RunFailed, UserError
+from llmtrain.errors import UserError
 from llmtrain.files import TEMPORARY_PREFIX
+from llmtrain.hub import hub_errors
 from llmtrain.weights_folder import WEIGHTS_FILE
 
 DEFAULT_PATTERN = "step{N}"
@@ -55,7 +46,7 @@ def hub_series(repository: str, *, revision_pattern: str | None = None, discard:
     pattern = revision_pattern or DEFAULT_PATTERN
     if pattern.count("{N}") != 1:
         raise UserError(f"--revision-pattern {pattern!r} lacks {{N}}", hint=f"such as {DEFAULT_PATTERN}")
-    with _hub_errors(repository):
+    with hub_errors(repository):
         refs = HfApi().list_repo_refs(repository)
     names = {ref.name for ref in (*refs.branches, *refs.tags)}
     expression = re.compile(fnmatch.translate(pattern.replace("{N}", "\0")).replace("\0", r"(\d+)"))
@@ -109,7 +100,7 @@ class _Revision:
 
     @cached_property
     def _info(self) -> ModelInfo:
-        with _hub_errors(f"{self._repository} at {self._revision}"):
+        with hub_errors(f"{self._repository} at {self._revision}"):
             return HfApi().model_info(self._repository, revision=self._revision, files_metadata=True)
 
     @cached_property
@@ -145,36 +136,8 @@ class _Revision:
         commit = self._info.sha
         folder = self._downloads / str(commit) if self._downloads is not None else None
         first = Path()
-        with _hub_errors(f"{self._repository} at {self._revision}"):
+        with hub_errors(f"{self._repository} at {self._revision}"):
             for name in [*beside, *self._weights]:
                 first = Path(hf_hub_download(self._repository, name, revision=commit, local_dir=folder))
         opened = open_folder(first.parent, step=step, location=f"{self._repository}@{commit}")
         return replace(opened, disposable=folder is not None)
-
-
-@contextmanager
-def _hub_errors(what: str) -> Iterator[None]:
-    """Say what the hub's many exceptions mean."""
-    try:
-        yield
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(
-            f"the hub has no {what}: {str(error).splitlines()[0]}",
-            hint="check the name; a private or gated one needs `hf auth login`",
-        ) from None
-    except EntryNotFoundError as error:
-        if isinstance(error, LocalEntryNotFoundError):
-            raise _unreachable(what, error) from None
-        raise UserError(
-            f"{what} lacks a file: {str(error).splitlines()[0]}", hint="another revision"
-        ) from None
-    except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise _unreachable(what, error) from None
-
-
-def _unreachable(what: str, error: Exception) -> RunFailed:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return RunFailed(
-        f"cannot get {what} from the hub: {reason}",
-        hint="check the network and HF_HUB_OFFLINE, and try again: what is there already is not fetched twice",
-    )
