@@ -17,6 +17,7 @@ from llmtrain.errors import RunFailed, UserError
 from .average import average
 from .common import print_error
 from .eval import evaluate
+from .export import export
 from .generate import generate
 from .inspect import inspect
 from .plan import plan
@@ -43,6 +44,7 @@ app.command()(inspect)
 app.command(name="eval")(evaluate)
 app.command()(report)
 app.command()(generate)
+app.command()(export)
 app.command()(verify)
 
 _debug = False

@@ -122,11 +122,13 @@ def save_weights(
         write_json(folder / PROVENANCE_FILE, provenance)
 
 
-def save_tensors(path: Path, weights: dict[str, Tensor], shape: Shape) -> None:
+def save_tensors(
+    path: Path, weights: dict[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float32
+) -> None:
     """Write a weights file in Hugging Face's layout; see `save_weights`."""
     tensors = {}
     for name in list(weights):
-        value = weights.pop(name).detach().to("cpu", torch.float32)
+        value = weights.pop(name).detach().to("cpu", dtype)
         tensors[name] = value.t().contiguous() if name.endswith(CONV1D) else value.contiguous()
     if not shape.model.bias:
         tensors |= _zero_biases(tensors)
@@ -246,7 +248,7 @@ def _require_fit(folder: Path, shape: Shape, weights: Mapping[str, Tensor]) -> N
 def _zero_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A zero for each bias that Hugging Face's GPT-2 has and a model without biases has not."""
     return {
-        name.removesuffix("weight") + "bias": torch.zeros(tensor.shape[-1])
+        name.removesuffix("weight") + "bias": tensor.new_zeros(tensor.shape[-1])
         for name, tensor in tensors.items()
         if name.endswith((*CONV1D, "ln_1.weight", "ln_2.weight", "ln_f.weight"))
     }

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmtrain.checkpoint import load_model, load_shape
+from llmtrain.checkpoint import Shape, load_model, load_shape
 from llmtrain.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
 from llmtrain.errors import UserError
 from llmtrain.hardware import resolve_device
@@ -161,37 +161,47 @@ def narrowed(logits_V: Tensor, sampling: Sampling) -> Tensor:
     return logits_V
 
 
+def tokenizer_of(folder: Path, shape: Shape, name: str | None = None) -> Tokenizer:
+    """The tokenizer of a folder of weights.
+
+    Args:
+        folder: for messages.
+        shape: its model's.
+        name: of the tokenizer; None: the one whose end-of-text token the folder's config names. Every
+            folder names that token, wherever its run and its data are, and no two tokenizers share one.
+
+    Raises:
+        UserError: it is none of ours, or has more ids than the model.
+    """
+    names = [name] if name else [each for each in TOKENIZERS if load_tokenizer(each).eot == shape.eot]
+    if not names:
+        raise UserError(
+            f"{folder} ends a text with token {shape.eot:,}, which is none of {' and '.join(TOKENIZERS)}",
+            hint="if it is one of them after all, name it: --tokenizer gpt2 or --tokenizer byte",
+        )
+    tokenizer = load_tokenizer(names[0])
+    if tokenizer.vocab_size > shape.model.vocab_size:
+        raise UserError(
+            f"{folder} has {shape.model.vocab_size:,} rows of embeddings, "
+            f"the {tokenizer.name} tokenizer {tokenizer.vocab_size:,} ids",
+            hint="name the tokenizer the model was trained with: --tokenizer gpt2 or --tokenizer byte",
+        )
+    return tokenizer
+
+
 def load_writer(folder: Path, *, tokenizer: str | None = None, device: str = "auto") -> tuple[GPT, Tokenizer]:
     """The model of a folder of weights, on a device and in float32, and its tokenizer.
 
     Args:
         folder: GPT-2 weights, ours or anyone's.
-        tokenizer: its name; None: the one whose end-of-text token the folder's config names. Every folder
-            names that token, wherever its run and its data are, and no two tokenizers here share one.
+        tokenizer: see `tokenizer_of`.
         device: auto, cpu, cuda, cuda:N or mps.
 
     Raises:
         UserError: no GPT-2 weights, no such device, or a tokenizer that is not ours or not the model's.
     """
-    shape = load_shape(folder)
-    found = load_tokenizer(tokenizer) if tokenizer else _tokenizer_of(shape.eot, folder)
-    if found.vocab_size > shape.model.vocab_size:
-        raise UserError(
-            f"{folder} has {shape.model.vocab_size:,} rows of embeddings, "
-            f"the {found.name} tokenizer {found.vocab_size:,} ids",
-            hint="name the tokenizer the model was trained with: --tokenizer gpt2 or --tokenizer byte",
-        )
-    return load_model(folder).float().to(resolve_device(device)), found
-
-
-def _tokenizer_of(eot: int, folder: Path) -> Tokenizer:
-    for name in TOKENIZERS:
-        if load_tokenizer(name).eot == eot:
-            return load_tokenizer(name)
-    raise UserError(
-        f"{folder} ends a text with token {eot:,}: that is none of the tokenizers {' and '.join(TOKENIZERS)}",
-        hint="if it is one of them after all, name it: --tokenizer gpt2 or --tokenizer byte",
-    )
+    found = tokenizer_of(folder, load_shape(folder), tokenizer)
+    return load_model(folder).to(resolve_device(device)), found
 
 
 def write(model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Iterator[str]:

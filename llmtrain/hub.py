@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 
 from llmtrain.errors import RunFailed, UserError
 
-_TRANSPORT_ERROR = HfHubHTTPError.__bases__[0]
+_TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 """The base of its HTTP library's errors: which library that is depends on the client's version."""
 
 _FORBIDDEN = (401, 403)

@@ -10,12 +10,16 @@ network. Point the client at it with HF_ENDPOINT, in a subprocess (the client re
 
 import hashlib
 import json
+from base64 import b64decode
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+TOKEN = "hf_of_a_test"
+"""Whoever has it (HF_TOKEN) may write."""
 
 
 class HubServer:
@@ -25,6 +29,10 @@ class HubServer:
         self.repositories: dict[tuple[str, str], dict[str, Path]] = {}
         self.requests: list[str] = []
         """`METHOD path` of each request, in order of arrival."""
+        self.created: dict[str, dict[str, Any]] = {}
+        """What was asked for with each new repository, by OWNER/NAME."""
+        self.pushed: dict[str, dict[str, bytes]] = {}
+        """The files of the newest commit, by OWNER/NAME."""
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
 
@@ -99,6 +107,9 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             url = urlsplit(self.path)
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             parts = [unquote(part) for part in url.path.strip("/").split("/")]
+            if parts[0] == "api" and self.command == "POST" and parts[-1] != "paths-info":
+                self._take("/".join(parts[2:4]), parts[1:], body)
+                return
             if parts[0] == "api" and parts[1] in ("models", "datasets"):
                 self._api(parts[1][:-1], "/".join(parts[2:4]), parts[4:], parse_qs(url.query), body)
                 return
@@ -115,6 +126,31 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 self._file(found[0], found[1], "/".join(path))
             else:
                 self._error(404, "EntryNotFound")
+
+        def _take(self, name: str, parts: list[str], body: bytes) -> None:
+            """A new repository, the question of how to send files (all within the commit), a commit."""
+            if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                self._error(401, "Unauthorized")
+            elif parts == ["repos", "create"]:
+                asked = json.loads(body)
+                name = f"{asked['organization']}/{asked['name']}"
+                hub.created[name] = asked
+                self._json({"url": f"{hub.url}/{name}"})
+            elif parts == ["validate-yaml"]:  # of the model card
+                self._json({"errors": [], "warnings": []})
+            elif parts[3] == "preupload":
+                paths = [file["path"] for file in json.loads(body)["files"]]
+                files = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]
+                self._json({"files": files})
+            else:
+                lines = [json.loads(line)["value"] for line in body.splitlines()]
+                hub.pushed[name] = {
+                    line["path"]: b64decode(line["content"]) for line in lines if "content" in line
+                }
+                commit = hub.commit("model", name, "main")
+                self._json(
+                    {"success": True, "commitOid": commit, "commitUrl": f"{hub.url}/{name}/commit/{commit}"}
+                )
 
         def _api(self, kind: str, name: str, rest: list[str], query: dict[str, Any], body: bytes) -> None:
             verb = rest[0] if rest else "info"
