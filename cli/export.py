@@ -71,7 +71,9 @@ def export(
     notes.print(f"{weights.label}: {weights.path}", markup=False, style="dim", soft_wrap=True)
     library.export(weights, to, dtype=dtype.value, form=form.value, name=push or str(to), tokenizer=tokenizer)
     if form is Form.NANOGPT:
-        notes.print("nanoGPT computes GELU exactly, GPT-2 by its tanh form: logits differ by some thousandths")
+        notes.print(
+            "nanoGPT computes GELU exactly, GPT-2 by its tanh form: logits differ by some thousandths"
+        )
     url = None
     if push is not None:
         from llmtrain.errors import RunFailed, UserError

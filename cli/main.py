@@ -16,6 +16,8 @@ from llmtrain.errors import RunFailed, UserError
 
 from .average import average
 from .common import print_error
+from .config import config
+from .doctor import doctor
 from .eval import evaluate
 from .export import export
 from .generate import generate
@@ -23,6 +25,7 @@ from .inspect import inspect
 from .plan import plan
 from .prepare import prepare
 from .pretrain import pretrain
+from .recipes import recipes
 from .report import report
 from .verify import verify
 
@@ -45,6 +48,9 @@ app.command(name="eval")(evaluate)
 app.command()(report)
 app.command()(generate)
 app.command()(export)
+app.command()(recipes)
+app.command()(config)
+app.command()(doctor)
 app.command()(verify)
 
 _debug = False

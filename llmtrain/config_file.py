@@ -117,11 +117,11 @@ def load_config(file: Path, overrides: list[str] | None = None) -> RunConfig:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(
             f"cannot read the config {file}: {reason}",
-            hint="shipped ones lie in configs/, such as configs/demo.yaml",
+            hint="llmtrain recipes lists the shipped ones and copies them",
         ) from None
     values, node = parse_yaml(text, str(file))
     if not isinstance(values, dict):
-        raise UserError(f"{file} holds no keys", hint="it should look like configs/demo.yaml")
+        raise UserError(f"{file} holds no keys", hint="llmtrain recipes demo prints one that explains itself")
     for override in overrides or []:
         _apply(values, override)
     values.setdefault("name", file.stem)
@@ -130,7 +130,7 @@ def load_config(file: Path, overrides: list[str] | None = None) -> RunConfig:
     except ValidationError as error:
         raise UserError(
             "\n".join(_describe(dict(e), values, file, node, overrides or []) for e in error.errors()),
-            hint="every key is explained in configs/demo.yaml",
+            hint="llmtrain recipes demo prints a configuration that explains every key",
         ) from None
 
 

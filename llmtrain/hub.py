@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants, get_session
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -45,6 +45,17 @@ def push(folder: Path, repository: str) -> str:
         made = api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Exported by llmtrain")
     return str(made)
+
+
+def reach(seconds: float) -> str:
+    """The hub's address, which answered within `seconds`.
+
+    Raises:
+        RunFailed: it did not.
+    """
+    with hub_errors(constants.ENDPOINT):
+        get_session().head(constants.ENDPOINT, timeout=seconds)
+    return constants.ENDPOINT
 
 
 @contextmanager
@@ -83,7 +94,7 @@ def hub_errors(what: str) -> Iterator[None]:
 
 def _unreachable(what: str, error: Exception) -> RunFailed:
     return RunFailed(
-        f"cannot reach {what} on the hub: {_first_line(error)}",
+        f"the hub cannot be reached for {what}: {_first_line(error)}",
         hint="check the network and HF_HUB_OFFLINE, and try again: what has arrived is not transferred twice",
     )
 
