@@ -1,0 +1,77 @@
+"""The commands as functions of the same names, one call each: for scripts and notebooks.
+
+Why: the modules behind them take what the command line gives them, piece by piece; whoever writes Python
+starts here and goes there for more. Importing this takes torch's second.
+
+    run = pretrain(load_config(Path("configs/demo.yaml")), Path("runs/demo")).run
+    average(run.path, Request(every=20))
+    rows = evaluate(run.path)
+"""
+
+from pathlib import Path
+
+from llmtrain.averaging.average import Average
+from llmtrain.averaging.average import average as average_series
+from llmtrain.averaging.plan import Request, make_plans
+from llmtrain.averaging.sources import find_series
+from llmtrain.config_file import load_config
+from llmtrain.evaluation.choice import choose_weights
+from llmtrain.evaluation.results import Row, Settings, measure
+from llmtrain.evaluation.targets import targets_of
+from llmtrain.export import export as export_weights
+from llmtrain.generation import Sampling, load_writer, write
+from llmtrain.training.run import pretrain
+
+__all__ = [
+    "Request",
+    "Sampling",
+    "Settings",
+    "average",
+    "evaluate",
+    "export",
+    "generate",
+    "load_config",
+    "pretrain",
+]
+
+
+def average(source: str | Path, request: Request) -> list[Average]:
+    """Average checkpoints of a run, a folder of checkpoints or a series on the hub; by step.
+
+    Raises:
+        UserError: there is no such source, or it has no such window.
+    """
+    series = find_series(str(source))
+    return average_series(series, make_plans(series, request))
+
+
+def evaluate(target: str | Path, settings: Settings | None = None) -> list[Row]:
+    """The losses of a run's averages and of the raw weights of their steps, or of a folder of weights.
+
+    Raises:
+        UserError: there is no such target, or its data is not known.
+        RunFailed: a loss is not finite.
+    """
+    targets = targets_of(Path(target), every_snapshot=False)
+    return measure(targets, settings or Settings(), lambda target, done, total: None)
+
+
+def generate(target: str | Path, prompt: str, sampling: Sampling | None = None) -> str:
+    """The text that follows the prompt; see `choose_weights` for what a target is.
+
+    Raises:
+        UserError: there is no such target, or no tokenizer for it.
+    """
+    weights, _ = choose_weights(str(target))
+    return "".join(write(*load_writer(weights.path), prompt, sampling or Sampling()))
+
+
+def export(target: str | Path, to: Path, *, dtype: str = "fp32") -> Path:
+    """Write a target's weights as a Hugging Face repository into the new folder `to`; see `export.export`.
+
+    Raises:
+        UserError: there is no such target, or `to` exists.
+    """
+    weights, _ = choose_weights(str(target))
+    export_weights(weights, to, dtype=dtype, name=str(to))
+    return to
