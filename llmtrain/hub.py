@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
 from llmtrain.errors import RunFailed, UserError
@@ -72,10 +73,10 @@ def hub_errors(what: str) -> Iterator[None]:
         raise UserError(
             f"the hub wants to know who asks for {what}", hint="hf auth login, or set HF_TOKEN"
         ) from None
-    except (RepositoryNotFoundError, HFValidationError) as error:
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise UserError(
             f"the hub has no {what}: {_first_line(error)}",
-            hint="check the name; a private or gated one needs `hf auth login`",
+            hint="check the name and the revision; a private or gated one needs `hf auth login`",
         ) from None
     except EntryNotFoundError as error:
         if isinstance(error, LocalEntryNotFoundError):

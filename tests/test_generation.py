@@ -1,12 +1,17 @@
 """Text generation against transformers': greedy choice, what sampling leaves out, and the streamed text."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 import torch
+from hub_server import HubServer
+from huggingface_hub import constants, get_session
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -18,10 +23,11 @@ from llmtrain.checkpoint import Origin, Shape, save_weights
 from llmtrain.cli.generate import visible
 from llmtrain.config import ModelConfig, RunConfig
 from llmtrain.data.tokenizer import load_tokenizer
-from llmtrain.errors import UserError
+from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.choice import choose_weights
 from llmtrain.files import RunFolder
 from llmtrain.generation import Cache, Sampling, generate, load_writer, narrowed, next_logits, text_of
+from llmtrain.hub import hub_errors
 from llmtrain.model import GPT
 from llmtrain.training.run import pretrain
 
@@ -174,6 +180,26 @@ def test_the_command(run: RunFolder, llmtrain: Callable[..., CompletedProcess[st
     table = llmtrain("generate", *options, "--compare", cwd=place).stdout
     assert "raw" in table
     assert "é [b]" in table
-    refused = llmtrain("generate", "runs/tiny/snapshots/step-00000010", "--compare", cwd=place)
-    assert refused.returncode == 2
-    assert "is no average" in refused.stderr
+
+
+def test_weights_on_the_hub(tmp_path: Path) -> None:
+    write_folder(tmp_path / "tiny", bias=True, scaled=False, vocab_size=264, eot=256)
+
+    def run(name: str) -> CompletedProcess[str]:
+        command = [sys.executable, "-m", "llmtrain", "generate", name, "--max-tokens", "3", "--json"]
+        environment = os.environ | hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    with HubServer() as hub:
+        hub.add("model", "owner/tiny", {"main": tmp_path / "tiny"})
+        (document,) = json.loads(run("owner/tiny@main").stdout)
+        absent = run("owner/tiny@step9")
+    assert document["label"] == "owner/tiny@main"
+    assert absent.returncode == 2
+    assert "the hub has no owner/tiny at step9" in absent.stderr
+
+
+def test_a_hub_that_is_not_there_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(RunFailed, match="the hub cannot be reached for a look"), hub_errors("a look"):
+        get_session().head("http://127.0.0.1:9", timeout=5)

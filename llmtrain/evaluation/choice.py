@@ -34,7 +34,8 @@ def choose_weights(name: str | None) -> tuple[Target, Target | None]:
     if not path.exists() and match and not str(path).startswith((".", "runs/")):
         from llmtrain.averaging.hub_series import hub_checkpoint  # takes a second to import
 
-        return Target(match[1].rpartition("/")[2], None, hub_checkpoint(match[1], match[2] or "main").folder, None), None
+        checkpoint = hub_checkpoint(match[1], match[2] or "main")
+        return Target(match[0], None, checkpoint.folder, None), None
     if not path.exists():
         raise UserError(
             f"there is no {path}", hint="name a run, a folder of weights, or OWNER/NAME on the hub"
