@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 
 from llmtrain.config import RunConfig, TrainConfig
+from llmtrain.data.mixture import open_training_data, train_tokens
 from llmtrain.data.remote import is_url
-from llmtrain.data.shards import open_data
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.disk import free_bytes, writing
 from llmtrain.errors import RunFailed, UserError
@@ -152,17 +152,18 @@ def _disk_space(config: RunConfig | None, place: Path) -> str:
 
 
 def _data(config: RunConfig) -> str:
-    if is_url(config.data.path):
-        return f"{config.data.path} is not looked at: it will be copied here when the run begins"
-    folder = Path(config.data.path)
-    if not folder.is_dir():
-        raise UserError(f"there is no {folder}", hint=f"llmtrain prepare SOURCE --out {folder}")
-    data = open_data(folder)
+    folders = [config.data.path, *(each.path for each in config.data.mix)]
+    if any(is_url(folder) for folder in folders):
+        return f"{', '.join(folders)}: not looked at, as it is copied here when the run begins"
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise UserError(f"there is no {folder}", hint=f"llmtrain prepare SOURCE --out {folder}")
+    data = open_training_data(config.data)
     if data.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"{folder} has a vocabulary of {data.vocab_size:,} ({data.tokenizer}), "
+            f"{data.folder} has a vocabulary of {data.vocab_size:,} ({data.tokenizer}), "
             f"the model one of {config.model.vocab_size:,}",
             hint=f"--set model.vocab_size={data.vocab_size}",
         )
-    train, val = data.tokens("train"), data.tokens("val")
-    return f"{folder}: {train:,} tokens to train on and {val:,} to validate, {data.tokenizer}"
+    train, val = len(train_tokens(data)), data.tokens("val")
+    return f"{', '.join(folders)}: {train:,} tokens to train on and {val:,} to validate, {data.tokenizer}"

@@ -41,29 +41,30 @@ def model_card(target: Target, shape: Shape, tokenizer: Tokenizer, *, dtype: str
         UserError: a file of the run is damaged.
     """
     config = load_config(target.run.config) if target.run else None
-    manifest = _manifest(config) if config else None
+    manifests = _manifests(config) if config else []
     sections = [
         f"# {name.rpartition('/')[2]}",
         _summary(target, shape, dtype),
         _use(name),
         _model(shape, tokenizer, dtype),
-        *([_data(manifest)] if manifest else []),
+        *([_data(manifests)] if manifests else []),
         *([_losses(rows)] if (rows := _rows(target)) else []),
         *([_averaging(target.path)] if (target.path / PROVENANCE_FILE).exists() else []),
         *([_recipe(config)] if config else []),
     ]
-    return "\n\n".join([_header(target, manifest), *sections]) + "\n"
+    return "\n\n".join([_header(target, manifests), *sections]) + "\n"
 
 
-def _header(target: Target, manifest: Manifest | None) -> str:
+def _header(target: Target, manifests: Sequence[Manifest]) -> str:
     averaged = (target.path / PROVENANCE_FILE).exists()
     fields: dict[str, object] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["gpt2", "llmtrain", *(["weight-averaging"] if averaged else [])],
     }
-    if manifest and _HUB_NAME.fullmatch(manifest.source.id):
-        fields["datasets"] = [manifest.source.id]
+    sources = [each.source for each in manifests]  # a folder here has no revision
+    if datasets := [each.id for each in sources if each.revision and _HUB_NAME.fullmatch(each.id)]:
+        fields["datasets"] = datasets
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
 
 
@@ -102,21 +103,33 @@ def _model(shape: Shape, tokenizer: Tokenizer, dtype: str) -> str:
     return "## Model\n\n" + _table(("", ""), rows)
 
 
-def _manifest(config: RunConfig) -> Manifest | None:
-    folder = Path(config.data.path)
-    return read_manifest(folder) if (folder / MANIFEST_FILE).is_file() else None
+def _told(name: str) -> str:
+    """OWNER/NAME on the hub as it is; of a folder here, its own name only."""
+    is_public = _HUB_NAME.fullmatch(name) and not Path(name).exists()
+    return name if is_public else name.rstrip("/").rpartition("/")[2]
 
 
-def _data(manifest: Manifest) -> str:
-    source = manifest.source
-    name = source.id if _HUB_NAME.fullmatch(source.id) else source.id.rstrip("/").rpartition("/")[2]
-    revision = f", revision `{source.revision}`" if source.revision else ""
+def _manifests(config: RunConfig) -> list[Manifest]:
+    """Of the data, and of what was mixed in, where it is still here."""
+    folders = [Path(path) for path in (config.data.path, *(each.path for each in config.data.mix))]
+    return [read_manifest(folder) for folder in folders if (folder / MANIFEST_FILE).is_file()]
+
+
+def _data(manifests: Sequence[Manifest]) -> str:
     rows = [
-        (split, f"{record.documents:,}", f"{record.tokens:,}", f"{record.text_bytes:,}")
-        for split, record in (("train", manifest.train), ("val", manifest.val))
+        (
+            f"`{_told(each.source.id)}`" + (f" at `{each.source.revision}`" if each.source.revision else ""),
+            split,
+            f"{record.documents:,}",
+            f"{record.tokens:,}",
+            f"{record.text_bytes:,}",
+        )
+        for each in manifests
+        for split, record in (("train", each.train), ("val", each.val))
     ]
-    table = _table(("split", "documents", "tokens", "bytes of text"), rows)
-    return f"## Data\n\n`{name}`{revision}; manifest {manifest.sha256}.\n\n{table}"
+    table = _table(("source", "split", "documents", "tokens", "bytes of text"), rows)
+    hashes = ", ".join(each.sha256 for each in manifests)
+    return f"## Data\n\n{table}\n\nSHA-256 of what `llmtrain prepare` recorded: {hashes}."
 
 
 def _rows(target: Target) -> list[Row]:
@@ -158,9 +171,11 @@ def _averaging(folder: Path) -> str:
 
 
 def _recipe(config: RunConfig) -> str:
-    name = config.data.path.rstrip("/").rpartition("/")[2]
-    public = config.model_copy(update={"data": config.data.model_copy(update={"path": name})})
-    return f"## Recipe\n\nThe configuration of the run, for `llmtrain pretrain`:\n\n```yaml\n{dump_config(public)}```"
+    mix = [each.model_copy(update={"path": _told(each.path)}) for each in config.data.mix]
+    data = config.data.model_copy(update={"path": _told(config.data.path), "mix": mix})
+    begun = None if config.init_from is None else _told(config.init_from)
+    text = dump_config(config.model_copy(update={"data": data, "init_from": begun}))
+    return f"## Recipe\n\nThe configuration of the run, for `llmtrain pretrain`:\n\n```yaml\n{text}```"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
