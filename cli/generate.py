@@ -7,6 +7,7 @@ import signal
 import sys
 import unicodedata
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -75,11 +76,14 @@ def generate(
 
     Weights are float32. A text longer than the model's block size goes on with the newer half of it in sight.
     """
+    from llmtrain.data.tokenizer import well_formed
     from llmtrain.errors import UserError
     from llmtrain.evaluation.choice import choose_weights
     from llmtrain.generation import Sampling, load_writer, write
 
-    chances = [Sampling(max_tokens, temperature, top_k, top_p, seed + number) for number in range(num)]
+    prompt = well_formed(prompt)  # an argument may hold bytes that are no text
+    first = Sampling(max_tokens, temperature, top_k, top_p, seed)
+    chances = (replace(first, seed=seed + number) for number in range(num))
     weights, raw = choose_weights(target)
     if compare and raw is None:
         raise UserError(

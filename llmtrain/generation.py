@@ -51,6 +51,7 @@ class Sampling:
             "temperature": not 0 <= self.temperature < math.inf and "is no number from 0 on",
             "top_k": self.top_k is not None and self.top_k < 1 and "is below 1",
             "top_p": self.top_p is not None and not 0 < self.top_p <= 1 and "is not above 0 and at most 1",
+            "seed": not 0 <= self.seed < 2**63 and "is no seed from 0 to 2^63 - 1",
         }
         for name, problem in wrong.items():
             if problem:
