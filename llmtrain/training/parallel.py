@@ -108,3 +108,13 @@ def exchanging(forward: nn.Module, wanted: bool) -> Iterator[None]:
     if isinstance(forward, FSDPModule):
         forward.set_requires_gradient_sync(wanted)
     yield
+
+
+@contextmanager
+def without_backward(model: nn.Module) -> Iterator[None]:
+    """For forward passes alone: however the block ends, the weights that FSDP gathered lie in shards again."""
+    try:
+        yield
+    finally:
+        if isinstance(model, FSDPModule):
+            model.reshard()  # a backward pass would have done it

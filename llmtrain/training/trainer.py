@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from llmtrain.averaging.online import OnlineAverage, build_average, swapped_in
@@ -35,7 +34,7 @@ from llmtrain.interrupt import Interrupt, Interrupted
 from llmtrain.training.distributed import World
 from llmtrain.training.metrics import MetricsLog
 from llmtrain.training.optim import Spam, build_optimizer
-from llmtrain.training.parallel import build_model, exchanging, resolve_parallel
+from llmtrain.training.parallel import build_model, exchanging, resolve_parallel, without_backward
 from llmtrain.training.rewind import state_before, take_back
 from llmtrain.training.schedules import block_size, learning_rate, reset_factor
 from llmtrain.training.snapshots import commit_weights
@@ -340,21 +339,19 @@ class Trainer:
         return event
 
     def _validation_loss(self, interrupt: Interrupt) -> LossResult:
-        result = evaluate(
-            self.model,
-            self.val_tokens,
-            self.token_bytes,
-            block_size=self.config.data.block_size,
-            batch=self.config.eval.batch,
-            device=self.device,
-            precision=self.cast,
-            world=self.world,
-            limit=self.config.eval.tokens,
-            on_progress=lambda done, total: interrupt.check(),
-        )
-        if isinstance(self.model, FSDPModule):
-            self.model.reshard()  # a backward pass would have done it
-        return result
+        with without_backward(self.model):
+            return evaluate(
+                self.model,
+                self.val_tokens,
+                self.token_bytes,
+                block_size=self.config.data.block_size,
+                batch=self.config.eval.batch,
+                device=self.device,
+                precision=self.cast,
+                world=self.world,
+                limit=self.config.eval.tokens,
+                on_progress=lambda done, total: interrupt.check(),
+            )
 
     def origin(self) -> Origin:
         """Where in the run the present weights are."""

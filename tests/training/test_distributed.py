@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from tiny_training import EVERY_AVERAGE, Build, assert_same_run, events, quiet
+from tiny_training import EVERY_AVERAGE, Build, assert_same_run, events, interrupt_at, quiet
 from worlds import in_processes, train, train_together
 
 from llmtrain.config import RunConfig
@@ -200,6 +200,24 @@ def test_two_processes_that_were_interrupted_are_bitwise_those_that_were_not(
     assert events(whole_run) == events(parts)
     for path in whole_run.path.rglob("model.safetensors"):
         assert path.read_bytes() == (parts.path / path.relative_to(whole_run.path)).read_bytes()
+
+
+def train_until(config: RunConfig, folder: Path, check: int) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, check)
+        return train(config, folder, {})
+
+
+def test_interrupted_while_an_average_is_evaluated_shards_hold_their_own_weights(
+    tiny: Build, tmp_path: Path
+) -> None:
+    config = tiny(train__parallel="fsdp", train__max_steps=4, eval={"every": 4, "batch": 1, "tokens": 65})
+    train_together(2, config, tmp_path / "whole")
+    # Four steps, two batches with the weights and one with the average; heard at the second.
+    assert in_processes(2, train_until, config, tmp_path / "cut", 6) == [4, 4]
+    whole_run, cut = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "cut")
+    assert [event for event in events(cut) if "val/loss" in event] == []
+    assert different(last_state(whole_run), last_state(cut)) == []
 
 
 def train_on_a_full_disk(config: RunConfig, folder: Path) -> str:
