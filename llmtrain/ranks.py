@@ -10,6 +10,8 @@ it is told, because the launcher ends all as soon as one has left.
 import functools
 import os
 import sys
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -53,9 +55,24 @@ def store() -> "Store":
     from torch._C._distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
+    shared: Store = next(iter(rendezvous("env://")))[0]
     # The launcher's store outlives its workers: what those before a restart said is not for us.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"llmtrain/{attempt}", next(iter(rendezvous("env://")))[0])
+    return PrefixStore(f"llmtrain/{_name_of_this_start(shared)}", shared) if is_restarted() else shared
+
+
+def _name_of_this_start(shared: "Store") -> str:
+    """What rank 0 answers to each process that says it is here: launchers count restarts, each its own."""
+    mine, others = uuid.uuid4().hex, [f"here/{each}" for each in range(1, int(os.environ["WORLD_SIZE"]))]
+    if rank() == 0:
+        for each in others:
+            shared.delete_key(each)  # of one that is gone; who lives says it again
+        for each in others:
+            shared.set(f"answer/{shared.get(each).decode()}", mine)
+        return mine
+    while not shared.check([f"answer/{mine}"]):
+        shared.set(f"here/{rank()}", mine)
+        time.sleep(0.05)
+    return shared.get(f"answer/{mine}").decode()
 
 
 def first_to_fail() -> bool:

@@ -13,7 +13,7 @@ from tiny_training import EVERY_AVERAGE, Build, assert_same_run, events, interru
 from worlds import in_processes, train, train_together
 
 from llmtrain.config import RunConfig
-from llmtrain.errors import UserError, WriteFailed
+from llmtrain.errors import RunFailed, UserError, WriteFailed
 from llmtrain.files import RunFolder, integrity_problems, step_folders
 from llmtrain.model import GPT
 from llmtrain.sharded import local, whole
@@ -239,6 +239,36 @@ def test_a_state_that_one_process_cannot_write_gets_no_name(tiny: Build, tmp_pat
     said = in_processes(2, train_on_a_full_disk, tiny(train__parallel="fsdp"), tmp_path / "run")
     assert all("cannot write" in each and "No space left" in each for each in said), said
     assert list((tmp_path / "run" / "state").iterdir()) == []
+
+
+# --- processes that a launcher watches ----------------------------------------------------------
+
+
+def join_after_restarts() -> list[float]:
+    """On two machines, of which one counts a restart and the other does not."""
+    os.environ |= {"TORCHELASTIC_MAX_RESTARTS": "2", "TORCHELASTIC_RESTART_COUNT": os.environ["RANK"]}
+    with join(CPU, spread=False) as (world, _):
+        return world.sums([1.0])
+
+
+def test_processes_meet_however_often_each_machine_has_restarted() -> None:
+    assert in_processes(2, join_after_restarts, machines=2) == [[2.0], [2.0]]
+
+
+def join_unreachable(patience: float) -> str:
+    import llmtrain.training.distributed as module
+
+    module._SECONDS_TO_BE_ENDED = patience
+    os.environ |= {"GLOO_SOCKET_IFNAME": "no-such-card", "TORCHELASTIC_RUN_ID": "ours"}
+    try:
+        with join(CPU, spread=False):
+            return "joined"
+    except RunFailed as error:
+        return str(error)
+
+
+def test_a_connection_that_cannot_be_made_is_told_though_a_launcher_watches() -> None:
+    assert all("no-such-card" in said for said in in_processes(2, join_unreachable, 0.1))
 
 
 @pytest.mark.gpu
