@@ -9,7 +9,7 @@ of one, and nothing here costs it anything.
 
 import os
 import re
-import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,6 +27,9 @@ from llmtrain.errors import RunFailed, UserError
 from llmtrain.interrupt import Interrupted
 
 T = TypeVar("T")
+
+_SECONDS_TO_BE_ENDED = 10.0
+"""A launcher that sees which process is gone, and says of what, ends the others in less time."""
 
 
 @dataclass(frozen=True)
@@ -172,10 +175,10 @@ def join(device: torch.device, *, spread: bool) -> Iterator[tuple[World, torch.d
         # Before the connections close, and the others fail because of it.
         if _is_lost_peer(error):
             if dist.is_torchelastic_launched():
-                sys.exit(1)  # the launcher sees which process it was and of what it died, and says so
+                time.sleep(_SECONDS_TO_BE_ENDED)
             raise RunFailed(
-                "another process of this run is gone without a word",
-                hint="was it killed, or out of memory? The same command goes on from the newest state",
+                f"the connection to the other processes of this run is lost ({str(error).splitlines()[0]})",
+                hint="was one killed, or out of memory? The same command goes on from the newest state",
             ) from error
         ranks.first_to_fail()
         raise
