@@ -27,6 +27,7 @@ from .prepare import prepare
 from .pretrain import pretrain
 from .recipes import recipes
 from .report import report
+from .runs import runs
 from .verify import verify
 
 app = typer.Typer(
@@ -46,6 +47,7 @@ app.command()(average)
 app.command()(inspect)
 app.command(name="eval")(evaluate)
 app.command()(report)
+app.command()(runs)
 app.command()(generate)
 app.command()(export)
 app.command()(recipes)

@@ -1,42 +1,92 @@
-"""`llmtrain report`: what a run came to, as a table and a plot.
+"""`llmtrain report`: what runs came to, as a table and as one HTML page with its figures and numbers.
 
 llmtrain report runs/demo
 """
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from .common import console, print_json
 from .eval import loss_table
 
+if TYPE_CHECKING:
+    from llmtrain.evaluation.report_data import Saving
+    from llmtrain.evaluation.report_page import Report
+
 
 def report(
-    run: Annotated[
-        Path | None, typer.Argument(help="Folder of the run.", show_default="the newest under runs/")
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="RUN", help="Folders of runs to show in one page.", show_default="the newest under runs/"
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the plot.", show_default="RUN/report")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the page and its parts.",
+            show_default="RUN/report; of several, RUN/report/compared",
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
 ) -> None:
-    """Show the newest loss of raw weights and of each average, and draw loss against step as a PNG.
+    """Show the losses of raw and averaged weights, and write a page of what the runs came to.
 
-    Takes what `pretrain` logged and `eval` measured; computes nothing anew.
+    report.html needs no network. Beside it lie its figures (SVG, PNG) and numbers (CSV). With several runs,
+    the page compares them and is written below the first. Takes what `pretrain` logged and `eval` measured;
+    computes nothing anew.
     """
-    from llmtrain.evaluation.report import draw_losses, interventions, loss_curves, newest_rows
-    from llmtrain.files import RunFolder, newest_run, require_run
+    from llmtrain.evaluation.report import newest_rows
+    from llmtrain.evaluation.report_page import write_report
+    from llmtrain.files import newest_run, require_run
 
-    folder: RunFolder = newest_run() if run is None else require_run(run)
-    rows = newest_rows(folder)
-    plot = (out or folder.report) / "loss.png"
-    draw_losses(loss_curves(folder), plot, title=folder.path.name)
+    folders = [require_run(run) for run in runs] if runs else [newest_run()]
+    rows = [row for folder in folders for row in newest_rows(folder)]
+    target = out or (folders[0].report if len(folders) == 1 else folders[0].report / "compared")
+    written = write_report(folders, target)
     if as_json:
-        acted = asdict(interventions(folder))
-        print_json({"rows": [asdict(row) for row in rows], "plot": str(plot), "interventions": acted})
-    else:
+        print_json({"rows": [asdict(row) for row in rows]} | _described(written))
+        return
+    if rows:
         console.print(loss_table(rows))
-        console.print(str(interventions(folder)))
-        console.print(f"plot: {plot}", markup=False)
+    for saving in written.savings:
+        if line := _saving_line(saving):
+            console.print(f"{saving.run}: {line}" if len(folders) > 1 else line, markup=False)
+    for record in written.records:
+        told = str(record.interventions)
+        console.print(f"{record.name}: {told}" if len(folders) > 1 else told, markup=False)
+    console.print(f"page: [bold]{escape(str(written.page))}[/]")
+
+
+def _described(written: "Report") -> dict[str, Any]:
+    """What `--json` says beside the rows."""
+    acted = [asdict(record.interventions) for record in written.records]
+    return {
+        "page": str(written.page),
+        "plot": str(written.plot),
+        "best": [asdict(saving) for saving in written.savings],
+        "interventions": {key: sum(each[key] for each in acted) for key in acted[0]},
+    }
+
+
+def _saving_line(saving: "Saving") -> str:
+    """What averaging saved, in a sentence; nothing for raw weights."""
+    from llmtrain.evaluation.charts import brief
+    from llmtrain.evaluation.targets import RAW
+
+    if saving.label == RAW or saving.raw_step is None:
+        return ""
+    if saving.reached is None or saving.steps_saved is None:
+        return f"{saving.label} is at no step as good as the best raw weights"
+    tokens = "" if saving.tokens_saved is None else f", {brief(saving.tokens_saved)} tokens"
+    hours = "" if saving.hours_saved is None else f", {saving.hours_saved:.3g} hours"
+    return (
+        f"{saving.label} at step {saving.reached:,} is as good as raw ever was (step {saving.raw_step:,}): "
+        f"saves {saving.steps_saved:,} steps{tokens}{hours}"
+    )

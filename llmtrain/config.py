@@ -287,6 +287,10 @@ class LogConfig(Section):
 
     every: Positive = 10
     """Steps between two lines of metrics."""
+    sample_tokens: Natural = 0
+    """Length of a greedy continuation of the beginning of the val split, told at each evaluation."""
+    tensorboard: bool = False
+    """Write tensorboard/ in the run's folder."""
     wandb: WandbConfig = WandbConfig()
 
 

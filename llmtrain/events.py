@@ -12,6 +12,10 @@ from typing import Any
 
 from llmtrain.errors import UserError
 
+_COUNTED = ("seconds", "tokens", "skipped", "memory")
+_MEASURED = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")
+"""What may be null, too: not finite, or not known."""
+
 
 def read_events(path: Path) -> list[dict[str, Any]]:
     """The events in the order of the file, each with its `step`; a last line torn by a kill is left out.
@@ -25,10 +29,16 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         if type(step) is not int or not 0 <= step < 2**63:
             raise _damaged(path, number, f"its step is {step!r:.40}")
         for key, value in event.items():
-            numbers = (int, float, type(None)) if key.startswith("val/") else (int, float)  # null: not finite
-            if (key == "seconds" or key.startswith("val/")) and type(value) not in numbers:
+            measured = key in _MEASURED or key.startswith("val/")
+            if (measured or key in _COUNTED) and not _is_number(value, may_be_null=measured):
                 raise _damaged(path, number, f"its {key} is {value!r:.40}")
     return events
+
+
+def _is_number(value: object, *, may_be_null: bool) -> bool:
+    if type(value) is int:
+        return abs(value) < 2**63
+    return type(value) is float or (may_be_null and value is None)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -234,6 +234,18 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a living process holds `folder` as `exclusive` does."""
+    try:
+        with (folder / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
 @contextlib.contextmanager
 def _locked(lock: Path, what: Path, *, keep: bool = False) -> Iterator[None]:
     """Hold the file `lock`, which is removed afterwards unless it is to be kept."""
@@ -302,6 +314,11 @@ class RunFolder:
     def rewound_metrics(self) -> Path:
         """The events that rewinds took back."""
         return self.path / "metrics-rewound.jsonl"
+
+    @property
+    def environment(self) -> Path:
+        """On what it was trained last: versions and device."""
+        return self.path / "environment.json"
 
     @property
     def snapshots(self) -> Path:

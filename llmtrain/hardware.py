@@ -8,11 +8,17 @@ utilisation is only shown against a peak that somebody published, never against 
 
 from __future__ import annotations
 
+import os
+import platform
+import resource
 import shutil
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from llmtrain import __version__
 from llmtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -141,6 +147,42 @@ def device_name(device: torch.device) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on a GPU at a time; elsewhere the most that this process had in memory."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """On what it is that something runs: versions and device, the same for every call on one machine."""
+    import torch
+
+    cuda = {"cuda": torch.version.cuda} if torch.version.cuda and device.type == "cuda" else {}
+    return {
+        "llmtrain": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **cuda,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "device": device_name(device),
+    }
+
+
+def _processor() -> str:
+    """The name of the processor, where the system tells it."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor()
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float | None:

@@ -1,4 +1,4 @@
-"""One dict an event, fanned out to the terminal, `metrics.jsonl` and W&B.
+"""One dict an event, fanned out to the terminal, `metrics.jsonl` and dashboards.
 
 Why one dict: the number on the screen, in the file and in the dashboard is the same number. The
 file has no gap and no line twice after a resume: what lies past the resumed step is cut off.
@@ -10,19 +10,17 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from llmtrain.config import RunConfig, flatten
+from llmtrain.config import RunConfig
 from llmtrain.disk import writing
-from llmtrain.errors import UserError, WriteFailed
+from llmtrain.errors import WriteFailed
 from llmtrain.events import read_events
 from llmtrain.files import RunFolder, write_atomically
+from llmtrain.training.dashboards import Dashboards, Event
 from llmtrain.training.stability import Incident
-
-Event = Mapping[str, float | int | str | None]
 
 HEADER = f"{'step':>9}  {'loss':>8}  {'lr':>9}  {'grad norm':>9}  {'tokens/s':>9}  {'MFU':>6}  {'ETA':>8}"
 
@@ -54,7 +52,7 @@ def format_evaluation(event: Event) -> str:
 
 
 class MetricsLog:
-    """Writes events; use as a context manager so that W&B is closed however the run ends."""
+    """Writes events; use as a context manager so that dashboards are closed however the run ends."""
 
     def __init__(
         self,
@@ -64,21 +62,23 @@ class MetricsLog:
         resumed_step: int,
         wandb_id: str | None,
         say: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
         """Open the log of a run.
 
         Args:
             path: the run's `metrics.jsonl`; None: tell nobody, for a process that is not the first.
-            config: what W&B is told.
+            config: which dashboards there are, and what they are told.
             resumed_step: events after this step are removed; 0 for a new run.
             wandb_id: the id of the W&B run to go on with.
             say: prints one line.
+            warn: tells of a dashboard that fails.
         """
         self.evaluated_steps: set[int] = set()
         """Steps whose evaluation stands in the file already."""
         self._lines = 0
         self._path = path
-        self._wandb = None
+        self._boards: Dashboards | None = None
         if path is None:
             self._say: Callable[[str], None] = lambda line: None
             return
@@ -87,12 +87,14 @@ class MetricsLog:
         self.evaluated_steps = {int(event["step"]) for event in kept if "val/loss" in event}
         write_atomically(path, "".join(json.dumps(event) + "\n" for event in kept))
         self._file = path.open("a", encoding="utf-8")
-        self._wandb = _start_wandb(path.parent, config, wandb_id)
+        self._boards = Dashboards(
+            RunFolder(path.parent), config, resumed_step=resumed_step, wandb_id=wandb_id, warn=warn
+        )
 
     @property
     def wandb_id(self) -> str | None:
         """Id of the W&B run, kept in the training state."""
-        return self._wandb.id if self._wandb is not None else None
+        return self._boards.wandb_id if self._boards is not None else None
 
     def training(self, event: Event, eta: float) -> None:
         """Log one step; `eta` in seconds is for the terminal only."""
@@ -104,24 +106,24 @@ class MetricsLog:
 
     def evaluation(self, event: Event) -> None:
         """Log the losses of one evaluation."""
-        self._write(event)
+        self._write(event, "val")
         self._say(format_evaluation(event))
 
     def incident(self, incident: Incident) -> None:
         """Log a spike or a number that is not finite."""
-        self._write(incident.event())
+        self._write(incident.event(), "incident")
         self._say(str(incident))
 
     def not_saved(self, step: int, error: WriteFailed) -> None:
         """Log that a snapshot or an average of this step found no place on the disk."""
-        self._write({"step": step, "not_saved": str(error)})
+        self._write({"step": step, "not_saved": str(error)}, "incident")
 
     def rewind(self, record: Event) -> None:
         """Log that the run went back; the events that it takes back go to another file, and to no average.
 
         Nothing happens where the file tells it already: a resumed run calls this again.
         """
-        if self._path is None:
+        if self._path is None or self._boards is None:
             return
         step = int(record["step"] or 0)
         events = read_events(self._path)
@@ -135,6 +137,7 @@ class MetricsLog:
         write_atomically(self._path, "".join(json.dumps(event) + "\n" for event in kept))
         self._file = self._path.open("a", encoding="utf-8")
         self.evaluated_steps = {each for each in self.evaluated_steps if each <= step}
+        self._boards.rewind(step)
         self._say(f"{step:>9,}  back from step {record['rewound_from']:,}, past the batches since")
 
     def flush(self) -> None:
@@ -145,16 +148,16 @@ class MetricsLog:
             self._file.flush()
             os.fsync(self._file.fileno())
 
-    def _write(self, event: Event) -> None:
-        if self._path is None:
+    def _write(self, event: Event, group: str) -> None:
+        """To the file, and to the dashboards under the name of `group`."""
+        if self._path is None or self._boards is None:
             return
         # JSON has no word for a number that is not finite.
         event = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
         with writing(self._path):
             self._file.write(json.dumps(event) + "\n")
             self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log({k: v for k, v in event.items() if v is not None}, step=int(event["step"] or 0))
+        self._boards.log(event, group)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -165,29 +168,5 @@ class MetricsLog:
         if self._path is not None:
             with contextlib.suppress(OSError) if kind else writing(self._path):
                 self._file.close()  # after a failed write it fails again, and must not hide what was said of that
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if kind is None else 1)
-
-
-def _start_wandb(folder: Path, config: RunConfig, run_id: str | None) -> Any:
-    """A W&B run, or None when the config wants none. The import alone takes a third of a second."""
-    if config.log.wandb.mode == "disabled":
-        return None
-    import wandb
-
-    try:
-        return wandb.init(
-            project=config.log.wandb.project,
-            name=config.name,
-            mode=config.log.wandb.mode,
-            dir=str(folder),
-            id=run_id,
-            resume="allow" if run_id is not None else None,
-            config=flatten(config),
-            settings=wandb.Settings(silent=True),
-        )
-    except wandb.Error as error:
-        raise UserError(
-            f"W&B cannot start: {str(error).splitlines()[0]}",
-            hint="wandb login, or --set log.wandb.mode=offline (wandb sync sends it later)",
-        ) from error
+        if self._boards is not None:
+            self._boards.close(finished=kind is None)

@@ -34,7 +34,7 @@ from llmtrain.files import (
     step_folders,
     write_atomically,
 )
-from llmtrain.hardware import autocast, resolve_compile, resolve_device
+from llmtrain.hardware import autocast, environment, resolve_compile, resolve_device, resolve_precision
 from llmtrain.interrupt import Interrupt
 from llmtrain.training.distributed import join
 from llmtrain.training.initial import begin_with, open_weights
@@ -115,7 +115,7 @@ def pretrain(
             if start.finished and start.state is not None:
                 return Outcome(run, start.state.progress.step, already_finished=True)
             trainer = Trainer(config, run, data, world, device, warn)
-            _tell_about(data, config, warn)
+            _tell_about(trainer, warn)
             if start.state is not None:
                 trainer.restore(start.state)
                 how = "branched off" if start.branched else "resumed"
@@ -124,11 +124,21 @@ def pretrain(
                 initial = world.first_on_machine(partial(open_weights, config.init_from))
                 begin_with(initial, trainer.model, config)
                 say(f"begins with the weights of {initial.location}")
-            world.on_first(lambda: write_atomically(run.config, dump_config(config)))
+            world.on_first(lambda: _write_down(trainer))
             trainer.forward = _forward(trainer, warn)
             with _open_log(trainer, say) as log:
                 trainer.train(log, interrupt)
             return Outcome(run, trainer.progress.step, already_finished=False)
+
+
+def _write_down(trainer: Trainer) -> None:
+    """What is trained, and on what."""
+    write_atomically(trainer.run.config, dump_config(trainer.config))
+    facts = environment(trainer.device) | {
+        "processes": trainer.world.size,
+        "precision": resolve_precision(trainer.config.train.precision, trainer.device),
+    }
+    write_atomically(trainer.run.environment, json.dumps(facts, indent=2) + "\n")
 
 
 def _say_nothing(line: str) -> None:
@@ -169,18 +179,27 @@ def _start(
     return _Start(state, branched=False, finished=finished)
 
 
-def _tell_about(data: TokenData, config: RunConfig, warn: Callable[[str], None]) -> None:
+def _tell_about(trainer: Trainer, warn: Callable[[str], None]) -> None:
+    data, config = trainer.data, trainer.config
     if data.tokenizer_assumed:
         warn(f"{config.data.path} does not say its tokenizer: GPT-2's is assumed")
     if len(data.reader("val")) < 2:
         warn("the val split is empty: no validation loss will be measured")
+    if config.log.sample_tokens and trainer.parallel in ("fsdp", "hsdp"):
+        warn("log.sample_tokens: no text is sampled from a model in shards")
 
 
 def _open_log(trainer: Trainer, say: Callable[[str], None]) -> MetricsLog:
     """The log of this process: of the first one, as the others have nothing to tell."""
     progress = trainer.progress
-    path = trainer.run.metrics if trainer.world.first else None
-    return MetricsLog(path, trainer.config, resumed_step=progress.step, wandb_id=progress.wandb_id, say=say)
+    return MetricsLog(
+        trainer.run.metrics if trainer.world.first else None,
+        trainer.config,
+        resumed_step=progress.step,
+        wandb_id=progress.wandb_id,
+        say=say,
+        warn=trainer.warn,
+    )
 
 
 def _is_finished(config: RunConfig, run: RunFolder, data: TokenData, step: int) -> bool:

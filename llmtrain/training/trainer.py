@@ -29,13 +29,14 @@ from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import RunFailed, WriteFailed
 from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.files import RunFolder, step_folders
-from llmtrain.hardware import Precision, autocast, peak_flops, resolve_precision
+from llmtrain.hardware import Precision, autocast, peak_flops, peak_memory, resolve_precision
 from llmtrain.interrupt import Interrupt, Interrupted
 from llmtrain.training.distributed import World
 from llmtrain.training.metrics import MetricsLog
 from llmtrain.training.optim import Spam, build_optimizer
 from llmtrain.training.parallel import build_model, exchanging, resolve_parallel, without_backward
 from llmtrain.training.rewind import state_before, take_back
+from llmtrain.training.sample import sample
 from llmtrain.training.schedules import block_size, learning_rate, reset_factor
 from llmtrain.training.snapshots import commit_weights
 from llmtrain.training.stability import Incident, Watch
@@ -216,8 +217,8 @@ class Trainer:
         self.state_writer.check()
         step, tokens = self._logged
         stepping = self.world.sums([self._stepping])[0] / self.world.size
-        seconds_a_step = stepping / (self.progress.step - step)
         rate = (self.progress.tokens - tokens) / stepping
+        flops = self.model.flops_per_token(block_size(self.progress.step, self.config.data))
         self._stepping, self._logged = 0.0, (self.progress.step, self.progress.tokens)
         event = {
             "step": self.progress.step,
@@ -226,15 +227,13 @@ class Trainer:
             "grad_norm": norm.item(),
             "tokens": self.progress.tokens,
             "tokens_per_second": rate,
-            "mfu": self._flops_per_token() * rate / self._peak if self._peak else None,
+            "mfu": flops * rate / self._peak if self._peak else None,
             "seconds": self.progress.seconds,
             "skipped": self.progress.skipped,
+            "memory": peak_memory(self.device),
         }
         remaining = self.config.train.max_steps - self.progress.step
-        log.training(event, eta=remaining * seconds_a_step)
-
-    def _flops_per_token(self) -> int:
-        return self.model.flops_per_token(block_size(self.progress.step, self.config.data))
+        log.training(event, eta=remaining * stepping / (self.progress.step - step))
 
     def _due(self, every: int) -> bool:
         step = self.progress.step
@@ -332,10 +331,12 @@ class Trainer:
     def evaluate(self, interrupt: Interrupt) -> dict[str, Any]:
         """Validation loss of the weights and of each online average, as one event."""
         raw = self._validation_loss(interrupt)
-        event = {"step": self.progress.step, "val/tokens": raw.tokens, "val/loss": raw.loss}
+        event: dict[str, Any] = {"step": self.progress.step, "val/tokens": raw.tokens, "val/loss": raw.loss}
         for average in filter(lambda each: each.ready, self.averages):
             with swapped_in(self.model, average.weights()):
                 event[f"val/loss/{average.config.label}"] = self._validation_loss(interrupt).loss
+        if self.config.log.sample_tokens and self.world.first and self.parallel in (None, "ddp"):
+            event["sample"] = sample(self.model, self.data, self.config.log.sample_tokens)
         return event
 
     def _validation_loss(self, interrupt: Interrupt) -> LossResult:

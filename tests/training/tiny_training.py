@@ -36,7 +36,7 @@ def final_state(run: RunFolder) -> dict[str, torch.Tensor]:
 
 
 def events(run: RunFolder) -> list[dict[str, Any]]:
-    timed = {"seconds", "tokens_per_second"}
+    timed = {"seconds", "tokens_per_second", "memory"}
     return [{k: v for k, v in e.items() if k not in timed} for e in read_json_lines(run.metrics)]
 
 

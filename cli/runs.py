@@ -1,0 +1,95 @@
+"""`llmtrain runs`: the runs of a folder, the newest first.
+
+llmtrain runs
+"""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Column, Table
+
+from .common import console, notes, print_json, warn
+
+if TYPE_CHECKING:
+    from llmtrain.evaluation.run_list import BestLoss, Entry
+
+_COLOURS = {"running": "green", "finished": "default", "interrupted": "yellow", "damaged": "red"}
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Where the runs lie.")] = Path("runs"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
+    ] = False,
+) -> None:
+    """List runs: state, step, lowest validation loss (nats per token) of raw and averaged weights, age, size.
+
+    A run is *running* while a process holds it, *finished* when its log reaches train.max_steps, else
+    *interrupted*. Age is the time since its log was written last.
+    """
+    from llmtrain.evaluation.run_list import list_runs
+
+    entries = list_runs(folder)
+    if as_json:
+        print_json([asdict(entry) | {"age": time.time() - entry.modified} for entry in entries])
+        return
+    for entry in entries:
+        if entry.problem is not None:
+            warn(entry.problem)
+    if entries:
+        console.print(_table(entries))
+    else:
+        notes.print(
+            f"there is no run under {escape(str(folder))}/: llmtrain pretrain --config FILE trains one"
+        )
+
+
+def _table(entries: "list[Entry]") -> Table:
+    columns = [
+        Column(name, justify="right", no_wrap=True) for name in ("step", "raw", "averaged", "age", "size")
+    ]
+    table = Table(
+        Column("run", overflow="fold"),
+        Column("state", no_wrap=True),
+        *columns,
+        Column("by", overflow="fold"),
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    for entry in entries:
+        table.add_row(
+            escape(entry.name),
+            f"[{_COLOURS[entry.state]}]{entry.state}[/]",
+            "" if entry.step is None else f"{entry.step:,}/{entry.max_steps:,}",
+            _loss(entry.raw),
+            _loss(entry.average),
+            _age(time.time() - entry.modified),
+            _size(entry.bytes),
+            "" if entry.average is None else escape(entry.average.label),
+        )
+    return table
+
+
+def _loss(best: "BestLoss | None") -> str:
+    return "" if best is None else f"{best.loss:.4f}"
+
+
+def _age(seconds: float) -> str:
+    """`40s`, `12m`, `3h`, `5d`."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= size:
+            return f"{seconds / size:.0f}{unit}"
+    return f"{max(seconds, 0):.0f}s"
+
+
+def _size(count: int) -> str:
+    """Bytes, as people say them: `1.5 GB`."""
+    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B"
