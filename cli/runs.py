@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from .common import console, notes, print_json, warn
+from .plan import size
 
 if TYPE_CHECKING:
     from llmtrain.evaluation.run_list import BestLoss, Entry
@@ -69,7 +70,7 @@ def _table(entries: "list[Entry]") -> Table:
             _loss(entry.raw),
             _loss(entry.average),
             _age(time.time() - entry.modified),
-            _size(entry.bytes),
+            size(entry.bytes),
             "" if entry.average is None else escape(entry.average.label),
         )
     return table
@@ -81,15 +82,7 @@ def _loss(best: "BestLoss | None") -> str:
 
 def _age(seconds: float) -> str:
     """`40s`, `12m`, `3h`, `5d`."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
-        if seconds >= size:
-            return f"{seconds / size:.0f}{unit}"
+    for length, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= length:
+            return f"{seconds / length:.0f}{unit}"
     return f"{max(seconds, 0):.0f}s"
-
-
-def _size(count: int) -> str:
-    """Bytes, as people say them: `1.5 GB`."""
-    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} B"

@@ -11,7 +11,6 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmtrain.errors import UserError
 from llmtrain.evaluation.results import Row, stored_rows
 from llmtrain.evaluation.targets import RAW
 from llmtrain.events import read_events
@@ -75,15 +74,10 @@ def interventions(run: RunFolder) -> Interventions:
 
 
 def newest_rows(run: RunFolder) -> list[Row]:
-    """For raw and each average, the result of its newest step, all on the same validation windows.
-
-    Raises:
-        UserError: nothing was evaluated yet.
-    """
-    rows = _comparable(stored_rows(run))
-    if not rows:
-        raise UserError(f"{run.path} has no evaluated weights", hint=f"llmtrain eval {run.path}")
-    newest = {row.label: row for row in rows}  # rows come by label and step: the last one stays
+    """For raw and each average that `eval` measured, the result of its newest step, all on the same windows."""
+    newest = {
+        row.label: row for row in _comparable(stored_rows(run))
+    }  # by label and step: the last one stays
     return list(newest.values())
 
 

@@ -14,6 +14,8 @@ from llmtrain.evaluation.report_data import Record, gains
 
 LOSS_AXES = {"steps": "step", "tokens": "tokens", "hours": "hours of training"}
 """What the validation loss is drawn against → the label of that axis."""
+LOSS_CHARTS = {"steps": "loss", "tokens": "loss-tokens", "hours": "loss-hours"}
+"""… → the name of that chart."""
 
 _TRAINING = (
     ("training-loss", "loss", "Training loss", "nats per token"),
@@ -42,7 +44,7 @@ def loss_charts(records: Sequence[Record]) -> list[Chart]:
     for axis, x_label in LOSS_AXES.items():
         lines = _lines(records, lambda record: record.curves, _scale(axis))
         title = f"Validation loss against {axis}"
-        found.append(Chart(f"loss-{axis}", title, x_label, "nats per token", lines, late=True, digits=5))
+        found.append(Chart(LOSS_CHARTS[axis], title, x_label, "nats per token", lines, late=True, digits=5))
     return found
 
 

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from llmtrain import __version__
 from llmtrain.errors import UserError
 from llmtrain.evaluation.charts import Drawing, brief, draw, inline
-from llmtrain.evaluation.report_charts import LOSS_AXES, charts
+from llmtrain.evaluation.report_charts import LOSS_CHARTS, charts
 from llmtrain.evaluation.report_data import Record, Saving, gains, read_records, savings
 from llmtrain.evaluation.targets import RAW
 from llmtrain.files import RunFolder, write_atomically
@@ -67,7 +67,7 @@ def write_report(runs: Sequence[RunFolder], folder: Path) -> Report:
     for name, rows in _tables(records, saved).items():
         write_atomically(folder / f"{name}.csv", _csv(rows))
     write_atomically(folder / PAGE, page(records, saved, drawings))
-    return Report(folder / PAGE, folder / "loss-steps.png", records, saved)
+    return Report(folder / PAGE, folder / f"{LOSS_CHARTS['steps']}.png", records, saved)
 
 
 def page(records: Sequence[Record], saved: Sequence[Saving], drawings: Sequence[Drawing]) -> str:
@@ -108,9 +108,9 @@ def page(records: Sequence[Record], saved: Sequence[Saving], drawings: Sequence[
 
 def _figure(drawing: Drawing) -> dict[str, Any]:
     name = drawing.chart.name
-    axis = name.removeprefix("loss-") if name.removeprefix("loss-") in LOSS_AXES else ""
+    axis = next((axis for axis, chart in LOSS_CHARTS.items() if chart == name), "")
     svg = Markup(inline(drawing))  # matplotlib has escaped its text
-    return {"name": name, "kind": axis, "axis": axis, "title": drawing.chart.title, "svg": svg}
+    return {"name": name, "axis": axis, "title": drawing.chart.title, "svg": svg}
 
 
 def _lead(record: Record) -> str:
