@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from .common import console, print_json
+from .common import console, print_json, warn
 from .eval import loss_table
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def report(
     from llmtrain.files import newest_run, require_run
 
     folders = [require_run(run) for run in runs] if runs else [newest_run()]
-    rows = [row for folder in folders for row in newest_rows(folder)]
+    measured = {folder.path: newest_rows(folder) for folder in folders}
+    rows = [row for of_run in measured.values() for row in of_run]
     target = out or (folders[0].report if len(folders) == 1 else folders[0].report / "compared")
     written = write_report(folders, target)
     if as_json:
@@ -55,6 +56,8 @@ def report(
         return
     if rows:
         console.print(loss_table(rows))
+    for path in (path for path, of_run in measured.items() if not of_run):
+        warn(f"{path}: the losses are those of training only (llmtrain eval {path} measures every average)")
     for saving in written.savings:
         if line := _saving_line(saving):
             console.print(f"{saving.run}: {line}" if len(folders) > 1 else line, markup=False)
@@ -77,7 +80,7 @@ def _described(written: "Report") -> dict[str, Any]:
 
 def _saving_line(saving: "Saving") -> str:
     """What averaging saved, in a sentence; nothing for raw weights."""
-    from llmtrain.evaluation.charts import brief
+    from llmtrain.evaluation.charts import brief, duration
     from llmtrain.evaluation.targets import RAW
 
     if saving.label == RAW or saving.raw_step is None:
@@ -85,7 +88,7 @@ def _saving_line(saving: "Saving") -> str:
     if saving.reached is None or saving.steps_saved is None:
         return f"{saving.label} is at no step as good as the best raw weights"
     tokens = "" if saving.tokens_saved is None else f", {brief(saving.tokens_saved)} tokens"
-    hours = "" if saving.hours_saved is None else f", {saving.hours_saved:.3g} hours"
+    hours = "" if saving.hours_saved is None else f", {duration(saving.hours_saved)}"
     return (
         f"{saving.label} at step {saving.reached:,} is as good as raw ever was (step {saving.raw_step:,}): "
         f"saves {saving.steps_saved:,} steps{tokens}{hours}"

@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's palette, told apart in colour blindness."""
@@ -24,12 +24,12 @@ DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 3)
 MARKERS = ("", "o", "s", "^", "D", "v", "P")
 
 _SIZE = (5.6, 3.6)
-"""Inches: 403 by 259 points, so that text of 10.5 points is read on a phone and is not huge on a desk."""
+"""Inches: 403 by 259 points, so that text of 11.5 points is read on a phone and is not huge on a desk."""
 _SHOWN = 500
 """Points of a line that tell their value; of a longer line, every so many."""
 _LARGEST = 1e30
 _STYLE: Any = {
-    "font.size": 10.5,
+    "font.size": 11.5,
     "font.family": "sans-serif",
     "svg.fonttype": "none",
     "svg.hashsalt": "llmtrain",
@@ -77,8 +77,8 @@ class Chart:
     """Where to draw a thin horizontal line."""
     late: bool = False
     """Fit the y axis to what follows the first tenth, whose values may leave the frame."""
-    digits: int = 4
-    """Significant digits (from 1,000 on: all before the point) of a value that is shown."""
+    shown: str = ".4g"
+    """How a value below 1,000 is written."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,13 @@ def brief(value: float) -> str:
     return f"{value:.6g}"
 
 
+def duration(hours: float) -> str:
+    """`3.2 hours`, `12.5 minutes`, `40 seconds`."""
+    if abs(hours) >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{hours * 60:.1f} minutes" if abs(hours) >= 1 / 60 else f"{hours * 3600:.0f} seconds"
+
+
 def draw(chart: Chart) -> Drawing:
     """Draw a chart; the same chart gives the same bytes."""
     with matplotlib.rc_context(_STYLE):
@@ -113,7 +120,9 @@ def draw(chart: Chart) -> Drawing:
         _label(axes, chart)
         if len(chart.lines) > 1:
             columns = 1 if max(len(line.label) for line in chart.lines) > 24 else 2
-            figure.legend(loc="outside lower left", ncols=columns, fontsize=9.5, handlelength=3)
+            figure.legend(
+                loc="outside lower left", ncols=columns, fontsize=10.5, handlelength=2.6, columnspacing=1.2
+            )
         png, svg = io.BytesIO(), io.StringIO()
         figure.savefig(png, format="png", metadata={"Software": None})
         figure.set_layout_engine("none")  # as it lies now, in all that follows
@@ -148,7 +157,7 @@ def _draw_line(axes: Axes, line: Line) -> None:
 
 
 def _label(axes: Axes, chart: Chart) -> None:
-    axes.set_title(chart.title, loc="left", fontsize=11.5, fontweight="bold")
+    axes.set_title(chart.title, loc="left", fontsize=12, fontweight="bold")
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
     axes.xaxis.set_major_locator(MaxNLocator(6))
@@ -156,6 +165,7 @@ def _label(axes: Axes, chart: Chart) -> None:
     axes.set_xlim(left=0)
     if chart.log_y and any(y > 0 for line in chart.lines for y in line.y if y is not None and is_drawable(y)):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(_brief)
     if chart.baseline is not None:
@@ -194,12 +204,12 @@ def _points(axes: Axes, line: Line, chart: Chart) -> dict[str, Any]:
     return {
         "label": line.label,
         "colour": COLOURS[line.colour % len(COLOURS)],
-        "points": [[*_place(axes, x, y), _value(x, 4), _value(y, chart.digits)] for x, y in chosen],
+        "points": [[*_place(axes, x, y), _value(x, ".4g"), _value(y, chart.shown)] for x, y in chosen],
     }
 
 
-def _value(value: float, digits: int) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.{digits}g}"
+def _value(value: float, shown: str) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:{shown}}"
 
 
 def _place(axes: Axes, x: float, y: float) -> tuple[float, float]:

@@ -44,7 +44,9 @@ def loss_charts(records: Sequence[Record]) -> list[Chart]:
     for axis, x_label in LOSS_AXES.items():
         lines = _lines(records, lambda record: record.curves, _scale(axis))
         title = f"Validation loss against {axis}"
-        found.append(Chart(LOSS_CHARTS[axis], title, x_label, "nats per token", lines, late=True, digits=5))
+        found.append(
+            Chart(LOSS_CHARTS[axis], title, x_label, "nats per token", lines, late=True, shown=".4f")
+        )
     return found
 
 
@@ -52,7 +54,7 @@ def gain_chart(records: Sequence[Record]) -> Chart:
     """The raw loss minus that of each average, at the same step."""
     title = "Gain over raw at the same step (up is better)"
     lines = _lines(records, gains, _scale("steps"))
-    return Chart("gain", title, "step", "nats per token", lines, baseline=0.0, late=True)
+    return Chart("gain", title, "step", "nats per token", lines, baseline=0.0, late=True, shown=".4f")
 
 
 def training_charts(records: Sequence[Record]) -> list[Chart]:

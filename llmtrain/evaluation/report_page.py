@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from llmtrain import __version__
 from llmtrain.errors import UserError
-from llmtrain.evaluation.charts import Drawing, brief, draw, inline
+from llmtrain.evaluation.charts import Drawing, brief, draw, duration, inline
 from llmtrain.evaluation.report_charts import LOSS_CHARTS, charts
 from llmtrain.evaluation.report_data import Record, Saving, gains, read_records, savings
 from llmtrain.evaluation.targets import RAW
@@ -119,15 +119,9 @@ def _lead(record: Record) -> str:
     if (tokens := record.clock.tokens_at(record.step)) is not None:
         words.append(f"{brief(tokens)} tokens")
     if (hours := record.clock.hours_at(record.step)) is not None:
-        words.append(f"{_hours(hours)} of training")
+        words.append(f"{duration(hours)} of training")
     words.append(f"learning rate {record.config['optimizer.lr']:g}, {record.config['schedule.name']}")
     return ", ".join(words)
-
-
-def _hours(hours: float) -> str:
-    if abs(hours) >= 1:
-        return f"{hours:,.1f} hours"
-    return f"{hours * 60:.1f} minutes" if abs(hours) >= 1 / 60 else f"{hours * 3600:.0f} seconds"
 
 
 def _headline(saved: Sequence[Saving]) -> list[tuple[str, str]]:
@@ -142,7 +136,7 @@ def _headline(saved: Sequence[Saving]) -> list[tuple[str, str]]:
     if best.tokens_saved is not None:
         facts.append((brief(best.tokens_saved), "tokens saved"))
     if best.hours_saved is not None:
-        facts.append((_hours(best.hours_saved), "of training saved"))
+        facts.append((duration(best.hours_saved), "of training saved"))
     return facts
 
 
@@ -155,7 +149,7 @@ def _saving_cells(row: Saving) -> list[str]:
         "" if raw else "never" if row.reached is None else f"step {row.reached:,}",
         "" if row.steps_saved is None else f"{row.steps_saved:,}",
         "" if row.tokens_saved is None else brief(row.tokens_saved),
-        "" if row.hours_saved is None else f"{row.hours_saved:.3g}",
+        "" if row.hours_saved is None else duration(row.hours_saved),
     ]
 
 

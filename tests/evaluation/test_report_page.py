@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -97,7 +98,7 @@ def test_the_page_needs_nothing_and_escapes_everything(runs: list[RunFolder], tm
     assert page.count("</script>") == 2 and "alert(1)" in page
 
     class Ids(HTMLParser):
-        found: list[str] = []
+        found: ClassVar[list[str]] = []
 
         def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
             self.found += [value or "" for key, value in attributes if key == "id"]
@@ -151,7 +152,8 @@ def test_a_browser_shows_it(runs: list[RunFolder], tmp_path: Path, width: int) -
     probe = tmp_path / "probe.html"
     probe.write_text(f'<body><iframe src="report.html" style="width: {width}px; border: 0"></iframe>{PROBE}')
     done = subprocess.run(
-        [CHROMIUM or "", "--headless", "--no-sandbox", "--hide-scrollbars", "--disable-gpu", "--allow-file-access-from-files",
+        [CHROMIUM or "", "--headless", "--no-sandbox", "--hide-scrollbars", "--disable-gpu",
+         "--allow-file-access-from-files",
          "--enable-logging=stderr", "--virtual-time-budget=5000", "--window-size=1400,900",
          f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", probe.as_uri()],
         capture_output=True, text=True, timeout=60, check=True,
@@ -165,4 +167,4 @@ def test_a_browser_shows_it(runs: list[RunFolder], tmp_path: Path, width: int) -
     assert 340 < found["figure"] < 640
     last = written.records[0].curves["raw"][-1][1]
     assert "step 12" in found["tip"]
-    assert f"slow: raw{last:.5g}" in found["tip"]
+    assert f"slow: raw{last:.4f}" in found["tip"]

@@ -47,9 +47,8 @@ function attach(figure) {
     svg.append(cursor);
     tip.hidden = false;
     const scale = svg.clientWidth / svg.viewBox.baseVal.width;
-    const beside = x * scale + 12;
-    const fits = beside + tip.offsetWidth <= figure.clientWidth;
-    tip.style.left = `${fits ? beside : Math.max(0, x * scale - 12 - tip.offsetWidth)}px`;
+    // In the corner away from the pointer, so that it hides nothing that is looked at.
+    tip.style.left = x > (left + right) / 2 ? `${left * scale + 6}px` : `${right * scale - 6 - tip.offsetWidth}px`;
     tip.style.top = `${svg.getBoundingClientRect().top - figure.getBoundingClientRect().top + top * scale}px`;
   }
 

@@ -1,0 +1,105 @@
+"""TensorBoard and W&B hold what the log holds, and neither is ever a reason to stop or to wait."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_training import Build, events, interrupt_at, quiet
+
+from llmtrain.config_file import dump_config
+from llmtrain.files import RunFolder
+from llmtrain.interrupt import Interrupted
+from llmtrain.training.dashboards import Dashboards
+
+BOARD = {"every": 1, "tensorboard": True, "sample_tokens": 3}
+
+
+def told(run: RunFolder) -> EventAccumulator:
+    board = EventAccumulator(str(run.path / "tensorboard"))
+    board.Reload()
+    return board
+
+
+def test_tensorboard_holds_what_the_log_holds(tiny: Build, tmp_path: Path) -> None:
+    run = quiet(tiny(log=BOARD), tmp_path / "run")
+    board = told(run)
+    logged = events(run)
+    for tag, key in (("train/loss", "loss"), ("train/lr", "lr"), ("val/loss/ema-0.9", "val/loss/ema-0.9")):
+        expected = [(e["step"], pytest.approx(e[key], rel=1e-6)) for e in logged if key in e]
+        assert [(scalar.step, scalar.value) for scalar in board.Scalars(tag)] == expected
+    assert {"train/tokens_per_second", "train/memory", "train/grad_norm"} <= set(board.Tags()["scalars"])
+    (text,) = [t for t in board.Tags()["tensors"] if t.startswith("val/sample")]
+    assert [tensor.step for tensor in board.Tensors(text)] == [6, 12]
+
+
+def test_no_point_twice_after_a_resume(tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_at(monkeypatch, 19)
+    with pytest.raises(Interrupted):
+        quiet(tiny(log=BOARD), tmp_path / "run")
+    monkeypatch.undo()
+    # As if it had been killed: what came after the last state but one is trained again.
+    run = RunFolder(tmp_path / "run")
+    newest = max(run.states.iterdir())
+    assert newest.name > "step-00000004"
+    for path in newest.iterdir():
+        path.unlink()
+    newest.rmdir()
+    quiet(tiny(log=BOARD), run.path)
+    assert [scalar.step for scalar in told(run).Scalars("train/loss")] == list(range(1, 13))
+
+
+def test_what_a_rewind_takes_back_is_taken_back(tiny: Build, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    boards = Dashboards(run, tiny(log=BOARD), resumed_step=0, wandb_id=None, warn=pytest.fail)
+    for step in (1, 2, 3, 4):
+        boards.log({"step": step, "loss": float(step)}, "train")
+    boards.rewind(2)
+    boards.log({"step": 3, "loss": 30.0}, "train")
+    boards.close(finished=False)
+    points = [(scalar.step, scalar.value) for scalar in told(run).Scalars("train/loss")]
+    assert points == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_samples_are_the_same_for_the_same_weights(tiny: Build, tmp_path: Path) -> None:
+    runs = [quiet(tiny(log=BOARD), tmp_path / name) for name in "ab"]
+    samples = [[e["sample"] for e in events(run) if "sample" in e] for run in runs]
+    assert samples[0] == samples[1]
+    assert all(" → " in sample for sample in samples[0])
+
+
+def test_a_dashboard_that_fails_is_left_alone(tiny: Build, tmp_path: Path) -> None:
+    config, warnings = tiny(log=BOARD), list[str]()
+    boards = Dashboards(RunFolder(tmp_path), config, resumed_step=0, wandb_id=None, warn=warnings.append)
+    boards.log({"step": 1, "loss": 2.0}, "train")
+    boards.log({"step": 2, "text": "\udcff"}, "train")  # which no protocol buffer can hold
+    boards.log({"step": 3, "loss": 2.0}, "train")
+    boards.close(finished=True)
+    assert [warning.split(" (")[0] for warning in warnings] == ["TensorBoard fails"]
+
+
+def test_without_an_account_wandb_is_kept_offline_and_asks_nothing(
+    tiny: Build, tmp_path: Path, data_folder: Path
+) -> None:
+    """On a terminal, where W&B would ask; with the report as an artifact."""
+    config = tiny(
+        log={"every": 3, "wandb": {"mode": "online"}}, train__max_steps=4, data__path=str(data_folder)
+    )
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    command = f"{Path(sys.executable).parent}/llmtrain pretrain --config run.yaml"
+    environment = {
+        "HOME": str(tmp_path),
+        "PATH": "/usr/bin:/bin",
+        "OMP_NUM_THREADS": "1",
+        "NETRC": str(tmp_path / "none"),
+    }
+    done = subprocess.run(
+        ["script", "--quiet", "--return", "--command", command, "/dev/null"],
+        cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "W&B cannot be reached (no account is known here" in " ".join(done.stdout.split())
+    (written,) = (tmp_path / "runs" / "tiny" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"report.html" in written.read_bytes()
