@@ -98,7 +98,7 @@ class MetricsLog:
 
     def training(self, event: Event, eta: float) -> None:
         """Log one step; `eta` in seconds is for the terminal only."""
-        self._write(event)  # first: where nobody reads what is said, the state of this step is saved
+        self._write(event, "train")  # first: where nobody reads what is said, the state of this step is saved
         if self._lines % 25 == 0:
             self._say(HEADER)
         self._lines += 1
