@@ -8,6 +8,7 @@ and the dash and the marker which weights, so that 1× and 10× of one kind are 
 
 from collections.abc import Callable, Sequence
 
+from llmtrain.data.tokenizer import well_formed
 from llmtrain.evaluation.charts import Chart, Line, is_drawable
 from llmtrain.evaluation.report import Curve
 from llmtrain.evaluation.report_data import Record, gains
@@ -67,7 +68,7 @@ def training_charts(records: Sequence[Record]) -> list[Chart]:
             values = [event[key] for event in events]
             if any(values) or name not in _LEFT_OUT_AT_ZERO:
                 steps = [event["step"] for event in events]
-                lines.append(Line(record.name, steps, values, colour=index, dash=index))
+                lines.append(Line(well_formed(record.name), steps, values, colour=index, dash=index))
         found.append(
             Chart(
                 name,
@@ -108,7 +109,7 @@ def _lines(
             kind = kinds.index(label)
             lines.append(
                 Line(
-                    f"{record.name}: {label}" if len(records) > 1 else label,
+                    well_formed(f"{record.name}: {label}" if len(records) > 1 else label),
                     [x for x, _ in placed],
                     [loss for _, loss in placed],
                     colour=index if len(records) > 1 else kind,

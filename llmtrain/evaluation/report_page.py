@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from llmtrain import __version__
+from llmtrain.data.tokenizer import well_formed
 from llmtrain.errors import UserError
 from llmtrain.evaluation.charts import Drawing, brief, draw, duration, inline
 from llmtrain.evaluation.report_charts import LOSS_CHARTS, charts
@@ -76,7 +77,7 @@ def page(records: Sequence[Record], saved: Sequence[Saving], drawings: Sequence[
         loader=PackageLoader("llmtrain.evaluation", "page"), autoescape=True, undefined=StrictUndefined
     )
     figures = [_figure(drawing) for drawing in drawings]
-    return templates.get_template("report.html").render(
+    rendered = templates.get_template("report.html").render(
         title=" · ".join(record.name for record in records),
         runs=[
             {"name": record.name, "lead": _lead(record), "interventions": record.interventions}
@@ -101,6 +102,7 @@ def page(records: Sequence[Record], saved: Sequence[Saving], drawings: Sequence[
         },
         version=__version__,
     )
+    return well_formed(rendered)
 
 
 # --- pieces of the page ------------------------------------------------------------------------
@@ -247,4 +249,4 @@ def _tables(records: Sequence[Record], saved: Sequence[Saving]) -> dict[str, lis
 def _csv(rows: Sequence[Sequence[Any]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+    return well_formed(text.getvalue())
