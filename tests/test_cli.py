@@ -56,7 +56,10 @@ def test_the_four_commands_work_as_they_stand(workplace: Path, llmtrain: Command
     assert all(row["delta"] == pytest.approx(row["loss"] - raw[row["step"]]) for row in rows)
 
     reported = llmtrain("report", "--json", cwd=workplace)
-    assert Path(workplace, json.loads(reported.stdout)["plot"]).is_file()
+    document = json.loads(reported.stdout)
+    assert all(Path(workplace, document[key]).is_file() for key in ("plot", "page"))
+    assert {row["label"] for row in document["best"]} == {"raw", "ema-0.9", "lawa-3x2"}
+    assert document["interventions"]["skipped"] == 0
     assert "lawa-3x2" in llmtrain("eval", cwd=workplace).stdout
 
     verified = llmtrain("verify", "data/documents", "runs/tiny", cwd=workplace)
@@ -119,7 +122,7 @@ def test_module_and_version(workplace: Path, llmtrain: Command) -> None:
     assert version.startswith("llmtrain ")
 
 
-@pytest.mark.parametrize("command", ["prepare", "pretrain", "average", "eval", "report", "verify"])
+@pytest.mark.parametrize("command", ["prepare", "pretrain", "average", "eval", "report", "runs", "verify"])
 def test_help_names_every_option_and_imports_nothing_heavy(
     workplace: Path, llmtrain: Command, command: str
 ) -> None:

@@ -132,7 +132,7 @@ class _TensorBoard:
                 f"log.tensorboard is true and TensorBoard is not installed ({error})",
                 hint="pip install 'llmtrain[tensorboard]', or --set log.tensorboard=false",
             ) from None
-        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
 
     def log(self, step: int, numbers: Mapping[str, float], texts: Mapping[str, str]) -> None:
         for key, value in numbers.items():
