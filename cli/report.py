@@ -87,9 +87,9 @@ def _saving_line(saving: "Saving") -> str:
         return ""
     if saving.reached is None or saving.steps_saved is None:
         return f"{saving.label} is at no step as good as the best raw weights"
+    good = f"{saving.label} at step {saving.reached:,} is as good as raw ever was (step {saving.raw_step:,})"
+    if saving.steps_saved <= 0:
+        return f"{good}: saves nothing"
     tokens = "" if saving.tokens_saved is None else f", {brief(saving.tokens_saved)} tokens"
     hours = "" if saving.hours_saved is None else f", {duration(saving.hours_saved)}"
-    return (
-        f"{saving.label} at step {saving.reached:,} is as good as raw ever was (step {saving.raw_step:,}): "
-        f"saves {saving.steps_saved:,} steps{tokens}{hours}"
-    )
+    return f"{good}: saves {saving.steps_saved:,} steps{tokens}{hours}"
