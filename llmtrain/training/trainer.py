@@ -97,8 +97,7 @@ class Trainer:
             every=config.checkpoint.state_every if config.rewinds else 1,
             background=world.size > 1 or device.type != "cpu",
         )
-        peak = peak_flops(device, precision)
-        self._peak = peak and peak * world.size
+        self._peak = (peak_flops(device, precision) or 0.0) * world.size
         self._evaluated: set[int] = set()
         self._stepping = 0.0
         """Seconds in steps since the last line of the log, which stood at:"""
