@@ -1,23 +1,25 @@
-"""`llmtrain eval`: the loss of raw and averaged weights, side by side.
+"""`llmtrain eval`: raw and averaged weights side by side, by loss, by a text, by zero-shot tasks.
 
 llmtrain eval runs/demo
 """
 
-from dataclasses import asdict
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.markup import escape
-from rich.table import Column, Table
 
-from .common import console, interruptible, print_json, progress_line
+from .common import console, interruptible, print_json, progress_line, warn
+from .eval_table import Measured, explanations, json_of, loss_table, measures_table
 
 if TYPE_CHECKING:
-    from llmtrain.evaluation.results import Row
+    from llmtrain.evaluation.results import Row, Settings
     from llmtrain.evaluation.targets import Target
+    from llmtrain.evaluation.tasks import TaskSettings
+    from llmtrain.interrupt import Interrupt
+
+    from .common import ProgressLine
 
 
 class Split(StrEnum):
@@ -27,12 +29,16 @@ class Split(StrEnum):
     TRAIN = "train"
 
 
+_TEXT = "Any text"
+_TASKS = "Zero-shot tasks (extra: eval)"
+
+
 def evaluate(
     targets: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Argument(
             metavar="TARGET",
-            help="Runs or folders of weights.",
+            help="Runs, folders of weights, OWNER/NAME or OWNER/NAME@REVISION on the hub.",
             show_default="the newest run under runs/",
         ),
     ] = None,
@@ -54,6 +60,66 @@ def evaluate(
     every_snapshot: Annotated[
         bool, typer.Option("--all", help="Every snapshot, not only those whose step has an average.")
     ] = False,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file: loss, perplexity per word and per byte.",
+            show_default=False,
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens that a window predicts; those before them are context.",
+            show_default="disjoint windows",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Names for lm-eval, with commas: lambada_openai,hellaswag,piqa,arc_easy,sciq,winogrande.",
+            show_default=False,
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Only the first so many documents of a task.",
+            show_default="all",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        str,
+        typer.Option(
+            help="Requests in one forward pass; auto: what the GPU holds, 8 on a CPU.", rich_help_panel=_TASKS
+        ),
+    ] = "auto",
+    task_data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with TASK.jsonl (.zst, .gz) of the six tasks named above: no network.",
+            show_default="data sets on the hub",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    task_files: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of lm-eval task files. They are code.", show_default=False, rich_help_panel=_TASKS
+        ),
+    ] = None,
+    trust_task_files: Annotated[
+        bool,
+        typer.Option(
+            "--trust-task-files", help="Run the code of --task-files: read it first.", rich_help_panel=_TASKS
+        ),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
@@ -62,52 +128,119 @@ def evaluate(
 
     A run stands for its averages and the raw snapshots of the same steps. The split is read in
     disjoint windows of the model's block size, each token but the first predicted once. Results are
-    kept under the run's evals/ and not computed twice for the same weights and data.
+    kept under the run's evals/ and not computed twice for the same weights and data. --text and --tasks
+    join the same table, with standard errors where they are known.
     """
-    from llmtrain.evaluation.results import Settings, measure
-    from llmtrain.evaluation.targets import targets_of
+    from llmtrain.evaluation.results import Settings
+    from llmtrain.evaluation.targets import targets_named
     from llmtrain.files import newest_run
 
-    paths = targets or [newest_run().path]
+    asked = _task_settings(tasks, limit, batch_size, task_data, task_files, trust_task_files, device)
+    _require_companion("--stride", stride, "--text", text)
     # Two averages of one step bring the same raw weights: measure and show them once.
     found = {
         target.path.resolve(): target
-        for path in paths
-        for target in targets_of(path, every_snapshot=every_snapshot)
+        for name in targets or [str(newest_run().path)]
+        for target in targets_named(name, every_snapshot=every_snapshot)
     }
-    wanted = list(found.values())
     settings = Settings(data=data, split=split.value, tokens=tokens, batch=batch, device=device)
     kept = "what was measured is kept; the same command goes on from there"
     with interruptible(kept) as interrupt, progress_line("evaluating") as line:
-
-        def on_progress(target: "Target", done: int, total: int) -> None:
-            interrupt.check()
-            line.update(wanted.index(target), len(wanted), f"{target.path} {done / total:.0%}")
-
-        rows = measure(wanted, settings, on_progress)
-    if as_json:
-        print_json([asdict(row) for row in rows])
-    else:
-        console.print(loss_table(rows))
+        work = _Work(list(found.values()), interrupt, line)
+        everything = work.all_of(settings, text, stride, asked)
+    _print(everything, as_json=as_json, losses_only=text is None and asked is None)
 
 
-def loss_table(rows: "list[Row]") -> Table:
-    """One line a set of weights; which run it is of, where there are several."""
-    several = len({row.run for row in rows}) > 1
-    names = ("step", "loss", "perplexity", "bits/byte", "minus raw", "tokens", "s")
-    columns = [Column(name, justify="right", no_wrap=True) for name in names]
-    table = Table(Column("weights", no_wrap=True), *columns, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for row in rows:
-        table.add_row(
-            escape(f"{row.run}: {row.label}" if several and row.run else row.label),
-            "" if row.step is None else f"{row.step:,}",
-            f"{row.loss:.4f}",
-            "inf"
-            if row.perplexity is None
-            else f"{row.perplexity:{'.3f' if row.perplexity < 1e5 else '.3e'}}",
-            "n/a" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}",
-            "n/a" if row.delta is None else f"{row.delta:+.4f}",
-            f"{row.tokens:,}",
-            f"{row.seconds:.1f}",
+class _Work:
+    """What is measured of which weights, and how far it is."""
+
+    def __init__(self, wanted: "list[Target]", interrupt: "Interrupt", line: "ProgressLine") -> None:
+        self._wanted = wanted
+        self._interrupt = interrupt
+        self._line = line
+
+    def all_of(
+        self, settings: "Settings", text: Path | None, stride: int | None, asked: "TaskSettings | None"
+    ) -> list[Measured]:
+        rows = self._losses(settings, needed=text is None and asked is None)
+        everything = [Measured(target, row) for target, row in zip(self._wanted, rows, strict=True)]
+        if text is not None:
+            from llmtrain.evaluation.text import TextSettings, measure_text
+
+            how = TextSettings(stride=stride, batch=settings.batch or 16, device=settings.device)
+            texts = measure_text(self._wanted, text, how, self._progress)
+            everything = [replace(one, text=t) for one, t in zip(everything, texts, strict=True)]
+        if asked is not None:
+            from llmtrain.evaluation.tasks import measure_tasks
+
+            scores = measure_tasks(self._wanted, asked, self._progress)
+            everything = [replace(one, tasks=s) for one, s in zip(everything, scores, strict=True)]
+        return everything
+
+    def _losses(self, settings: "Settings", *, needed: bool) -> "list[Row | None]":
+        """Losses on token shards; without `needed`, only of weights whose data is there."""
+        from llmtrain.evaluation.results import data_is_known, measure
+
+        known = [target for target in self._wanted if needed or data_is_known(target, settings)]
+        measured = measure(
+            known, settings, lambda target, *done: self._progress(target, settings.split, *done), warn=warn
         )
-    return table
+        rows = dict(zip((target.path for target in known), measured, strict=True))
+        return [rows.get(target.path) for target in self._wanted]
+
+    def _progress(self, target: "Target", what: str, done: int, total: int) -> None:
+        self._interrupt.check()
+        place = self._wanted.index(target)
+        self._line.update(place, len(self._wanted), f"{target.path} {what} {done / max(total, 1):.0%}")
+
+
+def _print(everything: list[Measured], *, as_json: bool, losses_only: bool) -> None:
+    if as_json:
+        print_json([json_of(one) for one in everything])
+    elif losses_only:
+        console.print(loss_table([one.row for one in everything if one.row is not None]))
+    else:
+        console.print(measures_table(everything))
+        for line in explanations(everything):
+            console.print(line, markup=False)
+
+
+def _task_settings(
+    tasks: str | None,
+    limit: int | None,
+    batch_size: str,
+    data: Path | None,
+    files: Path | None,
+    trust_files: bool,
+    device: str,
+) -> "TaskSettings | None":
+    """What is asked for; None: no tasks.
+
+    Raises:
+        UserError: a name is empty, the batch size is no number, or an option stands without --tasks.
+    """
+    from llmtrain.errors import UserError
+
+    for option, value in {"--limit": limit, "--task-data": data, "--task-files": files}.items():
+        _require_companion(option, value, "--tasks", tasks)
+    _require_companion("--trust-task-files", trust_files or None, "--task-files", files)
+    if tasks is None:
+        _require_companion("--batch-size", None if batch_size == "auto" else batch_size, "--tasks", tasks)
+        return None
+    from llmtrain.evaluation.tasks import TaskSettings
+
+    names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",")))
+    if not all(names):
+        raise UserError(f"--tasks {tasks!r} holds an empty name", hint="such as --tasks lambada_openai,piqa")
+    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) > 0):
+        raise UserError(f"--batch-size {batch_size!r} is no number", hint="auto, or a number from 1 on")
+    return TaskSettings(
+        names, limit, "auto" if batch_size == "auto" else int(batch_size), data, files, trust_files, device
+    )
+
+
+def _require_companion(option: str, value: object, companion: str, given: object) -> None:
+    from llmtrain.errors import UserError
+
+    if value is not None and given is None:
+        raise UserError(f"{option} goes with {companion}", hint="llmtrain eval --help")

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from .common import console, print_json, warn
-from .eval import loss_table
+from .eval_table import loss_table
 
 if TYPE_CHECKING:
     from llmtrain.evaluation.report_data import Saving

@@ -14,7 +14,7 @@ row in 64-bit integer arithmetic, with no memory and no dependence on a library'
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,7 @@ class Tokens(Protocol):
         """Number of tokens."""
         ...
 
-    def read(self, start: int, length: int) -> npt.NDArray[np.uint16]:
+    def read(self, start: int, length: int) -> npt.NDArray[np.integer[Any]]:
         """Tokens `start` to `start + length`."""
         ...
 
@@ -105,13 +105,24 @@ def batch(tokens: Tokens, rows: npt.NDArray[np.int64], block_size: int) -> npt.N
     return windows
 
 
-def validation_windows(n_tokens: int, block_size: int) -> list[tuple[int, int]]:
-    """(start, length) of the disjoint windows over a split: each token but the first predicted once.
+def validation_windows(
+    n_tokens: int, block_size: int, stride: int | None = None
+) -> list[tuple[int, int, int]]:
+    """(start, length, predicted) of windows over a split that predict each token but the first once.
 
-    A window of `length` tokens predicts `length - 1`, and the next one begins with its last token.
-    All have `block_size + 1` tokens but the last, which may be shorter. Empty below two tokens.
+    A window of `length` tokens is at most `block_size + 1` and predicts its last `predicted`. Disjoint windows
+    (no `stride`) predict all but their first, and the next one begins with the last token of the one before.
+    With a `stride`, every window after the first predicts so many, with the tokens before them as context.
+    Empty below two tokens.
     """
-    return [(start, min(block_size + 1, n_tokens - start)) for start in range(0, n_tokens - 1, block_size)]
+    stride = stride or block_size
+    ends = [*range(block_size + 1, n_tokens, stride), n_tokens] if n_tokens > 1 else []
+    before = [1, *ends]
+    windows = []
+    for end, last in zip(ends, before, strict=False):
+        start = max(0, end - block_size - 1) if stride < block_size else last - 1
+        windows.append((start, end - start, end - last))
+    return windows
 
 
 def _mix(x: npt.NDArray[np.uint64] | np.uint64) -> npt.NDArray[np.uint64]:

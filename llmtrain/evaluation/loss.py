@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
-from llmtrain.data.sampler import validation_windows
-from llmtrain.data.token_files import TokenReader
+from llmtrain.data.sampler import Tokens, validation_windows
 from llmtrain.errors import UserError
 from llmtrain.hardware import Precision, autocast
-from llmtrain.model import GPT, IGNORE
+from llmtrain.model import IGNORE
 from llmtrain.training.distributed import World
 
 
@@ -48,11 +48,12 @@ class LossResult:
 
 @torch.no_grad()
 def evaluate(
-    model: GPT,
-    reader: TokenReader,
+    model: nn.Module,
+    reader: Tokens,
     token_bytes: npt.NDArray[np.int64],
     *,
     block_size: int,
+    stride: int | None = None,
     batch: int,
     device: torch.device,
     precision: Precision,
@@ -60,15 +61,16 @@ def evaluate(
     limit: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LossResult:
-    """Loss of `model` on a split in disjoint windows: each token but the first is predicted once.
+    """Loss of `model` on a split: each token but the first is predicted once, in disjoint windows or strided.
 
     The mean is accumulated in float64 over batches. The model is left in the mode it was in.
 
     Args:
-        model: on `device`.
+        model: on `device`; gives the mean loss of (tokens, targets), as `GPT.forward` does.
         reader: the split's tokens.
         token_bytes: bytes of text of each token id, shape (vocabulary,).
         block_size: tokens of context in a window.
+        stride: tokens predicted in a window after the first; those before them are context only. None: all.
         batch: windows in one forward pass.
         device: where the model is.
         precision: of matrix products.
@@ -87,7 +89,7 @@ def evaluate(
         )
     started = time.perf_counter()
     world = world or World()
-    windows = validation_windows(n_tokens, block_size)
+    windows = validation_windows(n_tokens, block_size, stride)
     was_training = model.training
     model.eval()
     total, count, n_bytes = 0.0, 0, 0
@@ -113,13 +115,13 @@ def evaluate(
 
 
 def _fill(
-    reader: TokenReader, windows: list[tuple[int, int]], block_size: int
+    reader: Tokens, windows: list[tuple[int, int, int]], block_size: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Inputs and targets of shape (windows, block_size); a short window ends in ignored targets."""
+    """Inputs and targets of shape (windows, block_size); targets that are not counted are ignored."""
     tokens = np.zeros((len(windows), block_size), dtype=np.int64)
     targets = np.full((len(windows), block_size), IGNORE, dtype=np.int64)
-    for row, (start, length) in enumerate(windows):
+    for row, (start, length, predicted) in enumerate(windows):
         window = reader.read(start, length)
         tokens[row, : length - 1] = window[:-1]
-        targets[row, : length - 1] = window[1:]
+        targets[row, length - 1 - predicted : length - 1] = window[-predicted:]
     return tokens, targets

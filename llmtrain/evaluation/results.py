@@ -13,18 +13,22 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from llmtrain.checkpoint import load_model
 from llmtrain.config_file import load_config
 from llmtrain.data.copies import local_folder
+from llmtrain.data.remote import is_url
+from llmtrain.data.sampler import Tokens
 from llmtrain.data.shards import TokenData, open_data
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import RunFailed, UserError
+from llmtrain.evaluation.foreign import ForeignModel, load_causal, reencoded, require_ids
 from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.evaluation.targets import RAW, Target
 from llmtrain.files import INTEGRITY_FILE, RunFolder, read_integrity, sha256_of, write_atomically
 from llmtrain.hardware import Precision, resolve_device, resolve_precision
+from llmtrain.model import GPT
 from llmtrain.weights_folder import read_json, weights_files
 
 
@@ -73,7 +77,11 @@ _ROW = TypeAdapter(Row)
 
 
 def measure(
-    targets: list[Target], settings: Settings, on_progress: Callable[[Target, int, int], None]
+    targets: list[Target],
+    settings: Settings,
+    on_progress: Callable[[Target, int, int], None],
+    *,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> list[Row]:
     """Measure each target, or take what was measured before.
 
@@ -81,6 +89,7 @@ def measure(
         targets: what to measure, raw before the averages of its step.
         settings: how.
         on_progress: called with the target, windows done and windows in all; may raise to stop.
+        warn: called with what the user should know.
 
     Raises:
         UserError: no data is known, data and model do not fit, weights are damaged.
@@ -94,7 +103,7 @@ def measure(
         assert resolved.data is not None
         if resolved.data not in opened:
             opened[resolved.data] = open_data(resolved.data)
-        row = _measure_one(target, resolved, opened[resolved.data], on_progress)
+        row = _measure_one(target, resolved, opened[resolved.data], on_progress, warn)
         if target.run is not None:
             place = (target.run.path.resolve(), target.step)
             if target.label == RAW:
@@ -118,6 +127,14 @@ def stored_rows(run: RunFolder) -> list[Row]:
         base = raw.get((row.step, row.data, row.split, row.tokens))
         filled.append(replace(row, delta=None if base is None else row.loss - base))
     return sorted(filled, key=lambda row: (row.label != RAW, row.label, row.step or 0))
+
+
+def data_is_known(target: Target, settings: Settings) -> bool:
+    """Whether the user, or the target's run, names data that is there."""
+    if settings.data is not None or target.run is None:
+        return settings.data is not None
+    path = load_config(target.run.config).data.path
+    return is_url(path) or Path(path).is_dir()
 
 
 def _resolve(target: Target, settings: Settings) -> Settings:
@@ -150,28 +167,39 @@ def _resolve(target: Target, settings: Settings) -> Settings:
 
 
 def _measure_one(
-    target: Target, settings: Settings, data: TokenData, on_progress: Callable[[Target, int, int], None]
+    target: Target,
+    settings: Settings,
+    data: TokenData,
+    on_progress: Callable[[Target, int, int], None],
+    warn: Callable[[str], None],
 ) -> Row:
     device = resolve_device(settings.device)
     precision = resolve_precision(settings.precision or "auto", device)
-    weights = _weights_sha256(target.path)
+    weights = weights_sha256(target.path)
     limit = min(data.tokens(settings.split), settings.tokens or data.tokens(settings.split))
     key = hashlib.sha256(f"{weights} {data.sha256} {settings.split} {limit} {precision}".encode()).hexdigest()
     step = "" if target.step is None else f"-step-{target.step:08d}"
     stored = target.run and target.run.evals / f"{target.label}{step}-{key[:16]}.json"
     if stored and stored.exists() and (row := _read_row(stored)) is not None:
         return replace(row, path=str(target.path), delta=None)
-    model = load_model(target.path)
-    if data.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{data.folder} has a vocabulary of {data.vocab_size:,} ({data.tokenizer}), "
-            f"{target.path} one of {model.config.vocab_size:,}",
-            hint="evaluate on data prepared with the tokenizer of the model",
+    model = load_causal(target.path)
+    again = reencoded(target.path, data, settings.split, limit)
+    if again is None:
+        reader: Tokens = data.reader(settings.split)
+        token_bytes = load_tokenizer(data.tokenizer).token_bytes()
+        _require_vocabulary(target, model, data)
+    else:
+        require_ids(target.path, again.ids.read(0, len(again.ids)), model)
+        warn(
+            f"{target.path} has a tokenizer of its own: the text of {data.folder} was encoded with it; compare its "
+            "bits/byte, not its loss per token"
         )
+        reader, limit = again.ids, len(again.ids)
+        token_bytes = np.zeros(model.config.vocab_size, dtype=np.int64)
     result = evaluate(
         model.to(device),
-        data.reader(settings.split),
-        load_tokenizer(data.tokenizer).token_bytes(),
+        reader,
+        token_bytes,
         block_size=model.block_size,
         batch=settings.batch or 16,
         device=device,
@@ -179,6 +207,8 @@ def _measure_one(
         limit=limit,
         on_progress=lambda done, total: on_progress(target, done, total),
     )
+    if again is not None:
+        result = replace(result, bytes=again.bytes)
     if not math.isfinite(result.loss):
         raise RunFailed(
             f"the loss of {target.path} is {result.loss:g}",
@@ -188,6 +218,16 @@ def _measure_one(
     if stored:
         write_atomically(stored, json.dumps(asdict(row), indent=2) + "\n")
     return row
+
+
+def _require_vocabulary(target: Target, model: GPT | ForeignModel, data: TokenData) -> None:
+    """Raise a UserError if the data holds ids that the model has not."""
+    if data.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{data.folder} has a vocabulary of {data.vocab_size:,} ({data.tokenizer}), "
+            f"{target.path} one of {model.config.vocab_size:,}",
+            hint="evaluate on data prepared with the tokenizer of the model",
+        )
 
 
 def _row(
@@ -248,10 +288,10 @@ def _is_current(run: RunFolder, row: Row) -> bool:
     if row.step is None:
         return False
     folder = run.snapshot(row.step) if row.label == RAW else run.average(row.label, row.step)
-    return not folder.is_dir() or _weights_sha256(folder) == row.weights
+    return not folder.is_dir() or weights_sha256(folder) == row.weights
 
 
-def _weights_sha256(folder: Path) -> str:
+def weights_sha256(folder: Path) -> str:
     """Of the weights file; of several, of their hashes in the order of names.
 
     What was recorded when the folder was committed is taken while no file has been touched since.
@@ -259,9 +299,14 @@ def _weights_sha256(folder: Path) -> str:
     Raises:
         UserError: there are no weights.
     """
-    paths = weights_files(folder)
+    # What others publish may hold torch's files only.
+    paths = sorted(folder.glob("pytorch_model*.bin")) if _is_torch(folder) else weights_files(folder)
     record = folder / INTEGRITY_FILE
     untouched = record.exists() and all(p.stat().st_mtime_ns <= record.stat().st_mtime_ns for p in paths)
     known = read_integrity(folder) if untouched else {}
     hashes = [str(known[p.name]["sha256"]) if p.name in known else sha256_of(p) for p in paths]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+
+def _is_torch(folder: Path) -> bool:
+    return not any(folder.glob("*.safetensors")) and any(folder.glob("pytorch_model*.bin"))

@@ -3,9 +3,10 @@
 Why: "this run" means its averages and the raw weights of the same steps, and a difference from raw
 only means something within one run. Both are decided here, from names alone.
 
-    targets_of(Path("runs/demo"), every_snapshot=False)
+    targets_named("runs/demo", every_snapshot=False)
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from llmtrain.files import RunFolder, is_run, step_folders
 from llmtrain.weights_folder import CONFIG_FILE, load_origin
 
 RAW = "raw"
+
+_REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+"""OWNER/NAME or OWNER/NAME@REVISION on the hub."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,21 @@ class Target:
     path: Path
     run: RunFolder | None
     """The run it belongs to, if any."""
+
+
+def targets_named(name: str, *, every_snapshot: bool) -> list[Target]:
+    """The weights that `name` stands for: what `targets_of` says of a folder, or a revision on the hub.
+
+    Raises:
+        UserError: there is no such folder, repository or revision, or no weights in it.
+        RunFailed: the hub cannot be reached.
+    """
+    match = _REPOSITORY.fullmatch(name)
+    if Path(name).exists() or match is None or name.startswith(("runs/", ".")):
+        return targets_of(Path(name), every_snapshot=every_snapshot)
+    from llmtrain.averaging.hub_series import download  # takes a second to import
+
+    return [Target(name.rpartition("/")[2], None, download(match[1], match[2] or "main"), None)]
 
 
 def targets_of(path: Path, *, every_snapshot: bool) -> list[Target]:

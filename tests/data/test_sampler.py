@@ -154,10 +154,22 @@ def test_batch_reads_windows() -> None:
 @given(st.integers(0, 500), st.integers(1, 60))
 def test_validation_predicts_each_token_once(n: int, block: int) -> None:
     windows = validation_windows(n, block)
-    predicted = [token for start, length in windows for token in range(start + 1, start + length)]
+    predicted = [token for start, length, _ in windows for token in range(start + 1, start + length)]
     assert predicted == list(range(1, n))
-    assert all(2 <= length <= block + 1 for _, length in windows)
-    assert all(length == block + 1 for _, length in windows[:-1])
+    assert all(2 <= length <= block + 1 and new == length - 1 for _, length, new in windows)
+    assert all(length == block + 1 for _, length, _ in windows[:-1])
+
+
+@given(st.integers(0, 500), st.integers(2, 60), st.data())
+def test_strided_windows_predict_each_token_once_in_full_context(
+    n: int, block: int, data: st.DataObject
+) -> None:
+    stride = data.draw(st.integers(1, block - 1))
+    windows = validation_windows(n, block, stride)
+    ends = [start + length for start, length, _ in windows]
+    predicted = [t for end, (_, _, new) in zip(ends, windows, strict=True) for t in range(end - new, end)]
+    assert predicted == list(range(1, n))
+    assert all(new <= stride and length == block + 1 for _, length, new in windows[1:])
 
 
 def test_huge_steps_do_not_overflow() -> None:

@@ -1,0 +1,240 @@
+"""lm-eval with a folder of weights in it: the half of `tasks.py` that imports it.
+
+Why a class of our own: it gives lm-eval the tokenizer that the folder does not hold, reports progress where lm-eval
+draws bars, and refuses what a short context cannot hold, where lm-eval would fail by an assertion.
+
+    scores = score(load(folder, "auto", "auto"), load_task(source, None), None, on_progress).scores
+"""
+
+import contextlib
+import difflib
+import io
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import tqdm
+from jinja2 import meta
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import env as templates_of_lm_eval
+
+from llmtrain.checkpoint import load_shape
+from llmtrain.data.fast_tokenizer import fast_tokenizer, tokenizer_of
+from llmtrain.errors import RunFailed, UserError
+from llmtrain.evaluation.foreign import is_foreign, load_tokenizer_files, load_transformers
+from llmtrain.evaluation.tasks import Score, TaskSource
+from llmtrain.hardware import resolve_device
+
+CPU_BATCH = 8
+"""What "auto" is on a CPU, whose memory has no limit that could be felt for."""
+
+BOOTSTRAPS = 1000
+"""Resamples for the standard error of a perplexity: lm-eval's 100,000 take minutes and change its third digit."""
+
+
+class Harness(HFLM):  # type: ignore[misc]  # lm-eval has no types
+    """A folder of weights as lm-eval wants a model; counts what it is asked."""
+
+    def __init__(self, folder: Path, device: str, batch: int | Literal["auto"]) -> None:
+        tokenizer = load_tokenizer_files(folder)
+        if tokenizer is None and is_foreign(folder):
+            raise UserError(
+                f"{folder} has no tokenizer files, so text cannot be encoded for it",
+                hint="put its tokenizer.json beside its weights",
+            )
+        where = resolve_device(device)
+        model: Any = load_transformers(folder)
+        super().__init__(
+            pretrained=model.to(where),
+            tokenizer=tokenizer or fast_tokenizer(tokenizer_of(load_shape(folder).eot, folder)),
+            backend="causal",
+            batch_size=CPU_BATCH if batch == "auto" and where.type == "cpu" else batch,
+        )
+        self.folder = folder
+        self.on_progress: Callable[[int, int], None] = lambda done, total: None
+        self.requests = self.truncated = self._done = 0
+
+    def start(self, on_progress: Callable[[int, int], None]) -> None:
+        """Count from nought, for a new task."""
+        self.on_progress = on_progress
+        self.requests = self.truncated = self._done = 0
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], *args: Any, **options: Any
+    ) -> Any:
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:
+            raise UserError(
+                f"the task asks for an answer of {longest:,} tokens, and {self.folder} reads {self.max_length:,}",
+                hint="the task does not suit a model of so short a context",
+            )
+        self.requests += len(requests)
+        self.truncated += sum(
+            len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests
+        )
+        return super()._loglikelihood_tokens(requests, *args, **options)
+
+    def _model_call(self, inps: Any, *args: Any, **options: Any) -> Any:
+        self.on_progress(min(self._done, self.requests), self.requests)
+        self._done += len(inps)
+        return super()._model_call(inps, *args, **options)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one task gave."""
+
+    scores: list[Score]
+    truncated: float
+    """Share of requests whose start was cut off."""
+    seconds: float
+
+
+def load(folder: Path, device: str, batch: int | Literal["auto"]) -> Harness:
+    """The model of a folder, ready to be asked.
+
+    Raises:
+        UserError: it cannot be loaded, or nobody knows its tokenizer.
+    """
+    with _quiet():
+        return Harness(folder, device, batch)
+
+
+def load_task(source: TaskSource, files: Path | None) -> Any:
+    """A task of lm-eval (or a list of them, or a group) with its documents.
+
+    Raises:
+        UserError: there is none of this name, or its documents lack a field.
+        RunFailed: its data set cannot be had.
+    """
+    local = isinstance(source.spec, dict)
+    with _quiet():
+        manager = _manager(None if local else files, everything=not local)
+        if not local and source.name not in manager.all_tasks:
+            near = difflib.get_close_matches(source.name, manager.all_tasks, n=3)
+            raise UserError(
+                f"lm-eval has no task {source.name!r}",
+                hint=f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them",
+            )
+        try:
+            loaded = manager.load([source.spec])
+        except Exception as error:  # of many libraries, and of the task's own code
+            if local:
+                raise _bad_data(source, error) from error
+            raise RunFailed(
+                f"the task {source.name} cannot be loaded: {type(error).__name__}: {error}",
+                hint="check the network and HF_HUB_OFFLINE; offline: --task-data FOLDER",
+            ) from error
+    if local:
+        _require_fields(source, loaded["tasks"][source.name])
+    return list(loaded.get("groups", {}).values())[:1] or list(loaded["tasks"].values())
+
+
+def score(
+    harness: Harness, tasks: list[Any], limit: int | None, on_progress: Callable[[int, int], None]
+) -> Measured:
+    """Ask a model everything that a task wants to know.
+
+    Args:
+        harness: the model.
+        tasks: of `load_task`.
+        limit: only the first so many documents.
+        on_progress: called with requests done and in all; may raise to stop.
+
+    Raises:
+        UserError: the model's context is too short for an answer.
+        RunFailed: a score is not finite.
+    """
+    started = time.perf_counter()
+    harness.start(on_progress)
+    with _quiet():
+        results = simple_evaluate(
+            model=harness,
+            tasks=tasks,
+            limit=limit,
+            bootstrap_iters=BOOTSTRAPS,
+            log_samples=False,
+            task_manager=_manager(None, everything=False),
+        )
+    assert results is not None  # there is one process
+    scores = list(_scores(results))
+    for one in scores:
+        if not math.isfinite(one.value):
+            raise RunFailed(
+                f"{one.metric} of {harness.folder} in {one.task} is {one.value:g}",
+                hint="its weights are damaged or its training diverged: llmtrain verify tells which",
+            )
+    share = harness.truncated / harness.requests if harness.requests else 0.0
+    return Measured(scores, share, time.perf_counter() - started)
+
+
+def _scores(results: dict[str, Any]) -> Iterator[Score]:
+    for task, values in results["results"].items():
+        for key, value in values.items():
+            metric, comma, chosen = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, float | int):
+                continue
+            stderr = values.get(f"{metric}_stderr,{chosen}")
+            known = isinstance(stderr, float | int) and math.isfinite(stderr)
+            yield Score(
+                task=task,
+                metric=metric if chosen == "none" else key,
+                value=float(value),
+                stderr=float(stderr) if known else None,
+                higher_is_better=results["higher_is_better"].get(task, {}).get(metric),
+                documents=results["n-samples"].get(task, {}).get("effective"),
+            )
+
+
+@cache
+def _manager(files: Path | None, *, everything: bool) -> TaskManager:
+    """lm-eval's index of tasks; to read all of its own takes seconds."""
+    return TaskManager(include_path=files, include_defaults=everything)
+
+
+def _require_fields(source: TaskSource, task: Any) -> None:
+    """Raise a UserError unless every document has the fields that the task's templates name."""
+    assert isinstance(source.spec, dict)
+    templates = [str(source.spec.get(f"doc_to_{part}", "")) for part in ("text", "target", "choice")]
+    fields = set().union(
+        *(meta.find_undeclared_variables(templates_of_lm_eval.parse(text)) for text in templates)
+    )
+    fields |= {text for text in templates if text.isidentifier()}
+    table = task.eval_docs.data.table
+    for name in sorted(fields):
+        if name not in table.column_names or table.column(name).null_count:
+            raise _bad_data(source, f"a document has no field {name!r}")
+
+
+def _bad_data(source: TaskSource, reason: object) -> UserError:
+    return UserError(
+        f"{source.source} does not hold documents of {source.name}: {reason}",
+        hint="JSON lines with the fields of its data set on the hub",
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No word, bar or process of lm-eval's own: results go to standard output, and progress is ours."""
+    bar: Any = tqdm.tqdm
+    logger = logging.getLogger("lm_eval")
+    level, init, alone = logger.level, bar.__init__, os.environ.get("DISABLE_MULTIPROC")
+    logger.setLevel(logging.ERROR)
+    bar.__init__ = lambda self, *args, **options: init(self, *args, **options | {"disable": True})
+    os.environ["DISABLE_MULTIPROC"] = "1"  # bootstraps in this process
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+        bar.__init__ = init
+        if alone is None:
+            del os.environ["DISABLE_MULTIPROC"]
