@@ -94,7 +94,7 @@ def measures_table(everything: list[Measured]) -> Table:
                 "" if target.step is None else f"{target.step:,}",
                 "inf" if figure.value is None else _figure(figure.value, 4),
                 "" if figure.stderr is None else _figure(figure.stderr, 4),
-                "n/a" if base is None or figure.value is None else f"{figure.value - base:+.4f}",
+                _difference(figure.value, base, target.label),
                 end_section=i == len(figures) - 1,
             )
     return table
@@ -145,5 +145,11 @@ def explanations(everything: list[Measured]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def _figure(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.3e}"
+def _difference(value: float | None, raw: float | None, label: str) -> str:
+    if label == "raw":
+        return ""
+    return "n/a" if value is None or raw is None else _figure(value - raw, 4, "+")
+
+
+def _figure(value: float, digits: int, sign: str = "") -> str:
+    return f"{value:{sign}.{digits}f}" if abs(value) < 1e5 else f"{value:{sign}.3e}"

@@ -1,7 +1,7 @@
 """lm-eval with a folder of weights in it: the half of `tasks.py` that imports it.
 
 Why a class of our own: it gives lm-eval the tokenizer that the folder does not hold, reports progress where lm-eval
-draws bars, and refuses what a short context cannot hold, where lm-eval would fail by an assertion.
+draws bars, and reads an answer longer than a short context in parts, where lm-eval fails by an assertion.
 
     scores = score(load(folder, "auto", "auto"), load_task(source, None), None, on_progress).scores
 """
@@ -16,12 +16,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import lm_eval
 import tqdm
 from jinja2 import meta
-from lm_eval import simple_evaluate
+from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import env as templates_of_lm_eval
@@ -38,6 +40,10 @@ CPU_BATCH = 8
 
 BOOTSTRAPS = 1000
 """Resamples for the standard error of a perplexity: lm-eval's 100,000 take minutes and change its third digit."""
+
+
+_Request = tuple[tuple[str, str] | None, list[int], list[int]]
+"""What is asked in words, and the tokens of the context and of the answer."""
 
 
 class Harness(HFLM):  # type: ignore[misc]  # lm-eval has no types
@@ -68,24 +74,32 @@ class Harness(HFLM):  # type: ignore[misc]  # lm-eval has no types
         self.requests = self.truncated = self._done = 0
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[Any, list[int], list[int]]], *args: Any, **options: Any
-    ) -> Any:
-        longest = max((len(continuation) for _, _, continuation in requests), default=0)
-        if longest > self.max_length:
-            raise UserError(
-                f"the task asks for an answer of {longest:,} tokens, and {self.folder} reads {self.max_length:,}",
-                hint="the task does not suit a model of so short a context",
-            )
+        self, requests: list[_Request], *args: Any, **options: Any
+    ) -> list[tuple[float, bool]]:
+        """Log likelihood of each answer, and whether every token of it is the likeliest."""
         self.requests += len(requests)
         self.truncated += sum(
             len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests
         )
-        return super()._loglikelihood_tokens(requests, *args, **options)
+        pieces = [list(_pieces(request, self.max_length)) for request in requests]
+        found = iter(super()._loglikelihood_tokens([p for some in pieces for p in some], *args, **options))
+        together = [list(islice(found, len(some))) for some in pieces]
+        return [(sum(nats for nats, _ in some), all(best for _, best in some)) for some in together]
 
     def _model_call(self, inps: Any, *args: Any, **options: Any) -> Any:
         self.on_progress(min(self._done, self.requests), self.requests)
         self._done += len(inps)
         return super()._model_call(inps, *args, **options)
+
+
+def _pieces(request: _Request, context: int) -> Iterator[_Request]:
+    """An answer longer than the model's context in parts, each behind what comes before it; else as it is."""
+    _, before, answer = request
+    if len(answer) <= context:
+        yield request
+        return
+    for start in range(0, len(answer), context):
+        yield None, before + answer[:start], answer[start : start + context]
 
 
 @dataclass(frozen=True)
@@ -108,8 +122,8 @@ def load(folder: Path, device: str, batch: int | Literal["auto"]) -> Harness:
         return Harness(folder, device, batch)
 
 
-def load_task(source: TaskSource, files: Path | None) -> Any:
-    """A task of lm-eval (or a list of them, or a group) with its documents.
+def load_task(source: TaskSource, files: Path | None) -> dict[str, Any]:
+    """What lm-eval makes of a name: one task with its documents, or those of a group.
 
     Raises:
         UserError: there is none of this name, or its documents lack a field.
@@ -125,7 +139,7 @@ def load_task(source: TaskSource, files: Path | None) -> Any:
                 hint=f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them",
             )
         try:
-            loaded = manager.load([source.spec])
+            loaded: dict[str, Any] = manager.load([source.spec])
         except Exception as error:  # of many libraries, and of the task's own code
             if local:
                 raise _bad_data(source, error) from error
@@ -135,34 +149,32 @@ def load_task(source: TaskSource, files: Path | None) -> Any:
             ) from error
     if local:
         _require_fields(source, loaded["tasks"][source.name])
-    return list(loaded.get("groups", {}).values())[:1] or list(loaded["tasks"].values())
+    for task in loaded["tasks"].values():  # as lm-eval's own command does it
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    return loaded
 
 
 def score(
-    harness: Harness, tasks: list[Any], limit: int | None, on_progress: Callable[[int, int], None]
+    harness: Harness, task: dict[str, Any], limit: int | None, on_progress: Callable[[int, int], None]
 ) -> Measured:
     """Ask a model everything that a task wants to know.
 
     Args:
         harness: the model.
-        tasks: of `load_task`.
+        task: of `load_task`.
         limit: only the first so many documents.
         on_progress: called with requests done and in all; may raise to stop.
 
     Raises:
-        UserError: the model's context is too short for an answer.
         RunFailed: a score is not finite.
     """
     started = time.perf_counter()
     harness.start(on_progress)
     with _quiet():
-        results = simple_evaluate(
-            model=harness,
-            tasks=tasks,
-            limit=limit,
-            bootstrap_iters=BOOTSTRAPS,
-            log_samples=False,
-            task_manager=_manager(None, everything=False),
+        results = lm_eval.evaluate(
+            lm=harness, task_dict=task, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False
         )
     assert results is not None  # there is one process
     scores = list(_scores(results))

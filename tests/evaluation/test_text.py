@@ -1,0 +1,168 @@
+"""A text's loss and perplexities against transformers, window by window; models and tokenizers of others."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hub_server import HubServer
+from tiny_models import CONTEXT, write_neox, write_ours, write_tokenizer
+from transformers import AutoModelForCausalLM
+
+from llmtrain.data.shards import open_data
+from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.errors import RunFailed, UserError
+from llmtrain.evaluation.results import Settings, measure
+from llmtrain.evaluation.targets import Target, targets_of
+from llmtrain.evaluation.text import TextResult, TextSettings, measure_text
+
+TEXT = "It was the best of times, it was the wörst of times.\n\nIt was the age of wisdom … of foolishness.\n"
+
+
+def targets(folder: Path) -> list[Target]:
+    return targets_of(folder, every_snapshot=False)
+
+
+def measured(folder: Path, tmp_path: Path, stride: int | None = None, text: str = TEXT) -> TextResult:
+    path = tmp_path / "text.txt"
+    path.write_text(text)
+    (result,) = measure_text(targets(folder), path, TextSettings(stride), lambda *progress: None)
+    return result
+
+
+@torch.no_grad()
+def nats_by_hand(folder: Path, ids: list[int], stride: int) -> float:
+    """Each token but the first from up to CONTEXT tokens before it; windows end every `stride` tokens."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    total, done = 0.0, 1
+    while done < len(ids):
+        end = min(len(ids), done + (CONTEXT if done == 1 else stride))
+        begin = done - 1 if stride == CONTEXT else max(0, end - 1 - CONTEXT)
+        logits = model(torch.tensor([ids[begin : end - 1]])).logits[0].double().log_softmax(-1)
+        total -= sum(logits[i - begin - 1, ids[i]].item() for i in range(done, end))
+        done = end
+    return total
+
+
+@pytest.fixture(autouse=True)
+def _in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without this, a CPU that multiplies bfloat16 would do so."""
+    for module in ("results", "text"):
+        monkeypatch.setattr(f"llmtrain.evaluation.{module}.resolve_precision", lambda *_: "float32")
+
+
+@pytest.mark.parametrize("stride", [None, 1, 5, CONTEXT])
+@pytest.mark.parametrize("whose", ["ours", "neox"])
+def test_perplexities_are_those_of_transformers(whose: str, stride: int | None, tmp_path: Path) -> None:
+    folder = tmp_path / whose
+    if whose == "ours":
+        write_ours(folder)
+        ids = [256, *TEXT.encode()]
+    else:
+        write_neox(folder)
+        tokenizer = write_tokenizer(folder, TEXT)
+        ids = [tokenizer.eos_token_id, *tokenizer.encode(TEXT)]
+    result = measured(folder, tmp_path, stride)
+    nats = nats_by_hand(folder, ids, stride or CONTEXT)
+    words, n_bytes = len(TEXT.split()), len(TEXT.encode())
+    assert (result.tokens, result.words, result.bytes) == (len(ids) - 1, words, n_bytes)
+    assert result.windows == ("strided" if stride in (1, 5) else "disjoint")
+    assert result.loss == pytest.approx(nats / result.tokens, abs=1e-4)
+    assert result.perplexity == pytest.approx(math.exp(nats / result.tokens), rel=1e-3)
+    assert result.word_perplexity == pytest.approx(math.exp(nats / words), rel=1e-3)
+    assert result.byte_perplexity == pytest.approx(math.exp(nats / n_bytes), rel=1e-3)
+    assert result.bits_per_byte == pytest.approx(nats / n_bytes / math.log(2), rel=1e-4)
+
+
+def test_what_is_no_text(tmp_path: Path) -> None:
+    write_ours(tmp_path / "ours")
+    for content, problem in ((b"", "is empty"), (b"ab\xff", r"not UTF-8 \(byte 2\)")):
+        path = tmp_path / "text.txt"
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=problem):
+            measure_text(targets(tmp_path / "ours"), path, TextSettings(), lambda *progress: None)
+    with pytest.raises(UserError, match="cannot read"):
+        measure_text(targets(tmp_path / "ours"), tmp_path, TextSettings(), lambda *progress: None)
+    with pytest.raises(UserError, match="--stride 17 is longer than a window of .*, 16 tokens"):
+        measured(tmp_path / "ours", tmp_path, stride=17)
+
+
+def test_a_model_of_others_without_a_tokenizer(data_folder: Path, tmp_path: Path) -> None:
+    """The tokens of the shards are taken as they are; text cannot be encoded."""
+    write_neox(tmp_path / "neox")
+    (row,) = measure(
+        targets(tmp_path / "neox"), Settings(data=data_folder, tokens=200), lambda *progress: None
+    )
+    ids = open_data(data_folder).reader("val").read(0, 200).tolist()
+    assert row.loss == pytest.approx(nats_by_hand(tmp_path / "neox", ids, CONTEXT) / 199, abs=1e-4)
+    assert row.bits_per_byte is not None
+    with pytest.raises(UserError, match="no tokenizer files"):
+        measured(tmp_path / "neox", tmp_path)
+
+
+def test_shards_of_another_tokenizer_are_read_as_text(data_folder: Path, tmp_path: Path) -> None:
+    write_neox(tmp_path / "neox")
+    ids = open_data(data_folder).reader("val").read(0, 1000)
+    documents = [load_tokenizer("byte").decode(part) for part in np.split(ids, np.flatnonzero(ids == 256))]
+    tokenizer = write_tokenizer(tmp_path / "neox", "".join(documents))
+    heard: list[str] = []
+    (row,) = measure(
+        targets(tmp_path / "neox"),
+        Settings(data=data_folder, tokens=1000),
+        lambda *progress: None,
+        warn=heard.append,
+    )
+    theirs = [i for document in documents for i in (tokenizer.eos_token_id, *tokenizer.encode(document))]
+    nats, n_bytes = nats_by_hand(tmp_path / "neox", theirs, CONTEXT), sum(len(d.encode()) for d in documents)
+    assert len(theirs) < 1000
+    assert (row.tokens, row.bytes) == (len(theirs) - 1, n_bytes)
+    assert row.loss == pytest.approx(nats / row.tokens, abs=1e-4)
+    assert row.bits_per_byte == pytest.approx(nats / n_bytes / math.log(2), rel=1e-4)
+    assert "a tokenizer of its own" in heard[0]
+
+
+def test_folders_that_cannot_be_evaluated(data_folder: Path, tmp_path: Path) -> None:
+    write_neox(tmp_path / "neox")
+    config = tmp_path / "neox" / "config.json"
+    document = json.loads(config.read_text())
+    config.write_text(json.dumps(document | {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}))
+    (tmp_path / "neox" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(UserError, match="finds no such thing as a causal language model"):
+        measure(targets(tmp_path / "neox"), Settings(data=data_folder), lambda *progress: None)
+    assert not (tmp_path / "ran").exists()
+    config.write_text(json.dumps(document))
+    (tmp_path / "neox" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="finds no such thing as a tokenizer"):
+        measure(targets(tmp_path / "neox"), Settings(data=data_folder), lambda *progress: None)
+    with pytest.raises(RunFailed, match="is nan"):
+        broken = write_ours(tmp_path / "nan")
+        weights = {name: value * math.nan for name, value in broken.state_dict().items()}
+        save_over(tmp_path / "nan", weights)
+        measured(tmp_path / "nan", tmp_path)
+
+
+def save_over(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    from llmtrain.checkpoint import load_shape, save_tensors
+
+    save_tensors(folder / "model.safetensors", weights, load_shape(folder))
+
+
+def test_a_revision_on_the_hub_is_a_target(data_folder: Path, tmp_path: Path) -> None:
+    write_neox(tmp_path / "step1000")
+    with HubServer() as hub:
+        hub.add("model", "tiny/neox", {"step1000": tmp_path / "step1000"})
+        run = subprocess.run(
+            [sys.executable, "-m", "llmtrain", "eval", "tiny/neox@step1000", "--data", data_folder, "--json"],
+            env=os.environ | hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"},
+            cwd=tmp_path, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    (row,) = json.loads(run.stdout)
+    assert (row["label"], row["run"], row["block_size"]) == ("neox@step1000", None, CONTEXT)
+    (local,) = measure(targets(tmp_path / "step1000"), Settings(data=data_folder), lambda *progress: None)
+    assert row["loss"] == pytest.approx(local.loss, rel=1e-2)  # there perhaps in bfloat16
+    assert (row["tokens"], row["weights"]) == (local.tokens, local.weights)
