@@ -131,7 +131,10 @@ def load_task(source: TaskSource, files: Path | None) -> dict[str, Any]:
     """
     local = isinstance(source.spec, dict)
     with _quiet():
-        manager = _manager(None if local else files, everything=not local)
+        manager = _manager(files, everything=False)
+        known = manager.task_index.get(source.name)
+        if not local and (known is None or known.kind.name in ("GROUP", "TAG")):
+            manager = _manager(files, everything=True)  # whose tasks a group may name
         if not local and source.name not in manager.all_tasks:
             near = difflib.get_close_matches(source.name, manager.all_tasks, n=3)
             raise UserError(
