@@ -80,7 +80,8 @@ def evaluate(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Names for lm-eval, with commas: lambada_openai,hellaswag,piqa,arc_easy,sciq,winogrande.",
+            help="Names for lm-eval, with commas; lambada_openai, hellaswag, piqa, arc_easy, sciq and winogrande "
+            "can do without a network.",
             show_default=False,
             rich_help_panel=_TASKS,
         ),
@@ -103,7 +104,7 @@ def evaluate(
     task_data: Annotated[
         Path | None,
         typer.Option(
-            help="Folder with TASK.jsonl (.zst, .gz) of the six tasks named above: no network.",
+            help="Folder with TASK.jsonl (.zst, .gz) of these six tasks.",
             show_default="data sets on the hub",
             rich_help_panel=_TASKS,
         ),
