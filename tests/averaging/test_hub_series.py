@@ -244,9 +244,13 @@ def test_a_revision_pattern_with_a_wildcard(hub: HubServer, tmp_path: Path) -> N
     assert json.loads(done.stdout)[0]["inputs"] == [19_000, 20_000]
 
 
-def test_no_network_is_a_failed_run_with_a_hint(hub: HubServer, tmp_path: Path) -> None:
-    environment = os.environ | hub.environment(tmp_path / "hf-home") | {"HF_HUB_OFFLINE": "1"}
+@pytest.mark.parametrize("variables", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+def test_no_network_is_a_failed_run_with_a_hint(
+    variables: dict[str, str], hub: HubServer, tmp_path: Path
+) -> None:
+    environment = os.environ | hub.environment(tmp_path / "hf-home") | {"HF_HUB_OFFLINE": "0"} | variables
     command = [sys.executable, "-m", "llmtrain", "average", REPOSITORY, "--every", "1000"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
+    assert "cannot get" in done.stderr
     assert "HF_HUB_OFFLINE" in done.stderr
