@@ -183,6 +183,8 @@ class _Work:
         from llmtrain.evaluation.results import data_is_known, measure
 
         known = [target for target in self._wanted if needed or data_is_known(target, settings)]
+        if any(target.run and target not in known for target in self._wanted):
+            warn("the data that the run was trained on is not here: no loss on it (--data FOLDER)")
         measured = measure(
             known, settings, lambda target, *done: self._progress(target, settings.split, *done), warn=warn
         )

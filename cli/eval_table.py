@@ -135,11 +135,11 @@ def explanations(everything: list[Measured]) -> list[str]:
                 f"{kind} of {text.context:,} tokens, {text.precision}"
             )
         for result in one.tasks:
-            documents = result.scores[0].documents if result.scores else None
+            documents = {score.task: score.documents or 0 for score in result.scores}
             cut = f"; {result.truncated:.0%} of the requests lost their start" if result.truncated else ""
             first = " (the first)" if result.limit else ""
             lines.append(
-                f"{result.task}: {documents or 0:,} documents{first} from {result.source}, "
+                f"{result.task}: {sum(documents.values()):,} documents{first} from {result.source}, "
                 f"context of {result.context:,} tokens{cut}"
             )
     return list(dict.fromkeys(lines))

@@ -136,19 +136,29 @@ def load_tokenizer_files(folder: Path) -> "PreTrainedTokenizerBase | None":
     return tokenizer
 
 
+def own_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer for the model in a folder; None where it is one of ours.
+
+    Raises:
+        UserError: it is not GPT-2 and has no tokenizer files; or see `load_tokenizer_files`.
+    """
+    own = load_tokenizer_files(folder)
+    if own is None and is_foreign(folder):
+        raise UserError(
+            f"{folder} has no tokenizer files, so text cannot be encoded for it",
+            hint="put its tokenizer.json beside its weights",
+        )
+    return own
+
+
 def encoding_of(folder: Path) -> Encoding:
     """How the model in a folder wants text: by the folder's own tokenizer files, else by ours.
 
     Raises:
         UserError: it has no tokenizer files and is of neither of ours.
     """
-    own = load_tokenizer_files(folder)
+    own = own_tokenizer(folder)
     if own is None:
-        if is_foreign(folder):
-            raise UserError(
-                f"{folder} has no tokenizer files, so text cannot be encoded for it",
-                hint="put its tokenizer.json beside its weights",
-            )
         ours = tokenizer_of(load_shape(folder).eot, folder)
         return Encoding(lambda text: ours.encode(text).astype(np.int64), ours.eot)
     eot = own.eos_token_id if own.eos_token_id is not None else own.bos_token_id
@@ -170,7 +180,7 @@ def reencoded(folder: Path, data: TokenData, split: str, limit: int) -> Reencode
     if load_tokenizer_files(folder) is None:
         return None
     encoding, reader = encoding_of(folder), data.reader(split)
-    probe = reader.read(0, min(_PROBE, limit)).astype(np.int64)
+    probe = reader.read(0, min(_PROBE, len(reader))).astype(np.int64)
     again, _ = _encode_documents(probe, data, encoding)
     if np.array_equal(again[1 : len(probe) // 2 + 1], probe[: len(probe) // 2]):
         return None

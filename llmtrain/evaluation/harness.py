@@ -31,7 +31,7 @@ from lm_eval.utils import env as templates_of_lm_eval
 from llmtrain.checkpoint import load_shape
 from llmtrain.data.fast_tokenizer import fast_tokenizer, tokenizer_of
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.evaluation.foreign import is_foreign, load_tokenizer_files, load_transformers
+from llmtrain.evaluation.foreign import load_transformers, own_tokenizer
 from llmtrain.evaluation.tasks import Score, TaskSource
 from llmtrain.hardware import resolve_device
 
@@ -39,8 +39,7 @@ CPU_BATCH = 8
 """What "auto" is on a CPU, whose memory has no limit that could be felt for."""
 
 BOOTSTRAPS = 1000
-"""Resamples for the standard error of a perplexity: lm-eval's 100,000 take minutes and change its third digit."""
-
+"""Resamples for the standard error of a perplexity: lm-eval's 100,000 take minutes and change it by 2%."""
 
 _Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """What is asked in words, and the tokens of the context and of the answer."""
@@ -50,12 +49,7 @@ class Harness(HFLM):  # type: ignore[misc]  # lm-eval has no types
     """A folder of weights as lm-eval wants a model; counts what it is asked."""
 
     def __init__(self, folder: Path, device: str, batch: int | Literal["auto"]) -> None:
-        tokenizer = load_tokenizer_files(folder)
-        if tokenizer is None and is_foreign(folder):
-            raise UserError(
-                f"{folder} has no tokenizer files, so text cannot be encoded for it",
-                hint="put its tokenizer.json beside its weights",
-            )
+        tokenizer = own_tokenizer(folder)
         where = resolve_device(device)
         model: Any = load_transformers(folder)
         super().__init__(
@@ -152,10 +146,6 @@ def load_task(source: TaskSource, files: Path | None) -> dict[str, Any]:
             ) from error
     if local:
         _require_fields(source, loaded["tasks"][source.name])
-    for task in loaded["tasks"].values():  # as lm-eval's own command does it
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     return loaded
 
 
@@ -175,16 +165,25 @@ def score(
     """
     started = time.perf_counter()
     harness.start(on_progress)
+    for one in task["tasks"].values():  # as lm-eval's own command does it
+        if one.get_config("num_fewshot") is None:
+            one.set_config(key="num_fewshot", value=0)
+        one.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     with _quiet():
-        results = lm_eval.evaluate(
-            lm=harness, task_dict=task, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False
-        )
+        try:
+            results = lm_eval.evaluate(
+                lm=harness, task_dict=task, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False
+            )
+        except OverflowError:
+            raise RunFailed(
+                f"a perplexity of {harness.folder} does not fit a float", hint="its training diverged"
+            ) from None
     assert results is not None  # there is one process
     scores = list(_scores(results))
-    for one in scores:
-        if not math.isfinite(one.value):
+    for got in scores:
+        if not math.isfinite(got.value):
             raise RunFailed(
-                f"{one.metric} of {harness.folder} in {one.task} is {one.value:g}",
+                f"{got.metric} of {harness.folder} in {got.task} is {got.value:g}",
                 hint="its weights are damaged or its training diverged: llmtrain verify tells which",
             )
     share = harness.truncated / harness.requests if harness.requests else 0.0

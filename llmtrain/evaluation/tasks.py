@@ -13,7 +13,7 @@ import hashlib
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -74,7 +74,7 @@ class TaskResult:
     task: str
     """As it was asked for."""
     source: str
-    """Where the documents come from: `hub`, a local file, or the folder of task files."""
+    """What says where the documents are: `hub`, a local file, or a folder of task files."""
     limit: int | None
     lm_eval: str
     """Its version."""
@@ -118,9 +118,17 @@ def measure_tasks(
     """
     version = _lm_eval_version()
     sources = [task_source(name, settings) for name in settings.tasks]
+
+    @cache
+    def loaded() -> dict[str, dict[str, Any]]:
+        """All tasks at once, so that a name that means nothing is told before hours of work."""
+        from llmtrain.evaluation.harness import load_task  # imports lm-eval, which takes seconds
+
+        return {source.name: load_task(source, settings.files) for source in sources}
+
     results = []
     for target in targets:
-        scorer = _Scorer(target, settings, version, on_progress)
+        scorer = _Scorer(target, settings, version, loaded, on_progress)
         weights = weights_sha256(target.path)
         found = []
         for source in sources:
@@ -131,15 +139,14 @@ def measure_tasks(
 
 
 def task_source(name: str, settings: TaskSettings) -> TaskSource:
-    """Where a task is defined: the user's task files, those of the package with local data, or lm-eval.
+    """Where a task is defined: by the user's task files, by those of the package with local data, or by lm-eval.
 
     Raises:
         UserError: task files are not trusted, or there is no local data or definition of this name.
     """
     if settings.files is not None:
         _require_trust(settings)
-        if any(_names_task(path, name) for path in sorted(settings.files.rglob("*.yaml"))):
-            return TaskSource(name, name, str(settings.files), _sha256_of_folder(settings.files))
+        return TaskSource(name, name, str(settings.files), _sha256_of_folder(settings.files))
     if settings.data is None:
         return TaskSource(name, name, "hub", "")
     if name not in SHIPPED:
@@ -162,19 +169,20 @@ class _Scorer:
         target: Target,
         settings: TaskSettings,
         version: str,
+        loaded: Callable[[], dict[str, dict[str, Any]]],
         on_progress: Callable[[Target, str, int, int], None],
     ) -> None:
         self._target = target
         self._settings = settings
         self._version = version
+        self._loaded = loaded
         self._on_progress = on_progress
         self._harness: Harness | None = None
 
     def score(self, source: TaskSource) -> TaskResult:
-        from llmtrain.evaluation import harness  # imports lm-eval, which takes seconds
+        from llmtrain.evaluation import harness
 
-        settings = self._settings
-        task = harness.load_task(source, settings.files)
+        settings, task = self._settings, self._loaded()[source.name]
         if self._harness is None:
             self._harness = harness.load(self._target.path, settings.device, settings.batch)
         measured = harness.score(
@@ -204,6 +212,10 @@ def _lm_eval_version() -> str:
 
 def _require_trust(settings: TaskSettings) -> None:
     assert settings.files is not None
+    if settings.data is not None:
+        raise UserError(
+            "--task-files and --task-data do not go together", hint="task files name their data themselves"
+        )
     if not settings.files.is_dir():
         raise UserError(
             f"--task-files: there is no folder {settings.files}", hint="a folder of lm-eval task files"
@@ -213,12 +225,6 @@ def _require_trust(settings: TaskSettings) -> None:
             f"the task files in {settings.files} are code: lm-eval runs any Python that they name (!function, class)",
             hint="read them first; then --trust-task-files runs them",
         )
-
-
-def _names_task(path: Path, name: str) -> bool:
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    named = [line.partition(":") for line in lines if line.startswith(("task:", "group:", "tag:"))]
-    return any(value.split("#")[0].strip().strip("'\"") == name for _, _, value in named)
 
 
 def _data_file(folder: Path, name: str) -> Path:

@@ -10,7 +10,7 @@ Strided windows give each token more context than disjoint ones and a lower loss
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
@@ -97,7 +97,8 @@ def measure_text(
         precision = resolve_precision(asked, device)
         identity = [weights_sha256(target.path), text.sha256, settings.stride, precision]
         measure = partial(_measure_one, target, text, settings, device, precision, on_progress)
-        results.append(kept(target, "text", identity, _FORM, measure))
+        result = kept(target, "text", identity, _FORM, measure)
+        results.append(replace(result, file=str(path)))  # the same text may have been kept under another name
     return results
 
 

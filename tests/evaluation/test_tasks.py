@@ -212,6 +212,8 @@ def test_task_files_of_others_run_only_when_trusted(tmp_path: Path) -> None:
     (result,) = measured(folder, TaskSettings(("mine",), files=files, trust_files=True, device="cpu"))
     assert (tmp_path / "ran").exists()
     assert scores([result])["mine acc"].documents == len(PASSAGES)
+    with pytest.raises(UserError, match="do not go together"):
+        measured(folder, TaskSettings(("mine",), files=files, data=tmp_path, trust_files=True))
     with pytest.raises(UserError, match="no task 'hellaswagg'") as caught:
         measured(folder, TaskSettings(("hellaswagg",), files=files, trust_files=True))
     assert "did you mean hellaswag" in caught.value.hint
