@@ -175,9 +175,11 @@ def encoding_of(folder: Path) -> Encoding:
 def reencoded(folder: Path, data: TokenData, split: str, limit: int) -> Reencoded | None:
     """The text of the first `limit` tokens of a split in the ids of a folder's own tokenizer.
 
-    None where the folder has no tokenizer files or they give the ids that the split holds.
+    None where the folder has no tokenizer files or they give the ids that the split holds; of a GPT-2, the id of
+    its end-of-text token tells.
     """
-    if load_tokenizer_files(folder) is None:
+    alike = not is_foreign(folder) and load_shape(folder).eot == data.eot
+    if alike or load_tokenizer_files(folder) is None:
         return None
     encoding, reader = encoding_of(folder), data.reader(split)
     probe = reader.read(0, min(_PROBE, len(reader))).astype(np.int64)

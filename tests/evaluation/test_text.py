@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,14 @@ import torch
 from tiny_models import CONTEXT, write_neox, write_ours, write_tokenizer
 from transformers import AutoModelForCausalLM
 
+from llmtrain.config import RunConfig
 from llmtrain.data.shards import open_data
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.results import Settings, measure
 from llmtrain.evaluation.targets import Target, targets_of
 from llmtrain.evaluation.text import TextResult, TextSettings, measure_text
+from llmtrain.training.run import pretrain
 
 TEXT = "It was the best of times, it was the wörst of times.\n\nIt was the age of wisdom … of foolishness.\n"
 
@@ -146,3 +149,28 @@ def save_over(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     from llmtrain.checkpoint import load_shape, save_tensors
 
     save_tensors(folder / "model.safetensors", weights, load_shape(folder))
+
+
+def test_a_result_is_kept_with_the_run_and_must_be_whole(
+    tiny: Callable[..., RunConfig], text_file: Path, tmp_path: Path
+) -> None:
+    run = pretrain(tiny(), tmp_path / "run", say=lambda line: None).run
+    progress: list[object] = []
+
+    def measure_again(stride: int | None = None) -> list[TextResult]:
+        progress.clear()
+        wanted = targets_of(run.average("ema-0.9", 12), every_snapshot=False)
+        return measure_text(wanted, text_file, TextSettings(stride), lambda *done: progress.append(done))
+
+    raw, average = measure_again()
+    assert progress
+    assert raw.loss != average.loss
+    assert measure_again() == [raw, average]
+    assert not progress
+    assert measure_again(stride=8)[0].loss != raw.loss
+    assert progress
+    path = max(run.evals.glob("text/raw-*.json"))
+    path.write_text(path.read_text().replace("loss", "gain"))
+    with pytest.raises(UserError, match=r"loss: Field required") as caught:
+        [measure_again(stride) for stride in (None, 8)]
+    assert "delete the file" in caught.value.hint
