@@ -5,6 +5,7 @@ console.print(loss_table(rows))
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -70,7 +71,7 @@ def loss_table(rows: "list[Row]") -> Table:
 
 def measures_table(everything: list[Measured]) -> Table:
     """One line a measure and a set of weights, those of a measure below each other."""
-    several = len({one.target.run.path for one in everything if one.target.run}) > 1
+    several = len({_place(one.target)[0] for one in everything}) > 1
     names = ("step", "value", "±", "minus raw")
     columns = [Column(name, justify="right", no_wrap=True) for name in names]
     table = Table(
@@ -85,19 +86,25 @@ def measures_table(everything: list[Measured]) -> Table:
         for name, figure in _figures(one):
             lines.setdefault(name, []).append((one.target, figure))
     for name, figures in lines.items():
-        raw = {(t.run, t.step): figure.value for t, figure in figures if t.label == "raw"}
+        raw = {_place(target): figure.value for target, figure in figures if target.label == "raw"}
         for i, (target, figure) in enumerate(figures):
-            base = raw.get((target.run, target.step)) if target.run else None
             table.add_row(
                 escape(name) if i == 0 else "",
-                escape(f"{target.run.path.name}: {target.label}" if several and target.run else target.label),
+                escape(
+                    f"{_place(target)[0].name}: {target.label}" if several and target.run else target.label
+                ),
                 "" if target.step is None else f"{target.step:,}",
                 "inf" if figure.value is None else _figure(figure.value, 4),
                 "" if figure.stderr is None else _figure(figure.stderr, 4),
-                _difference(figure.value, base, target.label),
+                _difference(figure.value, raw.get(_place(target)), target.label),
                 end_section=i == len(figures) - 1,
             )
     return table
+
+
+def _place(target: "Target") -> tuple[Path, int | None]:
+    """Run and step; outside a run, a place of its own."""
+    return (target.run.path if target.run else target.path).resolve(), target.step
 
 
 @dataclass(frozen=True)
