@@ -223,7 +223,20 @@ def test_a_loss_that_is_no_number(workplace: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model_type": "llama"}, "a model of type 'llama', not gpt2"),
+        ({"model_type": "llama"}, "the config asks for 6,477,352,960 parameters"),  # a LLaMA of default size
+        ({"model_type": "llama", "num_hidden_layers": 10**12}, "the config asks for 1000000000000 layers"),
+        (
+            {
+                "model_type": "llama",
+                "hidden_size": 8,
+                "intermediate_size": 8,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+            },
+            "tensors are missing, such as",
+        ),
+        ({"model_type": ["gpt2"]}, "no such thing as a causal language model"),
         ({"n_layer": None}, "n_layer: Input should be a valid integer"),
         ({"n_layer": 10**12}, "config.json says 1,000,000,000,000"),
         ({"n_embd": 2**40}, "config.json says 2 and [264, 1099511627776]"),

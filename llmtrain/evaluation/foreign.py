@@ -32,6 +32,8 @@ LONGEST_WINDOW = 2048
 """Tokens of context that a model of others is given at most: Pythia's, and what lm-eval takes for granted."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_MOST_LAYERS = 10_000
+"""More than any model has; even without weights, each takes time to build."""
 _PROBE = 4096
 """Tokens that are encoded again to see whether two tokenizers are one."""
 
@@ -90,7 +92,7 @@ class Reencoded:
 
 def is_foreign(folder: Path) -> bool:
     """Whether a folder of weights holds another model than GPT-2."""
-    return read_json(folder / CONFIG_FILE).get("model_type") != "gpt2"
+    return bool(read_json(folder / CONFIG_FILE).get("model_type", "gpt2") != "gpt2")
 
 
 def load_causal(folder: Path) -> GPT | ForeignModel:
@@ -109,13 +111,39 @@ def load_transformers(folder: Path) -> "PreTrainedModel":
         UserError: transformers is missing, or cannot load it.
     """
     transformers = _transformers()
+    options = {"local_files_only": True, "trust_remote_code": False}
     try:
-        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        config = transformers.AutoConfig.from_pretrained(folder, **options)
+        _require_fit(folder, config)
+        model: PreTrainedModel
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise _unloadable(folder, "a causal language model", error) from None
+    if missing := sorted(loaded["missing_keys"]):
+        raise _misfit(folder, f"{len(missing)} tensors are missing, such as {missing[0]}")
     return model
+
+
+def _require_fit(folder: Path, config: Any) -> None:
+    """Raise a UserError if a model is larger than its files: before anything is built."""
+    transformers = _transformers()
+    layers = getattr(config, "num_hidden_layers", 0)
+    if not isinstance(layers, int) or layers > _MOST_LAYERS:
+        raise _misfit(folder, f"the config asks for {layers} layers")
+    with torch.device("meta"):
+        model: Any = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    held = sum(path.stat().st_size for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+    if wanted > held:  # a parameter takes a byte at the least
+        raise _misfit(folder, f"the config asks for {wanted:,} parameters, the files hold {held:,} bytes")
+
+
+def _misfit(folder: Path, what: str) -> UserError:
+    return UserError(f"{folder}: {what}", hint="config.json and the weights do not belong together")
 
 
 def load_tokenizer_files(folder: Path) -> "PreTrainedTokenizerBase | None":
