@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmtrain.checkpoint import Shape, load_model, load_shape
-from llmtrain.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
+from llmtrain.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_ending_with
 from llmtrain.errors import UserError
 from llmtrain.hardware import resolve_device
 from llmtrain.model import GPT, Attention, Block
@@ -174,13 +174,7 @@ def tokenizer_of(folder: Path, shape: Shape, name: str | None = None) -> Tokeniz
     Raises:
         UserError: it is none of ours, or has more ids than the model.
     """
-    names = [name] if name else [each for each in TOKENIZERS if load_tokenizer(each).eot == shape.eot]
-    if not names:
-        raise UserError(
-            f"{folder} ends a text with token {shape.eot:,}, which is none of {' and '.join(TOKENIZERS)}",
-            hint="if it is one of them after all, name it: --tokenizer gpt2 or --tokenizer byte",
-        )
-    tokenizer = load_tokenizer(names[0])
+    tokenizer = load_tokenizer(name) if name else tokenizer_ending_with(shape.eot, folder)
     if tokenizer.vocab_size > shape.model.vocab_size:
         raise UserError(
             f"{folder} has {shape.model.vocab_size:,} rows of embeddings, "

@@ -5,14 +5,20 @@ the same in the format of the `tokenizers` library. Bytes are byte-pair encoding
 
     for name, content in tokenizer_files(load_tokenizer("gpt2"), block_size=1024).items(): ...
 
-One thing differs: text that spells `<|endoftext|>` becomes that token there, and ordinary text here.
+One thing differs: text that spells `<|endoftext|>` becomes that token there, and ordinary text here, and
+in `fast_tokenizer`.
 """
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 from llmtrain.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -74,6 +80,26 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
         "vocab.json": _json(vocabulary),
         "merges.txt": "".join(["#version: 0.2\n", *(f"{merge}\n" for merge in merges)]),
     }
+
+
+@cache
+def fast_tokenizer(tokenizer: Tokenizer) -> "PreTrainedTokenizerFast":
+    """The `transformers` tokenizer of these files; needs the package transformers.
+
+    Text that spells `<|endoftext|>` stays ordinary text, as it does in `Tokenizer.encode`.
+    """
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+    wrap: Any = PreTrainedTokenizerFast  # which has no types
+    wrapped: PreTrainedTokenizerFast = wrap(
+        tokenizer_object=Backend.from_str(tokenizer_files(tokenizer, block_size=1)["tokenizer.json"]),
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
+    return wrapped
 
 
 def merges_of(pieces: Sequence[bytes]) -> list[tuple[bytes, bytes]]:

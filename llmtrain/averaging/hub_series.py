@@ -29,9 +29,6 @@ DEFAULT_PATTERN = "step{N}"
 
 _FINAL = "main"
 
-_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
-"""The `HTTPError` of the HTTP library that the hub's client uses: httpx or httpx2, by its version."""
-
 
 def hub_series(repository: str, *, revision_pattern: str | None = None, discard: bool = False) -> Series:
     """The revisions of a repository whose names hold a step; step 0 is left out.

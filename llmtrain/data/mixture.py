@@ -20,6 +20,7 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import accumulate
 from math import floor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -115,7 +116,7 @@ class _Joined:
     def __len__(self) -> int:
         return self._offsets[-1]
 
-    def read(self, start: int, length: int) -> npt.NDArray[np.uint16]:
+    def read(self, start: int, length: int) -> npt.NDArray[np.integer[Any]]:
         """See `Tokens.read`."""
         index = bisect_right(self._offsets, start) - 1
         return self._parts[index].read(start - self._offsets[index], length)

@@ -199,3 +199,18 @@ def _cut_long_whitespace(text: str) -> Iterator[str]:
         yield text[start : match.end()]
         start = match.end()
     yield text[start:]
+
+
+def tokenizer_ending_with(eot: int, what: object) -> Tokenizer:
+    """The tokenizer whose end-of-text token is the one that a folder of weights names; no two share one.
+
+    Raises:
+        UserError: none of ours has it.
+    """
+    for name in TOKENIZERS:
+        if load_tokenizer(name).eot == eot:
+            return load_tokenizer(name)
+    raise UserError(
+        f"{what} ends a text with token {eot:,}, so its tokenizer is none of {', '.join(TOKENIZERS)}",
+        hint="put the files of its tokenizer (tokenizer.json) beside its weights, or name one of these: --tokenizer",
+    )

@@ -6,15 +6,10 @@ Why apart from `targets.py`: measuring wants all of a run's weights, using wants
 """
 
 import math
-import re
-from pathlib import Path
 
-from llmtrain.errors import UserError
 from llmtrain.evaluation.results import stored_rows
-from llmtrain.evaluation.targets import RAW, Target, targets_of
+from llmtrain.evaluation.targets import RAW, Target, targets_named
 from llmtrain.files import newest_run
-
-_REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 def choose_weights(name: str | None) -> tuple[Target, Target | None]:
@@ -29,18 +24,7 @@ def choose_weights(name: str | None) -> tuple[Target, Target | None]:
         UserError: it is none of these.
         RunFailed: the hub cannot be reached.
     """
-    path = newest_run().path if name is None else Path(name)
-    match = _REPOSITORY.fullmatch(str(path))
-    if not path.exists() and match and not str(path).startswith((".", "runs/")):
-        from llmtrain.averaging.hub_series import hub_checkpoint  # takes a second to import
-
-        checkpoint = hub_checkpoint(match[1], match[2] or "main")
-        return Target(match[0], None, checkpoint.folder, None), None
-    if not path.exists():
-        raise UserError(
-            f"there is no {path}", hint="name a run, a folder of weights, or OWNER/NAME on the hub"
-        )
-    return _best(targets_of(path, every_snapshot=False))
+    return _best(targets_named(name or str(newest_run().path), every_snapshot=False))
 
 
 def _best(targets: list[Target]) -> tuple[Target, Target | None]:

@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.checkpoint import load_model, load_shape, read_json
-from llmtrain.data.fast_tokenizer import tokenizer_of
 from llmtrain.data.shards import TokenData
-from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.tokenizer import load_tokenizer, tokenizer_ending_with
 from llmtrain.errors import UserError
 from llmtrain.model import GPT, IGNORE
 from llmtrain.weights_folder import CONFIG_FILE
@@ -187,7 +186,7 @@ def encoding_of(folder: Path) -> Encoding:
     """
     own = own_tokenizer(folder)
     if own is None:
-        ours = tokenizer_of(load_shape(folder).eot, folder)
+        ours = tokenizer_ending_with(load_shape(folder).eot, folder)
         return Encoding(lambda text: ours.encode(text).astype(np.int64), ours.eot)
     eot = own.eos_token_id if own.eos_token_id is not None else own.bos_token_id
     if not isinstance(eot, int):

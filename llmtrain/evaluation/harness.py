@@ -29,11 +29,12 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import env as templates_of_lm_eval
 
 from llmtrain.checkpoint import load_shape
-from llmtrain.data.fast_tokenizer import fast_tokenizer, tokenizer_of
+from llmtrain.data.tokenizer import tokenizer_ending_with
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.foreign import load_transformers, own_tokenizer
 from llmtrain.evaluation.tasks import Score, TaskSource
 from llmtrain.hardware import resolve_device
+from llmtrain.tokenizer_files import fast_tokenizer
 
 CPU_BATCH = 8
 """What "auto" is on a CPU, whose memory has no limit that could be felt for."""
@@ -54,7 +55,7 @@ class Harness(HFLM):  # type: ignore[misc]  # lm-eval has no types
         model: Any = load_transformers(folder)
         super().__init__(
             pretrained=model.to(where),
-            tokenizer=tokenizer or fast_tokenizer(tokenizer_of(load_shape(folder).eot, folder)),
+            tokenizer=tokenizer or fast_tokenizer(tokenizer_ending_with(load_shape(folder).eot, folder)),
             backend="causal",
             batch_size=CPU_BATCH if batch == "auto" and where.type == "cpu" else batch,
         )

@@ -42,9 +42,10 @@ def targets_named(name: str, *, every_snapshot: bool) -> list[Target]:
     match = _REPOSITORY.fullmatch(name)
     if Path(name).exists() or match is None or name.startswith(("runs/", ".")):
         return targets_of(Path(name), every_snapshot=every_snapshot)
-    from llmtrain.averaging.hub_series import download  # takes a second to import
+    from llmtrain.averaging.hub_series import hub_checkpoint  # takes a second to import
 
-    return [Target(name.rpartition("/")[2], None, download(match[1], match[2] or "main"), None)]
+    folder = hub_checkpoint(match[1], match[2] or "main").folder
+    return [Target(name.rpartition("/")[2], None, folder, None)]
 
 
 def targets_of(path: Path, *, every_snapshot: bool) -> list[Target]:

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.data.fast_tokenizer import fast_tokenizer, tokenizer_of
-from llmtrain.data.tokenizer import TOKENIZERS, load_tokenizer
+from llmtrain.data.tokenizer import TOKENIZERS, load_tokenizer, tokenizer_ending_with
 from llmtrain.errors import UserError
+from llmtrain.tokenizer_files import fast_tokenizer
 
 PIECES = st.sampled_from(
     ["the", " don't", "'LL", " 12345", "\n\n", "  ", "\t", "<|endoftext|>", "é", "😀", "　"]
@@ -29,6 +29,6 @@ def test_the_same_ids_and_text(name: str, text: str) -> None:
 def test_the_end_of_text(name: str) -> None:
     ours = load_tokenizer(name)
     assert fast_tokenizer(ours).eos_token_id == fast_tokenizer(ours).bos_token_id == ours.eot
-    assert tokenizer_of(ours.eot, "a folder") is ours
+    assert tokenizer_ending_with(ours.eot, "a folder") is ours
     with pytest.raises(UserError, match="none of gpt2, byte"):
-        tokenizer_of(7, "a folder")
+        tokenizer_ending_with(7, "a folder")
