@@ -138,7 +138,9 @@ def fitting(command: str, option: str) -> list[str]:
 def command_lines(draw: st.DrawFn) -> list[str]:
     """A command line with some further options, mostly with values of their kind, and perhaps a word changed."""
     words = list(draw(st.sampled_from(RIGHT)))
-    for option in draw(st.lists(st.sampled_from(COMMANDS[words[0]].params), max_size=3)):
+    # A process of its own writes past what the tests listen to.
+    options = [option for option in COMMANDS[words[0]].params if option.name != "nproc"]
+    for option in draw(st.lists(st.sampled_from(options), max_size=3)):
         if option.param_type_name == "argument":
             words.append(draw(st.sampled_from(VALUES)))
             continue

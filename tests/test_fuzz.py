@@ -39,17 +39,17 @@ from llmtrain.interrupt import OUT_OF_TIME
 from llmtrain.training.run import pretrain
 
 EXAMPLES = {
-    "config texts": 300,
-    "config trees": 400,
-    "command lines": 500,
-    "manifests": 300,
+    "config texts": 250,
+    "config trees": 250,
+    "command lines": 450,
+    "manifests": 200,
     "shards": 200,
-    "documents": 300,
-    "metrics": 300,
+    "documents": 250,
+    "metrics": 200,
     "results and records": 200,
     "safetensors headers": 200,
 }
-"""2,700 in all; a test holds the README to it."""
+"""2,200 in all; a test holds the README to it."""
 
 SECONDS = 30
 """No command takes longer: most take a hundredth of one."""
