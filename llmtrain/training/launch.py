@@ -59,7 +59,8 @@ def launch(arguments: list[str], processes: int) -> int:
                     f"process {rank} of {processes} was killed by {signal.Signals(-failure.exitcode).name}",
                     hint="was memory short? The same command goes on from the newest state",
                 ) from error
-        return int(error.get_first_failure()[1].exitcode)
+        code = int(error.get_first_failure()[1].exitcode)
+        return code if code >= 0 else 128 - code  # a signal that came before the process listened
     except SignalException as ended:
         return 128 + int(ended.sigval)
     return 0

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -143,6 +144,9 @@ def read_tensors(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Te
     Args:
         folder: of the state.
         parameters: of the model, by name: what has the shape of one is spread as it is.
+
+    Raises:
+        OSError: a file cannot be read; on all processes where one cannot.
     """
     reader = HuggingFaceStorageReader(str(folder))
     spread: dict[str, Tensor] = {}
@@ -157,7 +161,10 @@ def read_tensors(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Te
     alone = not torch.distributed.is_initialized()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        load(spread, storage_reader=reader, no_dist=alone)
+        try:
+            load(spread, storage_reader=reader, no_dist=alone)
+        except CheckpointException as error:  # no Exception: nothing above would tell it
+            raise next(iter(error.failures.values()))[0] from error
     return {key: local(tensor) for key, tensor in spread.items()}
 
 

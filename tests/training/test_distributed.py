@@ -181,6 +181,28 @@ def test_spread_otherwise_a_state_keeps_every_bit(forty_steps: RunConfig, tmp_pa
         assert different(expected, bits(before)) == []
 
 
+def read_from_a_bad_disk(state: Path) -> str:
+    import llmtrain.training.state as module
+
+    def bad(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    if os.environ["RANK"] == "1":
+        module.HuggingFaceStorageReader.read_data = bad
+    with join(CPU, spread=False):
+        try:
+            read_tensors(state, {})
+        except OSError as error:
+            return str(error)
+    return "nothing failed"
+
+
+def test_a_state_that_one_process_cannot_read_is_an_error_of_all(alone: RunFolder) -> None:
+    [*_, newest] = step_folders(alone.states).values()
+    said = in_processes(2, read_from_a_bad_disk, newest)
+    assert all("Input/output error" in each for each in said), said
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_that_were_interrupted_are_bitwise_those_that_were_not(
     tiny: Build, tmp_path: Path, parallel: str
