@@ -46,7 +46,7 @@ def resolve_parallel(
         return None
     if setting == "auto" and device.type == "cuda":
         layout = Layout(world.size, "ddp", 2 if precision == "bfloat16" else 4, cuda=True)
-        room = torch.cuda.get_device_properties(device).total_memory
+        room = world.on_first(lambda: torch.cuda.get_device_properties(device).total_memory)
         if peak(device_memory(config, layout)).total > _USABLE * room:
             return "fsdp"
     return "ddp"
