@@ -107,6 +107,7 @@ class Build:
         with closing(self.engine(encode_partition, self._tasks(partitions, counts, places))) as batches:
             records = self._write(batches, journal, len(places))
         if not sum(record.text_bytes for record in records.values()):
+            self.staging.discard()
             raise UserError(
                 "the source holds no text: every document is empty", hint="is it the right field?"
             )

@@ -51,6 +51,10 @@ class Staging:
         """What is finished; see `Journal`."""
         return self.folder / JOURNAL_FILE
 
+    def discard(self) -> None:
+        """Of shards that no later start can use, none is kept."""
+        shutil.rmtree(self.shards)
+
     def commit(self, manifest: Manifest) -> None:
         """Give the shards their name."""
         write_manifest(self.shards, manifest)
