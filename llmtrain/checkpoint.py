@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmtrain.config import DataConfig, ModelConfig
+from llmtrain.config import ModelConfig
+from llmtrain.config_data import DataConfig
 from llmtrain.errors import UserError
 from llmtrain.model import GPT
 from llmtrain.weights_folder import (

@@ -236,14 +236,15 @@ class _Run:
         )
 
     def evaluating(self) -> Usage:
-        """A forward pass of the validation data; a mean is divided out for it."""
+        """A forward pass of the validation data; a mean is divided out for it, and FSDP's shards put aside."""
         means = any(
             isinstance(each, SwaConfig | RunningMeanConfig | LawaConfig) for each in self.config.averages
         )
+        aside = self.layout.sharded and bool(self.config.averages)
         return replace(
             self.resident,
             moment="in an evaluation",
-            averages=self.resident.averages + (FLOAT * self.share if means else 0),
+            averages=self.resident.averages + FLOAT * self.share * (means + aside),
             gradients=self._buckets,
             copies=self._copies,
             activations=self.saved.evaluation(self.config.eval.batch),

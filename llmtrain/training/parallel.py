@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from llmtrain.config import RunConfig
+from llmtrain.errors import UserError
 from llmtrain.hardware import Precision
 from llmtrain.model import GPT
 from llmtrain.planning.machine import check_batch
@@ -40,6 +41,10 @@ def resolve_parallel(
     """
     check_batch(config, world.size)
     setting = config.train.parallel
+    if setting == "hsdp" and world.sums([world.local_size])[0] != world.local_size * world.size:
+        raise UserError(
+            "train.parallel hsdp needs the same number of processes on each machine", hint="or use fsdp"
+        )
     if setting in ("fsdp", "hsdp"):
         return setting
     if world.size == 1:

@@ -22,7 +22,7 @@ from llmtrain.config import RunConfig, flatten
 from llmtrain.config_file import dump_config, load_config
 from llmtrain.data.mixture import open_training_data
 from llmtrain.data.shards import TokenData
-from llmtrain.errors import UserError
+from llmtrain.errors import RunFailed, UserError
 from llmtrain.events import read_events
 from llmtrain.files import (
     INTEGRITY_FILE,
@@ -367,8 +367,13 @@ def _forward(trainer: Trainer, warn: Callable[[str], None]) -> nn.Module:
                 block.forward = torch.compile(block.forward, dynamic=dynamic)
         else:
             forward = torch.compile(forward, dynamic=dynamic)  # type: ignore[assignment]  # it is a module
-        if failure := _failure(forward, trainer):
-            warn(f"torch.compile failed ({failure}): training uncompiled")
+        failure = _failure(forward, trainer)
+        if failure and in_shards and trainer.world.size > 1:
+            raise RunFailed(  # the others wait in the middle of this one's pass
+                f"torch.compile failed ({failure})", hint="--set train.compile=false trains without it"
+            )
+        if trainer.world.sums([failure is not None])[0]:
+            warn(f"torch.compile failed ({failure or 'on another process'}): training uncompiled")
             forward = trainer.model
             for block in blocks:
                 del block.forward

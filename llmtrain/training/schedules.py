@@ -13,7 +13,6 @@ from llmtrain.config import (
     ConstantSchedule,
     CosineSchedule,
     CyclicSchedule,
-    DataConfig,
     InverseSqrtSchedule,
     LinearSchedule,
     RunConfig,
@@ -21,6 +20,7 @@ from llmtrain.config import (
     SpamConfig,
     WsdSchedule,
 )
+from llmtrain.config_data import DataConfig
 
 SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1.0 - x,
