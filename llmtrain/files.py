@@ -148,6 +148,9 @@ def _staged(staging: Path, target: Path) -> Iterator[Path]:
             flushed = pool.map(fsync_path, [path for path in staging.rglob("*") if path.is_file()])
             write_integrity(staging)
             list(flushed)
+        for path in staging.rglob("*"):
+            if path.is_file():  # safetensors lets nobody but its owner read what it writes
+                path.chmod((staging / INTEGRITY_FILE).stat().st_mode)
         for path in [staging / INTEGRITY_FILE, *(p for p in staging.rglob("*") if p.is_dir()), staging]:
             fsync_path(path)
         old = target.with_name(f"{_REPLACED_PREFIX}{target.name}")

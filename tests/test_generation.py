@@ -201,7 +201,7 @@ def test_weights_on_the_hub(tmp_path: Path) -> None:
         hub.add("model", "owner/tiny", {"main": tmp_path / "tiny"})
         (document,) = json.loads(run("owner/tiny@main").stdout)
         absent = run("owner/tiny@step9")
-    assert document["label"] == "owner/tiny@main"
+    assert document["label"] == "tiny@main"
     assert absent.returncode == 2
     assert "the hub has no owner/tiny at step9" in absent.stderr
 
