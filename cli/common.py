@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -49,6 +49,17 @@ console = _console(stderr=False)
 
 notes = _console(stderr=True)
 """Everything about the results: progress, warnings, errors. Standard error."""
+
+
+OneSetOfWeights = Annotated[
+    str | None,
+    typer.Argument(
+        help="A run (its newest average, of several the one that eval found best), a folder of GPT-2 weights, "
+        "or OWNER/NAME[@REVISION] on the hub.",
+        show_default="the newest run under runs/",
+    ),
+]
+"""TARGET of the commands that use weights."""
 
 
 def print_json(document: object) -> None:

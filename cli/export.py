@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .common import console, notes, print_json
+from .common import OneSetOfWeights, console, notes, print_json
 
 
 class Dtype(StrEnum):
@@ -29,14 +29,7 @@ class Form(StrEnum):
 
 def export(
     to: Annotated[Path, typer.Option(metavar="DIR", help="New folder to write.")],
-    target: Annotated[
-        str | None,
-        typer.Argument(
-            help="A run (its newest average, of several the one that eval found best), a folder of GPT-2 weights, "
-            "or OWNER/NAME[@REVISION] on the hub.",
-            show_default="the newest run under runs/",
-        ),
-    ] = None,
+    target: OneSetOfWeights = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the exported weights.")] = Dtype.FP32,
     form: Annotated[
         Form,

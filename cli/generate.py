@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from .common import console, discard_output, interruptible, notes, print_json
+from .common import OneSetOfWeights, console, discard_output, interruptible, notes, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,14 +31,7 @@ _CHOICE = "Choosing tokens"
 
 
 def generate(
-    target: Annotated[
-        str | None,
-        typer.Argument(
-            help="A run (its newest average, of several the one that eval found best), a folder of GPT-2 weights, "
-            "or OWNER/NAME[@REVISION] on the hub.",
-            show_default="the newest run under runs/",
-        ),
-    ] = None,
+    target: OneSetOfWeights = None,
     prompt: Annotated[str, typer.Option(help="Where the text begins.", show_default="a new document")] = "",
     max_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 256,
     num: Annotated[int, typer.Option(min=1, help="Texts; each has a seed of its own: --seed, and on.")] = 1,
