@@ -21,9 +21,12 @@ from torch import Tensor
 
 from llmtrain.checkpoint import Shape, load_model, load_shape
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_ending_with
-from llmtrain.errors import UserError
+from llmtrain.errors import RunFailed, UserError
 from llmtrain.hardware import resolve_device
 from llmtrain.model import GPT, Attention, Block
+
+_COLDEST = 1e-6
+"""The lowest temperature above 0: logits divided by less would not fit a float32."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Sampling:
         """
         wrong = {
             "max_tokens": self.max_tokens < 1 and "is below 1",
-            "temperature": not 0 <= self.temperature < math.inf and "is no number from 0 on",
+            "temperature": not (self.temperature == 0 or _COLDEST <= self.temperature < math.inf)
+            and f"is neither 0 nor a number from {_COLDEST:g} on",
             "top_k": self.top_k is not None and self.top_k < 1 and "is below 1",
             "top_p": self.top_p is not None and not 0 < self.top_p <= 1 and "is not above 0 and at most 1",
             "seed": not 0 <= self.seed < 2**63 and "is no seed from 0 to 2^63 - 1",
@@ -124,6 +128,9 @@ def generate(
         sampling: how each is chosen.
         eot: id of the end-of-text token.
         vocabulary: ids from this one on are rows that pad the embedding and never chosen; None: there are none.
+
+    Raises:
+        RunFailed: the logits are not finite.
     """
     device = model.transformer.wte.weight.device
     generator = torch.Generator().manual_seed(sampling.seed)
@@ -134,7 +141,13 @@ def generate(
             context = context[-max(model.block_size // 2, 1) :]
             cache.length, unread = 0, context
         logits_V = next_logits(model, torch.tensor([unread], device=device), cache)
-        token = choose(logits_V[:vocabulary].float().cpu(), sampling, generator)
+        logits_V = logits_V[:vocabulary].float().cpu()
+        if not logits_V.isfinite().all():
+            raise RunFailed(
+                "the logits of the model are not finite",
+                hint="its weights are damaged or its training diverged: llmtrain verify tells which",
+            )
+        token = choose(logits_V, sampling, generator)
         if token == eot:
             return
         yield token

@@ -130,6 +130,7 @@ def test_bytes_that_are_no_character_are_marked() -> None:
         {"max_tokens": 0},
         {"temperature": -1},
         {"temperature": float("nan")},
+        {"temperature": 1e-40},
         {"top_k": 0},
         {"seed": 2**63},
         {"top_p": 1.5},
@@ -138,6 +139,14 @@ def test_bytes_that_are_no_character_are_marked() -> None:
 def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         Sampling(**wrong)  # type: ignore[arg-type]
+
+
+def test_weights_that_are_no_numbers_write_nothing(tmp_path: Path) -> None:
+    model = write_folder(tmp_path, bias=False, scaled=True)
+    with torch.no_grad():
+        model.transformer.ln_f.weight[3] = float("nan")
+    with pytest.raises(RunFailed, match="not finite"):
+        next(generate(model, PROMPT, Sampling(), eot=99))
 
 
 def test_the_tokenizer_is_the_one_whose_end_of_text_the_folder_names(tmp_path: Path) -> None:
