@@ -88,28 +88,38 @@ def generate(
         notes.print(f"{each.label}: {each.path}", markup=False, style="dim", soft_wrap=True)
         writers[each] = partial(write, *load_writer(each.path, tokenizer=tokenizer, device=device), prompt)
     with interruptible("the text ends here") as interrupt, _reader_may_leave():
+
+        def written(each: "Target", chance: "Sampling") -> "Iterator[str]":
+            return _until(interrupt, writers[each](chance))
+
         if as_json:
             print_json(
-                [_document(prompt, each, c, "".join(writers[each](c))) for c in chances for each in writers]
+                [_document(prompt, each, c, "".join(written(each, c))) for c in chances for each in writers]
             )
             return
         for number, chance in enumerate(chances):
             if compare:
                 console.print(
-                    _columns({t.label: prompt + "".join(write(chance)) for t, write in writers.items()})
+                    _columns({each.label: prompt + "".join(written(each, chance)) for each in writers})
                 )
             else:
-                _stream(prompt, writers[weights](chance), interrupt, first=number == 0)
+                _stream(prompt, written(weights, chance), first=number == 0)
 
 
-def _stream(prompt: str, pieces: "Iterator[str]", interrupt: "Interrupt", *, first: bool) -> None:
+def _until(interrupt: "Interrupt", pieces: "Iterator[str]") -> "Iterator[str]":
+    """The pieces, as far as they come before a signal does."""
+    for piece in pieces:
+        yield piece
+        interrupt.check()
+
+
+def _stream(prompt: str, pieces: "Iterator[str]", *, first: bool) -> None:
     """Print a text as it comes; between two texts, a line of dashes."""
     sys.stdout.write(visible(prompt) if first else f"---\n{visible(prompt)}")
     try:
         for piece in pieces:
             sys.stdout.write(visible(piece))
             sys.stdout.flush()
-            interrupt.check()
     finally:
         sys.stdout.write("\n")
 

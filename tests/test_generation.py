@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from hub_server import HubServer
 from huggingface_hub import constants, get_session
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_process import invoke
 from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from llmtrain.averaging.average import average
@@ -26,7 +29,7 @@ from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.choice import choose_weights
 from llmtrain.files import RunFolder
-from llmtrain.generation import Cache, Sampling, generate, load_writer, narrowed, next_logits, text_of
+from llmtrain.generation import Cache, Sampling, generate, load_writer, narrowed, next_logits, text_of, write
 from llmtrain.hub import hub_errors
 from llmtrain.model import GPT
 from llmtrain.training.run import pretrain
@@ -196,6 +199,20 @@ def test_the_command(run: RunFolder, llmtrain: Callable[..., CompletedProcess[st
     table = llmtrain("generate", *options, "--compare", cwd=place).stdout
     assert "raw" in table
     assert "é [b]" in table
+
+
+@pytest.mark.parametrize("option", ["--json", "--compare"])
+def test_a_signal_ends_a_text_that_is_shown_whole(
+    run: RunFolder, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any) -> Iterator[str]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return write(*arguments)
+
+    monkeypatch.setattr("llmtrain.generation.write", interrupted)
+    ended = invoke("generate", run.path, option, cwd=run.path)
+    assert (ended.code, ended.stdout) == (130, "")
+    assert "the text ends here" in ended.stderr
 
 
 def test_weights_on_the_hub(tmp_path: Path) -> None:
