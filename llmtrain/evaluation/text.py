@@ -171,7 +171,7 @@ def _result(loss: LossResult, text: _Text, context: int, stride: int, precision:
 
 def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode()  # as it is: reading as text would turn its line ends into \n
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8 (byte {error.start:,})", hint="--text takes a plain text file"

@@ -20,7 +20,9 @@ from llmtrain.evaluation.targets import Target, targets_of
 from llmtrain.evaluation.text import TextResult, TextSettings, measure_text
 from llmtrain.training.run import pretrain
 
-TEXT = "It was the best of times, it was the wörst of times.\n\nIt was the age of wisdom … of foolishness.\n"
+TEXT = (
+    "It was the best of times, it was the wörst of times.\r\n\nIt was the age of wisdom … of foolishness.\n"
+)
 
 
 def targets(folder: Path) -> list[Target]:
@@ -29,7 +31,7 @@ def targets(folder: Path) -> list[Target]:
 
 def measured(folder: Path, tmp_path: Path, stride: int | None = None, text: str = TEXT) -> TextResult:
     path = tmp_path / "text.txt"
-    path.write_text(text)
+    path.write_bytes(text.encode())
     (result,) = measure_text(targets(folder), path, TextSettings(stride), lambda *progress: None)
     return result
 
