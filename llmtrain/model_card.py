@@ -45,7 +45,7 @@ def model_card(target: Target, shape: Shape, tokenizer: Tokenizer, *, dtype: str
     sections = [
         f"# {name.rpartition('/')[2]}",
         _summary(target, shape, dtype),
-        _use(name),
+        _use(name if _HUB_NAME.fullmatch(name) else name.rpartition("/")[2]),
         _model(shape, tokenizer, dtype),
         *([_data(manifests)] if manifests else []),
         *([_losses(rows)] if (rows := _rows(target)) else []),

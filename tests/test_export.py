@@ -195,9 +195,10 @@ def test_a_card_without_a_run_says_what_there_is(tmp_path: Path) -> None:
         Shape(load_model(target.path).config, 24, 256),
         load_tokenizer("byte"),
         dtype="float32",
-        name="x",
+        name=str(tmp_path / "x"),
     )
     assert "## Model" in card
+    assert str(tmp_path) not in card
     assert not {"## Data", "## Losses", "## Averaging", "## Recipe"} & set(card.splitlines())
 
 
