@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.config import RunConfig, flatten
-from llmtrain.errors import RunFailed, UserError
+from llmtrain.errors import UserError
 from llmtrain.files import RunFolder
 
 Event = Mapping[str, float | int | str | None]
@@ -44,8 +44,8 @@ class Dashboards:
         """
         self._run, self._warn = run, warn
         self._boards: list[_Wandb | _TensorBoard] = []
-        self.wandb_id: str | None = None
-        """Id of the W&B run, kept in the training state."""
+        self.wandb_id: str | None = wandb_id
+        """Id of the W&B run, kept in the training state, also while there is none to tell."""
         if config.log.tensorboard:
             self._boards.append(_TensorBoard(run.path / "tensorboard", resumed_step))
         started = _start_wandb(run.path, config, wandb_id, warn)
@@ -81,8 +81,8 @@ class Dashboards:
 
         try:
             return write_report([self._run], self._run.report).page
-        except (UserError, RunFailed) as error:
-            self._warn(f"W&B gets no report: {error}")
+        except Exception as error:  # a run that was trained to its end has not failed
+            self._warn(f"W&B gets no report: {_first_line(error)}")
             return None
 
     def _each(self, tell: Callable[["_Wandb | _TensorBoard"], None]) -> None:
@@ -150,9 +150,18 @@ class _TensorBoard:
 
 
 def _start_wandb(folder: Path, config: RunConfig, run_id: str | None, warn: Callable[[str], None]) -> Any:
-    """A W&B run, or None when the config wants none. The import alone takes a third of a second."""
+    """A W&B run, or None when the config wants none or there cannot be one."""
     if config.log.wandb.mode == "disabled":
         return None
+    try:
+        return _wandb_run(folder, config, run_id, warn)
+    except Exception as error:  # of its server process, its settings, its files: training begins all the same
+        warn(f"W&B cannot be started ({_first_line(error)}): training goes on without it")
+        return None
+
+
+def _wandb_run(folder: Path, config: RunConfig, run_id: str | None, warn: Callable[[str], None]) -> Any:
+    """A new W&B run, or that of `run_id` again; offline where it must. The import alone takes a third of a second."""
     import wandb
 
     def start(mode: str) -> Any:
@@ -174,6 +183,11 @@ def _start_wandb(folder: Path, config: RunConfig, run_id: str | None, warn: Call
             raise wandb.errors.UsageError("no account is known here: wandb login")
         return start("online")
     except wandb.Error as error:
-        why = str(error).splitlines()[0]
-        warn(f"W&B cannot be reached ({why}): the run is kept offline, and `wandb sync` sends it later")
+        warn(
+            f"W&B cannot be reached ({_first_line(error)}): the run is kept offline, and `wandb sync` sends it later"
+        )
         return start("offline")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -79,6 +79,17 @@ def test_a_dashboard_that_fails_is_left_alone(tiny: Build, tmp_path: Path) -> No
     assert [warning.split(" (")[0] for warning in warnings] == ["TensorBoard fails"]
 
 
+def test_wandb_that_cannot_start_is_told(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "no address")
+    config, warnings = tiny(log={"wandb": {"mode": "offline"}}), list[str]()
+    boards = Dashboards(RunFolder(tmp_path), config, resumed_step=0, wandb_id=None, warn=warnings.append)
+    boards.log({"step": 1, "loss": 2.0}, "train")
+    assert boards.wandb_id is None
+    assert [warning.split(" (")[0] for warning in warnings] == ["W&B cannot be started"]
+
+
 def test_without_an_account_wandb_is_kept_offline_and_asks_nothing(
     tiny: Build, tmp_path: Path, data_folder: Path
 ) -> None:
