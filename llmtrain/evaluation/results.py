@@ -98,8 +98,10 @@ def measure(
     raw: dict[tuple[Path, int | None], float] = {}
     opened: dict[Path, TokenData] = {}
     rows = []
-    for target in targets:
-        resolved = _resolve(target, settings)
+    everything = [_resolve(target, settings) for target in targets]
+    if len({resolved.tokens for resolved in everything}) > 1:
+        warn("not all are measured on as many tokens, as the runs' configs say: --tokens N makes them alike")
+    for target, resolved in zip(targets, everything, strict=True):
         assert resolved.data is not None
         if resolved.data not in opened:
             opened[resolved.data] = open_data(resolved.data)

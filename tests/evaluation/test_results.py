@@ -92,6 +92,25 @@ def test_a_folder_outside_a_run_needs_data(run: RunFolder, data_folder: Path, tm
     assert (row.label, row.step, row.delta) == ("elsewhere", 12, None)
 
 
+def test_other_numbers_of_tokens_side_by_side_are_told(
+    tiny: Callable[..., RunConfig], data_folder: Path, tmp_path: Path
+) -> None:
+    run = pretrain(tiny(eval__tokens=50), tmp_path / "run", say=lambda line: None).run
+    run.snapshot(10).rename(tmp_path / "elsewhere")
+    targets = [
+        target
+        for path in (run.snapshot(12), tmp_path / "elsewhere")
+        for target in targets_of(path, every_snapshot=False)
+    ]
+    heard: list[str] = []
+    rows = measure(targets, Settings(data=data_folder), lambda *progress: None, warn=heard.append)
+    assert rows[0].tokens == 49
+    assert rows[1].tokens > 49
+    assert "--tokens N" in heard[0]
+    measure(targets, Settings(data=data_folder, tokens=50), lambda *progress: None, warn=heard.append)
+    assert len(heard) == 1
+
+
 def test_weights_that_are_not_finite_have_no_loss(run: RunFolder) -> None:
     from safetensors.torch import load_file, save_file
 
