@@ -34,7 +34,7 @@ def _best(targets: list[Target]) -> tuple[Target, Target | None]:
     averages = [target for target in newest if target.label != RAW]
     if len(averages) > 1:
         assert last.run is not None
-        rows = [row for row in stored_rows(last.run) if row.step == last.step and row.delta is not None]
-        gains = {row.label: row.delta or 0.0 for row in rows}
+        rows = [row for row in stored_rows(last.run) if row.step == last.step and row.split == "val"]
+        gains = {row.label: row.delta for row in rows if row.delta is not None}
         return min(averages, key=lambda target: (gains.get(target.label, math.inf), target.label)), raw
     return last, raw if last is not raw else None

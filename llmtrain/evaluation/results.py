@@ -123,12 +123,17 @@ def stored_rows(run: RunFolder) -> list[Row]:
     """
     found = [row for path in sorted(run.evals.glob("[!.]*.json")) if (row := _read_row(path)) is not None]
     rows = [row for row in found if _is_current(run, row)]
-    raw = {(row.step, row.data, row.split, row.tokens): row.loss for row in rows if row.label == RAW}
+    raw = {_windows(row): row.loss for row in rows if row.label == RAW}
     filled = []
     for row in rows:
-        base = raw.get((row.step, row.data, row.split, row.tokens))
+        base = raw.get(_windows(row))
         filled.append(replace(row, delta=None if base is None else row.loss - base))
     return sorted(filled, key=lambda row: (row.label != RAW, row.label, row.step or 0))
+
+
+def _windows(row: Row) -> tuple[object, ...]:
+    """What two results have in common where their difference means something."""
+    return row.step, row.data, row.split, row.tokens, row.precision
 
 
 def data_is_known(target: Target, settings: Settings) -> bool:

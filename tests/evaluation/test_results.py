@@ -82,6 +82,17 @@ def test_other_tokens_or_another_split_are_measured_anew(run: RunFolder) -> None
     assert len(stored_rows(run)) == 3
 
 
+def test_a_difference_from_raw_is_within_one_precision(run: RunFolder) -> None:
+    targets = targets_of(run.average("ema-0.9", 12), every_snapshot=False)
+    for precision in ("float32", "bfloat16"):
+        measure_all(targets, Settings(precision=precision))
+    raw = {row.precision: row.loss for row in stored_rows(run) if row.label == "raw"}
+    deltas = {row.precision: row.delta for row in stored_rows(run) if row.label == "ema-0.9"}
+    losses = {row.precision: row.loss for row in stored_rows(run) if row.label == "ema-0.9"}
+    assert len(raw) == 2
+    assert deltas == {precision: losses[precision] - raw[precision] for precision in raw}
+
+
 def test_a_folder_outside_a_run_needs_data(run: RunFolder, data_folder: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     run.snapshot(12).rename(moved)
