@@ -24,6 +24,7 @@ from llmtrain.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_ending_
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.hardware import resolve_device
 from llmtrain.model import GPT, Attention, Block
+from llmtrain.tokenizer_files import is_spoken
 
 _COLDEST = 1e-6
 """The lowest temperature above 0: logits divided by less would not fit a float32."""
@@ -182,7 +183,7 @@ def tokenizer_of(folder: Path, shape: Shape, name: str | None = None) -> Tokeniz
         folder: for messages.
         shape: its model's.
         name: of the tokenizer; None: the one whose end-of-text token the folder's config names. Every
-            folder names that token, wherever its run and its data are, and no two tokenizers share one.
+            folder names that token, wherever its run and its data are, and no two of ours share one.
 
     Raises:
         UserError: it is none of ours, or has more ids than the model.
@@ -193,6 +194,11 @@ def tokenizer_of(folder: Path, shape: Shape, name: str | None = None) -> Tokeniz
             f"{folder} has {shape.model.vocab_size:,} rows of embeddings, "
             f"the {tokenizer.name} tokenizer {tokenizer.vocab_size:,} ids",
             hint="name the tokenizer the model was trained with: --tokenizer gpt2 or --tokenizer byte",
+        )
+    if name is None and not is_spoken(folder, tokenizer):
+        raise UserError(
+            f"the tokenizer files in {folder} give other ids than ours do",
+            hint="its text cannot be written here; where ours is meant all the same: --tokenizer gpt2 or byte",
         )
     return tokenizer
 

@@ -13,9 +13,11 @@ import json
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.weights_folder import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -37,8 +39,7 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
         tokenizer: one of ours.
         block_size: the longest input of the model, in tokens.
     """
-    vocabulary = {_spelled(piece): id for id, piece in enumerate(tokenizer.pieces) if piece}
-    vocabulary[END_OF_TEXT] = tokenizer.eot
+    vocabulary = _vocabulary(tokenizer) | {END_OF_TEXT: tokenizer.eot}
     merges = [f"{_spelled(left)} {_spelled(right)}" for left, right in merges_of(tokenizer.pieces)]
     is_gpt2 = tokenizer.name == "gpt2"
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": is_gpt2}
@@ -80,6 +81,21 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
         "vocab.json": _json(vocabulary),
         "merges.txt": "".join(["#version: 0.2\n", *(f"{merge}\n" for merge in merges)]),
     }
+
+
+def is_spoken(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Whether a folder of weights brings no other tokenizer than this: no file of one, or one with our ids.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    for name in ("tokenizer.json", "vocab.json"):
+        if (folder / name).is_file():
+            document = read_json(folder / name)
+            model = document.get("model") if name == "tokenizer.json" else {"vocab": document}
+            theirs = model.get("vocab") if isinstance(model, dict) else None
+            return isinstance(theirs, dict) and _vocabulary(tokenizer).items() <= theirs.items()
+    return True
 
 
 @cache
@@ -126,6 +142,11 @@ def _merged(text: bytes, ranks: dict[bytes, int], *, below: int) -> list[bytes]:
             return parts
         at = pairs.index(lowest)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
+
+
+def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
+    """The id of each piece of text; that of end-of-text is none."""
+    return {_spelled(piece): id for id, piece in enumerate(tokenizer.pieces) if piece}
 
 
 def _spelled(piece: bytes) -> str:

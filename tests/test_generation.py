@@ -32,6 +32,7 @@ from llmtrain.files import RunFolder
 from llmtrain.generation import Cache, Sampling, generate, load_writer, narrowed, next_logits, text_of, write
 from llmtrain.hub import hub_errors
 from llmtrain.model import GPT
+from llmtrain.tokenizer_files import tokenizer_files
 from llmtrain.training.run import pretrain
 
 PROMPT = [5, 17, 3, 42]
@@ -160,6 +161,13 @@ def test_the_tokenizer_is_the_one_whose_end_of_text_the_folder_names(tmp_path: P
     write_folder(tmp_path / "other", bias=False, scaled=True)
     with pytest.raises(UserError, match="ends a text with token 99"):
         load_writer(tmp_path / "other")
+    files = tokenizer_files(load_tokenizer("byte"), 24)
+    (tmp_path / "bytes" / "vocab.json").write_text(files["vocab.json"])
+    assert load_writer(tmp_path / "bytes")[1].name == "byte"
+    (tmp_path / "bytes" / "tokenizer.json").write_text(files["tokenizer.json"].replace(": 65,", ": 66,"))
+    with pytest.raises(UserError, match="give other ids than ours"):
+        load_writer(tmp_path / "bytes")
+    assert load_writer(tmp_path / "bytes", tokenizer="byte")[1].name == "byte"
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from llmtrain.data.shards import TokenData
 from llmtrain.data.tokenizer import load_tokenizer, tokenizer_ending_with
 from llmtrain.errors import UserError
 from llmtrain.model import GPT, IGNORE
+from llmtrain.tokenizer_files import is_spoken
 from llmtrain.weights_folder import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -202,10 +203,11 @@ def encoding_of(folder: Path) -> Encoding:
 def reencoded(folder: Path, data: TokenData, split: str, limit: int) -> Reencoded | None:
     """The text of the first `limit` tokens of a split in the ids of a folder's own tokenizer.
 
-    None where the folder has no tokenizer files or they give the ids that the split holds; of a GPT-2, the id of
-    its end-of-text token tells.
+    None where the folder has no tokenizer files or they give the ids that the split holds; of a GPT-2, these files
+    and the id of its end-of-text token tell, without transformers.
     """
-    alike = not is_foreign(folder) and load_shape(folder).eot == data.eot
+    ours = load_tokenizer(data.tokenizer)
+    alike = not is_foreign(folder) and load_shape(folder).eot == ours.eot and is_spoken(folder, ours)
     if alike or load_tokenizer_files(folder) is None:
         return None
     encoding, reader = encoding_of(folder), data.reader(split)
