@@ -106,8 +106,11 @@ def test_a_model_of_others_without_a_tokenizer(data_folder: Path, tmp_path: Path
         measured(tmp_path / "neox", tmp_path)
 
 
-def test_shards_of_another_tokenizer_are_read_as_text(data_folder: Path, tmp_path: Path) -> None:
-    write_neox(tmp_path / "neox")
+@pytest.mark.parametrize("write", [write_neox, write_ours])  # ours: its end of text is that of the data
+def test_shards_of_another_tokenizer_are_read_as_text(
+    write: Callable[[Path], object], data_folder: Path, tmp_path: Path
+) -> None:
+    write(tmp_path / "neox")
     ids = open_data(data_folder).reader("val").read(0, 1000)
     documents = [load_tokenizer("byte").decode(part) for part in np.split(ids, np.flatnonzero(ids == 256))]
     tokenizer = write_tokenizer(tmp_path / "neox", "".join(documents))
