@@ -66,7 +66,7 @@ def training_charts(records: Sequence[Record]) -> list[Chart]:
         for index, record in enumerate(records):
             events = [event for event in record.training if is_drawable(event.get(key))]
             values = [event[key] for event in events]
-            if any(values) or name not in _LEFT_OUT_AT_ZERO:
+            if any(values) or (values and name not in _LEFT_OUT_AT_ZERO):
                 steps = [event["step"] for event in events]
                 lines.append(Line(well_formed(record.name), steps, values, colour=index, dash=index))
         found.append(

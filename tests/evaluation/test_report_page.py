@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import ClassVar
@@ -16,6 +17,7 @@ import pytest
 from llmtrain.config import RunConfig
 from llmtrain.errors import UserError
 from llmtrain.evaluation.charts import COLOURS, Chart, Line, draw
+from llmtrain.evaluation.report_charts import charts
 from llmtrain.evaluation.report_data import gains, read_records, savings
 from llmtrain.evaluation.report_page import write_report
 from llmtrain.files import RunFolder
@@ -125,6 +127,14 @@ def test_the_parts_hold_what_was_measured(runs: list[RunFolder], tmp_path: Path)
         assert shown in page
 
 
+def test_a_run_that_did_not_log_something_has_no_line_of_it(runs: list[RunFolder]) -> None:
+    one, other = read_records(runs)
+    silent = [{key: value for key, value in event.items() if key != "memory"} for event in other.training]
+    drawn = charts([one, replace(other, training=silent)])
+    assert all(line.x for chart in drawn for line in chart.lines)
+    assert {chart.name: len(chart.lines) for chart in drawn}["memory"] == 1
+
+
 def test_a_run_without_losses_has_no_page(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no validation loss"):
         write_report([invented(tmp_path / "run", {})], tmp_path / "out")
@@ -136,7 +146,8 @@ PROBE = """
 const frame = document.querySelector("iframe");
 frame.onload = () => {
   const inside = frame.contentDocument, figure = inside.querySelector(".chart.steps");
-  figure.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowLeft"}));
+  for (const each of inside.querySelectorAll(".chart"))
+    each.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowLeft"}));
   const found = {ready: inside.documentElement.dataset.ready, wide: inside.documentElement.scrollWidth,
     figure: figure.clientWidth, tip: figure.querySelector(".tip").textContent};
   document.body.append(Object.assign(document.createElement("pre"), {textContent: JSON.stringify(found)}));
