@@ -3,7 +3,7 @@
 Why a class of our own: it gives lm-eval the tokenizer that the folder does not hold, reports progress where lm-eval
 draws bars, and reads an answer longer than a short context in parts, where lm-eval fails by an assertion.
 
-    scores = score(load(folder, "auto", "auto"), load_task(source, None), None, on_progress).scores
+    scores = score(load(folder, "auto", "auto"), load_task(source, None, None), None, on_progress).scores
 """
 
 import contextlib
@@ -117,11 +117,16 @@ def load(folder: Path, device: str, batch: int | Literal["auto"]) -> Harness:
         return Harness(folder, device, batch)
 
 
-def load_task(source: TaskSource, files: Path | None) -> dict[str, Any]:
+def load_task(source: TaskSource, files: Path | None, limit: int | None) -> dict[str, Any]:
     """What lm-eval makes of a name: one task with its documents, or those of a group.
 
+    Args:
+        source: which.
+        files: a folder with task files of the user.
+        limit: only the first so many documents will be asked.
+
     Raises:
-        UserError: there is none of this name, or its documents lack a field.
+        UserError: there is none of this name, or its documents lack a field or an answer.
         RunFailed: its data set cannot be had.
     """
     local = isinstance(source.spec, dict)
@@ -147,6 +152,7 @@ def load_task(source: TaskSource, files: Path | None) -> dict[str, Any]:
             ) from error
     if local:
         _require_fields(source, loaded["tasks"][source.name])
+        _require_answers(source, loaded["tasks"][source.name], limit)
     return loaded
 
 
@@ -227,6 +233,24 @@ def _require_fields(source: TaskSource, task: Any) -> None:
     for name in sorted(fields):
         if name not in table.column_names or table.column(name).null_count:
             raise _bad_data(source, f"a document has no field {name!r}")
+
+
+def _require_answers(source: TaskSource, task: Any, limit: int | None) -> None:
+    """Raise a UserError unless one of the choices of every document is right.
+
+    lm-eval looks for the answer when the model has been asked everything, and counts a missing one as missed.
+    """
+    if task.config.doc_to_choice is None:
+        return
+    for number, document in enumerate(islice(task.eval_docs, limit), start=1):
+        try:
+            # Of several contexts with one ending, as in WinoGrande, the text is the number of the right one.
+            right = (task.doc_to_text if task.multiple_input else task.doc_to_target)(document)
+            choices = task.doc_to_choice(document)
+        except Exception as error:  # a template may compute anything
+            raise _bad_data(source, f"document {number:,}: {type(error).__name__}: {error}") from error
+        if right not in range(len(choices)):
+            raise _bad_data(source, f"document {number:,}: of {len(choices)} choices, {right!r} is right")
 
 
 def _bad_data(source: TaskSource, reason: object) -> UserError:

@@ -124,7 +124,7 @@ def measure_tasks(
         """All tasks at once, so that a name that means nothing is told before hours of work."""
         from llmtrain.evaluation.harness import load_task  # imports lm-eval, which takes seconds
 
-        return {source.name: load_task(source, settings.files) for source in sources}
+        return {source.name: load_task(source, settings.files, settings.limit) for source in sources}
 
     results = []
     for target in targets:

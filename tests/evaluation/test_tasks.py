@@ -230,12 +230,19 @@ def test_data_that_is_not_that_of_the_task(tmp_path: Path) -> None:
     for content in (
         json.dumps({"text": "x"}),
         json.dumps(row) + "\n" + json.dumps(row | {"goal": None}),
+        json.dumps(row) + "\n" + json.dumps(row | {"label": 2}),
         "{",
         "",
     ):
         (tmp_path / "piqa.jsonl").write_text(content + "\n")
         with pytest.raises(UserError, match=r"piqa\.jsonl does not hold documents of piqa"):
             measured(tmp_path / "ours", settings)
+    questions = [
+        {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": k} for k in "AC"
+    ]
+    (tmp_path / "arc_easy.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    with pytest.raises(UserError, match="document 2: "):
+        measured(tmp_path / "ours", TaskSettings(("arc_easy",), data=tmp_path))
     with pytest.raises(UserError, match="ships no task file for 'boolq'"):
         measured(tmp_path / "ours", TaskSettings(("boolq",), data=tmp_path))
 
