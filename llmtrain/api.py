@@ -17,7 +17,7 @@ from llmtrain.averaging.sources import find_series
 from llmtrain.config_file import load_config
 from llmtrain.evaluation.choice import choose_weights
 from llmtrain.evaluation.results import Row, Settings, measure
-from llmtrain.evaluation.targets import targets_of
+from llmtrain.evaluation.targets import targets_named
 from llmtrain.export import export as export_weights
 from llmtrain.generation import Sampling, load_writer, write
 from llmtrain.training.run import pretrain
@@ -46,13 +46,13 @@ def average(source: str | Path, request: Request) -> list[Average]:
 
 
 def evaluate(target: str | Path, settings: Settings | None = None) -> list[Row]:
-    """The losses of a run's averages and of the raw weights of their steps, or of a folder of weights.
+    """The losses of a run's averages and of the raw weights of their steps, of a folder of weights, or of OWNER/NAME.
 
     Raises:
         UserError: there is no such target, or its data is not known.
-        RunFailed: a loss is not finite.
+        RunFailed: a loss is not finite, or the hub cannot be reached.
     """
-    targets = targets_of(Path(target), every_snapshot=False)
+    targets = targets_named(str(target), every_snapshot=False)
     return measure(targets, settings or Settings(), lambda target, done, total: None)
 
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtrain.errors import UserError
+from llmtrain.errors import RunFailed, UserError
 from llmtrain.files import RunFolder, is_run, step_folders
 from llmtrain.weights_folder import CONFIG_FILE, load_origin
 
@@ -44,7 +44,11 @@ def targets_named(name: str, *, every_snapshot: bool) -> list[Target]:
         return targets_of(Path(name), every_snapshot=every_snapshot)
     from llmtrain.averaging.hub_series import hub_checkpoint  # takes a second to import
 
-    folder = hub_checkpoint(match[1], match[2] or "main").folder
+    try:
+        folder = hub_checkpoint(match[1], match[2] or "main").folder
+    except (UserError, RunFailed) as error:  # which may be of a folder whose name was mistyped
+        error.hint += f"; there is no folder {name} here"
+        raise
     return [Target(name.rpartition("/")[2], None, folder, None)]
 
 

@@ -11,7 +11,7 @@ from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.report import loss_curves, newest_rows
 from llmtrain.evaluation.report_page import write_report
 from llmtrain.evaluation.results import Row, Settings, measure, stored_rows
-from llmtrain.evaluation.targets import Target, targets_of
+from llmtrain.evaluation.targets import Target, targets_named, targets_of
 from llmtrain.files import RunFolder
 from llmtrain.training.run import pretrain
 
@@ -55,6 +55,9 @@ def test_what_is_no_target(tmp_path: Path, tiny: Callable[..., RunConfig]) -> No
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(UserError, match="no snapshot yet"):
         targets_of(tmp_path, every_snapshot=False)
+    with pytest.raises(RunFailed, match="cannot be reached") as caught:  # the tests have no network
+        targets_named("runz/demo", every_snapshot=False)
+    assert "there is no folder runz/demo here" in caught.value.hint
 
 
 def test_losses_are_those_of_training_and_measured_once(run: RunFolder) -> None:
