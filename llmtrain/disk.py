@@ -72,6 +72,8 @@ def free_bytes(target: Path) -> int:
 def _errno(error: Exception) -> int | None:
     if isinstance(error, OSError):
         return error.errno
+    if isinstance(error.__context__, OSError):  # torch fails once more in closing a file, and tells only that
+        return error.__context__.errno
     match = _RUST_ERRNO.search(str(error))
     return int(match[1]) if match else None
 

@@ -74,7 +74,10 @@ def export(
     _require_range(target.path, model, DTYPES[dtype])
     with staged_folder(to, needed=model.n_parameters() * DTYPES[dtype].itemsize) as folder:
         if form == "nanogpt":
-            torch.save(nanogpt_checkpoint(model, target, DTYPES[dtype]), folder / NANOGPT_FILE)
+            with (folder / NANOGPT_FILE).open(
+                "wb"
+            ) as file:  # torch's own files tell no reason when they fail
+                torch.save(nanogpt_checkpoint(model, target, DTYPES[dtype]), file)
         else:
             _write_repository(folder, model, target, shape, text, dtype=DTYPES[dtype], name=name)
 

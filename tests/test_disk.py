@@ -92,6 +92,12 @@ def test_a_limit_on_file_sizes_is_named(tmp_path: Path) -> None:
             write_atomically(tmp_path / "f", "x" * 20_000)
         with pytest.raises(RunFailed, match="File too large"), staged_folder(tmp_path / "t") as folder:
             save_file({"a": torch.ones(10_000)}, folder / "model.safetensors")
+        with (
+            pytest.raises(RunFailed, match="File too large"),
+            staged_folder(tmp_path / "t") as folder,
+            (folder / "ckpt.pt").open("wb") as file,
+        ):
+            torch.save({"a": torch.ones(10_000)}, file)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "ulimit -f" in caught.value.hint
