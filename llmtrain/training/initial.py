@@ -21,6 +21,7 @@ from llmtrain.averaging.torch_files import MASKS, open_training_file
 from llmtrain.checkpoint import CONV1D, load_shape, shape_of
 from llmtrain.config import RunConfig
 from llmtrain.errors import UserError
+from llmtrain.files import is_run
 from llmtrain.model import GPT
 from llmtrain.sharded import scatter
 
@@ -35,6 +36,11 @@ def open_weights(source: str) -> Checkpoint:
         RunFailed: the hub cannot be reached.
     """
     path = Path(source)
+    if is_run(path):
+        raise UserError(
+            f"init_from: {source} is a run, which holds many weights",
+            hint="name one of them: a folder in its snapshots/ or averages/",
+        )
     if path.is_dir():
         return open_folder(path, step=0)
     if path.is_file():

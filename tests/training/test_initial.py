@@ -82,7 +82,11 @@ def test_another_model_is_refused(tiny: Build, public: Path, changes: dict[str, 
     assert message in caught.value.hint
 
 
-def test_what_does_not_exist(tiny: Build) -> None:
+def test_what_is_no_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match="is a run") as caught:
+        open_weights(str(tmp_path))
+    assert "averages/" in caught.value.hint
     with pytest.raises(UserError, match="there is no nowhere"):
         open_weights("nowhere")
 
