@@ -9,6 +9,7 @@ pipes hold nothing but results; and every failure is one red line and a hint.
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -38,10 +39,19 @@ _PIPE_INTERVAL = 10.0
 """Seconds between two progress lines when the output is no terminal."""
 
 
+class _Console(Console):
+    """One that leaves with the exit code of a closed pipe, as every command does."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        discard_output()
+        raise SystemExit(128 + signal.SIGPIPE)
+
+
 def _console(*, stderr: bool) -> Console:
     probe = Console(stderr=stderr)
     width = None if probe.is_terminal else _PIPE_WIDTH
-    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=not probe.is_terminal)
+    return _Console(stderr=stderr, width=width, highlight=False, soft_wrap=not probe.is_terminal)
 
 
 console = _console(stderr=False)
@@ -64,7 +74,12 @@ OneSetOfWeights = Annotated[
 
 def print_json(document: object) -> None:
     """One JSON document on standard output and nothing else."""
-    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    try:
+        sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard_output()
+        raise typer.Exit(128 + signal.SIGPIPE) from None
 
 
 def print_error(error: Exception, hint: str | None) -> None:

@@ -177,6 +177,15 @@ def test_a_signal_saves_the_state_and_the_same_command_goes_on(
     assert "has finished" in finished.stdout
 
 
+@pytest.mark.parametrize("command", ["recipes", "recipes --json", "plan --config configs/demo.yaml"])
+def test_results_that_nobody_reads_end_with_the_code_of_a_closed_pipe(command: str) -> None:
+    script = f"{Path(sys.executable).parent}/llmtrain {command} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 @pytest.mark.parametrize("pipe", ["|", "2>&1 |"])
 def test_a_closed_pipe_saves_the_state(workplace: Path, llmtrain: Command, pipe: str) -> None:
     llmtrain("prepare", "documents.jsonl", "--tokenizer", "byte", "--val-fraction", "0.1", cwd=workplace)

@@ -70,10 +70,9 @@ class Dashboards:
         self._each(lambda board: board.rewind(step) if isinstance(board, _TensorBoard) else None)
 
     def close(self, *, finished: bool) -> None:
-        """Close them; W&B keeps the report of a run that has `finished` as an artifact."""
-        wandb = [board for board in self._boards if isinstance(board, _Wandb)]
-        if finished and wandb and (page := self._report()) is not None:
-            self._each(lambda board: board.keep(page) if isinstance(board, _Wandb) else None)
+        """Close them; of a run that has `finished` W&B keeps the report, TensorBoard its figure of the losses."""
+        if finished and self._boards and (page := self._report()) is not None:
+            self._each(lambda board: board.keep(page))
         self._each(lambda board: board.close(finished=finished))
 
     def _report(self) -> Path | None:
@@ -82,7 +81,8 @@ class Dashboards:
         try:
             return write_report([self._run], self._run.report).page
         except Exception as error:  # a run that was trained to its end has not failed
-            self._warn(f"W&B gets no report: {_first_line(error)}")
+            names = " and ".join(board.name for board in self._boards)
+            self._warn(f"{names} gets no report: {_first_line(error)}")
             return None
 
     def _each(self, tell: Callable[["_Wandb | _TensorBoard"], None]) -> None:
@@ -144,6 +144,13 @@ class _TensorBoard:
     def rewind(self, step: int) -> None:
         self._writer.close()
         self._open(step)
+
+    def keep(self, page: Path) -> None:
+        from matplotlib.image import imread
+
+        figure = page.with_name("loss.png")
+        if figure.exists():  # there is none where nothing was validated
+            self._writer.add_image("report/loss", imread(figure)[..., :3], dataformats="HWC")
 
     def close(self, *, finished: bool) -> None:
         self._writer.close()

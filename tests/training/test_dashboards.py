@@ -32,6 +32,8 @@ def test_tensorboard_holds_what_the_log_holds(tiny: Build, tmp_path: Path) -> No
     assert {"train/tokens_per_second", "train/memory", "train/grad_norm"} <= set(board.Tags()["scalars"])
     (text,) = [t for t in board.Tags()["tensors"] if t.startswith("val/sample")]
     assert [tensor.step for tensor in board.Tensors(text)] == [6, 12]
+    (figure,) = board.Images("report/loss")  # of the report at the end
+    assert (figure.width, figure.height) > (400, 200)
 
 
 def test_no_point_twice_after_a_resume(tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
