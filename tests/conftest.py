@@ -110,7 +110,12 @@ def llmtrain() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a CUDA device where there is none."""
+    """Skip what needs a CUDA device where there is none; files with slow tests first.
+
+    Else one core waits for the other at the end.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     import torch
 
     if not torch.cuda.is_available():
