@@ -175,7 +175,7 @@ def _wandb_run(folder: Path, config: RunConfig, run_id: str | None, warn: Callab
         return wandb.init(
             project=config.log.wandb.project,
             name=config.name,
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,  # type: ignore[arg-type]  # one of W&B's, by the config's type
             dir=str(folder),
             id=run_id,
             resume="allow" if run_id is not None else None,

@@ -4,7 +4,6 @@ import errno
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ from llmtrain.interrupt import Interrupted
 from llmtrain.model import GPT
 from llmtrain.training.run import pretrain
 from llmtrain.training.schedules import learning_rate
-from llmtrain.training.trainer import Trainer
 
 
 def test_training_equals_a_plain_loop(tiny: Build, tmp_path: Path) -> None:
@@ -262,86 +260,6 @@ def test_a_damaged_state_gives_way_to_the_one_before(
     assert "Input/output error" in warnings[1]
     assert len(list(run.states.glob("step-00000012-damaged*/tensors.safetensors"))) == 2
     assert_same_run(whole, run)
-
-
-def test_a_branch_begins_with_a_state_and_records_its_parent(tiny: Build, tmp_path: Path) -> None:
-    trunk = quiet(tiny(), tmp_path / "trunk")
-    cooldown = tiny(
-        schedule={"name": "wsd", "warmup_steps": 2, "decay_steps": 4},
-        averages=[*EVERY_AVERAGE[:1], {"kind": "running-mean"}],
-    )
-    branch = quiet(cooldown, tmp_path / "branch", resume=trunk.state(8))
-    assert list(step_folders(branch.snapshots)) == [8, 10, 12]
-    assert [e["step"] for e in events(branch)] == [9, 12, 12]
-    parent = json.loads(branch.parent.read_text())
-    assert (parent["run"], parent["step"]) == (str(trunk.path), 8)
-    assert parent["changed"]["schedule.name"] == ["constant", "wsd"]
-    # The trunk's own continuation differs, and a branch that changes nothing does not.
-    ours, theirs = load_weights(branch.snapshot(12)), load_weights(trunk.snapshot(12))
-    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
-    same = quiet(tiny(), tmp_path / "same", resume=trunk.state(8))
-    assert (same.snapshot(12) / "model.safetensors").read_bytes() == (
-        trunk.snapshot(12) / "model.safetensors"
-    ).read_bytes()
-    # The same command again goes on with the branch; another beginning is refused.
-    assert pretrain(cooldown, branch.path, resume=trunk.state(8), say=lambda line: None).already_finished
-    with pytest.raises(UserError, match="did not begin with"):
-        quiet(cooldown, branch.path, resume=trunk.state(12))
-    (tmp_path / "moved").mkdir()
-    moved = [each.path.rename(tmp_path / "moved" / each.path.name) for each in (trunk, branch)]
-    assert pretrain(
-        cooldown, moved[1], resume=RunFolder(moved[0]).state(8), say=lambda _: None
-    ).already_finished
-
-
-def test_an_average_that_a_branch_adds_begins_there(tiny: Build, tmp_path: Path) -> None:
-    """And says so, after a resume as well: `average` computes weights from where it began."""
-    trunk = quiet(tiny(), tmp_path / "trunk")
-    averages = [{"kind": "ema", "save_every": 4}, {"kind": "running-mean", "every": 2}, EVERY_AVERAGE[-1]]
-    for steps in (12, 14):
-        run = quiet(tiny(averages=averages, train__max_steps=steps), tmp_path / "run", resume=trunk.state(8))
-        for label, start in (("ema-0.9", 1), ("running-mean", 8), ("power-ema-0.1", 8)):
-            about = json.loads((run.average(label, steps) / "provenance.json").read_text())
-            assert about["start"] == start
-
-
-def test_a_branch_that_was_killed_before_its_first_state_is_bitwise_the_other_one(
-    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trunk = quiet(tiny(), tmp_path / "trunk")
-    config = tiny(optimizer={"lr": 5e-3})
-    whole = quiet(config, tmp_path / "whole", resume=trunk.state(8))
-
-    def killed(*arguments: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "save_state", killed)
-        with pytest.raises(KeyboardInterrupt):
-            quiet(config, tmp_path / "parts", resume=trunk.state(8))
-    assert_same_run(whole, quiet(config, tmp_path / "parts"))
-    # What is left of one that had no config yet does not make a branch of a run that is none.
-    (tmp_path / "new").mkdir()
-    shutil.copy(whole.parent, tmp_path / "new")
-    assert not quiet(config, tmp_path / "new").parent.exists()
-    # Later it needs its parent no more, and where it had states of its own, they are not made up for.
-    parts = RunFolder(tmp_path / "parts")
-    shutil.rmtree(trunk.path)
-    quiet(tiny(optimizer={"lr": 5e-3}, train__max_steps=14), parts.path)
-    shutil.rmtree(parts.states)
-    with pytest.raises(UserError, match="step-00000008 is not the folder of a state"):
-        quiet(config, parts.path)
-
-
-def test_a_branch_needs_a_state_of_its_model(tiny: Build, tmp_path: Path) -> None:
-    trunk = quiet(tiny(), tmp_path / "trunk")
-    with pytest.raises(UserError, match="is not the folder of a state"):
-        quiet(tiny(), tmp_path / "branch", resume=trunk.state(3))
-    with pytest.raises(UserError, match=r"another model: model.n_layer"):
-        quiet(tiny(model__n_layer=1), tmp_path / "branch", resume=trunk.state(8))
-    shutil.copytree(trunk.state(8), tmp_path / "elsewhere" / "state" / "step-00000008")
-    with pytest.raises(UserError, match="elsewhere is not a run: it has no config"):
-        quiet(tiny(), tmp_path / "branch", resume=tmp_path / "elsewhere" / "state" / "step-00000008")
 
 
 def test_no_whole_state_is_an_error(tiny: Build, tmp_path: Path) -> None:
