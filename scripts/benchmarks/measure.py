@@ -1,0 +1,202 @@
+"""How a measurement is made: sides in turns, medians with quartiles, ratios of the same round.
+
+Why: machines are shared and their clocks move. Two sides that take turns see the same machine, so the
+ratio of a round says more than any number of seconds; and what is shown is the middle and the spread
+of many rounds, never the best one.
+
+    rounds = take_turns({"ours": once, "plain": other}, rounds=5); publish("eval", rows(rounds, "plain"))
+"""
+
+import json
+import multiprocessing
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from llmtrain.hardware import environment, resolve_device
+
+Figures = Mapping[str, float]
+"""What one round of one side gave: figure (with its unit) → value, such as {"tokens/s": 1475.0}."""
+Side = Callable[[], Figures]
+"""Does the work of one round."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of one side."""
+
+    what: str
+    """Measured on what: a model, a command."""
+    side: str
+    figure: str
+    median: float | None
+    """None: not measured, for the reason in `note`."""
+    low: float | None = None
+    """First quartile of the rounds."""
+    high: float | None = None
+    """Third quartile."""
+    rounds: int = 0
+    ratio: float | None = None
+    """Median, over the rounds, of this side's figure by that of the side it is compared with."""
+    target: str = ""
+    """What the ratio, or the figure, is meant to be."""
+    note: str = ""
+
+
+class Worker:
+    """A side in a process of its own: its memory is its own, and it computes only in its turn."""
+
+    def __init__(self, build: Callable[..., Side], *arguments: Any) -> None:
+        """Start the process.
+
+        Args:
+            build: a function of a module, called there; what it returns does one round.
+            arguments: for it.
+        """
+        here, there = multiprocessing.Pipe()
+        self._connection = here
+        context = multiprocessing.get_context("spawn")
+        self._process = context.Process(target=_serve, args=(there, build, arguments), daemon=True)
+        self._process.start()
+
+    def __call__(self) -> Figures:
+        """One round, there.
+
+        Raises:
+            RuntimeError: what went wrong there.
+        """
+        self._connection.send("go")
+        while not self._connection.poll(1):
+            if not self._process.is_alive():
+                raise RuntimeError(f"a side ended with exit code {self._process.exitcode}")
+        answer = self._connection.recv()
+        if isinstance(answer, BaseException):
+            raise RuntimeError(f"{type(answer).__name__}: {answer}") from answer
+        figures: Figures = answer
+        return figures
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(connection: Connection, build: Callable[..., Side], arguments: Sequence[Any]) -> None:
+    side: Side | None = None
+    while connection.recv() == "go":
+        try:
+            side = side or build(*arguments)
+            connection.send(dict(side()))
+        except Exception as error:  # whatever it is, the other process tells it
+            connection.send(error)
+
+
+def take_turns(sides: Mapping[str, Side], rounds: int, *, unmeasured: int = 1) -> dict[str, list[Figures]]:
+    """Each side once a round, `rounds` times, after some that are not measured (building, compiling, caches)."""
+    taken: dict[str, list[Figures]] = {name: [] for name in sides}
+    for number in range(-unmeasured, rounds):
+        for name, side in sides.items():
+            print(
+                f"\r\033[K{name}: round {max(number + 1, 0)} of {rounds}", end="", file=sys.stderr, flush=True
+            )
+            figures = side()
+            if number >= 0:
+                taken[name].append(figures)
+    print("\r\033[K", end="", file=sys.stderr, flush=True)
+    return taken
+
+
+def rows(
+    what: str,
+    taken: Mapping[str, Sequence[Figures]],
+    against: str | None,
+    targets: Mapping[tuple[str, str], str],
+) -> list[Row]:
+    """A row for each side and figure.
+
+    Args:
+        what: was measured.
+        taken: what `take_turns` gave.
+        against: the side that the ratios are to; None: no ratios.
+        targets: of (side, figure).
+    """
+    return [
+        _row(what, side, figure, taken, against, targets.get((side, figure), ""))
+        for side, rounds in taken.items()
+        for figure in rounds[0]
+    ]
+
+
+def _row(
+    what: str,
+    side: str,
+    figure: str,
+    taken: Mapping[str, Sequence[Figures]],
+    against: str | None,
+    target: str,
+) -> Row:
+    values = [figures[figure] for figures in taken[side]]
+    low, middle, high = spread(values)
+    ratio = None
+    if against is not None and side != against and figure in taken[against][0]:
+        others = [figures[figure] for figures in taken[against]]
+        ratio = statistics.median(mine / other for mine, other in zip(values, others, strict=True))
+    return Row(what, side, figure, middle, low, high, len(values), ratio, target)
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median and third quartile; one value is all three."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def facts() -> dict[str, Any]:
+    """On what, with which versions, and when."""
+    return environment(resolve_device("auto")) | {"date": date.today().isoformat()}
+
+
+def publish(found: Iterable[Row], path: Path | None) -> None:
+    """Print the rows as a table and, with a path, write them as JSON with what they were measured on.
+
+    Args:
+        found: the rows.
+        path: of the JSON file; a file that is there gives way.
+    """
+    found, about = list(found), facts()
+    table = Table(
+        title=f"{about['processor']}, {about['threads']} threads, {about['device']}, torch {about['torch']}"
+    )
+    for name in ("measured", "side", "figure", "median", "quartiles", "ratio", "target"):
+        table.add_column(
+            name, justify="left" if name in ("measured", "side", "figure", "target") else "right"
+        )
+    for row in found:
+        quartiles = "" if row.low is None or row.high is None else f"{row.low:,.4g} to {row.high:,.4g}"
+        table.add_row(
+            row.what,
+            row.side,
+            row.figure,
+            row.note or "not measured" if row.median is None else f"{row.median:,.4g}",
+            quartiles,
+            "" if row.ratio is None else f"{row.ratio:.3g}",
+            row.target,
+        )
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if path is not None:
+        path.write_text(json.dumps({"on": about, "rows": [asdict(row) for row in found]}, indent=2) + "\n")
+
+
+def require_cuda() -> str | None:
+    """Why GPU rows cannot be measured here, or None where they can."""
+    return None if torch.cuda.is_available() else "not measured: no CUDA device here"

@@ -1,0 +1,39 @@
+"""What it takes before anything happens: `llmtrain --help` and `import llmtrain`, whole processes.
+
+Why: a command that takes a second to say what it does is one that people do not ask.
+
+    startup(rounds=11)
+"""
+
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .measure import Figures, publish, rows, take_turns
+
+COMMANDS = {
+    "llmtrain --help": [str(Path(sys.executable).with_name("llmtrain")), "--help"],
+    "import llmtrain": [sys.executable, "-c", "import llmtrain"],
+    "python alone": [sys.executable, "-c", ""],
+}
+TARGETS = {("llmtrain --help", "s"): "≤ 0.3", ("import llmtrain", "s"): "≤ 0.1"}
+
+
+def startup(
+    rounds: Annotated[int, typer.Option(help="Times each is measured.")] = 11,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
+) -> None:
+    """Measure `llmtrain --help` and `import llmtrain`."""
+    sides = {name: partial(_seconds, command) for name, command in COMMANDS.items()}
+    publish(rows("startup", take_turns(sides, rounds), None, TARGETS), json)
+
+
+def _seconds(command: list[str]) -> Figures:
+    started = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return {"s": time.perf_counter() - started}
