@@ -18,10 +18,26 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config import ModelConfig
+from llmtrain.head import linear_cross_entropy
 
 INIT_STD = 0.02
+SHORT = 512
+"""Up to this length a CPU multiplies bfloat16 matrices whole faster than torch's fused attention takes its tiles
+(`scripts/bench attention`)."""
 IGNORE = -1
 """A target with this value is not counted in the loss."""
+
+
+def attend_by_products(
+    q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, *, dropout_p: float, is_causal: bool, scale: float
+) -> Tensor:
+    """What `scaled_dot_product_attention` computes, by whole products: it keeps (B, H, T, T) attention weights."""
+    assert is_causal
+    T = q_BHTD.shape[2]
+    future_TT = torch.full((T, T), -math.inf, dtype=q_BHTD.dtype, device=q_BHTD.device).triu(1)
+    scores_BHTT = (q_BHTD * scale) @ k_BHTD.transpose(2, 3)
+    weights_BHTT = scores_BHTT.add_(future_TT).softmax(-1)  # the product itself is not needed again
+    return F.dropout(weights_BHTT, dropout_p) @ v_BHTD
 
 
 class Attention(nn.Module):
@@ -42,14 +58,10 @@ class Attention(nn.Module):
         B, T, C = x_BTC.shape
         qkv = self.c_attn(x_BTC).view(B, T, 3, self.n_head, C // self.n_head)
         q_BHTD, k_BHTD, v_BHTD = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        y_BHTD = F.scaled_dot_product_attention(
-            q_BHTD,
-            k_BHTD,
-            v_BHTD,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
-            scale=self.scale,
-        )
+        dropout = self.dropout if self.training else 0.0
+        short = q_BHTD.device.type == "cpu" and q_BHTD.dtype == torch.bfloat16 and T <= SHORT
+        attend = attend_by_products if short else F.scaled_dot_product_attention
+        y_BHTD = attend(q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, is_causal=True, scale=self.scale)
         y: Tensor = self.resid_dropout(self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C)))
         return y
 
@@ -161,10 +173,9 @@ class GPT(nn.Module):
 
         Targets equal to `IGNORE` are left out of the mean.
         """
-        logits_BTV = self.logits(tokens_BT)
-        return F.cross_entropy(
-            logits_BTV.float().view(-1, logits_BTV.shape[-1]), targets_BT.reshape(-1), ignore_index=IGNORE
-        )
+        hidden_NC = self.transformer(tokens_BT).flatten(0, 1)
+        weight_VC = self.transformer.wte.weight
+        return linear_cross_entropy(hidden_NC, weight_VC, targets_BT.reshape(-1), ignore=IGNORE)
 
     def n_parameters(self) -> int:
         """All parameters, the tied matrix counted once."""

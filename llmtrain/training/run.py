@@ -125,7 +125,7 @@ def pretrain(
                 begin_with(initial, trainer.model, config)
                 say(f"begins with the weights of {initial.location}")
             world.on_first(lambda: _write_down(trainer))
-            trainer.forward = _forward(trainer, warn)
+            trainer.forward = compiled(trainer, warn)
             with _open_log(trainer, say) as log:
                 trainer.train(log, interrupt)
             return Outcome(run, trainer.progress.step, already_finished=False)
@@ -351,7 +351,7 @@ def _refuse_other_config(config: RunConfig, run: RunFolder, warn: Callable[[str]
         )
 
 
-def _forward(trainer: Trainer, warn: Callable[[str], None]) -> nn.Module:
+def compiled(trainer: Trainer, warn: Callable[[str], None]) -> nn.Module:
     """The module to train with: compiled where that was asked for and works, and exchanging gradients."""
     wanted, reason = resolve_compile(trainer.config.train.compile, trainer.device)
     if reason is not None:

@@ -1,0 +1,205 @@
+"""The training loops that are compared: ours, and those of others, each on the same tokens and shape.
+
+Why: a loop of others is written as its users write it, in its few lines, so that a reader can judge
+whether it was treated fairly.
+
+    side = plain(shape, folder, steps=3, name="plain"); side()
+"""
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmtrain.config import ModelConfig
+from llmtrain.config_file import load_config
+from llmtrain.data.mixture import open_training_data
+from llmtrain.files import RunFolder
+from llmtrain.hardware import peak_memory, resolve_device
+from llmtrain.interrupt import Interrupt
+from llmtrain.model import GPT
+from llmtrain.training.distributed import World
+from llmtrain.training.run import compiled
+from llmtrain.training.trainer import Trainer
+
+from .measure import Figures, Side
+
+if TYPE_CHECKING:
+    from .train import Shape
+
+VOCABULARY = 50304
+_RECIPE = Path(__file__).parents[2] / "configs" / "gpt2-small.yaml"
+
+
+def ours(shape: "Shape", data: Path, steps: int, settings: list[str]) -> Side:
+    """`Trainer.step`, as `llmtrain pretrain` calls it."""
+    config = load_config(
+        _RECIPE,
+        [
+            f"data={{path: {data}, block_size: {shape.block}}}",
+            f"model={{n_layer: {shape.n_layer}, n_head: {shape.n_head}, n_embd: {shape.n_embd}}}",
+            f"train={{batch_sequences: {shape.batch}, micro_batch: {shape.batch}}}",
+            "averages=[]",
+            *settings,
+        ],
+    )
+    device = resolve_device("auto")
+    trainer = Trainer(
+        config, RunFolder(data / "run"), open_training_data(config.data), World(), device, print
+    )
+    trainer.forward = compiled(trainer, print)
+    interrupt = Interrupt(None)
+
+    def step() -> Tensor:
+        return trainer.step(interrupt)[0]
+
+    return _timed(step, steps, shape)
+
+
+def plain(shape: "Shape", data: Path, steps: int, name: str) -> Side:
+    """The same model eager in float32, whole logits, AdamW as torch has it by default."""
+    config = ModelConfig(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd)
+    device = resolve_device("auto")
+    model = GPT(config, shape.block, seed=0).to(device)
+
+    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(model.logits(inputs).flatten(0, 1), targets.flatten())
+
+    return _timed(_loop(model, loss, data, shape, device), steps, shape)
+
+
+def transformers(shape: "Shape", data: Path, steps: int, name: str) -> Side:
+    """GPT2LMHeadModel in a plain loop, in float32; its loss shifts the labels by itself."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    device = resolve_device("auto")
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=shape.block,
+        n_embd=shape.n_embd,
+        n_layer=shape.n_layer,
+        n_head=shape.n_head,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    model = GPT2LMHeadModel(config).to(device).train()
+
+    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        result: Tensor = model(input_ids=inputs, labels=inputs).loss
+        return result
+
+    return _timed(_loop(model, loss, data, shape, device), steps, shape)
+
+
+def checkout(shape: "Shape", data: Path, steps: int, name: str) -> Side:
+    """nanoGPT's model.py from the folder `name`, with the settings of its train.py for the device."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(name) / "model.py")
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(f"{name} has no model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    device = resolve_device("auto")
+    config = module.GPTConfig(
+        block_size=shape.block,
+        vocab_size=VOCABULARY,
+        n_layer=shape.n_layer,
+        n_head=shape.n_head,
+        n_embd=shape.n_embd,
+        dropout=0.0,
+        bias=False,
+    )
+    model = module.GPT(config).to(device)
+    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
+    cuda = device.type == "cuda"
+    forward = torch.compile(model) if cuda else model
+
+    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):  # its train.py: float32 on a CPU
+            result: Tensor = forward(inputs, targets)[1]
+        return result
+
+    return _timed(_loop(model, loss, data, shape, device, optimizer), steps, shape)
+
+
+OTHERS: dict[str, Callable[..., Side]] = {"plain": plain, "transformers": transformers}
+
+
+def matrix_products() -> Side:
+    """The rate of the device in bfloat16 products of square matrices, the yardstick of a share."""
+    device = resolve_device("auto")
+    size = 8192 if device.type == "cuda" else 2048
+    left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+
+    def once() -> Figures:
+        started = time.perf_counter()
+        for _ in range(20):
+            product = left @ right
+        product[0, 0].item()
+        return {"TFLOP/s": 20 * 2 * size**3 / (time.perf_counter() - started) / 1e12}
+
+    return once
+
+
+def flops_per_token(shape: "Shape") -> int:
+    """Model FLOPs to train on one token, as `llmtrain pretrain` counts them."""
+    config = ModelConfig(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd)
+    with torch.device("meta"):
+        return GPT(config, shape.block).flops_per_token()
+
+
+def _loop(
+    model: nn.Module,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    data: Path,
+    shape: "Shape",
+    device: torch.device,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Callable[[], Tensor]:
+    """A step of a plain loop: zero, forward, backward, clip, step."""
+    optimizer = optimizer or torch.optim.AdamW(
+        model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1
+    )
+    batches = _batches(data, shape, device)
+
+    def step() -> Tensor:
+        inputs, targets = next(batches)
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(inputs, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def _batches(data: Path, shape: "Shape", device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """As nanoGPT draws them: windows at random places."""
+    tokens, generator = np.memmap(data / "train.bin", np.uint16, "r"), np.random.default_rng(0)
+    while True:
+        starts = generator.integers(len(tokens) - shape.block, size=shape.batch)
+        windows = np.stack([tokens[start : start + shape.block + 1] for start in starts]).astype(np.int64)
+        both = torch.from_numpy(windows).to(device)
+        yield both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+
+def _timed(step: Callable[[], Tensor], steps: int, shape: "Shape") -> Side:
+    """Rounds of so many steps: tokens per second and peak memory."""
+    device = resolve_device("auto")
+
+    def once() -> Figures:
+        started = time.perf_counter()
+        for _ in range(steps):
+            loss = step()
+        loss.item()  # waits for the device
+        seconds = time.perf_counter() - started
+        return {"tokens/s": steps * shape.batch * shape.block / seconds, "GB": peak_memory(device) / 1e9}
+
+    return once

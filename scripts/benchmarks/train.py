@@ -1,0 +1,93 @@
+"""Training: tokens per second, memory and share of the device's rate, beside other loops on the same tokens.
+
+Why the real trainer: what is measured is `Trainer.step` of `llmtrain pretrain`, with its schedule, clipping,
+watch and sampler, not a loop written for the measurement.
+
+    train(["plain"], model="6x384")
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from . import loops
+from .measure import Row, Side, Worker, publish, rows, take_turns
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A GPT-2 and the batch it is trained on; the vocabulary is 50304."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block: int
+    batch: int
+    """Sequences a step, in one micro-batch."""
+
+
+MODELS = {
+    "6x384": Shape(6, 6, 384, 256, 8),
+    "gpt2-small": Shape(12, 12, 768, 1024, 1),
+    "gpt2-medium": Shape(24, 16, 1024, 1024, 1),
+    "gpt2-large": Shape(36, 20, 1280, 1024, 1),
+}
+OURS, MATRIX = "llmtrain", "matrix product"
+_TARGETS = {
+    "6x384": {(OURS, "tokens/s"): "≥ 2.6 × plain", (OURS, "GB"): "≤ 0.45 × plain", (OURS, "share"): "≥ 0.75"},
+    "gpt2-small": {(OURS, "tokens/s"): "≥ 2.5 × plain"},
+}
+
+
+def train(
+    against: Annotated[
+        list[str],
+        typer.Option(help="plain (eager, float32), transformers, or a checkout with nanoGPT's model.py."),
+    ] = ["plain"],  # noqa: B006  (typer's way)
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "6x384",
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences a step.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps in a round.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that are measured.")] = 7,
+    set_: Annotated[list[str], typer.Option("--set", help="SECTION.KEY=VALUE of our config.")] = [],  # noqa: B006
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
+) -> None:
+    """Measure training."""
+    publish(measure(against, model, batch=batch, steps=steps, rounds=rounds, settings=set_), json)
+
+
+def measure(
+    against: list[str], model: str, *, batch: int | None, steps: int, rounds: int, settings: list[str]
+) -> list[Row]:
+    """The rows of one model."""
+    if model not in MODELS:
+        raise typer.BadParameter(f"{model} is none of {', '.join(MODELS)}", param_hint="--model")
+    shape = MODELS[model]
+    if batch is not None:
+        shape = Shape(shape.n_layer, shape.n_head, shape.n_embd, shape.block, batch)
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = np.random.default_rng(0).integers(50257, size=2_000_000, dtype=np.uint16)
+        for split in ("train", "val"):
+            tokens.tofile(Path(folder) / f"{split}.bin")
+        sides: dict[str, Side] = {OURS: Worker(loops.ours, shape, Path(folder), steps, settings)}
+        for other in against:
+            builder: Callable[..., Side] = loops.OTHERS.get(other, loops.checkout)
+            sides[other] = Worker(builder, shape, Path(folder), steps, other)
+        sides[MATRIX] = Worker(loops.matrix_products)
+        taken = take_turns(sides, rounds)
+    products = [figures["TFLOP/s"] for figures in taken[MATRIX]]
+    shares = [
+        figures["tokens/s"] * loops.flops_per_token(shape) / 1e12 / rate
+        for figures, rate in zip(taken[OURS], products, strict=True)
+    ]
+    taken[OURS] = [{**figures, "share": share} for figures, share in zip(taken[OURS], shares, strict=True)]
+    return rows(
+        f"train {model}, block {shape.block}, batch {shape.batch}",
+        taken,
+        against[0] if against else None,
+        _TARGETS.get(model, {}),
+    )
