@@ -159,7 +159,7 @@ def _spread(plan: "Plan") -> str:
 
 _NAMES = {
     "weights": "weights (float32)",
-    "optimizer": "AdamW's moments",
+    "optimizer": "the optimizer's moments",
     "averages": "online averages",
     "gradients": "gradients",
     "copies": "weights as multiplied",

@@ -67,10 +67,19 @@ class SpamConfig(Section):
         return self
 
 
-class OptimizerConfig(Section):
-    """AdamW, or SPAM over it. `decay` says what weight decay acts on."""
+class MuonConfig(Section):
+    """Momentum of Muon (Jordan et al. 2024), which moves the matrices of the blocks; its keys beside AdamW's."""
 
-    name: Literal["adamw", "spam"] = "adamw"
+    momentum: Fraction = 0.95
+    """Share of the old in the running mean of gradients."""
+    nesterov: bool = True
+    """Look ahead: mix the gradient of the step into the mean once more."""
+
+
+class OptimizerConfig(Section):
+    """AdamW, SPAM over it, or Muon for matrices and AdamW for the rest. `decay` says what weight decay acts on."""
+
+    name: Literal["adamw", "spam", "muon"] = "adamw"
     lr: Rate = 6e-4
     """Peak learning rate."""
     betas: Betas = (0.9, 0.95)
@@ -82,18 +91,22 @@ class OptimizerConfig(Section):
     """Largest global gradient norm; 0: no clipping."""
     spam: SpamConfig | None = None
     """With name: spam only."""
+    muon: MuonConfig | None = None
+    """With name: muon only."""
 
     @model_validator(mode="before")
     @classmethod
-    def _spam_has_defaults(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("name") == "spam" and values.get("spam") is None:
-            return values | {"spam": {}}
+    def _own_keys_have_defaults(cls, values: Any) -> Any:
+        name = values.get("name") if isinstance(values, dict) else None
+        if name in ("spam", "muon") and values.get(name) is None:
+            return values | {name: {}}
         return values
 
     @model_validator(mode="after")
-    def _spam_is_used(self) -> "OptimizerConfig":
-        if self.spam is not None and self.name != "spam":
-            raise ValueError(f"the keys under spam do nothing with name: {self.name}")
+    def _own_keys_are_used(self) -> "OptimizerConfig":
+        for key in ("spam", "muon"):
+            if getattr(self, key) is not None and self.name != key:
+                raise ValueError(f"the keys under {key} do nothing with name: {self.name}")
         return self
 
 

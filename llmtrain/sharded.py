@@ -52,23 +52,37 @@ def whole(parameters: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> dict
         if not isinstance(like, DTensor):
             gathered[name] = mine
             continue
-        spread = part_of(like, mine.detach().to(like.device))
-        assert isinstance(spread, DTensor)
-        full = spread.full_tensor()
+        full = made_whole(like, mine.detach().to(like.device))
         if torch.distributed.get_rank() == 0:
             gathered[name] = full.cpu()
     return gathered
 
 
+def made_whole(like: Tensor, mine: Tensor) -> Tensor:
+    """The whole tensor on every process; all of them call it together.
+
+    Args:
+        like: says how it is spread, if it is.
+        mine: this process's part, of the shape of `local(like)` and on its device.
+    """
+    spread = part_of(like, mine)
+    return spread.full_tensor() if isinstance(spread, DTensor) else spread
+
+
+def cut(like: Tensor, full: Tensor) -> Tensor:
+    """This process's part, spread as `like` is, of a whole tensor which every process holds."""
+    if not isinstance(like, DTensor):
+        return full
+    # No source: each process cuts its part from its own copy.
+    return local(
+        distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    )
+
+
 def scatter(into: Tensor, full: Tensor) -> None:
     """Copy a whole tensor, which every process holds, into the parts of `into`."""
     with torch.no_grad():
-        if isinstance(into, DTensor):
-            # No source: each process cuts its part from its own copy.
-            full = local(
-                distribute_tensor(full.to(into.device), into.device_mesh, into.placements, src_data_rank=None)
-            )
-        local(into).copy_(full)
+        local(into).copy_(cut(into, full))
 
 
 @torch.no_grad()

@@ -53,6 +53,11 @@ class Architecture:
         return self.parameters - self.model.n_layer * self.block
 
     @property
+    def matrices(self) -> int:
+        """Weights of the linear layers: 12·C² a block."""
+        return 12 * self.model.n_embd**2 * self.model.n_layer
+
+    @property
     def multiplied(self) -> int:
         """Weights that autocast copies to bfloat16: linear layers with their biases, and the head."""
         width = self.model.n_embd

@@ -105,6 +105,11 @@ def micro_batches(config: RunConfig, layout: Layout) -> int:
     return config.batch_size // (layout.devices * config.train.micro_batch)
 
 
+def moments(config: RunConfig, model: Architecture) -> int:
+    """Numbers that the optimizer keeps: AdamW two of each parameter, Muon one of each in the blocks' matrices."""
+    return 2 * model.parameters - (model.matrices if config.optimizer.muon is not None else 0)
+
+
 def bytes_held(average: AverageConfig) -> int:
     """Bytes that an online average keeps of each parameter (`averaging/online.py`)."""
     match average:
@@ -144,7 +149,7 @@ class _Run:
         self.resident = Usage(
             "",
             weights=FLOAT * self.share,
-            optimizer=2 * FLOAT * self.share,
+            optimizer=FLOAT * self._sharded(moments(config, self.model)),
             averages=sum(map(bytes_held, self.here)) * self.share,
         )
         accumulating = micro_batches(config, layout) > 1
@@ -226,13 +231,12 @@ class _Run:
 
     def averaging(self) -> Usage:
         """Averages are updated or saved; on a CPU, saving turns linear weights round in the same memory."""
-        linear = 12 * self.model.model.n_embd**2 * self.model.model.n_layer
         return replace(
             self.resident,
             moment="when averages or weights are saved",
             averages=self.resident.averages + max(map(_bytes_made, self.here), default=0) * self.share,
             gradients=self._buckets,
-            buffers=0 if self.layout.cuda else FLOAT * linear,
+            buffers=0 if self.layout.cuda else FLOAT * self.model.matrices,
         )
 
     def evaluating(self) -> Usage:

@@ -12,7 +12,7 @@ from llmtrain.config import RunConfig
 from llmtrain.config_averages import AverageConfig, EmaConfig, LawaConfig, PowerEmaConfig, RunningMeanConfig
 from llmtrain.planning.activations import FLOAT
 from llmtrain.planning.architecture import Architecture
-from llmtrain.planning.memory import bytes_held
+from llmtrain.planning.memory import bytes_held, moments
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,15 @@ def snapshot_bytes(config: RunConfig) -> int:
 
 def run_storage(config: RunConfig) -> Storage:
     """What the run leaves on disk, from an uninterrupted start to its end."""
-    parameters = Architecture(config.model, config.data.block_size).parameters
+    model = Architecture(config.model, config.data.block_size)
+    state = FLOAT * (model.parameters + moments(config, model))
     # One that may go back saves where it began.
     states = len(_multiples(config.checkpoint.state_every, config)) + config.rewinds
-    held = sum(bytes_held(each) for each in config.averages)
+    state += sum(bytes_held(each) for each in config.averages) * model.parameters
     return Storage(
         snapshots=Saved("snapshots", len(snapshot_steps(config)), snapshot_bytes(config)),
         averages=tuple(_saved(each, config) for each in config.averages),
-        states=Saved("states", min(states, config.checkpoint.keep_states), (3 * FLOAT + held) * parameters),
+        states=Saved("states", min(states, config.checkpoint.keep_states), state),
         states_saved=states,
     )
 

@@ -1,4 +1,4 @@
-"""The optimizer: which weights decay, AdamW over them, and SPAM's two remedies against spikes.
+"""The optimizer: which weights decay, which Muon moves, AdamW, and SPAM's two remedies against spikes.
 
 Why: decay on embeddings and norms is a different recipe, so the rule is one line of the config and
 this file, and the groups are in the order of the model's parameters on every machine.
@@ -12,6 +12,7 @@ from torch.optim import AdamW
 
 from llmtrain.config import OptimizerConfig, SpamConfig
 from llmtrain.sharded import local
+from llmtrain.training.muon import Muon
 
 SPAM_SETTLE_STEPS = 20
 """Steps after a reset in which nothing is cut: a second moment of few gradients calls every one a spike."""
@@ -65,9 +66,13 @@ def decayed_parameters(model: nn.Module, rule: str) -> set[str]:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) or SPAM, fused where the device has it."""
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), SPAM or Muon, fused where the device has it."""
     decayed = decayed_parameters(model, config.decay)
     named = list(model.named_parameters())
+    if config.muon is not None:
+        return Muon(
+            _muon_groups(named, decayed_parameters(model, "linear"), decayed, config), config, config.muon
+        )
     groups: list[dict[str, object]] = [
         {"params": [p for name, p in named if name in decayed], "weight_decay": config.weight_decay},
         {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
@@ -75,3 +80,17 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
     if config.spam is not None:
         return Spam(groups, config, config.spam)
     return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _muon_groups(
+    named: list[tuple[str, nn.Parameter]], matrices: set[str], decayed: set[str], config: OptimizerConfig
+) -> list[dict[str, object]]:
+    """Muon's: the weights of linear layers. A query, a key and a value matrix lie in one: each counts by itself."""
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        stacked = (3 if name.endswith("c_attn.weight") else 1) if name in matrices else 0
+        groups.setdefault((stacked, name in decayed), []).append(parameter)
+    return [
+        {"params": group, "stacked": stacked, "weight_decay": config.weight_decay * decays}
+        for (stacked, decays), group in groups.items()
+    ]

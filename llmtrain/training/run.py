@@ -241,6 +241,9 @@ def _branch(config: RunConfig, run: RunFolder, data: TokenData, folder: Path) ->
         raise UserError(
             f"{folder} is of another model: {', '.join(other)} differ", hint="a branch keeps its model"
         )
+    if "muon" in differing.get("optimizer.name", ()):
+        message = f"{folder} has other moments: Muon keeps one of a matrix, and AdamW two"
+        raise UserError(message, hint="a branch keeps its optimizer; init_from: SNAPSHOT takes weights alone")
     state.progress.wandb_id, state.progress.data = None, data.sha256
     about = {"run": str(parent.path), "state": folder.name, "step": state.progress.step, "changed": differing}
     write_atomically(run.parent, json.dumps(about, indent=2) + "\n")

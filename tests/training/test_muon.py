@@ -1,0 +1,208 @@
+"""Muon against torch's own, held back, interrupted, spread over processes, and told when it cannot be."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_training import Build, assert_same_run, events, interrupt_at, quiet
+from torch import Tensor, nn
+from worlds import train_together
+
+from llmtrain.config import ModelConfig, OptimizerConfig, RunConfig
+from llmtrain.errors import UserError
+from llmtrain.files import RunFolder
+from llmtrain.interrupt import Interrupted
+from llmtrain.model import GPT
+from llmtrain.training.muon import Muon, orthogonalized
+from llmtrain.training.optim import build_optimizer
+
+REDUCTION = 2e-3
+"""Relative: a sum in another order moves a momentum by a rounding of bfloat16, 16 steps long."""
+
+
+def muon(model: nn.Module, **settings: Any) -> Muon:
+    optimizer = build_optimizer(model, OptimizerConfig.model_validate({"name": "muon"} | settings))
+    assert isinstance(optimizer, Muon)
+    return optimizer
+
+
+def small(seed: int = 1) -> GPT:
+    return GPT(ModelConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=50, bias=True), 8, seed=seed)
+
+
+def bits(tensors: list[Tensor]) -> list[bytes]:
+    return [tensor.detach().numpy().tobytes() for tensor in tensors]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 24), st.integers(1, 24), st.integers(0, 2**31), st.sampled_from([1e-6, 1.0, 1e6])
+)  # fmt: skip
+def test_what_is_orthogonalized_keeps_its_directions(rows: int, columns: int, seed: int, size: float) -> None:
+    """Singular vectors stay; singular values, of a matrix that is not degenerate, come near 1."""
+    random = torch.Generator().manual_seed(seed)
+    u, _, vt = torch.linalg.svd(torch.randn(rows, columns, generator=random), full_matrices=False)
+    values = torch.rand(min(rows, columns), generator=random) * 0.9 + 0.1
+    left = u.T @ orthogonalized(size * (u * values) @ vt) @ vt.T
+    assert (left - left.diag().diag()).abs().max() < 1e-3
+    assert left.diag().min() > 0.6
+    assert left.diag().max() < 1.3
+
+
+def references(model: GPT, config: OptimizerConfig) -> tuple[dict[str, list[Tensor]], list[Any]]:
+    """Copies of the parameters, queries, keys and values apart, and torch's two optimizers over them."""
+    pieces: dict[str, list[Tensor]] = {}
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        of_linear = parameter.dim() == 2 and name.startswith("transformer.h.")
+        parts = parameter.detach().chunk(3 if name.endswith("c_attn.weight") else 1)
+        pieces[name] = [part.clone().requires_grad_() for part in parts]
+        (matrices if of_linear else others).extend(pieces[name])
+    assert config.muon is not None
+    by_muon = torch.optim.Muon(
+        matrices, lr=config.lr, weight_decay=config.weight_decay, momentum=config.muon.momentum,
+        nesterov=config.muon.nesterov, adjust_lr_fn="match_rms_adamw",
+    )  # fmt: skip
+    by_adamw = torch.optim.AdamW(
+        others, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True
+    )
+    return pieces, [by_muon, by_adamw]
+
+
+@pytest.mark.parametrize("keys", [{}, {"momentum": 0.8, "nesterov": False}])
+def test_steps_are_those_of_torch(keys: dict[str, Any]) -> None:
+    """Ten steps of torch.optim.Muon over blocks and AdamW over the rest, in bfloat16 as torch has it."""
+    config = OptimizerConfig.model_validate({"name": "muon", "lr": 0.02, "muon": keys})
+    model = small()
+    optimizer = muon(model, lr=0.02, muon=keys)
+    optimizer.precision = torch.bfloat16
+    pieces, theirs = references(model, config)
+    random = torch.Generator().manual_seed(3)
+    for step in range(10):
+        for group in optimizer.param_groups + theirs[0].param_groups + theirs[1].param_groups:
+            group["lr"] = 0.02 / (step + 1)
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=random)
+            for part, gradient in zip(pieces[name], parameter.grad.chunk(len(pieces[name])), strict=True):
+                part.grad = gradient.clone()
+        optimizer.step()
+        for each in theirs:
+            each.step()
+    for name, parameter in model.named_parameters():
+        assert bits([parameter]) == bits([torch.cat(pieces[name])]), name
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -3e38, 1.0])
+def test_a_step_that_is_held_back_changes_no_bit(bad: float) -> None:
+    model = small()
+    optimizer = muon(model)
+    for hold in (0.0, 1.0, 0.0):
+        kept = [tensor for state in optimizer.state.values() for tensor in state.values()]
+        before = bits([*model.parameters(), *kept])
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, bad if hold else 1e-3)
+        optimizer.found_inf = torch.tensor(hold)
+        optimizer.step()
+        after = bits([*model.parameters(), *kept])
+        assert [a == b for a, b in zip(after, before, strict=True)] == [bool(hold)] * len(before)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_one_learning_rate_and_weight_decay_serve_both() -> None:
+    """An update's root mean square is about a fifth of the rate, whatever the shape, as AdamW's is."""
+    model = small()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = muon(model, lr=0.1, weight_decay=0.5)
+    random = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=random)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and name.startswith("transformer.h."):
+            moved = parameter - before[name] * (1 - 0.1 * 0.5)
+            assert moved.square().mean().sqrt().item() == pytest.approx(0.2 * 0.1, rel=0.2), name
+    assert {group["weight_decay"] for group in optimizer.param_groups if not group["stacked"]} == {0.0}
+
+
+# --- in training --------------------------------------------------------------------------------
+
+
+def training(tiny: Build, **overrides: Any) -> RunConfig:
+    common = {"optimizer": {"name": "muon", "lr": 1e-2}, "train__max_steps": 16, "log": {"every": 1}}
+    config: RunConfig = tiny(**common | overrides)
+    return config
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Build, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """The run of one process."""
+    return quiet(training(tiny), tmp_path_factory.mktemp("alone") / "run")
+
+
+def test_a_run_interrupted_at_every_step_is_bitwise_the_uninterrupted_one(
+    tiny: Build, tmp_path: Path, alone: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = 0
+    for _ in range(16):
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 3)  # after the two micro-batches of a step, in the first of the next
+            try:
+                quiet(training(tiny), tmp_path / "parts")
+            except Interrupted:
+                sessions += 1
+    assert sessions >= 14
+    assert_same_run(alone, quiet(training(tiny), tmp_path / "parts"))
+
+
+def assert_agree(one: RunFolder, other: RunFolder) -> None:
+    theirs, ours = ([e["loss"] for e in events(run) if "loss" in e] for run in (one, other))
+    assert ours == pytest.approx(theirs, rel=REDUCTION)
+
+
+@pytest.mark.parametrize(("parallel", "size", "machines"), [("ddp", 2, 1), ("hsdp", 4, 2)])
+def test_the_curve_is_that_of_one_process(
+    tiny: Build, tmp_path: Path, alone: RunFolder, parallel: str, size: int, machines: int
+) -> None:
+    config = training(tiny, train__parallel=parallel, train__micro_batch=2)
+    train_together(size, config, tmp_path / "run", machines)
+    assert_agree(alone, RunFolder(tmp_path / "run"))
+
+
+def test_shards_go_on_where_others_left_off(tiny: Build, tmp_path: Path, alone: RunFolder) -> None:
+    """Two processes with shards, one alone, then three: no matrix of 16 columns divides over those."""
+    run = tmp_path / "run"
+    for parallel, size, steps in (("fsdp", 2, 6), ("auto", 1, 11), ("fsdp", 2, 16)):
+        config = training(tiny, train__parallel=parallel, train__max_steps=steps)
+        if size == 1:
+            quiet(config, run)
+        else:
+            train_together(size, config, run)
+    assert_agree(alone, RunFolder(run))
+
+
+def test_a_branch_keeps_its_kind_of_moments(tiny: Build, tmp_path: Path, alone: RunFolder) -> None:
+    adamw = quiet(tiny(train__max_steps=4), tmp_path / "adamw")
+    changed = training(tiny, optimizer={"name": "muon", "lr": 5e-3, "muon": {"momentum": 0.9}})
+    assert quiet(changed, tmp_path / "branch", resume=alone.state(12)).snapshot(16).exists()
+    for config, state in ((training(tiny), adamw.state(4)), (tiny(), alone.state(12))):
+        with pytest.raises(UserError, match="Muon keeps one of a matrix, and AdamW two"):
+            quiet(config, tmp_path / "other", resume=state)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"muon": {"momentum": 0.9}}, "the keys under muon do nothing with name: adamw"),
+        ({"name": "spam", "muon": {}}, "the keys under muon do nothing with name: spam"),
+        ({"name": "muon", "spam": {}}, "the keys under spam do nothing with name: muon"),
+        ({"name": "muon", "muon": {"momentum": 1.0}}, "less than 1"),
+        ({"name": "muon", "muon": {"steps": 5}}, "Extra inputs"),
+    ],
+)
+def test_keys_that_do_not_go_together(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig.model_validate(values)
