@@ -10,7 +10,7 @@ DDP: weights, optimizer and averages on every device; gradients lie in the bucke
 and averages in shards, but gradients whole while micro-batches add up; gathered in the precision of
 matrix products are the embeddings, for the whole step, and two blocks, the one at work and the next; a
 block's gradients wait in that precision while their float32 copy is reduced. Not counted: the CUDA
-context, NCCL's and cuBLAS's own buffers, fragmentation.
+context, NCCL's and cuBLAS's own buffers, fragmentation, the few copies of one matrix that Muon works with.
 """
 
 import math

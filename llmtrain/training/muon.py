@@ -91,17 +91,15 @@ class Muon(AdamW):
         gradient, momentum, weight = map(local, (parameter.grad, state["momentum_buffer"], parameter))
         beta = self.muon.momentum
         self._put(momentum, momentum.lerp(gradient, 1 - beta))
-        update = gradient.lerp(momentum, beta) if self.muon.nesterov else momentum
-        direction = self._direction(parameter, update, stacked)
+        update = (gradient.lerp(momentum, beta) if self.muon.nesterov else momentum).to(self.precision)
+        # In bfloat16 half as much is sent, of what would be rounded to it anyway.
+        matrices = made_whole(parameter, update).chunk(stacked)
+        direction = cut(parameter, torch.cat([orthogonalized(matrix) for matrix in matrices]))
         rows, columns = parameter.shape
         scale = UPDATE_RMS * math.sqrt(max(rows // stacked, columns))
         self._put(weight, (weight * (1 - lr * weight_decay)).add_(direction, alpha=-lr * scale))
 
     def _put(self, into: Tensor, new: Tensor) -> None:
         """Nothing of `new` gets through in a step that is held back: it may be NaN, and 0 · NaN is."""
-        into.copy_(new if self.found_inf is None else torch.where(self.found_inf == 1, into, new))
-
-    def _direction(self, parameter: Tensor, update: Tensor, stacked: int) -> Tensor:
-        """This process's part of the orthogonalised update, of which each process gives its part."""
-        whole = made_whole(parameter, update.to(self.precision))
-        return cut(parameter, torch.cat([orthogonalized(matrix) for matrix in whole.chunk(stacked)]))
+        held = torch.zeros((), device=into.device) if self.found_inf is None else self.found_inf
+        torch.where(held == 1, into, new, out=into)

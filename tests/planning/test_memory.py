@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile
 
 from llmtrain.config import RunConfig
@@ -28,8 +29,8 @@ def planned_peak(config: RunConfig, *, cuda: bool = False) -> int:
     return peak(device_memory(config, Layout(1, "ddp", item, cuda))).total
 
 
-def a_trainer(config: RunConfig, device: torch.device) -> tuple[GPT, Callable[[], None]]:
-    """A model, and what `Trainer.step` does to its memory."""
+def a_trainer(config: RunConfig, device: torch.device) -> tuple[GPT, AdamW, Callable[[], None]]:
+    """A model, its optimizer, and what `Trainer.step` does to its memory."""
     model = build_model(config, None, World(), device, "float32")
     optimizer = build_optimizer(model, config.optimizer)
     micro = config.train.micro_batch
@@ -45,7 +46,7 @@ def a_trainer(config: RunConfig, device: torch.device) -> tuple[GPT, Callable[[]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return model, step
+    return model, optimizer, step
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -58,6 +59,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "one micro-batch": {"train__batch_sequences": 2},
     "biases": {"model__bias": True},
     "dropout": {"model__dropout": 0.1, "data__block_size": 128},
+    "Muon": {"optimizer__name": "muon", "model__n_embd": 256, "train__micro_batch": 1},
     "checkpointing": {"train__activation_checkpointing": True, "model__n_layer": 6, "data__block_size": 256},
 }  # fmt: skip  # one line a shape
 
@@ -66,11 +68,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_peak_is_what_torch_allocates(planned: Build, shape: dict[str, Any], precision: str) -> None:
     config = planned(**({"train__batch_sequences": 4} | shape), train__precision=precision)
-    model, step = a_trainer(config, torch.device("cpu"))
+    model, optimizer, step = a_trainer(config, torch.device("cpu"))
     step()  # from now on the optimizer has its moments
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
-    now = most = 3 * 4 * model.n_parameters()
+    kept = [tensor for state in optimizer.state.values() for tensor in state.values()]
+    now = most = sum(tensor.nbytes for tensor in [*model.parameters(), *kept])
     for event in recorded.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
@@ -148,7 +151,7 @@ def test_a_gpu_allocates_the_planned_peak(
         train__micro_batch=8,
         train__precision=precision,
     )
-    _, step = a_trainer(config, torch.device("cuda"))
+    *_, step = a_trainer(config, torch.device("cuda"))
     step()
     torch.cuda.reset_peak_memory_stats()
     step()

@@ -26,13 +26,19 @@ def on_disk(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("bias", "optimizer"), [(False, "muon"), (True, "adamw")])
 def test_a_run_writes_what_was_planned(
-    planned: Build, data_folder: Path, tmp_path: Path, bias: bool, monkeypatch: pytest.MonkeyPatch
+    planned: Build,
+    data_folder: Path,
+    tmp_path: Path,
+    bias: bool,
+    optimizer: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = planned(
         data={"path": str(data_folder), "block_size": 16},
         model__bias=bias,
+        optimizer={"name": optimizer},
         schedule__warmup_steps=3,
         train={"max_steps": 15, "batch_sequences": 2, "micro_batch": 2, "compile": False, "device": "cpu"},
         checkpoint={"snapshot_every": 2, "state_every": 4, "keep_states": 2},

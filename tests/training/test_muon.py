@@ -20,8 +20,8 @@ from llmtrain.model import GPT
 from llmtrain.training.muon import Muon, orthogonalized
 from llmtrain.training.optim import build_optimizer
 
-REDUCTION = 2e-3
-"""Relative: a sum in another order moves a momentum by a rounding of bfloat16, 16 steps long."""
+REDUCTION = 1e-4
+"""Relative: where a sum in another order is rounded otherwise to bfloat16, 16 steps long."""
 
 
 def muon(model: nn.Module, **settings: Any) -> Muon:
@@ -163,24 +163,17 @@ def assert_agree(one: RunFolder, other: RunFolder) -> None:
     assert ours == pytest.approx(theirs, rel=REDUCTION)
 
 
-@pytest.mark.parametrize(("parallel", "size", "machines"), [("ddp", 2, 1), ("hsdp", 4, 2)])
-def test_the_curve_is_that_of_one_process(
-    tiny: Build, tmp_path: Path, alone: RunFolder, parallel: str, size: int, machines: int
-) -> None:
-    config = training(tiny, train__parallel=parallel, train__micro_batch=2)
-    train_together(size, config, tmp_path / "run", machines)
-    assert_agree(alone, RunFolder(tmp_path / "run"))
-
-
-def test_shards_go_on_where_others_left_off(tiny: Build, tmp_path: Path, alone: RunFolder) -> None:
-    """Two processes with shards, one alone, then three: no matrix of 16 columns divides over those."""
+def test_shards_and_copies_go_on_where_others_left_off(tiny: Build, tmp_path: Path, alone: RunFolder) -> None:
+    """Two processes with shards, one alone, two with copies, shards on each of two machines."""
     run = tmp_path / "run"
-    for parallel, size, steps in (("fsdp", 2, 6), ("auto", 1, 11), ("fsdp", 2, 16)):
-        config = training(tiny, train__parallel=parallel, train__max_steps=steps)
+    for parallel, size, steps in (("fsdp", 2, 5), ("auto", 1, 8), ("ddp", 2, 12), ("hsdp", 4, 16)):
+        config = training(
+            tiny, train__parallel=parallel, train__max_steps=steps, train__micro_batch=8 // max(size, 2)
+        )
         if size == 1:
             quiet(config, run)
         else:
-            train_together(size, config, run)
+            train_together(size, config, run, machines=2 if parallel == "hsdp" else 1)
     assert_agree(alone, RunFolder(run))
 
 

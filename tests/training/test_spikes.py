@@ -108,13 +108,18 @@ def test_a_spike_is_logged_or_skipped(tiny: Build, tmp_path: Path, poison: Poiso
 
 
 @pytest.mark.parametrize(
-    ("factor", "policy"), [(50.0, ("rewind", "stop")), (float("nan"), ("log", "rewind"))]
+    ("factor", "policy", "optimizer"),
+    [
+        (50.0, ("rewind", "stop"), "adamw"),
+        (float("nan"), ("log", "rewind"), "muon"),
+    ],
 )
 def test_a_rewind_goes_back_and_passes_over_the_batches(
-    tiny: Build, tmp_path: Path, poison: Poison, factor: float, policy: tuple[str, str]
+    tiny: Build, tmp_path: Path, poison: Poison, factor: float, policy: tuple[str, str], optimizer: str
 ) -> None:
     poison(factor)
-    config = run_config(tiny, *policy, averages=EVERY_AVERAGE)
+    more = {"averages": EVERY_AVERAGE, "optimizer": {"name": optimizer, "lr": 1e-2}}
+    config = run_config(tiny, *policy, **more)
     run = quiet(config, tmp_path / "run")
     (record,) = [e for e in events(run) if "rewound_from" in e]
     # The newest state at least 4 steps before step 15 is that of step 8; batches 8 to 14 are passed over.
@@ -125,12 +130,12 @@ def test_a_rewind_goes_back_and_passes_over_the_batches(
     assert [json.loads(line)["step"] for line in taken_back][-1] == 15
     assert (run.snapshots / "step-00000012-rewound").is_dir()
     # Beside it, a run that is told at step 8 to go on with batch 15.
-    other = quiet(run_config(tiny, averages=EVERY_AVERAGE, train__max_steps=8), tmp_path / "other")
+    other = quiet(run_config(tiny, **more, train__max_steps=8), tmp_path / "other")
     facts = json.loads((other.state(8) / "state.json").read_text())
     facts["progress"]["passed_batches"] = 7
     (other.state(8) / "state.json").write_text(json.dumps(facts))
     write_integrity(other.state(8))
-    quiet(run_config(tiny, averages=EVERY_AVERAGE), other.path)
+    quiet(run_config(tiny, **more), other.path)
     for step in (9, 24):
         assert weights(run, step) == weights(other, step)
     for label in ("ema-0.9", "running-mean"):
