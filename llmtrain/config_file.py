@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from llmtrain.config import RunConfig, ScheduleConfig
 from llmtrain.config_averages import AverageConfig
+from llmtrain.config_base import Section
 from llmtrain.errors import UserError
 
 _UNIONS: dict[str, Any] = {"schedule": ScheduleConfig, "averages": AverageConfig}
@@ -232,8 +233,10 @@ def _fields(location: list[str], values: dict[str, Any]) -> tuple[list[str], dic
             if isinstance(place, list):
                 place = place[int(location[1])]
             return kinds.get(place.get(_TAGS[part]), []), kinds
-        if isinstance(fields[part].annotation, type):
-            fields = dict(fields[part].annotation.model_fields)
+        annotation = fields[part].annotation if part in fields else None  # none: a place in a list
+        for each in (annotation, *get_args(annotation)):  # a section, one that may be null, or a list of them
+            if isinstance(each, type) and issubclass(each, Section):
+                fields = dict(each.model_fields)
     return list(fields), {}
 
 

@@ -70,6 +70,14 @@ def test_scientific_notation_is_a_number_and_the_name_is_the_files(tmp_path: Pat
         ),
         (GOOD.replace("lr: 6e-3", "lr: .nan"), "optimizer.lr"),
         (
+            GOOD.replace("lr: 6e-3", "name: muon\n  muon: {momentun: 0.9}"),
+            "line 5: optimizer.muon.momentun: there is no such key; did you mean momentum?",
+        ),
+        (
+            GOOD.replace("data/x", "data/x, mix: [{path: y, weigt: 0.1}]"),
+            "data.mix.0.weigt: there is no such key; did you mean weight?",
+        ),
+        (
             GOOD.replace("warmup_steps", "warmup"),
             "schedule.warmup: there is no such key; did you mean warmup_steps?",
         ),
