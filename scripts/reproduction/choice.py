@@ -10,7 +10,6 @@ from pathlib import Path
 
 from llmtrain.events import read_events
 from llmtrain.files import RunFolder
-
 from reproduction.execute import failure
 from reproduction.plan import Plan
 
