@@ -245,7 +245,8 @@ def average(
         str | None,
         typer.Option(
             help='Evaluate every combination without writing it: "window=3,5,10 every=200,400" '
-            "(also method, decay, half-life, shape, from, blend). --at all: at every snapshot.",
+            "(also method, decay, half-life, shape, from, blend, sigma-rel). --at all: at every snapshot; "
+            "--at STEP or last: there alone.",
             rich_help_panel=_SEARCH,
             show_default=False,
         ),

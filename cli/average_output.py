@@ -83,25 +83,25 @@ def evaluate_sweep(
     """Evaluate candidates; a table, a CSV and a PNG, and if wanted the best one as a folder.
 
     Raises:
-        UserError: the command line says more than --sweep and --at all, which would be ignored.
+        UserError: the command line says more than --sweep and --at, which would be ignored.
     """
     from llmtrain.averaging.sweep import parse_sweep, sweep
     from llmtrain.averaging.sweep_report import draw, summary, write_csv
 
-    if replace(request, at=None) != Request() or request.at not in (None, "all"):
+    if replace(request, at=None) != Request():
         raise UserError(
-            "--sweep takes the methods' options in its own text, and of the others only --at all",
+            "--sweep takes the methods' options in its own text, and of the others only --at",
             hint='such as --sweep "method=lawa,linear window=3,5 every=200"',
         )
     run = require_run(Path(source)) if source is not None else newest_run()
-    candidates = parse_sweep(text)
+    candidates, at = parse_sweep(text), None if request.at is None else request.at_step
     with interruptible("nothing was written") as interrupt, progress_line("evaluating") as line:
 
         def on_progress(done: int, total: int) -> None:
             interrupt.check()
             line.update(done, total)
 
-        result = sweep(run, candidates, every_step=request.at == "all", progress=on_progress)
+        result = sweep(run, candidates, at=at, progress=on_progress)
     for reason in result.skipped:
         warn(reason)
     rows = summary(result, run)
@@ -112,8 +112,14 @@ def evaluate_sweep(
         series = run_series(run)
         written = run_plans(series, make_plans(series, result.best.request), Settings())
     if as_json:
+        curves = zip(rows, result.candidates, strict=True)
         print_json(
-            {"candidates": [asdict(row) for row in rows], "written": [one.as_json() for one in written]}
+            {
+                "raw": {"losses": result.raw.losses},
+                "candidates": [asdict(row) | {"losses": candidate.losses} for row, candidate in curves],
+                "tokens": result.tokens,
+                "written": [one.as_json() for one in written],
+            }
         )
         return
     console.print(_sweep_table(rows))

@@ -22,6 +22,7 @@ from llmtrain.averaging.merge import Mixture, Write, merge
 from llmtrain.averaging.numbers import Raw
 from llmtrain.averaging.plan import OPTIONS, Request, make_plans
 from llmtrain.averaging.series import Input, Series, check_alike, run_series
+from llmtrain.averaging.windows import describe_steps
 from llmtrain.checkpoint import load_model
 from llmtrain.config import RunConfig
 from llmtrain.config_file import load_config
@@ -48,6 +49,7 @@ _NUMBERS: dict[str, Callable[[str], Any]] = {
     "decay": float,
     "half_life": float,
     "blend": float,
+    "sigma_rel": float,
     "method": str,
     "shape": str,
 }
@@ -122,7 +124,7 @@ def sweep(
     run: RunFolder,
     requests: Sequence[Request],
     *,
-    every_step: bool = False,
+    at: str | int | None = None,
     data: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SweepResult:
@@ -131,22 +133,22 @@ def sweep(
     Args:
         run: whose snapshots and validation data.
         requests: the candidates.
-        every_step: at every snapshot, not at `POINTS` of them.
+        at: `all`: at every snapshot; `last`, or a step: there alone; None: at `POINTS` steps.
         data: folder of token shards; default: the run's.
         progress: called with evaluations done and in all.
 
     Raises:
-        UserError: no candidate has a window, or a request is impossible.
+        UserError: no candidate has a window (at that step), or a request is impossible.
     """
     series, config = run_series(run), load_config(run.config)
     plans, skipped = _plans(series, requests)
-    steps = _compared_steps(series.steps, plans, every_step)
+    steps = _compared_steps(series.steps, plans, at)
     jobs = [
         *(Plan(RAW, RAW, (series.inputs[step],), (1.0,), run.path) for step in steps),
         *(plan for of_request in plans.values() for plan in of_request if plan.step in steps),
     ]
     jobs.sort(key=lambda job: job.step)
-    inputs = unique_inputs(jobs)
+    inputs = unique_inputs([job for job in jobs if job.audited])
     check_claims(series, inputs, Settings(), audited=True)
     measure = _Evaluator(config, series.inputs[steps[-1]].open().folder, data)
     losses: dict[str, dict[int, float]] = {}
@@ -154,9 +156,9 @@ def sweep(
         losses.setdefault(job.label, {})[job.step] = measure.loss(weights)
         if progress is not None:
             progress(done, len(jobs))
-    found = [
-        Candidate(label, request, losses[label]) for (label, request) in _labels(plans) if label in losses
-    ]
+    labels = _labels(plans)
+    found = [Candidate(label, request, losses[label]) for label, request in labels if label in losses]
+    skipped += [f"{label} has no window that ends there" for label, _ in labels if label not in losses]
     found.sort(key=lambda candidate: (-max(candidate.losses), candidate.losses[max(candidate.losses)]))
     return SweepResult(Candidate(RAW, None, losses[RAW]), found, skipped, measure.tokens)
 
@@ -182,11 +184,20 @@ def _labels(plans: Mapping[Request, list[Plan]]) -> list[tuple[str, Request]]:
     return [(of_request[-1].label, request) for request, of_request in plans.items()]
 
 
-def _compared_steps(steps: Sequence[int], plans: Mapping[Request, list[Plan]], every_step: bool) -> list[int]:
-    """Every step, or `POINTS` evenly spaced ones from the first window's end to the last's."""
+def _compared_steps(
+    steps: Sequence[int], plans: Mapping[Request, list[Plan]], at: str | int | None
+) -> list[int]:
+    """The steps that `at` means; None: `POINTS` evenly spaced ones from the first window's end to the last's."""
     ends = sorted({plan.step for of_request in plans.values() for plan in of_request})
-    if every_step:
+    if at == "all":
         return list(steps)
+    if at is not None:
+        end = ends[-1] if at == "last" else at
+        if end not in ends:
+            raise UserError(
+                f"no candidate has a window that ends at step {end:,}", hint=f"{describe_steps(ends)} do"
+            )
+        return [end]
     if len(ends) <= POINTS:
         return ends
     return sorted({ends[round(i * (len(ends) - 1) / (POINTS - 1))] for i in range(POINTS)})

@@ -47,7 +47,7 @@ def test_a_wrong_sweep_is_explained(text: str) -> None:
 
 
 def test_losses_are_those_of_the_written_averages(run: RunFolder) -> None:
-    result = sweep(run, parse_sweep("method=lawa,linear window=2,3 every=2,3"), every_step=True)
+    result = sweep(run, parse_sweep("method=lawa,linear window=2,3 every=2,3"), at="all")
     assert len(result.candidates) == 8
     assert sorted(result.raw.losses) == list(range(3, 15))
     series = run_series(run)
@@ -59,6 +59,35 @@ def test_losses_are_those_of_the_written_averages(run: RunFolder) -> None:
     (raw,) = measure([Target("raw", 9, run.snapshot(9), run)], Settings(), lambda *progress: None)
     assert raw.loss == pytest.approx(result.raw.losses[9], rel=1e-6)
     assert result.best.losses[14] == min(c.losses[14] for c in result.candidates)
+
+
+def test_one_step_is_compared_alone(run: RunFolder) -> None:
+    requests = parse_sweep("window=2,3 every=2,5")
+    everywhere = {c.label: c.losses for c in sweep(run, requests, at="all").candidates}
+    for at, step in ((9, 9), ("last", 14)):
+        alone = sweep(run, requests, at=at)
+        assert list(alone.raw.losses) == [step]
+        assert {c.label: c.losses for c in alone.candidates} == {
+            label: {step: losses[step]} for label, losses in everywhere.items() if step in losses
+        }
+    assert sweep(run, requests, at=6).skipped[-1] == "lawa-3x5 has no window that ends there"
+    with pytest.raises(UserError, match="no candidate has a window that ends at step 2"):
+        sweep(run, requests, at=2)
+
+
+def test_widths_of_posthoc_emas_are_swept(tiny: Callable[..., RunConfig], tmp_path: Path) -> None:
+    kept = [{"kind": "power-ema", "sigma_rel": width} for width in (0.05, 0.1)]
+    config = tiny(averages=kept, train__max_steps=14, checkpoint={"snapshot_every": 1, "state_every": 14})
+    run = pretrain(config, tmp_path / "tiny", say=lambda line: None).run
+    result = sweep(
+        run, parse_sweep("method=lawa,posthoc-ema sigma-rel=0.07,0.15 window=2 every=2"), at="last"
+    )
+    assert len(result.candidates) == 3
+    for candidate in result.candidates:
+        assert candidate.request is not None
+        (written,) = average(run_series(run), make_plans(run_series(run), candidate.request))
+        (row,) = measure([Target("x", 14, written.plan.target, run)], Settings(), lambda *progress: None)
+        assert row.loss == pytest.approx(candidate.losses[14], rel=1e-6)
 
 
 def test_nothing_but_reports_is_written(run: RunFolder) -> None:
@@ -113,6 +142,8 @@ def test_the_command_shows_and_writes_the_best(run: RunFolder, llmtrain: Command
     (best,) = [row for row in document["candidates"] if row["best"]]
     (written,) = document["written"]
     assert written["label"] == best["label"]
+    assert best["losses"]["14"] == best["loss"]
+    assert best["delta"] == best["loss"] - document["raw"]["losses"]["14"]
     assert (Path(written["path"]) / "model.safetensors").exists()
     assert (run.report / "sweep.png").read_bytes().startswith(b"\x89PNG")
     again = llmtrain("average", run.path, "--sweep", "window=2", "--every", "2", cwd=run.path.parent)
