@@ -55,6 +55,8 @@ class Line:
     label: str
     x: Sequence[float]
     y: Sequence[float | None]
+    spread: Sequence[float] = ()
+    """Half the length of a vertical bar at each point, such as a standard error; none: no bars."""
     colour: int = 0
     """Indices into `COLOURS`, `DASHES` and `MARKERS`, which begin anew after the last."""
     dash: int = 0
@@ -157,6 +159,11 @@ def _draw_line(axes: Axes, line: Line) -> None:
         markevery=max(1, math.ceil(len(line.x) / 12)),
         linewidth=1.5,
     )
+    if line.spread:
+        colour = COLOURS[line.colour % len(COLOURS)]
+        axes.errorbar(
+            line.x, values, line.spread, fmt="none", ecolor=colour, elinewidth=1.0, capsize=2.5, label=None
+        )
 
 
 def _label(axes: Axes, chart: Chart) -> None:

@@ -8,17 +8,23 @@ Why a rule: a rate picked by eye could be picked for its outcome.
 import math
 from pathlib import Path
 
+from llmtrain.evaluation.targets import RAW
 from llmtrain.events import read_events
 from llmtrain.files import RunFolder
 from reproduction.execute import failure
 from reproduction.plan import Plan
+from reproduction.results import Losses
 
 
-def validation(run: Path, label: str = "") -> dict[int, float]:
-    """Step → validation loss of the raw weights, or of the online average `label`, as training logged it."""
-    key = f"val/loss/{label}" if label else "val/loss"
-    events = read_events(RunFolder(run).metrics)
-    return {event["step"]: event[key] for event in events if event.get(key) is not None}
+def validation(run: Path) -> Losses:
+    """Validation loss by weights and step, as training logged it."""
+    losses: Losses = {}
+    for event in read_events(RunFolder(run).metrics):
+        for key, loss in event.items():
+            if key.startswith("val/loss") and loss is not None:
+                label = key.removeprefix("val/loss").removeprefix("/") or RAW
+                losses.setdefault(label, {})[event["step"]] = loss
+    return losses
 
 
 def tuned_rate(plan: Plan, root: Path) -> str:
@@ -39,7 +45,7 @@ def largest_rate(plan: Plan, root: Path) -> str:
     than that of the lowest rate has after a fifth of the steps (its first evaluation).
     """
     seed = plan.seeds[0]
-    early = validation(root / plan.constant(plan.rates[0], seed).name)
+    early = validation(root / plan.constant(plan.rates[0], seed).name)[RAW]
     bound = early[min(early)]
     fit = [rate for rate in plan.rates if _end(plan, root, plan.constant(rate, seed).name) < bound]
     return fit[-1]
@@ -49,4 +55,4 @@ def _end(plan: Plan, root: Path, name: str) -> float:
     """Validation loss of the last step, in nats per token; infinite for a run that failed or has not ended."""
     if failure(root, name) is not None:
         return math.inf
-    return validation(root / name).get(plan.steps, math.inf)
+    return validation(root / name).get(RAW, {}).get(plan.steps, math.inf)

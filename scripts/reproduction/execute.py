@@ -1,72 +1,81 @@
-"""Runs the commands of a plan, several at a time; what is done is not done again.
+"""Runs llmtrain commands, several at a time; what is done is not done again.
 
 Why: an experiment of hours is stopped and started many times. A finished run answers at once, an unfinished
-one goes on, a run that failed is a result, noted in NAME.failed beside it, and a branch waits for its parent.
+one goes on, a measurement that is there is kept, a run that failed is a result, noted in NAME.failed, and a
+branch waits for its parent.
 
-    train(trainings, config, root, workers=2)
+    run([Job("constant", ("pretrain", "--config", "configs/demo.yaml"))], Path("runs"), workers=2)
 """
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-
-from reproduction.plan import Training
 
 LLMTRAIN = Path(sys.executable).parent / "llmtrain"
 _FAILED_RUN = 1
 """How `llmtrain pretrain` ends where loss or gradients were not finite."""
 
 
+@dataclass(frozen=True)
+class Job:
+    """One llmtrain command."""
+
+    name: str
+    arguments: tuple[str, ...]
+    """The words after `llmtrain`."""
+    parent: str | None = None
+    """The job that must have ended before."""
+    output: Path | None = None
+    """Where what it prints goes; a job whose output is there is done."""
+
+    @property
+    def command(self) -> str:
+        """As one would type it."""
+        return shlex.join(["llmtrain", *self.arguments])
+
+
+_Running = dict[Job, "subprocess.Popen[bytes]"]
+
+
 class Stopped(Exception):
-    """A signal came; the commands that ran have saved their state."""
-
-
-def command(arguments: Sequence[str]) -> str:
-    """Run one llmtrain command, its messages to the terminal; what it prints.
-
-    Raises:
-        SystemExit: it failed, with its exit code.
-    """
-    print(f"$ llmtrain {' '.join(arguments)}", file=sys.stderr, flush=True)
-    done = subprocess.run([LLMTRAIN, *arguments], stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(done.returncode)
-    return done.stdout
+    """A signal came; the commands that ran have saved what they had."""
 
 
 def failure(root: Path, name: str) -> str | None:
-    """What a run failed with, if it did."""
+    """What a job failed with, if it did."""
     note = root / f"{name}.failed"
-    return note.read_text() if note.exists() else None
+    return note.read_text().strip() if note.exists() else None
 
 
-def train(trainings: Sequence[Training], config: Path, root: Path, workers: int) -> None:
-    """Run each training once, in this order, `workers` at a time, each with its share of the cores.
+def run(jobs: Sequence[Job], root: Path, workers: int) -> None:
+    """Run each job once, in this order, `workers` at a time, each with its share of the cores.
 
-    Output goes to NAME.log beside the run.
+    What it says goes to NAME.log in `root`.
 
     Raises:
-        Stopped: by Ctrl-C or SIGTERM, once every command has saved its state.
-        SystemExit: a command was refused, or ended as no run should.
+        Stopped: by SIGTERM, once every command has ended.
+        SystemExit: a command was refused, or ended as none should.
     """
     root.mkdir(parents=True, exist_ok=True)
-    waiting = list(dict.fromkeys(trainings))
-    running: dict[Training, subprocess.Popen[bytes]] = {}
+    waiting = [job for job in dict.fromkeys(jobs) if job.output is None or not job.output.exists()]
+    running: _Running = {}
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         while waiting or running:
-            for training in [each for each, process in running.items() if process.poll() is not None]:
-                _note(training, running.pop(training).returncode, root)
-            waiting = [each for each in waiting if not _failed_already(each, root)]
-            for training in _ready(waiting, running)[: workers - len(running)]:
-                waiting.remove(training)
-                running[training] = _start(training, config, root, workers)
-            time.sleep(0.1)
+            for job in [each for each, process in running.items() if process.poll() is not None]:
+                _ended(job, running.pop(job).returncode, root)
+            waiting = [job for job in waiting if not _failed_already(job, root)]
+            for job in _ready(waiting, running)[: workers - len(running)]:
+                waiting.remove(job)
+                running[job] = _start(job, root, workers)
+            time.sleep(0.05)
     finally:
         for process in running.values():
             process.terminate()
@@ -79,40 +88,49 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise Stopped
 
 
-def _ready(waiting: Sequence[Training], running: dict[Training, "subprocess.Popen[bytes]"]) -> list[Training]:
+def _ready(waiting: Sequence[Job], running: _Running) -> list[Job]:
     """Those whose parent neither waits nor runs."""
-    busy = {each.name for each in (*waiting, *running)}
-    return [each for each in waiting if each.parent not in busy]
+    busy = {job.name for job in (*waiting, *running)}
+    return [job for job in waiting if job.parent not in busy]
 
 
-def _failed_already(training: Training, root: Path) -> bool:
+def _failed_already(job: Job, root: Path) -> bool:
     """Whether it failed, earlier or just now because its parent did."""
-    if training.parent is not None and failure(root, training.parent) is not None:
-        (root / f"{training.name}.failed").write_text(f"{training.parent}, of which it is a branch, failed\n")
-    return failure(root, training.name) is not None
+    if job.parent is not None and failure(root, job.parent) is not None:
+        (root / f"{job.name}.failed").write_text(f"{job.parent}, which it needs, failed\n")
+    return failure(root, job.name) is not None
 
 
-def _start(training: Training, config: Path, root: Path, workers: int) -> "subprocess.Popen[bytes]":
-    arguments = training.arguments(config, root)
-    print(f"$ llmtrain {' '.join(arguments)}", flush=True)
+def _start(job: Job, root: Path, workers: int) -> "subprocess.Popen[bytes]":
+    print(f"$ {job.command}", flush=True)
     threads = max((os.cpu_count() or 1) // workers, 1)
-    with (root / f"{training.name}.log").open("ab") as log:
+    log, printed = root / f"{job.name}.log", _unfinished(job) or root / f"{job.name}.log"
+    printed.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as errors, printed.open("wb" if job.output else "ab") as output:
         return subprocess.Popen(
-            [LLMTRAIN, *arguments],
+            [LLMTRAIN, *job.arguments],
             stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
+            stdout=output,
+            stderr=errors,
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-            start_new_session=True,  # Ctrl-C is passed on once, by `train`
+            start_new_session=True,  # Ctrl-C is passed on once, by `run`
         )
 
 
-def _note(training: Training, code: int, root: Path) -> None:
-    log = root / f"{training.name}.log"
+def _unfinished(job: Job) -> Path | None:
+    return job.output and job.output.with_name(f".{job.output.name}")
+
+
+def _ended(job: Job, code: int, root: Path) -> None:
+    log, printed = root / f"{job.name}.log", _unfinished(job)
+    if code == 0 and job.output and printed:
+        printed.replace(job.output)
+    if code == 0:
+        return
     tail = log.read_text(errors="replace").strip().splitlines()[-2:]
-    if code == _FAILED_RUN:
-        (root / f"{training.name}.failed").write_text("\n".join(tail) + "\n")
-        print(f"{training.name} failed: {' '.join(tail)}", flush=True)
-    elif code != 0:
-        print("\n".join(tail), file=sys.stderr)
-        raise SystemExit(f"{training.name} ended with {code}: see {log}; the same command goes on")
+    if code == _FAILED_RUN and job.output is None:
+        (root / f"{job.name}.failed").write_text("\n".join(tail) + "\n")
+        print(f"{job.name} failed: {' '.join(tail)}", flush=True)
+        return
+    print("\n".join(tail), file=sys.stderr)
+    raise SystemExit(f"{job.name} ended with {code}: see {log}; the same command goes on")

@@ -5,8 +5,8 @@ Why apart from what runs them: a list of commands can be read, printed and hande
     for training in first_seed(Plan.of("configs/reproduce-cpu.yaml")): print(training.command(Path("runs")))
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmtrain.config_file import load_config
@@ -15,12 +15,21 @@ WINDOW = 5
 """Checkpoints of a LAWA window, as in the paper's code."""
 
 
+_ONE_STATE = "checkpoint.keep_states=1"
+"""Where nothing branches off."""
+
+
 @dataclass(frozen=True)
 class Training:
     """One `llmtrain pretrain` command."""
 
     name: str
     """Of the run, and of its folder."""
+    kind: str
+    """constant, cosine, cooldown, burst, after or calm."""
+    rate: str
+    """The peak learning rate that it is compared by."""
+    seed: int
     settings: tuple[str, ...]
     """What `--set` changes in the recipe."""
     parent: str | None = None
@@ -78,60 +87,66 @@ class Plan:
         return tuple(self.steps * fifths // 5 for fifths in (2, 3, 4))
 
     @property
+    def swa_early(self) -> int:
+        """Where the paper's early SWA begins: at 7% of the run."""
+        return self.steps * 7 // 100
+
+    @property
+    def swa_late(self) -> int:
+        """Where its late SWA begins: at 75%."""
+        return self.steps * 3 // 4
+
+    def merged(self, end: int) -> int:
+        """Checkpoints in a merge that stands for the cooldown that ends at step `end`: those of its fifth."""
+        return end // 5 // self.spacing
+
+    @property
     def burst(self) -> int:
         """Steps with ten times the learning rate."""
         return max(self.steps // 180, 2)
 
     def constant(self, rate: str, seed: int) -> Training:
         """Warm-up, then the peak to the end."""
-        schedule = f"schedule={{name: constant, warmup_steps: {self.warmup}}}"
-        return self._whole(f"constant-{rate}-seed{seed}", rate, seed, schedule)
+        return self._training("constant", rate, seed, self._schedule("constant"))
 
     def cosine(self, rate: str, seed: int) -> Training:
         """From the peak to a tenth of it."""
-        schedule = f"schedule={{name: cosine, warmup_steps: {self.warmup}, min_lr: {text(float(rate) / 10)}}}"
-        one_state = "checkpoint.keep_states=1"  # nothing branches off
-        return self._whole(f"cosine-{rate}-seed{seed}", rate, seed, schedule, one_state)
+        schedule = self._schedule("cosine", f"min_lr: {text(float(rate) / 10)}")
+        return self._training("cosine", rate, seed, schedule, _ONE_STATE)
 
     def cooldown_from(self, step: int, rate: str, seed: int) -> Training:
         """A 1-sqrt cooldown to 0 off the constant run; it takes a fifth of the steps it ends with.
 
-        The same steps as those of a run that had this schedule from its beginning.
+        The same steps as those of a run that had this schedule from its beginning, bit for bit.
         """
         end = step + step // 4
-        schedule = (
-            f"schedule={{name: wsd, warmup_steps: {self.warmup}, decay_steps: {end - step}, shape: 1-sqrt}}"
-        )
-        name = f"cooldown-{rate}-to{end}-seed{seed}"
-        settings = (f"train.max_steps={end}", schedule, "checkpoint.keep_states=1")
-        return self._branch(name, self.constant(rate, seed), step, rate, seed, *settings)
+        schedule = self._schedule("wsd", f"decay_steps: {end - step}", "shape: 1-sqrt")
+        cooldown = self._training("cooldown", rate, seed, f"train.max_steps={end}", schedule, _ONE_STATE)
+        name = cooldown.name.replace("seed", f"to{end}-seed")
+        return replace(cooldown, name=name, parent=self.constant(rate, seed).name, step=step)
 
-    def spike(self, rate: str, seed: int) -> Iterator[Training]:
+    def spike(self, rate: str, seed: int) -> list[Training]:
         """A burst of ten times the rate off the constant run, what comes after it, and the same without a burst.
 
         All are evaluated closely. The third takes the same steps as the constant run, bit for bit.
         """
-        constant, end = self.constant(rate, seed), self.cooldown + self.burst
-        high = text(10 * float(rate))
-        close = (
-            f"schedule={{name: constant, warmup_steps: {self.warmup}}}",
-            f"eval.every={max(self.spacing // 2, 1)}",
-            "checkpoint.keep_states=1",
-        )
-        end_burst = (f"train.max_steps={end}", *close)
-        burst = self._branch(f"burst-{rate}-seed{seed}", constant, self.cooldown, high, seed, *end_burst)
-        yield burst
-        yield self._branch(f"after-{rate}-seed{seed}", burst, end, rate, seed, *close)
-        yield self._branch(f"calm-{rate}-seed{seed}", constant, self.cooldown, rate, seed, *close)
+        constant, end = self.constant(rate, seed).name, self.cooldown + self.burst
+        close = (self._schedule("constant"), f"eval.every={max(self.spacing // 2, 1)}", _ONE_STATE)
+        high = (f"optimizer.lr={text(10 * float(rate))}", f"train.max_steps={end}")
+        burst = self._training("burst", rate, seed, *close, *high)
+        after, calm = (self._training(kind, rate, seed, *close) for kind in ("after", "calm"))
+        return [
+            replace(burst, parent=constant, step=self.cooldown),
+            replace(after, parent=burst.name, step=end),
+            replace(calm, parent=constant, step=self.cooldown),
+        ]
 
-    def _whole(self, name: str, rate: str, seed: int, *settings: str) -> Training:
-        return Training(name, (*self.settings, f"optimizer.lr={rate}", f"seed={seed}", *settings))
+    def _schedule(self, name: str, *more: str) -> str:
+        return f"schedule={{{', '.join([f'name: {name}', f'warmup_steps: {self.warmup}', *more])}}}"
 
-    def _branch(
-        self, name: str, parent: Training, step: int, rate: str, seed: int, *settings: str
-    ) -> Training:
-        whole = self._whole(name, rate, seed, *settings)
-        return Training(name, whole.settings, parent.name, step)
+    def _training(self, kind: str, rate: str, seed: int, *settings: str) -> Training:
+        every = (*self.settings, f"optimizer.lr={rate}", f"seed={seed}", *settings)
+        return Training(f"{kind}-{rate}-seed{seed}", kind, rate, seed, every)
 
 
 def text(rate: float) -> str:
@@ -156,14 +171,13 @@ def first_seed(plan: Plan) -> list[Training]:
     return [training for order in zip(*runs, strict=True) for training in order]
 
 
-def further_seeds(plan: Plan, tuned: str, largest: str) -> list[Training]:
-    """What the first seed's results ask for: three rates with all seeds, forecasts, and the spike."""
-    rates = list(dict.fromkeys([tuned, largest, text(float(tuned) / 3)]))
+def further_seeds(plan: Plan, rates: Sequence[str], spiked: str) -> list[Training]:
+    """What the first seed's results ask for: these rates with all seeds, forecasts, and a spike at one rate."""
     trainings = []
     for seed in plan.seeds:
         for rate in rates:
             trainings += three_schedules(plan, rate, seed)
-        trainings += plan.spike(tuned, seed)
+        trainings += plan.spike(spiked, seed)
         for rate in rates:
             trainings += [plan.cooldown_from(step, rate, seed) for step in plan.forecasts[:-1]]
     done = set(first_seed(plan))

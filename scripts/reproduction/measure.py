@@ -1,0 +1,124 @@
+"""What is measured of the runs, as `llmtrain eval` and `average --sweep` commands, and what they printed.
+
+Why JSON files beside the runs: each is the answer of one command, so a measurement is taken once and the
+tables can be made again from the files.
+
+    execute.run(measurements(plan, root, trainings), root / "measured", workers=2)
+"""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llmtrain.config_file import load_config
+from llmtrain.events import read_events
+from llmtrain.files import RunFolder, step_folders
+from reproduction.choice import validation
+from reproduction.execute import Job, failure
+from reproduction.plan import WINDOW, Plan, Training
+from reproduction.results import Losses, Run
+
+WIDTHS = (0.02, 0.03, 0.05, 0.075, 0.1, 0.15)
+"""Widths of post-hoc EMAs, as a share of training."""
+WINDOWS = (2, 3, 5, 10)
+SPACINGS = (1, 2, 3, 5, 8)
+"""Of a window's checkpoints, in spacings of snapshots."""
+
+
+def measurements(plan: Plan, root: Path, trainings: Sequence[Training]) -> list[Job]:
+    """Of every run that trained: its end; of a whole one LAWA at each snapshot, windows and methods too."""
+    jobs = []
+    for training in trainings:
+        if failure(root, training.name) is None:
+            jobs.append(_end(root, training))
+            if training.parent is None:
+                jobs += _sweeps(plan, root, training)
+    return jobs
+
+
+def _end(root: Path, training: Training) -> Job:
+    """Raw weights and all averages that the run kept, at its last step."""
+    run = RunFolder(root / training.name)
+    last = max(step_folders(run.snapshots))
+    averages = [str(step_folders(folder)[last]) for folder in _kept(run) if last in step_folders(folder)]
+    return _job(root, training, "end", ["eval", str(run.snapshot(last)), *averages])
+
+
+def _kept(run: RunFolder) -> list[Path]:
+    """Folders of the averages that training kept."""
+    labels = [average.label for average in load_config(run.config).averages]
+    return [run.averages / label for label in labels]
+
+
+def _sweeps(plan: Plan, root: Path, training: Training) -> list[Job]:
+    run, every = str(root / training.name), plan.spacing
+    spacings = ",".join(str(every * factor) for factor in SPACINGS)
+    sweeps = {
+        "curve": (f"window={WINDOW} every={every}", "all"),
+        "windows": (f"window={','.join(map(str, WINDOWS))} every={spacings}", "last"),
+        "methods": (
+            f"method=swa,decay,posthoc-ema every={every} from={plan.swa_early},{plan.swa_late} "
+            f"window={plan.merged(plan.steps)} shape=1-sqrt sigma-rel={','.join(map(str, WIDTHS))}",
+            "last",
+        ),
+    }
+    if training.schedule == "constant":
+        for step in plan.forecasts:
+            text = f"method=decay every={every} window={plan.merged(step + step // 4)} shape=1-sqrt"
+            sweeps[f"merge-{step}"] = text, str(step)
+    return [
+        _job(root, training, what, ["average", run, "--sweep", text, "--at", at])
+        for what, (text, at) in sweeps.items()
+    ]
+
+
+def _job(root: Path, training: Training, what: str, arguments: Sequence[str]) -> Job:
+    name = f"{training.name}-{what}"
+    return Job(name, (*arguments, "--json"), output=root / "measured" / f"{name}.json")
+
+
+def read_run(plan: Plan, root: Path, training: Training) -> Run:
+    """All that is known of a run: what it logged, and what was measured of it."""
+    folder = RunFolder(root / training.name)
+    command = Job(training.name, tuple(training.arguments(plan.config, root))).command
+    known = failure(root, training.name)
+    losses: Losses = validation(folder.path) if known is None else {}
+    measured = []
+    for path in sorted((root / "measured").glob(f"{training.name}-*.json")) if known is None else []:
+        measured.append(path.stem.removeprefix(f"{training.name}-"))
+        for label, curve in _losses(json.loads(path.read_text())).items():
+            losses.setdefault(label, {}).update(curve)
+    return Run(
+        name=training.name,
+        kind=training.kind,
+        rate=training.rate,
+        seed=training.seed,
+        command=command,
+        measured=measured,
+        seconds_per_step=None if known else _seconds_per_step(folder),
+        failure=known,
+        losses=losses,
+    )
+
+
+def _losses(document: Any) -> Losses:
+    """Label → step → loss, of what `eval --json` or `average --sweep --json` printed."""
+    found: Losses = {}
+    if isinstance(document, list):
+        for row in document:
+            found.setdefault(row["label"], {})[row["step"]] = row["loss"]
+        return found
+    curves = {"raw": document["raw"]} | {each["label"]: each for each in document["candidates"]}
+    return {
+        label: {int(step): loss for step, loss in each["losses"].items()} for label, each in curves.items()
+    }
+
+
+def _seconds_per_step(run: RunFolder) -> float:
+    """Median over the log, as runs are paused and share their machine."""
+    speeds = [
+        event["tokens_per_second"] for event in read_events(run.metrics) if "tokens_per_second" in event
+    ]
+    return load_config(run.config).tokens_per_step / statistics.median(speeds)
