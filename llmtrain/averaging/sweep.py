@@ -210,7 +210,7 @@ def _averages(jobs: Sequence[Plan]) -> Iterator[tuple[Plan, _Weights]]:
     while position < len(jobs):
         size = 4 * sum(spec.count for spec in jobs[position].inputs[-1].open().tensors.values())
         group = jobs[position : position + max(1, MEMORY // size)]
-        inputs = sorted({i for job in group for i in job.inputs}, key=lambda i: i.step)
+        inputs = unique_inputs(group)
         opened = {source: opened.get(source) or source.open() for source in inputs}
         checkpoints = [opened[source] for source in inputs]
         check_alike(checkpoints)

@@ -7,6 +7,7 @@ tables can be made again from the files.
 """
 
 import json
+import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,19 +23,22 @@ from reproduction.results import Losses, Run
 
 WIDTHS = (0.02, 0.03, 0.05, 0.075, 0.1, 0.15)
 """Widths of post-hoc EMAs, as a share of training."""
+_MEASURED = ("constant", "cosine", "cooldown")
 WINDOWS = (2, 3, 5, 10)
 SPACINGS = (1, 2, 3, 5, 8)
 """Of a window's checkpoints, in spacings of snapshots."""
 
 
 def measurements(plan: Plan, root: Path, trainings: Sequence[Training]) -> list[Job]:
-    """Of every run that trained: its end; of a whole one LAWA at each snapshot, windows and methods too."""
+    """The end of every schedule's run, LAWA along the whole ones, windows and methods of the constant ones.
+
+    What training logged is enough of the others, and there is nothing of those that failed.
+    """
     jobs = []
     for training in trainings:
-        if failure(root, training.name) is None:
+        if training.kind in _MEASURED and failure(root, training.name) is None:
             jobs.append(_end(root, training))
-            if training.parent is None:
-                jobs += _sweeps(plan, root, training)
+            jobs += _sweeps(plan, root, training)
     return jobs
 
 
@@ -42,36 +46,52 @@ def _end(root: Path, training: Training) -> Job:
     """Raw weights and all averages that the run kept, at its last step."""
     run = RunFolder(root / training.name)
     last = max(step_folders(run.snapshots))
-    averages = [str(step_folders(folder)[last]) for folder in _kept(run) if last in step_folders(folder)]
-    return _job(root, training, "end", ["eval", str(run.snapshot(last)), *averages])
-
-
-def _kept(run: RunFolder) -> list[Path]:
-    """Folders of the averages that training kept."""
     labels = [average.label for average in load_config(run.config).averages]
-    return [run.averages / label for label in labels]
+    kept = [str(run.average(label, last)) for label in labels if run.average(label, last).is_dir()]
+    return _job(root, training, "end", ["eval", str(run.snapshot(last)), *kept])
 
 
 def _sweeps(plan: Plan, root: Path, training: Training) -> list[Job]:
-    run, every = str(root / training.name), plan.spacing
-    spacings = ",".join(str(every * factor) for factor in SPACINGS)
-    sweeps = {
-        "curve": (f"window={WINDOW} every={every}", "all"),
-        "windows": (f"window={','.join(map(str, WINDOWS))} every={spacings}", "last"),
-        "methods": (
-            f"method=swa,decay,posthoc-ema every={every} from={plan.swa_early},{plan.swa_late} "
-            f"window={plan.merged(plan.steps)} shape=1-sqrt sigma-rel={','.join(map(str, WIDTHS))}",
-            "last",
-        ),
-    }
-    if training.schedule == "constant":
-        for step in plan.forecasts:
-            text = f"method=decay every={every} window={plan.merged(step + step // 4)} shape=1-sqrt"
-            sweeps[f"merge-{step}"] = text, str(step)
     return [
-        _job(root, training, what, ["average", run, "--sweep", text, "--at", at])
-        for what, (text, at) in sweeps.items()
+        _job(root, training, what, ["average", str(root / training.name), *words])
+        for what, words in sweeps(plan).items()
+        if training.kind == "constant" or (training.kind == "cosine" and what == "curve")
     ]
+
+
+def sweeps(plan: Plan) -> dict[str, list[str]]:
+    """What is swept → the words after `llmtrain average RUN`."""
+    every = plan.spacing
+    windows, spacings = _listed(WINDOWS), _listed([every * factor for factor in SPACINGS])
+    methods = (
+        f"method=swa,decay,posthoc-ema every={every} from={plan.swa_early},{plan.swa_late} "
+        f"window={plan.merged(plan.steps)} shape=1-sqrt sigma-rel={_listed(WIDTHS)}"
+    )
+    found = {
+        "curve": (f"window={WINDOW} every={every}", "all"),
+        "windows": (f"window={windows} every={spacings}", "last"),
+        "methods": (methods, "last"),
+    }
+    for step in plan.forecasts:
+        window = plan.merged(step + step // 4)
+        found[f"merge-{step}"] = f"method=decay every={every} window={window} shape=1-sqrt", str(step)
+    return {what: ["--sweep", text, "--at", at] for what, (text, at) in found.items()}
+
+
+def commands(plan: Plan) -> dict[str, str]:
+    """What was measured → its command, for any RUN."""
+    found = {
+        what: shlex.join(["llmtrain", "average", "RUN", *words, "--json"])
+        for what, words in sweeps(plan).items()
+    }
+    return found | {
+        "end": "llmtrain eval RUN/snapshots/LAST RUN/averages/*/LAST --json",
+        "log": "llmtrain pretrain",
+    }
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
 
 
 def _job(root: Path, training: Training, what: str, arguments: Sequence[str]) -> Job:
@@ -82,7 +102,7 @@ def _job(root: Path, training: Training, what: str, arguments: Sequence[str]) ->
 def read_run(plan: Plan, root: Path, training: Training) -> Run:
     """All that is known of a run: what it logged, and what was measured of it."""
     folder = RunFolder(root / training.name)
-    command = Job(training.name, tuple(training.arguments(plan.config, root))).command
+    shown = training.arguments(Path("configs") / plan.config.name, Path("runs") / root.name)
     known = failure(root, training.name)
     losses: Losses = validation(folder.path) if known is None else {}
     measured = []
@@ -95,7 +115,7 @@ def read_run(plan: Plan, root: Path, training: Training) -> Run:
         kind=training.kind,
         rate=training.rate,
         seed=training.seed,
-        command=command,
+        command=shlex.join(["llmtrain", *shown]),
         measured=measured,
         seconds_per_step=None if known else _seconds_per_step(folder),
         failure=known,
@@ -121,4 +141,4 @@ def _seconds_per_step(run: RunFolder) -> float:
     speeds = [
         event["tokens_per_second"] for event in read_events(run.metrics) if "tokens_per_second" in event
     ]
-    return load_config(run.config).tokens_per_step / statistics.median(speeds)
+    return float(load_config(run.config).tokens_per_step / statistics.median(speeds))

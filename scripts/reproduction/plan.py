@@ -2,7 +2,7 @@
 
 Why apart from what runs them: a list of commands can be read, printed and handed to a scheduler.
 
-    for training in first_seed(Plan.of("configs/reproduce-cpu.yaml")): print(training.command(Path("runs")))
+    for training in first_seed(plan): print(training.arguments(plan.config, Path("runs")))
 """
 
 from collections.abc import Sequence
@@ -61,19 +61,36 @@ class Plan:
     rates: tuple[str, ...]
     """Peak learning rates, ascending."""
     seeds: tuple[int, ...]
+    third: bool
+    """All seeds are given a third of the tuned rate, it and the largest that trains; else every rate."""
+    fifths: tuple[int, ...]
+    """Fifths of the run after which a cooldown is forecast; the last is 4."""
+    tokens_per_step: int
 
     @classmethod
-    def of(cls, config: Path, settings: Sequence[str], rates: Sequence[str], seeds: Sequence[int]) -> "Plan":
+    def of(
+        cls,
+        config: Path,
+        settings: Sequence[str],
+        rates: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        third: bool,
+        fifths: Sequence[int] = (2, 3, 4),
+    ) -> "Plan":
         """As the recipe, with `settings`, has the steps."""
         read = load_config(config, list(settings))
         return cls(
-            config,
-            tuple(settings),
-            read.train.max_steps,
-            read.schedule.warmup_steps,
-            read.checkpoint.snapshot_every,
-            tuple(rates),
-            tuple(seeds),
+            config=config,
+            settings=tuple(settings),
+            steps=read.train.max_steps,
+            warmup=read.schedule.warmup_steps,
+            spacing=read.checkpoint.snapshot_every,
+            rates=tuple(rates),
+            seeds=tuple(seeds),
+            third=third,
+            fifths=tuple(fifths),
+            tokens_per_step=read.tokens_per_step,
         )
 
     @property
@@ -84,7 +101,7 @@ class Plan:
     @property
     def forecasts(self) -> tuple[int, ...]:
         """Steps from which a cooldown of a quarter of the steps so far (a fifth of its run) is trained."""
-        return tuple(self.steps * fifths // 5 for fifths in (2, 3, 4))
+        return tuple(self.steps * fifths // 5 for fifths in self.fifths)
 
     @property
     def swa_early(self) -> int:

@@ -1,0 +1,116 @@
+"""scripts/results/README.md: every table and figure of every experiment, the verdicts on top.
+
+Why generated: a number typed by hand is a number that nobody can make again.
+
+    write_page(Path("scripts/results"))
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from llmtrain.evaluation.charts import draw
+from llmtrain.evaluation.targets import RAW
+from reproduction.gains import by_rate, by_step, by_window, savings
+from reproduction.results import Results
+from reproduction.rivals import as_a_decay, by_method, in_a_spike
+from reproduction.section import Labels, Section
+
+SECTIONS = (by_step, by_rate, by_window, by_method, in_a_spike, as_a_decay, savings)
+EXPERIMENTS = {
+    "cpu": "scripts/reproduce_cpu",
+    "gpu-short": "scripts/reproduce_gpu --short FILE",
+    "gpu": "scripts/reproduce_gpu",
+}
+"""Name of the JSON file → what makes it."""
+
+_HEAD = """# Does averaging pay?
+
+The claims of *Early Weight Averaging meets High Learning Rates for LLM Pre-training* (arXiv 2306.03241) on our own
+runs. Everything here is generated from the JSON files beside it; losses are nats per token on the validation split.
+
+A difference Δ is the mean over seeds of the first loss minus the second, of the same seed, ± its standard error.
+**Verdict**: *gain* (the first is lower) or *loss* (it is higher) where |Δ| is at least two standard errors, else
+*no difference*; *one seed* where there is no error to compare with.
+"""
+
+
+def write_page(folder: Path) -> Path:
+    """Write README.md and the figures from the JSON files in `folder`."""
+    found = {
+        name: Results.read(folder / f"{name}.json")
+        for name in EXPERIMENTS
+        if (folder / f"{name}.json").exists()
+    }
+    sections = {name: [make(results) for make in SECTIONS] for name, results in found.items()}
+    parts = [_HEAD, "## Verdicts\n", _verdicts(found, sections)]
+    for name, results in found.items():
+        parts += _experiment(folder, name, results, sections[name])
+    page = folder / "README.md"
+    page.write_text("\n".join(parts).rstrip() + "\n")
+    return page
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _verdicts(found: dict[str, Results], sections: dict[str, list[Section]]) -> str:
+    rows = []
+    for name, command in EXPERIMENTS.items():
+        if name not in found:
+            rows.append(["", f"`{command}`", "", "", "", "not run yet"])
+            continue
+        for section in sections[name]:
+            for each in section.comparisons:
+                value = each.difference
+                shown = ["n/a", "0", "not measured"]
+                if value is not None:
+                    shown = [value.signed, str(value.seeds), value.verdict]
+                rows.append([str(each.claim), each.what, found[name].made["device"], *shown])
+    return markdown(["claim", "first against second", "on", "Δ", "seeds", "verdict"], rows)
+
+
+def _experiment(folder: Path, name: str, results: Results, sections: Sequence[Section]) -> list[str]:
+    parts = [f"## {results.title}\n", _about(name, results)]
+    for number, section in enumerate(sections, start=1):
+        claim = section.comparisons[0].claim if section.comparisons else None
+        parts.append(f"### {section.title}\n")
+        parts.append(f"Claim {claim}: {section.text}\n" if claim else f"{section.text}\n")
+        for table in section.tables:
+            made = "; ".join(f"`{results.commands[key]}`" for key in table.made)
+            parts += [f"{table.caption}. Made of {made}.\n", markdown(table.head, table.rows)]
+        for chart in section.charts:
+            figure = folder / f"{name}-{number}-{chart.name}.svg"
+            figure.write_text(draw(chart).svg)
+            parts.append(f"![{chart.title}]({figure.name})\n")
+    return [*parts, "### Runs\n", _runs(results)]
+
+
+def _about(name: str, results: Results) -> str:
+    facts = markdown(["", ""], [[key, str(value)] for key, value in results.made.items()])
+    choice = (
+        f"The tuned rate is {results.tuned}, that of the first seed's cosine run with the lowest final raw loss. The "
+        f"largest that trains is {results.largest}: its constant run ends, raw, below what the lowest rate has after a "
+        f"fifth of the steps. All seeds: {', '.join(results.rates)}; of the other rates there is one. "
+        f"The seed sets initial weights and data order.\n"
+    )
+    return f"Made by `{EXPERIMENTS[name]}`; numbers: [{name}.json]({name}.json).\n\n{facts}\n{choice}"
+
+
+def _runs(results: Results) -> str:
+    labels = Labels.of(results)
+    rows = []
+    for run in results.runs:
+        if run.failure is not None:
+            rows.append([run.name, "", "", "", "", f"failed: {run.failure.splitlines()[0]}"])
+            continue
+        ends = [run.losses.get(label, {}).get(run.end) for label in (RAW, labels.lawa, labels.matched)]
+        if ends[1] is None:
+            ends[1] = run.losses.get(labels.online_lawa, {}).get(run.end)
+        shown = ["" if loss is None else f"{loss:.4f}" for loss in ends]
+        rows.append([run.name, str(run.end), *shown, f"{run.seconds_per_step or 0:.3f}"])
+    commands = "\n".join(run.command for run in results.runs)
+    table = markdown(["run", "last step", "raw", "LAWA", "matched EMA", "seconds a step (median)"], rows)
+    return f"{table}\n<details><summary>The commands</summary>\n\n```\n{commands}\n```\n</details>\n"

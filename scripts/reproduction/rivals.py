@@ -1,0 +1,223 @@
+"""Claims 4 to 6: LAWA against other averages and a cooldown, in a spike, and as a forecast of the cooldown.
+
+for section in (by_method(results), in_a_spike(results), as_a_decay(results)): ...
+"""
+
+from collections.abc import Callable
+
+from llmtrain.evaluation.charts import Chart
+from llmtrain.evaluation.targets import RAW
+from reproduction.gains import lawa_change, step_at
+from reproduction.results import BySeed, Results
+from reproduction.section import Comparison, Labels, Section, Table, cell, line, merge_label
+from reproduction.statistics import estimate, paired
+
+_LOSS = "nats per token"
+
+
+def _ends(results: Results) -> dict[str, Callable[[str], BySeed]]:
+    """Method → its losses at the end of a constant run, by rate. All but the last are of the same run."""
+    labels, steps = Labels.of(results), results.plan["steps"]
+    names = {
+        "raw": RAW,
+        "LAWA": labels.lawa,
+        "EMA 0.9": "ema-0.9",
+        "matched EMA": labels.matched,
+        "SWA early": labels.swa_early,
+        "SWA late": labels.swa_late,
+        "1-sqrt merge": labels.merge,
+    } | {f"post-hoc EMA {width}": f"posthoc-ema-{width}" for width in results.plan["widths"]}
+
+    def of(label: str) -> Callable[[str], BySeed]:
+        return lambda rate: results.by_seed("constant", rate, label, steps)
+
+    found = {name: of(label) for name, label in names.items()}
+    return found | {"cooldown": lambda rate: results.by_seed("cooldown", rate, RAW, steps, end=steps)}
+
+
+def by_method(results: Results) -> Section:
+    """Claim 4: it beats EMA and SWA."""
+    methods = _ends(results)
+    lawa, tuned = methods["LAWA"], results.tuned
+    rates = sorted({*results.plan["rates"], *results.rates}, key=float)
+    comparisons = [
+        Comparison(4, f"LAWA against {name}: constant {tuned}, end", paired(lawa(tuned), of(tuned)))
+        for name, of in methods.items()
+        if name != "LAWA"
+    ]
+    ends = {name: {rate: estimate(list(of(rate).values())) for rate in rates} for name, of in methods.items()}
+    rows = [[name, *(cell(by_rate[rate], signed=False) for rate in rates)] for name, by_rate in ends.items()]
+    differences = [
+        [name, *(cell(paired(of(rate), methods["raw"](rate))) for rate in rates)]
+        for name, of in methods.items()
+        if name != "raw"
+    ]
+    made = ["end", "curve", "methods"]
+    tables = [
+        Table("Loss at the end of the constant run, by peak learning rate", made, ["weights", *rates], rows),
+        Table("The same, minus raw", made, ["weights", *rates], differences),
+    ]
+    drawn = [name for name in ends if name != "SWA early" and not name.startswith("post-hoc")]
+    lines = [
+        line(name, [(float(rate), ends[name][rate]) for rate in rates], kind)
+        for kind, name in enumerate(drawn)
+    ]
+    chart = Chart("methods", "Loss at the end", "peak learning rate", _LOSS, lines)
+    return Section(
+        "Against other averages and a cooldown", "It beats EMA and SWA.", comparisons, tables, [chart]
+    )
+
+
+def in_a_spike(results: Results) -> Section:
+    """Claim 5: it mitigates loss spikes."""
+    labels = Labels.of(results)
+    excess = {seed: _excess(results, seed) for seed in results.plan["seeds"]}
+    shown = [RAW, labels.online_lawa, "ema-0.9", labels.matched, *results.plan["kept"]]
+    peaks: dict[str, BySeed] = {
+        label: {seed: max(curves[label].values()) for seed, curves in excess.items() if curves.get(label)}
+        for label in shown
+    }
+    lasts: dict[str, BySeed] = {
+        label: {
+            seed: curves[label][max(curves[label])] for seed, curves in excess.items() if curves.get(label)
+        }
+        for label in shown
+    }
+    rows = []
+    for label in shown:
+        shares = [100 * peak / peaks[RAW][seed] for seed, peak in peaks[label].items()]
+        share = estimate(shares)
+        rows.append([
+            label,
+            cell(estimate(list(peaks[label].values()))),
+            "n/a" if share is None else f"{share.mean:.0f}%",
+            cell(estimate(list(lasts[label].values()))),
+        ])  # fmt: skip
+    where = f"constant {results.tuned}"
+    table = Table(
+        f"Loss above that of the same run without the burst, {where}: largest, and at the end of the run",
+        ["log"],
+        ["weights", "largest", "of raw's", "at the end"],
+        rows,
+    )
+    comparisons = [
+        Comparison(
+            5, f"{label}'s largest excess against raw's: spike in {where}", paired(peaks[label], peaks[RAW])
+        )
+        for label in shown[1:]
+    ]
+    start = results.plan["cooldown"]
+    steps = sorted({step for curves in excess.values() for step in curves.get(RAW, {})})
+    lines = [
+        line(
+            label,
+            [
+                (s - start, estimate([c[label][s] for c in excess.values() if s in c.get(label, {})]))
+                for s in steps
+            ],
+            kind,
+        )
+        for kind, label in enumerate(shown)
+    ]
+    chart = Chart(
+        "spike",
+        "A burst of ten times the rate: excess loss",
+        "steps since the burst began",
+        _LOSS,
+        lines,
+        baseline=0.0,
+    )
+    return Section("In a spike", "It mitigates loss spikes.", comparisons, [table], [chart])
+
+
+def _excess(results: Results, seed: int) -> dict[str, dict[int, float]]:
+    """Label → step → loss with the burst minus loss without it."""
+    found = {
+        kind: [run for run in results.of(kind, results.tuned) if run.seed == seed]
+        for kind in ("burst", "after", "calm")
+    }
+    if not all(found.values()):
+        return {}
+    burst, after, calm = (found[kind][0].losses for kind in ("burst", "after", "calm"))
+    return {
+        label: {
+            step: loss - calm[label][step]
+            for step, loss in (burst.get(label, {}) | after.get(label, {})).items()
+            if step in calm[label]
+        }
+        for label in calm
+    }
+
+
+def as_a_decay(results: Results) -> Section:
+    """Claim 6: it stands in for a decay of the learning rate, and fades as the rate decays."""
+    rows, series = [], {}
+    for rate in results.rates:
+        for step in results.plan["forecasts"]:
+            predicted = _predictions(results, rate, step)
+            end = step + step // 4
+            real = results.by_seed("cooldown", rate, RAW, end, end=end)
+            errors = {name: paired(losses, real) for name, losses in predicted.items()}
+            rows.append(
+                [
+                    rate,
+                    str(step),
+                    cell(estimate(list(real.values())), signed=False),
+                    *map(cell, errors.values()),
+                ]
+            )
+            if rate == results.tuned:
+                series[step] = predicted | {"cooldown (real)": real}
+    names = list(_predictions(results, results.tuned, results.plan["forecasts"][0]))
+    table = Table(
+        "Loss of the average of the constant run at a step, minus that of the cooldown from there (a quarter longer)",
+        ["log", "curve", f"merge-{results.plan['forecasts'][-1]}"],
+        ["peak", "step", "cooldown's loss", *names],
+        rows,
+    )
+    lines = [
+        line(name, [(step, estimate(list(series[step][name].values()))) for step in series], kind)
+        for kind, name in enumerate(["cooldown (real)", *names])
+    ]
+    chart = Chart(
+        "forecast", f"Forecast of a cooldown, peak {results.tuned}", "step at which it begins", _LOSS, lines
+    )
+    text = "It acts as a surrogate for learning-rate decay, and fades as the rate decays."
+    return Section("As a learning-rate decay", text, _decay_comparisons(results), [table], [chart])
+
+
+def _predictions(results: Results, rate: str, step: int) -> dict[str, BySeed]:
+    """What averages of the constant run at `step` say of its cooldown."""
+    labels = Labels.of(results)
+    names = {
+        "raw": RAW,
+        "LAWA": labels.lawa,
+        "matched EMA": labels.matched,
+        "1-sqrt merge": merge_label(results, step + step // 4),
+    }
+    return {name: results.by_seed("constant", rate, label, step) for name, label in names.items()}
+
+
+def _decay_comparisons(results: Results) -> list[Comparison]:
+    steps, tuned, start = results.plan["steps"], results.tuned, results.plan["cooldown"]
+    cosine, middle = results.by_seed("cosine", tuned, RAW, steps), step_at(results, 0.4)
+    cooldown = results.by_seed("cooldown", tuned, RAW, steps, end=steps)
+    found = [
+        Comparison(
+            6,
+            f"{name} of constant {tuned} at {start} against its cooldown to {steps}",
+            paired(losses, cooldown),
+        )
+        for name, losses in _predictions(results, tuned, start).items()
+        if name != "raw"
+    ]
+    lawa = results.by_seed("constant", tuned, Labels.of(results).lawa, steps)
+    fading = paired(
+        lawa_change(results, "cosine", tuned, steps), lawa_change(results, "cosine", tuned, middle)
+    )
+    return [
+        *found,
+        Comparison(6, f"LAWA of constant {tuned} against raw of cosine {tuned}, end", paired(lawa, cosine)),
+        Comparison(6, f"cooldown against cosine, raw, {tuned}, end", paired(cooldown, cosine)),
+        Comparison(6, f"what LAWA changes of cosine {tuned} at the end against at 40%", fading),
+    ]
