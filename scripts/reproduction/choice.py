@@ -12,7 +12,7 @@ from llmtrain.evaluation.targets import RAW
 from llmtrain.events import read_events
 from llmtrain.files import RunFolder
 from reproduction.execute import failure
-from reproduction.plan import Plan
+from reproduction.plan import Plan, Training
 from reproduction.results import Losses
 
 
@@ -27,32 +27,45 @@ def validation(run: Path) -> Losses:
     return losses
 
 
+def missing(root: Path, training: Training) -> str | None:
+    """Why there is no result of a run, if there is none: it failed, or has not ended."""
+    if training.end in validation(root / training.name).get(RAW, {}):
+        return None
+    return failure(root, training.name) or "has not ended"
+
+
 def tuned_rate(plan: Plan, root: Path) -> str:
     """The rate at which the first seed's cosine run ends with the lowest raw validation loss.
 
     Raises:
         SystemExit: no run of it has finished.
     """
-    ends = {rate: _end(plan, root, plan.cosine(rate, plan.seeds[0]).name) for rate in plan.rates}
+    ends = {rate: _end(plan.cosine(rate, plan.seeds[0]), root) for rate in plan.rates}
     best = min(ends, key=lambda rate: ends[rate])
     if math.isinf(ends[best]):
-        raise SystemExit("no cosine run of the first seed has finished: run --stage runs")
+        raise SystemExit(
+            "no cosine run of the first seed has ended: the stage of the runs comes before this one"
+        )
     return best
 
 
 def largest_rate(plan: Plan, root: Path) -> str:
     """The largest rate that trains: at which the first seed's constant run ends, raw, with a lower loss
-    than that of the lowest rate has after a fifth of the steps (its first evaluation).
+    than that of the lowest rate has after a fifth of the steps.
+
+    Raises:
+        SystemExit: that run has not got there.
     """
-    seed = plan.seeds[0]
-    early = validation(root / plan.constant(plan.rates[0], seed).name)[RAW]
-    bound = early[min(early)]
-    fit = [rate for rate in plan.rates if _end(plan, root, plan.constant(rate, seed).name) < bound]
-    return fit[-1]
+    lowest = plan.constant(plan.rates[0], plan.seeds[0])
+    bound = validation(root / lowest.name).get(RAW, {}).get(plan.steps // 5)
+    if bound is None:
+        raise SystemExit(
+            f"{lowest.name} has no loss at step {plan.steps // 5:,}: the stage of the runs comes first"
+        )
+    ends = {rate: _end(plan.constant(rate, plan.seeds[0]), root) for rate in plan.rates}
+    return [rate for rate, loss in ends.items() if loss < bound][-1]
 
 
-def _end(plan: Plan, root: Path, name: str) -> float:
+def _end(training: Training, root: Path) -> float:
     """Validation loss of the last step, in nats per token; infinite for a run that failed or has not ended."""
-    if failure(root, name) is not None:
-        return math.inf
-    return validation(root / name).get(RAW, {}).get(plan.steps, math.inf)
+    return validation(root / training.name).get(RAW, {}).get(training.end, math.inf)

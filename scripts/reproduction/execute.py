@@ -19,8 +19,8 @@ from pathlib import Path
 from types import FrameType
 
 LLMTRAIN = Path(sys.executable).parent / "llmtrain"
-_FAILED_RUN = 1
-"""How `llmtrain pretrain` ends where loss or gradients were not finite."""
+_FAILED_RUN, _REFUSED = 1, 2
+"""How llmtrain ends where loss or gradients were not finite, and where the input is not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Job:
     """The job that must have ended before."""
     output: Path | None = None
     """Where what it prints goes; a job whose output is there is done."""
+    refusable: bool = False
+    """That llmtrain refuses it is a result as well, noted as a failed run is."""
 
     @property
     def command(self) -> str:
@@ -128,9 +130,21 @@ def _ended(job: Job, code: int, root: Path) -> None:
     if code == 0:
         return
     tail = log.read_text(errors="replace").strip().splitlines()[-2:]
-    if code == _FAILED_RUN and job.output is None:
+    if code == (_REFUSED if job.refusable else _FAILED_RUN) and job.output is None:
         (root / f"{job.name}.failed").write_text("\n".join(tail) + "\n")
         print(f"{job.name} failed: {' '.join(tail)}", flush=True)
         return
     print("\n".join(tail), file=sys.stderr)
     raise SystemExit(f"{job.name} ended with {code}: see {log}; the same command goes on")
+
+
+def answer(arguments: Sequence[str]) -> str:
+    """What an llmtrain command prints.
+
+    Raises:
+        SystemExit: it failed, with its exit code; it has said why.
+    """
+    done = subprocess.run([LLMTRAIN, *arguments], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(done.returncode)
+    return done.stdout

@@ -5,6 +5,7 @@ Why here: the CPU's and the GPU's differ in their plan alone.
     Experiment("cpu", "…", plan, Path("runs/reproduce"), ["prepare", "sotu"], workers=2).runs()
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -14,7 +15,7 @@ from llmtrain.config_file import load_config
 from llmtrain.weights_folder import read_json
 from reproduction import execute, measure
 from reproduction.choice import largest_rate, tuned_rate
-from reproduction.execute import Job
+from reproduction.execute import Job, Stopped
 from reproduction.page import write_page
 from reproduction.plan import Plan, Training, first_seed, further_seeds, text
 from reproduction.results import Results
@@ -34,6 +35,25 @@ class Experiment:
     """The command that makes the data."""
     workers: int
     """Commands at a time."""
+
+    def run(self, stage: str, folder: Path) -> None:
+        """A stage, or for `all` and `runs` several; the results go to `folder`.
+
+        Raises:
+            SystemExit: stopped, or a command failed.
+        """
+        stages: dict[str, Callable[[], None]] = {
+            "first": self.first,
+            "seeds": self.seeds,
+            "measure": self.measure,
+            "report": lambda: self.report(folder),
+        }
+        several = {"all": list(stages), "runs": ["first", "seeds"]}
+        try:
+            for each in several.get(stage, [stage]):
+                stages[each]()
+        except (KeyboardInterrupt, Stopped):
+            raise SystemExit("stopped, with every state saved; the same command goes on") from None
 
     def first(self) -> None:
         """Prepare the data, and train every rate with the first seed."""

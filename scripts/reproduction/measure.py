@@ -15,9 +15,9 @@ from typing import Any
 
 from llmtrain.config_file import load_config
 from llmtrain.events import read_events
-from llmtrain.files import RunFolder, step_folders
-from reproduction.choice import validation
-from reproduction.execute import Job, failure
+from llmtrain.files import RunFolder
+from reproduction.choice import missing, validation
+from reproduction.execute import Job
 from reproduction.plan import WINDOW, Plan, Training
 from reproduction.results import Losses, Run
 
@@ -32,11 +32,11 @@ SPACINGS = (1, 2, 3, 5, 8)
 def measurements(plan: Plan, root: Path, trainings: Sequence[Training]) -> list[Job]:
     """The end of every schedule's run, LAWA along the whole ones, windows and methods of the constant ones.
 
-    What training logged is enough of the others, and there is nothing of those that failed.
+    What training logged is enough of the others, and there is nothing of those that have not ended.
     """
     jobs = []
     for training in trainings:
-        if training.kind in _MEASURED and failure(root, training.name) is None:
+        if training.kind in _MEASURED and missing(root, training) is None:
             jobs.append(_end(root, training))
             jobs += _sweeps(plan, root, training)
     return jobs
@@ -45,7 +45,7 @@ def measurements(plan: Plan, root: Path, trainings: Sequence[Training]) -> list[
 def _end(root: Path, training: Training) -> Job:
     """Raw weights and all averages that the run kept, at its last step."""
     run = RunFolder(root / training.name)
-    last = max(step_folders(run.snapshots))
+    last = training.end
     labels = [average.label for average in load_config(run.config).averages]
     kept = [str(run.average(label, last)) for label in labels if run.average(label, last).is_dir()]
     return _job(root, training, "end", ["eval", str(run.snapshot(last)), *kept])
@@ -103,7 +103,7 @@ def read_run(plan: Plan, root: Path, training: Training) -> Run:
     """All that is known of a run: what it logged, and what was measured of it."""
     folder = RunFolder(root / training.name)
     shown = training.arguments(Path("configs") / plan.config.name, Path("runs") / root.name)
-    known = failure(root, training.name)
+    known = missing(root, training)
     losses: Losses = validation(folder.path) if known is None else {}
     measured = []
     for path in sorted((root / "measured").glob(f"{training.name}-*.json")) if known is None else []:

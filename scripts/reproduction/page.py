@@ -7,13 +7,16 @@ Why generated: a number typed by hand is a number that nobody can make again.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from llmtrain.evaluation.charts import draw
 from llmtrain.evaluation.targets import RAW
 from reproduction.gains import by_rate, by_step, by_window, savings
+from reproduction.plan import WINDOW
+from reproduction.pythia import SIZES, SPACINGS, Series, read_all
 from reproduction.results import Results
 from reproduction.rivals import as_a_decay, by_method, in_a_spike
-from reproduction.section import Labels, Section
+from reproduction.section import Labels, Section, cell
 
 SECTIONS = (by_step, by_rate, by_window, by_method, in_a_spike, as_a_decay, savings)
 EXPERIMENTS = {
@@ -23,6 +26,7 @@ EXPERIMENTS = {
 }
 """Name of the JSON file → what makes it."""
 
+_COLUMNS = ("claim", "first against second", "on", "Δ", "seeds", "verdict")
 _HEAD = """# Does averaging pay?
 
 The claims of *Early Weight Averaging meets High Learning Rates for LLM Pre-training* (arXiv 2306.03241) on our own
@@ -42,9 +46,13 @@ def write_page(folder: Path) -> Path:
         if (folder / f"{name}.json").exists()
     }
     sections = {name: [make(results) for make in SECTIONS] for name, results in found.items()}
-    parts = [_HEAD, "## Verdicts\n", _verdicts(found, sections)]
+    series = folder / "pythia.json"
+    made, public = read_all(series) if series.exists() else ({}, [])
+    parts = [_HEAD, "## Verdicts\n", markdown(_COLUMNS, [*_verdicts(found, sections), *_of_public(public)])]
     for name, results in found.items():
         parts += _experiment(folder, name, results, sections[name])
+    if public:
+        parts += _public(made, public)
     page = folder / "README.md"
     page.write_text("\n".join(parts).rstrip() + "\n")
     return page
@@ -56,7 +64,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def _verdicts(found: dict[str, Results], sections: dict[str, list[Section]]) -> str:
+def _verdicts(found: dict[str, Results], sections: dict[str, list[Section]]) -> list[list[str]]:
     rows = []
     for name, command in EXPERIMENTS.items():
         if name not in found:
@@ -69,7 +77,46 @@ def _verdicts(found: dict[str, Results], sections: dict[str, list[Section]]) -> 
                 if value is not None:
                     shown = [value.signed, str(value.seeds), value.verdict]
                 rows.append([str(each.claim), each.what, found[name].made["device"], *shown])
-    return markdown(["claim", "first against second", "on", "Δ", "seeds", "verdict"], rows)
+    return rows
+
+
+def _of_public(public: Sequence[Series]) -> list[list[str]]:
+    """The paper's window over each series, halfway."""
+    if not public:
+        return [["", "`scripts/reproduce_pythia`", "", "", "", "not run yet"]]
+    rows = []
+    for series in public:
+        step = series.steps[len(series.steps) // 2]
+        value = series.change(step, WINDOW, SPACINGS[0])
+        what = f"LAWA {WINDOW}×{SPACINGS[0]} against raw, bits/byte: {series.name}, step {step}"
+        shown = ["n/a", "0", "not measured"] if value is None else [value.signed, "1", value.verdict]
+        rows.append(["1", what, "public weights", *shown])
+    return rows
+
+
+def _public(made: dict[str, Any], public: Sequence[Series]) -> list[str]:
+    facts = markdown(["", ""], [[key, str(value)] for key, value in made.items()])
+    parts = [
+        "## Public series\n",
+        "Made by `scripts/reproduce_pythia`; numbers: [pythia.json](pythia.json).\n",
+        facts,
+    ]
+    for series in public:
+        rows = [
+            [str(step), str(every), *(cell(series.change(step, size, every)) for size in SIZES)]
+            for step in series.steps
+            for every in SPACINGS
+        ]
+        parts += [
+            f"### {series.name}\n",
+            "Bits per byte of LAWA minus those of the raw weights. Made of `llmtrain average SERIES --every N --window k "
+            "--at STEP --discard-inputs --out FOLDER` and `llmtrain eval FOLDER`.\n",
+            markdown(["step", "N", *(f"k = {size}" for size in SIZES)], rows),
+        ]
+        refused = [each for each in series.measured.values() if each.refused is not None]
+        parts += [f"- {each.window.name}: {each.refused.splitlines()[0]}" for each in refused if each.refused]
+        parts.append("")
+    return parts
 
 
 def _experiment(folder: Path, name: str, results: Results, sections: Sequence[Section]) -> list[str]:
@@ -104,7 +151,7 @@ def _runs(results: Results) -> str:
     rows = []
     for run in results.runs:
         if run.failure is not None:
-            rows.append([run.name, "", "", "", "", f"failed: {run.failure.splitlines()[0]}"])
+            rows.append([run.name, "", "", "", "", run.failure.splitlines()[0]])
             continue
         ends = [run.losses.get(label, {}).get(run.end) for label in (RAW, labels.lawa, labels.matched)]
         if ends[1] is None:

@@ -30,12 +30,19 @@ class Training:
     rate: str
     """The peak learning rate that it is compared by."""
     seed: int
+    end: int
+    """Its last step."""
     settings: tuple[str, ...]
     """What `--set` changes in the recipe."""
     parent: str | None = None
     """The run that it branches off."""
     step: int | None = None
     """Where."""
+
+    @property
+    def steps(self) -> int:
+        """Steps that it takes."""
+        return self.end - (self.step or 0)
 
     def arguments(self, config: Path, root: Path) -> list[str]:
         """The words after `llmtrain`."""
@@ -140,7 +147,7 @@ class Plan:
         schedule = self._schedule("wsd", f"decay_steps: {end - step}", "shape: 1-sqrt")
         cooldown = self._training("cooldown", rate, seed, f"train.max_steps={end}", schedule, _ONE_STATE)
         name = cooldown.name.replace("seed", f"to{end}-seed")
-        return replace(cooldown, name=name, parent=self.constant(rate, seed).name, step=step)
+        return replace(cooldown, name=name, end=end, parent=self.constant(rate, seed).name, step=step)
 
     def spike(self, rate: str, seed: int) -> list[Training]:
         """A burst of ten times the rate off the constant run, what comes after it, and the same without a burst.
@@ -153,7 +160,7 @@ class Plan:
         burst = self._training("burst", rate, seed, *close, *high)
         after, calm = (self._training(kind, rate, seed, *close) for kind in ("after", "calm"))
         return [
-            replace(burst, parent=constant, step=self.cooldown),
+            replace(burst, end=end, parent=constant, step=self.cooldown),
             replace(after, parent=burst.name, step=end),
             replace(calm, parent=constant, step=self.cooldown),
         ]
@@ -163,7 +170,7 @@ class Plan:
 
     def _training(self, kind: str, rate: str, seed: int, *settings: str) -> Training:
         every = (*self.settings, f"optimizer.lr={rate}", f"seed={seed}", *settings)
-        return Training(f"{kind}-{rate}-seed{seed}", kind, rate, seed, every)
+        return Training(f"{kind}-{rate}-seed{seed}", kind, rate, seed, self.steps, every)
 
 
 def text(rate: float) -> str:

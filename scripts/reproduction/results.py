@@ -21,7 +21,7 @@ class Run:
 
     name: str
     kind: str
-    """constant, cosine, cooldown, burst, after or calm."""
+    """As `Training.kind`."""
     rate: str
     """Peak learning rate, as in its name."""
     seed: int
@@ -30,7 +30,7 @@ class Run:
     """What was measured of it afterwards; the command of each is in `Results.commands`."""
     seconds_per_step: float | None
     failure: str | None
-    """What it failed with; then it has no losses."""
+    """What it failed with, or that it has not ended; then it has no losses."""
     losses: Losses
 
     @property
