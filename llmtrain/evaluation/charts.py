@@ -56,7 +56,7 @@ class Line:
     x: Sequence[float]
     y: Sequence[float | None]
     spread: Sequence[float] = ()
-    """Half the length of a vertical bar at each point, such as a standard error; none: no bars."""
+    """Half the length of a vertical bar at each point, such as a standard error; NaN, or none at all: no bar."""
     colour: int = 0
     """Indices into `COLOURS`, `DASHES` and `MARKERS`, which begin anew after the last."""
     dash: int = 0

@@ -13,7 +13,7 @@ from llmtrain.evaluation.charts import draw
 from llmtrain.evaluation.targets import RAW
 from reproduction.gains import by_rate, by_step, by_window, savings
 from reproduction.plan import WINDOW
-from reproduction.pythia import SIZES, SPACINGS, Series, read_all
+from reproduction.pythia import Series, read_all
 from reproduction.results import Results
 from reproduction.rivals import as_a_decay, by_method, in_a_spike
 from reproduction.section import Labels, Section, cell
@@ -86,9 +86,10 @@ def _of_public(public: Sequence[Series]) -> list[list[str]]:
         return [["", "`scripts/reproduce_pythia`", "", "", "", "not run yet"]]
     rows = []
     for series in public:
-        step = series.steps[len(series.steps) // 2]
-        value = series.change(step, WINDOW, SPACINGS[0])
-        what = f"LAWA {WINDOW}×{SPACINGS[0]} against raw, bits/byte: {series.name}, step {step}"
+        step, every = series.steps[len(series.steps) // 2], series.spacings[0]
+        size = WINDOW if WINDOW in series.sizes else series.sizes[0]
+        value = series.change(step, size, every)
+        what = f"LAWA {size}×{every} against raw, bits/byte: {series.name}, step {step}"
         shown = ["n/a", "0", "not measured"] if value is None else [value.signed, "1", value.verdict]
         rows.append(["1", what, "public weights", *shown])
     return rows
@@ -103,15 +104,15 @@ def _public(made: dict[str, Any], public: Sequence[Series]) -> list[str]:
     ]
     for series in public:
         rows = [
-            [str(step), str(every), *(cell(series.change(step, size, every)) for size in SIZES)]
+            [str(step), str(every), *(cell(series.change(step, size, every)) for size in series.sizes)]
             for step in series.steps
-            for every in SPACINGS
+            for every in series.spacings
         ]
         parts += [
             f"### {series.name}\n",
-            "Bits per byte of LAWA minus those of the raw weights. Made of `llmtrain average SERIES --every N --window k "
-            "--at STEP --discard-inputs --out FOLDER` and `llmtrain eval FOLDER`.\n",
-            markdown(["step", "N", *(f"k = {size}" for size in SIZES)], rows),
+            "Bits per byte of LAWA minus those of the raw weights. Made of `llmtrain average SERIES --every N "
+            "--window k --at STEP --discard-inputs --out FOLDER` and `llmtrain eval FOLDER --json`.\n",
+            markdown(["step", "N", *(f"k = {size}" for size in series.sizes)], rows),
         ]
         refused = [each for each in series.measured.values() if each.refused is not None]
         parts += [f"- {each.window.name}: {each.refused.splitlines()[0]}" for each in refused if each.refused]

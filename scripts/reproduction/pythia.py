@@ -3,7 +3,7 @@
 Why one by one: what a window reads of a 12B series is 24 GB a checkpoint. With `--discard-inputs` the disk holds a
 sum, one input and one average; the price is that windows download what they share again.
 
-    for window in windows(["EleutherAI/pythia-1b-deduped"], (36_000,)): measure(window, settings)
+    for window in windows(["EleutherAI/pythia-1b-deduped"], (36_000,), (5,), (1000,)): measure(window, …)
 """
 
 import json
@@ -50,13 +50,15 @@ class Measured:
     """Why there is no average of it: revisions that are not what they claim, say."""
 
 
-def windows(series: Sequence[str], steps: Sequence[int]) -> Iterator[Window]:
+def windows(
+    series: Sequence[str], steps: Sequence[int], sizes: Sequence[int], spacings: Sequence[int]
+) -> Iterator[Window]:
     """Of each series at each step the raw weights, and every size with every spacing."""
     for name in series:
         for step in steps:
-            yield Window(name, step, 1, SPACINGS[0])
-            for size in SIZES:
-                for every in SPACINGS:
+            yield Window(name, step, 1, spacings[0])
+            for size in sizes:
+                for every in spacings:
                     yield Window(name, step, size, every)
 
 
@@ -114,9 +116,19 @@ class Series:
         """At which it was measured."""
         return sorted({window.step for window in self.measured})
 
+    @property
+    def sizes(self) -> list[int]:
+        """Of the windows, but for the raw weights."""
+        return sorted({window.size for window in self.measured} - {1})
+
+    @property
+    def spacings(self) -> list[int]:
+        """Of the windows."""
+        return sorted({window.every for window in self.measured})
+
     def change(self, step: int, size: int, every: int) -> Estimate | None:
         """Bits per byte of the average minus those of the raw weights of that step."""
-        raw = self.measured.get(Window(self.name, step, 1, SPACINGS[0]))
+        raw = self.measured.get(Window(self.name, step, 1, self.spacings[0]))
         ours = self.measured.get(Window(self.name, step, size, every))
         if raw is None or ours is None or raw.bits_per_byte is None or ours.bits_per_byte is None:
             return None

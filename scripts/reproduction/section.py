@@ -5,6 +5,7 @@ Why apart from the claims and from the page: the ones compute, the other writes,
     Section("Against the step", [Comparison(1, "constant, end", estimate)], [], [])
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,11 +90,12 @@ def cell(value: Estimate | None, *, signed: bool = True) -> str:
 def line(label: str, points: Sequence[tuple[float, Estimate | None]], kind: int, *, sign: float = 1) -> Line:
     """Means with their standard errors as bars; `kind` decides colour, dash and marker."""
     known = [(x, estimate) for x, estimate in points if estimate is not None]
+    errors = [math.nan if estimate.error is None else estimate.error for _, estimate in known]
     return Line(
         label,
         [x for x, _ in known],
         [sign * estimate.mean for _, estimate in known],
-        spread=[estimate.error or 0.0 for _, estimate in known],
+        spread=[] if all(map(math.isnan, errors)) else errors,
         colour=kind,
         dash=kind,
         marker=kind,

@@ -27,10 +27,10 @@ BUFFER = "gpt_neox.layers.0.attention.bias"
 """Old GPT-NeoX checkpoints hold the causal mask as integers."""
 
 
-def write_series(root: Path, *, tied: bool) -> dict[str, Path]:
+def write_series(root: Path, *, tied: bool, vocab_size: int = 128) -> dict[str, Path]:
     """Revisions step1000 … step20000 and main: a small walk from one initial model."""
     config = GPTNeoXConfig(
-        vocab_size=128,
+        vocab_size=vocab_size,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,

@@ -92,6 +92,19 @@ def test_each_point_tells_where_it_is_drawn() -> None:
     assert "a &amp; b $x$" in drawing.svg and "&lt;x&gt;" in drawing.svg
 
 
+def test_standard_errors_are_drawn_where_they_are_known() -> None:
+    line = Line("a", [0, 50, 100], [1.0, 2.0, 3.0])
+    plain, barred = (
+        draw(Chart("x", "x", "step", "loss", [line, replace(line, label="b", spread=spread)]))
+        for spread in ((), (0.5, math.nan, 0.25))
+    )
+    assert "LineCollection" not in plain.svg
+    (bars,) = re.findall(r'id="LineCollection_1">(.*?)</g>', barred.svg, re.DOTALL)
+    lengths = [float(a) - float(b) for a, b in re.findall(r"M [\d.]+ ([\d.]+) \nL [\d.]+ ([\d.]+)", bars)]
+    assert len(lengths) == 2
+    assert lengths[0] == pytest.approx(2 * lengths[1], rel=1e-3)
+
+
 def test_the_page_needs_nothing_and_escapes_everything(runs: list[RunFolder], tmp_path: Path) -> None:
     written = write_report(runs, tmp_path)
     page = written.page.read_text()
