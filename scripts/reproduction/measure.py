@@ -102,7 +102,7 @@ def _job(root: Path, training: Training, what: str, arguments: Sequence[str]) ->
 def read_run(plan: Plan, root: Path, training: Training) -> Run:
     """All that is known of a run: what it logged, and what was measured of it."""
     folder = RunFolder(root / training.name)
-    shown = training.arguments(Path("configs") / plan.config.name, Path("runs") / root.name)
+    shown = training.arguments(Path("configs") / plan.config.name, Path("ROOT"))
     known = missing(root, training)
     losses: Losses = validation(folder.path) if known is None else {}
     measured = []

@@ -34,7 +34,8 @@ runs. Everything here is generated from the JSON files beside it; losses are nat
 
 A difference Δ is the mean over seeds of the first loss minus the second, of the same seed, ± its standard error.
 **Verdict**: *gain* (the first is lower) or *loss* (it is higher) where |Δ| is at least two standard errors, else
-*no difference*; *one seed* where there is no error to compare with.
+*no difference*; *one seed* where there is no error to compare with. Of what LAWA changes (its loss minus raw's), a
+*gain* is a larger one. Standard errors are those over seeds, on the same validation tokens for all.
 """
 
 
@@ -161,4 +162,4 @@ def _runs(results: Results) -> str:
         rows.append([run.name, str(run.end), *shown, f"{run.seconds_per_step or 0:.3f}"])
     commands = "\n".join(run.command for run in results.runs)
     table = markdown(["run", "last step", "raw", "LAWA", "matched EMA", "seconds a step (median)"], rows)
-    return f"{table}\n<details><summary>The commands</summary>\n\n```\n{commands}\n```\n</details>\n"
+    return f"{table}\n<details><summary>The commands; ROOT is where the runs lie</summary>\n\n```\n{commands}\n```\n</details>\n"
