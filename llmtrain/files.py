@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,16 +40,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_integrity(folder: Path) -> None:
-    """Record size (bytes) and SHA-256 of every file below `folder` in its `integrity.json`."""
-    files = {
-        path.relative_to(folder).as_posix(): {
-            "bytes": path.stat().st_size,
-            "sha256": sha256_of(path),
-        }
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != INTEGRITY_FILE
-    }
+def write_integrity(folder: Path, hashes: Mapping[str, str] | None = None) -> None:
+    """Record size (bytes) and SHA-256 (where not in `hashes`) of every file below `folder`."""
+    known, files = hashes or {}, {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != INTEGRITY_FILE:
+            name = path.relative_to(folder).as_posix()
+            files[name] = {"bytes": path.stat().st_size, "sha256": known.get(name) or sha256_of(path)}
     (folder / INTEGRITY_FILE).write_text(json.dumps({"files": files}, indent=1) + "\n")
 
 
@@ -106,7 +103,9 @@ def fsync_path(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged_folder(target: Path, *, replace: bool = False, needed: int | None = None) -> Iterator[Path]:
+def staged_folder(
+    target: Path, *, replace: bool = False, needed: int | None = None, hashes: Mapping[str, str] | None = None
+) -> Iterator[Path]:
     """Give a temporary folder beside `target`; when the block ends well, make it `target` at once.
 
     The folder gets its `integrity.json`, is flushed, renamed, and its parent flushed. When the
@@ -116,6 +115,7 @@ def staged_folder(target: Path, *, replace: bool = False, needed: int | None = N
         target: the final name.
         replace: whether a folder of that name gives way once the new one is durable.
         needed: bytes that will be written, if known.
+        hashes: SHA-256 of files by name, from whoever wrote them; filled before the block ends.
 
     Raises:
         FileExistsError: `target` exists and is not to be replaced.
@@ -135,10 +135,10 @@ def staged_folder(target: Path, *, replace: bool = False, needed: int | None = N
         remove_abandoned(target.parent)
         staging = target.parent / f"{TEMPORARY_PREFIX}{target.name}"
         with _locked(target.parent / f"{staging.name}{_LOCK}", target):
-            yield from _staged(staging, target)
+            yield from _staged(staging, target, hashes)
 
 
-def _staged(staging: Path, target: Path) -> Iterator[Path]:
+def _staged(staging: Path, target: Path, hashes: Mapping[str, str] | None) -> Iterator[Path]:
     """What `staged_folder` does once no other process can be at it."""
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
@@ -146,7 +146,7 @@ def _staged(staging: Path, target: Path) -> Iterator[Path]:
         yield staging
         with ThreadPoolExecutor(1) as pool:  # the disk takes in what is being hashed
             flushed = pool.map(fsync_path, [path for path in staging.rglob("*") if path.is_file()])
-            write_integrity(staging)
+            write_integrity(staging, hashes)
             list(flushed)
         for path in staging.rglob("*"):
             if path.is_file():  # safetensors lets nobody but its owner read what it writes

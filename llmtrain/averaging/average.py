@@ -23,7 +23,6 @@ from llmtrain.averaging.provenance import (
     input_hashes,
     provenance,
     require_same,
-    verification,
 )
 from llmtrain.averaging.series import Input, Series, check_alike
 from llmtrain.disk import require_room
@@ -165,12 +164,10 @@ def average(
             results[plan.target] = Average(plan, kept=True)
         else:
             missing.append((plan, document))
-    wanted = {source: checkpoints[source] for source in unique_inputs([plan for plan, _ in missing])}
-    with verification(wanted, wanted=recorded) as verify:
-        for group in _passes(missing, checkpoints, settings):
-            _make(group, checkpoints, settings, progress, warn, verify)
-            results |= {plan.target: Average(plan, kept=False) for plan, _ in group}
-        verify()
+    unproved = set(checkpoints) if recorded else set()
+    for group in _passes(missing, checkpoints, settings):
+        _make(group, checkpoints, settings, progress, warn, unproved)
+        results |= {plan.target: Average(plan, kept=False) for plan, _ in group}
     return [results[plan.target] for plan in plans]
 
 
@@ -259,9 +256,12 @@ def _make(
     settings: Settings,
     progress: Progress | None,
     warn: Callable[[str], None],
-    verify: Callable[[], None],
+    unproved: set[Input],
 ) -> None:
-    """One pass: all averages of the group are committed at its end, once `verify` returns, or none is."""
+    """One pass: all averages of the group are committed at its end, or none is.
+
+    Those of its inputs that are `unproved`, whose hashes were recorded, are hashed meanwhile and then no more so.
+    """
     inputs = unique_inputs([plan for plan, _ in group])
     index = {source: i for i, source in enumerate(inputs)}
     opened = [checkpoints[source] for source in inputs]
@@ -277,10 +277,13 @@ def _make(
             remove_leftovers(label)
         writers = []
         for plan, document in group:
-            folder = commits.enter_context(staged_folder(plan.target, needed=needed[plan.target]))
-            writers.append(
-                files.enter_context(prepare_folder(folder, checkpoints[plan.inputs[-1]], document, settings))
-            )
+            hashes: dict[str, str] = {}
+            room = needed[plan.target]
+            folder = commits.enter_context(staged_folder(plan.target, needed=room, hashes=hashes))
+            newest = checkpoints[plan.inputs[-1]]
+            writers.append(files.enter_context(prepare_folder(folder, newest, document, settings, hashes)))
+        to_prove = unproved.intersection(inputs)
+        found: dict[Path, str] = {}
         norms = merge(
             opened,
             mixtures,
@@ -288,20 +291,27 @@ def _make(
             dtypes=output_dtypes(opened[-1], settings),
             integers=settings.integers,
             progress=progress,
+            hashes=found if to_prove else None,
         )
         if all(plan.audited for plan, _ in group):
             check_trajectory(opened, norms, settings, warn)
-        verify()
+        for source in to_prove:
+            hashes_of(source, checkpoints[source], compute=True, known=found)
+        unproved -= to_prove
 
 
 def prepare_folder(
-    folder: Path, newest: Checkpoint, document: dict[str, Any], settings: Settings
+    folder: Path,
+    newest: Checkpoint,
+    document: dict[str, Any],
+    settings: Settings,
+    hashes: dict[str, str] | None = None,
 ) -> WeightsWriter:
-    """Everything but the numbers of an average; they go through the writer."""
+    """Everything but the numbers of an average; they, and the hashes, go through the writer."""
     carry_over(newest, folder, settings.dtype)
     write_json(folder / PROVENANCE_FILE, document)
     layout = output_layout(newest, dtype=settings.dtype, max_shard=settings.max_shard)
-    return WeightsWriter(folder, layout, newest.metadata)
+    return WeightsWriter(folder, layout, newest.metadata, hashes)
 
 
 def output_bytes(newest: Checkpoint, settings: Settings) -> int:

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from llmtrain.averaging.hashing import PassingHash
 from llmtrain.averaging.header import ITEM_BYTES, StoredTensor, TensorSpec, read_header
 from llmtrain.averaging.numbers import RAW, Raw
 from llmtrain.errors import UserError
@@ -39,6 +40,14 @@ class Reader(Protocol):
         Raises:
             UserError: the file ends before them.
         """
+        ...
+
+    def start_hashing(self) -> None:
+        """From now on, hash what is read."""
+        ...
+
+    def hashes(self) -> dict[Path, str]:
+        """SHA-256 of each file of which every byte was read since `start_hashing`, first to last."""
         ...
 
 
@@ -190,6 +199,7 @@ class SafetensorsReader:
     def __init__(self, places: Mapping[str, tuple[Path, StoredTensor]]) -> None:
         self._places = places
         self._descriptors: dict[Path, int] = {}
+        self._hashes: dict[Path, PassingHash] = {}
 
     def __enter__(self) -> "SafetensorsReader":
         for path in {path for path, _ in self._places.values()}:
@@ -212,5 +222,22 @@ class SafetensorsReader:
             if count == 0:
                 raise UserError(f"{path} was cut short while it was read", hint="restore the file")
             got += count
+        if path in self._hashes:
+            self._hashes[path].add(tensor.start + start * width, target.data)
         raw: Raw = target.view(RAW[tensor.dtype])
         return raw
+
+    def start_hashing(self) -> None:
+        """See `Reader.start_hashing`: of the header, which is read here, and the numbers that `read` gives."""
+        starts: dict[Path, int] = {}
+        for path, tensor in self._places.values():
+            starts[path] = min(tensor.start, starts.get(path, tensor.start))
+        for path, start in starts.items():
+            self._hashes[path] = PassingHash()
+            self._hashes[path].add(0, os.pread(self._descriptors[path], start, 0))
+
+    def hashes(self) -> dict[Path, str]:
+        """See `Reader.hashes`."""
+        sizes = {path: os.fstat(self._descriptors[path]).st_size for path in self._hashes}
+        found = {path: passing.of(sizes[path]) for path, passing in self._hashes.items()}
+        return {path: digest for path, digest in found.items() if digest is not None}

@@ -14,8 +14,9 @@ import resource
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -28,6 +29,9 @@ from llmtrain.errors import UserError
 
 PIECE = 65_536
 """Numbers summed at a time: the float64 buffers of one thread stay in a core's cache."""
+
+_RUN = 8192
+"""Numbers of which one dot product is computed."""
 
 Integers = Literal["equal", "last"]
 """What is done with tensors of integers and booleans."""
@@ -84,13 +88,16 @@ class _Piece:
     spec: TensorSpec
     start: int
     stop: int
+    number: int
+    """In the order of all pieces."""
 
 
 def pieces(tensors: dict[str, TensorSpec], size: int) -> Iterator[_Piece]:
     """All numbers of all tensors in runs of at most `size`."""
+    number = itertools.count()
     for name, spec in tensors.items():
         for start in range(0, spec.count, size):
-            yield _Piece(name, spec, start, min(start + size, spec.count))
+            yield _Piece(name, spec, start, min(start + size, spec.count), next(number))
 
 
 def merge(
@@ -102,40 +109,51 @@ def merge(
     integers: Integers = "equal",
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    hashes: dict[Path, str] | None = None,
 ) -> Norms:
     """Compute every mixture in one pass over the checkpoints.
 
     Args:
         checkpoints: in the order in which they are added, alike (`check_alike`).
         mixtures: the averages; float tensors are averaged, others must be equal in all inputs.
-        writes: where the numbers of each mixture go; called from several threads.
+        writes: where the numbers of each mixture go, in the order of the newest input; called from
+            several threads, each by one at a time.
         dtypes: dtype of each output tensor; default: that of the inputs.
         integers: tensors that have no mean must be equal in all inputs, or are the last input's.
         threads: default: the cores this process may use, at most 4.
         progress: called with the pieces done and in all.
+        hashes: takes the SHA-256 of the input files that were read first to last: those of safetensors that
+            hold their tensors in the order of the newest input.
 
     Raises:
         UserError: a NaN or infinite weight, integers that differ, an input cut short.
     """
     work = list(pieces(checkpoints[-1].tensors, PIECE))
-    todo = enumerate(work)  # shared by the threads: each takes the next piece when it is free
+    todo = iter(work)  # shared by the threads: each takes the next piece when it is free
     stats = np.zeros((len(work), 2, len(checkpoints)))
     done = itertools.count(1)
     _allow_open_files()
     stopped = threading.Event()
     with ExitStack() as files:
-        sources = [_Source(checkpoint, files) for checkpoint in checkpoints]
+        sources = [_Source(checkpoint, files, stopped) for checkpoint in checkpoints]
+        if hashes is not None:
+            for source in sources:
+                source.start_hashing()
+        targets = [_Target(write, stopped) for write in writes]
 
         def worker() -> None:
-            summing = _Summing(sources, mixtures, writes, dtypes or {}, integers)
-            for index, piece in todo:
+            summing = _Summing(sources, mixtures, targets, dtypes or {}, integers)
+            for piece in todo:
                 if stopped.is_set():
                     return
-                stats[index] = summing.piece(piece)
+                stats[piece.number] = summing.piece(piece)
                 if progress is not None:
                     progress(next(done), len(work))
 
         _in_threads(worker, threads or min(_cores(), 4), stopped)
+        if hashes is not None:
+            for source in sources:
+                hashes |= source.hashes()
     return _norms(work, stats)
 
 
@@ -144,9 +162,40 @@ def _in_threads(worker: Callable[[], None], count: int, stopped: threading.Event
     with ThreadPoolExecutor(count) as pool:
         try:
             for future in as_completed([pool.submit(worker) for _ in range(count)]):
-                future.result()
+                with suppress(_Stopped):  # the one that stopped it comes first, and tells why
+                    future.result()
         finally:
             stopped.set()
+
+
+class _Stopped(Exception):
+    """Another thread has failed, so that a turn will never come."""
+
+
+class _Turns:
+    """Lets the threads through one at a time, in the order of the pieces.
+
+    A file is read, written and hashed first to last by it, and not by one thread waiting for the other
+    at each piece: the second follows the first half a piece behind, at another input.
+    """
+
+    def __init__(self, stopped: threading.Event) -> None:
+        self._stopped = stopped
+        self._next = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def of(self, number: int) -> Iterator[None]:
+        """Wait until all pieces before `number` have been here."""
+        with self._changed:
+            while self._next != number:
+                if self._stopped.is_set():
+                    raise _Stopped
+                self._changed.wait(0.1)
+        yield
+        with self._changed:
+            self._next = number + 1
+            self._changed.notify_all()
 
 
 def _cores() -> int:
@@ -175,16 +224,28 @@ def _norms(work: Sequence[_Piece], stats: NDArray[np.float64]) -> Norms:
 class _Source:
     """An open input."""
 
-    def __init__(self, checkpoint: Checkpoint, files: ExitStack) -> None:
+    def __init__(self, checkpoint: Checkpoint, files: ExitStack, stopped: threading.Event) -> None:
         self.checkpoint = checkpoint
         self.tensors = checkpoint.tensors
         self._reader = files.enter_context(checkpoint.reader())
+        self._turns = _Turns(stopped)
         residual = checkpoint.residual
-        self._residual = _Source(residual, files) if residual is not None else None
+        self._residual = _Source(residual, files, stopped) if residual is not None else None
 
     def raw(self, piece: _Piece, buffer: NDArray[np.uint8]) -> Raw:
         """The piece in its stored form."""
-        return self._reader.read(piece.name, piece.start, piece.stop, buffer)
+        with self._turns.of(piece.number):
+            return self._reader.read(piece.name, piece.start, piece.stop, buffer)
+
+    def start_hashing(self) -> None:
+        """See `Reader`."""
+        self._reader.start_hashing()
+        if self._residual is not None:
+            self._residual.start_hashing()
+
+    def hashes(self) -> dict[Path, str]:
+        """See `Reader`."""
+        return self._reader.hashes() | (self._residual.hashes() if self._residual is not None else {})
 
     def floats(self, piece: _Piece, buffer: NDArray[np.uint8], out: Float64s, scratch: Float64s) -> None:
         """The piece in float64, written to `out`."""
@@ -194,6 +255,19 @@ class _Source:
             out += scratch
 
 
+class _Target:
+    """Where one mixture goes."""
+
+    def __init__(self, write: Write, stopped: threading.Event) -> None:
+        self._write = write
+        self._turns = _Turns(stopped)
+
+    def write(self, piece: _Piece, raw: Raw) -> None:
+        """Hand over the piece in its stored form."""
+        with self._turns.of(piece.number):
+            self._write(piece.name, piece.start, raw)
+
+
 class _Summing:
     """The buffers of one thread, and what it does with a piece."""
 
@@ -201,7 +275,7 @@ class _Summing:
         self,
         sources: Sequence[_Source],
         mixtures: Sequence[Mixture],
-        writes: Sequence[Write],
+        targets: Sequence[_Target],
         dtypes: Mapping[str, str],
         integers: Integers,
     ) -> None:
@@ -210,7 +284,7 @@ class _Summing:
         self._mixtures = mixtures
         self._factors = [mixture.exact() for mixture in mixtures]
         self._place = [{i: place for place, i in enumerate(mixture.inputs)} for mixture in mixtures]
-        self._writes = writes
+        self._targets = targets
         self._dtypes = dtypes
         self._users = [[m for m, mix in enumerate(mixtures) if i in mix.inputs] for i in range(len(sources))]
         self._raw = np.empty(PIECE * 8, np.uint8)
@@ -276,13 +350,13 @@ class _Summing:
                 f"the average of {piece.name} has numbers that {dtype} cannot hold",
                 hint="a wider --dtype; with weights below 0 or above 1, look at --show-weights",
             )
-        self._writes[number](piece.name, piece.start, raw)
+        self._targets[number].write(piece, raw)
         self._free.append(total if total.base is None else total.base)
 
     def _integers(self, piece: _Piece) -> None:
         """Numbers that have no mean are copied from the newest input of each mixture."""
         held = [source.raw(piece, self._raw).copy() for source in self._sources]
-        for mixture, write in zip(self._mixtures, self._writes, strict=True):
+        for mixture, target in zip(self._mixtures, self._targets, strict=True):
             first, *others = mixture.inputs
             for other in others:
                 if self._integers_rule == "equal" and not np.array_equal(held[other], held[first]):
@@ -292,7 +366,7 @@ class _Summing:
                         f"step {self._sources[other].checkpoint.step:,}",
                         hint="--integers last takes it from the newest checkpoint",
                     )
-            write(piece.name, piece.start, held[mixture.inputs[-1]])
+            target.write(piece, held[mixture.inputs[-1]])
 
     def _not_finite(self, source: _Source, piece: _Piece, values: Float64s) -> UserError:
         position = piece.start + int(np.flatnonzero(~np.isfinite(values))[0])
@@ -318,5 +392,8 @@ def _decay_towards(mean: Float64s, values: Float64s, decay: float | None) -> Non
 
 
 def _square(values: Float64s) -> float:
-    """Sum of squares; einsum and not dot, which would start threads of its own."""
-    return float(np.einsum("i,i->", values, values))
+    """Sum of squares, in runs: the dot product of a longer one would start threads of its own."""
+    runs, rest = np.split(values, [len(values) - len(values) % _RUN])
+    runs = runs.reshape(-1, _RUN)
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for what is not finite
+        return float(np.matmul(runs[:, None, :], runs[:, :, None]).sum() + np.dot(rest, rest))

@@ -1,7 +1,7 @@
 """An average on disk: a Hugging Face folder whose tensors are written piece by piece.
 
-Why: the merge produces numbers in whatever order its threads finish, so every file is laid out and
-given its full size before the first number comes; a disk that is too small says so at once.
+Why: every file is laid out and given its full size before the first number comes, so that a disk that
+is too small says so at once; and hashed while it is written, not read again for it.
 
     with WeightsWriter(folder, layout, metadata) as writer: writer.write("lm_head.weight", 0, raw)
 """
@@ -10,9 +10,11 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrain.averaging.checkpoints import Checkpoint, refuse_links_out
+from llmtrain.averaging.hashing import PassingHash
 from llmtrain.averaging.header import FLOATS, ITEM_BYTES, StoredTensor, TensorSpec, encode_header
 from llmtrain.averaging.numbers import Raw
 from llmtrain.errors import UserError
@@ -86,15 +88,40 @@ def _converted(spec: TensorSpec, dtype: str | None) -> TensorSpec:
     return TensorSpec(dtype, spec.shape) if dtype and spec.dtype in FLOATS else spec
 
 
+@dataclass(frozen=True)
+class _Written:
+    """A file that is being written."""
+
+    name: str
+    size: int
+    hash: PassingHash
+
+
 class WeightsWriter:
     """The weights files of one folder, open for writing at any place."""
 
-    def __init__(self, folder: Path, layout: Layout, metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        layout: Layout,
+        metadata: Mapping[str, str],
+        hashes: dict[str, str] | None = None,
+    ) -> None:
+        """Nothing is written before the writer is entered.
+
+        Args:
+            folder: an existing folder.
+            layout: the files.
+            metadata: of each file.
+            hashes: takes the SHA-256 of each file whose numbers were written first to last.
+        """
         self._folder = folder
         self._layout = layout
         self._metadata = {"format": "pt"} | dict(metadata)
         self._places: dict[str, tuple[int, StoredTensor]] = {}
-        self._descriptors: list[int] = []
+        self._hashes = {} if hashes is None else hashes
+        self._written: dict[int, _Written] = {}
+        """By descriptor."""
 
     def __enter__(self) -> "WeightsWriter":
         try:
@@ -108,19 +135,24 @@ class WeightsWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.pop())
+        while self._written:
+            descriptor, file = self._written.popitem()
+            os.close(descriptor)
+            digest = file.hash.of(file.size)
+            if digest is not None:
+                self._hashes[file.name] = digest
 
     def _create(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
         header, stored = encode_header(specs, self._metadata)
         size = len(header) + sum(spec.bytes for spec in specs.values())
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        self._descriptors.append(descriptor)
+        written = self._written[descriptor] = _Written(path.name, size, PassingHash())
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, size)
         else:  # macOS: the disk may turn out to be full later
             os.ftruncate(descriptor, size)
         os.pwrite(descriptor, header, 0)
+        written.hash.add(0, header)
         self._places |= {name: (descriptor, tensor) for name, tensor in stored.items()}
 
     def _write_index(self) -> None:
@@ -130,10 +162,11 @@ class WeightsWriter:
         write_json(self._folder / INDEX_FILE, document)
 
     def write(self, name: str, start: int, raw: Raw) -> None:
-        """Put stored numbers at index `start` of a tensor; any thread may call this."""
+        """Put stored numbers at index `start` of a tensor; one thread at a time may call this."""
         descriptor, tensor = self._places[name]
         position = tensor.start + start * ITEM_BYTES[tensor.dtype]
         remaining = raw.data.cast("B")
+        self._written[descriptor].hash.add(position, remaining)
         while remaining:
             count = os.pwrite(descriptor, remaining, position)
             remaining, position = remaining[count:], position + count

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,42 +77,21 @@ def input_hashes(
     return found
 
 
-@contextmanager
-def verification(checkpoints: Mapping[Input, Checkpoint], *, wanted: bool) -> Iterator[Callable[[], None]]:
-    """Hash the inputs while they are averaged; what is given waits for it.
-
-    Args:
-        checkpoints: the opened inputs, whose hashes were recorded.
-        wanted: false: nothing is hashed.
-
-    Raises:
-        UserError: from what is given: a file is not what was recorded.
-    """
-    pool = ThreadPoolExecutor(2)
-    items = checkpoints.items() if wanted else ()
-    running = [pool.submit(hashes_of, source, checkpoint, compute=True) for source, checkpoint in items]
-
-    def wait() -> None:
-        for future in running:
-            future.result()
-
-    try:
-        yield wait
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def hashes_of(source: Input, checkpoint: Checkpoint, *, compute: bool) -> KnownHashes:
+def hashes_of(
+    source: Input, checkpoint: Checkpoint, *, compute: bool, known: Mapping[Path, str] | None = None
+) -> KnownHashes:
     """The hashes of one input's weights files; see `input_hashes`.
 
     Computing them, the small files beside the weights, which an average takes over, are compared too.
+    Those in `known` were computed a moment ago, when the file was read.
     """
     declared = source.declared()
     if not compute and all(path.name in declared for path in checkpoint.files):
         return KnownHashes({path.name: declared[path.name] for path in checkpoint.files}, "recorded")
     beside = [checkpoint.folder / name for name in declared if name.endswith((".json", ".txt", ".model"))]
     computed = {
-        path: sha256_of(path) for path in {*checkpoint.files, *(path for path in beside if path.is_file())}
+        path: (known or {}).get(path) or sha256_of(path)
+        for path in {*checkpoint.files, *(path for path in beside if path.is_file())}
     }
     for path, digest in computed.items():
         if declared.get(path.name, digest) != digest:

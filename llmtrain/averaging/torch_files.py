@@ -227,6 +227,13 @@ class _TorchReader:
         raw: Raw = part.view(torch.uint16).numpy() if part.dtype == torch.bfloat16 else part.numpy()
         return raw.view(RAW[_DTYPES[tensor.dtype]])
 
+    def start_hashing(self) -> None:
+        """Nothing: torch maps these files, and what is read of them is not all of their bytes."""
+
+    def hashes(self) -> dict[Path, str]:
+        """None are known from reading."""
+        return {}
+
 
 def _gpt2_shape(path: Path, document: Mapping[str, Any]) -> Shape | None:
     """The model's shape from nanoGPT's `model_args` or build-nanogpt's `config`; None where absent."""

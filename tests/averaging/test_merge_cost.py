@@ -7,12 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 from tiny_runs import MakeRun
 
+from llmtrain import files
+from llmtrain.averaging import provenance
 from llmtrain.averaging.average import average
 from llmtrain.averaging.checkpoints import SafetensorsReader
+from llmtrain.averaging.header import TensorSpec, encode_header
 from llmtrain.averaging.plan import Request, make_plans
 from llmtrain.averaging.series import run_series
+from llmtrain.errors import UserError
+from llmtrain.files import integrity_problems, sha256_of
 
 GIGABYTE = 1 << 30
 
@@ -73,8 +79,36 @@ def test_all_sliding_windows_read_each_input_once(make_run: MakeRun, monkeypatch
         return raw
 
     monkeypatch.setattr(SafetensorsReader, "read", counting)
+    hashed_apart: list[Path] = []
+    for module in (provenance, files):
+        monkeypatch.setattr(module, "sha256_of", lambda path: hashed_apart.append(path) or sha256_of(path))
     series = run_series(run)
     results = average(series, make_plans(series, Request(every=10, window=5, at="all")))
     assert len(results) == 16
     total = sum(spec.bytes for source in series.inputs.values() for spec in source.open().tensors.values())
     assert read == total
+    assert hashed_apart  # configs, which an average takes over
+    assert not [path for path in hashed_apart if path.suffix == ".safetensors"]
+    assert not [problem for result in results for problem in integrity_problems(result.plan.target)]
+
+
+def test_inputs_in_another_order_of_tensors_are_hashed_all_the_same(make_run: MakeRun) -> None:
+    run = make_run([10, 20])
+    path = run.snapshot(10) / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    specs = {name: TensorSpec("F32", tuple(tensors[name].shape)) for name in sorted(tensors, reverse=True)}
+    header, _ = encode_header(specs, {})
+    path.write_bytes(header + b"".join(tensors[name].numpy().tobytes() for name in specs))
+    files.write_integrity(path.parent)
+    series = run_series(run)
+    plans = make_plans(series, Request(every=10, window=2))
+    damaged = bytearray(path.read_bytes())
+    damaged[-2] ^= 1  # a bit of a number, which stays finite
+    intact = path.read_bytes()
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match="another SHA-256"):
+        average(series, plans)
+    path.write_bytes(intact)
+    (result,) = average(series, plans)
+    assert not integrity_problems(result.plan.target)
