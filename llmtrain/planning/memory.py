@@ -94,10 +94,14 @@ def device_memory(config: RunConfig, layout: Layout) -> list[Usage]:
 
 
 def host_memory(config: RunConfig, layout: Layout) -> int:
-    """Host memory for a process with a GPU: averages kept there, and the copy of a state being saved."""
+    """Host memory for a process with a GPU: averages kept there, and the copies of what is being saved.
+
+    Those are a state, and on the first process whole weights, with what a running mean lost by rounding.
+    """
     run = _Run(config, layout)
     offloaded = sum(bytes_held(each) for each in config.averages if each.offload)
-    return offloaded * run.share + run.resident.total
+    copies = 2 if any(isinstance(each, RunningMeanConfig) for each in config.averages) else 1
+    return offloaded * run.share + run.resident.total + copies * FLOAT * run.model.parameters
 
 
 def micro_batches(config: RunConfig, layout: Layout) -> int:

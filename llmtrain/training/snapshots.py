@@ -1,58 +1,124 @@
 """Snapshots and online averages: one Hugging Face folder each, of however many processes have the weights.
 
 Why apart from the state: a state is read by the processes of a run and may lie in parts; these folders
-are read by everything else, and are whole.
+are read by everything else, and are whole. They are written while training goes on: the loop waits for a
+copy of the weights in host memory, and for the write before, so that there is one copy at most.
 
-    commit_weights(run.snapshot(1000), model, parameters, world, shape, origin)
+    writer = SnapshotWriter(model, world, shape); writer.save(run.snapshot(1000), parameters, origin)
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from llmtrain.averaging.checkpoints import RESIDUAL_FILE
 from llmtrain.checkpoint import Origin, Shape, bytes_of, save_tensors, save_weights
+from llmtrain.errors import WriteFailed
 from llmtrain.files import staged_folder
 from llmtrain.sharded import local, whole
 from llmtrain.training.distributed import World
+from llmtrain.training.metrics import MetricsLog
 
 
-def commit_weights(
-    target: Path,
-    model: nn.Module,
-    parts: Mapping[str, Tensor],
-    world: World,
-    shape: Shape,
-    origin: Origin,
-    *,
-    residual: Mapping[str, Tensor] | None = None,
-    provenance: object = None,
-) -> None:
-    """Write a folder of weights of which each process has its part; all processes call it together.
+class SnapshotWriter:
+    """Writes folders of weights one after the other; what fails is raised by the next call, on every process."""
 
-    Args:
-        target: the final name.
-        model: says how the parts are spread.
-        parts: by parameter name, float32.
-        world: the processes.
-        shape: the model's shape.
-        origin: goes to `training.json`.
-        residual: of a running mean, what the rounding to float32 lost; by parameter name.
-        provenance: of an average.
+    def __init__(self, model: nn.Module, world: World, shape: Shape) -> None:
+        """Nothing is written yet.
 
-    Raises:
-        WriteFailed: the disk is full or cannot be written to.
-    """
-    parameters = dict(model.named_parameters())
-    weights = whole(parameters, {name: local(part.detach()) for name, part in parts.items()})
-    lost = None if residual is None else whole(parameters, residual)
+        Args:
+            model: says how the weights are spread over the processes.
+            world: the processes, which make the same calls in the same order; the first one writes.
+            shape: the model's shape.
+        """
+        self._parameters = dict(model.named_parameters())
+        self._world, self._shape = world, shape
+        self._pool = ThreadPoolExecutor(1, "snapshot")
+        self._writing: Future[None] | None = None
+        self.step = 0
+        """Of the weights that were saved last."""
 
-    def write() -> None:
-        needed = bytes_of(weights) + bytes_of(lost or {})
-        with staged_folder(target, replace=True, needed=needed) as folder:
-            save_weights(folder, weights, shape, origin, provenance)
-            if lost is not None:
-                save_tensors(folder / RESIDUAL_FILE, lost, shape)
+    def save(
+        self,
+        target: Path,
+        parts: Mapping[str, Tensor],
+        origin: Origin,
+        *,
+        residual: Mapping[str, Tensor] | None = None,
+        provenance: object = None,
+    ) -> None:
+        """Begin to write a folder of weights, once the one before is written.
 
-    world.on_first(write)
+        Args:
+            target: the final name; a folder that is there gives way.
+            parts: by parameter name, float32, each process its own; they may change once this returns.
+            origin: goes to `training.json`.
+            residual: of a running mean, what the rounding to float32 lost; by parameter name.
+            provenance: of an average.
+
+        Raises:
+            WriteFailed: of the one before: the disk is full or cannot be written to.
+        """
+        self.wait()
+        self.step = origin.step
+        weights = self._copies(parts)
+        lost = None if residual is None else self._copies(residual)
+        copied = torch.cuda.Event() if torch.cuda.is_available() else None  # type: ignore[no-untyped-call]
+        if copied is not None:
+            copied.record()
+
+        def write() -> None:
+            if copied is not None:
+                copied.synchronize()
+            needed = bytes_of(weights) + bytes_of(lost or {})
+            with staged_folder(target, replace=True, needed=needed) as folder:
+                save_weights(folder, weights, self._shape, origin, provenance)
+                if lost is not None:
+                    save_tensors(folder / RESIDUAL_FILE, lost, self._shape)
+
+        self._writing = self._pool.submit(write if self._world.first else lambda: None)
+
+    def wait(self) -> None:
+        """Return once what was begun is durable.
+
+        Raises:
+            WriteFailed: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            self._world.on_first(writing.result)
+
+    def finish(self, log: MetricsLog, warn: Callable[[str], None]) -> None:
+        """Wait, and where there was no place on the disk, say so and go on."""
+        with self.telling(log, warn):
+            self.wait()
+
+    @contextmanager
+    def telling(self, log: MetricsLog, warn: Callable[[str], None]) -> Iterator[None]:
+        """Log weights that found no place on the disk in this block, as of the step that they are of."""
+        try:
+            yield
+        except WriteFailed as error:
+            log.not_saved(self.step, error)
+            warn(f"{error}. Training goes on without it: an average that needs it will say so")
+
+    def close(self) -> None:
+        """Let what was begun come to its end."""
+        self._pool.shutdown()
+
+    def _copies(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors in host memory on the first process, which training does not change."""
+        gathered = whole(self._parameters, {name: local(part.detach()) for name, part in parts.items()})
+        if not self._world.first:
+            return {}
+        return {name: _copy(tensor) for name, tensor in gathered.items()}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """In host memory; from CUDA it arrives later, into pinned memory, while the host goes on."""
+    home = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return home.copy_(tensor, non_blocking=True)

@@ -26,7 +26,7 @@ from llmtrain.data.mixture import MixtureSampler, train_tokens
 from llmtrain.data.sampler import batch
 from llmtrain.data.shards import TokenData
 from llmtrain.data.tokenizer import load_tokenizer
-from llmtrain.errors import RunFailed, WriteFailed
+from llmtrain.errors import RunFailed
 from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.files import RunFolder, step_folders
 from llmtrain.hardware import Precision, autocast, peak_flops, peak_memory, resolve_precision
@@ -38,7 +38,7 @@ from llmtrain.training.parallel import build_model, exchanging, resolve_parallel
 from llmtrain.training.rewind import state_before, take_back
 from llmtrain.training.sample import sample
 from llmtrain.training.schedules import block_size, learning_rate, reset_factor
-from llmtrain.training.snapshots import commit_weights
+from llmtrain.training.snapshots import SnapshotWriter
 from llmtrain.training.stability import Incident, Watch
 from llmtrain.training.state import Progress, State, gather, restore
 from llmtrain.training.state_writer import StateWriter
@@ -88,7 +88,8 @@ class Trainer:
         self.val_tokens = data.reader("val")
         self.token_bytes = load_tokenizer(data.tokenizer).token_bytes()
         self.sampler = MixtureSampler(data, config.data.block_size, config.batch_size, config.seed)
-        self.shape = Shape(config.model, config.data.block_size, data.eot)
+        shape = Shape(config.model, config.data.block_size, data.eot)
+        self.snapshot_writer = SnapshotWriter(self.model, world, shape)
         self.progress = Progress(data=data.sha256)
         self.state_writer = StateWriter(
             run,
@@ -192,6 +193,7 @@ class Trainer:
                     if self._due(self.config.log.every):
                         self._log(log, loss, norm)
                     self._after_step(log, interrupt, fresh=True)
+            self.snapshot_writer.finish(log, self.warn)
             self.state_writer.wait()
         except Interrupted:
             if self._settle(log, now=True):
@@ -199,6 +201,7 @@ class Trainer:
             self.state_writer.wait()
             raise
         finally:
+            self.snapshot_writer.close()
             self.state_writer.close()
 
     def _begin(self, log: MetricsLog, interrupt: Interrupt) -> None:
@@ -250,11 +253,9 @@ class Trainer:
             self._evaluated.add(step)
         warm = step > config.schedule.warmup_steps
         if warm and self._due(config.checkpoint.snapshot_every):
-            try:
+            self.snapshot_writer.finish(log, self.warn)
+            with self.snapshot_writer.telling(log, self.warn):
                 self._save_weights(fresh=fresh)
-            except WriteFailed as error:
-                log.not_saved(step, error)
-                self.warn(f"{error}. Training goes on without it: an average that needs it will say so")
         if fresh and self._due(config.checkpoint.state_every):
             self.save_state(log)
 
@@ -358,26 +359,24 @@ class Trainer:
         return Origin(self.progress.step, self.progress.tokens, self.learning_rate(), self.config.name)
 
     def save_snapshot(self) -> None:
-        """Commit the weights as a Hugging Face folder."""
-        target, weights = self.run.snapshot(self.progress.step), dict(self.model.named_parameters())
-        commit_weights(target, self.model, weights, self.world, self.shape, self.origin())
+        """Begin to commit the weights as a Hugging Face folder."""
+        weights = dict(self.model.named_parameters())
+        self.snapshot_writer.save(self.run.snapshot(self.progress.step), weights, self.origin())
 
     def save_average(self, average: OnlineAverage) -> None:
-        """Commit an online average as a Hugging Face folder with its provenance."""
+        """Begin to commit an online average as a Hugging Face folder with its provenance."""
         step = self.progress.step
-        commit_weights(
+        self.snapshot_writer.save(
             self.run.average(average.config.label, step),
-            self.model,
             average.weights(),
-            self.world,
-            self.shape,
             self.origin(),
             residual=average.residual(),
             provenance=average.provenance(step),
         )
 
     def save_state(self, log: MetricsLog, *, replace: bool = False) -> None:
-        """Begin to commit everything that decides how training goes on."""
+        """Begin to commit everything that decides how training goes on, once earlier snapshots are durable."""
+        self.snapshot_writer.finish(log, self.warn)
         self.world.on_first(log.flush)
         self.progress.wandb_id = log.wandb_id
         in_background = self.state_writer.in_background

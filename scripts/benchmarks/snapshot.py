@@ -1,0 +1,57 @@
+"""How long the training loop waits for a snapshot of GPT-2 small, beside a save that it waits for to the end.
+
+Why both in one run: a disk is never as fast twice. The synchronous side is the same save, and its end.
+
+    snapshot(rounds=7)
+"""
+
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from llmtrain.checkpoint import Origin, Shape
+from llmtrain.config import ModelConfig
+from llmtrain.files import RunFolder
+from llmtrain.hardware import resolve_device
+from llmtrain.model import GPT
+from llmtrain.training.distributed import World
+from llmtrain.training.snapshots import SnapshotWriter
+
+from .measure import Figures, publish, rows, take_turns
+
+BLOCK = 1024
+
+
+def snapshot(
+    rounds: Annotated[int, typer.Option(min=1, help="Times each is measured.")] = 7,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
+) -> None:
+    """Measure how long the loop waits for a snapshot of 124M parameters, on the device at hand."""
+    shape = ModelConfig(n_layer=12, n_head=12, n_embd=768, bias=False)
+    model = GPT(shape, BLOCK, seed=1).to(resolve_device("auto"))
+    writer = SnapshotWriter(model, World(), Shape(shape, BLOCK, shape.vocab_size - 1))
+    with tempfile.TemporaryDirectory(prefix="bench-snapshot-") as folder:
+        save = partial(_save, writer, model, RunFolder(Path(folder)))
+        sides = {"llmtrain": partial(save, wait=False), "synchronous": partial(save, wait=True)}
+        taken = take_turns(sides, rounds)
+        writer.close()
+    targets = {("llmtrain", "s"): "ratio ≤ 0.20"}
+    publish(rows("wait for a snapshot of 124M", taken, "synchronous", targets), json)
+
+
+def _save(writer: SnapshotWriter, model: GPT, run: RunFolder, *, wait: bool) -> Figures:
+    """Seconds until training could go on; the end of what is written then is not measured."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    writer.save(run.snapshot(1), dict(model.named_parameters()), Origin(1, 1, 1e-3, "bench"))
+    if wait:
+        writer.wait()
+    seconds = time.perf_counter() - started
+    writer.wait()
+    return {"s": seconds}
