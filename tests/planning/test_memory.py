@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from llmtrain.config import RunConfig
 from llmtrain.hardware import autocast
 from llmtrain.model import GPT
-from llmtrain.planning.memory import Layout, device_memory, peak
+from llmtrain.planning.memory import Layout, device_memory, host_memory, peak
 from llmtrain.training.distributed import World
 from llmtrain.training.optim import build_optimizer
 from llmtrain.training.parallel import build_model
@@ -192,3 +192,12 @@ def test_averages_kept_in_host_memory_leave_the_gpu_alone(planned: Build) -> Non
     on_cpu = Layout(1, "ddp", 2, cuda=False)
     parameters = device_memory(bare, layout)[0].weights // 4
     assert device_memory(config, on_cpu)[0].averages == 5 * 4 * parameters
+
+
+def test_the_host_holds_a_copy_of_what_is_saved(planned: Build) -> None:
+    """Of a state (weights and two moments) and of weights; of a running mean, its residual too."""
+    layout = Layout(1, "ddp", 2, cuda=True)
+    parameters = device_memory(planned(), layout)[0].weights // 4
+    assert host_memory(planned(), layout) == (3 + 1) * 4 * parameters
+    mean = planned(averages=[{"kind": "running-mean"}])
+    assert host_memory(mean, layout) == (3 + 2 + 2) * 4 * parameters
