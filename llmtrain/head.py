@@ -9,19 +9,22 @@ while they are there; the backward pass only scales it.
 Shapes in names: N rows, C width, V vocabulary.
 """
 
+import math
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _BYTES_OF_CHUNK = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Of the logits of a chunk: large enough for a fast matrix product, small beside everything else."""
 _BYTES_IN_CACHE = 2 * 2**20
 """Of the float32 logits that a CPU turns into gradients at a time."""
+_ROWS_OF_SLAB = {"cpu": 4192}
+"""Of the weight's gradient that are added up at a time; on a GPU, all."""
 
 
-@torch.compiler.disable
 def linear_cross_entropy(
     hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, *, ignore: int, fused: bool = False
 ) -> Tensor:
@@ -40,7 +43,8 @@ def linear_cross_entropy(
     kind = hidden_NC.device.type
     on = torch.is_autocast_enabled(kind)
     product = torch.get_autocast_dtype(kind) if on else hidden_NC.dtype
-    loss: Tensor = _LinearCrossEntropy.apply(hidden_NC, weight_VC, targets_N, ignore, product, fused)
+    arguments = (hidden_NC, weight_VC, targets_N, ignore, product, fused)
+    loss: Tensor = _LinearCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]  # so in torch
     return loss
 
 
@@ -81,52 +85,75 @@ def _loss_and_gradients(
 ) -> tuple[Tensor, ...]:
     """The mean loss; if `wanted`, with its gradients: of the hidden states (N, C), of the weight (V, C) in float32."""
     counted_N = targets_N != ignore
-    share = 1.0 / counted_N.sum()
-    weights_N = torch.where(counted_N, share, 0.0)
-    N, V = len(hidden_NC), len(weight_VC)
-    rows = min(max(_BYTES_OF_CHUNK.get(hidden_NC.device.type, 2**26) // (V * hidden_NC.element_size()), 1), N)
+    targets_N = torch.where(counted_N, targets_N, 0)
+    shares_N = counted_N / counted_N.sum()
     loss = hidden_NC.new_zeros((), dtype=torch.float32)
-    logits_RV = hidden_NC.new_empty(rows, V)
     hidden_grad_NC = torch.empty_like(hidden_NC) if wanted else hidden_NC
     weight_grad_VC = torch.empty_like(weight_VC, dtype=torch.float32) if wanted else weight_VC
-    product_VC = torch.empty_like(weight_VC) if wanted else weight_VC
-    for first in range(0, N, rows):
+    rows = _rows(hidden_NC, weight_VC)
+    logits_RV = hidden_NC.new_empty(rows, len(weight_VC))
+    for first in range(0, len(hidden_NC), rows):
         chunk = slice(first, first + rows)
         hidden_RC = hidden_NC[chunk]
         logits = torch.mm(hidden_RC, weight_VC.T, out=logits_RV[: len(hidden_RC)])
-        targets_R = torch.where(counted_N[chunk], targets_N[chunk], 0)
-        loss += _to_gradient(logits, targets_R, weights_N[chunk], wanted)
+        loss += _to_gradient(logits, targets_N[chunk, None], shares_N[chunk, None], wanted, fused)
         if wanted:
             torch.mm(logits, weight_VC, out=hidden_grad_NC[chunk])
-            torch.mm(logits.T, hidden_RC, out=product_VC)
-            if first == 0:
-                weight_grad_VC.copy_(product_VC)
-            else:
-                _add(weight_grad_VC, product_VC)
+            _add_products(weight_grad_VC, logits, hidden_RC, first=first == 0)
     return loss, hidden_grad_NC, weight_grad_VC
 
 
-def _add(total: Tensor, part: Tensor) -> None:
-    """total += part, of another type: by way of a buffer in the cache, where torch makes a copy of the whole."""
-    rows = max(_BYTES_IN_CACHE // (4 * total.shape[1]), 1)
-    buffer = total.new_empty(rows, total.shape[1])
-    for into, some in zip(total.split(rows), part.split(rows), strict=True):
-        into += buffer[: len(some)].copy_(some)
+def _rows(hidden_NC: Tensor, weight_VC: Tensor) -> int:
+    """Of a chunk: as many as its logits may take, in chunks of one size."""
+    limit = _BYTES_OF_CHUNK.get(hidden_NC.device.type, 2**26) // (len(weight_VC) * hidden_NC.element_size())
+    return math.ceil(len(hidden_NC) / math.ceil(len(hidden_NC) / max(limit, 1)))
 
 
-def _to_gradient(logits_RV: Tensor, targets_R: Tensor, weights_R: Tensor, wanted: bool) -> Tensor:
+def _to_gradient(
+    logits_RV: Tensor, targets_R1: Tensor, shares_R1: Tensor, wanted: bool, fused: bool
+) -> Tensor:
     """The weighted sum of the rows' losses, shape (); if `wanted`, the logits become its gradient, in place."""
-    loss = logits_RV.new_zeros((), dtype=torch.float32)
+    if fused:
+        return _fused_softmax()(logits_RV, targets_R1, shares_R1, wanted)
+    if logits_RV.device.type != "cpu":
+        return _softmax(logits_RV, targets_R1, shares_R1, wanted)
     rows = max(_BYTES_IN_CACHE // (4 * logits_RV.shape[1]), 1)
-    for first in range(0, logits_RV.shape[0], rows):
-        some = slice(first, first + rows)
-        x = logits_RV[some].float()
-        target_R1, weight_R1 = targets_R[some, None], weights_R[some, None]
-        largest_R1, right_R1 = x.amax(1, keepdim=True), x.gather(1, target_R1)
-        x.sub_(largest_R1).exp_()
-        sum_R1 = x.sum(1, keepdim=True)
-        loss += ((sum_R1.log() + largest_R1 - right_R1) * weight_R1).sum()
-        if wanted:
-            x.mul_(weight_R1 / sum_R1).scatter_add_(1, target_R1, -weight_R1)
-            logits_RV[some] = x
-    return loss
+    pieces = (torch.split(each, rows) for each in (logits_RV, targets_R1, shares_R1))
+    losses = [
+        _softmax(logits, targets, shares, wanted) for logits, targets, shares in zip(*pieces, strict=True)
+    ]
+    return torch.stack(losses).sum()
+
+
+def _softmax(logits_RV: Tensor, targets_R1: Tensor, shares_R1: Tensor, wanted: bool) -> Tensor:
+    """`_to_gradient` of a piece, in float32."""
+    x = logits_RV.float()
+    right_R1, largest_R1 = x.gather(1, targets_R1), x.amax(1, keepdim=True)
+    x = x.sub_(largest_R1).exp_()
+    sum_R1 = x.sum(1, keepdim=True)
+    right_R1 = right_R1 - largest_R1 - sum_R1.log()
+    if wanted:
+        logits_RV.copy_(x.mul_(shares_R1 / sum_R1))
+        # Not 1 less than what was rounded: the better the prediction, the more of it would be lost.
+        logits_RV.scatter_(1, targets_R1, (torch.expm1(right_R1) * shares_R1).to(logits_RV.dtype))
+    return -(right_R1 * shares_R1).sum()
+
+
+@cache
+def _fused_softmax() -> Callable[..., Tensor]:
+    return torch.compile(_softmax)  # where it is needed: it takes a second to import the compiler
+
+
+def _add_products(total_VC: Tensor, logits_RV: Tensor, hidden_RC: Tensor, *, first: bool) -> None:
+    """total += logitsᵀ · hidden, in slabs: the products are rounded to another type, and need little memory so."""
+    rows = min(_ROWS_OF_SLAB.get(total_VC.device.type, len(total_VC)), len(total_VC))
+    products_SC, buffer_SC = (
+        hidden_RC.new_empty(rows, total_VC.shape[1]),
+        total_VC.new_empty(rows, total_VC.shape[1]),
+    )
+    for some_SC, logits_RS in zip(torch.split(total_VC, rows), torch.split(logits_RV, rows, 1), strict=True):
+        product_SC = torch.mm(logits_RS.T, hidden_RC, out=products_SC[: len(some_SC)])
+        if first:
+            some_SC.copy_(product_SC)
+        else:  # torch would make the buffer itself, anew each time
+            some_SC.add_(buffer_SC[: len(some_SC)].copy_(product_SC))

@@ -141,6 +141,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.block_size = block_size
+        self.fused_loss = False
+        """Compute the loss with kernels of torch.compile."""
         self.transformer = Transformer(config, block_size)
         if seed is not None:
             parameters = dict(self.named_parameters())
@@ -175,7 +177,9 @@ class GPT(nn.Module):
         """
         hidden_NC = self.transformer(tokens_BT).flatten(0, 1)
         weight_VC = self.transformer.wte.weight
-        return linear_cross_entropy(hidden_NC, weight_VC, targets_BT.reshape(-1), ignore=IGNORE)
+        return linear_cross_entropy(
+            hidden_NC, weight_VC, targets_BT.reshape(-1), ignore=IGNORE, fused=self.fused_loss
+        )
 
     def n_parameters(self) -> int:
         """All parameters, the tied matrix counted once."""

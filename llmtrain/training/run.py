@@ -15,14 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import nn
-
 from llmtrain.config import RunConfig, flatten
 from llmtrain.config_file import dump_config, load_config
 from llmtrain.data.mixture import open_training_data
 from llmtrain.data.shards import TokenData
-from llmtrain.errors import RunFailed, UserError
+from llmtrain.errors import UserError
 from llmtrain.events import read_events
 from llmtrain.files import (
     INTEGRITY_FILE,
@@ -34,12 +31,12 @@ from llmtrain.files import (
     step_folders,
     write_atomically,
 )
-from llmtrain.hardware import autocast, environment, resolve_compile, resolve_device, resolve_precision
+from llmtrain.hardware import environment, resolve_device, resolve_precision
 from llmtrain.interrupt import Interrupt
+from llmtrain.training.compiled import compiled
 from llmtrain.training.distributed import join
 from llmtrain.training.initial import begin_with, open_weights
 from llmtrain.training.metrics import MetricsLog
-from llmtrain.training.parallel import wrapped
 from llmtrain.training.state import State, load_state, newest_state
 from llmtrain.training.trainer import Trainer
 from llmtrain.weights_folder import read_json
@@ -352,48 +349,3 @@ def _refuse_other_config(config: RunConfig, run: RunFolder, warn: Callable[[str]
             f"{before['train.max_steps']:,} and is {config.train.max_steps:,}: the learning rate jumps here; "
             "schedule.horizon keeps it where it was"
         )
-
-
-def compiled(trainer: Trainer, warn: Callable[[str], None]) -> nn.Module:
-    """The module to train with: compiled where that was asked for and works, and exchanging gradients."""
-    wanted, reason = resolve_compile(trainer.config.train.compile, trainer.device)
-    if reason is not None:
-        warn(reason)
-    forward: nn.Module = trainer.model
-    if wanted:
-        # One program for all lengths from the start: else which one runs a step depends on those before it.
-        dynamic = True if trainer.config.data.block_warmup is not None else None
-        in_shards = trainer.parallel in ("fsdp", "hsdp")
-        blocks = list(trainer.model.transformer.h) if in_shards else []
-        if in_shards:  # block by block, inside of what gathers and frees its weights
-            for block in blocks:
-                block.forward = torch.compile(block.forward, dynamic=dynamic)
-        else:
-            forward = torch.compile(forward, dynamic=dynamic)  # type: ignore[assignment]  # it is a module
-        failure = _failure(forward, trainer)
-        if failure and in_shards and trainer.world.size > 1:
-            raise RunFailed(  # the others wait in the middle of this one's pass
-                f"torch.compile failed ({failure})", hint="--set train.compile=false trains without it"
-            )
-        if trainer.world.sums([failure is not None])[0]:
-            warn(f"torch.compile failed ({failure or 'on another process'}): training uncompiled")
-            forward = trainer.model
-            for block in blocks:
-                del block.forward
-    return wrapped(forward, trainer.parallel, trainer.device)
-
-
-def _failure(forward: nn.Module, trainer: Trainer) -> str | None:
-    """What compiling fails with, if it does: seen in one forward and backward pass."""
-    config = trainer.config
-    shape = (config.train.micro_batch, config.data.block_size)
-    sample = torch.zeros(shape, dtype=torch.long, device=trainer.device)
-    try:
-        with autocast(trainer.device, trainer.cast):
-            loss = forward(sample, sample)
-        loss.backward()
-    except Exception as error:  # torch.compile fails with the exceptions of any of its back ends
-        return type(error).__name__
-    finally:
-        trainer.model.zero_grad(set_to_none=True)
-    return None

@@ -24,8 +24,8 @@ from llmtrain.files import RunFolder
 from llmtrain.hardware import peak_memory, resolve_device
 from llmtrain.interrupt import Interrupt
 from llmtrain.model import GPT
+from llmtrain.training.compiled import compiled
 from llmtrain.training.distributed import World
-from llmtrain.training.run import compiled
 from llmtrain.training.trainer import Trainer
 
 from .measure import Figures, Side

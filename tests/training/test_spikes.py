@@ -55,7 +55,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, tiny: Build) -> Poison:
                 model = Poisoned(model, window(number), factor)
             return model
 
-        monkeypatch.setattr(module, "_forward", lambda trainer, warn: poisoned(trainer.model))
+        monkeypatch.setattr(module, "compiled", lambda trainer, warn: poisoned(trainer.model))
 
     return apply
 
@@ -220,7 +220,7 @@ def test_a_rewind_soon_after_a_beginning_goes_back_to_it(tiny: Build, tmp_path: 
 def test_a_run_that_never_calms_down_ends(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_forward", lambda trainer, warn: _Nan(trainer.model))
+    monkeypatch.setattr(module, "compiled", lambda trainer, warn: _Nan(trainer.model))
     config = run_config(tiny, "rewind", "rewind")
     with pytest.raises(RunFailed, match="would be rewind 11: the run does not become stable"):
         quiet(config, tmp_path / "run")

@@ -1,0 +1,78 @@
+"""The module that a run trains with: compiled where that was asked for and works, and exchanging gradients.
+
+Why the body alone is compiled: embedding to last norm is one graph without a break; the loss of the head
+has its own way with memory. Blocks in shards are compiled one by one, inside of what gathers and frees
+their weights.
+
+    trainer.forward = compiled(trainer, warn)
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from llmtrain.errors import RunFailed
+from llmtrain.hardware import autocast, resolve_compile
+from llmtrain.training.parallel import wrapped
+
+if TYPE_CHECKING:
+    from llmtrain.training.trainer import Trainer
+
+
+def compiled(trainer: "Trainer", warn: Callable[[str], None]) -> nn.Module:
+    """The module to call in training; evaluations of the same model run what is compiled as well.
+
+    Args:
+        trainer: with its model, at any step.
+        warn: tells why the model is trained uncompiled where that was not asked for.
+
+    Raises:
+        RunFailed: compiling fails where other processes cannot be told.
+    """
+    wanted, reason = resolve_compile(trainer.config.train.compile, trainer.device)
+    if reason is not None:
+        warn(reason)
+    if wanted:
+        _compile(trainer, warn)
+    return wrapped(trainer.model, trainer.parallel, trainer.device)
+
+
+def _compile(trainer: "Trainer", warn: Callable[[str], None]) -> None:
+    model, in_shards = trainer.model, trainer.parallel in ("fsdp", "hsdp")
+    parts: list[nn.Module] = list(model.transformer.h) if in_shards else [model.transformer]
+    # One program for all lengths from the start: else which one runs a step depends on those before it.
+    dynamic = True if trainer.config.data.block_warmup is not None else None
+    for part in parts:
+        part.forward = torch.compile(part.forward, dynamic=dynamic)
+    model.fused_loss = trainer.device.type == "cuda"  # on a CPU, slower than pieces that fit the cache
+    failure = _failure(trainer)
+    if failure and in_shards and trainer.world.size > 1:
+        raise RunFailed(  # the others wait in the middle of this one's pass
+            f"torch.compile failed ({failure})", hint="--set train.compile=false trains without it"
+        )
+    if trainer.world.sums([failure is not None])[0]:
+        warn(f"torch.compile failed ({failure or 'on another process'}): training uncompiled")
+        model.fused_loss = False
+        for part in parts:
+            del part.forward
+
+
+def _failure(trainer: "Trainer") -> str | None:
+    """What compiling fails with, if it does: seen in one forward and backward pass, the first of all.
+
+    Evaluations come later, so that what a step runs does not depend on whether one came before it.
+    """
+    config = trainer.config
+    shape = (config.train.micro_batch, config.data.block_size)
+    sample = torch.zeros(shape, dtype=torch.long, device=trainer.device)
+    try:
+        with autocast(trainer.device, trainer.cast):
+            loss = trainer.model(sample, sample)
+        loss.backward()
+    except Exception as error:  # torch.compile fails with the exceptions of any of its back ends
+        return type(error).__name__
+    finally:
+        trainer.model.zero_grad(set_to_none=True)
+    return None
