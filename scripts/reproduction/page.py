@@ -15,8 +15,9 @@ from reproduction.gains import by_rate, by_step, by_window, savings
 from reproduction.plan import WINDOW
 from reproduction.pythia import Series, read_all
 from reproduction.results import Results
-from reproduction.rivals import as_a_decay, by_method, in_a_spike
+from reproduction.rivals import as_a_decay, by_method
 from reproduction.section import Labels, Section, cell
+from reproduction.spike import in_a_spike
 
 SECTIONS = (by_step, by_rate, by_window, by_method, in_a_spike, as_a_decay, savings)
 EXPERIMENTS = {
@@ -162,4 +163,5 @@ def _runs(results: Results) -> str:
         rows.append([run.name, str(run.end), *shown, f"{run.seconds_per_step or 0:.3f}"])
     commands = "\n".join(run.command for run in results.runs)
     table = markdown(["run", "last step", "raw", "LAWA", "matched EMA", "seconds a step (median)"], rows)
-    return f"{table}\n<details><summary>The commands; ROOT is where the runs lie</summary>\n\n```\n{commands}\n```\n</details>\n"
+    summary = "<details><summary>The commands; ROOT is where the runs lie</summary>"
+    return f"{table}\n{summary}\n\n```\n{commands}\n```\n</details>\n"

@@ -1,6 +1,6 @@
-"""Claims 4 to 6: LAWA against other averages and a cooldown, in a spike, and as a forecast of the cooldown.
+"""Claims 4 and 6: LAWA against other averages and a cooldown, and as a forecast of the cooldown.
 
-for section in (by_method(results), in_a_spike(results), as_a_decay(results)): ...
+for section in (by_method(results), as_a_decay(results)): ...
 """
 
 from collections.abc import Callable
@@ -66,87 +66,6 @@ def by_method(results: Results) -> Section:
     return Section(
         "Against other averages and a cooldown", "It beats EMA and SWA.", comparisons, tables, [chart]
     )
-
-
-def in_a_spike(results: Results) -> Section:
-    """Claim 5: it mitigates loss spikes."""
-    labels = Labels.of(results)
-    excess = {seed: _excess(results, seed) for seed in results.plan["seeds"]}
-    shown = [RAW, labels.online_lawa, "ema-0.9", labels.matched, *results.plan["kept"]]
-    peaks: dict[str, BySeed] = {
-        label: {seed: max(curves[label].values()) for seed, curves in excess.items() if curves.get(label)}
-        for label in shown
-    }
-    lasts: dict[str, BySeed] = {
-        label: {
-            seed: curves[label][max(curves[label])] for seed, curves in excess.items() if curves.get(label)
-        }
-        for label in shown
-    }
-    rows = []
-    for label in shown:
-        shares = [100 * peak / peaks[RAW][seed] for seed, peak in peaks[label].items()]
-        share = estimate(shares)
-        rows.append([
-            label,
-            cell(estimate(list(peaks[label].values()))),
-            "n/a" if share is None else f"{share.mean:.0f}%",
-            cell(estimate(list(lasts[label].values()))),
-        ])  # fmt: skip
-    where = f"constant {results.tuned}"
-    table = Table(
-        f"Loss above that of the same run without the burst, {where}: largest, and at the end of the run",
-        ["log"],
-        ["weights", "largest", "of raw's", "at the end"],
-        rows,
-    )
-    comparisons = [
-        Comparison(
-            5, f"{label}'s largest excess against raw's: spike in {where}", paired(peaks[label], peaks[RAW])
-        )
-        for label in shown[1:]
-    ]
-    start = results.plan["cooldown"]
-    steps = sorted({step for curves in excess.values() for step in curves.get(RAW, {})})
-    lines = [
-        line(
-            label,
-            [
-                (s - start, estimate([c[label][s] for c in excess.values() if s in c.get(label, {})]))
-                for s in steps
-            ],
-            kind,
-        )
-        for kind, label in enumerate(shown)
-    ]
-    chart = Chart(
-        "spike",
-        "A burst of ten times the rate: excess loss",
-        "steps since the burst began",
-        _LOSS,
-        lines,
-        baseline=0.0,
-    )
-    return Section("In a spike", "It mitigates loss spikes.", comparisons, [table], [chart])
-
-
-def _excess(results: Results, seed: int) -> dict[str, dict[int, float]]:
-    """Label → step → loss with the burst minus loss without it."""
-    found = {
-        kind: [run for run in results.of(kind, results.tuned) if run.seed == seed]
-        for kind in ("burst", "after", "calm")
-    }
-    if not all(found.values()):
-        return {}
-    burst, after, calm = (found[kind][0].losses for kind in ("burst", "after", "calm"))
-    return {
-        label: {
-            step: loss - calm[label][step]
-            for step, loss in (burst.get(label, {}) | after.get(label, {})).items()
-            if step in calm[label]
-        }
-        for label in calm
-    }
 
 
 def as_a_decay(results: Results) -> Section:
