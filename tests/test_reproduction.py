@@ -4,9 +4,12 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +30,7 @@ from test_hub_series import write_series
 
 from llmtrain.config import RunConfig
 from llmtrain.config_file import dump_config
-from llmtrain.files import RunFolder
+from llmtrain.files import RunFolder, is_held, step_folders
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -112,6 +115,25 @@ def test_runs_branch_as_said_fail_as_a_result_and_are_not_run_twice(
     assert capsys.readouterr().out.count("$ llmtrain") == 1
     with pytest.raises(SystemExit, match="bad ended with 2"):
         execute.run([Job("bad", ("average", "nowhere"))], root, 1)
+
+
+def test_a_signal_ends_the_commands_that_run_with_their_state_saved(plan: Plan, tmp_path: Path) -> None:
+    training = plan.constant("1e-2", 1)
+    words = [*training.arguments(plan.config, tmp_path), "--set", "train.max_steps=100000"]
+    run = RunFolder(tmp_path / training.name)
+
+    def stop() -> None:
+        while not run.metrics.exists() or run.metrics.stat().st_size == 0:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    with pytest.raises(execute.Stopped):
+        execute.run([Job(training.name, tuple(words)), Job("never", ("doctor",), training.name)], tmp_path, 2)
+    stopper.join()
+    assert step_folders(run.states) and not is_held(run.path)
+    assert not (tmp_path / "never.log").exists()
 
 
 def made_up(seeds: tuple[int, ...], gain: float) -> Results:

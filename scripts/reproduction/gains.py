@@ -26,7 +26,12 @@ def by_step(results: Results) -> Section:
         for share in (SHARES[0], 0.4, 1.0):
             change = paired_or_none(lawa_change(results, kind, results.tuned, steps[share]))
             comparisons.append(
-                Comparison(1, f"LAWA against raw: {kind} {results.tuned}, {share:.0%} of the run", change)
+                Comparison(
+                    1,
+                    f"LAWA against raw: {kind} {results.tuned}, {share:.0%} of the run",
+                    change,
+                    main=share > SHARES[0],
+                )
             )
     table = Table(
         "LAWA's loss minus raw's, by share of the run",
@@ -77,6 +82,7 @@ def by_rate(results: Results) -> Section:
             2,
             f"what LAWA changes at {high} against at {low}: {name}",
             paired(lawa_change(results, kind, high, step), lawa_change(results, kind, low, step)),
+            main=kind == "constant",
         )
         for name, (kind, step) in places.items()
         if low != high
@@ -112,7 +118,12 @@ def by_window(results: Results) -> Section:
     pairs = [((WINDOW, n), (WINDOW, every)) for n in spacings[1:]]
     pairs += [((k, every), (WINDOW, every)) for k in windows if k != WINDOW]
     comparisons = [
-        Comparison(3, f"LAWA {a[0]}×{a[1]} against {b[0]}×{b[1]}: {where}", paired(losses(*a), losses(*b)))
+        Comparison(
+            3,
+            f"LAWA {a[0]}×{a[1]} against {b[0]}×{b[1]}: {where}",
+            paired(losses(*a), losses(*b)),
+            main=a[0] == WINDOW and a[1] in spacings[1:3],
+        )
         for a, b in pairs
     ]
     rows = [[str(n), *(cell(changes[k, n]) for k in windows)] for n in spacings]

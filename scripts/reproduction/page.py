@@ -18,6 +18,7 @@ from reproduction.results import Results
 from reproduction.rivals import as_a_decay, by_method
 from reproduction.section import Labels, Section, cell
 from reproduction.spike import in_a_spike
+from reproduction.statistics import Estimate
 
 SECTIONS = (by_step, by_rate, by_window, by_method, in_a_spike, as_a_decay, savings)
 EXPERIMENTS = {
@@ -72,14 +73,17 @@ def _verdicts(found: dict[str, Results], sections: dict[str, list[Section]]) -> 
         if name not in found:
             rows.append(["", f"`{command}`", "", "", "", "not run yet"])
             continue
-        for section in sections[name]:
-            for each in section.comparisons:
-                value = each.difference
-                shown = ["n/a", "0", "not measured"]
-                if value is not None:
-                    shown = [value.signed, str(value.seeds), value.verdict]
-                rows.append([str(each.claim), each.what, found[name].made["device"], *shown])
+        device = str(found[name].made["device"])
+        compared = [each for section in sections[name] for each in section.comparisons if each.main]
+        rows += [[str(each.claim), each.what, device, *_judged(each.difference)] for each in compared]
     return rows
+
+
+def _judged(difference: Estimate | None) -> list[str]:
+    """Δ, seeds and verdict."""
+    if difference is None:
+        return ["n/a", "0", "not measured"]
+    return [difference.signed, str(difference.seeds), difference.verdict]
 
 
 def _of_public(public: Sequence[Series]) -> list[list[str]]:
@@ -92,8 +96,7 @@ def _of_public(public: Sequence[Series]) -> list[list[str]]:
         size = WINDOW if WINDOW in series.sizes else series.sizes[0]
         value = series.change(step, size, every)
         what = f"LAWA {size}×{every} against raw, bits/byte: {series.name}, step {step}"
-        shown = ["n/a", "0", "not measured"] if value is None else [value.signed, "1", value.verdict]
-        rows.append(["1", what, "public weights", *shown])
+        rows.append(["1", what, "public weights", *_judged(value)])
     return rows
 
 
@@ -128,6 +131,9 @@ def _experiment(folder: Path, name: str, results: Results, sections: Sequence[Se
         claim = section.comparisons[0].claim if section.comparisons else None
         parts.append(f"### {section.title}\n")
         parts.append(f"Claim {claim}: {section.text}\n" if claim else f"{section.text}\n")
+        if section.comparisons:
+            rows = [[each.what, *_judged(each.difference)] for each in section.comparisons]
+            parts.append(markdown(["first against second", "Δ", "seeds", "verdict"], rows))
         for table in section.tables:
             made = "; ".join(f"`{results.commands[key]}`" for key in table.made)
             parts += [f"{table.caption}. Made of {made}.\n", markdown(table.head, table.rows)]

@@ -41,7 +41,12 @@ def by_method(results: Results) -> Section:
     lawa, tuned = methods["LAWA"], results.tuned
     rates = sorted({*results.plan["rates"], *results.rates}, key=float)
     comparisons = [
-        Comparison(4, f"LAWA against {name}: constant {tuned}, end", paired(lawa(tuned), of(tuned)))
+        Comparison(
+            4,
+            f"LAWA against {name}: constant {tuned}, end",
+            paired(lawa(tuned), of(tuned)),
+            main=name != "raw" and not name.startswith("post-hoc"),
+        )
         for name, of in methods.items()
         if name != "LAWA"
     ]
@@ -126,6 +131,7 @@ def _decay_comparisons(results: Results) -> list[Comparison]:
             6,
             f"{name} of constant {tuned} at {start} against its cooldown to {steps}",
             paired(losses, cooldown),
+            main=True,
         )
         for name, losses in _predictions(results, tuned, start).items()
         if name != "raw"
@@ -134,9 +140,10 @@ def _decay_comparisons(results: Results) -> list[Comparison]:
     fading = paired(
         lawa_change(results, "cosine", tuned, steps), lawa_change(results, "cosine", tuned, middle)
     )
+    against_cosine = f"LAWA of constant {tuned} against raw of cosine {tuned}, end"
     return [
         *found,
-        Comparison(6, f"LAWA of constant {tuned} against raw of cosine {tuned}, end", paired(lawa, cosine)),
+        Comparison(6, against_cosine, paired(lawa, cosine), main=True),
         Comparison(6, f"cooldown against cosine, raw, {tuned}, end", paired(cooldown, cosine)),
-        Comparison(6, f"what LAWA changes of cosine {tuned} at the end against at 40%", fading),
+        Comparison(6, f"what LAWA changes of cosine {tuned} at the end against at 40%", fading, main=True),
     ]

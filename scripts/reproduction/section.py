@@ -24,6 +24,8 @@ class Comparison:
     """This against that, where."""
     difference: Estimate | None
     """In nats per token; negative: the first is better. None: not measured."""
+    main: bool = False
+    """Whether it stands in the table on top of the page."""
 
 
 @dataclass(frozen=True)
