@@ -2,7 +2,7 @@
 
 Why a rule: a rate picked by eye could be picked for its outcome.
 
-    tuned, largest = choose(plan, Path("runs/reproduce"))
+    tuned_rate(plan, Path("runs/reproduce"))  # "6e-3"
 """
 
 import math

@@ -2,7 +2,7 @@
 
 Why here: the CPU's and the GPU's differ in their plan alone.
 
-    Experiment("cpu", "…", plan, Path("runs/reproduce"), ["prepare", "sotu"], workers=2).runs()
+    Experiment("cpu", title, plan, Path("runs/reproduce"), ("prepare", "sotu"), workers=2).run("all", results)
 """
 
 from collections.abc import Callable
