@@ -120,7 +120,10 @@ class Transformer(nn.Module):
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Token ids (B, T) → hidden states (B, T, C)."""
         positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        x_BTC = self.drop(self.wte(tokens_BT) + self.wpe(positions_T))
+        # On a CPU the gradient of the rows that were looked up is added to the head's, not a matrix of zeros with them.
+        few_rows = tokens_BT.device.type == "cpu" and not torch.compiler.is_compiling()
+        embedded_BTC = F.embedding(tokens_BT, self.wte.weight, sparse=few_rows)
+        x_BTC = self.drop(embedded_BTC + self.wpe(positions_T))
         for block in self.h:
             x_BTC = block(x_BTC)
         y: Tensor = self.ln_f(x_BTC)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmtrain.data.sampler import Tokens, validation_windows
 from llmtrain.errors import UserError
@@ -92,7 +92,9 @@ def evaluate(
     windows = validation_windows(n_tokens, block_size, stride)
     was_training = model.training
     model.eval()
-    total, count, n_bytes = 0.0, 0, 0
+    losses: list[Tensor] = []
+    counts: list[int] = []
+    n_bytes = 0
     try:
         for first in range(0, len(windows), world.size * batch):
             mine = first + world.rank * batch
@@ -103,14 +105,15 @@ def evaluate(
                 loss = model(torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device))
             if mine < len(windows):
                 counted = targets[targets != IGNORE]
-                total += loss.item() * counted.size
-                count += counted.size
+                losses.append(loss)  # read at the end: a GPU need not be waited for at each batch
+                counts.append(counted.size)
                 n_bytes += int(token_bytes[counted].sum())
             if on_progress is not None:
                 on_progress(min(first + world.size * batch, len(windows)), len(windows))
     finally:
         model.train(was_training)
-    nats, predicted, text = world.sums([total, count, n_bytes])
+    total = math.fsum(loss.item() * count for loss, count in zip(losses, counts, strict=True))
+    nats, predicted, text = world.sums([total, sum(counts), n_bytes])
     return LossResult(nats / predicted, int(predicted), int(text), time.perf_counter() - started)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -147,14 +148,20 @@ class Trainer:
         for index in range(n_micro):
             interrupt.check()
             some = rows[index * micro : (index + 1) * micro]
-            windows = torch.from_numpy(batch(self.train_tokens, some, length))
-            windows = windows.to(self.device)
+            windows = self._on_device(batch(self.train_tokens, some, length))
             with exchanging(self.forward, index == n_micro - 1):
                 with autocast(self.device, self.cast):
                     micro_loss = self.forward(windows[:, :-1], windows[:, 1:]) / n_micro
                 micro_loss.backward()
             loss += micro_loss.detach()
         return loss
+
+    def _on_device(self, windows: npt.NDArray[np.int64]) -> Tensor:
+        """A GPU fetches them while the host goes on: from pinned memory alone it can."""
+        on_host = torch.from_numpy(windows)
+        if self.device.type == "cuda":
+            on_host = on_host.pin_memory()
+        return on_host.to(self.device, non_blocking=True)
 
     def _clip_gradients(self, step: int) -> Tensor:
         """Clip by the global norm, after SPAM's clipping by element; the norm before both, shape ()."""
