@@ -13,8 +13,7 @@ import os
 import resource
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from llmtrain.averaging.checkpoints import Checkpoint
 from llmtrain.averaging.header import FLOATS, TensorSpec
 from llmtrain.averaging.numbers import Float64s, Raw, narrow, overflows, widen
+from llmtrain.averaging.turns import Turns, in_threads
 from llmtrain.errors import UserError
 
 PIECE = 65_536
@@ -150,52 +150,11 @@ def merge(
                 if progress is not None:
                     progress(next(done), len(work))
 
-        _in_threads(worker, threads or min(_cores(), 4), stopped)
+        in_threads(worker, threads or min(_cores(), 4), stopped)
         if hashes is not None:
             for source in sources:
                 hashes |= source.hashes()
     return _norms(work, stats)
-
-
-def _in_threads(worker: Callable[[], None], count: int, stopped: threading.Event) -> None:
-    """Run `worker` in several threads; when one fails, or a signal comes, `stopped` ends the others."""
-    with ThreadPoolExecutor(count) as pool:
-        try:
-            for future in as_completed([pool.submit(worker) for _ in range(count)]):
-                with suppress(_Stopped):  # the one that stopped it comes first, and tells why
-                    future.result()
-        finally:
-            stopped.set()
-
-
-class _Stopped(Exception):
-    """Another thread has failed, so that a turn will never come."""
-
-
-class _Turns:
-    """Lets the threads through one at a time, in the order of the pieces.
-
-    A file is read, written and hashed first to last by it, and not by one thread waiting for the other
-    at each piece: the second follows the first half a piece behind, at another input.
-    """
-
-    def __init__(self, stopped: threading.Event) -> None:
-        self._stopped = stopped
-        self._next = 0
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def of(self, number: int) -> Iterator[None]:
-        """Wait until all pieces before `number` have been here."""
-        with self._changed:
-            while self._next != number:
-                if self._stopped.is_set():
-                    raise _Stopped
-                self._changed.wait(0.1)
-        yield
-        with self._changed:
-            self._next = number + 1
-            self._changed.notify_all()
 
 
 def _cores() -> int:
@@ -228,7 +187,7 @@ class _Source:
         self.checkpoint = checkpoint
         self.tensors = checkpoint.tensors
         self._reader = files.enter_context(checkpoint.reader())
-        self._turns = _Turns(stopped)
+        self._turns = Turns(stopped)
         residual = checkpoint.residual
         self._residual = _Source(residual, files, stopped) if residual is not None else None
 
@@ -260,7 +219,7 @@ class _Target:
 
     def __init__(self, write: Write, stopped: threading.Event) -> None:
         self._write = write
-        self._turns = _Turns(stopped)
+        self._turns = Turns(stopped)
 
     def write(self, piece: _Piece, raw: Raw) -> None:
         """Hand over the piece in its stored form."""
