@@ -166,6 +166,7 @@ _NAMES = {
     "activations": "activations",
     "logits": "logits and loss",
     "buffers": "buffers",
+    "written": "copy that is written",
 }
 
 

@@ -66,6 +66,8 @@ class Usage:
     """And the loss."""
     buffers: int = 0
     """FSDP's, for reducing gradients."""
+    written: int = 0
+    """The copy of weights that is written while training goes on; on a GPU's host, not here."""
 
     @property
     def total(self) -> int:
@@ -100,8 +102,7 @@ def host_memory(config: RunConfig, layout: Layout) -> int:
     """
     run = _Run(config, layout)
     offloaded = sum(bytes_held(each) for each in config.averages if each.offload)
-    copies = 2 if any(isinstance(each, RunningMeanConfig) for each in config.averages) else 1
-    return offloaded * run.share + run.resident.total + copies * FLOAT * run.model.parameters
+    return offloaded * run.share + run.resident.total + run.written
 
 
 def micro_batches(config: RunConfig, layout: Layout) -> int:
@@ -156,6 +157,17 @@ class _Run:
             optimizer=FLOAT * self._sharded(moments(config, self.model)),
             averages=sum(map(bytes_held, self.here)) * self.share,
         )
+        residual = any(isinstance(each, RunningMeanConfig) for each in config.averages)
+        self.written = (2 if residual else 1) * FLOAT * self.model.parameters
+        """Copy of what the first process writes: whole weights, with what a running mean lost by rounding."""
+        last_before_end = (config.train.max_steps - 1) // config.checkpoint.snapshot_every
+        if (
+            not layout.cuda
+            and last_before_end * config.checkpoint.snapshot_every > config.schedule.warmup_steps
+        ):
+            self.resident = replace(
+                self.resident, written=self.written
+            )  # steps are taken while it is written
         accumulating = micro_batches(config, layout) > 1
         # FSDP exchanges gradients once a step: until then each process adds up whole ones.
         accumulated = FLOAT * self.model.parameters if accumulating else 0
@@ -234,13 +246,13 @@ class _Run:
         )
 
     def averaging(self) -> Usage:
-        """Averages are updated or saved; on a CPU, saving turns linear weights round in the same memory."""
+        """Averages are updated or saved; linear weights are turned round one by one, each in place of its copy."""
         return replace(
             self.resident,
             moment="when averages or weights are saved",
             averages=self.resident.averages + max(map(_bytes_made, self.here), default=0) * self.share,
             gradients=self._buckets,
-            buffers=0 if self.layout.cuda else FLOAT * self.model.matrices,
+            written=0 if self.layout.cuda else self.written,
         )
 
     def evaluating(self) -> Usage:

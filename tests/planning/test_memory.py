@@ -82,10 +82,25 @@ def test_the_peak_is_what_torch_allocates(planned: Build, shape: dict[str, Any],
 
 
 RUN = """
-import json, re, sys
+import json, re, sys, threading
 from pathlib import Path
 from llmtrain.config import RunConfig
+from llmtrain.training import snapshots
 from llmtrain.training.run import pretrain
+
+# A disk so slow that a copy of weights is there until somebody waits for it.
+waited, wait, staged_folder = threading.Event(), snapshots.SnapshotWriter.wait, snapshots.staged_folder
+
+def wait_and_let_go(writer):
+    waited.set()
+    wait(writer)
+    waited.clear()
+
+def staged_late(*arguments, **options):
+    waited.wait()
+    return staged_folder(*arguments, **options)
+
+snapshots.SnapshotWriter.wait, snapshots.staged_folder = wait_and_let_go, staged_late
 
 def resident(key):  # not ru_maxrss, which a child has from its parent
     return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -122,9 +137,10 @@ def test_a_training_process_grows_by_the_planned_peak(
         data={"path": str(data_folder), "block_size": 256},
         model={"n_layer": layers, "n_head": width // 64, "n_embd": width, "vocab_size": vocabulary},
         train={
-            "max_steps": 2, "batch_sequences": 8, "micro_batch": 8, "precision": precision, "compile": False,
+            "max_steps": 3, "batch_sequences": 8, "micro_batch": 8, "precision": precision, "compile": False,
             "device": "cpu",
         },
+        checkpoint={"snapshot_every": 2},  # written in the third step
         averages=[{"kind": "ema", "decay": 0.9}],
     )  # fmt: skip  # what matters in one line
     done = subprocess.run(
@@ -192,6 +208,18 @@ def test_averages_kept_in_host_memory_leave_the_gpu_alone(planned: Build) -> Non
     on_cpu = Layout(1, "ddp", 2, cuda=False)
     parameters = device_memory(bare, layout)[0].weights // 4
     assert device_memory(config, on_cpu)[0].averages == 5 * 4 * parameters
+
+
+def test_a_cpu_holds_a_copy_of_weights_while_it_trains(planned: Build) -> None:
+    """Where a snapshot comes before the last step; a GPU's copy is the host's."""
+    layout = Layout(1, "ddp", 2, cuda=False)
+    often, at_the_end = (planned(checkpoint__snapshot_every=every) for every in (50, 100))
+    parameters = device_memory(often, layout)[0].weights // 4
+    assert {usage.written for usage in device_memory(often, layout)} == {4 * parameters}
+    assert sum(usage.written for usage in device_memory(at_the_end, layout)) == 4 * parameters
+    assert {usage.written for usage in device_memory(often, Layout(1, "ddp", 2, cuda=True))} == {0}
+    mean = planned(checkpoint__snapshot_every=50, averages=[{"kind": "running-mean"}])
+    assert {usage.written for usage in device_memory(mean, layout)} == {2 * 4 * parameters}
 
 
 def test_the_host_holds_a_copy_of_what_is_saved(planned: Build) -> None:
