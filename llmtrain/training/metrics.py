@@ -115,7 +115,7 @@ class MetricsLog:
         self._say(str(incident))
 
     def not_saved(self, step: int, error: WriteFailed) -> None:
-        """Log that a snapshot or an average of this step found no place on the disk."""
+        """Log that a snapshot or an average, which the error names, found no place on the disk."""
         self._write({"step": step, "not_saved": str(error)}, "incident")
 
     def rewind(self, record: Event) -> None:

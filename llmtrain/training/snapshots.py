@@ -39,8 +39,6 @@ class SnapshotWriter:
         self._world, self._shape = world, shape
         self._pool = ThreadPoolExecutor(1, "snapshot")
         self._writing: Future[None] | None = None
-        self.step = 0
-        """Of the weights that were saved last."""
 
     def save(
         self,
@@ -64,7 +62,6 @@ class SnapshotWriter:
             WriteFailed: of the one before: the disk is full or cannot be written to.
         """
         self.wait()
-        self.step = origin.step
         weights = self._copies(parts)
         lost = None if residual is None else self._copies(residual)
         copied = torch.cuda.Event() if torch.cuda.is_available() else None  # type: ignore[no-untyped-call]
@@ -92,18 +89,27 @@ class SnapshotWriter:
         if writing is not None:
             self._world.on_first(writing.result)
 
-    def finish(self, log: MetricsLog, warn: Callable[[str], None]) -> None:
-        """Wait, and where there was no place on the disk, say so and go on."""
-        with self.telling(log, warn):
+    def check(self) -> None:
+        """Raise what `wait` would, if it would not have to wait."""
+        done = self._world.on_first(lambda: self._writing is not None and self._writing.done())
+        if done:
+            self.wait()
+
+    def finish(self, log: MetricsLog, warn: Callable[[str], None], step: int) -> None:
+        """Wait, and where there was no place on the disk, say so and go on; see `telling`."""
+        with self.telling(log, warn, step):
             self.wait()
 
     @contextmanager
-    def telling(self, log: MetricsLog, warn: Callable[[str], None]) -> Iterator[None]:
-        """Log weights that found no place on the disk in this block, as of the step that they are of."""
+    def telling(self, log: MetricsLog, warn: Callable[[str], None], step: int) -> Iterator[None]:
+        """Log weights for which this block learns that they found no place on the disk.
+
+        As of the present `step`, since a dashboard takes none that is past; the error names the weights'.
+        """
         try:
             yield
         except WriteFailed as error:
-            log.not_saved(self.step, error)
+            log.not_saved(step, error)
             warn(f"{error}. Training goes on without it: an average that needs it will say so")
 
     def close(self) -> None:

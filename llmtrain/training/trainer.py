@@ -200,7 +200,7 @@ class Trainer:
                     if self._due(self.config.log.every):
                         self._log(log, loss, norm)
                     self._after_step(log, interrupt, fresh=True)
-            self.snapshot_writer.finish(log, self.warn)
+            self.snapshot_writer.finish(log, self.warn, self.progress.step)
             self.state_writer.wait()
         except Interrupted:
             if self._settle(log, now=True):
@@ -224,6 +224,8 @@ class Trainer:
 
     def _log(self, log: MetricsLog, loss: Tensor, norm: Tensor) -> None:
         self.state_writer.check()
+        with self.snapshot_writer.telling(log, self.warn, self.progress.step):
+            self.snapshot_writer.check()
         step, tokens = self._logged
         stepping = self.world.sums([self._stepping])[0] / self.world.size
         rate = (self.progress.tokens - tokens) / stepping
@@ -260,8 +262,8 @@ class Trainer:
             self._evaluated.add(step)
         warm = step > config.schedule.warmup_steps
         if warm and self._due(config.checkpoint.snapshot_every):
-            self.snapshot_writer.finish(log, self.warn)
-            with self.snapshot_writer.telling(log, self.warn):
+            self.snapshot_writer.finish(log, self.warn, step)
+            with self.snapshot_writer.telling(log, self.warn, step):
                 self._save_weights(fresh=fresh)
         if fresh and self._due(config.checkpoint.state_every):
             self.save_state(log)
@@ -383,7 +385,7 @@ class Trainer:
 
     def save_state(self, log: MetricsLog, *, replace: bool = False) -> None:
         """Begin to commit everything that decides how training goes on, once earlier snapshots are durable."""
-        self.snapshot_writer.finish(log, self.warn)
+        self.snapshot_writer.finish(log, self.warn, self.progress.step)
         self.world.on_first(log.flush)
         self.progress.wandb_id = log.wandb_id
         in_background = self.state_writer.in_background

@@ -1,6 +1,7 @@
 """A disk without room while training, through the installed command and a limit on the size of files."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,13 +33,21 @@ def config_file(tiny: Build, folder: Path, **overrides: object) -> Path:
     return path
 
 
+def not_saved(run: RunFolder) -> list[int]:
+    """Steps of the snapshots that are said to be missing."""
+    missing = [e["not_saved"] for e in events(run) if "not_saved" in e]
+    return [int(re.findall(r"snapshots/step-(\d+)", text)[0]) for text in missing]
+
+
 def test_training_goes_on_without_a_snapshot(tiny: Build, tmp_path: Path) -> None:
     """No room for weights (42 kB) at any step; no state is due before the last step."""
     config = config_file(tiny, tmp_path, checkpoint={"snapshot_every": 4, "state_every": 100})
     done = train(config, tmp_path / "run", limit=30_000)
     assert "Traceback" not in done.stderr
     run = RunFolder(tmp_path / "run")
-    assert [e["step"] for e in events(run) if "not_saved" in e] == [4, 8, 12]
+    assert not_saved(run) == [4, 8, 12]
+    steps = [e["step"] for e in events(run)]
+    assert steps == sorted(steps)
     assert "bytes needed" in done.stderr
     assert "Training goes on without it" in done.stderr
     assert [e["step"] for e in events(run) if "lr" in e] == [3, 6, 9, 12]

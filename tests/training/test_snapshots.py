@@ -3,15 +3,17 @@
 import contextlib
 import time
 from collections.abc import Iterator
+from concurrent import futures
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
-from tiny_training import Build, assert_same_run, quiet
+from tiny_training import Build, assert_same_run, events, quiet
 
 from llmtrain.checkpoint import Origin, Shape, load_weights
 from llmtrain.config import ModelConfig
+from llmtrain.errors import WriteFailed
 from llmtrain.files import RunFolder, step_folders
 from llmtrain.model import GPT
 from llmtrain.training import snapshots, state_writer
@@ -65,3 +67,39 @@ def test_no_state_stands_without_the_snapshots_before_it(
     quiet(config, run.path)
     assert held == {f"step-{step:08d}": step for step in (4, 8, 12)}
     assert_same_run(plain, run)
+
+
+def test_a_failed_write_is_told_with_the_next_line_of_the_log(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of the steps, so that W&B, which takes none that is past, has it too."""
+
+    def full(target: Path, **options: Any) -> NoReturn:
+        raise WriteFailed(f"cannot write {target}: disk full")
+
+    check = SnapshotWriter.check
+
+    def check_later(writer: SnapshotWriter) -> None:
+        futures.wait([writer._writing] if writer._writing else [])
+        check(writer)
+
+    monkeypatch.setattr(snapshots, "staged_folder", full)
+    monkeypatch.setattr(SnapshotWriter, "check", check_later)
+    log = {"every": 1, "wandb": {"mode": "offline"}}
+    warnings = list[str]()
+    run = quiet(
+        tiny(log=log, averages=[], checkpoint={"snapshot_every": 5, "state_every": 100}),
+        tmp_path / "run",
+        warn=warnings.append,
+    )
+    steps = [event["step"] for event in events(run)]
+    assert steps == sorted(steps)
+    missing = [(event["step"], event["not_saved"]) for event in events(run) if "not_saved" in event]
+    assert [(step, Path(text.split(":")[0]).name) for step, text in missing] == [
+        (6, "step-00000005"),
+        (11, "step-00000010"),
+        (12, "step-00000012"),
+    ]
+    assert len(warnings) == 3
+    (written,) = (run.path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert written.read_bytes().count(b"incident/not_saved") >= 3
