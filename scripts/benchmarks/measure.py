@@ -12,6 +12,7 @@ import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import date
 from multiprocessing.connection import Connection
@@ -101,17 +102,23 @@ def _serve(connection: Connection, build: Callable[..., Side], arguments: Sequen
 
 
 def take_turns(sides: Mapping[str, Side], rounds: int, *, unmeasured: int = 1) -> dict[str, list[Figures]]:
-    """Each side once a round, `rounds` times, after some that are not measured (building, compiling, caches)."""
+    """Each side once a round, `rounds` times, after some that are not measured (building, compiling, caches).
+
+    Sides in processes of their own are ended with it.
+    """
     taken: dict[str, list[Figures]] = {name: [] for name in sides}
-    for number in range(-unmeasured, rounds):
-        for name, side in sides.items():
-            print(
-                f"\r\033[K{name}: round {max(number + 1, 0)} of {rounds}", end="", file=sys.stderr, flush=True
-            )
-            figures = side()
-            if number >= 0:
-                taken[name].append(figures)
-    print("\r\033[K", end="", file=sys.stderr, flush=True)
+    with Console(stderr=True).status("") as status, ExitStack() as workers:
+        for side in sides.values():
+            if isinstance(side, Worker):
+                workers.callback(side.close)
+        for number in range(-unmeasured, rounds):
+            for name, side in sides.items():
+                status.update(
+                    f"{name}: " + (f"round {number + 1} of {rounds}" if number >= 0 else "not measured yet")
+                )
+                figures = side()
+                if number >= 0:
+                    taken[name].append(figures)
     return taken
 
 

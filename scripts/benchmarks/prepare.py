@@ -1,0 +1,123 @@
+"""`llmtrain prepare`, whole command: the documents of a file to GPT-2's tokens on disk, and half of them.
+
+Why the floor beside it: tiktoken does the encoding here as elsewhere, so that no way with it is faster than
+its threads on documents that are in memory already. Half of the documents show what memory depends on.
+
+    publish(measure(Path("texts.jsonl.zst"), "plain", rounds=3), None)
+"""
+
+import json as json_format
+import shutil
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from llmtrain.data.local_files import find_files
+from llmtrain.data.manifest import read_manifest
+from llmtrain.data.readers import partitions_of, read_partition, spans_of
+from llmtrain.data.token_files import TOKEN_BYTES
+
+from .commands import LLMTRAIN, run
+from .measure import Figures, Row, Side, Worker, publish, rows, take_turns
+from .plain_prepare import PROCESSES, encoding
+
+OURS, HALF, FLOOR, PLAIN = "llmtrain", "llmtrain, half", "tiktoken alone", "plain"
+TARGETS = {"webmix-train": {(OURS, "s"): "≤ 6", (OURS, "MB"): "≤ 1000, flat"}}
+"""Of a corpus: 43,497 pages of the web, 128 MB."""
+BATCH = 1000
+"""Documents that tiktoken is given at a time: tokens as Python's integers take 36 bytes each."""
+
+
+def prepare(
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            help="Documents: .jsonl (.gz, .zst) with the field text.", show_default="Python's own library"
+        ),
+    ] = None,
+    against: Annotated[
+        Literal["plain"] | None,
+        typer.Option(help="plain: nanoGPT's way, datasets.map with tiktoken and then a memmap."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Times each is measured.")] = 5,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
+) -> None:
+    """Measure `llmtrain prepare` with GPT-2's tokenizer."""
+    publish(measure(source, against, rounds=rounds), json)
+
+
+def measure(source: Path | None, against: str | None, *, rounds: int) -> list[Row]:
+    """The rows of one corpus; None: the modules of Python's library, a document each."""
+    with tempfile.TemporaryDirectory(prefix="bench-prepare-") as name:
+        folder = Path(name)
+        path = _library(folder / "python-library.jsonl") if source is None else source.absolute()
+        count = sum(1 for _ in _documents(path))
+        sides: dict[str, Side] = {
+            OURS: partial(_llmtrain, path, folder / "tokens"),
+            HALF: partial(_llmtrain, path, folder / "tokens", "--limit-documents", str(count // 2)),
+            FLOOR: Worker(_tiktoken, path),
+        }
+        if against is not None:
+            sides[PLAIN] = partial(_plain, path, folder / "plain")
+        taken = take_turns(sides, rounds)
+    corpus = path.name.partition(".")[0]
+    return rows(f"prepare {corpus}, {count:,} documents", taken, against or FLOOR, TARGETS.get(corpus, {}))
+
+
+def _library(path: Path) -> Path:
+    """Text that every machine has: 30 MB or so."""
+    with path.open("w", encoding="utf-8") as lines:
+        for module in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+            if "site-packages" not in module.parts:
+                text = module.read_text(encoding="utf-8", errors="replace")
+                lines.write(json_format.dumps({"text": text}) + "\n")
+    return path
+
+
+def _documents(path: Path) -> Iterator[str]:
+    paths, _ = find_files(str(path))
+    for partition in partitions_of(span for each in paths for span in spans_of(str(each))):
+        for document in read_partition(partition, "text"):
+            yield str(document, "utf-8")
+
+
+def _llmtrain(source: Path, out: Path, *options: str) -> Figures:
+    figures = run([LLMTRAIN, "prepare", str(source), "--out", str(out), *options], out.parent, tree=True)
+    manifest = read_manifest(out)
+    shutil.rmtree(out)
+    return _figures(figures, manifest.train.tokens + manifest.val.tokens)
+
+
+def _plain(source: Path, out: Path) -> Figures:
+    out.mkdir()
+    script = Path(__file__).with_name("plain_prepare.py")
+    figures = run([sys.executable, str(script), str(source), str(out)], out, tree=True)
+    written = sum(path.stat().st_size for path in out.glob("*.bin"))
+    shutil.rmtree(out)
+    return _figures(figures, written // TOKEN_BYTES)
+
+
+def _figures(measured: Figures, tokens: int) -> Figures:
+    return {"s": measured["s"], "MB": measured["MB"], "tokens/s": tokens / measured["s"]}
+
+
+def _tiktoken(source: Path) -> Side:
+    """Documents in memory to tokens in memory; reading and writing are not measured."""
+    texts, enc = list(_documents(source)), encoding()
+
+    def once() -> Figures:
+        started, tokens = time.perf_counter(), 0
+        for first in range(0, len(texts), BATCH):
+            batch = enc.encode_ordinary_batch(texts[first : first + BATCH], num_threads=PROCESSES)
+            tokens += sum(len(ids) + 1 for ids in batch)
+        seconds = time.perf_counter() - started
+        return {"s": seconds, "tokens/s": tokens / seconds}
+
+    return once
