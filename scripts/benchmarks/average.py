@@ -24,7 +24,7 @@ from llmtrain.files import RunFolder, staged_folder
 from llmtrain.model import GPT
 
 from .commands import LLMTRAIN, run
-from .measure import Figures, Side, publish, rows, take_turns
+from .measure import Figures, Row, Side, publish, rows, take_turns
 
 EVERY = 10
 SIZES = {
@@ -52,9 +52,18 @@ def average(
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
 ) -> None:
     """Measure `llmtrain average` of checkpoints that lie in the page cache."""
+    publish(measure(at, against, rounds=rounds, work=work), json)
+
+
+def measure(at: str, against: str | None, *, rounds: int, work: Path | None = None) -> list[Row]:
+    """The rows of one average, or of all windows; see `SIZES`."""
     what, count, model, block = SIZES[at]
     with ExitStack() as stack:
-        folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-average-")))
+        folder = (
+            work.absolute()
+            if work
+            else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-average-")))
+        )
         series = RunFolder(folder / f"run-{at}")
         if not series.config.exists():
             _write_run(series, count, Shape(model, block, model.vocab_size - 1))
@@ -65,7 +74,7 @@ def average(
         if against == "plain":
             sides["plain"] = partial(_plain, inputs, folder / "plain.safetensors")
         taken = take_turns(sides, rounds)
-    publish(rows(what, taken, against or ("cat + cp" if at == "last" else None), TARGETS[at]), json)
+    return rows(what, taken, against or ("cat + cp" if at == "last" else None), TARGETS[at])
 
 
 def _write_run(series: RunFolder, count: int, shape: Shape) -> None:

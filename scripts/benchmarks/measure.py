@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import date
+from itertools import groupby
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -51,6 +53,8 @@ class Row:
     target: str = ""
     """What the ratio, or the figure, is meant to be."""
     note: str = ""
+    against: str = ""
+    """The side that the ratio is to."""
 
 
 class Worker:
@@ -157,7 +161,7 @@ def _row(
     if against is not None and side != against and figure in taken[against][0]:
         others = [figures[figure] for figures in taken[against]]
         ratio = statistics.median(mine / other for mine, other in zip(values, others, strict=True))
-    return Row(what, side, figure, middle, low, high, len(values), ratio, target)
+    return Row(what, side, figure, middle, low, high, len(values), ratio, target, against=against or "")
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
@@ -173,37 +177,64 @@ def facts() -> dict[str, Any]:
     return environment(resolve_device("auto")) | {"date": date.today().isoformat()}
 
 
-def publish(found: Iterable[Row], path: Path | None) -> None:
-    """Print the rows as a table and, with a path, write them as JSON with what they were measured on.
-
-    Args:
-        found: the rows.
-        path: of the JSON file; a file that is there gives way.
-    """
-    found, about = list(found), facts()
-    table = Table(
-        title=f"{about['processor']}, {about['threads']} threads, {about['device']}, torch {about['torch']}"
-    )
-    for name in ("measured", "side", "figure", "median", "quartiles", "ratio", "target"):
-        table.add_column(
-            name, justify="left" if name in ("measured", "side", "figure", "target") else "right"
-        )
-    for row in found:
-        quartiles = "" if row.low is None or row.high is None else f"{row.low:,.4g} to {row.high:,.4g}"
-        table.add_row(
-            row.what,
-            row.side,
-            row.figure,
-            row.note or "not measured" if row.median is None else f"{row.median:,.4g}",
-            quartiles,
-            "" if row.ratio is None else f"{row.ratio:.3g}",
-            row.target,
-        )
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+def publish(found: Sequence[Row], path: Path | None) -> None:
+    """Print the rows and, with a path, write them as JSON; see `show` and `write`."""
+    show(found)
     if path is not None:
-        path.write_text(json.dumps({"on": about, "rows": [asdict(row) for row in found]}, indent=2) + "\n")
+        write(found, path)
+
+
+def show(found: Sequence[Row]) -> None:
+    """Print a table for each thing that was measured, of at most 80 columns, and below what was not."""
+    console = Console(width=None if sys.stdout.isatty() else 80, highlight=False)
+    about = facts()
+    console.print(
+        f"{about['processor']}, {about['threads']} threads, {about['device']}, torch {about['torch']}"
+    )
+    measured = [row for row in found if row.median is not None]
+    for (what, against), group in groupby(measured, lambda row: (row.what, row.against)):
+        console.print(_table(what + (f"; ratio: to {against}" if against else ""), list(group)))
+    for row in found:
+        if row.median is None:
+            console.print(f"not measured: {', '.join(filter(None, (row.what, row.side)))}: {row.note}")
+
+
+def _table(title: str, found: Sequence[Row]) -> Table:
+    table = Table(
+        "side", "figure", title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0
+    )
+    for name in ("median", "quartiles", "ratio"):
+        table.add_column(name, justify="right")
+    table.add_column("target")
+    before = ""
+    for row in found:
+        quartiles = (
+            "" if row.low is None or row.high is None else f"{_number(row.low)} to {_number(row.high)}"
+        )
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        side = "" if row.side == before else row.side
+        table.add_row(side, row.figure, _number(row.median), quartiles, ratio, row.target)
+        before = row.side
+    return table
+
+
+def _number(value: float | None) -> str:
+    """Three digits, and all of those before the point: 0.0123, 1.23, 1,234."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def write(found: Iterable[Row], path: Path) -> None:
+    """Write the rows as JSON with what they were measured on; a file that is there gives way."""
+    path.write_text(json.dumps({"on": facts(), "rows": [asdict(row) for row in found]}, indent=2) + "\n")
+
+
+def not_measured(what: str, side: str, why: str) -> Row:
+    """The row of something that cannot be measured here."""
+    return Row(what, side, "", None, note=why)
 
 
 def require_cuda() -> str | None:
     """Why GPU rows cannot be measured here, or None where they can."""
-    return None if torch.cuda.is_available() else "not measured: no CUDA device here"
+    return None if torch.cuda.is_available() else "no CUDA device here"

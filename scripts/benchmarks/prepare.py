@@ -39,7 +39,10 @@ def prepare(
     source: Annotated[
         Path | None,
         typer.Option(
-            help="Documents: .jsonl (.gz, .zst) with the field text.", show_default="Python's own library"
+            exists=True,
+            dir_okay=False,
+            help="Documents: .jsonl (.gz, .zst) with the field text.",
+            show_default="Python's own library",
         ),
     ] = None,
     against: Annotated[

@@ -22,7 +22,7 @@ from llmtrain.model import GPT
 from llmtrain.training.distributed import World
 from llmtrain.training.snapshots import SnapshotWriter
 
-from .measure import Figures, publish, rows, take_turns
+from .measure import Figures, Row, publish, rows, take_turns
 
 BLOCK = 1024
 
@@ -32,6 +32,11 @@ def snapshot(
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
 ) -> None:
     """Measure how long the loop waits for a snapshot of 124M parameters, on the device at hand."""
+    publish(measure(rounds=rounds), json)
+
+
+def measure(*, rounds: int) -> list[Row]:
+    """The rows, with ratios to a save that is waited for."""
     shape = ModelConfig(n_layer=12, n_head=12, n_embd=768, bias=False)
     model = GPT(shape, BLOCK, seed=1).to(resolve_device("auto"))
     writer = SnapshotWriter(model, World(), Shape(shape, BLOCK, shape.vocab_size - 1))
@@ -41,7 +46,7 @@ def snapshot(
         taken = take_turns(sides, rounds)
         writer.close()
     targets = {("llmtrain", "s"): "ratio ≤ 0.20"}
-    publish(rows("wait for a snapshot of 124M", taken, "synchronous", targets), json)
+    return rows("wait for a snapshot of 124M", taken, "synchronous", targets)
 
 
 def _save(writer: SnapshotWriter, model: GPT, run: RunFolder, *, wait: bool) -> Figures:

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from .measure import Figures, publish, rows, take_turns
+from .measure import Figures, Row, publish, rows, take_turns
 
 COMMANDS = {
     "llmtrain --help": [str(Path(sys.executable).with_name("llmtrain")), "--help"],
@@ -25,12 +25,17 @@ TARGETS = {("llmtrain --help", "s"): "≤ 0.3", ("import llmtrain", "s"): "≤ 0
 
 
 def startup(
-    rounds: Annotated[int, typer.Option(help="Times each is measured.")] = 11,
+    rounds: Annotated[int, typer.Option(min=1, help="Times each is measured.")] = 11,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
 ) -> None:
     """Measure `llmtrain --help` and `import llmtrain`."""
+    publish(measure(rounds=rounds), json)
+
+
+def measure(*, rounds: int) -> list[Row]:
+    """The rows."""
     sides = {name: partial(_seconds, command) for name, command in COMMANDS.items()}
-    publish(rows("startup", take_turns(sides, rounds), None, TARGETS), json)
+    return rows("startup", take_turns(sides, rounds), "python alone", TARGETS)
 
 
 def _seconds(command: list[str]) -> Figures:
