@@ -91,8 +91,7 @@ class SnapshotWriter:
 
     def check(self) -> None:
         """Raise what `wait` would, if it would not have to wait."""
-        done = self._world.on_first(lambda: self._writing is not None and self._writing.done())
-        if done:
+        if self._writing is not None and self._world.on_first(self._writing.done):
             self.wait()
 
     def finish(self, log: MetricsLog, warn: Callable[[str], None], step: int) -> None:

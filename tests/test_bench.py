@@ -1,0 +1,94 @@
+"""What `scripts/bench` measures with: memory of a tree of processes, ratios, tables of 80 columns."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from benchmarks import commands, everything, measure
+from benchmarks.measure import Figures, Row
+
+HOLD = "import time; held = bytearray(100_000_000); time.sleep(1)"
+TWO = f"""
+import subprocess, sys
+started = [subprocess.Popen([sys.executable, "-c", {HOLD!r}]) for _ in "12"]
+for each in started:
+    each.wait()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells what processes hold")
+def test_a_tree_holds_what_all_its_processes_hold_together(tmp_path: Path) -> None:
+    together = commands.run([sys.executable, "-c", TWO], tmp_path, tree=True)
+    assert 200 < together["MB"] < 260
+    assert together["s"] > 1
+    assert commands.run([sys.executable, "-c", TWO], tmp_path)["MB"] < 130  # the largest alone
+
+
+def test_a_command_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no reason"):
+        commands.run([sys.executable, "-c", "raise SystemExit('no reason')"], tmp_path, tree=True)
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    taken: dict[str, list[Figures]] = {
+        "ours": [{"s": 1.0}, {"s": 10.0}, {"s": 3.0}],
+        "theirs": [{"s": 2.0}, {"s": 20.0}, {"s": 3.0}],
+    }
+    ours, theirs = measure.rows("work", taken, "theirs", {("ours", "s"): "≤ 2"})
+    assert (ours.median, ours.ratio, ours.target, ours.against) == (3.0, 0.5, "≤ 2", "theirs")
+    assert theirs.ratio is None
+
+
+def test_tables_fit_80_columns_and_name_what_is_not_measured(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    long = Row(
+        "prepare webmix-train, 43,497 documents",
+        "tiktoken alone",
+        "tokens/s",
+        4_077_123.0,
+        3.1e6,
+        5.2e6,
+        5,
+        3.6,
+    )
+    measure.publish([long, measure.not_measured("train", "llmtrain", "no GPU")], tmp_path / "rows.json")
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "4,077,123 3,100,000 to 5,200,000" in " ".join(printed.split())
+    assert "not measured: train, llmtrain: no GPU" in printed
+    assert [row["side"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]] == [
+        "tiktoken alone",
+        "llmtrain",
+    ]
+
+
+def test_a_bench_that_fails_is_listed_with_its_reason() -> None:
+    def fails() -> list[Row]:
+        raise RuntimeError("no room\n")
+
+    (row,) = everything._tried("average", fails)
+    assert (row.what, row.median, row.note) == ("average", None, "no room")
+
+
+def test_all_sides_of_prepare_make_the_same_number_of_tokens(tmp_path: Path) -> None:
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": f"Document {i}."}) + "\n" for i in range(40)))
+    script = Path(__file__).parents[1] / "scripts" / "bench"
+    done = subprocess.run(
+        [sys.executable, script, "prepare", "--source", source, "--against", "plain", "--rounds", "1", "--json", "f"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = {
+        (row["side"], row["figure"]): row["median"]
+        for row in json.loads((tmp_path / "f").read_text())["rows"]
+    }
+    tokens = {
+        side: figures[side, "tokens/s"] * figures[side, "s"]
+        for side in ("llmtrain", "plain", "tiktoken alone")
+    }
+    assert len(set(map(round, tokens.values()))) == 1
+    assert "Traceback" not in done.stderr
