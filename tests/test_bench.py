@@ -1,12 +1,11 @@
 """What `scripts/bench` measures with: memory of a tree of processes, ratios, tables of 80 columns."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from benchmarks import commands, everything, measure
+from benchmarks import commands, everything, measure, prepare
 from benchmarks.measure import Figures, Row
 
 HOLD = "import time; held = bytearray(100_000_000); time.sleep(1)"
@@ -76,19 +75,9 @@ def test_a_bench_that_fails_is_listed_with_its_reason() -> None:
 def test_all_sides_of_prepare_make_the_same_number_of_tokens(tmp_path: Path) -> None:
     source = tmp_path / "texts.jsonl"
     source.write_text("".join(json.dumps({"text": f"Document {i}."}) + "\n" for i in range(40)))
-    script = Path(__file__).parents[1] / "scripts" / "bench"
-    done = subprocess.run(
-        [sys.executable, script, "prepare", "--source", source, "--against", "plain", "--rounds", "1", "--json", "f"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    figures = {
-        (row["side"], row["figure"]): row["median"]
-        for row in json.loads((tmp_path / "f").read_text())["rows"]
-    }
-    tokens = {
-        side: figures[side, "tokens/s"] * figures[side, "s"]
-        for side in ("llmtrain", "plain", "tiktoken alone")
-    }
-    assert len(set(map(round, tokens.values()))) == 1
-    assert "Traceback" not in done.stderr
+    sides = [
+        prepare._llmtrain(source, tmp_path / "tokens"),
+        prepare._plain(source, tmp_path / "plain"),
+        prepare._tiktoken(source)(),
+    ]
+    assert {round(figures["tokens/s"] * figures["s"]) for figures in sides} == {40 * 4}

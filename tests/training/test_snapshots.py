@@ -75,7 +75,7 @@ def test_a_failed_write_is_told_with_the_next_line_of_the_log(
     """In the order of the steps, so that W&B, which takes none that is past, has it too."""
 
     def full(target: Path, **options: Any) -> NoReturn:
-        raise WriteFailed(f"cannot write {target}: disk full")
+        raise WriteFailed(f"cannot write {target}: disk full", hint="make room")
 
     check = SnapshotWriter.check
 
