@@ -177,8 +177,8 @@ class TrainConfig(Section):
     """Tokens a step over all micro-batches (a multiple of data.block_size), or:"""
     batch_sequences: Positive | None = None
     """Sequences a step over all micro-batches. One of the two is set."""
-    micro_batch: Positive = 16
-    """Sequences in one forward pass on one device."""
+    micro_batch: Literal["auto"] | Positive = 16
+    """Sequences in one forward pass on one device. auto: the fastest that fits, found when the run begins."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of matrix products; weights are float32 always. auto: bfloat16 where it is fast."""
     compile: Literal["auto"] | bool = "auto"
@@ -289,6 +289,10 @@ class RunConfig(Section):
         """Tokens in one step."""
         return self.batch_size * self.data.block_size
 
+    def with_micro_batch(self, size: int) -> "RunConfig":
+        """The same run with micro-batches of `size` sequences."""
+        return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch": size})})
+
     @model_validator(mode="after")
     def _sizes_fit(self) -> "RunConfig":
         tokens, block, micro = self.train.batch_tokens, self.data.block_size, self.train.micro_batch
@@ -297,7 +301,7 @@ class RunConfig(Section):
                 f"train.batch_tokens {tokens:,} is not a multiple of data.block_size {block}: "
                 f"{max(tokens // block, 1) * block:,} would be"
             )
-        if self.batch_size % micro:
+        if micro != "auto" and self.batch_size % micro:
             fitting = [n for n in range(1, micro + 1) if self.batch_size % n == 0]
             raise ValueError(
                 f"a step of {self.batch_size} sequences does not divide into train.micro_batch {micro}: "

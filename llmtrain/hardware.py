@@ -8,6 +8,7 @@ utilisation is only shown against a peak that somebody published, never against 
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import resource
@@ -157,6 +158,39 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes that may still be taken: of a GPU, or of the host within its control group; infinite if unknown."""
+    import torch
+
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    bounds = [math.inf]
+    if (about := Path("/proc/meminfo")).exists():
+        lines = about.read_text().splitlines()
+        bounds += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    for group in _control_groups():
+        limit, used = group / "memory.max", group / "memory.stat"
+        if limit.exists() and limit.read_text().strip() != "max":
+            taken = dict(line.split() for line in used.read_text().splitlines())
+            bounds.append(int(limit.read_text()) - int(taken["anon"]))
+    return min(bounds)
+
+
+def _control_groups() -> list[Path]:
+    """That of this process (version 2), and those it is in."""
+    own, root = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+    names = (
+        [line[3:] for line in own.read_text().splitlines() if line.startswith("0::")] if own.exists() else []
+    )
+    return [
+        path
+        for name in names
+        for path in (root / name.strip("/"), *(root / name.strip("/")).parents)
+        if path.is_relative_to(root)
+    ]
 
 
 def environment(device: torch.device) -> dict[str, str | int]:

@@ -14,7 +14,7 @@ from llmtrain.errors import UserError
 from llmtrain.planning.activations import FLOAT
 from llmtrain.planning.architecture import Architecture
 from llmtrain.planning.machine import Machine, Options, resolve_machine
-from llmtrain.planning.memory import DOUBLE, Usage, device_memory, host_memory, micro_batches
+from llmtrain.planning.memory import DOUBLE, Usage, device_memory, host_memory, micro_batch, micro_batches
 from llmtrain.planning.storage import Storage, run_storage, snapshot_bytes, snapshot_steps
 from llmtrain.training.schedules import block_size, tokens_until
 
@@ -83,6 +83,7 @@ def estimate(config: RunConfig, options: Options) -> Plan:
     """
     model = Architecture(config.model, config.data.block_size)
     machine = resolve_machine(config, options, model.flops_per_token())
+    config = config.with_micro_batch(machine.micro_batch)
     speed = machine.flops and machine.flops * machine.layout.devices
     rate = speed and speed / model.flops_per_token()
     step_seconds = config.tokens_per_step / rate if rate else None
@@ -129,7 +130,7 @@ def _communication(config: RunConfig, model: Architecture, machine: Machine) -> 
     if layout.devices == 1:
         return None
     once = model.parameters * (layout.devices - 1) / layout.devices  # numbers that a ring moves in a pass
-    flops = config.train.micro_batch * config.data.block_size * model.flops_per_token()
+    flops = micro_batch(config) * config.data.block_size * model.flops_per_token()
     compute = flops / machine.flops if machine.flops else None
     times = micro_batches(config, layout)
     gather = once * layout.item if layout.sharded else 0.0

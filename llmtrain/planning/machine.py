@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from llmtrain.config import RunConfig
 from llmtrain.errors import UserError
 from llmtrain.hardware import Precision, Published, published, resolve_precision
-from llmtrain.planning.memory import Layout, Parallel
+from llmtrain.planning.memory import USABLE, Layout, Parallel, device_memory, divisors, peak
 
 DEVICES_A_MACHINE = 8
 """GPUs that NVLink joins; beyond them the network does."""
@@ -21,6 +21,8 @@ NETWORK = 50e9
 As if each GPU's traffic left through its own card. Rings over all eight cards of a machine leave most of it
 to NVLink and can come near eight times this.
 """
+USUAL_MICRO_BATCH = 16
+"""The most for `auto` where nothing says what fits: the default of train.micro_batch."""
 MFU = 0.4
 """Model FLOPs over the dense peak, where none is given."""
 
@@ -54,6 +56,8 @@ class Machine:
     device: str
     precision: Precision
     layout: Layout
+    micro_batch: int
+    """Sequences in one forward pass on one device."""
     memory: float | None
     """Bytes of one device."""
     flops: float | None
@@ -81,28 +85,32 @@ def resolve_machine(config: RunConfig, options: Options, flops_per_token: int) -
         options.devices, _parallel(config, options), 2 if precision == "bfloat16" else 4, cuda=device != "cpu"
     )
     check_batch(config, options.devices)
-    peak = options.flops or (sheet.flops if precision == "bfloat16" else 0.0) or None
+    micro_batch, chosen = _micro_batch(config, layout, sheet.memory)
+    dense = options.flops or (sheet.flops if precision == "bfloat16" else 0.0) or None
     if options.tokens_per_second is not None:
         sustained: float | None = options.tokens_per_second * flops_per_token / options.devices
         speed: str | None = (
             f"speed: {options.tokens_per_second:,.0f} tokens/s measured on all devices, --tokens-per-second"
         )
     else:
-        sustained = peak and peak * (options.mfu or MFU)
-        speed = _say_speed(options, peak)
+        sustained = dense and dense * (options.mfu or MFU)
+        speed = _say_speed(options, dense)
     link, linked = _link(options, sheet)
     disk = f"disk: {options.disk_gbps:g} GB/s, reading and writing together, --disk-gbps"
     return Machine(
         device=device,
         precision=precision,
         layout=layout,
+        micro_batch=micro_batch,
         memory=sheet.memory,
         flops=sustained,
-        mfu=sustained / peak if sustained and peak else None,
+        mfu=sustained / dense if sustained and dense else None,
         link=link,
         disk=options.disk_gbps * 1e9,
         assumptions=tuple(
-            line for line in (speed, linked, disk, assumed, _say_memory(layout), _say_again(config)) if line
+            line
+            for line in (speed, linked, disk, assumed, chosen, _say_memory(layout), _say_again(config))
+            if line
         ),
     )
 
@@ -148,13 +156,31 @@ def check_batch(config: RunConfig, processes: int) -> None:
             f"train.{key} {sequences * unit:,} does not divide over {processes:,} processes: {said} would",
             hint=f"--set train.{key}={fitting_sizes[-1]}, or another number of processes",
         )
-    if each % micro:
+    if micro != "auto" and each % micro:
         fitting = next(n for n in range(min(micro, each), 0, -1) if each % n == 0)
         raise UserError(
             f"a step of {sequences:,} sequences leaves {each:,} for each of {processes:,} processes, which does not "
             f"divide into train.micro_batch {micro}: {fitting} would",
             hint=f"--set train.micro_batch={fitting}",
         )
+
+
+def _micro_batch(config: RunConfig, layout: Layout, memory: float | None) -> tuple[int, str | None]:
+    """The micro-batch, and what was assumed where it is left to the run.
+
+    The run itself takes a smaller one where that is as fast.
+    """
+    if config.train.micro_batch != "auto":
+        return config.train.micro_batch, None
+    sizes = divisors(config.batch_size // layout.devices)
+    if memory is None:
+        size = max(n for n in sizes if n <= USUAL_MICRO_BATCH)
+        return size, f"micro-batch: auto is taken for {size}, as the device's memory is not known"
+    fitting = [
+        n for n in sizes if peak(device_memory(config.with_micro_batch(n), layout)).total <= USABLE * memory
+    ]
+    size = max(fitting, default=1)
+    return size, f"micro-batch: auto is taken for {size}, the largest in {USABLE:.0%} of the device's memory"
 
 
 def _precision(config: RunConfig, device: str) -> tuple[Precision, str | None]:

@@ -26,6 +26,9 @@ from llmtrain.planning.architecture import Architecture
 DOUBLE = 8
 """Bytes of a float64."""
 
+USABLE = 0.9
+"""Share of a device's memory that a plan may fill: it does not count the allocator's gaps and CUDA's context."""
+
 Parallel = Literal["ddp", "fsdp"]
 
 
@@ -105,9 +108,21 @@ def host_memory(config: RunConfig, layout: Layout) -> int:
     return offloaded * run.share + run.resident.total + run.written
 
 
+def micro_batch(config: RunConfig) -> int:
+    """Sequences in one forward pass; of a config that says it."""
+    size = config.train.micro_batch
+    assert size != "auto", "a plan is of one number: RunConfig.with_micro_batch"
+    return size
+
+
 def micro_batches(config: RunConfig, layout: Layout) -> int:
     """Forward passes of one device in one step."""
-    return config.batch_size // (layout.devices * config.train.micro_batch)
+    return config.batch_size // (layout.devices * micro_batch(config))
+
+
+def divisors(number: int) -> list[int]:
+    """Ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def moments(config: RunConfig, model: Architecture) -> int:
@@ -143,7 +158,7 @@ class _Run:
         self.model = Architecture(config.model, config.data.block_size)
         self.saved = Activations(
             self.model,
-            config.train.micro_batch,
+            micro_batch(config),
             layout.item,
             layout.cuda,
             config.train.activation_checkpointing,

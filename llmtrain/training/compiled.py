@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from llmtrain.errors import RunFailed
-from llmtrain.hardware import autocast, resolve_compile
+from llmtrain.hardware import resolve_compile
+from llmtrain.training.micro_batch import is_out_of_memory, one_pass
 from llmtrain.training.parallel import wrapped
 
 if TYPE_CHECKING:
@@ -64,15 +65,11 @@ def _failure(trainer: "Trainer") -> str | None:
 
     Evaluations come later, so that what a step runs does not depend on whether one came before it.
     """
-    config = trainer.config
-    shape = (config.train.micro_batch, config.data.block_size)
-    sample = torch.zeros(shape, dtype=torch.long, device=trainer.device)
     try:
-        with autocast(trainer.device, trainer.cast):
-            loss = trainer.model(sample, sample)
-        loss.backward()
+        one_pass(trainer, trainer.model, trainer.progress.micro_batch)
     except Exception as error:  # torch.compile fails with the exceptions of any of its back ends
-        return type(error).__name__
+        # Too little memory is no failure of it: the first step meets that too, and lowers the micro-batch.
+        return None if is_out_of_memory(error) else type(error).__name__
     finally:
         trainer.model.zero_grad(set_to_none=True)
     return None

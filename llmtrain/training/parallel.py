@@ -21,14 +21,11 @@ from llmtrain.errors import UserError
 from llmtrain.hardware import Precision
 from llmtrain.model import GPT
 from llmtrain.planning.machine import check_batch
-from llmtrain.planning.memory import Layout, device_memory, peak
+from llmtrain.planning.memory import USABLE, Layout, device_memory, peak
 from llmtrain.sharded import scatter
 from llmtrain.training.distributed import World
 
 Parallel = Literal["ddp", "fsdp", "hsdp"]
-
-_USABLE = 0.9
-"""Share of a GPU's memory that a plan may fill: it does not count the allocator's gaps and CUDA's context."""
 
 
 def resolve_parallel(
@@ -52,7 +49,9 @@ def resolve_parallel(
     if setting == "auto" and device.type == "cuda":
         layout = Layout(world.size, "ddp", 2 if precision == "bfloat16" else 4, cuda=True)
         room = world.on_first(lambda: torch.cuda.get_device_properties(device).total_memory)
-        if peak(device_memory(config, layout)).total > _USABLE * room:
+        asked = config.train.micro_batch
+        smallest = config.with_micro_batch(1) if asked == "auto" else config
+        if peak(device_memory(smallest, layout)).total > USABLE * room:
             return "fsdp"
     return "ddp"
 

@@ -48,6 +48,7 @@ def state_before(
     back.rewinds = [*progress.rewinds, record]
     back.seconds, back.wandb_id = progress.seconds, progress.wandb_id
     back.skipped = progress.skipped
+    back.micro_batch, back.micro_batch_for = progress.micro_batch, progress.micro_batch_for
     return state
 
 

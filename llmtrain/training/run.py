@@ -37,6 +37,7 @@ from llmtrain.training.compiled import compiled
 from llmtrain.training.distributed import join
 from llmtrain.training.initial import begin_with, open_weights
 from llmtrain.training.metrics import MetricsLog
+from llmtrain.training.micro_batch import choose, explained
 from llmtrain.training.state import State, load_state, newest_state
 from llmtrain.training.trainer import Trainer
 from llmtrain.weights_folder import read_json
@@ -107,7 +108,7 @@ def pretrain(
         run = RunFolder(folder)
         interrupt = Interrupt(max_seconds, quiet=not world.first, agree=world.agreement())
         say, warn = partial(_tell, interrupt, say), partial(_tell, interrupt, warn)
-        with world.held_by_first(exclusive(run.path)), interrupt:
+        with world.held_by_first(exclusive(run.path)), interrupt, explained(device):
             start = world.on_first(lambda: _start(config, run, data, resume, warn))
             if start.finished and start.state is not None:
                 return Outcome(run, start.state.progress.step, already_finished=True)
@@ -122,6 +123,7 @@ def pretrain(
                 begin_with(initial, trainer.model, config)
                 say(f"begins with the weights of {initial.location}")
             world.on_first(lambda: _write_down(trainer))
+            choose(trainer, say)
             trainer.forward = compiled(trainer, warn)
             with _open_log(trainer, say) as log:
                 trainer.train(log, interrupt)

@@ -58,6 +58,10 @@ class Progress:
     """Step `s` trains on batch `s + passed_batches`: rewinds pass over the batches of a spike."""
     rewinds: list[dict[str, Any]] = field(default_factory=list)
     """Each rewind as `metrics.jsonl` tells it, oldest first."""
+    micro_batch: int = 0
+    """Sequences in one forward pass; 0: not chosen yet."""
+    micro_batch_for: dict[str, Any] = field(default_factory=dict)
+    """What it was chosen for: where that is the same, a resumed run goes on with it."""
 
 
 @dataclass

@@ -4,7 +4,8 @@ Why a class: a step, an evaluation and a save all act on the same model, optimiz
 a resumed run must find every one of them as it was. Which run it is, and whether it may be resumed,
 is decided in `run.py`.
 
-    trainer = Trainer(config, run, data, device, precision, warn); trainer.train(log, interrupt)
+    trainer = Trainer(config, run, data, world, device, warn); choose(trainer, say)  # the micro-batch
+    trainer.train(log, interrupt)
 """
 
 import math
@@ -34,6 +35,7 @@ from llmtrain.hardware import Precision, autocast, peak_flops, peak_memory, reso
 from llmtrain.interrupt import Interrupt, Interrupted
 from llmtrain.training.distributed import World
 from llmtrain.training.metrics import MetricsLog
+from llmtrain.training.micro_batch import lowering
 from llmtrain.training.optim import Spam, build_optimizer
 from llmtrain.training.parallel import build_model, exchanging, resolve_parallel, without_backward
 from llmtrain.training.rewind import state_before, take_back
@@ -119,7 +121,7 @@ class Trainer:
             Interrupted: a signal came; nothing of the step has happened.
         """
         step, progress = self.progress.step + 1, self.progress
-        loss = self._accumulate_gradients(step, interrupt)
+        loss = lowering(self, lambda: self._accumulate_gradients(step, interrupt))
         norm = self._clip_gradients(step)
         if self.world.size > 1:  # one number for all: they must decide alike
             loss, norm = self.world.mean(torch.stack([loss, norm])).unbind()
@@ -139,7 +141,7 @@ class Trainer:
 
     def _accumulate_gradients(self, step: int, interrupt: Interrupt) -> Tensor:
         """Gradients of the whole batch of step `step`, and the mean loss of this process's part, shape ()."""
-        config, micro = self.config, self.config.train.micro_batch
+        config, micro = self.config, self.progress.micro_batch
         _seed_dropout(config.seed, step - 1, self.world.rank)
         rows = self.world.share(self.sampler.rows(step - 1 + self.progress.passed_batches))
         length = block_size(step, config.data)

@@ -26,6 +26,7 @@ from llmtrain.interrupt import Interrupt
 from llmtrain.model import GPT
 from llmtrain.training.compiled import compiled
 from llmtrain.training.distributed import World
+from llmtrain.training.micro_batch import choose
 from llmtrain.training.trainer import Trainer
 
 from .measure import Figures, Side
@@ -53,6 +54,7 @@ def ours(shape: "Shape", data: Path, steps: int, settings: list[str]) -> Side:
     trainer = Trainer(
         config, RunFolder(data / "run"), open_training_data(config.data), World(), device, print
     )
+    choose(trainer, print)
     trainer.forward = compiled(trainer, print)
     interrupt = Interrupt(None)
 
