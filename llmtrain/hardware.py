@@ -180,17 +180,11 @@ def available_memory(device: torch.device) -> float:
 
 
 def _control_groups() -> list[Path]:
-    """That of this process (version 2), and those it is in."""
+    """The folders of the group of this process (version 2), and of those it is in."""
     own, root = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-    names = (
-        [line[3:] for line in own.read_text().splitlines() if line.startswith("0::")] if own.exists() else []
-    )
-    return [
-        path
-        for name in names
-        for path in (root / name.strip("/"), *(root / name.strip("/")).parents)
-        if path.is_relative_to(root)
-    ]
+    lines = own.read_text().splitlines() if own.exists() else []
+    name = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
+    return [root / str(group).lstrip("/") for group in (Path(name), *Path(name).parents)]
 
 
 def environment(device: torch.device) -> dict[str, str | int]:

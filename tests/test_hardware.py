@@ -1,10 +1,20 @@
 """What is made of a wish for a device, a precision or a compiler; the GPU's part is marked `gpu`."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
 from llmtrain.errors import UserError
-from llmtrain.hardware import autocast, peak_flops, resolve_compile, resolve_device, resolve_precision
+from llmtrain.hardware import (
+    autocast,
+    available_memory,
+    peak_flops,
+    resolve_compile,
+    resolve_device,
+    resolve_precision,
+)
 
 CPU = torch.device("cpu")
 
@@ -27,6 +37,14 @@ def test_precision_and_what_autocast_makes_of_it() -> None:
         assert (ones @ ones).dtype == torch.bfloat16
     with autocast(CPU, "float32"):
         assert (ones @ ones).dtype == torch.float32
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux tells what is available")
+def test_available_memory_is_less_by_what_is_taken() -> None:
+    before = available_memory(CPU)
+    assert 0 < before < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    taken = torch.ones(100_000_000)
+    assert available_memory(CPU) < before - 200e6, len(taken)
 
 
 def test_no_peak_is_guessed() -> None:

@@ -58,6 +58,8 @@ def choose(trainer: "Trainer", say: Callable[[str], None]) -> None:
         "asked": asked,
         "sequences": _share(trainer),
         "processes": world.size,
+        "parallel": trainer.parallel,
+        "activation_checkpointing": trainer.config.train.activation_checkpointing,
         "device": world.on_first(lambda: device_name(trainer.device)),
     }
     if progress.micro_batch_for == depends_on:

@@ -18,7 +18,7 @@ from llmtrain.config_file import load_config
 from llmtrain.errors import UserError
 from llmtrain.planning.estimate import Plan, estimate
 from llmtrain.planning.machine import Options
-from llmtrain.planning.memory import peak
+from llmtrain.planning.memory import device_memory, peak
 
 Build = Callable[..., RunConfig]
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -120,6 +120,21 @@ def test_bad_options(options: Options, message: str) -> None:
     with pytest.raises(UserError) as raised:
         small(options)
     assert message in f"{raised.value} {raised.value.hint}"
+
+
+@pytest.mark.parametrize(("devices", "share"), [(1, 384), (8, 48)])
+def test_auto_is_the_largest_micro_batch_that_fits(devices: int, share: int) -> None:
+    config = load_config(SMALL, ["train.micro_batch=auto"])
+    plan = estimate(config, Options(devices=devices))
+    layout, sizes = plan.machine.layout, [size for size in range(1, share + 1) if share % size == 0]
+    totals = {size: peak(device_memory(config.with_micro_batch(size), layout)).total for size in sizes}
+    largest = max(size for size in sizes if totals[size] <= 0.9 * 80e9)
+    assert (plan.machine.micro_batch, plan.micro_batches) == (largest, share // largest)
+    assert peak(plan.usages).total == totals[largest]
+    assert any(f"auto is taken for {largest}, the largest" in line for line in plan.machine.assumptions)
+    unknown = estimate(config, Options(devices=devices, device="other")).machine
+    assert unknown.micro_batch == 16
+    assert any("memory is not known" in line for line in unknown.assumptions)
 
 
 def test_the_command(llmtrain: Command, tmp_path: Path) -> None:

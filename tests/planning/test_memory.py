@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from llmtrain.config import RunConfig
 from llmtrain.hardware import autocast
 from llmtrain.model import GPT
-from llmtrain.planning.memory import Layout, device_memory, host_memory, peak
+from llmtrain.planning.memory import Layout, device_memory, host_memory, micro_batch, peak
 from llmtrain.training.distributed import World
 from llmtrain.training.optim import build_optimizer
 from llmtrain.training.parallel import build_model
@@ -33,7 +33,7 @@ def a_trainer(config: RunConfig, device: torch.device) -> tuple[GPT, AdamW, Call
     """A model, its optimizer, and what `Trainer.step` does to its memory."""
     model = build_model(config, None, World(), device, "float32")
     optimizer = build_optimizer(model, config.optimizer)
-    micro = config.train.micro_batch
+    micro = micro_batch(config)
 
     def step() -> None:
         for _ in range(config.batch_size // micro):

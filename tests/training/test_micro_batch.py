@@ -1,0 +1,159 @@
+"""The micro-batch that is chosen, kept and lowered: real trials, and memory that really runs out."""
+
+import re
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_training import Build, assert_same_run, quiet
+from worlds import in_processes, train_together
+
+from llmtrain.config import RunConfig
+from llmtrain.data.mixture import open_training_data
+from llmtrain.errors import RunFailed
+from llmtrain.files import RunFolder, step_folders
+from llmtrain.training.distributed import join
+from llmtrain.training.micro_batch import choose
+from llmtrain.training.run import pretrain
+from llmtrain.training.state import load_state
+from llmtrain.training.trainer import Trainer
+
+ROOM = 64 << 20
+"""Bytes that a limited process may take beyond those that it has."""
+LIMITED = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory"
+)
+
+
+def kept(run: RunFolder) -> tuple[int, int]:
+    """The micro-batch in the newest state, and for how many processes it was chosen."""
+    progress = load_state(list(step_folders(run.states).values())[-1]).progress
+    return progress.micro_batch, progress.micro_batch_for["processes"]
+
+
+def large(tiny: Build, **settings: Any) -> RunConfig:
+    """About a megabyte a sequence in training; the batch is 2 · 61 sequences, which leaves few divisors."""
+    train = tiny().train.model_dump() | {"max_steps": 2, "batch_sequences": 122}
+    return tiny(
+        data=tiny().data.model_dump() | {"block_size": 128},
+        model={"n_layer": 4, "n_head": 2, "n_embd": 64, "vocab_size": 264, "dropout": 0.1},
+        schedule={"name": "constant", "warmup_steps": 1},
+        train=train | settings,
+        averages=[],
+    )
+
+
+@contextmanager
+def no_more_than(room: int) -> Iterator[None]:
+    """A limit on what this process may take beyond what it has."""
+    taken = re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert taken is not None
+    limit = int(taken[1]) * 1024 + room
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def test_auto_trains_as_the_number_it_chose(tiny: Build, tmp_path: Path) -> None:
+    """Bitwise, with dropout: its trials leave no trace. And so does a run that is resumed, without a trial."""
+    said: list[str] = []
+    options = {"model__dropout": 0.2, "train__micro_batch": "auto"}
+    pretrain(tiny(**options, train__max_steps=4), tmp_path / "auto", say=said.append)
+    assert sum("the fastest of 1, 2" in line for line in said) == 1
+    size, _ = kept(RunFolder(tmp_path / "auto"))
+    expected = quiet(tiny(**options | {"train__micro_batch": size}), tmp_path / "explicit")
+    said.clear()
+    run = pretrain(tiny(**options, log={"every": 3}), tmp_path / "auto", say=said.append).run
+    assert f"micro-batch: {size}, as before" in said
+    assert kept(run)[0] == size
+    (run.metrics).write_text(expected.metrics.read_text())  # what the first part logged at its end differs
+    assert_same_run(expected, run)
+    assert "micro_batch: auto" in run.config.read_text()
+
+
+def test_another_number_of_processes_tries_again(tiny: Build, tmp_path: Path) -> None:
+    run = quiet(tiny(train__micro_batch="auto", train__max_steps=4), tmp_path / "run")
+    assert kept(run)[1] == 1
+    train_together(2, tiny(train__micro_batch="auto", train__max_steps=6), run.path)
+    size, processes = kept(run)
+    assert processes == 2
+    assert 4 % size == 0
+
+
+def chosen(config: RunConfig, folder: Path) -> int:
+    """The micro-batch of this process; the second one is short of memory."""
+    with join(torch.device("cpu"), spread=False) as (world, device):
+        data = open_training_data(config.data)
+        trainer = Trainer(config, RunFolder(folder), data, world, device, lambda line: None)
+        with nullcontext() if world.first else no_more_than(ROOM):
+            choose(trainer, lambda line: None)
+        assert all(parameter.grad is None for parameter in trainer.model.parameters())
+        return trainer.progress.micro_batch
+
+
+@LIMITED
+@pytest.mark.parametrize("asked", [61, "auto"])
+def test_processes_agree_on_what_fits_all(tiny: Build, tmp_path: Path, asked: int | str) -> None:
+    assert in_processes(2, chosen, large(tiny, micro_batch=asked), tmp_path) == [1, 1]
+
+
+def limited(config: RunConfig, folder: Path, room: int) -> tuple[list[str], str]:
+    """What a run warned of under a limit, and with what it failed."""
+    warnings: list[str] = []
+    try:
+        with no_more_than(room):
+            pretrain(config, folder, say=lambda line: None, warn=warnings.append)
+    except RunFailed as error:
+        return warnings, f"{error}; {error.hint}"
+    return warnings, ""
+
+
+@LIMITED
+def test_out_of_memory_lowers_it_and_the_run_is_that_of_the_lower_one(tiny: Build, tmp_path: Path) -> None:
+    [(warnings, failure)] = in_processes(1, limited, large(tiny, micro_batch=61), tmp_path / "limited", ROOM)
+    assert (warnings, failure) == (["out of memory at micro-batch 61: going on with 2"], "")
+    run = RunFolder(tmp_path / "limited")
+    assert kept(run)[0] == 2
+    assert_same_run(quiet(large(tiny, micro_batch=2), tmp_path / "explicit"), run)
+
+
+@LIMITED
+def test_no_memory_for_one_sequence_is_one_line(tiny: Build, tmp_path: Path) -> None:
+    config = large(tiny, batch_sequences=1, micro_batch=1)
+    config = config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"block_size": 4096}),
+            "model": config.model.model_copy(update={"dropout": 0.0}),
+        }
+    )
+    result = in_processes(1, limited, config, tmp_path / "run", 24 << 20)
+    print(result)
+    [(warnings, failure)] = result
+    assert warnings == []
+    assert failure.startswith("out of memory at micro-batch 1; ")
+    assert "activation_checkpointing" in failure
+
+
+@pytest.mark.gpu
+def test_a_gpu_goes_up_to_what_fits_and_down_from_what_does_not(tiny: Build, tmp_path: Path) -> None:
+    config = large(tiny, batch_sequences=4096, micro_batch="auto", device="cuda", compile=False)
+    total = torch.cuda.get_device_properties(0).total_memory
+    auto = quiet(config, tmp_path / "auto")
+    size, _ = kept(auto)
+    assert_same_run(quiet(config.with_micro_batch(size), tmp_path / "explicit"), auto)
+    torch.cuda.set_per_process_memory_fraction(2e9 / total)
+    try:
+        warnings: list[str] = []
+        lowered = quiet(config.with_micro_batch(4096), tmp_path / "lowered", warn=warnings.append)
+        assert "out of GPU memory at micro-batch 4096: going on with 2048" in warnings
+        size, _ = kept(lowered)
+        assert_same_run(quiet(config.with_micro_batch(size), tmp_path / "lower"), lowered)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
