@@ -1,7 +1,9 @@
 """The micro-batch that is chosen, kept and lowered: real trials, and memory that really runs out."""
 
+import os
 import re
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -37,11 +39,11 @@ def kept(run: RunFolder) -> tuple[int, int]:
 
 def large(tiny: Build, **settings: Any) -> RunConfig:
     """About a megabyte a sequence in training; the batch is 2 · 61 sequences, which leaves few divisors."""
-    train = tiny().train.model_dump() | {"max_steps": 2, "batch_sequences": 122}
+    train = tiny().train.model_dump() | {"max_steps": 1, "batch_sequences": 122}
     return tiny(
         data=tiny().data.model_dump() | {"block_size": 128},
         model={"n_layer": 4, "n_head": 2, "n_embd": 64, "vocab_size": 264, "dropout": 0.1},
-        schedule={"name": "constant", "warmup_steps": 1},
+        schedule={"name": "constant", "warmup_steps": 0},
         train=train | settings,
         averages=[],
     )
@@ -107,6 +109,8 @@ def test_processes_agree_on_what_fits_all(tiny: Build, tmp_path: Path, asked: in
 def limited(config: RunConfig, folder: Path, room: int) -> tuple[list[str], str]:
     """What a run warned of under a limit, and with what it failed."""
     warnings: list[str] = []
+    os.environ.pop("RANK")  # as a process that no launcher started: no threads of a process group
+    threading.stack_size(1 << 20)
     try:
         with no_more_than(room):
             pretrain(config, folder, say=lambda line: None, warn=warnings.append)
@@ -133,9 +137,7 @@ def test_no_memory_for_one_sequence_is_one_line(tiny: Build, tmp_path: Path) -> 
             "model": config.model.model_copy(update={"dropout": 0.0}),
         }
     )
-    result = in_processes(1, limited, config, tmp_path / "run", 24 << 20)
-    print(result)
-    [(warnings, failure)] = result
+    [(warnings, failure)] = in_processes(1, limited, config, tmp_path / "run", 24 << 20)
     assert warnings == []
     assert failure.startswith("out of memory at micro-batch 1; ")
     assert "activation_checkpointing" in failure
