@@ -43,7 +43,9 @@ def linear_cross_entropy(
     kind = hidden_NC.device.type
     on = torch.is_autocast_enabled(kind)
     product = torch.get_autocast_dtype(kind) if on else hidden_NC.dtype
-    arguments = (hidden_NC, weight_VC, targets_N, ignore, product, fused)
+    # Asked here: within a Function, gradients are off, and what it says of its inputs does not depend on that.
+    wanted = torch.is_grad_enabled() and (hidden_NC.requires_grad or weight_VC.requires_grad)
+    arguments = (hidden_NC, weight_VC, targets_N, ignore, product, wanted, fused)
     loss: Tensor = _LinearCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]  # so in torch
     return loss
 
@@ -59,9 +61,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets_N: Tensor,
         ignore: int,
         product: torch.dtype,
+        wanted: bool,
         fused: bool,
     ) -> Tensor:
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         with torch.autocast(hidden_NC.device.type, enabled=False):
             loss, *gradients = _loss_and_gradients(
                 hidden_NC.to(product), weight_VC.to(product), targets_N, ignore, wanted, fused
@@ -77,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         of_hidden, of_weight = ctx.types
         # In place: nobody else sees them, and a second tensor of the vocabulary's size is what is avoided here.
         hidden = hidden_grad_NC.mul_(upstream[0]).to(of_hidden)
-        return hidden, weight_grad_VC.mul_(upstream[0]).to(of_weight), None, None, None, None
+        return hidden, weight_grad_VC.mul_(upstream[0]).to(of_weight), None, None, None, None, None
 
 
 def _loss_and_gradients(
@@ -119,15 +121,20 @@ def _to_gradient(
         return _softmax(logits_RV, targets_R1, shares_R1, wanted)
     rows = max(_BYTES_IN_CACHE // (4 * logits_RV.shape[1]), 1)
     pieces = (torch.split(each, rows) for each in (logits_RV, targets_R1, shares_R1))
+    # One buffer for all: memory that is given back and asked for again costs more than the arithmetic.
+    buffer_RV = logits_RV.new_empty(rows, logits_RV.shape[1], dtype=torch.float32)
     losses = [
-        _softmax(logits, targets, shares, wanted) for logits, targets, shares in zip(*pieces, strict=True)
+        _softmax(logits, targets, shares, wanted, buffer_RV[: len(logits)].copy_(logits))
+        for logits, targets, shares in zip(*pieces, strict=True)
     ]
     return torch.stack(losses).sum()
 
 
-def _softmax(logits_RV: Tensor, targets_R1: Tensor, shares_R1: Tensor, wanted: bool) -> Tensor:
-    """`_to_gradient` of a piece, in float32."""
-    x = logits_RV.float()
+def _softmax(
+    logits_RV: Tensor, targets_R1: Tensor, shares_R1: Tensor, wanted: bool, x: Tensor | None = None
+) -> Tensor:
+    """`_to_gradient` of a piece, in float32: of `x`, a copy of the logits that is overwritten."""
+    x = logits_RV.to(torch.float32, copy=True) if x is None else x
     right_R1, largest_R1 = x.gather(1, targets_R1), x.amax(1, keepdim=True)
     x = x.sub_(largest_R1).exp_()
     sum_R1 = x.sum(1, keepdim=True)

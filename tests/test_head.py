@@ -65,7 +65,9 @@ def test_float32_is_the_loss_and_the_gradients_of_the_whole_logits(
     expected = of_whole_logits(hidden, weight, targets)
     found = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, ignore=IGNORE), hidden, weight)
     for mine, right in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine.double(), right, rtol=1e-4, atol=1e-5 * float(right.abs().max()))
+        torch.testing.assert_close(
+            mine.double(), right, rtol=1e-4, atol=1e-6 + 1e-5 * float(right.abs().max())
+        )
     assert math.isclose(found[0].item(), expected[0].item(), rel_tol=1e-5, abs_tol=1e-6)
 
 
@@ -132,6 +134,17 @@ def test_the_logits_of_a_batch_never_exist_as_a_whole() -> None:
         with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, ignore=IGNORE), hidden, weight)
     assert whole.elements == 600 * 97
     assert chunks.elements == 600 * 16  # the hidden states
+
+
+def test_without_gradients_none_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+    formed: list[Any] = []
+    monkeypatch.setattr(head, "_add_products", lambda *given, first: formed.append(first))
+    hidden, weight, targets = case(8)
+    with torch.no_grad():
+        evaluated = linear_cross_entropy(hidden, weight.requires_grad_(), targets, ignore=IGNORE)
+    assert not formed
+    assert evaluated == linear_cross_entropy(hidden, weight, targets, ignore=IGNORE)
+    assert formed
 
 
 def test_the_model_has_one_gradient_for_its_tied_matrix() -> None:

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from . import average, prepare, snapshot, startup, train
+from . import average, capacity, evaluate, prepare, snapshot, startup, train
 from .measure import Row, not_measured, require_cuda, show, write
 
 
@@ -69,6 +69,7 @@ def _benches(
             partial(average.measure, "last", "plain", rounds=times or 5),
             partial(average.measure, "all", "plain", rounds=times or 3),
         ],
+        "eval": [partial(evaluate.measure, "6x384", rounds=times or 5)],
         "snapshot": [partial(snapshot.measure, rounds=times or 5)],
         "prepare": [partial(prepare.measure, source, "plain", rounds=times or 3)],
         "train": [
@@ -76,6 +77,7 @@ def _benches(
             partial(training, ["plain"], "gpt2-small", steps=1, rounds=times or 3),
             *([partial(training, others, model, steps=3, rounds=times or 5) for model in ("gpt2-medium", "gpt2-large")]
               if require_cuda() is None else []),
+            partial(capacity.measure, "gpt2-small"),
             partial(_not_measured_of_training, checkout),
         ],
     }  # fmt: skip

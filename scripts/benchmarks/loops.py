@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmtrain.config import ModelConfig
+from llmtrain.config import ModelConfig, RunConfig
 from llmtrain.config_file import load_config
 from llmtrain.data.mixture import open_training_data
 from llmtrain.files import RunFolder
@@ -38,9 +38,9 @@ VOCABULARY = 50304
 _RECIPE = Path(__file__).parents[2] / "configs" / "gpt2-small.yaml"
 
 
-def ours(shape: "Shape", data: Path, steps: int, settings: list[str]) -> Side:
-    """`Trainer.step`, as `llmtrain pretrain` calls it."""
-    config = load_config(
+def config_of(shape: "Shape", data: Path, settings: list[str]) -> RunConfig:
+    """A run of the shape on the tokens in `data`."""
+    return load_config(
         _RECIPE,
         [
             f"data={{path: {data}, block_size: {shape.block}}}",
@@ -50,6 +50,11 @@ def ours(shape: "Shape", data: Path, steps: int, settings: list[str]) -> Side:
             *settings,
         ],
     )
+
+
+def ours(shape: "Shape", data: Path, steps: int, settings: list[str]) -> Side:
+    """`Trainer.step`, as `llmtrain pretrain` calls it."""
+    config = config_of(shape, data, settings)
     device = resolve_device("auto")
     trainer = Trainer(
         config, RunFolder(data / "run"), open_training_data(config.data), World(), device, print

@@ -1,0 +1,84 @@
+"""The largest micro-batch of a model that fits a GPU: ours, and that of a path that keeps the logits.
+
+Why: what the logits of a batch do not take is room for a larger one, or for a larger model.
+
+    measure("gpt2-small")
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmtrain.config import ModelConfig
+from llmtrain.hardware import resolve_device
+from llmtrain.model import GPT
+
+from .measure import Figures, Row, Side, Worker, not_measured, require_cuda, rows, take_turns
+from .train import OURS, Shape, shape_of
+
+_TARGETS = {(OURS, "sequences"): "≥ 2 × whole logits"}
+
+
+def measure(model: str) -> list[Row]:
+    """The rows of one model; on a CPU, that it was not measured."""
+    what = f"largest micro-batch of {model}"
+    if reason := require_cuda():
+        return [not_measured(what, OURS, reason)]
+    shape = shape_of(model)
+    sides: dict[str, Side] = {
+        OURS: Worker(largest, shape, False),
+        "whole logits": Worker(largest, shape, True),
+    }
+    return rows(what, take_turns(sides, 1, unmeasured=0), "whole logits", _TARGETS)
+
+
+def largest(shape: Shape, keep_logits: bool) -> Side:
+    """Sequences of the largest step (with fused AdamW, bfloat16) that fits, to within a sixteenth."""
+    device = resolve_device("auto")
+    config = ModelConfig(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd)
+    model = GPT(config, shape.block, seed=0).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+
+    def loss_of(tokens: Tensor) -> Tensor:
+        if keep_logits:
+            return F.cross_entropy(model.logits(tokens).float().flatten(0, 1), tokens.flatten())
+        loss: Tensor = model(tokens, tokens)
+        return loss
+
+    def step(sequences: int) -> None:
+        tokens = torch.zeros((sequences, shape.block), dtype=torch.long, device=device)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = loss_of(tokens)
+        loss.backward()
+        optimizer.step()
+
+    def once() -> Figures:
+        step(1)  # the moments are there from now on
+        return {"sequences": float(_search(lambda sequences: _fits(step, sequences, optimizer)))}
+
+    return once
+
+
+def _fits(step: Callable[[int], None], sequences: int, optimizer: torch.optim.Optimizer) -> bool:
+    try:
+        step(sequences)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+    return True
+
+
+def _search(fits: Callable[[int], bool]) -> int:
+    """The largest number that fits: doubled until one does not, then halved towards it."""
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+        torch.cuda.empty_cache()
+    while high - low > max(low // 16, 1):
+        middle = (low + high) // 2
+        torch.cuda.empty_cache()
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
