@@ -15,11 +15,12 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _BYTES_OF_CHUNK = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Of the logits of a chunk: large enough for a fast matrix product, small beside everything else."""
-_BYTES_IN_CACHE = 2 * 2**20
+_BYTES_IN_CACHE = 4 * 2**20
 """Of the float32 logits that a CPU turns into gradients at a time."""
 _ROWS_OF_SLAB = {"cpu": 4192}
 """Of the weight's gradient that are added up at a time; on a GPU, all."""
@@ -135,14 +136,15 @@ def _softmax(
 ) -> Tensor:
     """`_to_gradient` of a piece, in float32: of `x`, a copy of the logits that is overwritten."""
     x = logits_RV.to(torch.float32, copy=True) if x is None else x
+    if not wanted:
+        return (F.cross_entropy(x, targets_R1[:, 0], reduction="none") * shares_R1[:, 0]).sum()
     right_R1, largest_R1 = x.gather(1, targets_R1), x.amax(1, keepdim=True)
     x = x.sub_(largest_R1).exp_()
     sum_R1 = x.sum(1, keepdim=True)
     right_R1 = right_R1 - largest_R1 - sum_R1.log()
-    if wanted:
-        logits_RV.copy_(x.mul_(shares_R1 / sum_R1))
-        # Not 1 less than what was rounded: the better the prediction, the more of it would be lost.
-        logits_RV.scatter_(1, targets_R1, (torch.expm1(right_R1) * shares_R1).to(logits_RV.dtype))
+    logits_RV.copy_(x.mul_(shares_R1 / sum_R1))
+    # Not 1 less than what was rounded: the better the prediction, the more of it would be lost.
+    logits_RV.scatter_(1, targets_R1, (torch.expm1(right_R1) * shares_R1).to(logits_RV.dtype))
     return -(right_R1 * shares_R1).sum()
 
 
