@@ -70,9 +70,8 @@ def choose(trainer: "Trainer", say: Callable[[str], None]) -> None:
     if asked != "auto":
         progress.micro_batch = asked
         while trainer.parallel == "ddp" and not _fits_everywhere(trainer):
-            _lower(
-                trainer
-            )  # later, in the middle of a step, the others would wait for the one without memory
+            # Later, in the middle of a step, the others would wait for the one without memory.
+            _lower(trainer)
         return
     sizes = _candidates(trainer)
     rates = _rates(trainer, sizes) or {sizes[0]: 0.0}
@@ -116,7 +115,8 @@ def explained(device: torch.device) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise RunFailed(f"out of {_kind(device)}memory: {str(error).splitlines()[0]}", hint=_HINT) from error
+        said = str(error).partition("\n")[0] or type(error).__name__
+        raise RunFailed(f"out of {_kind(device)}memory: {said}", hint=_HINT) from error
 
 
 _HINT = (

@@ -1,5 +1,6 @@
 """The micro-batch that is chosen, kept and lowered: real trials, and memory that really runs out."""
 
+import importlib
 import os
 import re
 import resource
@@ -109,6 +110,7 @@ def test_processes_agree_on_what_fits_all(tiny: Build, tmp_path: Path, asked: in
 def limited(config: RunConfig, folder: Path, room: int) -> tuple[list[str], str]:
     """What a run warned of under a limit, and with what it failed."""
     warnings: list[str] = []
+    importlib.import_module("torch._dynamo")  # as AdamW does when it is made
     os.environ.pop("RANK")  # as a process that no launcher started: no threads of a process group
     threading.stack_size(1 << 20)
     try:
