@@ -23,6 +23,8 @@ from llmtrain import __version__
 from llmtrain.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
 Precision = Literal["float32", "bfloat16"]
@@ -141,6 +143,16 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device_type=device.type, dtype=torch.bfloat16)
+
+
+def on_device(array: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """The array there; a GPU fetches it while the host goes on, which it can from pinned memory alone."""
+    import torch
+
+    on_host = torch.from_numpy(array)
+    if device.type == "cuda":
+        on_host = on_host.pin_memory()
+    return on_host.to(device, non_blocking=True)
 
 
 def device_name(device: torch.device) -> str:

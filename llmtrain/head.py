@@ -17,13 +17,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _BYTES_OF_CHUNK = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Of the logits of a chunk: large enough for a fast matrix product, small beside everything else."""
 _BYTES_IN_CACHE = 4 * 2**20
 """Of the float32 logits that a CPU turns into gradients at a time."""
 _ROWS_OF_SLAB = {"cpu": 4192}
-"""Of the weight's gradient that are added up at a time; on a GPU, all."""
+"""Of the weight's gradient that are added up at a time, a twelfth of 50304; on a GPU, all."""
 
 
 def linear_cross_entropy(
@@ -75,6 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # so in torch
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad_NC, weight_grad_VC = ctx.saved_tensors
         of_hidden, of_weight = ctx.types

@@ -181,7 +181,11 @@ class GPT(nn.Module):
         hidden_NC = self.transformer(tokens_BT).flatten(0, 1)
         weight_VC = self.transformer.wte.weight
         return linear_cross_entropy(
-            hidden_NC, weight_VC, targets_BT.reshape(-1), ignore=IGNORE, fused=self.fused_loss
+            hidden_NC,
+            weight_VC,
+            targets_BT.reshape(-1),
+            ignore=IGNORE,
+            fused=self.fused_loss and self.training,
         )
 
     def n_parameters(self) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmtrain.data.sampler import Tokens, validation_windows
 from llmtrain.errors import UserError
-from llmtrain.hardware import Precision, autocast
+from llmtrain.hardware import Precision, autocast, on_device
 from llmtrain.model import IGNORE
 from llmtrain.training.distributed import World
 
@@ -102,7 +102,7 @@ def evaluate(
             some = windows[mine : mine + batch] or windows[:1]
             tokens, targets = _fill(reader, some, block_size)
             with autocast(device, precision):
-                loss = model(torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device))
+                loss = model(on_device(tokens, device), on_device(targets, device))
             if mine < len(windows):
                 counted = targets[targets != IGNORE]
                 losses.append(loss)  # read at the end: a GPU need not be waited for at each batch

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmtrain.errors import RunFailed
 from llmtrain.hardware import resolve_compile
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def compiled(trainer: "Trainer", warn: Callable[[str], None]) -> nn.Module:
-    """The module to call in training; evaluations of the same model run what is compiled as well.
+    """The module to call in training; in evaluation mode the same model runs uncompiled.
 
     Args:
         trainer: with its model, at any step.
@@ -46,8 +46,9 @@ def _compile(trainer: "Trainer", warn: Callable[[str], None]) -> None:
     # One program for all lengths from the start: else which one runs a step depends on those before it.
     dynamic = True if trainer.config.data.block_warmup is not None else None
     for part in parts:
-        part.forward = torch.compile(part.forward, dynamic=dynamic)
+        part.forward = _in_training(part, torch.compile(part.forward, dynamic=dynamic))
     model.fused_loss = trainer.device.type == "cuda"  # on a CPU, slower than pieces that fit the cache
+    trainer.is_compiled = True
     failure = _failure(trainer)
     if failure and in_shards and trainer.world.size > 1:
         raise RunFailed(  # the others wait in the middle of this one's pass
@@ -55,16 +56,24 @@ def _compile(trainer: "Trainer", warn: Callable[[str], None]) -> None:
         )
     if trainer.world.sums([failure is not None])[0]:
         warn(f"torch.compile failed ({failure or 'on another process'}): training uncompiled")
-        model.fused_loss = False
+        model.fused_loss = trainer.is_compiled = False
         for part in parts:
             del part.forward
 
 
-def _failure(trainer: "Trainer") -> str | None:
-    """What compiling fails with, if it does: seen in one forward and backward pass, the first of all.
+def _in_training(part: nn.Module, fast: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Evaluations and samples come in too many shapes to compile each."""
+    eager = part.forward
 
-    Evaluations come later, so that what a step runs does not depend on whether one came before it.
-    """
+    def forward(inputs: Tensor) -> Tensor:
+        result: Tensor = fast(inputs) if part.training else eager(inputs)
+        return result
+
+    return forward
+
+
+def _failure(trainer: "Trainer") -> str | None:
+    """What compiling fails with, if it does: seen in one forward and backward pass, the first of all."""
     try:
         one_pass(trainer, trainer.model, trainer.progress.micro_batch)
     except Exception as error:  # torch.compile fails with the exceptions of any of its back ends

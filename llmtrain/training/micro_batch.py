@@ -59,6 +59,8 @@ def choose(trainer: "Trainer", say: Callable[[str], None]) -> None:
         "sequences": _share(trainer),
         "processes": world.size,
         "parallel": trainer.parallel,
+        "block_size": trainer.config.data.block_size,
+        "precision": trainer.cast,
         "activation_checkpointing": trainer.config.train.activation_checkpointing,
         "device": world.on_first(lambda: device_name(trainer.device)),
     }
@@ -99,7 +101,7 @@ def lowering(trainer: "Trainer", work: Callable[[], T]) -> T:
             hint = f"--set train.micro_batch={_smaller(trainer)}" if size > 1 else _HINT
             raise RunFailed(_out_of_memory(trainer), hint=f"{hint}; the run goes on from its newest state")
         _lower(trainer)
-        if trainer.forward is not trainer.model:
+        if trainer.is_compiled:
             torch.compiler.reset()  # else code for any size takes the place of code for this one
 
 

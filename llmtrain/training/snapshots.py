@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llmtrain.averaging.checkpoints import RESIDUAL_FILE
 from llmtrain.checkpoint import Origin, Shape, bytes_of, save_tensors, save_weights
@@ -64,9 +65,10 @@ class SnapshotWriter:
         self.wait()
         weights = self._copies(parts)
         lost = None if residual is None else self._copies(residual)
-        copied = torch.cuda.Event() if torch.cuda.is_available() else None  # type: ignore[no-untyped-call]
+        device = next(iter(parts.values())).device
+        copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         if copied is not None:
-            copied.record()
+            copied.record(torch.cuda.current_stream(device))
 
         def write() -> None:
             if copied is not None:
@@ -120,7 +122,8 @@ class SnapshotWriter:
         gathered = whole(self._parameters, {name: local(part.detach()) for name, part in parts.items()})
         if not self._world.first:
             return {}
-        return {name: _copy(tensor) for name, tensor in gathered.items()}
+        # What was gathered from shards is a copy already.
+        return {n: t if isinstance(parts[n], DTensor) else _copy(t) for n, t in gathered.items()}
 
 
 def _copy(tensor: Tensor) -> Tensor:

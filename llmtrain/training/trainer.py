@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -31,7 +30,7 @@ from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import RunFailed
 from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.files import RunFolder, step_folders
-from llmtrain.hardware import Precision, autocast, peak_flops, peak_memory, resolve_precision
+from llmtrain.hardware import Precision, autocast, on_device, peak_flops, peak_memory, resolve_precision
 from llmtrain.interrupt import Interrupt, Interrupted
 from llmtrain.training.distributed import World
 from llmtrain.training.metrics import MetricsLog
@@ -79,6 +78,7 @@ class Trainer:
         self.parallel = resolve_parallel(config, world, device, precision)
         self.model = build_model(config, self.parallel, world, device, precision)
         self.forward: nn.Module = self.model
+        self.is_compiled = False
         self.cast: Precision = precision if self.parallel in (None, "ddp") else "float32"
         """For autocast: FSDP casts by itself."""
         self.optimizer = build_optimizer(self.model, config.optimizer)
@@ -150,20 +150,13 @@ class Trainer:
         for index in range(n_micro):
             interrupt.check()
             some = rows[index * micro : (index + 1) * micro]
-            windows = self._on_device(batch(self.train_tokens, some, length))
+            windows = on_device(batch(self.train_tokens, some, length), self.device)
             with exchanging(self.forward, index == n_micro - 1):
                 with autocast(self.device, self.cast):
                     micro_loss = self.forward(windows[:, :-1], windows[:, 1:]) / n_micro
                 micro_loss.backward()
             loss += micro_loss.detach()
         return loss
-
-    def _on_device(self, windows: npt.NDArray[np.int64]) -> Tensor:
-        """A GPU fetches them while the host goes on: from pinned memory alone it can."""
-        on_host = torch.from_numpy(windows)
-        if self.device.type == "cuda":
-            on_host = on_host.pin_memory()
-        return on_host.to(self.device, non_blocking=True)
 
     def _clip_gradients(self, step: int) -> Tensor:
         """Clip by the global norm, after SPAM's clipping by element; the norm before both, shape ()."""
@@ -265,12 +258,11 @@ class Trainer:
         warm = step > config.schedule.warmup_steps
         if warm and self._due(config.checkpoint.snapshot_every):
             self.snapshot_writer.finish(log, self.warn, step)
-            with self.snapshot_writer.telling(log, self.warn, step):
-                self._save_weights(fresh=fresh)
+            self._save_weights(log, fresh=fresh)
         if fresh and self._due(config.checkpoint.state_every):
             self.save_state(log)
 
-    def _save_weights(self, *, fresh: bool) -> None:
+    def _save_weights(self, log: MetricsLog, *, fresh: bool) -> None:
         """The snapshot of this step, and the averages whose turn it is."""
         if fresh or not self._exists(self.run.snapshot(self.progress.step)):
             self.save_snapshot()
@@ -278,6 +270,7 @@ class Trainer:
             target = self.run.average(average.config.label, self.progress.step)
             due = average.ready and self._due(self._save_every(average))
             if due and (fresh or not self._exists(target)):
+                self.snapshot_writer.finish(log, self.warn, self.progress.step)
                 self.save_average(average)
 
     def _exists(self, path: Path) -> bool:

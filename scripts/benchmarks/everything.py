@@ -13,6 +13,8 @@ from typing import Annotated
 
 import typer
 
+from llmtrain.errors import UserError
+
 from . import average, capacity, evaluate, prepare, snapshot, startup, train
 from .measure import Row, not_measured, require_cuda, show, write
 
@@ -99,5 +101,5 @@ def _tried(name: str, measure: Callable[[], list[Row]]) -> list[Row]:
     """The rows; where a side failed, what it said in place of them."""
     try:
         return measure()
-    except RuntimeError as error:
+    except (UserError, RuntimeError, OSError) as error:
         return [not_measured(name, "", str(error).strip())]
