@@ -9,7 +9,6 @@ while they are there; the backward pass only scales it.
 Shapes in names: N rows, C width, V vocabulary.
 """
 
-import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -19,12 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_BYTES_OF_CHUNK = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
-"""Of the logits of a chunk: large enough for a fast matrix product, small beside everything else."""
-_BYTES_IN_CACHE = 4 * 2**20
-"""Of the float32 logits that a CPU turns into gradients at a time."""
-_ROWS_OF_SLAB = {"cpu": 4192}
-"""Of the weight's gradient that are added up at a time, a twelfth of 50304; on a GPU, all."""
+from llmtrain.sizes import rows_in_cache, rows_of_chunk, rows_of_slab
 
 
 def linear_cross_entropy(
@@ -95,9 +89,10 @@ def _loss_and_gradients(
     loss = hidden_NC.new_zeros((), dtype=torch.float32)
     hidden_grad_NC = torch.empty_like(hidden_NC) if wanted else hidden_NC
     weight_grad_VC = torch.empty_like(weight_VC, dtype=torch.float32) if wanted else weight_VC
-    rows = _rows(hidden_NC, weight_VC)
-    logits_RV = hidden_NC.new_empty(rows, len(weight_VC))
-    for first in range(0, len(hidden_NC), rows):
+    N, V = len(hidden_NC), len(weight_VC)
+    rows = rows_of_chunk(N, V, item=hidden_NC.element_size(), kind=hidden_NC.device.type)
+    logits_RV = hidden_NC.new_empty(rows, V)
+    for first in range(0, N, rows):
         chunk = slice(first, first + rows)
         hidden_RC = hidden_NC[chunk]
         logits = torch.mm(hidden_RC, weight_VC.T, out=logits_RV[: len(hidden_RC)])
@@ -108,12 +103,6 @@ def _loss_and_gradients(
     return loss, hidden_grad_NC, weight_grad_VC
 
 
-def _rows(hidden_NC: Tensor, weight_VC: Tensor) -> int:
-    """Of a chunk: as many as its logits may take, in chunks of one size."""
-    limit = _BYTES_OF_CHUNK.get(hidden_NC.device.type, 2**26) // (len(weight_VC) * hidden_NC.element_size())
-    return math.ceil(len(hidden_NC) / math.ceil(len(hidden_NC) / max(limit, 1)))
-
-
 def _to_gradient(
     logits_RV: Tensor, targets_R1: Tensor, shares_R1: Tensor, wanted: bool, fused: bool
 ) -> Tensor:
@@ -122,7 +111,7 @@ def _to_gradient(
         return _fused_softmax()(logits_RV, targets_R1, shares_R1, wanted)
     if logits_RV.device.type != "cpu":
         return _softmax(logits_RV, targets_R1, shares_R1, wanted)
-    rows = max(_BYTES_IN_CACHE // (4 * logits_RV.shape[1]), 1)
+    rows = rows_in_cache(logits_RV.shape[1])
     pieces = (torch.split(each, rows) for each in (logits_RV, targets_R1, shares_R1))
     # One buffer for all: memory that is given back and asked for again costs more than the arithmetic.
     buffer_RV = logits_RV.new_empty(rows, logits_RV.shape[1], dtype=torch.float32)
@@ -157,7 +146,7 @@ def _fused_softmax() -> Callable[..., Tensor]:
 
 def _add_products(total_VC: Tensor, logits_RV: Tensor, hidden_RC: Tensor, *, first: bool) -> None:
     """total += logitsᵀ · hidden, in slabs: the products are rounded to another type, and need little memory so."""
-    rows = min(_ROWS_OF_SLAB.get(total_VC.device.type, len(total_VC)), len(total_VC))
+    rows = rows_of_slab(len(total_VC), total_VC.device.type)
     products_SC, buffer_SC = (
         hidden_RC.new_empty(rows, total_VC.shape[1]),
         total_VC.new_empty(rows, total_VC.shape[1]),

@@ -1,6 +1,6 @@
 """GPT-2: the model of the paper, and nothing that is not GPT-2.
 
-Why our own: training wants one fused attention call, weights that are the same on every device for
+Why our own: training wants the fastest attention, weights that are the same on every device for
 one seed, and a loss in float32. Module and parameter names are those of Hugging Face's
 `GPT2LMHeadModel`, so that a checkpoint needs no translation but a transpose.
 
@@ -19,11 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config import ModelConfig
 from llmtrain.head import linear_cross_entropy
+from llmtrain.sizes import SHORT
 
 INIT_STD = 0.02
-SHORT = 512
-"""Up to this length a CPU multiplies bfloat16 matrices whole faster than torch's fused attention takes its tiles
-(`scripts/bench attention`)."""
 IGNORE = -1
 """A target with this value is not counted in the loss."""
 
@@ -59,7 +57,8 @@ class Attention(nn.Module):
         qkv = self.c_attn(x_BTC).view(B, T, 3, self.n_head, C // self.n_head)
         q_BHTD, k_BHTD, v_BHTD = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         dropout = self.dropout if self.training else 0.0
-        short = q_BHTD.device.type == "cpu" and q_BHTD.dtype == torch.bfloat16 and T <= SHORT
+        short = (SHORT if torch.is_grad_enabled() else SHORT // 2) >= T
+        short = short and q_BHTD.device.type == "cpu" and q_BHTD.dtype == torch.bfloat16
         attend = attend_by_products if short else F.scaled_dot_product_attention
         y_BHTD = attend(q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, is_causal=True, scale=self.scale)
         y: Tensor = self.resid_dropout(self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C)))

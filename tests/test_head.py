@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmtrain import head
+from llmtrain import sizes
 from llmtrain.config import ModelConfig
 from llmtrain.head import linear_cross_entropy
 from llmtrain.model import GPT, attend_by_products
@@ -23,9 +23,9 @@ IGNORE = -1
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A few rows in a chunk, fewer at a time in the cache, few of the weight's gradient in a slab."""
-    monkeypatch.setattr(head, "_BYTES_OF_CHUNK", {"cpu": 6 * 4 * 97})
-    monkeypatch.setattr(head, "_BYTES_IN_CACHE", 4 * 4 * 97)
-    monkeypatch.setattr(head, "_ROWS_OF_SLAB", {"cpu": 20})
+    monkeypatch.setattr(sizes, "BYTES_OF_CHUNK", {"cpu": 6 * 4 * 97})
+    monkeypatch.setattr(sizes, "BYTES_IN_CACHE", 4 * 4 * 97)
+    monkeypatch.setattr(sizes, "ROWS_OF_SLAB", {"cpu": 20})
     yield
 
 

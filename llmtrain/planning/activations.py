@@ -11,10 +11,14 @@ result (4, or 2 in bfloat16), C the width, H the heads:
     GELU            its input (4·e·C); c_proj saves its result (4·e·C)
                                                  together 2·4·C + 14·e·C + 16 + 4·H
 
-The loss keeps the log-probabilities (4·V); at its peak, in log-softmax's backward, they, the gradient
-that comes in and the gradient that goes out are alive at once: 12·V. Under bfloat16 autocast each weight
-of a linear layer is kept as a 2-byte copy as well (`Architecture.multiplied`). For the uncompiled model:
-torch.compile recomputes and fuses, and saves less.
+Attention by whole products (`by_products`) keeps q·scale and copies of k and v (3·e·C) too, and instead of
+logsumexp its weights (e·H·T, T the length); the scores are gone. The head's loss (`llmtrain/head.py`) forms
+its gradients in the forward pass, from a chunk of R rows of logits at a time (e·R·V, V the vocabulary): its
+peak. Alive are its input (4·C a token), that cast, the gradient of that (e·C), the weight cast (e·V·C), and
+the gradient of the weight, S rows of it as a product and in float32 ((e + 4)·S·C), in float32 (4·V·C). Kept
+for the backward pass are the two gradients. Under bfloat16 autocast each weight of a linear layer is kept as
+a 2-byte copy as well (`Architecture.multiplied`). For the uncompiled model: torch.compile recomputes and
+fuses, and saves less.
 
     activations = Activations(architecture, micro_batch=16, item=2, cuda=True); activations.block
 """
@@ -22,6 +26,7 @@ torch.compile recomputes and fuses, and saves less.
 from dataclasses import dataclass
 
 from llmtrain.planning.architecture import Architecture
+from llmtrain.sizes import SHORT, rows_in_cache, rows_of_chunk, rows_of_slab
 
 FLOAT = 4
 """Bytes of a float32."""
@@ -46,10 +51,16 @@ class Activations:
         return self.micro_batch * self.architecture.block_size
 
     @property
+    def by_products(self) -> bool:
+        """Whether attention keeps its weights: `attend_by_products` of `llmtrain/model.py`."""
+        return not self.cuda and self.item != FLOAT and self.architecture.block_size <= SHORT
+
+    @property
     def block(self) -> int:
         """Saved by one block for its backward."""
         model, e = self.architecture.model, self.item
-        per_token = (2 * FLOAT + 14 * e) * model.n_embd + 4 * FLOAT + FLOAT * model.n_head
+        attention = self._weights if self.by_products else FLOAT * model.n_head
+        per_token = (2 * FLOAT + 14 * e) * model.n_embd + 4 * FLOAT + attention
         return self.tokens * (per_token + self._block_dropout)
 
     @property
@@ -57,7 +68,7 @@ class Activations:
         """Saved by all blocks, and by the dropout of the embedding."""
         model = self.architecture.model
         mask = (1 if self.cuda else FLOAT) * model.n_embd if model.dropout else 0
-        each = self.tokens * FLOAT * model.n_embd if self.checkpointing else self.block
+        each = self.stream if self.checkpointing else self.block
         return model.n_layer * each + self.tokens * mask
 
     @property
@@ -67,46 +78,102 @@ class Activations:
 
     @property
     def head(self) -> int:
-        """Saved by the last layer norm (its input) and the head (its input, cast)."""
-        return self.tokens * (FLOAT + self.item) * self.architecture.model.n_embd
+        """Alive in the head's forward: the last layer norm's input and result, that cast, and its gradient."""
+        return self.tokens * (2 * FLOAT + self._cast + self.item) * self.architecture.model.n_embd
 
     @property
     def loss(self) -> int:
-        """Log-probabilities and two gradients of their size, float32."""
-        return self.tokens * 3 * FLOAT * self.architecture.model.vocab_size
+        """What the head works with, chunk by chunk."""
+        model = self.architecture.model
+        slab = rows_of_slab(model.vocab_size, self._kind) * model.n_embd * (self.item + FLOAT)
+        return self._logits(self.tokens, slab)
+
+    @property
+    def forward(self) -> int:
+        """Alive in the last block's forward, beside what the blocks before it saved."""
+        model = self.architecture.model
+        before = self.blocks * (model.n_layer - 1) // model.n_layer
+        return before + self.tokens * self._at_work
+
+    @property
+    def stream(self) -> int:
+        """The residual stream, or its gradient."""
+        return self.tokens * FLOAT * self.architecture.model.n_embd
 
     @property
     def block_backward(self) -> int:
-        """Beyond what was saved, at the peak of a block's backward: the MLP's last matrix product.
+        """Beyond what was saved, at the peak of a block's backward.
 
-        The gradient of the residual stream, its cast for this branch (with dropout: its masked copy), the
-        gradient of GELU's result, and that of the weights.
+        That is in the MLP's last matrix product: the gradient of the residual stream, its cast for this
+        branch (with dropout: its masked copy), the gradient of GELU's result, and that of the weights. Or it
+        is in the softmax of attention by products: what was saved behind it is gone (4·C + 11·e·C a token),
+        the gradients of stream and v, and two of the weights' size are there (with dropout one more than went).
         """
         model, e = self.architecture.model, self.item
-        branch = (e if e != FLOAT else 0) + (e if model.dropout else 0)
-        return self.tokens * (FLOAT + branch + 4 * e) * model.n_embd + 4 * e * model.n_embd**2
+        branch = self._cast + (e if model.dropout else 0)
+        mlp = self.tokens * (FLOAT + branch + 4 * e) * model.n_embd + 4 * e * model.n_embd**2
+        weights = (1 if model.dropout else 2) * self._weights
+        attention = self.tokens * (weights - 10 * e * model.n_embd)
+        return max(mlp, attention) if self.by_products else mlp
 
     def evaluation(self, batch: int) -> int:
         """Peak of a forward pass without gradients over `batch` sequences.
 
-        In a block: stream, norm, and GELU's input and result; at the loss: logits in e, unless that is
-        float32 already their float32 copy, and log-probabilities.
+        In a block, or in the head: its input and that cast, its weight cast, and a chunk of logits.
+        """
+        tokens = batch * self.architecture.block_size
+        head = tokens * (FLOAT + self._cast) * self.architecture.model.n_embd
+        weight = self._cast * self.architecture.token_embedding
+        return max(tokens * self._at_work, head + weight + self._logits(tokens, 0))
+
+    @property
+    def _at_work(self) -> int:
+        """A token's share of what is alive in a block's forward, saved or not.
+
+        In the MLP: the embedding, the stream before and after attention, its norm, and GELU's input and
+        result. In attention by products: the embedding, stream and norm, q, k, v (3·e·C), a copy of v and the
+        result, scores and weights.
         """
         model, e = self.architecture.model, self.item
-        block = (2 * FLOAT + 8 * e) * model.n_embd
-        logits = (2 * FLOAT + (e if e != FLOAT else 0)) * model.vocab_size
-        return batch * self.architecture.block_size * max(block, logits)
+        mlp = (4 * FLOAT + 8 * e) * model.n_embd
+        attention = (3 * FLOAT + 5 * e) * model.n_embd + 2 * self._weights
+        return max(mlp, attention) if self.by_products else mlp
+
+    def _logits(self, tokens: int, slab: int) -> int:
+        """A chunk of logits, and what is made of it: first gradients, in float32, then `slab` bytes of products."""
+        vocabulary = self.architecture.model.vocab_size
+        rows = rows_of_chunk(tokens, vocabulary, item=self.item, kind=self._kind)
+        at_a_time = rows if self.cuda else min(rows, rows_in_cache(vocabulary))
+        in_float32 = FLOAT * at_a_time * vocabulary if self._cast else 0
+        return self.item * rows * vocabulary + max(in_float32, slab)
+
+    @property
+    def _kind(self) -> str:
+        return "cuda" if self.cuda else "cpu"
+
+    @property
+    def _cast(self) -> int:
+        """Bytes of a float32 number cast for a matrix product; none where it stays what it is."""
+        return self.item if self.item != FLOAT else 0
+
+    @property
+    def _weights(self) -> int:
+        """A token's attention weights, T a head."""
+        return self.item * self.architecture.model.n_head * self.architecture.block_size
 
     @property
     def _block_dropout(self) -> int:
         """A token's two masks of width C; off CUDA they are numbers, and attention is not fused.
 
-        Unfused, it keeps the softmax, its mask and their product (T each a head), and q, k, v in float32.
+        Unfused, it keeps the softmax, its mask and their product (T each a head), and q, k, v in float32;
+        by products, in e, and the softmax is kept anyway.
         """
         model, e = self.architecture.model, self.item
         if not model.dropout:
             return 0
         if self.cuda:
             return 2 * model.n_embd
+        if self.by_products:
+            return 2 * e * model.n_embd + 2 * self._weights
         scores = 3 * FLOAT * model.n_head * self.architecture.block_size
         return 2 * e * model.n_embd + scores + 3 * (FLOAT - e) * model.n_embd

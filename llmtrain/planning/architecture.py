@@ -59,10 +59,9 @@ class Architecture:
 
     @property
     def multiplied(self) -> int:
-        """Weights that autocast copies to bfloat16: linear layers with their biases, and the head."""
+        """Weights of the blocks that autocast copies to bfloat16: linear layers with their biases."""
         width = self.model.n_embd
-        block = 12 * width**2 + (9 * width if self.model.bias else 0)
-        return self.model.n_layer * block + self.token_embedding
+        return self.model.n_layer * (12 * width**2 + (9 * width if self.model.bias else 0))
 
     @property
     def stored(self) -> int:

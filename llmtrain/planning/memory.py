@@ -1,7 +1,7 @@
 """Bytes on one device at the moments of a step that can be its peak.
 
 Why moments: what is large is never all alive together. At the loss every activation is and, in the first
-micro-batch on one device, no gradient; at the end of the backward pass it is the other way round.
+micro-batch on one device, no gradient but the head's; at the end of the backward pass it is the other way round.
 
     usages = device_memory(config, Layout(devices=8, parallel="fsdp", item=2, cuda=True)); peak(usages)
 
@@ -66,7 +66,7 @@ class Usage:
     """Of weights in the precision of matrix products: autocast's, or what FSDP gathered."""
     activations: int = 0
     logits: int = 0
-    """And the loss."""
+    """Of a chunk, and what the loss makes of them."""
     buffers: int = 0
     """FSDP's, for reducing gradients."""
     written: int = 0
@@ -95,7 +95,15 @@ def device_memory(config: RunConfig, layout: Layout) -> list[Usage]:
         layout: devices, and how the run is spread over them.
     """
     run = _Run(config, layout)
-    return [run.loss(), run.last_block(), run.first_block(), run.end(), run.averaging(), run.evaluating()]
+    return [
+        run.loss(),
+        run.forward(),
+        run.last_block(),
+        run.first_block(),
+        run.end(),
+        run.averaging(),
+        run.evaluating(),
+    ]
 
 
 def host_memory(config: RunConfig, layout: Layout) -> int:
@@ -189,22 +197,22 @@ class _Run:
         self.held_gradients = FLOAT * self.share if layout.replicated else accumulated
         """Gradients that are there before the backward pass begins."""
         self.tied = (layout.item if layout.sharded else FLOAT) * self.model.token_embedding
-        """The head's gradient of the tied matrix, which waits for the embedding's."""
+        """The head's gradient of the tied matrix, which waits for the embedding's: float32 until it is returned."""
 
     def _sharded(self, parameters: int) -> int:
         return math.ceil(parameters / self.layout.devices) if self.layout.sharded else parameters
 
-    @property
-    def _copies(self) -> int:
-        """Copies of weights that a forward pass holds: autocast's of all it multiplies, or FSDP's gathered."""
+    def _copies(self, *, forward: bool) -> int:
+        """Copies of the weights that the blocks hold: autocast's, or what FSDP gathered."""
         if self.layout.sharded:
             gathered = self.model.root + min(2, self.model.model.n_layer) * self.model.block
             return self.layout.item * gathered
         if self.layout.item == FLOAT:
             return 0
         model = self.model.model
-        # Checkpointing keeps no block's but that of the one at work.
-        dropped = (model.n_layer - 1) * 12 * model.n_embd**2 if self.saved.checkpointing else 0
+        # Autocast keeps them to the end of the forward pass, checkpointing none after it but of the block at work.
+        keeps = forward or not self.saved.checkpointing
+        dropped = 0 if keeps else (model.n_layer - 1) * 12 * model.n_embd**2
         return self.layout.item * (self.model.multiplied - dropped)
 
     def _reduced(self, parameters: int) -> int:
@@ -212,23 +220,35 @@ class _Run:
         return (self.layout.item + FLOAT) * parameters if self.layout.sharded else 0
 
     def loss(self) -> Usage:
-        """All that is saved for the backward pass, which begins."""
+        """All that is saved for the backward pass, while the head forms its gradients."""
+        cast = self.layout.item * self.model.token_embedding
         return replace(
             self.resident,
             moment="at the loss",
-            gradients=self.held_gradients,
-            copies=self._copies,
+            gradients=self.held_gradients + FLOAT * self.model.token_embedding,
+            copies=self._copies(forward=True)
+            + (0 if self.layout.sharded or self.layout.item == FLOAT else cast),
             activations=self.saved.blocks + self.saved.head,
             logits=self.saved.loss,
         )
 
+    def forward(self) -> Usage:
+        """Before the loss: of what the last block works with, most is not kept where it is computed again."""
+        return replace(
+            self.resident,
+            moment="in the last block's forward",
+            gradients=self.held_gradients,
+            copies=self._copies(forward=True),
+            activations=self.saved.forward,
+        )
+
     def last_block(self) -> Usage:
-        """The logits are gone, the activations of all blocks are not."""
+        """The head is through, the activations of all blocks are there."""
         return replace(
             self.resident,
             moment="in the last block's backward",
             gradients=self.held_gradients + self.tied,
-            copies=self._copies,
+            copies=self._copies(forward=False),
             activations=self.saved.blocks + self.saved.recomputed + self.saved.block_backward,
             buffers=self._reduced(self.model.block),
         )
@@ -241,22 +261,23 @@ class _Run:
             self.resident,
             moment="in the first block's backward",
             gradients=(self.held_gradients or above) + self.tied,
-            copies=self._copies if self.layout.sharded else own,
+            copies=self._copies(forward=False) if self.layout.sharded else own,
             activations=self.saved.block + self.saved.block_backward,
             buffers=self._reduced(self.model.block),
         )
 
     def end(self) -> Usage:
-        """The tied matrix has two gradients, and their sum.
+        """The tied matrix has two gradients, the second of which becomes their sum.
 
-        The sum takes the place of one of them where it was cast from bfloat16, and is a third where it was not.
+        On a CPU it has one and a sparse one, whose values are the gradient of the stream; their sum is new.
         """
         others = FLOAT * self._sharded(self.model.parameters - self.model.token_embedding)
         return replace(
             self.resident,
             moment="at the end of backward",
-            gradients=(self.held_gradients or others) + (3 if self.layout.item == FLOAT else 2) * self.tied,
+            gradients=(self.held_gradients or others) + 2 * self.tied,
             copies=self.layout.item * self.model.root if self.layout.sharded else 0,
+            activations=self.saved.stream,
             buffers=self._reduced(self.model.root),
         )
 
@@ -281,7 +302,7 @@ class _Run:
             moment="in an evaluation",
             averages=self.resident.averages + FLOAT * self.share * (means + aside),
             gradients=self._buckets,
-            copies=self._copies,
+            copies=self._copies(forward=True),
             activations=self.saved.evaluation(self.config.eval.batch),
         )
 

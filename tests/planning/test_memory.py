@@ -60,6 +60,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "biases": {"model__bias": True},
     "dropout": {"model__dropout": 0.1, "data__block_size": 128},
     "Muon": {"optimizer__name": "muon", "model__n_embd": 256, "train__micro_batch": 1},
+    "small heads, attention rules": {"model__n_head": 16, "data__block_size": 256},
+    "slabs and chunks": {"model__vocab_size": 30_000, "data__block_size": 512, "train__micro_batch": 4},
     "checkpointing": {"train__activation_checkpointing": True, "model__n_layer": 6, "data__block_size": 256},
 }  # fmt: skip  # one line a shape
 
@@ -226,8 +228,12 @@ def test_fsdp_divides_what_ddp_repeats(planned: Build) -> None:
 def test_buckets_are_there_where_gradients_of_one_device_are_not(planned: Build) -> None:
     config = planned(train__batch_sequences=16)
     one = planned(train__batch_sequences=2)
-    assert device_memory(one, Layout(1, "ddp", 2, cuda=True))[0].gradients == 0
-    assert device_memory(config, Layout(8, "ddp", 2, cuda=True))[0].gradients > 0
+    alone, replicated = (
+        device_memory(run, Layout(devices, "ddp", 2, cuda=True))[0]
+        for run, devices in ((one, 1), (config, 8))
+    )
+    assert alone.gradients == 4 * 264 * 128  # the head's
+    assert replicated.gradients - alone.gradients == replicated.weights
 
 
 def test_averages_kept_in_host_memory_leave_the_gpu_alone(planned: Build) -> None:
