@@ -70,7 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # so in torch
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad_NC, weight_grad_VC = ctx.saved_tensors
         of_hidden, of_weight = ctx.types

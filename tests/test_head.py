@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmtrain import sizes
+from llmtrain import head, sizes
 from llmtrain.config import ModelConfig
 from llmtrain.head import linear_cross_entropy
 from llmtrain.model import GPT, attend_by_products
