@@ -111,13 +111,14 @@ def _to_gradient(
         return _fused_softmax()(logits_RV, targets_R1, shares_R1, wanted)
     if logits_RV.device.type != "cpu":
         return _softmax(logits_RV, targets_R1, shares_R1, wanted)
-    rows = rows_in_cache(logits_RV.shape[1])
+    rows = min(rows_in_cache(logits_RV.shape[1]), len(logits_RV))
     pieces = (torch.split(each, rows) for each in (logits_RV, targets_R1, shares_R1))
     # One buffer for all: memory that is given back and asked for again costs more than the arithmetic.
-    buffer_RV = logits_RV.new_empty(rows, logits_RV.shape[1], dtype=torch.float32)
+    rounded = logits_RV.dtype != torch.float32
+    buffer_RV = logits_RV.new_empty(rows, logits_RV.shape[1], dtype=torch.float32) if rounded else None
     losses = [
-        _softmax(logits, targets, shares, wanted, buffer_RV[: len(logits)].copy_(logits))
-        for logits, targets, shares in zip(*pieces, strict=True)
+        _softmax(*piece, wanted, None if buffer_RV is None else buffer_RV[: len(piece[0])].copy_(piece[0]))
+        for piece in zip(*pieces, strict=True)
     ]
     return torch.stack(losses).sum()
 
@@ -125,8 +126,8 @@ def _to_gradient(
 def _softmax(
     logits_RV: Tensor, targets_R1: Tensor, shares_R1: Tensor, wanted: bool, x: Tensor | None = None
 ) -> Tensor:
-    """`_to_gradient` of a piece, in float32: of `x`, a copy of the logits that is overwritten."""
-    x = logits_RV.to(torch.float32, copy=True) if x is None else x
+    """`_to_gradient` of a piece, in float32: `x`, the logits or a copy of them, is overwritten."""
+    x = logits_RV.float() if x is None else x
     if not wanted:
         return (F.cross_entropy(x, targets_R1[:, 0], reduction="none") * shares_R1[:, 0]).sum()
     right_R1, largest_R1 = x.gather(1, targets_R1), x.amax(1, keepdim=True)

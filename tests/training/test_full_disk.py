@@ -36,7 +36,8 @@ def config_file(tiny: Build, folder: Path, **overrides: object) -> Path:
 def not_saved(run: RunFolder) -> list[int]:
     """Steps of the snapshots that are said to be missing."""
     missing = [e["not_saved"] for e in events(run) if "not_saved" in e]
-    return [int(re.findall(r"snapshots/step-(\d+)", text)[0]) for text in missing]
+    found = [re.search(r"snapshots/step-(\d+)", text) for text in missing]
+    return [int(match[1]) for match in found if match]
 
 
 def test_training_goes_on_without_a_snapshot(tiny: Build, tmp_path: Path) -> None:
@@ -50,6 +51,7 @@ def test_training_goes_on_without_a_snapshot(tiny: Build, tmp_path: Path) -> Non
     assert steps == sorted(steps)
     assert "bytes needed" in done.stderr
     assert "Training goes on without it" in done.stderr
+    assert "averages/ema-0.9/step-00000012" in done.stderr  # tried, though the snapshot before it failed
     assert [e["step"] for e in events(run) if "lr" in e] == [3, 6, 9, 12]
     # The state of the last step is essential, and does not fit either.
     assert done.returncode == 1
