@@ -136,7 +136,9 @@ def _softmax(
     right_R1 = right_R1 - largest_R1 - sum_R1.log()
     logits_RV.copy_(x.mul_(shares_R1 / sum_R1))
     # Not 1 less than what was rounded: the better the prediction, the more of it would be lost.
-    logits_RV.scatter_(1, targets_R1, (torch.expm1(right_R1) * shares_R1).to(logits_RV.dtype))
+    right_gradient_R1 = torch.expm1(right_R1) * shares_R1
+    rows_R = torch.arange(len(logits_RV), device=logits_RV.device)
+    logits_RV.index_put_((rows_R, targets_R1[:, 0]), right_gradient_R1[:, 0].to(logits_RV.dtype))
     return -(right_R1 * shares_R1).sum()
 
 
