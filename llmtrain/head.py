@@ -116,10 +116,10 @@ def _to_gradient(
     # One buffer for all: memory that is given back and asked for again costs more than the arithmetic.
     rounded = logits_RV.dtype != torch.float32
     buffer_RV = logits_RV.new_empty(rows, logits_RV.shape[1], dtype=torch.float32) if rounded else None
-    losses = [
-        _softmax(*piece, wanted, None if buffer_RV is None else buffer_RV[: len(piece[0])].copy_(piece[0]))
-        for piece in zip(*pieces, strict=True)
-    ]
+    losses = []
+    for logits, targets, shares in zip(*pieces, strict=True):
+        x = None if buffer_RV is None else buffer_RV[: len(logits)].copy_(logits)
+        losses.append(_softmax(logits, targets, shares, wanted, x))
     return torch.stack(losses).sum()
 
 
