@@ -176,6 +176,7 @@ def _clean_up(trainer: "Trainer") -> None:
     trainer.model.zero_grad(set_to_none=True)
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(trainer.device)  # what a trial took is not what training takes
 
 
 # --- what fits, and how fast it is -----------------------------------------------------------------

@@ -15,7 +15,7 @@ from llmtrain.config import ModelConfig
 from llmtrain.hardware import resolve_device
 from llmtrain.model import GPT
 
-from .measure import Figures, Row, Side, Worker, not_measured, require_cuda, rows, take_turns
+from .measure import Figures, Row, Side, Worker, not_measured, require_cuda, rows
 from .train import OURS, Shape, shape_of
 
 _TARGETS = {(OURS, "sequences"): "≥ 2 × whole logits"}
@@ -27,11 +27,12 @@ def measure(model: str) -> list[Row]:
     if reason := require_cuda():
         return [not_measured(what, OURS, reason)]
     shape = shape_of(model)
-    sides: dict[str, Side] = {
-        OURS: Worker(largest, shape, False),
-        "whole logits": Worker(largest, shape, True),
-    }
-    return rows(what, take_turns(sides, 1, unmeasured=0), "whole logits", _TARGETS)
+    taken: dict[str, list[Figures]] = {}
+    for side, keep_logits in ((OURS, False), ("whole logits", True)):
+        worker = Worker(largest, shape, keep_logits)
+        taken[side] = [worker()]
+        worker.close()  # the other one needs the whole GPU too
+    return rows(what, taken, "whole logits", _TARGETS)
 
 
 def largest(shape: Shape, keep_logits: bool) -> Side:

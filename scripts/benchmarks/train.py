@@ -15,6 +15,8 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from llmtrain.hardware import peak_flops, resolve_device
+
 from . import loops
 from .measure import Row, Side, Worker, publish, rows, take_turns
 
@@ -39,6 +41,9 @@ MODELS = {
 }
 OURS, FRUGAL, MATRIX = "llmtrain", "… recomputing", "matrix product"
 _RECOMPUTE = "train.activation_checkpointing=true"
+_ON_GPU = {"6x384": 64, "gpt2-small": 32, "gpt2-medium": 16, "gpt2-large": 8}
+"""Sequences a step on a GPU."""
+_GPU_TARGETS = {"gpt2-small": "≥ 0.50", "gpt2-medium": "≥ 0.55", "gpt2-large": "≥ 0.55"}
 _TARGETS = {
     "6x384": {(OURS, "tokens/s"): "≥ 2.6 × plain", (OURS, "GB"): "≤ 0.45 × plain", (OURS, "share"): "≥ 0.75"},
     "gpt2-small": {(OURS, "tokens/s"): "≥ 2.5 × plain"},
@@ -53,7 +58,8 @@ def shape_of(model: str) -> Shape:
     """
     if model not in MODELS:
         raise typer.BadParameter(f"{model} is none of {', '.join(MODELS)}", param_hint="--model")
-    return MODELS[model]
+    shape = MODELS[model]
+    return replace(shape, batch=_ON_GPU[model]) if resolve_device("auto").type == "cuda" else shape
 
 
 def write_tokens(folder: Path) -> None:
@@ -101,9 +107,14 @@ def measure(
         for figures, rate in zip(taken[OURS], products, strict=True)
     ]
     taken[OURS] = [{**figures, "share": share} for figures, share in zip(taken[OURS], shares, strict=True)]
+    targets = _TARGETS.get(model, {})
+    if peak := peak_flops(resolve_device("auto"), "bfloat16"):
+        per_token = loops.flops_per_token(shape)
+        taken[OURS] = [{**figures, "MFU": figures["tokens/s"] * per_token / peak} for figures in taken[OURS]]
+        targets = {(OURS, "MFU"): _GPU_TARGETS.get(model, ""), (OURS, "tokens/s"): "≥ 1.3 × nanoGPT"}
     return rows(
         f"train {model}, block {shape.block}, batch {shape.batch}",
         taken,
         against[0] if against else None,
-        _TARGETS.get(model, {}),
+        targets,
     )
