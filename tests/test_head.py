@@ -67,7 +67,7 @@ def test_float32_is_the_loss_and_the_gradients_of_the_whole_logits(
     found = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, ignore=IGNORE), hidden, weight)
     for mine, right in zip(found, expected, strict=True):
         torch.testing.assert_close(
-            mine.double(), right, rtol=1e-4, atol=1e-6 + 1e-5 * float(right.abs().max())
+            mine.double(), right, rtol=1e-4, atol=1e-6 * (1 + scale) + 1e-5 * float(right.abs().max())
         )
     assert math.isclose(found[0].item(), expected[0].item(), rel_tol=1e-5, abs_tol=1e-6)
 
