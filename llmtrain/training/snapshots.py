@@ -66,7 +66,7 @@ class SnapshotWriter:
         weights = self._copies(parts)
         lost = None if residual is None else self._copies(residual)
         device = next(iter(parts.values())).device
-        copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]  # so in torch
         if copied is not None:
             copied.record(torch.cuda.current_stream(device))
 
