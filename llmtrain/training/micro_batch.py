@@ -5,7 +5,8 @@ foresees, and neither may change what is learned. Only how a batch is cut up cha
 a trial leaves no gradient behind, its draws do not count (every step seeds its own), and the number
 chosen is part of the training state, so that a resumed run goes on with it.
 
-The trial runs uncompiled: to compile every candidate would take minutes. That compiled code needs no more memory is assumed.
+The trial runs uncompiled, since to compile every candidate would take minutes; that compiled code needs no more
+memory is assumed.
 
     choose(trainer, say); loss = lowering(trainer, lambda: ...)
 """
