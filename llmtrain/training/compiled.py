@@ -2,7 +2,8 @@
 
 Why the body alone is compiled: embedding to last norm is one graph without a break; the loss of the head
 has its own way with memory. Blocks in shards are compiled one by one, inside of what gathers and frees
-their weights.
+their weights. Within DDP that one graph is compiled in pieces, one for each bucket of gradients, so that the
+exchange of one goes on while the backward pass computes the next: therefore it is compiled in a call of DDP.
 
     trainer.forward = compiled(trainer, warn)
 """
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from llmtrain.errors import RunFailed
 from llmtrain.hardware import resolve_compile
 from llmtrain.training.micro_batch import is_out_of_memory, one_pass
-from llmtrain.training.parallel import wrapped
+from llmtrain.training.parallel import exchanging, wrapped
 
 if TYPE_CHECKING:
     from llmtrain.training.trainer import Trainer
@@ -35,12 +36,13 @@ def compiled(trainer: "Trainer", warn: Callable[[str], None]) -> nn.Module:
     wanted, reason = resolve_compile(trainer.config.train.compile, trainer.device)
     if reason is not None:
         warn(reason)
+    module = wrapped(trainer.model, trainer.parallel, trainer.device)
     if wanted:
-        _compile(trainer, warn)
-    return wrapped(trainer.model, trainer.parallel, trainer.device)
+        _compile(trainer, module, warn)
+    return module
 
 
-def _compile(trainer: "Trainer", warn: Callable[[str], None]) -> None:
+def _compile(trainer: "Trainer", module: nn.Module, warn: Callable[[str], None]) -> None:
     model, in_shards = trainer.model, trainer.parallel in ("fsdp", "hsdp")
     parts: list[nn.Module] = list(model.transformer.h) if in_shards else [model.transformer]
     # One program for all lengths from the start: else which one runs a step depends on those before it.
@@ -49,7 +51,7 @@ def _compile(trainer: "Trainer", warn: Callable[[str], None]) -> None:
         part.forward = _in_training(part, torch.compile(part.forward, dynamic=dynamic))
     model.fused_loss = trainer.device.type == "cuda"  # on a CPU, slower than pieces that fit the cache
     trainer.is_compiled = True
-    failure = _failure(trainer)
+    failure = _failure(trainer, module)
     if failure and in_shards and trainer.world.size > 1:
         raise RunFailed(  # the others wait in the middle of this one's pass
             f"torch.compile failed ({failure})", hint="--set train.compile=false trains without it"
@@ -72,10 +74,14 @@ def _in_training(part: nn.Module, fast: Callable[[Tensor], Tensor]) -> Callable[
     return forward
 
 
-def _failure(trainer: "Trainer") -> str | None:
-    """What compiling fails with, if it does: seen in one forward and backward pass, the first of all."""
+def _failure(trainer: "Trainer", module: nn.Module) -> str | None:
+    """What compiling fails with, if it does: seen in one forward and backward pass, the first of all.
+
+    Replicas exchange nothing in it, so that a process where it fails leaves no other waiting.
+    """
     try:
-        one_pass(trainer, trainer.model, trainer.progress.micro_batch)
+        with exchanging(module, trainer.parallel != "ddp"):
+            one_pass(trainer, module, trainer.progress.micro_batch)
     except Exception as error:  # torch.compile fails with the exceptions of any of its back ends
         # Too little memory is no failure of it: the first step meets that too, and lowers the micro-batch.
         return None if is_out_of_memory(error) else type(error).__name__

@@ -129,12 +129,15 @@ _HINT = (
 
 
 def one_pass(trainer: "Trainer", forward: nn.Module, size: int) -> None:
-    """A forward and backward pass of `forward` over `size` sequences; it adds its gradients to those there are."""
-    length = trainer.config.data.block_size
-    tokens = torch.arange(size * length, device=trainer.device).view(size, length)
-    tokens %= trainer.config.model.vocab_size
+    """A forward and backward pass of `forward` over `size` sequences; it adds its gradients to those there are.
+
+    Its tokens lie in memory as a step's do: else what it compiles would be compiled anew for the first step.
+    """
+    length = trainer.config.data.block_size + 1
+    windows = torch.arange(size * length, device=trainer.device).view(size, length)
+    windows %= trainer.config.model.vocab_size
     with autocast(trainer.device, trainer.cast):
-        loss = forward(tokens, tokens)
+        loss = forward(windows[:, :-1], windows[:, 1:])
     loss.backward()
     loss.item()  # the host waits for it
 

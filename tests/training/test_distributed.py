@@ -19,6 +19,7 @@ from llmtrain.model import GPT
 from llmtrain.sharded import local, whole
 from llmtrain.training.distributed import World, join
 from llmtrain.training.parallel import build_model, resolve_parallel
+from llmtrain.training.run import pretrain
 from llmtrain.training.state import read_tensors
 
 SPREADS = [("ddp", 2, 1), ("ddp", 4, 1), ("fsdp", 1, 1), ("fsdp", 2, 1), ("fsdp", 4, 1), ("hsdp", 4, 2)]
@@ -95,6 +96,32 @@ def test_the_curve_is_that_of_one_process(
     config = with_train(forty_steps, parallel=parallel)
     train_together(size, config, tmp_path / "run", machines)
     assert_agree(alone, RunFolder(tmp_path / "run"))
+
+
+def compiled_graphs(config: RunConfig, folder: Path) -> int:
+    """Train; the graphs into which the one that was compiled is divided."""
+    from torch._dynamo.utils import counters
+
+    pretrain(config, folder, say=lambda line: None, warn=pytest.fail)
+    assert counters["stats"]["unique_graphs"] == 1  # the trial's is that of the steps
+    return int(counters["aot_autograd"]["total"])
+
+
+@pytest.mark.slow
+def test_compiled_replicas_have_a_graph_a_bucket_so_that_exchange_overlaps(
+    tiny: Build, tmp_path: Path
+) -> None:
+    """The first bucket is full after a megabyte of gradients: its exchange need not wait for the others."""
+    wide = {"n_layer": 3, "n_head": 2, "n_embd": 160, "vocab_size": 257}
+    shape = {"model": wide, "train__micro_batch": 2, "log": {"every": 1}}
+    graphs = in_processes(2, compiled_graphs, tiny(**shape, train__compile=True), tmp_path / "compiled")
+    assert graphs[0] == graphs[1] > 1
+    train_together(2, tiny(**shape, train__compile=False), tmp_path / "eager")
+    losses = [
+        [event["loss"] for event in events(RunFolder(tmp_path / name)) if "loss" in event]
+        for name in ("compiled", "eager")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def first_weights(config: RunConfig) -> dict[str, npt.NDArray[np.float32]]:
