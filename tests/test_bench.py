@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks import commands, everything, measure, prepare
+from benchmarks import commands, everything, measure, prepare, profile, train
 from benchmarks.measure import Figures, Row
 
 HOLD = "import time; held = bytearray(100_000_000); time.sleep(1)"
@@ -81,3 +81,13 @@ def test_all_sides_of_prepare_make_the_same_number_of_tokens(tmp_path: Path) -> 
         prepare._tiktoken(source)(),
     ]
     assert {round(figures["tokens/s"] * figures["s"]) for figures in sides} == {40 * 4}
+
+
+def test_the_operations_of_a_step_add_up_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(train.MODELS, "tiny", train.Shape(1, 2, 32, 32, 2))
+    step, *operations = profile.measure("tiny", rounds=2, settings=["train.compile=false"])
+    assert step.side == "step"
+    assert step.median
+    assert operations[0].ratio
+    assert 0 < operations[0].ratio < 1
+    assert {"aten::mm", "all others"} <= {row.side for row in operations}

@@ -15,7 +15,7 @@ import typer
 
 from llmtrain.errors import UserError
 
-from . import average, capacity, evaluate, prepare, snapshot, startup, train
+from . import average, capacity, evaluate, prepare, profile, snapshot, startup, train
 from .measure import Row, not_measured, require_cuda, show, write
 
 
@@ -84,6 +84,7 @@ def _benches(
             partial(capacity.measure, "gpt2-small"),
             partial(_not_measured_of_training, checkout),
         ],
+        "profile": [partial(profile.measure, "6x384", rounds=times or 5, settings=[])],
     }  # fmt: skip
 
 

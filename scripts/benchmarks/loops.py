@@ -52,8 +52,8 @@ def config_of(shape: "Shape", data: Path, settings: list[str]) -> RunConfig:
     )
 
 
-def ours(shape: "Shape", data: Path, steps: int, settings: list[str]) -> Side:
-    """`Trainer.step`, as `llmtrain pretrain` calls it."""
+def step_of_ours(shape: "Shape", data: Path, settings: list[str]) -> Callable[[], Tensor]:
+    """`Trainer.step`, as `llmtrain pretrain` calls it; its loss."""
     config = config_of(shape, data, settings)
     device = resolve_device("auto")
     trainer = Trainer(
@@ -63,10 +63,12 @@ def ours(shape: "Shape", data: Path, steps: int, settings: list[str]) -> Side:
     trainer.forward = compiled(trainer, print)
     interrupt = Interrupt(None)
 
-    def step() -> Tensor:
-        return trainer.step(interrupt)[0]
+    return lambda: trainer.step(interrupt)[0]
 
-    return _timed(step, steps, shape)
+
+def ours(shape: "Shape", data: Path, steps: int, settings: list[str]) -> Side:
+    """`llmtrain pretrain`."""
+    return _timed(step_of_ours(shape, data, settings), steps, shape)
 
 
 def plain(shape: "Shape", data: Path, steps: int, name: str) -> Side:

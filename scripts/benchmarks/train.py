@@ -96,9 +96,10 @@ def measure(
             OURS: Worker(loops.ours, shape, Path(folder), steps, settings),
             FRUGAL: Worker(loops.ours, shape, Path(folder), steps, [*settings, _RECOMPUTE]),
         }
-        for other in against:
+        named = {other if other in loops.OTHERS else Path(other).resolve().name: other for other in against}
+        for name, other in named.items():
             builder: Callable[..., Side] = loops.OTHERS.get(other, loops.checkout)
-            sides[other] = Worker(builder, shape, Path(folder), steps, other)
+            sides[name] = Worker(builder, shape, Path(folder), steps, other)
         sides[MATRIX] = Worker(loops.matrix_products)
         taken = take_turns(sides, rounds)
     products = [figures["TFLOP/s"] for figures in taken[MATRIX]]
@@ -115,6 +116,6 @@ def measure(
     return rows(
         f"train {model}, block {shape.block}, batch {shape.batch}",
         taken,
-        against[0] if against else None,
+        next(iter(named), None),
         targets,
     )

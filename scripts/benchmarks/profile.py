@@ -1,0 +1,73 @@
+"""Where the time of a training step goes, by operation: what stands between it and the products alone.
+
+Why: a share of the machine's rate says that something is in the way, and not what. Times are those of an
+operation itself, without what it calls; to look closer takes some time too, so the sum is more than a
+step that nobody looks at.
+
+    profile("6x384")
+"""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch.profiler import ProfilerActivity
+
+from llmtrain.hardware import resolve_device
+
+from .loops import step_of_ours
+from .measure import Figures, Row, Side, Worker, publish, rows, take_turns
+from .train import MODELS, Shape, shape_of, write_tokens
+
+OPERATIONS = 15
+"""So many are told by name."""
+_STEP, _REST = "step", "all others"
+
+
+def profile(
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "6x384",
+    rounds: Annotated[int, typer.Option(min=1, help="Steps that are measured.")] = 5,
+    set_: Annotated[list[str], typer.Option("--set", help="SECTION.KEY=VALUE of our config.")] = [],  # noqa: B006
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
+) -> None:
+    """Measure the operations of a training step."""
+    publish(measure(model, rounds=rounds, settings=set_), json)
+
+
+def measure(model: str, *, rounds: int, settings: list[str]) -> list[Row]:
+    """The rows of one model: its step, and below it the operations that took most."""
+    shape = shape_of(model)
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokens(Path(folder))
+        steps = take_turns({_STEP: Worker(operations, shape, Path(folder), settings)}, rounds)[_STEP]
+    means = {name: sum(step.get(name, 0.0) for step in steps) / rounds for step in steps for name in step}
+    _, *most = sorted(means, key=lambda name: -means[name])[
+        : OPERATIONS + 1
+    ]  # nothing takes more than the step
+    taken = {name: [{"ms": step.get(name, 0.0)} for step in steps] for name in (_STEP, *most)}
+    taken[_REST] = [{"ms": step[_STEP] - sum(step.get(name, 0.0) for name in most)} for step in steps]
+    return rows(f"a step of {model}, block {shape.block}, batch {shape.batch}", taken, _STEP, {})
+
+
+def operations(shape: Shape, data: Path, settings: list[str]) -> Side:
+    """Milliseconds of a step under the profiler, and of each operation in it."""
+    step, device = step_of_ours(shape, data, settings), resolve_device("auto")
+    cuda = device.type == "cuda"
+
+    def once() -> Figures:
+        with torch.profiler.profile(
+            activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]
+        ) as seen:
+            started = time.perf_counter()
+            step().item()  # waits for the device
+            seconds = time.perf_counter() - started
+        found = {
+            event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3
+            for event in seen.key_averages()
+        }
+        return found | {_STEP: 1e3 * seconds}
+
+    return once
