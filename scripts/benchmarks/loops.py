@@ -7,7 +7,6 @@ whether it was treated fairly.
 """
 
 import importlib.util
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +28,7 @@ from llmtrain.training.distributed import World
 from llmtrain.training.micro_batch import choose
 from llmtrain.training.trainer import Trainer
 
-from .measure import Figures, Side
+from .measure import Figures, Side, seconds
 
 if TYPE_CHECKING:
     from .train import Shape
@@ -147,11 +146,7 @@ def matrix_products() -> Side:
     left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
 
     def once() -> Figures:
-        started = time.perf_counter()
-        for _ in range(20):
-            product = left @ right
-        product[0, 0].item()
-        return {"TFLOP/s": 20 * 2 * size**3 / (time.perf_counter() - started) / 1e12}
+        return {"TFLOP/s": 20 * 2 * size**3 / seconds(lambda: left @ right, 20) / 1e12}
 
     return once
 
@@ -204,11 +199,7 @@ def _timed(step: Callable[[], Tensor], steps: int, shape: "Shape") -> Side:
     device = resolve_device("auto")
 
     def once() -> Figures:
-        started = time.perf_counter()
-        for _ in range(steps):
-            loss = step()
-        loss.item()  # waits for the device
-        seconds = time.perf_counter() - started
-        return {"tokens/s": steps * shape.batch * shape.block / seconds, "GB": peak_memory(device) / 1e9}
+        tokens = steps * shape.batch * shape.block
+        return {"tokens/s": tokens / seconds(step, steps), "GB": peak_memory(device) / 1e9}
 
     return once

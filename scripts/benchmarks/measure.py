@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from llmtrain.hardware import environment, resolve_device
 
@@ -126,6 +128,15 @@ def take_turns(sides: Mapping[str, Side], rounds: int, *, unmeasured: int = 1) -
     return taken
 
 
+def seconds(work: Callable[[], Tensor], times: int) -> float:
+    """Of so many calls, until the device has done them."""
+    started = time.perf_counter()
+    for _ in range(times):
+        result = work()
+    result.view(-1)[0].item()  # waits for the device
+    return time.perf_counter() - started
+
+
 def rows(
     what: str,
     taken: Mapping[str, Sequence[Figures]],
@@ -160,7 +171,8 @@ def _row(
     ratio = None
     if against is not None and side != against and figure in taken[against][0]:
         others = [figures[figure] for figures in taken[against]]
-        ratio = statistics.median(mine / other for mine, other in zip(values, others, strict=True))
+        if all(others):
+            ratio = statistics.median(mine / other for mine, other in zip(values, others, strict=True))
     return Row(what, side, figure, middle, low, high, len(values), ratio, target, against=against or "")
 
 
@@ -208,9 +220,7 @@ def _table(title: str, found: Sequence[Row]) -> Table:
     table.add_column("target")
     before = ""
     for row in found:
-        quartiles = (
-            "" if row.low is None or row.high is None else f"{_number(row.low)} to {_number(row.high)}"
-        )
+        quartiles = "" if row.low == row.high else f"{_number(row.low)} to {_number(row.high)}"
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
         side = "" if row.side == before else row.side
         table.add_row(side, row.figure, _number(row.median), quartiles, ratio, row.target)

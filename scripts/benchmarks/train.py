@@ -62,6 +62,12 @@ def shape_of(model: str) -> Shape:
     return replace(shape, batch=_ON_GPU[model]) if resolve_device("auto").type == "cuda" else shape
 
 
+def tokens_of(model: str) -> int:
+    """Tokens of a step on the device at hand."""
+    shape = shape_of(model)
+    return shape.batch * shape.block
+
+
 def write_tokens(folder: Path) -> None:
     """Random tokens of GPT-2's vocabulary, as nanoGPT's data folder."""
     tokens = np.random.default_rng(0).integers(50257, size=2_000_000, dtype=np.uint16)
