@@ -3,7 +3,7 @@
 Why the error: rounding more, or leaving terms out, makes anything faster. It is found in the process that
 is measured, once, before any time is taken.
 
-    side = piece(forward, [inputs], "bfloat16", exact); side()
+    side = piece(forward, [inputs], "bfloat16", exact, times=3); side()
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +16,6 @@ from llmtrain.hardware import Precision, autocast, peak_memory, resolve_device, 
 from .measure import Row, Side, Worker, not_measured, rows, seconds, take_turns
 
 PRECISIONS: tuple[Precision, ...] = ("bfloat16", "float32")
-_TIMES = 3
-"""Forward and backward passes in a round."""
 
 
 def compare(what: str, sides: Mapping[str, Worker], rounds: int, against: str) -> list[Row]:
@@ -38,6 +36,7 @@ def piece(
     leaves: Sequence[Tensor],
     precision: Precision,
     exact: Callable[[], tuple[Tensor, ...]],
+    times: int,
     upstream: Tensor | None = None,
 ) -> Side:
     """A side of it.
@@ -47,6 +46,7 @@ def piece(
         leaves: whose gradients the backward pass forms.
         precision: of matrix products.
         exact: gives, in float64, what `forward` does, and the gradients of the leaves.
+        times: passes in a round.
         upstream: the gradient of the result; None where that is a loss.
     """
     device = resolve_device("auto")
@@ -75,8 +75,8 @@ def piece(
     }
     del right, gradients
     return lambda: {
-        "ms": seconds(training, _TIMES) / _TIMES * 1e3,
-        "ms, forward alone": seconds(evaluation, _TIMES) / _TIMES * 1e3,
+        "ms": seconds(training, times) / times * 1e3,
+        "ms, forward alone": seconds(evaluation, times) / times * 1e3,
         **once,
     }
 
