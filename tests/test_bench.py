@@ -1,12 +1,17 @@
 """What `scripts/bench` measures with: memory of a tree of processes, ratios, tables of 80 columns."""
 
 import json
+import runpy
 import sys
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-from benchmarks import commands, everything, measure, prepare, profile, train
+from benchmarks import attention, commands, everything, head, measure, piece, prepare, profile, train
 from benchmarks.measure import Figures, Row
+from torch import Tensor
+from typer.testing import CliRunner
 
 HOLD = "import time; held = bytearray(100_000_000); time.sleep(1)"
 TWO = f"""
@@ -91,3 +96,43 @@ def test_the_operations_of_a_step_add_up_to_it(monkeypatch: pytest.MonkeyPatch) 
     assert operations[0].ratio
     assert 0 < operations[0].ratio < 1
     assert {"aten::mm", "all others"} <= {row.side for row in operations}
+
+
+def test_a_side_that_fails_is_listed_and_the_others_are_measured() -> None:
+    sides = {"fails": measure.Worker(int, "x"), "works": measure.Worker(partial, dict, {"s": 2.0})}
+    works, fails = piece.compare("work", sides, rounds=2, against="fails")
+    assert (works.side, works.median, works.rounds, works.ratio) == ("works", 2.0, 2, None)
+    assert fails.median is None and fails.note.startswith("ValueError: invalid literal")
+
+
+def test_a_wrong_head_shows_in_its_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(*given: Tensor) -> Tensor:
+        return head.LOSSES[head.OURS](*given) / 2
+
+    monkeypatch.setitem(head.LOSSES, "half", half)
+    right, wrong = (head.one_loss(name, 16, 600, 97, "float32")() for name in (head.OURS, "half"))
+    assert max(right["error"], right["gradient error"]) < 1e-5
+    assert wrong["error"] == pytest.approx(0.5) == wrong["gradient error"]
+
+
+@pytest.mark.parametrize(
+    ("bench", "options", "sides"),
+    [
+        (attention, ["attention", "--length", "20", "--width", "64"], {"whole products", "fused"}),
+        (head, ["head", "--width", "16", "--vocabulary", "97"], {head.OURS, head.PLAIN}),
+    ],
+)
+def test_a_piece_of_the_model_is_measured_and_right(
+    bench: ModuleType, options: list[str], sides: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "PRECISIONS", ("float32",))  # fewer processes: each takes seconds to start
+    monkeypatch.setattr(head, "LOSSES", {name: head.LOSSES[name] for name in (head.OURS, head.PLAIN)})
+    app, path = (
+        runpy.run_path(str(Path(measure.__file__).parents[1] / "bench"))["app"],
+        tmp_path / "rows.json",
+    )
+    result = CliRunner().invoke(app, [*options, "--tokens", "40", "--rounds", "1", "--json", str(path)])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["side"] for row in rows if row["figure"] == "ms" and row["median"] > 0} == sides
+    assert max(row["median"] for row in rows if "error" in row["figure"]) < 1e-5

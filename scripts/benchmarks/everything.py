@@ -1,4 +1,4 @@
-"""All benches one after the other, with what two cores can do in half an hour, and one table of their rows.
+"""The benches of commands one after the other, what two cores can do in half an hour, and one table of their rows.
 
 Why rows that were not measured are there: a table is read as a claim, and what is left out as one too.
 
@@ -42,7 +42,7 @@ def everything(
         Path | None, typer.Option(metavar="DIR", help="Write a file of figures for each command there.")
     ] = None,
 ) -> None:
-    """Measure everything; what cannot be measured here is listed with the reason."""
+    """Measure all but `attention` and `head`; what cannot be measured here is listed with the reason."""
     if json is not None:
         json.mkdir(parents=True, exist_ok=True)
     found = []
