@@ -1,6 +1,9 @@
 """What is made of a wish for a device, a precision or a compiler; the GPU's part is marked `gpu`."""
 
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +69,29 @@ def test_a_cuda_device_multiplies_bfloat16() -> None:
     device = resolve_device("cuda")
     assert resolve_precision("auto", device) == "bfloat16"
     assert resolve_compile("auto", device) == (True, None)
+
+
+def held_after_freeing(keep: bool) -> int:
+    """MB that a process holds more than before, once it has made and freed a block of 200."""
+    code = f"""
+import torch
+from llmtrain.hardware import keep_freed_memory
+if {keep}:
+    keep_freed_memory(torch.device("cpu"))
+def held():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) // 1000
+before = held()
+block = torch.ones(50_000_000)
+assert held() > before + 190
+del block
+print(held() - before)
+"""
+    return int(
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    )
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is told to keep memory")
+def test_what_is_freed_is_kept_where_that_was_asked_for() -> None:
+    assert held_after_freeing(False) < 50
+    assert held_after_freeing(True) > 190

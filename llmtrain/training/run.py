@@ -31,7 +31,7 @@ from llmtrain.files import (
     step_folders,
     write_atomically,
 )
-from llmtrain.hardware import environment, resolve_device, resolve_precision
+from llmtrain.hardware import environment, keep_freed_memory, resolve_device, resolve_precision
 from llmtrain.interrupt import Interrupt
 from llmtrain.training.compiled import compiled
 from llmtrain.training.distributed import join
@@ -99,6 +99,7 @@ def pretrain(
         Interrupted: a signal came or the time is over; the state is saved.
     """
     device = resolve_device(config.train.device)
+    keep_freed_memory(device)
     with join(device, spread=config.train.parallel in ("fsdp", "hsdp")) as (world, device):
         if not world.first:
             say = warn = _say_nothing

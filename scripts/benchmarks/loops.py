@@ -20,7 +20,7 @@ from llmtrain.config import ModelConfig, RunConfig
 from llmtrain.config_file import load_config
 from llmtrain.data.mixture import open_training_data
 from llmtrain.files import RunFolder
-from llmtrain.hardware import peak_memory, resolve_device
+from llmtrain.hardware import keep_freed_memory, peak_memory, resolve_device
 from llmtrain.interrupt import Interrupt
 from llmtrain.model import GPT
 from llmtrain.training.compiled import compiled
@@ -55,6 +55,7 @@ def step_of_ours(shape: "Shape", data: Path, settings: list[str]) -> Callable[[]
     """`Trainer.step`, as `llmtrain pretrain` calls it; its loss."""
     config = config_of(shape, data, settings)
     device = resolve_device("auto")
+    keep_freed_memory(device)
     trainer = Trainer(
         config, RunFolder(data / "run"), open_training_data(config.data), World(), device, print
     )
