@@ -45,6 +45,8 @@ class Published:
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Of mallopt, by malloc.h."""
+_LARGE_BLOCK = 32 << 20
+"""Bytes from which on glibc gives a block back at once, however often it is needed again."""
 
 _PUBLISHED = {
     "H200": Published(989e12, 141e9, 450e9),
@@ -106,13 +108,17 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def keep_freed_memory(device: torch.device) -> None:
+def keep_freed_memory(device: torch.device, largest: int) -> None:
     """On a CPU, let the process keep what a step frees, for the next one, until it ends.
 
     glibc gives blocks over 32 MB back at once; that the kernel clears new ones for the next step, page by
-    page, costs a tenth of it and more. Where shapes stay the same, as in training, the peak hardly changes.
+    page, costs a tenth of it and more. Without such blocks only their gaps would remain: nothing is done.
+
+    Args:
+        device: where the process trains.
+        largest: bytes of the largest tensor that each step makes anew.
     """
-    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+    if device.type == "cpu" and largest > _LARGE_BLOCK and platform.libc_ver()[0] == "glibc":
         libc, most = ctypes.CDLL(None), 2**31 - 1
         libc.mallopt(_MMAP_THRESHOLD, most)
         libc.mallopt(_TRIM_THRESHOLD, most)

@@ -99,7 +99,6 @@ def pretrain(
         Interrupted: a signal came or the time is over; the state is saved.
     """
     device = resolve_device(config.train.device)
-    keep_freed_memory(device)
     with join(device, spread=config.train.parallel in ("fsdp", "hsdp")) as (world, device):
         if not world.first:
             say = warn = _say_nothing
@@ -114,6 +113,7 @@ def pretrain(
             if start.finished and start.state is not None:
                 return Outcome(run, start.state.progress.step, already_finished=True)
             trainer = Trainer(config, run, data, world, device, warn)
+            keep_freed_memory(device, largest=max(each.nbytes for each in trainer.model.parameters()))
             _tell_about(trainer, warn)
             if start.state is not None:
                 trainer.restore(start.state)

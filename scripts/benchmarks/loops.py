@@ -55,10 +55,10 @@ def step_of_ours(shape: "Shape", data: Path, settings: list[str]) -> Callable[[]
     """`Trainer.step`, as `llmtrain pretrain` calls it; its loss."""
     config = config_of(shape, data, settings)
     device = resolve_device("auto")
-    keep_freed_memory(device)
     trainer = Trainer(
         config, RunFolder(data / "run"), open_training_data(config.data), World(), device, print
     )
+    keep_freed_memory(device, largest=max(each.nbytes for each in trainer.model.parameters()))
     choose(trainer, print)
     trainer.forward = compiled(trainer, print)
     interrupt = Interrupt(None)
