@@ -1,8 +1,8 @@
 """Runs llmtrain commands, several at a time; what is done is not done again.
 
 Why: an experiment of hours is stopped and started many times. A finished run answers at once, an unfinished
-one goes on, a measurement that is there is kept, a run that failed is a result, noted in NAME.failed, and a
-branch waits for its parent.
+one goes on, a measurement that is there is kept, a run whose loss was not finite is a result, noted in NAME.failed,
+and a branch waits for its parent. A full disk, say, is no result: the command is run again.
 
     run([Job("constant", ("pretrain", "--config", "configs/demo.yaml"))], Path("runs"), workers=2)
 """
@@ -20,7 +20,9 @@ from types import FrameType
 
 LLMTRAIN = Path(sys.executable).parent / "llmtrain"
 _FAILED_RUN, _REFUSED = 1, 2
-"""How llmtrain ends where loss or gradients were not finite, and where the input is not what it should be."""
+"""How llmtrain ends where a run failed, and where the input is not what it should be."""
+_DIVERGED = "not taken"
+"""What it says where loss or gradients were not finite: of what a run fails with, this alone is its own doing."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,13 @@ def run(jobs: Sequence[Job], root: Path, workers: int) -> None:
     What it says goes to NAME.log in `root`.
 
     Raises:
-        Stopped: by SIGTERM, once every command has ended.
+        Stopped: by SIGTERM or SIGHUP, once every command has ended.
         SystemExit: a command was refused, or ended as none should.
     """
     root.mkdir(parents=True, exist_ok=True)
     waiting = [job for job in dict.fromkeys(jobs) if job.output is None or not job.output.exists()]
     running: _Running = {}
-    before = signal.signal(signal.SIGTERM, _stop)
+    before = {number: signal.signal(number, _stop) for number in _stopping()}
     try:
         while waiting or running:
             for job in [each for each, process in running.items() if process.poll() is not None]:
@@ -83,7 +85,14 @@ def run(jobs: Sequence[Job], root: Path, workers: int) -> None:
             process.terminate()
         for process in running.values():
             process.wait()
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stopping() -> list[signal.Signals]:
+    """SIGTERM, and SIGHUP of a terminal that closes, unless nohup has it ignored."""
+    heard = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGHUP] if heard else [signal.SIGTERM]
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -130,7 +139,8 @@ def _ended(job: Job, code: int, root: Path) -> None:
     if code == 0:
         return
     tail = log.read_text(errors="replace").strip().splitlines()[-2:]
-    if code == (_REFUSED if job.refusable else _FAILED_RUN) and job.output is None:
+    diverged = code == _FAILED_RUN and _DIVERGED in "".join(tail)
+    if diverged or (job.refusable and code == _REFUSED):
         (root / f"{job.name}.failed").write_text("\n".join(tail) + "\n")
         print(f"{job.name} failed: {' '.join(tail)}", flush=True)
         return
