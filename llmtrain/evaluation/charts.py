@@ -73,6 +73,8 @@ class Chart:
     x_label: str
     y_label: str
     lines: Sequence[Line]
+    log_x: bool = False
+    """For positive values."""
     log_y: bool = False
     from_zero: bool = False
     """Let the y axis begin at zero."""
@@ -170,9 +172,14 @@ def _label(axes: Axes, chart: Chart) -> None:
     axes.set_title(chart.title, loc="left", fontsize=12, fontweight="bold")
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    if chart.log_x:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(_brief)
-    axes.set_xlim(left=0)
     if chart.log_y and any(y > 0 for line in chart.lines for y in line.y if y is not None and is_drawable(y)):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

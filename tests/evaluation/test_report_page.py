@@ -192,3 +192,11 @@ def test_a_browser_shows_it(runs: list[RunFolder], tmp_path: Path, width: int) -
     last = written.records[0].curves["raw"][-1][1]
     assert "step 12" in found["tip"]
     assert f"slow: raw{last:.4f}" in found["tip"]
+
+
+def test_on_a_logarithmic_axis_equal_ratios_are_equally_far_apart() -> None:
+    drawn = draw(
+        Chart("rates", "Rates", "rate", "loss", [Line("a", [1e-3, 1e-2, 1e-1], [1.0, 2.0, 3.0])], log_x=True)
+    )
+    first, second, third = (point[0] for point in drawn.points[0]["points"])
+    assert second - first == pytest.approx(third - second, abs=0.2) and second > first
