@@ -25,6 +25,7 @@ from reproduction.execute import Job
 from reproduction.gains import savings
 from reproduction.plan import Plan, Training, text
 from reproduction.results import Losses, Results, Run
+from reproduction.spike import in_a_spike
 from reproduction.statistics import Estimate, estimate, paired
 from test_hub_series import write_series
 
@@ -117,6 +118,16 @@ def test_runs_branch_as_said_fail_as_a_result_and_are_not_run_twice(
         execute.run([Job("bad", ("average", "nowhere"))], root, 1)
 
 
+def test_what_a_network_or_a_disk_does_to_a_command_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    job = Job("lost", ("average", "nobody/nothing", "--every", "1000"), refusable=True)
+    with pytest.raises(SystemExit, match=r"lost ended with 1: see .*; the same command goes on"):
+        execute.run([job], tmp_path, 1)
+    assert execute.failure(tmp_path, "lost") is None
+
+
 def test_a_signal_ends_the_commands_that_run_with_their_state_saved(plan: Plan, tmp_path: Path) -> None:
     training = plan.constant("1e-2", 1)
     words = [*training.arguments(plan.config, tmp_path), "--set", "train.max_steps=100000"]
@@ -168,9 +179,10 @@ def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
         results.runs[0].losses["raw"]
     )
     written = page.write_page(tmp_path).read_text()
-    row = "| 1 | LAWA against raw: constant 1e-2, 100% of the run | a device | −0.0500 ± 0.0006 | 3 | gain |"
+    row = "| 1 | LAWA against raw: constant 1e-2, 100% of the run | cpu: a device | −0.0500 ± 0.0006 | 3 | gain |"
     assert row in written
     assert "| cosine-1 |  |  |  |  | diverged |" in written
+    assert "\n1. LAWA on the trajectory" in written and "| cosine 1e-2 | n/a | n/a | n/a | n/a |" in written
     assert written.count("not run yet") == 3
     figures = re.findall(r"\]\(([\w.-]+\.svg)\)", written)
     assert len(figures) == 6 and all(
@@ -180,6 +192,25 @@ def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
     (saved,) = [row for row in savings(results).tables[0].rows if row[0] == "constant 1e-2"]
     assert saved[1:] == ["3 of 3", "47 ± 3", "0.05 ± 0.00", "0.4 ± 0.0"]
     assert page.write_page(tmp_path).read_text() == written
+
+
+def test_a_spike_shows_at_its_peak_and_in_what_stays_of_it() -> None:
+    results = made_up((1,), gain=0.0)
+    calm = dict.fromkeys((320, 330, 340), 2.0)
+    for kind, raw, lawa in (
+        ("calm", calm, calm),
+        ("burst", {330: 5.0}, {330: 2.0}),
+        ("after", {340: 2.3}, {340: 4.0}),
+    ):
+        losses: Losses = {"raw": raw, "online-lawa-5x10": lawa}
+        results.runs.append(Run(kind, kind, "1e-2", 1, "llmtrain pretrain", [], 0.5, None, losses))
+    found = in_a_spike(results)
+    said = {each.what.partition(":")[0]: each.difference for each in found.comparisons}
+    largest, mean = said["LAWA's largest excess against raw's"], said["LAWA's mean excess against raw's"]
+    assert largest is not None and largest.mean == pytest.approx(2.0 - 3.0)
+    assert mean is not None and mean.mean == pytest.approx(2.0 / 2 - 3.3 / 2)
+    rows = {row[0]: row[1:] for row in found.tables[0].rows}
+    assert rows["LAWA"] == ["+2.0000", "67%", "+1.0000", "+2.0000"]
 
 
 def test_the_gpu_plan_costs_what_its_header_says_and_queues_branches_after_their_parents(
@@ -194,6 +225,9 @@ def test_the_gpu_plan_costs_what_its_header_says_and_queues_branches_after_their
         )
         return done.stdout
 
+    wrong = [sys.executable, script, "--stage", "plan", "--set", "no.key=1"]
+    done = subprocess.run(wrong, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "there is no such key" in done.stderr and "Traceback" not in done.stderr
     rows = {line.split()[0]: line.split()[1:] for line in answer("--stage", "plan").splitlines()[1:]}
     assert {name: said[name].split() for name in rows} == rows
     short = [line.split() for line in answer("--stage", "plan", "--short", "x").splitlines()[1:]]

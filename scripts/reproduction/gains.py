@@ -25,14 +25,8 @@ def by_step(results: Results) -> Section:
             rows.append([f"{kind} {rate}", *(cell(paired_or_none(each)) for each in changes)])
         for share in (SHARES[0], 0.4, 1.0):
             change = paired_or_none(lawa_change(results, kind, results.tuned, steps[share]))
-            comparisons.append(
-                Comparison(
-                    1,
-                    f"LAWA against raw: {kind} {results.tuned}, {share:.0%} of the run",
-                    change,
-                    main=share > SHARES[0],
-                )
-            )
+            what = f"LAWA against raw: {kind} {results.tuned}, {share:.0%} of the run"
+            comparisons.append(Comparison(1, what, change, main=True))
     table = Table(
         "LAWA's loss minus raw's, by share of the run",
         ["curve"],
@@ -82,7 +76,7 @@ def by_rate(results: Results) -> Section:
             2,
             f"what LAWA changes at {high} against at {low}: {name}",
             paired(lawa_change(results, kind, high, step), lawa_change(results, kind, low, step)),
-            main=kind == "constant",
+            main=True,
         )
         for name, (kind, step) in places.items()
         if low != high
@@ -93,7 +87,8 @@ def by_rate(results: Results) -> Section:
         line(name, [(float(rate), changes[name][rate]) for rate in rates], kind, sign=-1)
         for kind, name in enumerate(places)
     ]
-    chart = Chart("gain-by-rate", "Gain of LAWA over raw", "peak learning rate", _GAIN, lines, baseline=0.0)
+    title, x_label = "Gain of LAWA over raw", "peak learning rate"
+    chart = Chart("gain-by-rate", title, x_label, _GAIN, lines, log_x=True, baseline=0.0)
     return Section(
         "Gain against the learning rate",
         "The gain grows with the learning rate.",
@@ -122,7 +117,7 @@ def by_window(results: Results) -> Section:
             3,
             f"LAWA {a[0]}×{a[1]} against {b[0]}×{b[1]}: {where}",
             paired(losses(*a), losses(*b)),
-            main=a[0] == WINDOW and a[1] in spacings[1:3],
+            main=a[0] == WINDOW,
         )
         for a, b in pairs
     ]
@@ -148,7 +143,10 @@ def savings(results: Results) -> Section:
     rows = []
     for kind in ("constant", "cosine"):
         for rate in results.rates:
-            runs = results.of(kind, rate)
+            runs = [run for run in results.of(kind, rate) if Labels.of(results).lawa in run.losses]
+            if not runs:
+                rows.append([f"{kind} {rate}", *["n/a"] * 4])
+                continue
             found = [(run, _steps_saved(results, run)) for run in runs]
             saved = [(steps, run.seconds_per_step or 0) for run, steps in found if steps is not None]
             rows.append([
@@ -171,7 +169,7 @@ def savings(results: Results) -> Section:
 
 
 def _steps_saved(results: Results, run: Run) -> int | None:
-    raw, lawa = run.losses[RAW], run.losses.get(Labels.of(results).lawa, {})
+    raw, lawa = run.losses[RAW], run.losses[Labels.of(results).lawa]
     goal = raw[run.end]
     reached = [step for step, loss in lawa.items() if loss <= goal]
     return min(step for step, loss in raw.items() if loss <= goal) - min(reached) if reached else None
@@ -180,7 +178,9 @@ def _steps_saved(results: Results, run: Run) -> int | None:
 def _rounded(value: Estimate | None, digits: int) -> str:
     if value is None:
         return "never"
-    return f"{value.mean:.{digits}f}" + ("" if value.error is None else f" ± {value.error:.{digits}f}")
+    mean = round(value.mean, digits) + 0.0  # no −0
+    spread = "" if value.error is None else f" ± {value.error:.{digits}f}"
+    return f"{mean:.{digits}f}".replace("-", "−") + spread
 
 
 def step_at(results: Results, share: float) -> int:

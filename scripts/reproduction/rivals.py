@@ -13,6 +13,8 @@ from reproduction.section import Comparison, Labels, Section, Table, cell, line,
 from reproduction.statistics import estimate, paired
 
 _LOSS = "nats per token"
+_DRAWN_WIDTH = " 0.05"
+"""Of post-hoc EMAs, chosen before any result: the best of each rate would be chosen by its outcome."""
 
 
 def _ends(results: Results) -> dict[str, Callable[[str], BySeed]]:
@@ -62,12 +64,14 @@ def by_method(results: Results) -> Section:
         Table("Loss at the end of the constant run, by peak learning rate", made, ["weights", *rates], rows),
         Table("The same, minus raw", made, ["weights", *rates], differences),
     ]
-    drawn = [name for name in ends if name != "SWA early" and not name.startswith("post-hoc")]
+    drawn = [name for name in ends if not name.startswith("post-hoc") or name.endswith(_DRAWN_WIDTH)]
+    drawn.remove("SWA early")  # so high that the others would lie on one another
     lines = [
         line(name, [(float(rate), ends[name][rate]) for rate in rates], kind)
         for kind, name in enumerate(drawn)
     ]
-    chart = Chart("methods", "Loss at the end", "peak learning rate", _LOSS, lines)
+    title = "Loss at the end (SWA early: the table)"
+    chart = Chart("methods", title, "peak learning rate", _LOSS, lines, log_x=True)
     return Section(
         "Against other averages and a cooldown", "It beats EMA and SWA.", comparisons, tables, [chart]
     )
@@ -94,7 +98,8 @@ def as_a_decay(results: Results) -> Section:
                 series[step] = predicted | {"cooldown (real)": real}
     names = list(_predictions(results, results.tuned, results.plan["forecasts"][0]))
     table = Table(
-        "Loss of the average of the constant run at a step, minus that of the cooldown from there (a quarter longer)",
+        "Loss of the average of the constant run at a step, minus that of the cooldown from there, which trains on a "
+        "quarter more tokens",
         ["log", "curve", f"merge-{results.plan['forecasts'][-1]}"],
         ["peak", "step", "cooldown's loss", *names],
         rows,
@@ -141,6 +146,11 @@ def _decay_comparisons(results: Results) -> list[Comparison]:
         lawa_change(results, "cosine", tuned, steps), lawa_change(results, "cosine", tuned, middle)
     )
     against_cosine = f"LAWA of constant {tuned} against raw of cosine {tuned}, end"
+    found += [
+        Comparison(6, f"{name} of constant {tuned} against its cooldown, both at {steps}", change, main=True)
+        for name in ("matched EMA", "1-sqrt merge")
+        if (change := paired(_ends(results)[name](tuned), cooldown)) is not None
+    ]
     return [
         *found,
         Comparison(6, against_cosine, paired(lawa, cosine), main=True),

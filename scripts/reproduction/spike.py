@@ -5,6 +5,9 @@ Why against a run without the burst: that one takes the same batches, so the dif
     section = in_a_spike(results)
 """
 
+import statistics
+from collections.abc import Callable, Iterable
+
 from llmtrain.evaluation.charts import Chart
 from llmtrain.evaluation.targets import RAW
 from reproduction.results import BySeed, Results
@@ -18,43 +21,54 @@ _Excess = dict[int, dict[int, float]]
 def in_a_spike(results: Results) -> Section:
     """Claim 5: it mitigates loss spikes."""
     labels = Labels.of(results)
-    shown = [RAW, labels.online_lawa, "ema-0.9", labels.matched, *results.plan["kept"]]
-    excess = {label: _excess(results, label) for label in shown}
-    peaks = {label: {seed: max(curve.values()) for seed, curve in excess[label].items()} for label in shown}
+    shown = {"raw": RAW, "LAWA": labels.online_lawa, "EMA 0.9": "ema-0.9", "matched EMA": labels.matched}
+    main = set(shown)
+    shown |= {label.replace("power-ema-", "power EMA "): label for label in results.plan["kept"]}
+    excess = {name: _excess(results, label) for name, label in shown.items()}
     where = f"constant {results.tuned}"
+    largest = {name: _of_each(curves, max) for name, curves in excess.items()}
+    mean = {name: _of_each(curves, statistics.fmean) for name, curves in excess.items()}
     comparisons = [
         Comparison(
             5,
-            f"{label}'s largest excess against raw's: {where}",
-            paired(peaks[label], peaks[RAW]),
-            main=label in shown[1:4],
+            f"{name}'s {what} excess against raw's: {where}",
+            paired(of[name], of["raw"]),
+            main=name in main,
         )
-        for label in shown[1:]
+        for what, of in (("largest", largest), ("mean", mean))
+        for name in shown
+        if name != "raw"
     ]
     table = Table(
-        f"Loss above that of the same run without the burst, {where}: largest, and at the end of the run",
+        f"Loss above that of the same weights without the burst, {where}: largest, mean from the burst to the "
+        "end of the run, and at its end",
         ["log"],
-        ["weights", "largest", "share of raw's", "at the end"],
-        [_row(label, peaks[label], peaks[RAW], excess[label]) for label in shown],
+        ["weights", "largest", "share of raw's", "mean", "at the end"],
+        [_row(name, largest[name], largest["raw"], mean[name], excess[name]) for name in shown],
     )
     return Section("In a spike", "It mitigates loss spikes.", comparisons, [table], [_chart(results, excess)])
 
 
-def _row(label: str, peaks: BySeed, raw: BySeed, excess: _Excess) -> list[str]:
+def _of_each(curves: _Excess, of: Callable[[Iterable[float]], float]) -> BySeed:
+    return {seed: of(curve.values()) for seed, curve in curves.items()}
+
+
+def _row(name: str, peaks: BySeed, raw: BySeed, means: BySeed, excess: _Excess) -> list[str]:
     share = estimate([100 * peak / raw[seed] for seed, peak in peaks.items() if raw[seed] > 0])
     ends = [curve[max(curve)] for curve in excess.values()]
     shown = "n/a" if share is None else f"{share.mean:.0f}%"
-    return [label, cell(estimate(list(peaks.values()))), shown, cell(estimate(ends))]
+    largest, mean = (estimate(list(by_seed.values())) for by_seed in (peaks, means))
+    return [name, cell(largest), shown, cell(mean), cell(estimate(ends))]
 
 
 def _chart(results: Results, excess: dict[str, _Excess]) -> Chart:
     start = results.plan["cooldown"]
     lines = []
-    for kind, (label, by_seed) in enumerate(excess.items()):
+    for kind, (name, by_seed) in enumerate(excess.items()):
         steps = sorted({step for curve in by_seed.values() for step in curve})
         means = [estimate([curve[step] for curve in by_seed.values() if step in curve]) for step in steps]
         lines.append(
-            line(label, [(step - start, mean) for step, mean in zip(steps, means, strict=True)], kind)
+            line(name, [(step - start, mean) for step, mean in zip(steps, means, strict=True)], kind)
         )
     title = "A burst of ten times the rate: excess loss"
     return Chart("spike", title, "steps since the burst began", "nats per token", lines, baseline=0.0)
