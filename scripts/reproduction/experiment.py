@@ -112,12 +112,13 @@ class Experiment:
         )
 
     def _made(self) -> dict[str, Any]:
-        """The day, and what the first run was trained on."""
+        """The day, what the first run was trained on, and how much of the validation split is looked at."""
         about = read_json(self.root / first_seed(self.plan)[0].name / "environment.json")
-        keys = ("device", "processor", "cores", "llmtrain", "torch", "python", "precision")
+        keys = ("device", "cores", "llmtrain", "torch", "python", "precision")
         on = {key: about[key] for key in keys}
-        on["device"] = on["processor"] if on["device"] == "cpu" else on["device"]
-        return {"date": date.today().isoformat()} | on
+        on["device"] = about["processor"] if on["device"] == "cpu" else on["device"]
+        tokens = load_config(self.plan.config, list(self.plan.settings)).eval.tokens
+        return {"date": date.today().isoformat()} | on | {"validation tokens": tokens or "all"}
 
     def _train(self, trainings: list[Training]) -> None:
         jobs = [
