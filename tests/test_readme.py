@@ -45,3 +45,10 @@ def test_the_file_map_is_complete() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 250
+
+
+def test_the_differences_that_averaging_makes_are_those_of_the_results() -> None:
+    results = (REPOSITORY / "scripts" / "results" / "README.md").read_text()
+    said = re.findall(r"[+−]0\.\d{4} ± 0\.\d{4}|\d+ ± \d+ steps", README)
+    assert len(said) > 10
+    assert [each for each in said if f"| {each.removesuffix(' steps')} |" not in results] == []
