@@ -112,16 +112,16 @@ def keep_freed_memory(device: torch.device, largest: int) -> None:
     """On a CPU, let the process keep what a step frees, for the next one, until it ends.
 
     glibc gives blocks over 32 MB back at once; that the kernel clears new ones for the next step, page by
-    page, costs a tenth of it and more. Without such blocks only their gaps would remain: nothing is done.
+    page, costs a tenth of it and more. Models without such blocks would gain nothing and are left alone.
 
     Args:
         device: where the process trains.
-        largest: bytes of the largest tensor that each step makes anew.
+        largest: bytes of the largest parameter: each step makes its gradient anew.
     """
     if device.type == "cpu" and largest > _LARGE_BLOCK and platform.libc_ver()[0] == "glibc":
         libc, most = ctypes.CDLL(None), 2**31 - 1
-        libc.mallopt(_MMAP_THRESHOLD, most)
-        libc.mallopt(_TRIM_THRESHOLD, most)
+        if libc.mallopt(_MMAP_THRESHOLD, most):  # older ones refuse, and then the other alone would do harm
+            libc.mallopt(_TRIM_THRESHOLD, most)
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:

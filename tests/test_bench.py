@@ -88,7 +88,7 @@ def test_all_sides_of_prepare_make_the_same_number_of_tokens(tmp_path: Path) -> 
     assert {round(figures["tokens/s"] * figures["s"]) for figures in sides} == {40 * 4}
 
 
-def test_the_operations_of_a_step_add_up_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_profile_names_what_takes_most_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(train.MODELS, "tiny", train.Shape(1, 2, 32, 32, 2))
     step, *operations = profile.measure("tiny", rounds=2, settings=["train.compile=false"])
     assert step.side == "step"
@@ -96,6 +96,7 @@ def test_the_operations_of_a_step_add_up_to_it(monkeypatch: pytest.MonkeyPatch) 
     assert operations[0].ratio
     assert 0 < operations[0].ratio < 1
     assert {"aten::mm", "all others"} <= {row.side for row in operations}
+    assert all(row.median is not None and row.median >= 0 for row in operations)
 
 
 def test_a_side_that_fails_is_listed_and_the_others_are_measured() -> None:

@@ -103,6 +103,8 @@ def measure(
             FRUGAL: Worker(loops.ours, shape, Path(folder), steps, [*settings, _RECOMPUTE]),
         }
         named = {other if other in loops.OTHERS else Path(other).resolve().name: other for other in against}
+        if len(named) < len(against) or OURS in named:
+            raise typer.BadParameter("two sides have the same name", param_hint="--against")
         for name, other in named.items():
             builder: Callable[..., Side] = loops.OTHERS.get(other, loops.checkout)
             sides[name] = Worker(builder, shape, Path(folder), steps, other)

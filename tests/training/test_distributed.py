@@ -124,6 +124,30 @@ def test_compiled_replicas_have_a_graph_a_bucket_so_that_exchange_overlaps(
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def train_where_the_second_cannot_compile(config: RunConfig, folder: Path) -> list[str]:
+    """Train; what was warned of."""
+
+    def compile_here(function: Any, dynamic: bool | None) -> Any:
+        def fails(*inputs: Any) -> Any:
+            raise NotImplementedError("not on this machine")
+
+        return fails if os.environ["RANK"] == "1" else function
+
+    warnings: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", compile_here)
+        pretrain(config, folder, say=lambda line: None, warn=warnings.append)
+    return warnings
+
+
+def test_where_one_replica_cannot_compile_all_train_uncompiled(tiny: Build, tmp_path: Path) -> None:
+    config = tiny(train__compile=True, train__micro_batch=2)
+    warned = in_processes(2, train_where_the_second_cannot_compile, config, tmp_path / "run")
+    assert warned == [["torch.compile failed (on another process): training uncompiled"], []]
+    train_together(2, with_train(config, compile=False), tmp_path / "eager")
+    assert events(RunFolder(tmp_path / "run")) == events(RunFolder(tmp_path / "eager"))
+
+
 def first_weights(config: RunConfig) -> dict[str, npt.NDArray[np.float32]]:
     with join(CPU, spread=True) as (world, device):
         model = build_model(config, "fsdp", world, device, "float32")
