@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import Build, events, interrupt_at, quiet
 
@@ -84,6 +85,7 @@ def test_a_dashboard_that_fails_is_left_alone(tiny: Build, tmp_path: Path) -> No
 def test_wandb_that_cannot_start_is_told(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    wandb.teardown()  # else it goes by the environment that it saw when a test before this one used it
     monkeypatch.setenv("WANDB_BASE_URL", "no address")
     config, warnings = tiny(log={"wandb": {"mode": "offline"}}), list[str]()
     boards = Dashboards(RunFolder(tmp_path), config, resumed_step=0, wandb_id=None, warn=warnings.append)
