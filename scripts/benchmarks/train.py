@@ -105,6 +105,9 @@ def measure(
         named = {other if other in loops.OTHERS else Path(other).resolve().name: other for other in against}
         if len(named) < len(against) or OURS in named:
             raise typer.BadParameter("two sides have the same name", param_hint="--against")
+        for other in named.values():
+            if other not in loops.OTHERS and not (Path(other) / "model.py").is_file():
+                raise typer.BadParameter(f"{other} has no model.py", param_hint="--against")
         for name, other in named.items():
             builder: Callable[..., Side] = loops.OTHERS.get(other, loops.checkout)
             sides[name] = Worker(builder, shape, Path(folder), steps, other)
