@@ -1,18 +1,25 @@
-"""The optimizer: which weights decay, which Muon moves, AdamW, and SPAM's two remedies against spikes.
+"""The optimizer: which weights decay, which Muon moves, AdamW, SPAM's two remedies against spikes, and its step.
 
 Why: decay on embeddings and norms is a different recipe, so the rule is one line of the config and
 this file, and the groups are in the order of the model's parameters on every machine.
 
     optimizer = build_optimizer(model, config.optimizer)
+    update(optimizer, step, gradient_norm(optimizer), clip=1.0, hold=torch.tensor(False))
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from llmtrain.config import OptimizerConfig, SpamConfig
 from llmtrain.sharded import local
 from llmtrain.training.muon import Muon
+
+_BLIND = ("mps",)
+"""Devices on which fused AdamW overlooks that it is to change nothing, or to divide (pytorch/pytorch#186360)."""
+_TINY = 1e-6
+"""Added to a norm before anything is divided by it, as torch's `clip_grad_norm_` does."""
 
 SPAM_SETTLE_STEPS = 20
 """Steps after a reset in which nothing is cut: a second moment of few gradients calls every one a spike."""
@@ -94,3 +101,45 @@ def _muon_groups(
         {"params": group, "stacked": stacked, "weight_decay": config.weight_decay * decays}
         for (stacked, decays), group in groups.items()
     ]
+
+
+def gradient_norm(optimizer: AdamW) -> Tensor:
+    """The 2-norm of all gradients as one vector, float32, shape (); the same on all processes they are spread over."""
+    norm = torch.nn.utils.get_total_norm(_gradients(optimizer))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+@torch.no_grad()
+def update(optimizer: AdamW, step: int, norm: Tensor, *, clip: float, hold: Tensor) -> None:
+    """One step with the gradients clipped to a norm, or, where it is held back, none; the gradients are used up.
+
+    torch's fused AdamW takes both from the device: it divides a gradient where it reads it anyway, so that clipping
+    takes no pass of its own over them, and nobody waits to learn whether there was a step.
+
+    Args:
+        optimizer: of `build_optimizer`.
+        step: the step's number, from 1.
+        norm: of the gradients, shape ().
+        clip: the largest norm; 0: any. With SPAM, of what is left when spikes are cut.
+        hold: whether to change nothing, shape ().
+    """
+    if isinstance(optimizer, Spam):
+        optimizer.tame(step)
+        norm = gradient_norm(optimizer)
+    divisor = ((norm + _TINY) / clip).clamp(min=1) if clip else None
+    optimizer.found_inf = hold.float()  # type: ignore[attr-defined]  # optional in torch
+    blind = norm.device.type in _BLIND
+    if divisor is not None and (blind or isinstance(optimizer, Muon)):
+        for gradient in _gradients(optimizer):
+            local(gradient).div_(divisor)
+        divisor = None
+    optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+    if blind and hold:
+        optimizer.zero_grad()  # what has no gradient is passed over
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _gradients(optimizer: AdamW) -> list[Tensor]:
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]

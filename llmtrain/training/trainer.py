@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from llmtrain.averaging.online import OnlineAverage, build_average, swapped_in
 from llmtrain.checkpoint import Origin, Shape
@@ -35,7 +34,7 @@ from llmtrain.interrupt import Interrupt, Interrupted
 from llmtrain.training.distributed import World
 from llmtrain.training.metrics import MetricsLog
 from llmtrain.training.micro_batch import lowering
-from llmtrain.training.optim import Spam, build_optimizer
+from llmtrain.training.optim import build_optimizer, gradient_norm, update
 from llmtrain.training.parallel import build_model, exchanging, resolve_parallel, without_backward
 from llmtrain.training.rewind import state_before, take_back
 from llmtrain.training.sample import sample
@@ -122,18 +121,15 @@ class Trainer:
         """
         step, progress = self.progress.step + 1, self.progress
         loss = lowering(self, lambda: self._accumulate_gradients(step, interrupt))
-        norm = self._clip_gradients(step)
+        norm = gradient_norm(self.optimizer)
         if self.world.size > 1:  # one number for all: they must decide alike
             loss, norm = self.world.mean(torch.stack([loss, norm])).unbind()
         progress.step = step
         progress.tokens += self.config.batch_size * block_size(step, self.config.data)
         hold = self.watch.judge(step, loss, norm)
-        # What fused AdamW itself looks at, on the device: where it is 1, nothing is changed.
-        self.optimizer.found_inf = hold.float()  # type: ignore[attr-defined]  # optional in torch
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        update(self.optimizer, step, norm, clip=self.config.optimizer.grad_clip, hold=hold)
         for average in self.averages:
             if average.due(step):
                 average.update(step)
@@ -157,18 +153,6 @@ class Trainer:
                 micro_loss.backward()
             loss += micro_loss.detach()
         return loss
-
-    def _clip_gradients(self, step: int) -> Tensor:
-        """Clip by the global norm, after SPAM's clipping by element; the norm before both, shape ()."""
-        clip = self.config.optimizer.grad_clip or math.inf
-        parameters = list(self.model.parameters())
-        if not isinstance(self.optimizer, Spam):
-            norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
-        else:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            self.optimizer.tame(step)
-            torch.nn.utils.clip_grad_norm_(parameters, clip)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def learning_rate(self) -> float:
         """Of the last step taken (0 before the first)."""

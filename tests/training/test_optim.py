@@ -1,11 +1,23 @@
 """Which weights decay, and one step against torch's own AdamW in a plain loop."""
 
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 
 from llmtrain.config import ModelConfig, OptimizerConfig, SpamConfig
 from llmtrain.model import GPT
-from llmtrain.training.optim import SPAM_SETTLE_STEPS, Spam, build_optimizer, decayed_parameters
+from llmtrain.training import optim
+from llmtrain.training.muon import Muon
+from llmtrain.training.optim import (
+    SPAM_SETTLE_STEPS,
+    Spam,
+    build_optimizer,
+    decayed_parameters,
+    gradient_norm,
+    update,
+)
 
 
 def model() -> GPT:
@@ -100,5 +112,65 @@ def test_a_step_that_is_held_back_changes_nothing() -> None:
         optimizer.step()
         after = list(trained.parameters())
         assert all(torch.equal(b, a) == bool(hold) for b, a in zip(before, after, strict=True))
+    for state, saved in zip(optimizer.state.values(), moments, strict=True):
+        assert all(torch.equal(state[key], saved[key]) for key in saved)
+
+
+SPAM = {"reset_every": 30, "reset_warmup": 0}
+OPTIMIZERS: list[dict[str, Any]] = [{}, {"name": "spam", "spam": SPAM}, {"name": "muon"}]
+
+
+def filled(trained: GPT, seed: int, size: float) -> None:
+    random = torch.Generator().manual_seed(seed)
+    for parameter in trained.parameters():
+        parameter.grad = size * torch.randn(parameter.shape, generator=random)
+
+
+@pytest.fixture(params=[(), ("cpu",)], ids=["the kernel", "the host"])
+def blind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once as everywhere, once as where the kernel overlooks what it is told."""
+    monkeypatch.setattr(optim, "_BLIND", request.param)
+
+
+@pytest.mark.usefixtures("blind")
+@pytest.mark.parametrize("keys", OPTIMIZERS, ids=["adamw", "spam", "muon"])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_clipped_step_is_that_of_torchs_own_clipping(keys: dict[str, Any], clip: float) -> None:
+    """Forty steps, norms between a tenth and a thousand; to a few roundings of float32."""
+    config = OptimizerConfig.model_validate(keys)
+    ours, torchs = model(), model()
+    one, other = build_optimizer(ours, config), build_optimizer(torchs, config)
+    for each in (one, other):
+        if isinstance(each, Muon):
+            each.precision = torch.float32  # in bfloat16 a rounding of float32 may become one of its own
+    for step in range(1, 41):
+        for each in (ours, torchs):
+            filled(each, seed=step, size=10.0 ** (step % 5 - 3))
+        norm = gradient_norm(one)
+        update(one, step, norm, clip=clip, hold=torch.tensor(False))
+        assert all(parameter.grad is None for parameter in ours.parameters())
+        if isinstance(other, Spam):
+            other.tame(step)
+        before = torch.nn.utils.clip_grad_norm_(torchs.parameters(), clip or torch.inf)
+        if not isinstance(other, Spam):
+            torch.testing.assert_close(norm, before, rtol=1e-6, atol=0.0)
+        other.step()
+    for mine, theirs in zip(ours.parameters(), torchs.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("blind")
+@pytest.mark.parametrize("keys", OPTIMIZERS, ids=["adamw", "spam", "muon"])
+@pytest.mark.parametrize("size", [1.0, torch.nan, torch.inf])
+def test_a_step_that_is_held_back_leaves_weights_and_moments(keys: dict[str, Any], size: float) -> None:
+    trained = model()
+    optimizer = build_optimizer(trained, OptimizerConfig.model_validate(keys))
+    for step, hold in ((1, False), (2, True)):
+        before = [p.detach().clone() for p in trained.parameters()]
+        moments = [{k: v.clone() for k, v in state.items()} for state in optimizer.state.values()]
+        filled(trained, seed=step, size=size if hold else 1.0)
+        update(optimizer, step, gradient_norm(optimizer), clip=1.0, hold=torch.tensor(hold))
+        after = list(trained.parameters())
+        assert all(torch.equal(b, a) == hold for b, a in zip(before, after, strict=True))
     for state, saved in zip(optimizer.state.values(), moments, strict=True):
         assert all(torch.equal(state[key], saved[key]) for key in saved)
