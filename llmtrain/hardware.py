@@ -15,7 +15,8 @@ import platform
 import resource
 import shutil
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -46,7 +47,7 @@ class Published:
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Of mallopt, by malloc.h."""
 _LARGE_BLOCK = 32 << 20
-"""Bytes from which on glibc gives a block back at once, however often it is needed again."""
+"""Bytes from which on glibc gives a block back at once, however often it was needed before."""
 
 _PUBLISHED = {
     "H200": Published(989e12, 141e9, 450e9),
@@ -108,20 +109,25 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def keep_freed_memory(device: torch.device, largest: int) -> None:
-    """On a CPU, let the process keep what a step frees, for the next one, until it ends.
+@contextmanager
+def keeping_freed_memory(device: torch.device) -> Iterator[None]:
+    """On a CPU, let the process keep what is freed within the block, for its next steps or batches.
 
-    glibc gives blocks over 32 MB back at once; that the kernel clears new ones for the next step, page by
-    page, costs a tenth of it and more. Models without such blocks would gain nothing and are left alone.
-
-    Args:
-        device: where the process trains.
-        largest: bytes of the largest parameter: each step makes its gradient anew.
+    glibc gives large blocks, and what lies free at the end of its heap, back at once; that the kernel clears
+    new pages for the next step costs a tenth of it and more. At the end all that is free is given back.
     """
-    if device.type == "cpu" and largest > _LARGE_BLOCK and platform.libc_ver()[0] == "glibc":
-        libc, most = ctypes.CDLL(None), 2**31 - 1
-        if libc.mallopt(_MMAP_THRESHOLD, most):  # older ones refuse, and then the other alone would do harm
-            libc.mallopt(_TRIM_THRESHOLD, most)
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    libc, most = ctypes.CDLL(None), 2**31 - 1
+    if libc.mallopt(_MMAP_THRESHOLD, most):  # older ones refuse, and then the other alone would do harm
+        libc.mallopt(_TRIM_THRESHOLD, most)
+    try:
+        yield
+    finally:
+        libc.mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK)
+        libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGE_BLOCK)
+        libc.malloc_trim(0)
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:

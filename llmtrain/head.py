@@ -39,15 +39,15 @@ def linear_cross_entropy(
     kind = hidden_NC.device.type
     on = torch.is_autocast_enabled(kind)
     product = torch.get_autocast_dtype(kind) if on else hidden_NC.dtype
-    # Asked here: within a Function, gradients are off, and what it says of its inputs does not depend on that.
-    wanted = torch.is_grad_enabled() and (hidden_NC.requires_grad or weight_VC.requires_grad)
-    arguments = (hidden_NC, weight_VC, targets_N, ignore, product, wanted, fused)
+    if not (torch.is_grad_enabled() and (hidden_NC.requires_grad or weight_VC.requires_grad)):
+        return _loss_alone(hidden_NC, weight_VC, targets_N, ignore, product)
+    arguments = (hidden_NC, weight_VC, targets_N, ignore, product, fused)
     loss: Tensor = _LinearCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]  # so in torch
     return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Forms the gradients in the forward pass, where somebody will want them."""
+    """Forms the gradients in the forward pass."""
 
     @staticmethod
     def forward(
@@ -57,16 +57,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets_N: Tensor,
         ignore: int,
         product: torch.dtype,
-        wanted: bool,
         fused: bool,
     ) -> Tensor:
         with torch.autocast(hidden_NC.device.type, enabled=False):
             loss, *gradients = _loss_and_gradients(
-                hidden_NC.to(product), weight_VC.to(product), targets_N, ignore, wanted, fused
+                hidden_NC.to(product), weight_VC.to(product), targets_N, ignore, fused
             )
-        if wanted:
-            ctx.save_for_backward(*gradients)
-            ctx.types = hidden_NC.dtype, weight_VC.dtype
+        ctx.save_for_backward(*gradients)
+        ctx.types = hidden_NC.dtype, weight_VC.dtype
         return loss
 
     @staticmethod
@@ -76,19 +74,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         of_hidden, of_weight = ctx.types
         # In place: nobody else sees them, and a second tensor of the vocabulary's size is what is avoided here.
         hidden = hidden_grad_NC.mul_(upstream[0]).to(of_hidden)
-        return hidden, weight_grad_VC.mul_(upstream[0]).to(of_weight), None, None, None, None, None
+        return hidden, weight_grad_VC.mul_(upstream[0]).to(of_weight), None, None, None, None
 
 
 def _loss_and_gradients(
-    hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, ignore: int, wanted: bool, fused: bool
-) -> tuple[Tensor, ...]:
-    """The mean loss; if `wanted`, with its gradients: of the hidden states (N, C), of the weight (V, C) in float32."""
+    hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, ignore: int, fused: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean loss with its gradients: of the hidden states (N, C), of the weight (V, C) in float32."""
     counted_N = targets_N != ignore
     targets_N = torch.where(counted_N, targets_N, 0)
     shares_N = counted_N / counted_N.sum()
     loss = hidden_NC.new_zeros((), dtype=torch.float32)
-    hidden_grad_NC = torch.empty_like(hidden_NC) if wanted else hidden_NC
-    weight_grad_VC = torch.empty_like(weight_VC, dtype=torch.float32) if wanted else weight_VC
+    hidden_grad_NC = torch.empty_like(hidden_NC)
+    weight_grad_VC = torch.empty_like(weight_VC, dtype=torch.float32)
     N, V = len(hidden_NC), len(weight_VC)
     rows = rows_of_chunk(N, V, item=hidden_NC.element_size(), kind=hidden_NC.device.type)
     logits_RV = hidden_NC.new_empty(rows, V)
@@ -96,21 +94,33 @@ def _loss_and_gradients(
         chunk = slice(first, first + rows)
         hidden_RC = hidden_NC[chunk]
         logits = torch.mm(hidden_RC, weight_VC.T, out=logits_RV[: len(hidden_RC)])
-        loss += _to_gradient(logits, targets_N[chunk, None], shares_N[chunk, None], wanted, fused)
-        if wanted:
-            torch.mm(logits, weight_VC, out=hidden_grad_NC[chunk])
-            _add_products(weight_grad_VC, logits, hidden_RC, first=first == 0)
+        loss += _to_gradient(logits, targets_N[chunk, None], shares_N[chunk, None], fused)
+        torch.mm(logits, weight_VC, out=hidden_grad_NC[chunk])
+        _add_products(weight_grad_VC, logits, hidden_RC, first=first == 0)
     return loss, hidden_grad_NC, weight_grad_VC
 
 
-def _to_gradient(
-    logits_RV: Tensor, targets_R1: Tensor, shares_R1: Tensor, wanted: bool, fused: bool
+def _loss_alone(
+    hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, ignore: int, product: torch.dtype
 ) -> Tensor:
-    """The weighted sum of the rows' losses, shape (); if `wanted`, the logits become its gradient, in place."""
+    """The mean loss. Autocast casts the weight, once for as long as it is on."""
+    N, V, kind = len(hidden_NC), len(weight_VC), hidden_NC.device.type
+    rows = rows_of_chunk(N, V, item=product.itemsize, kind=kind)
+    loss = hidden_NC.new_zeros((), dtype=torch.float32)
+    for hidden_RC, targets_R in zip(torch.split(hidden_NC, rows), torch.split(targets_N, rows), strict=True):
+        logits_RV = F.linear(hidden_RC, weight_VC)
+        few = rows_in_cache(V) if kind == "cpu" else rows
+        for some, right in zip(torch.split(logits_RV, few), torch.split(targets_R, few), strict=True):
+            loss += F.cross_entropy(some.float(), right, ignore_index=ignore, reduction="sum")
+    return loss / (targets_N != ignore).sum()
+
+
+def _to_gradient(logits_RV: Tensor, targets_R1: Tensor, shares_R1: Tensor, fused: bool) -> Tensor:
+    """The weighted sum of the rows' losses, shape (); the logits become its gradient, in place."""
     if fused:
-        return _fused_softmax()(logits_RV, targets_R1, shares_R1, wanted)
+        return _fused_softmax()(logits_RV, targets_R1, shares_R1)
     if logits_RV.device.type != "cpu":
-        return _softmax(logits_RV, targets_R1, shares_R1, wanted)
+        return _softmax(logits_RV, targets_R1, shares_R1)
     rows = min(rows_in_cache(logits_RV.shape[1]), len(logits_RV))
     pieces = (torch.split(each, rows) for each in (logits_RV, targets_R1, shares_R1))
     # One buffer for all: memory that is given back and asked for again costs more than the arithmetic.
@@ -119,17 +129,13 @@ def _to_gradient(
     losses = []
     for logits, targets, shares in zip(*pieces, strict=True):
         x = None if buffer_RV is None else buffer_RV[: len(logits)].copy_(logits)
-        losses.append(_softmax(logits, targets, shares, wanted, x))
+        losses.append(_softmax(logits, targets, shares, x))
     return torch.stack(losses).sum()
 
 
-def _softmax(
-    logits_RV: Tensor, targets_R1: Tensor, shares_R1: Tensor, wanted: bool, x: Tensor | None = None
-) -> Tensor:
+def _softmax(logits_RV: Tensor, targets_R1: Tensor, shares_R1: Tensor, x: Tensor | None = None) -> Tensor:
     """`_to_gradient` of a piece, in float32: `x`, the logits or a copy of them, is overwritten."""
     x = logits_RV.float() if x is None else x
-    if not wanted:
-        return (F.cross_entropy(x, targets_R1[:, 0], reduction="none") * shares_R1[:, 0]).sum()
     right_R1, largest_R1 = x.gather(1, targets_R1), x.amax(1, keepdim=True)
     x = x.sub_(largest_R1).exp_()
     sum_R1 = x.sum(1, keepdim=True)

@@ -11,6 +11,7 @@ Shapes in names: B sequences, T tokens, C width, H heads, D width of a head, V v
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config import ModelConfig
 from llmtrain.head import linear_cross_entropy
-from llmtrain.sizes import SHORT
+from llmtrain.sizes import SHORT, sequences_at_a_time
 
 INIT_STD = 0.02
 IGNORE = -1
@@ -29,9 +30,17 @@ IGNORE = -1
 def attend_by_products(
     q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, *, dropout_p: float, is_causal: bool, scale: float
 ) -> Tensor:
-    """What `scaled_dot_product_attention` computes, by whole products: it keeps (B, H, T, T) attention weights."""
+    """What `scaled_dot_product_attention` computes, by whole products of (B, H, T, T) attention weights.
+
+    Where no gradient is wanted, nobody keeps them: they are computed for a few sequences at a time.
+    """
     assert is_causal
-    T = q_BHTD.shape[2]
+    H, T = q_BHTD.shape[1:3]
+    few = sequences_at_a_time(q_BHTD.element_size() * H * T * T)
+    if not torch.is_grad_enabled() and len(q_BHTD) > few:
+        pieces = zip(*(torch.split(each, few) for each in (q_BHTD, k_BHTD, v_BHTD)), strict=True)
+        attend = partial(attend_by_products, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
+        return torch.cat([attend(*piece) for piece in pieces])
     future_TT = torch.full((T, T), -math.inf, dtype=q_BHTD.dtype, device=q_BHTD.device).triu(1)
     scores_BHTT = (q_BHTD * scale) @ k_BHTD.transpose(2, 3)
     weights_BHTT = scores_BHTT.add_(future_TT).softmax(-1)  # the product itself is not needed again
@@ -57,8 +66,7 @@ class Attention(nn.Module):
         qkv = self.c_attn(x_BTC).view(B, T, 3, self.n_head, C // self.n_head)
         q_BHTD, k_BHTD, v_BHTD = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         dropout = self.dropout if self.training else 0.0
-        short = (SHORT if torch.is_grad_enabled() else SHORT // 2) >= T
-        short = short and q_BHTD.device.type == "cpu" and q_BHTD.dtype == torch.bfloat16
+        short = T <= SHORT and q_BHTD.device.type == "cpu" and q_BHTD.dtype == torch.bfloat16
         attend = attend_by_products if short else F.scaled_dot_product_attention
         y_BHTD = attend(q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, is_causal=True, scale=self.scale)
         y: Tensor = self.resid_dropout(self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C)))

@@ -8,8 +8,10 @@ Why apart from the model: a plan is made of them too, and needs no torch.
 import math
 
 SHORT = 1024
-"""Up to this length a CPU multiplies bfloat16 matrices whole faster than torch's fused attention takes its tiles;
-without a backward pass, up to half of it."""
+"""Up to this length a CPU multiplies bfloat16 matrices whole faster than torch's fused attention takes its tiles.
+Beyond, where it gains a quarter at most, attention weights would take more memory than all else."""
+BYTES_OF_WEIGHTS = 64 * 2**20
+"""Of the attention weights of so many sequences as are taken at a time where none are kept for a backward pass."""
 BYTES_OF_CHUNK = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Of the logits of a chunk: large enough for a fast matrix product, small beside everything else."""
 BYTES_IN_CACHE = 4 * 2**20
@@ -29,6 +31,15 @@ def rows_of_chunk(rows: int, vocabulary: int, *, item: int, kind: str) -> int:
     """
     limit = BYTES_OF_CHUNK.get(kind, 2**26) // (vocabulary * item)
     return math.ceil(rows / math.ceil(rows / max(limit, 1)))
+
+
+def sequences_at_a_time(weights: int) -> int:
+    """Sequences whose attention is computed together where no weights are kept.
+
+    Args:
+        weights: bytes of the attention weights of one sequence.
+    """
+    return max(BYTES_OF_WEIGHTS // weights, 1)
 
 
 def rows_in_cache(vocabulary: int) -> int:

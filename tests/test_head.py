@@ -65,6 +65,8 @@ def test_float32_is_the_loss_and_the_gradients_of_the_whole_logits(
     targets[1:][drawn < ignored] = IGNORE
     expected = of_whole_logits(hidden, weight, targets)
     found = with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, ignore=IGNORE), hidden, weight)
+    alone = linear_cross_entropy(hidden, weight, targets, ignore=IGNORE)
+    torch.testing.assert_close(alone, found[0], rtol=1e-5, atol=1e-6)
     for mine, right in zip(found, expected, strict=True):
         torch.testing.assert_close(
             mine.double(), right, rtol=1e-4, atol=1e-6 * (1 + scale) + 1e-5 * float(right.abs().max())
@@ -133,6 +135,7 @@ def test_the_logits_of_a_batch_never_exist_as_a_whole() -> None:
         of_whole_logits(hidden, weight, targets)
     with Largest() as chunks:
         with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, ignore=IGNORE), hidden, weight)
+        linear_cross_entropy(hidden, weight, targets, ignore=IGNORE)
     assert whole.elements == 600 * 97
     assert chunks.elements == 600 * 16  # the hidden states
 
@@ -175,3 +178,16 @@ def test_attention_by_whole_products_is_attention(dtype: torch.dtype, tolerance:
     expected = [right, *torch.autograd.grad(right, exact, upstream.double())]
     for mine, other in zip(found, expected, strict=True):
         assert (mine - other).norm() / other.norm() < tolerance
+
+
+@pytest.mark.parametrize("few", [1, 2, 5])
+def test_attention_without_gradients_is_that_of_few_sequences_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, few: int
+) -> None:
+    monkeypatch.setattr(sizes, "BYTES_OF_WEIGHTS", few * 4 * 3 * 17**2 + 8)
+    q, k, v = torch.randn(3, 5, 3, 17, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    whole = attend_by_products(q, k, v, dropout_p=0.0, is_causal=True, scale=0.3)
+    with torch.no_grad(), Largest() as pieces:
+        joined = attend_by_products(q, k, v, dropout_p=0.0, is_causal=True, scale=0.3)
+    torch.testing.assert_close(joined, whole.detach())
+    assert pieces.elements == max(few * 3 * 17**2, 5 * 3 * 17 * 8)

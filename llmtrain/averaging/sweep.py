@@ -33,7 +33,7 @@ from llmtrain.errors import UserError
 from llmtrain.evaluation.loss import evaluate
 from llmtrain.evaluation.targets import RAW
 from llmtrain.files import RunFolder
-from llmtrain.hardware import resolve_device, resolve_precision
+from llmtrain.hardware import keeping_freed_memory, resolve_device, resolve_precision
 from llmtrain.model import GPT
 
 MEMORY = 4 << 30
@@ -257,15 +257,16 @@ class _Evaluator:
                 parameter.copy_(
                     held.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else held
                 )
-        result = evaluate(
-            self._model,
-            self._reader,
-            self._token_bytes,
-            block_size=self._config.data.block_size,
-            batch=self._config.eval.batch,
-            device=self._device,
-            precision=resolve_precision(self._config.train.precision, self._device),
-            limit=self._config.eval.tokens,
-        )
+        with keeping_freed_memory(self._device):
+            result = evaluate(
+                self._model,
+                self._reader,
+                self._token_bytes,
+                block_size=self._config.data.block_size,
+                batch=self._config.eval.batch,
+                device=self._device,
+                precision=resolve_precision(self._config.train.precision, self._device),
+                limit=self._config.eval.tokens,
+            )
         self.tokens = result.tokens
         return result.loss

@@ -96,20 +96,20 @@ def evaluate(
     counts: list[int] = []
     n_bytes = 0
     try:
-        for first in range(0, len(windows), world.size * batch):
-            mine = first + world.rank * batch
-            # Weights may be in shards: who has no windows left computes with the others all the same.
-            some = windows[mine : mine + batch] or windows[:1]
-            tokens, targets = _fill(reader, some, block_size)
-            with autocast(device, precision):
+        with autocast(device, precision):  # around all batches: the weights are cast once
+            for first in range(0, len(windows), world.size * batch):
+                mine = first + world.rank * batch
+                # Weights may be in shards: who has no windows left computes with the others all the same.
+                some = windows[mine : mine + batch] or windows[:1]
+                tokens, targets = _fill(reader, some, block_size)
                 loss = model(on_device(tokens, device), on_device(targets, device))
-            if mine < len(windows):
-                counted = targets[targets != IGNORE]
-                losses.append(loss)  # read at the end: a GPU need not be waited for at each batch
-                counts.append(counted.size)
-                n_bytes += int(token_bytes[counted].sum())
-            if on_progress is not None:
-                on_progress(min(first + world.size * batch, len(windows)), len(windows))
+                if mine < len(windows):
+                    counted = targets[targets != IGNORE]
+                    losses.append(loss)  # read at the end: a GPU need not be waited for at each batch
+                    counts.append(counted.size)
+                    n_bytes += int(token_bytes[counted].sum())
+                if on_progress is not None:
+                    on_progress(min(first + world.size * batch, len(windows)), len(windows))
     finally:
         model.train(was_training)
     total = math.fsum(loss.item() * count for loss, count in zip(losses, counts, strict=True))

@@ -27,7 +27,7 @@ from llmtrain.evaluation.foreign import ForeignModel, load_causal, reencoded, re
 from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.evaluation.targets import RAW, Target
 from llmtrain.files import INTEGRITY_FILE, RunFolder, read_integrity, sha256_of, write_atomically
-from llmtrain.hardware import Precision, resolve_device, resolve_precision
+from llmtrain.hardware import Precision, keeping_freed_memory, resolve_device, resolve_precision
 from llmtrain.model import GPT
 from llmtrain.weights_folder import read_json, weights_files
 
@@ -203,17 +203,18 @@ def _measure_one(
         )
         reader, limit = again.ids, len(again.ids)
         token_bytes = np.zeros(model.config.vocab_size, dtype=np.int64)
-    result = evaluate(
-        model.to(device),
-        reader,
-        token_bytes,
-        block_size=model.block_size,
-        batch=settings.batch or 16,
-        device=device,
-        precision=precision,
-        limit=limit,
-        on_progress=lambda done, total: on_progress(target, done, total),
-    )
+    with keeping_freed_memory(device):
+        result = evaluate(
+            model.to(device),
+            reader,
+            token_bytes,
+            block_size=model.block_size,
+            batch=settings.batch or 16,
+            device=device,
+            precision=precision,
+            limit=limit,
+            on_progress=lambda done, total: on_progress(target, done, total),
+        )
     if again is not None:
         result = replace(result, bytes=again.bytes)
     if not math.isfinite(result.loss):

@@ -26,7 +26,7 @@ from llmtrain.evaluation.kept import kept
 from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.evaluation.results import weights_sha256
 from llmtrain.evaluation.targets import Target
-from llmtrain.hardware import Precision, resolve_device, resolve_precision
+from llmtrain.hardware import Precision, keeping_freed_memory, resolve_device, resolve_precision
 
 
 @dataclass(frozen=True)
@@ -129,17 +129,18 @@ def _measure_one(
         )
     ids = np.concatenate([[encoding.eot], encoding.encode(text.content)])
     require_ids(target.path, ids, model)
-    result = evaluate(
-        model.to(device),
-        IdArray(ids),
-        np.zeros(model.config.vocab_size, dtype=np.int64),  # bytes are counted in the text itself
-        block_size=model.block_size,
-        stride=stride,
-        batch=settings.batch,
-        device=device,
-        precision=precision,
-        on_progress=lambda done, total: on_progress(target, text.path.name, done, total),
-    )
+    with keeping_freed_memory(device):
+        result = evaluate(
+            model.to(device),
+            IdArray(ids),
+            np.zeros(model.config.vocab_size, dtype=np.int64),  # bytes are counted in the text itself
+            block_size=model.block_size,
+            stride=stride,
+            batch=settings.batch,
+            device=device,
+            precision=precision,
+            on_progress=lambda done, total: on_progress(target, text.path.name, done, total),
+        )
     if not math.isfinite(result.loss):
         raise RunFailed(
             f"the loss of {target.path} on {text.path} is {result.loss:g}",

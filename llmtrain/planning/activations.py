@@ -26,7 +26,7 @@ fuses, and saves less.
 from dataclasses import dataclass
 
 from llmtrain.planning.architecture import Architecture
-from llmtrain.sizes import SHORT, rows_in_cache, rows_of_chunk, rows_of_slab
+from llmtrain.sizes import SHORT, rows_in_cache, rows_of_chunk, rows_of_slab, sequences_at_a_time
 
 FLOAT = 4
 """Bytes of a float32."""
@@ -119,33 +119,47 @@ class Activations:
     def evaluation(self, batch: int) -> int:
         """Peak of a forward pass without gradients over `batch` sequences.
 
-        In a block, or in the head: its input and that cast, its weight cast, and a chunk of logits.
+        In the MLP or attention of a block, or in the head: its input and that cast, its weight cast, a chunk of
+        logits, and the logarithms of their softmax. Attention by products joins what it did for few sequences.
         """
-        tokens = batch * self.architecture.block_size
+        length = self.architecture.block_size
+        tokens = batch * length
         head = tokens * (FLOAT + self._cast) * self.architecture.model.n_embd
         weight = self._cast * self.architecture.token_embedding
-        return max(tokens * self._at_work, head + weight + self._logits(tokens, 0))
+        few = min(sequences_at_a_time(length * self._weights), batch)
+        attention = tokens * self._in_attention + 2 * few * length * self._weights
+        block = max(tokens * self._in_mlp, attention if self.by_products else 0)
+        probabilities = FLOAT * self._at_a_time(tokens) * self.architecture.model.vocab_size
+        return max(block, head + weight + self._logits(tokens, 0) + probabilities)
 
     @property
     def _at_work(self) -> int:
-        """A token's share of what is alive in a block's forward, saved or not.
+        """A token's share of what is alive in a block's forward, saved or not; attention is that by products."""
+        attention = self._in_attention + 2 * self._weights
+        return max(self._in_mlp, attention) if self.by_products else self._in_mlp
 
-        In the MLP: the embedding, the stream before and after attention, its norm, and GELU's input and
-        result. In attention by products: the embedding, stream and norm, q, k, v (3·e·C), a copy of v and the
-        result, scores and weights.
-        """
-        model, e = self.architecture.model, self.item
-        mlp = (4 * FLOAT + 8 * e) * model.n_embd
-        attention = (3 * FLOAT + 5 * e) * model.n_embd + 2 * self._weights
-        return max(mlp, attention) if self.by_products else mlp
+    @property
+    def _in_mlp(self) -> int:
+        """Embedding, the stream before and after attention, its norm, and GELU's input and result."""
+        return (4 * FLOAT + 8 * self.item) * self.architecture.model.n_embd
+
+    @property
+    def _in_attention(self) -> int:
+        """By products, beside scores and weights: embedding, stream, norm, q, k, v, a copy of v, the result."""
+        return (3 * FLOAT + 5 * self.item) * self.architecture.model.n_embd
 
     def _logits(self, tokens: int, slab: int) -> int:
         """A chunk of logits, and what is made of it: first gradients, in float32, then `slab` bytes of products."""
         vocabulary = self.architecture.model.vocab_size
         rows = rows_of_chunk(tokens, vocabulary, item=self.item, kind=self._kind)
-        at_a_time = rows if self.cuda else min(rows, rows_in_cache(vocabulary))
-        in_float32 = FLOAT * at_a_time * vocabulary if self._cast else 0
+        in_float32 = FLOAT * self._at_a_time(tokens) * vocabulary if self._cast else 0
         return self.item * rows * vocabulary + max(in_float32, slab)
+
+    def _at_a_time(self, tokens: int) -> int:
+        """Rows of logits whose softmax is computed together."""
+        vocabulary = self.architecture.model.vocab_size
+        rows = rows_of_chunk(tokens, vocabulary, item=self.item, kind=self._kind)
+        return rows if self.cuda else min(rows, rows_in_cache(vocabulary))
 
     @property
     def _kind(self) -> str:

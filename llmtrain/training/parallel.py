@@ -95,7 +95,11 @@ def _shard(model: GPT, mesh: DeviceMesh, precision: Precision) -> None:
 
 
 def wrapped(forward: nn.Module, parallel: Parallel | None, device: torch.device) -> nn.Module:
-    """The module to call in training: with DDP around it where that is how gradients are exchanged."""
+    """The module to call in training: with DDP around it where that is how gradients are exchanged.
+
+    Not with `static_graph`: every pass uses every parameter, so that it would save nothing, and torch fails
+    (an assertion of its own) where the first backward pass of all exchanges nothing: at several micro-batches.
+    """
     if parallel != "ddp":
         return forward
     devices = [device] if device.type == "cuda" else None

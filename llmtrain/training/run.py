@@ -31,7 +31,7 @@ from llmtrain.files import (
     step_folders,
     write_atomically,
 )
-from llmtrain.hardware import environment, keep_freed_memory, resolve_device, resolve_precision
+from llmtrain.hardware import environment, keeping_freed_memory, resolve_device, resolve_precision
 from llmtrain.interrupt import Interrupt
 from llmtrain.training.compiled import compiled
 from llmtrain.training.distributed import join
@@ -108,12 +108,12 @@ def pretrain(
         run = RunFolder(folder)
         interrupt = Interrupt(max_seconds, quiet=not world.first, agree=world.agreement())
         say, warn = partial(_tell, interrupt, say), partial(_tell, interrupt, warn)
-        with world.held_by_first(exclusive(run.path)), interrupt, explained(device):
+        held = world.held_by_first(exclusive(run.path))
+        with held, interrupt, explained(device), keeping_freed_memory(device):
             start = world.on_first(lambda: _start(config, run, data, resume, warn))
             if start.finished and start.state is not None:
                 return Outcome(run, start.state.progress.step, already_finished=True)
             trainer = Trainer(config, run, data, world, device, warn)
-            keep_freed_memory(device, largest=max(each.nbytes for each in trainer.model.parameters()))
             _tell_about(trainer, warn)
             if start.state is not None:
                 trainer.restore(start.state)

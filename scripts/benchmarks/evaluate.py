@@ -56,6 +56,7 @@ def evaluation(shape: Shape, data: Path) -> Side:
     precision = resolve_precision("auto", device)
     config = ModelConfig(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd)
     model = GPT(config, shape.block, seed=0).to(device)
+    loops.keep_memory(device)
     tokens = open_training_data(loops.config_of(shape, data, []).data)
     reader, token_bytes = tokens.reader("val"), load_tokenizer(tokens.tokenizer).token_bytes()
     limit = 32 * shape.block

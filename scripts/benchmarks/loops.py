@@ -6,8 +6,10 @@ whether it was treated fairly.
     side = plain(shape, folder, steps=3, name="plain"); side()
 """
 
+import atexit
 import importlib.util
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,7 @@ from llmtrain.config import ModelConfig, RunConfig
 from llmtrain.config_file import load_config
 from llmtrain.data.mixture import open_training_data
 from llmtrain.files import RunFolder
-from llmtrain.hardware import keep_freed_memory, peak_memory, resolve_device
+from llmtrain.hardware import keeping_freed_memory, peak_memory, resolve_device
 from llmtrain.interrupt import Interrupt
 from llmtrain.model import GPT
 from llmtrain.training.compiled import compiled
@@ -58,12 +60,19 @@ def step_of_ours(shape: "Shape", data: Path, settings: list[str]) -> Callable[[]
     trainer = Trainer(
         config, RunFolder(data / "run"), open_training_data(config.data), World(), device, print
     )
-    keep_freed_memory(device, largest=max(each.nbytes for each in trainer.model.parameters()))
+    keep_memory(device)
     choose(trainer, print)
     trainer.forward = compiled(trainer, print)
     interrupt = Interrupt(None)
 
     return lambda: trainer.step(interrupt)[0]
+
+
+def keep_memory(device: torch.device) -> None:
+    """As training and evaluation do, until the process of this side ends."""
+    stack = ExitStack()
+    stack.enter_context(keeping_freed_memory(device))
+    atexit.register(stack.close)
 
 
 def ours(shape: "Shape", data: Path, steps: int, settings: list[str]) -> Side:

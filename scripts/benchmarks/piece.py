@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmtrain.hardware import Precision, autocast, peak_memory, resolve_device, resolve_precision
 
+from .loops import keep_memory
 from .measure import Row, Side, Worker, not_measured, rows, seconds, take_turns
 
 PRECISIONS: tuple[Precision, ...] = ("bfloat16", "float32")
@@ -63,6 +64,7 @@ def piece(
         with torch.no_grad(), autocast(device, precision):
             return forward()
 
+    keep_memory(device)
     held = peak_memory(device)
     training()
     found = training()

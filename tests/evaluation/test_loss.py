@@ -69,6 +69,27 @@ def test_the_batch_does_not_change_the_loss(weights: Path, data_folder: Path) ->
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
+def test_weights_that_change_between_two_evaluations_are_cast_anew(weights: Path, data_folder: Path) -> None:
+    """The cast of each is kept for the batches of one evaluation, and for no other."""
+    model, reader = load_model(weights), open_data(data_folder).reader("val")
+
+    def loss() -> float:
+        return evaluate(
+            model, reader, load_tokenizer("byte").token_bytes(),
+            block_size=16, batch=4, device=CPU, precision="bfloat16", limit=200,
+        ).loss  # fmt: skip
+
+    first = loss()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    changed = loss()
+    assert abs(changed - first) > 0.01
+    save_weights(weights, model.state_dict(), Shape(model.config, 16, 256), Origin(3, 4, 0.1, "test"))
+    model = load_model(weights)
+    assert loss() == changed
+
+
 def test_too_few_tokens(weights: Path, data_folder: Path) -> None:
     with pytest.raises(UserError, match="nothing can be predicted"):
         measured(weights, data_folder, limit=1)

@@ -6,14 +6,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile
 
 from llmtrain.config import RunConfig
+from llmtrain.evaluation.foreign import IdArray
+from llmtrain.evaluation.loss import evaluate
 from llmtrain.hardware import autocast
 from llmtrain.model import GPT
 from llmtrain.planning.memory import Layout, device_memory, host_memory, micro_batch, peak
@@ -49,6 +52,18 @@ def a_trainer(config: RunConfig, device: torch.device) -> tuple[GPT, AdamW, Call
     return model, optimizer, step
 
 
+def allocated_at_most(work: Callable[[], None]) -> int:
+    """Bytes of tensors at the peak, beyond those that were there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    now = most = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
 SHAPES: dict[str, dict[str, Any]] = {
     "activations rule": {"model__n_layer": 6, "data__block_size": 256},
     "the vocabulary rules": {"model__vocab_size": 20_000},
@@ -72,15 +87,35 @@ def test_the_peak_is_what_torch_allocates(planned: Build, shape: dict[str, Any],
     config = planned(**({"train__batch_sequences": 4} | shape), train__precision=precision)
     model, optimizer, step = a_trainer(config, torch.device("cpu"))
     step()  # from now on the optimizer has its moments
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
     kept = [tensor for state in optimizer.state.values() for tensor in state.values()]
-    now = most = sum(tensor.nbytes for tensor in [*model.parameters(), *kept])
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    assert planned_peak(config) == pytest.approx(most, rel=0.02)
+    held = sum(tensor.nbytes for tensor in [*model.parameters(), *kept])
+    assert planned_peak(config) == pytest.approx(held + allocated_at_most(step), rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "batch"),
+    [({}, 16), ({"data__block_size": 512, "model__n_head": 8}, 12), ({"model__vocab_size": 30_000}, 8)],
+    ids=["a block", "attention rules", "the head"],
+)
+def test_the_peak_of_an_evaluation_is_what_torch_allocates(
+    planned: Build, shape: dict[str, Any], batch: int, precision: Literal["float32", "bfloat16"]
+) -> None:
+    config = planned(**shape, train__precision=precision, eval={"batch": batch})
+    model = build_model(config, None, World(), torch.device("cpu"), "float32")
+    tokens = IdArray(np.arange(2 * batch * config.data.block_size + 1) % 100)
+
+    def evaluated() -> None:
+        evaluate(
+            model, tokens, np.ones(100, dtype=np.int64), block_size=config.data.block_size,
+            batch=batch, device=torch.device("cpu"), precision=precision,
+        )  # fmt: skip
+
+    evaluated()
+    layout = Layout(1, "ddp", 2 if precision == "bfloat16" else 4, cuda=False)
+    (planned_one,) = (each for each in device_memory(config, layout) if each.moment == "in an evaluation")
+    most = allocated_at_most(evaluated)
+    assert planned_one.copies + planned_one.activations == pytest.approx(most, rel=0.02)
 
 
 RUN = """

@@ -345,16 +345,6 @@ def test_compiled_training_equals_eager(tiny: Build, tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_a_large_embedding_makes_training_keep_what_its_steps_free(
-    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[str, int]] = []
-    keep = "llmtrain.training.run.keep_freed_memory"
-    monkeypatch.setattr(keep, lambda on, largest: asked.append((on.type, largest)))
-    quiet(tiny(model={"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 50304}), tmp_path / "run")
-    assert asked == [("cpu", 50304 * 16 * 4)]
-
-
 def test_wandb_offline_really_writes_a_run(tiny: Build, tmp_path: Path) -> None:
     log = {"every": 3, "wandb": {"mode": "offline", "project": "test"}}
     run = quiet(tiny(log=log, train__max_steps=4), tmp_path / "run")
