@@ -1,5 +1,6 @@
 """The README's blocks marked `sh` and `python` run as they stand, in a copy of what a checkout holds."""
 
+import json
 import os
 import re
 import subprocess
@@ -52,3 +53,44 @@ def test_the_differences_that_averaging_makes_are_those_of_the_results() -> None
     said = re.findall(r"[+−]0\.\d{4} ± 0\.\d{4}|\d+ ± \d+ steps", README)
     assert len(said) > 10
     assert [each for each in said if f"| {each.removesuffix(' steps')} |" not in results] == []
+
+
+TRAINING, SMALL = "train 6x384, block 256, batch 8", "train gpt2-small, block 1024, batch 1"
+AVERAGE, PREPARE = "5 checkpoints of 124M", "prepare webmix-train, 43,497 documents"
+TOLD = {
+    "README.md": [
+        (r"trains (\S+) times as fast as eager float32", "train", TRAINING, "tokens/s", "ratio"),
+        (r"float32, nanoGPT's way on a CPU, in (\S+) of its memory", "train", TRAINING, "GB", "ratio"),
+        (r"at (\S+) of the rate of bfloat16 products", "train", TRAINING, "share", "median"),
+        (r"GPT-2 small (\S+) times", "train", SMALL, "tokens/s", "ratio"),
+        (r"GPT-2 small \S+ times, in (\S+)\.", "train", SMALL, "GB", "ratio"),
+        (r"evaluates (\S+) times as fast as it trains", "eval", "eval 6x384, block 256", "tokens/s", "ratio"),
+        (r"five 124M checkpoints: (\S+) s", "average", AVERAGE, "s", "median"),
+        (r"`prepare`: (\S+) of nanoGPT's time", "prepare", PREPARE, "s", "ratio"),
+    ],
+    "scripts/results/bench/README.md": [
+        (r"against eager float32 \| ≥ 2.6 × \| (\S+) ×", "train", TRAINING, "tokens/s", "ratio"),
+        (r"≥ 0.75 \| \**([\d.]+)", "train", TRAINING, "share", "median"),
+        (r"≤ 0.45 × \| \**([\d.]+)", "train", TRAINING, "GB", "ratio"),
+        (r"≥ 2.5 × \| (\S+) ×", "train", SMALL, "tokens/s", "ratio"),
+        (r"≥ 2.5 × \| \S+ × in (\S+) of", "train", SMALL, "GB", "ratio"),
+        (r"≤ 6 s, ≤ 1 GB, flat \| \**([\d.]+)", "prepare", PREPARE, "s", "median"),
+        (r"≤ 1.2 s, ≤ 300 MB \| \**([\d.]+)", "average", AVERAGE, "s", "median"),
+        (r"≤ 1.2 s, ≤ 300 MB \| \S+ s\**, (\S+) MB", "average", AVERAGE, "MB", "median"),
+        (r"≥ 2.8 × \| (\S+) ×", "eval", "eval 6x384, block 256", "tokens/s", "ratio"),
+        (r"≤ 0.20 \| (\S+) \|", "snapshot", "wait for a snapshot of 124M", "s", "ratio"),
+    ],
+}
+
+
+@pytest.mark.parametrize("page", TOLD)
+def test_the_speeds_that_are_told_are_those_that_were_measured(page: str) -> None:
+    """Where a figure is told with fewer digits, it is the measured one rounded to them."""
+    text = (REPOSITORY / page).read_text()
+    for pattern, file, what, figure, kind in TOLD[page]:
+        told = re.findall(pattern, " ".join(text.split()))
+        assert len(told) == 1, pattern
+        rows = json.loads((REPOSITORY / f"scripts/results/bench/{file}.json").read_text())["rows"]
+        side = "eval" if file == "eval" else "llmtrain"
+        (row,) = (row for row in rows if (row["what"], row["side"], row["figure"]) == (what, side, figure))
+        assert [f"{row[kind]:.{len(told[0].partition('.')[2])}f}"] == told, pattern
