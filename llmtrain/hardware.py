@@ -114,7 +114,8 @@ def keeping_freed_memory(device: torch.device) -> Iterator[None]:
     """On a CPU, let the process keep what is freed within the block, for its next steps or batches.
 
     glibc gives large blocks, and what lies free at the end of its heap, back at once; that the kernel clears
-    new pages for the next step costs a tenth of it and more. At the end all that is free is given back.
+    new pages for the next step costs a tenth of it and more. At the end all that is free is given back. That is a
+    setting of the process: of blocks within each other, or in several threads, the first to end ends it for all.
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         yield
