@@ -31,11 +31,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def forty_steps(tiny: Build) -> RunConfig:
-    """With every average, and an evaluation whose windows divide over no number of processes."""
+    """Every average, most gradients clipped, and an evaluation whose windows divide over no number of processes."""
     config: RunConfig = tiny(
         train__max_steps=40,
         train__micro_batch=2,
-        optimizer={"lr": 3e-3},
+        optimizer={"lr": 3e-3, "grad_clip": 0.3},
         schedule={"name": "constant", "warmup_steps": 5},
         checkpoint={"snapshot_every": 4, "state_every": 20},
         averages=EVERY_AVERAGE,
@@ -48,7 +48,9 @@ def forty_steps(tiny: Build) -> RunConfig:
 @pytest.fixture(scope="module")
 def alone(forty_steps: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """The run of one process."""
-    return quiet(forty_steps, tmp_path_factory.mktemp("alone") / "run")
+    run = quiet(forty_steps, tmp_path_factory.mktemp("alone") / "run")
+    assert sum(event.get("grad_norm", 0.0) > 0.3 for event in events(run)) > 20
+    return run
 
 
 def with_train(config: RunConfig, **settings: Any) -> RunConfig:
