@@ -9,6 +9,7 @@ it is told, because the launcher ends all as soon as one has left.
 
 import functools
 import os
+import signal
 import sys
 import time
 import uuid
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _PATIENCE = timedelta(seconds=20)
 """How long a process waits for another one that should speak, or leave, before it."""
+
+LAUNCHER = "LLMTRAIN_LAUNCHER"
+"""Where it is our own launcher: names its process id, in the environment of what it starts."""
 
 _FIRST_TO_FAIL, _TOLD, _LEFT = "first-to-fail", "told", "left"
 
@@ -41,6 +46,28 @@ def rank() -> int:
 def is_restarted() -> bool:
     """Whether the launcher starts the processes again when one leaves with an exit code."""
     return is_member() and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+
+
+def leave_with_launcher() -> None:
+    """From here on, let the end of our own launcher be a SIGTERM to this process: a SIGKILL it cannot pass on.
+
+    Looked for every second. Linux would tell (PR_SET_PDEATHSIG), yet once for each thread that the launcher
+    had, and a second SIGTERM leaves at once, with nothing saved.
+    """
+    if LAUNCHER in os.environ:
+        Thread(target=_end_with_launcher, name="launcher", daemon=True).start()
+
+
+def _end_with_launcher() -> None:
+    while not _launcher_is_gone():
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _launcher_is_gone() -> bool:
+    """Whether our own launcher started this process and is no more; the store was its as well."""
+    parent = str(os.getppid())
+    return os.environ.get(LAUNCHER, parent) != parent
 
 
 def quiet_unless_first() -> None:
@@ -111,7 +138,7 @@ def leave(code: int) -> int:
     Returns:
         The exit code to leave with: 0 for an interruption where the launcher would start all again.
     """
-    if not is_member():
+    if not is_member() or _launcher_is_gone():
         return code
     with suppress(RuntimeError):
         if rank() == 0:

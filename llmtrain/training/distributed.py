@@ -157,6 +157,7 @@ def join(device: torch.device, *, spread: bool) -> Iterator[tuple[World, torch.d
             if spread:
                 dist.destroy_process_group()
         return
+    ranks.leave_with_launcher()
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     try:

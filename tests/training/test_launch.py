@@ -14,7 +14,7 @@ import pytest
 from tiny_training import Build, events
 
 from llmtrain.config_file import dump_config
-from llmtrain.files import RunFolder, step_folders
+from llmtrain.files import RunFolder, is_held, step_folders
 from llmtrain.training.state import read_tensors
 
 BIN = Path(sys.executable).parent
@@ -72,6 +72,17 @@ def written(tiny: Build, folder: Path, **overrides: Any) -> Path:
     return path
 
 
+def wait_until_left(folder: Path, processes: list[int]) -> None:
+    """Until none of the processes, whose launcher is gone, holds the run any more."""
+    for _ in range(300):
+        if not is_held(folder):
+            return
+        time.sleep(0.1)
+    for pid in processes:
+        os.kill(pid, signal.SIGKILL)
+    raise AssertionError(f"{folder} is still held")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("whom", "number"), [("worker", signal.SIGTERM), ("launcher", signal.SIGUSR1)])
 def test_a_signal_to_one_makes_all_save_and_leave(
@@ -90,6 +101,32 @@ def test_a_signal_to_one_makes_all_save_and_leave(
     again = started(BIN / "llmtrain", "pretrain", "--config", tmp_path / "run.yaml", "--max-time", "1s")
     assert again.ended() == 124
     assert f"resumed at step {newest:,}" in again.out.read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_takes_its_processes_with_it(tiny: Build, tmp_path: Path, started: Any) -> None:
+    run = started(BIN / "llmtrain", "pretrain", "--config", written(tiny, tmp_path, **LONG), "--nproc", "2")
+    run.wait_for("       20 ")
+    workers = run.workers()
+    run.process.kill()
+    assert run.ended() == -signal.SIGKILL
+    wait_until_left(tmp_path / "runs/run", workers)
+    assert run.err.read_text().splitlines()[1:] == [
+        "SIGTERM: state saved in runs/run; the same command goes on"
+    ]
+    [newest] = list(step_folders(RunFolder(tmp_path / "runs/run").states))[-1:]
+    assert newest >= 20
+
+
+def test_a_process_whose_launcher_is_gone_before_it_listens_leaves(tiny: Build, tmp_path: Path) -> None:
+    config, gone = written(tiny, tmp_path), {"LLMTRAIN_LAUNCHER": str(2**22 + 1)}
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    left = subprocess.run(
+        [BIN / "llmtrain", "pretrain", "--config", config],
+        cwd=tmp_path, env=os.environ | rank | gone, capture_output=True, check=False,
+    )  # fmt: skip
+    assert left.returncode == -signal.SIGTERM
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
