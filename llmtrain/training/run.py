@@ -8,8 +8,10 @@ overwritten. That rule should be readable in one place.
 
 import json
 import re
+import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,7 +110,7 @@ def pretrain(
         run = RunFolder(folder)
         interrupt = Interrupt(max_seconds, quiet=not world.first, agree=world.agreement())
         say, warn = partial(_tell, interrupt, say), partial(_tell, interrupt, warn)
-        held = world.held_by_first(exclusive(run.path))
+        held = world.held_by_first(_held(run.path))
         with held, interrupt, explained(device), keeping_freed_memory(device):
             start = world.on_first(lambda: _start(config, run, data, resume, warn))
             if start.finished and start.state is not None:
@@ -129,6 +131,18 @@ def pretrain(
             with _open_log(trainer, say) as log:
                 trainer.train(log, interrupt)
             return Outcome(run, trainer.progress.step, already_finished=False)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold the folder of a run for this process alone; one that was made for a run that never began goes again."""
+    is_new = not folder.exists()
+    with exclusive(folder):
+        try:
+            yield
+        finally:
+            if is_new and folder.exists() and _holds_no_more_than_a_beginning(folder):
+                shutil.rmtree(folder)
 
 
 def _write_down(trainer: Trainer) -> None:
@@ -296,13 +310,13 @@ def _refuse_other_files(folder: Path) -> None:
     """Raise a UserError where something else than a run, or the beginning of one, lies."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file", hint="choose another --run-dir")
-    begun = re.compile(r"\.lock|parent\.json|\.tmp-\d+-(parent\.json|config\.yaml)")
-    if (
-        folder.is_dir()
-        and not is_run(folder)
-        and not all(begun.fullmatch(path.name) for path in folder.iterdir())
-    ):
+    if folder.is_dir() and not is_run(folder) and not _holds_no_more_than_a_beginning(folder):
         raise UserError(f"{folder} holds other files and is no run", hint="choose another --run-dir")
+
+
+def _holds_no_more_than_a_beginning(folder: Path) -> bool:
+    begun = re.compile(r"\.lock|parent\.json|\.tmp-\d+-(parent\.json|config\.yaml)")
+    return all(begun.fullmatch(path.name) for path in folder.iterdir())
 
 
 def _refuse_lost_states(run: RunFolder, first: int, warn: Callable[[str], None]) -> None:

@@ -91,6 +91,7 @@ def test_a_branch_needs_a_state_of_its_model(tiny: Build, tmp_path: Path) -> Non
         quiet(tiny(), tmp_path / "branch", resume=trunk.state(3))
     with pytest.raises(UserError, match=r"another model: model.n_layer"):
         quiet(tiny(model__n_layer=1), tmp_path / "branch", resume=trunk.state(8))
+    assert not (tmp_path / "branch").exists()
     shutil.copytree(trunk.state(8), tmp_path / "elsewhere" / "state" / "step-00000008")
     with pytest.raises(UserError, match="elsewhere is not a run: it has no config"):
         quiet(tiny(), tmp_path / "branch", resume=tmp_path / "elsewhere" / "state" / "step-00000008")
