@@ -118,6 +118,10 @@ class MetricsLog:
         """Log that a snapshot or an average, which the error names, found no place on the disk."""
         self._write({"step": step, "not_saved": str(error)}, "incident")
 
+    def tells(self, record: Event) -> bool:
+        """Whether the file holds this event already."""
+        return self._path is not None and record in read_events(self._path)
+
     def rewind(self, record: Event) -> None:
         """Log that the run went back; the events that it takes back go to another file, and to no average.
 
@@ -126,9 +130,9 @@ class MetricsLog:
         if self._path is None or self._boards is None:
             return
         step = int(record["step"] or 0)
-        events = read_events(self._path)
-        if record in events:
+        if self.tells(record):
             return
+        events = read_events(self._path)
         taken_back = [event for event in events if event["step"] > step]
         with RunFolder(self._path.parent).rewound_metrics.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(event) + "\n" for event in taken_back)

@@ -2,7 +2,7 @@
 
 Why: after a spike, training goes on from before it with other data (PaLM, Chowdhery et al. 2022,
 section 5.1). Weights of the stretch that is taken back must not be averaged with those of the new
-one, and none of it may be lost: it is kept under names that end in `-rewound`.
+one, and none of it may be lost: it is kept as `step-…-rewound`, of a second rewind as `step-…-rewound-2`.
 
     state = state_before(run, incident, config, warn); take_back(run, state.progress.step)
 """
@@ -13,7 +13,7 @@ from llmtrain.config import RunConfig
 from llmtrain.errors import RunFailed
 from llmtrain.files import RunFolder, remove_folder, step_folders
 from llmtrain.training.stability import Incident
-from llmtrain.training.state import Progress, State, newest_state, regular
+from llmtrain.training.state import Progress, State, newest_state, regular, set_aside
 
 
 def state_before(
@@ -60,7 +60,4 @@ def take_back(run: RunFolder, step: int) -> None:
     for parent in (run.snapshots, *run.averages.glob("[!.]*")):
         for later, folder in step_folders(parent).items():
             if later > step:
-                aside = folder.with_name(f"{folder.name}-rewound")
-                if aside.exists():
-                    remove_folder(aside)
-                folder.rename(aside)
+                set_aside(folder, "rewound")

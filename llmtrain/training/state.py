@@ -13,6 +13,7 @@ import errno
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -224,9 +225,7 @@ def newest_state(
         except (UserError, OSError) as error:
             if isinstance(error, OSError) and error.errno != errno.EIO:
                 raise  # a missing right is mended by whoever started this; a bad sector is damage
-            number = len(list(run.states.glob(f"{folder.name}-damaged*")))
-            aside = folder.with_name(f"{folder.name}-damaged" + (f"-{number + 1}" if number else ""))
-            folder.rename(aside)
+            aside = set_aside(folder, "damaged")
             warn(f"{error}; it is kept as {aside.name}, and the run goes on from the state before it")
     if folders or (among is None and any(run.states.glob("*-damaged*"))):
         raise UserError(
@@ -234,6 +233,16 @@ def newest_state(
             hint="restore one from a copy, or train anew in another --run-dir",
         )
     return None
+
+
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename a `step-…` folder to `step-…-WHY`, or, where there is one, to `step-…-WHY-2` and so on.
+
+    Returns:
+        What it is called now: nothing takes it for a step any more.
+    """
+    names = (f"{folder.name}-{why}" + (f"-{number}" if number > 1 else "") for number in count(1))
+    return folder.rename(next(path for path in map(folder.with_name, names) if not path.exists()))
 
 
 def _parameter_name(key: str) -> str:

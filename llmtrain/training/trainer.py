@@ -310,8 +310,10 @@ class Trainer:
         self._stepping, self._logged = 0.0, (self.progress.step, self.progress.tokens)
 
     def _finish_rewind(self, log: MetricsLog) -> None:
-        self.world.on_first(lambda: take_back(self.run, self.progress.step))
-        log.rewind(self.progress.rewinds[-1])
+        record = self.progress.rewinds[-1]
+        # After it is told, what lies past this step belongs to the new stretch.
+        self.world.on_first(lambda: None if log.tells(record) else take_back(self.run, self.progress.step))
+        log.rewind(record)
         self._evaluated = self.world.on_first(lambda: log.evaluated_steps)
 
     # --- evaluate and save ---------------------------------------------------------------------

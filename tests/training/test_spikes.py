@@ -18,6 +18,7 @@ from llmtrain.errors import RunFailed, UserError
 from llmtrain.files import RunFolder, step_folders, write_integrity
 from llmtrain.interrupt import Interrupted
 from llmtrain.training.run import pretrain
+from llmtrain.training.trainer import Trainer
 
 BAD_BATCH = 14
 """From 0: step 15 reads it, until a rewind passes over it."""
@@ -215,6 +216,44 @@ def test_a_rewind_soon_after_a_beginning_goes_back_to_it(tiny: Build, tmp_path: 
     branch = quiet(run_config(tiny, "rewind"), tmp_path / "branch", resume=trunk.state(13))
     rewinds = [(e["step"], e["rewound_from"]) for e in events(branch) if "rewound_from" in e]
     assert rewinds == [(13, 15), (13, 14)]
+
+
+def test_what_several_rewinds_set_aside_is_all_kept(
+    tiny: Build, tmp_path: Path, poison: Poison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 15 is bad, and step 12 on the way again: both go back to step 8. A kill after each adds nothing."""
+    poison(50.0, BAD_BATCH, 18)
+    config, calm = (run_config(tiny, action, train__max_steps=16) for action in ("rewind", "log"))
+    first = quiet(calm, tmp_path / "calm")
+    whole, parts = quiet(config, tmp_path / "whole"), RunFolder(tmp_path / "parts")
+    rewinds = [(e["step"], e["rewound_from"]) for e in events(whole) if "rewound_from" in e]
+    assert rewinds == [(8, 15), (8, 12)]
+    aside = [folder / "model.safetensors" for folder in sorted(whole.snapshots.glob("step-00000009-*"))]
+    assert [path.parent.name for path in aside] == ["step-00000009-rewound", "step-00000009-rewound-2"]
+    assert aside[0].read_bytes() == weights(first, 9) != aside[1].read_bytes() != weights(whole, 9)
+
+    class KilledError(Exception):
+        pass
+
+    def kill_at(rewinds: int) -> None:
+        def killed(trainer: Trainer) -> None:
+            if (len(trainer.progress.rewinds), trainer.progress.step) == (rewinds, 11):
+                raise KilledError
+            real(trainer)
+
+        real = Trainer.save_snapshot
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "save_snapshot", killed)
+            with pytest.raises(KilledError):
+                quiet(config, parts.path)
+
+    kill_at(1)
+    kill_at(2)
+    quiet(config, parts.path)
+    assert_same_run(whole, parts)
+    assert {path.name for path in whole.snapshots.iterdir()} == {
+        path.name for path in parts.snapshots.iterdir()
+    }
 
 
 def test_a_run_that_never_calms_down_ends(
