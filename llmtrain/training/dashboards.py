@@ -66,7 +66,7 @@ class Dashboards:
         self._each(lambda board: board.log(step, numbers, texts))
 
     def rewind(self, step: int) -> None:
-        """Training goes on from `step`: what was told after it is taken back where that can be done."""
+        """Training goes on from `step`: TensorBoard takes back what it was told after it; W&B shows both."""
         self._each(lambda board: board.rewind(step) if isinstance(board, _TensorBoard) else None)
 
     def close(self, *, finished: bool) -> None:
@@ -104,7 +104,7 @@ class _Wandb:
         import wandb
 
         pages = {key: wandb.Html(f"<pre>{escape(text)}</pre>", inject=False) for key, text in texts.items()}
-        self._run.log({**numbers, **pages}, step=step)
+        self._run.log({"step": step, **numbers, **pages})
 
     def keep(self, page: Path) -> None:
         import wandb
@@ -172,7 +172,7 @@ def _wandb_run(folder: Path, config: RunConfig, run_id: str | None, warn: Callab
     import wandb
 
     def start(mode: str) -> Any:
-        return wandb.init(
+        run = wandb.init(
             project=config.log.wandb.project,
             name=config.name,
             mode=mode,  # type: ignore[arg-type]  # one of W&B's, by the config's type
@@ -182,6 +182,9 @@ def _wandb_run(folder: Path, config: RunConfig, run_id: str | None, warn: Callab
             config=flatten(config),
             settings=wandb.Settings(silent=True),
         )
+        # Its own count of steps must rise: after a rewind, or a resume, it would drop what is told again.
+        run.define_metric("*", step_metric="step")
+        return run
 
     if config.log.wandb.mode == "offline":
         return start("offline")

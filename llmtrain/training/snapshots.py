@@ -105,7 +105,7 @@ class SnapshotWriter:
     def telling(self, log: MetricsLog, warn: Callable[[str], None], step: int) -> Iterator[None]:
         """Log weights for which this block learns that they found no place on the disk.
 
-        As of the present `step`, since a dashboard takes none that is past; the error names the weights'.
+        As of the present `step`, since those of the log rise; the error names the weights'.
         """
         try:
             yield

@@ -1,13 +1,16 @@
 """TensorBoard and W&B hold what the log holds, and neither is ever a reason to stop or to wait."""
 
+import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import Build, events, interrupt_at, quiet
+from wandb.proto.wandb_internal_pb2 import HistoryRecord, Record
 
 from llmtrain.config_file import dump_config
 from llmtrain.files import RunFolder
@@ -63,6 +66,42 @@ def test_what_a_rewind_takes_back_is_taken_back(tiny: Build, tmp_path: Path) -> 
     boards.close(finished=False)
     points = [(scalar.step, scalar.value) for scalar in told(run).Scalars("train/loss")]
     assert points == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_wandb_drops_nothing_after_a_rewind(tiny: Build, tmp_path: Path) -> None:
+    config = tiny(log={"wandb": {"mode": "offline"}})
+    boards = Dashboards(RunFolder(tmp_path), config, resumed_step=0, wandb_id=None, warn=pytest.fail)
+    told = [(1, 0.5), (2, 1.5), (3, 2.5), (4, 3.5)]
+    for step, loss in told:
+        boards.log({"step": step, "loss": loss}, "train")
+    boards.rewind(2)
+    again = [(3, 4.5), (4, 5.5), (5, 6.5)]
+    for step, loss in again:
+        boards.log({"step": step, "loss": loss}, "train")
+    boards.close(finished=False)
+    wandb.teardown()  # all is written
+    (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    rows = [
+        {item.key or item.nested_key[0]: item.value_json for item in row.item} for row in history(written)
+    ]
+    assert [(int(row["step"]), float(row["train/loss"])) for row in rows] == told + again
+
+
+def history(path: Path) -> Iterator[HistoryRecord]:
+    """The rows of a W&B file: records cut up over blocks of 32 KiB, each piece with CRC, length and kind."""
+    data, position, record = path.read_bytes(), 7, b""
+    while position < len(data):
+        if (left := 2**15 - position % 2**15) < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole one, or the last piece
+            parsed = Record.FromString(record)
+            if parsed.HasField("history"):
+                yield parsed.history
+            record = b""
 
 
 def test_samples_are_the_same_for_the_same_weights(tiny: Build, tmp_path: Path) -> None:
