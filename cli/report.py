@@ -46,7 +46,8 @@ def report(
     from llmtrain.evaluation.report_page import write_report
     from llmtrain.files import newest_run, require_run
 
-    folders = [require_run(run) for run in runs] if runs else [newest_run()]
+    named = {run.resolve(): run for run in runs or []}  # each once, however often it is named
+    folders = [require_run(run) for run in named.values()] or [newest_run()]
     measured = {folder.path: newest_rows(folder) for folder in folders}
     rows = [row for of_run in measured.values() for row in of_run]
     target = out or (folders[0].report if len(folders) == 1 else folders[0].report / "compared")

@@ -60,6 +60,8 @@ def test_the_four_commands_work_as_they_stand(workplace: Path, llmtrain: Command
     assert all(Path(workplace, document[key]).is_file() for key in ("plot", "page"))
     assert {row["label"] for row in document["best"]} == {"raw", "ema-0.9", "lawa-3x2"}
     assert document["interventions"]["skipped"] == 0
+    twice = llmtrain("report", workplace / "runs/tiny", "runs/tiny", "--json", cwd=workplace)
+    assert json.loads(twice.stdout) == document
     assert "lawa-3x2" in llmtrain("eval", cwd=workplace).stdout
 
     verified = llmtrain("verify", "data/documents", "runs/tiny", cwd=workplace)
