@@ -33,6 +33,8 @@ class HubServer:
         """What was asked for with each new repository, by OWNER/NAME."""
         self.pushed: dict[str, dict[str, bytes]] = {}
         """The files of the newest commit, by OWNER/NAME."""
+        self.refuses: int | None = None
+        """Status of every answer instead: 401, 403."""
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
 
@@ -107,6 +109,9 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             url = urlsplit(self.path)
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             parts = [unquote(part) for part in url.path.strip("/").split("/")]
+            if hub.refuses is not None:
+                self._send(hub.refuses, b"{}", {})
+                return
             if parts[0] == "api" and self.command == "POST" and parts[-1] != "paths-info":
                 self._take("/".join(parts[2:4]), parts[1:], body)
                 return

@@ -128,6 +128,35 @@ def test_what_a_network_or_a_disk_does_to_a_command_is_no_result(
     assert execute.failure(tmp_path, "lost") is None
 
 
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_hub_that_lets_nobody_in_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    job = Job("window", ("average", "nobody/nothing", "--every", "1000"), refusable=True)
+    with HubServer() as hub:
+        for name, value in (hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}).items():
+            monkeypatch.setenv(name, value)
+        hub.refuses = status
+        with pytest.raises(SystemExit, match=r"window ended with 2: see .*; the same command goes on"):
+            execute.run([job], tmp_path, 1)
+        assert execute.failure(tmp_path, "window") is None
+        hub.refuses = None
+        execute.run([job], tmp_path, 1)
+    assert "the hub has no nobody/nothing" in str(execute.failure(tmp_path, "window"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_script_that_is_stopped_leaves_as_a_command_does(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, SCRIPTS / "reproduce_cpu", "--quick", "--stage", "runs"]
+    script = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert script.stdout is not None and "prepare" in script.stdout.readline()
+    script.send_signal(number)
+    assert script.communicate(timeout=60)[1].splitlines()[-1].startswith("stopped, with everything saved")
+    assert script.returncode == 128 + number
+
+
 def test_a_signal_ends_the_commands_that_run_with_their_state_saved(plan: Plan, tmp_path: Path) -> None:
     training = plan.constant("1e-2", 1)
     words = [*training.arguments(plan.config, tmp_path), "--set", "train.max_steps=100000"]

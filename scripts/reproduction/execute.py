@@ -2,18 +2,21 @@
 
 Why: an experiment of hours is stopped and started many times. A finished run answers at once, an unfinished
 one goes on, a measurement that is there is kept, a run whose loss was not finite is a result, noted in NAME.failed,
-and a branch waits for its parent. A full disk, say, is no result: the command is run again.
+and a branch waits for its parent. A full disk, say, or a hub that lets nobody in, is no result: the command is
+run again.
 
     run([Job("constant", ("pretrain", "--config", "configs/demo.yaml"))], Path("runs"), workers=2)
 """
 
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -23,6 +26,8 @@ _FAILED_RUN, _REFUSED = 1, 2
 """How llmtrain ends where a run failed, and where the input is not what it should be."""
 _DIVERGED = "not taken"
 """What it says where loss or gradients were not finite: of what a run fails with, this alone is its own doing."""
+_NOT_LET_IN = re.compile("the hub refuses|40[13] Client Error")
+"""What it says where the hub wants another token, or none: the next time it may be let in."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,25 @@ _Running = dict[Job, "subprocess.Popen[bytes]"]
 
 class Stopped(Exception):
     """A signal came; the commands that ran have saved what they had."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Around the work of a script: a signal ends it with one line and, as a command, with 128 + signal.
+
+    Raises:
+        SystemExit: it came.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, Stopped) as stopped:
+        print("stopped, with everything saved; the same command goes on", file=sys.stderr)
+        number = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
+        raise SystemExit(128 + number) from None
 
 
 def failure(root: Path, name: str) -> str | None:
@@ -96,7 +120,7 @@ def _stopping() -> list[signal.Signals]:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise Stopped
+    raise Stopped(number)
 
 
 def _ready(waiting: Sequence[Job], running: _Running) -> list[Job]:
@@ -140,7 +164,8 @@ def _ended(job: Job, code: int, root: Path) -> None:
         return
     tail = log.read_text(errors="replace").strip().splitlines()[-2:]
     diverged = code == _FAILED_RUN and _DIVERGED in "".join(tail)
-    if diverged or (job.refusable and code == _REFUSED):
+    refused = job.refusable and code == _REFUSED and not _NOT_LET_IN.search("".join(tail))
+    if diverged or refused:
         (root / f"{job.name}.failed").write_text("\n".join(tail) + "\n")
         print(f"{job.name} failed: {' '.join(tail)}", flush=True)
         return

@@ -15,7 +15,7 @@ from llmtrain.config_file import load_config
 from llmtrain.weights_folder import read_json
 from reproduction import execute, measure
 from reproduction.choice import largest_rate, tuned_rate
-from reproduction.execute import Job, Stopped
+from reproduction.execute import Job, stoppable
 from reproduction.page import write_page
 from reproduction.plan import Plan, Training, first_seed, further_seeds, text
 from reproduction.results import Results
@@ -49,11 +49,9 @@ class Experiment:
             "report": lambda: self.report(folder),
         }
         several = {"all": list(stages), "runs": ["first", "seeds"]}
-        try:
+        with stoppable():
             for each in several.get(stage, [stage]):
                 stages[each]()
-        except (KeyboardInterrupt, Stopped):
-            raise SystemExit("stopped, with every state saved; the same command goes on") from None
 
     def first(self) -> None:
         """Prepare the data, and train every rate with the first seed."""
