@@ -72,7 +72,7 @@ def test_no_state_stands_without_the_snapshots_before_it(
 def test_a_failed_write_is_told_with_the_next_line_of_the_log(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the order of the steps, so that W&B, which takes none that is past, has it too."""
+    """In the order of the steps; W&B has it too."""
 
     def full(target: Path, **options: Any) -> NoReturn:
         raise WriteFailed(f"cannot write {target}: disk full", hint="make room")
