@@ -14,7 +14,7 @@ import pytest
 from tiny_training import Build, events
 
 from llmtrain.config_file import dump_config
-from llmtrain.files import RunFolder, is_held, step_folders
+from llmtrain.files import RunFolder, step_folders
 from llmtrain.training.state import read_tensors
 
 BIN = Path(sys.executable).parent
@@ -72,15 +72,24 @@ def written(tiny: Build, folder: Path, **overrides: Any) -> Path:
     return path
 
 
-def wait_until_left(folder: Path, processes: list[int]) -> None:
-    """Until none of the processes, whose launcher is gone, holds the run any more."""
-    for _ in range(300):
-        if not is_held(folder):
+def is_there(pid: int) -> bool:
+    """A process that has ended is a zombie until its new parent looks at it."""
+    state = Path(f"/proc/{pid}/stat")
+    try:
+        return state.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until_left(processes: list[int]) -> None:
+    """Until the processes, whose launcher is gone, are too."""
+    for _ in range(600):
+        if not any(map(is_there, processes)):
             return
         time.sleep(0.1)
-    for pid in processes:
+    for pid in filter(is_there, processes):
         os.kill(pid, signal.SIGKILL)
-    raise AssertionError(f"{folder} is still held")
+    raise AssertionError(f"{processes} did not leave")
 
 
 @pytest.mark.slow
@@ -110,7 +119,7 @@ def test_a_killed_launcher_takes_its_processes_with_it(tiny: Build, tmp_path: Pa
     workers = run.workers()
     run.process.kill()
     assert run.ended() == -signal.SIGKILL
-    wait_until_left(tmp_path / "runs/run", workers)
+    wait_until_left(workers)
     assert run.err.read_text().splitlines()[1:] == [
         "SIGTERM: state saved in runs/run; the same command goes on"
     ]
