@@ -8,6 +8,7 @@ another. A mistake names the file, the line, the key and the nearest right name;
 
 import difflib
 import re
+import shlex
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +19,7 @@ from llmtrain.config import RunConfig, ScheduleConfig
 from llmtrain.config_averages import AverageConfig
 from llmtrain.config_base import Section
 from llmtrain.errors import UserError
+from llmtrain.recipes import recipes
 
 _UNIONS: dict[str, Any] = {"schedule": ScheduleConfig, "averages": AverageConfig}
 """Keys whose section is one of several, told apart by a name in it."""
@@ -106,6 +108,14 @@ def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
+def _where_from(file: Path) -> str:
+    """What to do about a file that cannot be read: it may be a recipe's name in a folder without them."""
+    if file.exists() or file.stem not in {each.name for each in recipes()}:
+        return "llmtrain recipes lists the shipped ones and copies them"
+    to = shlex.quote(str(file.with_suffix(".yaml")))
+    return f"copy the shipped one: llmtrain recipes {file.stem} --to {to}"
+
+
 def load_config(file: Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a YAML configuration and apply `section.key=value` overrides.
 
@@ -116,10 +126,7 @@ def load_config(file: Path, overrides: list[str] | None = None) -> RunConfig:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
-        raise UserError(
-            f"cannot read the config {file}: {reason}",
-            hint="llmtrain recipes lists the shipped ones and copies them",
-        ) from None
+        raise UserError(f"cannot read the config {file}: {reason}", hint=_where_from(file)) from None
     values, node = parse_yaml(text, str(file))
     if not isinstance(values, dict):
         raise UserError(f"{file} holds no keys", hint="llmtrain recipes demo prints one that explains itself")

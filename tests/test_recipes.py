@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,18 @@ def test_a_recipe_that_is_not_there_and_a_file_that_is(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exists already"):
         copy_recipe("demo", tmp_path / "mine.yaml")
     assert (tmp_path / "mine.yaml").read_text() == "name: mine\n"
+
+
+def test_a_recipe_named_where_there_is_none_is_told_how_to_get(tmp_path: Path) -> None:
+    for given, copied in [
+        ("configs/gpt2-small.yaml", "configs/gpt2-small.yaml"),
+        ("a b/demo", "a b/demo.yaml"),
+    ]:
+        with pytest.raises(UserError) as caught:
+            load_config(tmp_path / given)
+        assert caught.value.hint is not None
+        words = shlex.split(caught.value.hint.partition(": ")[2])
+        assert words == ["llmtrain", "recipes", Path(copied).stem, "--to", str(tmp_path / copied)]
 
 
 def test_a_wheel_holds_the_recipes_and_finds_them(tmp_path: Path) -> None:
