@@ -4,6 +4,7 @@ llmtrain pretrain --config configs/demo.yaml --set optimizer.lr=6e-3
 """
 
 import json
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -153,5 +154,6 @@ def pretrain(
     if outcome.already_finished:
         message = f"{folder} has finished: it is at step {outcome.step:,}. A larger train.max_steps goes on."
     else:
-        message = f"{folder}: step {outcome.step:,} reached. Next: llmtrain average {folder} --every N"
+        next_command = f"llmtrain average {shlex.quote(str(folder))} --every N"
+        message = f"{folder}: step {outcome.step:,} reached. Next: {next_command}"
     console.print(message, markup=False)

@@ -3,6 +3,7 @@
 llmtrain recipes gpt2-small --to gpt2-small.yaml
 """
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -50,4 +51,5 @@ def recipes(
         typer.echo(library.recipe(name).text, nl=False)
     else:
         library.copy_recipe(name, to)
-        console.print(f"{to}: written. Next: llmtrain pretrain --config {to}", markup=False)
+        next_command = f"llmtrain pretrain --config {shlex.quote(str(to))}"
+        console.print(f"{to}: written. Next: {next_command}", markup=False)

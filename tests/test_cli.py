@@ -1,6 +1,7 @@
 """The installed command from end to end, as a user meets it: output, exit codes, errors, signals."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -202,6 +203,15 @@ def test_a_closed_pipe_saves_the_state(workplace: Path, llmtrain: Command, pipe:
     assert result.returncode == 141
     assert "Traceback" not in result.stderr
     assert len(step_folders(workplace / "runs" / "tiny" / "state")) == 1
+
+
+def test_the_next_command_can_be_pasted(workplace: Path, llmtrain: Command) -> None:
+    llmtrain("prepare", "documents.jsonl", "--tokenizer", "byte", "--val-fraction", "0.1", cwd=workplace)
+    copied = llmtrain("recipes", "demo", "--to", "my demo.yaml", cwd=workplace)
+    trained = llmtrain("pretrain", "--config", "tiny.yaml", "--run-dir", "my run", cwd=workplace)
+    following = [shlex.split(result.stdout.rpartition("Next: ")[2]) for result in (copied, trained)]
+    assert following[0] == ["llmtrain", "pretrain", "--config", "my demo.yaml"]
+    assert following[1] == ["llmtrain", "average", "my run", "--every", "N"]
 
 
 def test_other_files_are_never_touched(workplace: Path, llmtrain: Command) -> None:
