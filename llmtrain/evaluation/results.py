@@ -159,7 +159,7 @@ def _resolve(target: Target, settings: Settings) -> Settings:
         return replace(settings, batch=settings.batch or 16, precision=settings.precision or "auto")
     config = load_config(target.run.config)
     data = settings.data or local_folder(config.data.path)
-    if not data.is_dir():
+    if settings.data is None and not data.is_dir():
         raise UserError(
             f"{target.run.path} was trained on {data}, which is not below this folder",
             hint="name where it is now: --data FOLDER",

@@ -85,6 +85,12 @@ def test_other_tokens_or_another_split_are_measured_anew(run: RunFolder) -> None
     assert len(stored_rows(run)) == 3
 
 
+def test_data_that_the_user_named_and_is_not_there(run: RunFolder, tmp_path: Path) -> None:
+    targets = targets_of(run.snapshot(12), every_snapshot=False)
+    with pytest.raises(UserError, match="nowhere holds no prepared data"):
+        measure_all(targets, Settings(data=tmp_path / "nowhere"))
+
+
 def test_a_difference_from_raw_is_within_one_precision(run: RunFolder) -> None:
     targets = targets_of(run.average("ema-0.9", 12), every_snapshot=False)
     for precision in ("float32", "bfloat16"):
