@@ -109,6 +109,7 @@ def test_the_page_needs_nothing_and_escapes_everything(runs: list[RunFolder], tm
     written = write_report(runs, tmp_path)
     page = written.page.read_text()
     assert not re.findall(r'(?:src|href|action)="(?!#|data:)[^"]*"|@import|url\((?!#)', page)
+    assert "color-scheme: only light" in page  # else a browser that darkens pages hides black curves
     assert "fast<b>" not in page and "fast&lt;b&gt;&amp;" in page
     assert page.count("</script>") == 2 and "alert(1)" in page
 
