@@ -243,7 +243,8 @@ def _branch(config: RunConfig, run: RunFolder, data: TokenData, folder: Path) ->
         UserError: no state, a damaged one, or one of another model.
     """
     if not (folder / INTEGRITY_FILE).is_file():
-        there = ", ".join(str(path) for path in step_folders(folder.parent).values()) or "none"
+        states = step_folders(folder.parent) or step_folders(RunFolder(folder).states)
+        there = ", ".join(map(str, states.values())) or "none"
         raise UserError(f"{folder} is not the folder of a state", hint=f"states there: {there}")
     state = load_state(folder)
     parent = require_run(folder.resolve().parents[1])

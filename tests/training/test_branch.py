@@ -89,6 +89,9 @@ def test_a_branch_needs_a_state_of_its_model(tiny: Build, tmp_path: Path) -> Non
     trunk = quiet(tiny(), tmp_path / "trunk")
     with pytest.raises(UserError, match="is not the folder of a state"):
         quiet(tiny(), tmp_path / "branch", resume=trunk.state(3))
+    with pytest.raises(UserError, match="is not the folder of a state") as caught:
+        quiet(tiny(), tmp_path / "branch", resume=trunk.path)
+    assert caught.value.hint is not None and str(trunk.state(8)) in caught.value.hint
     with pytest.raises(UserError, match=r"another model: model.n_layer"):
         quiet(tiny(model__n_layer=1), tmp_path / "branch", resume=trunk.state(8))
     assert not (tmp_path / "branch").exists()
