@@ -96,8 +96,9 @@ def parse_sweep(text: str) -> list[Request]:
         key, equals, values = part.partition("=")
         name = {"from": "start"}.get(key.replace("-", "_"), key.replace("-", "_"))
         if not equals or name not in _NUMBERS:
-            known = ", ".join("from" if n == "start" else n for n in _NUMBERS)
-            raise UserError(f"--sweep {part!r} is not key=value,value", hint=f"keys: {known}")
+            wrong = f"has no key {key!r}" if equals else f"{part!r} is not key=value,value"
+            known = ", ".join("from" if n == "start" else n.replace("_", "-") for n in _NUMBERS)
+            raise UserError(f"--sweep {wrong}", hint=f"keys: {known}")
         if name in choices and (name != "method" or "method=" in text.replace(part, "", 1)):
             raise UserError(f"--sweep has {key} twice", hint=f"{key}=a,b holds several values")
         try:

@@ -46,6 +46,12 @@ def test_a_wrong_sweep_is_explained(text: str) -> None:
         parse_sweep(text)
 
 
+def test_an_unknown_key_of_a_sweep_is_named() -> None:
+    with pytest.raises(UserError, match="has no key 'windows'") as caught:
+        parse_sweep("windows=3")
+    assert caught.value.hint is not None and "half-life" in caught.value.hint
+
+
 def test_losses_are_those_of_the_written_averages(run: RunFolder) -> None:
     result = sweep(run, parse_sweep("method=lawa,linear window=2,3 every=2,3"), at="all")
     assert len(result.candidates) == 8
