@@ -129,7 +129,7 @@ def existing(out: Path, plan: Plan) -> Manifest | None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST_FILE).is_file():
-        raise UserError(f"{out} exists and is no prepared data", hint=_ELSEWHERE)
+        raise UserError(f"{out} exists and is no prepared data", hint="choose another folder with --out")
     manifest = read_manifest(out)
     require_same(str(out), manifest, plan)
     open_data(out)
