@@ -88,7 +88,9 @@ def power_ema_plans(series: Series, sigma_rel: float | None, at: int | str) -> l
     ends = steps if at == "all" else steps[-1:] if at == "last" else [step for step in steps if step == at]
     if not ends:
         raise UserError(
-            f"{series.name} has no power-function EMA at {at}; it has them at {describe_steps(steps)}",
+            f"{series.name} has no power-function EMA at step {at}; it has them at {describe_steps(steps)}"
+            if steps
+            else f"{series.name} has stored no power-function EMA",
             hint="{kind: power-ema} under averages in the config stores them with each snapshot",
         )
     gamma = gamma_of(sigma_rel)

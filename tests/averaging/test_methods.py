@@ -193,7 +193,7 @@ def test_wrong_weights_are_explained(tmp_path: Path, content: str, said: str) ->
         ({"method": "dense", "start": 200, "to": 100}, "A before B"),
         ({"method": "dense", "start": 100, "to": 200}, "no running mean"),
         ({"method": "posthoc-ema"}, "needs --sigma-rel"),
-        ({"method": "posthoc-ema", "sigma_rel": 0.1}, "no power-function EMA"),
+        ({"method": "posthoc-ema", "sigma_rel": 0.1}, "has stored no power-function EMA"),
         ({"every": 100, "blend": 1.5}, "not a share"),
         ({"every": 100, "label": "a/b"}, "no name of a folder"),
         ({"method": "ema", "every": 100, "decay": 0.9, "like_online": True, "blend": 0.1}, "exclude"),
