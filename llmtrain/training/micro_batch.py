@@ -36,6 +36,8 @@ _PATIENCE = 60.0
 """Seconds for the whole search."""
 _SPARE = 0.05
 """Share of a GPU's memory left free in a trial: for buffers of libraries, and gaps."""
+_KEPT = 1.35
+"""So many times what it needs at once may a process on a CPU take, since it keeps what it frees."""
 _MESSAGES = (
     "can't allocate memory",
     "CUDA error: out of memory",
@@ -199,7 +201,7 @@ def _candidates(trainer: "Trainer") -> list[int]:
     world, cuda = trainer.world, trainer.device.type == "cuda"
     if cuda and not _in_shards(trainer):
         return sizes
-    room = USABLE * available_memory(trainer.device) / (1 if cuda else world.local_size)
+    room = USABLE * available_memory(trainer.device) / (1 if cuda else _KEPT * world.local_size)
     fitting = world.sums([_planned(trainer, size) <= room for size in sizes])
     return [size for size, n in zip(sizes, fitting, strict=True) if size == 1 or n == world.size]
 
