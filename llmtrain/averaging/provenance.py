@@ -157,7 +157,7 @@ def require_same(target: Path, wanted: Mapping[str, Any]) -> None:
     if not same:
         raise UserError(
             f"{target} exists and is not the average of these checkpoints with these weights",
-            hint="--label NAME or --out DIR writes beside it; or delete it",
+            hint="--label NAME or --out DIR writes beside it" + ("; or delete it" if there else ""),
         )
 
 

@@ -99,8 +99,12 @@ def test_an_average_that_exists_is_kept_or_refused(make_run: MakeRun) -> None:
     run = make_run([10, 20, 30, 40])
     assert not lawa(run, 10, label="mine")[0].kept
     assert lawa(run, 10, label="mine")[0].kept
-    with pytest.raises(UserError, match="is not the average of these"):
+    with pytest.raises(UserError, match="is not the average of these") as average:
         lawa(run, 10, window=2, label="mine")
+    with pytest.raises(UserError, match="is not the average of these") as foreign:
+        lawa(run, 10, out=run.path)
+    for caught, disposable in ((average, True), (foreign, False)):
+        assert caught.value.hint is not None and ("delete" in caught.value.hint) is disposable
 
 
 def test_out_is_the_folder_itself_or_one_a_step(make_run: MakeRun, tmp_path: Path) -> None:
