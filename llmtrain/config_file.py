@@ -108,9 +108,9 @@ def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-def _where_from(file: Path) -> str:
+def _where_from(file: Path, error: Exception) -> str:
     """What to do about a file that cannot be read: it may be a recipe's name in a folder without them."""
-    if file.exists() or file.stem not in {each.name for each in recipes()}:
+    if not isinstance(error, FileNotFoundError) or file.stem not in {each.name for each in recipes()}:
         return "llmtrain recipes lists the shipped ones and copies them"
     to = shlex.quote(str(file.with_suffix(".yaml")))
     return f"copy the shipped one: llmtrain recipes {file.stem} --to {to}"
@@ -126,7 +126,7 @@ def load_config(file: Path, overrides: list[str] | None = None) -> RunConfig:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
-        raise UserError(f"cannot read the config {file}: {reason}", hint=_where_from(file)) from None
+        raise UserError(f"cannot read the config {file}: {reason}", hint=_where_from(file, error)) from None
     values, node = parse_yaml(text, str(file))
     if not isinstance(values, dict):
         raise UserError(f"{file} holds no keys", hint="llmtrain recipes demo prints one that explains itself")
