@@ -156,7 +156,15 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
 
 
 def resolve_compile(setting: bool | str, device: torch.device) -> tuple[bool, str | None]:
-    """Whether to call torch.compile, and, where it was asked for and cannot be had, a warning why not."""
+    """Whether to call torch.compile, and, where it was asked for and cannot be had, a warning why not.
+
+    Raises:
+        UserError: CUDA graphs were asked for where there is no CUDA.
+    """
+    if setting == "cuda-graphs" and device.type != "cuda":
+        raise UserError(
+            f"train.compile cuda-graphs: {device_name(device)} has none", hint="compile: auto, true or false"
+        )
     wanted = device.type == "cuda" if setting == "auto" else bool(setting)
     if wanted and device.type == "cpu" and shutil.which("c++") is None and shutil.which("g++") is None:
         return False, "train.compile needs a C++ compiler on a CPU and none was found: training uncompiled"

@@ -61,6 +61,8 @@ def test_no_peak_is_guessed() -> None:
 def test_compile_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_compile("auto", CPU) == (False, None)
     assert resolve_compile(False, CPU) == (False, None)
+    with pytest.raises(UserError, match=r"cuda-graphs: cpu has none"):
+        resolve_compile("cuda-graphs", CPU)
     monkeypatch.setenv("PATH", "")
     wanted, warning = resolve_compile(True, CPU)
     assert not wanted
@@ -73,6 +75,7 @@ def test_a_cuda_device_multiplies_bfloat16() -> None:
     device = resolve_device("cuda")
     assert resolve_precision("auto", device) == "bfloat16"
     assert resolve_compile("auto", device) == (True, None)
+    assert resolve_compile("cuda-graphs", device) == (True, None)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is told to keep memory")

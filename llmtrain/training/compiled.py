@@ -5,6 +5,10 @@ has its own way with memory. Blocks in shards are compiled one by one, inside of
 their weights. Within DDP that one graph is compiled in pieces, one for each bucket of gradients, so that the
 exchange of one goes on while the backward pass computes the next: therefore it is compiled in a call of DDP.
 
+Why CUDA graphs are asked for and no default: what they save is the host's time, which a GPU waits for in small
+models alone, and their memory is kept apart from all else. They are torch's own, made and replayed by what
+torch.compile gives; the optimizer's kernels are few, and stay outside.
+
     trainer.forward = compiled(trainer, warn)
 """
 
@@ -15,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.errors import RunFailed
-from llmtrain.hardware import resolve_compile
 from llmtrain.training.micro_batch import is_out_of_memory, one_pass
 from llmtrain.training.parallel import exchanging, wrapped
 
@@ -33,13 +36,20 @@ def compiled(trainer: "Trainer", warn: Callable[[str], None]) -> nn.Module:
     Raises:
         RunFailed: compiling fails where other processes cannot be told.
     """
-    wanted, reason = resolve_compile(trainer.config.train.compile, trainer.device)
-    if reason is not None:
-        warn(reason)
     module = wrapped(trainer.model, trainer.parallel, trainer.device)
-    if wanted:
+    if trainer.to_compile:
         _compile(trainer, module, warn)
     return module
+
+
+def gradients_of_their_own(model: nn.Module) -> None:
+    """Let every parameter have a gradient, of zeros, for a backward pass to add to.
+
+    Where there is none, torch takes over what the pass gives; of a CUDA graph that is memory which its next
+    replay writes over, and the gradients of several micro-batches come out wrong (pytorch/pytorch#96693).
+    """
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
 
 
 def _compile(trainer: "Trainer", module: nn.Module, warn: Callable[[str], None]) -> None:
@@ -47,8 +57,10 @@ def _compile(trainer: "Trainer", module: nn.Module, warn: Callable[[str], None])
     parts: list[nn.Module] = list(model.transformer.h) if in_shards else [model.transformer]
     # One program for all lengths from the start: else which one runs a step depends on those before it.
     dynamic = True if trainer.config.data.block_warmup is not None else None
+    trainer.replays = trainer.config.train.compile == "cuda-graphs"
+    mode = "reduce-overhead" if trainer.replays else None  # torch's name for CUDA graphs
     for part in parts:
-        part.forward = _in_training(part, torch.compile(part.forward, dynamic=dynamic))
+        part.forward = _in_training(part, torch.compile(part.forward, dynamic=dynamic, mode=mode))
     model.fused_loss = trainer.device.type == "cuda"  # on a CPU, slower than pieces that fit the cache
     trainer.is_compiled = True
     failure = _failure(trainer, module)
@@ -58,7 +70,7 @@ def _compile(trainer: "Trainer", module: nn.Module, warn: Callable[[str], None])
         )
     if trainer.world.sums([failure is not None])[0]:
         warn(f"torch.compile failed ({failure or 'on another process'}): training uncompiled")
-        model.fused_loss = trainer.is_compiled = False
+        model.fused_loss = trainer.is_compiled = trainer.replays = False
         for part in parts:
             del part.forward
 
@@ -75,13 +87,17 @@ def _in_training(part: nn.Module, fast: Callable[[Tensor], Tensor]) -> Callable[
 
 
 def _failure(trainer: "Trainer", module: nn.Module) -> str | None:
-    """What compiling fails with, if it does: seen in one forward and backward pass, the first of all.
+    """What compiling fails with, if it does: seen in a forward and backward pass before the first of all.
 
-    Replicas exchange nothing in it, so that a process where it fails leaves no other waiting.
+    Replicas exchange nothing in it, so that a process where it fails leaves no other waiting. CUDA graphs are
+    recorded in a second pass, and replayed in a third.
     """
     try:
-        with exchanging(module, trainer.parallel != "ddp"):
-            one_pass(trainer, module, trainer.progress.micro_batch)
+        for _ in range(3 if trainer.replays else 1):
+            if trainer.replays:
+                gradients_of_their_own(trainer.model)
+            with exchanging(module, trainer.parallel != "ddp"):
+                one_pass(trainer, module, trainer.progress.micro_batch)
     except Exception as error:  # torch.compile fails with the exceptions of any of its back ends
         # Too little memory is no failure of it: the first step meets that too, and lowers the micro-batch.
         return None if is_out_of_memory(error) else type(error).__name__

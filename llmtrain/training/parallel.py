@@ -34,10 +34,15 @@ def resolve_parallel(
     """How the weights will lie; None: on one process, as they are.
 
     Raises:
-        UserError: a step does not divide over the processes.
+        UserError: a step does not divide over the processes, or CUDA graphs are asked of several.
     """
     check_batch(config, world.size)
     setting = config.train.parallel
+    if config.train.compile == "cuda-graphs" and (world.size > 1 or setting in ("fsdp", "hsdp")):
+        raise UserError(
+            "train.compile cuda-graphs is for one process, with its weights whole",
+            hint="--set train.compile=true",
+        )
     if setting == "hsdp" and world.sums([world.local_size])[0] != world.local_size * world.size:
         raise UserError(
             "train.parallel hsdp needs the same number of processes on each machine", hint="or use fsdp"

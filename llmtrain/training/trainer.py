@@ -22,15 +22,23 @@ from llmtrain.averaging.online import OnlineAverage, build_average, swapped_in
 from llmtrain.checkpoint import Origin, Shape
 from llmtrain.config import RunConfig
 from llmtrain.config_averages import PowerEmaConfig, RunningMeanConfig
-from llmtrain.data.mixture import MixtureSampler, train_tokens
-from llmtrain.data.sampler import batch
 from llmtrain.data.shards import TokenData
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import RunFailed
 from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.files import RunFolder, step_folders
-from llmtrain.hardware import Precision, autocast, on_device, peak_flops, peak_memory, resolve_precision
+from llmtrain.hardware import (
+    Precision,
+    autocast,
+    on_device,
+    peak_flops,
+    peak_memory,
+    resolve_compile,
+    resolve_precision,
+)
 from llmtrain.interrupt import Interrupt, Interrupted
+from llmtrain.training.batches import Batches
+from llmtrain.training.compiled import gradients_of_their_own
 from llmtrain.training.distributed import World
 from llmtrain.training.metrics import MetricsLog
 from llmtrain.training.micro_batch import lowering
@@ -68,16 +76,20 @@ class Trainer:
             warn: tells what the user should know.
 
         Raises:
-            UserError: a step does not divide over the processes.
+            UserError: a step does not divide over the processes, or the device cannot do what is asked of it.
         """
         self.warn = warn
         self.config, self.run, self.data = config, run, data
         self.world, self.device = world, device
         precision = resolve_precision(config.train.precision, device)
         self.parallel = resolve_parallel(config, world, device, precision)
+        self.to_compile, reason = resolve_compile(config.train.compile, device)
+        if reason is not None:
+            warn(reason)
         self.model = build_model(config, self.parallel, world, device, precision)
         self.forward: nn.Module = self.model
-        self.is_compiled = False
+        self.is_compiled = self.replays = False
+        """Compiled; and its forward and backward passes are replayed as CUDA graphs. Set by `compiled`."""
         self.cast: Precision = precision if self.parallel in (None, "ddp") else "float32"
         """For autocast: FSDP casts by itself."""
         self.optimizer = build_optimizer(self.model, config.optimizer)
@@ -86,10 +98,9 @@ class Trainer:
             for each in config.averages
         ]
         self.watch = Watch(config, device)
-        self.train_tokens = train_tokens(data)
+        self.batches = Batches(config, data, world)
         self.val_tokens = data.reader("val")
         self.token_bytes = load_tokenizer(data.tokenizer).token_bytes()
-        self.sampler = MixtureSampler(data, config.data.block_size, config.batch_size, config.seed)
         shape = Shape(config.model, config.data.block_size, data.eot)
         self.snapshot_writer = SnapshotWriter(self.model, world, shape)
         self.progress = Progress(data=data.sha256)
@@ -139,14 +150,14 @@ class Trainer:
         """Gradients of the whole batch of step `step`, and the mean loss of this process's part, shape ()."""
         config, micro = self.config, self.progress.micro_batch
         _seed_dropout(config.seed, step - 1, self.world.rank)
-        rows = self.world.share(self.sampler.rows(step - 1 + self.progress.passed_batches))
-        length = block_size(step, config.data)
-        n_micro = len(rows) // micro
+        sequences = self.batches.of(step, step - 1 + self.progress.passed_batches)
+        n_micro = len(sequences) // micro
+        if self.replays:
+            gradients_of_their_own(self.model)
         loss = torch.zeros((), device=self.device)
         for index in range(n_micro):
             interrupt.check()
-            some = rows[index * micro : (index + 1) * micro]
-            windows = on_device(batch(self.train_tokens, some, length), self.device)
+            windows = on_device(sequences[index * micro : (index + 1) * micro], self.device)
             with exchanging(self.forward, index == n_micro - 1):
                 with autocast(self.device, self.cast):
                     micro_loss = self.forward(windows[:, :-1], windows[:, 1:]) / n_micro

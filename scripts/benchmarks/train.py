@@ -39,8 +39,8 @@ MODELS = {
     "gpt2-medium": Shape(24, 16, 1024, 1024, 1),
     "gpt2-large": Shape(36, 20, 1280, 1024, 1),
 }
-OURS, FRUGAL, MATRIX = "llmtrain", "… recomputing", "matrix product"
-_RECOMPUTE = "train.activation_checkpointing=true"
+OURS, FRUGAL, GRAPHS, MATRIX = "llmtrain", "… recomputing", "… as CUDA graphs", "matrix product"
+_RECOMPUTE, _REPLAY = "train.activation_checkpointing=true", "train.compile=cuda-graphs"
 _ON_GPU = {"6x384": 64, "gpt2-small": 32, "gpt2-medium": 16, "gpt2-large": 8}
 """Sequences a step on a GPU."""
 _GPU_TARGETS = {"gpt2-small": "≥ 0.50", "gpt2-medium": "≥ 0.55", "gpt2-large": "≥ 0.55"}
@@ -102,6 +102,8 @@ def measure(
             OURS: Worker(loops.ours, shape, Path(folder), steps, settings),
             FRUGAL: Worker(loops.ours, shape, Path(folder), steps, [*settings, _RECOMPUTE]),
         }
+        if resolve_device("auto").type == "cuda":
+            sides[GRAPHS] = Worker(loops.ours, shape, Path(folder), steps, [*settings, _REPLAY])
         named = {other if other in loops.OTHERS else Path(other).resolve().name: other for other in against}
         if len(named) < len(against) or OURS in named:
             raise typer.BadParameter("two sides have the same name", param_hint="--against")

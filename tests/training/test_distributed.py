@@ -129,7 +129,7 @@ def test_compiled_replicas_have_a_graph_a_bucket_so_that_exchange_overlaps(
 def train_where_the_second_cannot_compile(config: RunConfig, folder: Path) -> list[str]:
     """Train; what was warned of."""
 
-    def compile_here(function: Any, dynamic: bool | None) -> Any:
+    def compile_here(function: Any, **options: Any) -> Any:
         def fails(*inputs: Any) -> Any:
             raise NotImplementedError("not on this machine")
 
@@ -148,6 +148,22 @@ def test_where_one_replica_cannot_compile_all_train_uncompiled(tiny: Build, tmp_
     assert warned == [["torch.compile failed (on another process): training uncompiled"], []]
     train_together(2, with_train(config, compile=False), tmp_path / "eager")
     assert events(RunFolder(tmp_path / "run")) == events(RunFolder(tmp_path / "eager"))
+
+
+def what_is_said_of_cuda_graphs(config: RunConfig, folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        pretrain(config, folder, say=lambda line: None)
+    return f"{caught.value}; {caught.value.hint}"
+
+
+def test_cuda_graphs_are_of_one_process(tiny: Build, tmp_path: Path) -> None:
+    config = tiny(train__compile="cuda-graphs", train__micro_batch=2)
+    said = in_processes(2, what_is_said_of_cuda_graphs, config, tmp_path / "run")
+    expected = (
+        "train.compile cuda-graphs is for one process, with its weights whole; --set train.compile=true"
+    )
+    assert said == [expected] * 2
+    assert not (tmp_path / "run").exists()
 
 
 def first_weights(config: RunConfig) -> dict[str, npt.NDArray[np.float32]]:

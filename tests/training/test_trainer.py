@@ -10,6 +10,7 @@ import torch
 from tiny_training import EVERY_AVERAGE, Build, assert_same_run, events, interrupt_at, quiet
 from transformers import AutoModelForCausalLM
 
+import llmtrain.training.trainer as trainer
 from llmtrain import files
 from llmtrain.checkpoint import load_model, load_weights
 from llmtrain.config_file import load_config
@@ -343,6 +344,38 @@ def test_compiled_training_equals_eager(tiny: Build, tmp_path: Path) -> None:
     assert warnings == []
     losses = [[e["loss"] for e in events(run) if "loss" in e] for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_way_of_cuda_graphs_changes_nothing_where_there_are_none(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch leaves them out on a CPU; what is done for their sake, passes before the first and zeros, stays."""
+    monkeypatch.setattr(trainer, "resolve_compile", lambda setting, device: (True, None))
+    runs = [quiet(tiny(train__compile=c), tmp_path / str(c), warn=pytest.fail) for c in (True, "cuda-graphs")]
+    assert [e for e in events(runs[0]) if "loss" in e] == [e for e in events(runs[1]) if "loss" in e]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_cuda_graphs_give_the_curve_of_compiled_code(tiny: Build, tmp_path: Path, dropout: float) -> None:
+    """With several micro-batches a step, whose gradients torch alone would add up wrongly; after a resume too."""
+    shared = {
+        "model__dropout": dropout,
+        "train__device": "cuda",
+        "train__micro_batch": 2,
+        "log": {"every": 1},
+    }
+    plain = quiet(tiny(**shared, train__compile=True), tmp_path / "plain", warn=pytest.fail)
+    graphs = tiny(**shared, train__compile="cuda-graphs")
+    quiet(
+        graphs.model_copy(update={"train": graphs.train.model_copy(update={"max_steps": 8})}),
+        tmp_path / "run",
+    )
+    run = quiet(graphs, tmp_path / "run", warn=pytest.fail)
+    curves = [[e["loss"] for e in events(each) if "loss" in e] for each in (plain, run)]
+    assert len(curves[0]) == 12
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
 def test_wandb_offline_really_writes_a_run(tiny: Build, tmp_path: Path) -> None:
