@@ -169,12 +169,12 @@ class _Work:
             from llmtrain.evaluation.text import TextSettings, measure_text
 
             how = TextSettings(stride=stride, batch=settings.batch or 16, device=settings.device)
-            texts = measure_text(self._wanted, text, how, self._progress)
+            texts = measure_text(self._wanted, text, how, self._progress, warn=warn)
             everything = [replace(one, text=t) for one, t in zip(everything, texts, strict=True)]
         if asked is not None:
             from llmtrain.evaluation.tasks import measure_tasks
 
-            scores = measure_tasks(self._wanted, asked, self._progress)
+            scores = measure_tasks(self._wanted, asked, self._progress, warn=warn)
             everything = [replace(one, tasks=s) for one, s in zip(everything, scores, strict=True)]
         return everything
 

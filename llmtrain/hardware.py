@@ -79,7 +79,7 @@ def published(name: str) -> Published:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device a config's `train.device` means; auto: CUDA, else MPS, else CPU.
+    """The device that a config's `train.device`, or an option `--device`, means; auto: CUDA, else MPS, else CPU.
 
     Raises:
         UserError: no such device here.
@@ -94,7 +94,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(
-            f"train.device {name!r} is no device", hint="auto, cpu, cuda, cuda:N or mps"
+            f"{name!r} is no device", hint="train.device and --device take auto, cpu, cuda, cuda:N or mps"
         ) from None
     present = {
         "cpu": 1,
@@ -103,8 +103,8 @@ def resolve_device(name: str) -> torch.device:
     }.get(device.type, 0)
     if (device.index or 0) >= present:
         raise UserError(
-            f"train.device {name!r}: this machine has {present} devices of type {device.type}",
-            hint="device: auto takes what there is",
+            f"device {name!r}: this machine has {present} of type {device.type}",
+            hint="auto takes what there is (train.device, --device)",
         )
     return device
 

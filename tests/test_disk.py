@@ -129,18 +129,16 @@ def test_average_and_eval_on_a_full_disk(tiny: Callable[..., RunConfig], tmp_pat
         "head -c 100M /dev/zero > disk/rest || true",
         "find disk -type f | sort | xargs sha256sum > before",
         "! llmtrain average disk/run --every 2 --window 2",
-        "! llmtrain eval disk/run",
+        "llmtrain eval disk/run",
         "find disk -type f | sort | xargs sha256sum | cmp - before",
         "rm disk/rest",
         "llmtrain average disk/run --every 2 --window 2 && llmtrain eval disk/run && llmtrain verify disk/run",
     )
     assert result.returncode == 0, result.stderr
-    (average, _, eval_, _) = result.stderr.splitlines()[-4:]
-    assert re.match(
-        r"error: cannot write disk/run/averages/.* No space left on device \([\d,]+ bytes needed, 0 bytes free",
-        average,
-    )
-    assert re.match(
-        r"error: cannot write disk/run/evals/raw.* No space left on device \([\d,]+ bytes needed, 0 bytes free",
-        eval_,
-    )
+    average, *others = [line for line in result.stderr.splitlines() if line.startswith(("error", "warning"))]
+    no_room = r"No space left on device \([\d,]+ bytes needed, 0 bytes free"
+    assert re.match(rf"error: cannot write disk/run/averages/.* {no_room}", average)
+    assert others  # one of each result, which is shown all the same
+    for line in others:
+        assert re.match(rf"warning: measured but not kept: cannot write disk/run/evals/.* {no_room}", line)
+    assert result.stdout.count("ema-0.9") >= 2

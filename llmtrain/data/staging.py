@@ -9,7 +9,7 @@ beside it is there until after that; so a kill at any instant leaves something t
 import errno
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +73,7 @@ def staged(out: Path, need: Need) -> Iterator[Staging]:
     """
     target = out.resolve()
     staging = Staging(target.parent / f"{files.TEMPORARY_PREFIX}{target.name}", target)
+    new = [folder for folder in staging.folder.parents if not folder.exists()]
     try:
         staging.folder.mkdir(parents=True, exist_ok=True)  # here, for an error that names `out`
         with files.exclusive(staging.folder):
@@ -86,6 +87,9 @@ def staged(out: Path, need: Need) -> Iterator[Staging]:
                 shutil.rmtree(staging.documents, ignore_errors=True)
                 if not list(staging.shards.glob("[!.]*.bin")):
                     shutil.rmtree(staging.folder, ignore_errors=True)
+                    for folder in new:  # made for nothing; one that holds something refuses
+                        with suppress(OSError):
+                            folder.rmdir()
     except OSError as error:
         raise _cannot_write(out, staging, error, need) from error
 

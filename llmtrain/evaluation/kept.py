@@ -3,17 +3,18 @@
 Why by content: the name holds a hash of all that a result depends on (the weights, the text or the task, how it
 was measured), so what is found is what would be measured, and what has changed is measured anew.
 
-    score = kept(target, "tasks", [weights, task], TypeAdapter(TaskResult), lambda: score_task(...))
+    score = kept(target, "tasks", [weights, task], TypeAdapter(TaskResult), lambda: score_task(...), warn)
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from llmtrain.errors import UserError
+from llmtrain.errors import UserError, WriteFailed
 from llmtrain.evaluation.targets import Target
 from llmtrain.files import step_name, write_atomically
 
@@ -26,6 +27,7 @@ def kept(
     identity: Sequence[object],
     form: TypeAdapter[Result],
     measure: Callable[[], Result],
+    warn: Callable[[str], None],
 ) -> Result:
     """What `measure` gives, or gave before; weights outside a run are always measured.
 
@@ -35,6 +37,7 @@ def kept(
         identity: all that the result depends on.
         form: how it is read from JSON and written.
         measure: computes it.
+        warn: see `keep`.
 
     Raises:
         UserError: the file is damaged.
@@ -54,5 +57,13 @@ def kept(
                 hint="delete the file: llmtrain eval measures it again",
             ) from None
     result = measure()
-    write_atomically(path, json.dumps(form.dump_python(result), indent=2) + "\n")
+    keep(path, form.dump_python(result), warn)
     return result
+
+
+def keep(path: Path, result: object, warn: Callable[[str], None]) -> None:
+    """Write a result as JSON; where the disk refuses, `warn` is told, since whoever waited for it wants to see it."""
+    try:
+        write_atomically(path, json.dumps(result, indent=2) + "\n")
+    except WriteFailed as error:
+        warn(f"measured but not kept: {error}")

@@ -24,9 +24,10 @@ from llmtrain.data.shards import TokenData, open_data
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.foreign import ForeignModel, load_causal, reencoded, require_ids
+from llmtrain.evaluation.kept import keep
 from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.evaluation.targets import RAW, Target
-from llmtrain.files import INTEGRITY_FILE, RunFolder, read_integrity, sha256_of, write_atomically
+from llmtrain.files import INTEGRITY_FILE, RunFolder, read_integrity, sha256_of
 from llmtrain.hardware import Precision, keeping_freed_memory, resolve_device, resolve_precision
 from llmtrain.model import GPT
 from llmtrain.weights_folder import read_json, weights_files
@@ -224,7 +225,7 @@ def _measure_one(
         )
     row = _row(target, result, settings.split, model.block_size, precision, data.sha256, weights)
     if stored:
-        write_atomically(stored, json.dumps(asdict(row), indent=2) + "\n")
+        keep(stored, asdict(row), warn)
     return row
 
 

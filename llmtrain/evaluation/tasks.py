@@ -104,6 +104,8 @@ def measure_tasks(
     targets: list[Target],
     settings: TaskSettings,
     on_progress: Callable[[Target, str, int, int], None],
+    *,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> list[list[TaskResult]]:
     """Score each target in each task, or take what was scored before; one list a target.
 
@@ -111,6 +113,7 @@ def measure_tasks(
         targets: what to score.
         settings: which tasks, and how.
         on_progress: called with the target, the task, requests done and in all; may raise to stop.
+        warn: called with what the user should know.
 
     Raises:
         UserError: lm-eval is missing, there is no such task or data, or task files are not trusted.
@@ -133,7 +136,8 @@ def measure_tasks(
         found = []
         for source in sources:
             identity = [weights, source.name, source.source, source.sha256, settings.limit, version]
-            found.append(kept(target, "tasks", identity, _FORM, partial(scorer.score, source)))
+            score = partial(scorer.score, source)
+            found.append(kept(target, "tasks", identity, _FORM, score, warn))
         results.append(found)
     return results
 

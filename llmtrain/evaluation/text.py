@@ -75,6 +75,8 @@ def measure_text(
     path: Path,
     settings: TextSettings,
     on_progress: Callable[[Target, str, int, int], None],
+    *,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> list[TextResult]:
     """Measure the text with each target, or take what was measured before.
 
@@ -83,6 +85,7 @@ def measure_text(
         path: a text file in UTF-8.
         settings: how.
         on_progress: called with the target, what is measured, windows done and in all; may raise to stop.
+        warn: called with what the user should know.
 
     Raises:
         UserError: the file is missing, empty or no UTF-8; the stride is longer than a window; nobody knows how
@@ -97,7 +100,7 @@ def measure_text(
         precision = resolve_precision(asked, device)
         identity = [weights_sha256(target.path), text.sha256, settings.stride, precision]
         measure = partial(_measure_one, target, text, settings, device, precision, on_progress)
-        result = kept(target, "text", identity, _FORM, measure)
+        result = kept(target, "text", identity, _FORM, measure, warn)
         results.append(replace(result, file=str(path)))  # the same text may have been kept under another name
     return results
 

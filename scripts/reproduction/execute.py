@@ -26,8 +26,8 @@ _FAILED_RUN, _REFUSED = 1, 2
 """How llmtrain ends where a run failed, and where the input is not what it should be."""
 _DIVERGED = "not taken"
 """What it says where loss or gradients were not finite: of what a run fails with, this alone is its own doing."""
-_NOT_LET_IN = re.compile("the hub refuses|40[13] Client Error")
-"""What it says where the hub wants another token, or none: the next time it may be let in."""
+_OF_THE_HUB = re.compile("the hub (refuses|wants to know|has no)|40[134] Client Error")
+"""What it says where the name is wrong, or another token is wanted: nothing that was measured, and soon mended."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _ended(job: Job, code: int, root: Path) -> None:
         return
     tail = log.read_text(errors="replace").strip().splitlines()[-2:]
     diverged = code == _FAILED_RUN and _DIVERGED in "".join(tail)
-    refused = job.refusable and code == _REFUSED and not _NOT_LET_IN.search("".join(tail))
+    refused = job.refusable and code == _REFUSED and not _OF_THE_HUB.search("".join(tail))
     if diverged or refused:
         (root / f"{job.name}.failed").write_text("\n".join(tail) + "\n")
         print(f"{job.name} failed: {' '.join(tail)}", flush=True)

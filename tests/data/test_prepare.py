@@ -251,9 +251,10 @@ PREPARE = "import sys; from pathlib import Path; from llmtrain.data.prepare impo
     ],
 )
 def test_options_out_of_range(source: Path, tmp_path: Path, options: dict[str, object], message: str) -> None:
+    before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=message):
-        prepare(str(source), tmp_path / "out", **options)
-    assert not (tmp_path / "out").exists()
+        prepare(str(source), tmp_path / "new" / "folders" / "out", **options)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
