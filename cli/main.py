@@ -38,7 +38,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 the run failed, 2 wrong command line, config or input, "
-    "130 or 143 ended by Ctrl-C or SIGTERM with everything saved.",
+    "128 + N ended by signal N with everything saved (130 Ctrl-C, 143 SIGTERM).",
 )
 app.command()(prepare)
 app.command()(plan)
