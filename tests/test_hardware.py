@@ -44,14 +44,14 @@ def test_precision_and_what_autocast_makes_of_it() -> None:
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux tells what is available")
 def test_available_memory_is_less_by_what_is_taken() -> None:
-    less = []
-    for _ in range(5):  # other processes of the machine take and give back meanwhile
+    less = [0.0]
+    while max(less) <= 200e6:  # other processes of the machine take and give back meanwhile
+        assert len(less) <= 50
         before = available_memory(CPU)
         assert 0 < before < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         taken = torch.ones(100_000_000)
         less.append(before - available_memory(CPU))
         del taken
-    assert max(less) > 200e6
 
 
 def test_no_peak_is_guessed() -> None:

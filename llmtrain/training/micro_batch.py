@@ -40,6 +40,7 @@ _KEPT = 1.35
 """So many times what it needs at once may a process on a CPU take, since it keeps what it frees."""
 _MESSAGES = (
     "can't allocate memory",
+    "can't start new thread",
     "CUDA error: out of memory",
     "ALLOC_FAILED",
     "MPS backend out of memory",

@@ -108,14 +108,24 @@ def test_processes_agree_on_what_fits_all(tiny: Build, tmp_path: Path, asked: in
 
 
 def limited(config: RunConfig, folder: Path, room: int) -> tuple[list[str], str]:
-    """What a run warned of under a limit, and with what it failed."""
+    """What a run warned of under a limit, and with what it failed.
+
+    Once memory ran out there is more: what a failed pass leaves free lies in pieces, of which none may be large enough
+    for the stack of a thread that writes the snapshot.
+    """
     warnings: list[str] = []
+
+    def warn(line: str) -> None:
+        warnings.append(line)
+        most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
     importlib.import_module("torch._dynamo")  # as AdamW does when it is made
     os.environ.pop("RANK")  # as a process that no launcher started: no threads of a process group
     threading.stack_size(1 << 20)
     try:
         with no_more_than(room):
-            pretrain(config, folder, say=lambda line: None, warn=warnings.append)
+            pretrain(config, folder, say=lambda line: None, warn=warn)
     except RunFailed as error:
         return warnings, f"{error}; {error.hint}"
     return warnings, ""
