@@ -307,6 +307,8 @@ class RunConfig(Section):
                 f"a step of {self.batch_size} sequences does not divide into train.micro_batch {micro}: "
                 f"{fitting[-1]} would"
             )
+        if self.train.compile == "cuda-graphs" and self.data.block_warmup is not None:
+            raise ValueError("train.compile cuda-graphs records one length, data.block_warmup trains at many")
         return self
 
     @model_validator(mode="after")

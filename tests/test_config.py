@@ -89,6 +89,12 @@ def test_scientific_notation_is_a_number_and_the_name_is_the_files(tmp_path: Pat
             "does not divide into train.micro_batch 12: 8 would",
         ),
         (GOOD.replace("batch_sequences: 32", "batch_tokens: 1000"), "not a multiple of data.block_size 1024"),
+        (
+            GOOD.replace("micro_batch: 16", "compile: cuda-graphs").replace(
+                "data/x", "data/x, block_warmup: {start: 64, steps: 9}"
+            ),
+            "cuda-graphs records one length, data.block_warmup trains at many",
+        ),
         (GOOD.replace("batch_sequences: 32, ", ""), "set exactly one of batch_tokens and batch_sequences"),
         (GOOD.replace("data: {path: data/x}", ""), "data: this key is required"),
         (GOOD + "data: {path: y}\n", "'data' stands twice"),

@@ -9,6 +9,7 @@ is too small says so at once; and hashed while it is written, not read again for
 import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +170,10 @@ class WeightsWriter:
         self._written[descriptor].hash.add(position, remaining)
         while remaining:
             count = os.pwrite(descriptor, remaining, position)
+            if (
+                sys.platform == "linux"
+            ):  # there it begins to write out what is not yet on the disk, and does not wait
+                os.posix_fadvise(descriptor, position, count, os.POSIX_FADV_DONTNEED)
             remaining, position = remaining[count:], position + count
 
 

@@ -87,11 +87,12 @@ def staged(out: Path, need: Need) -> Iterator[Staging]:
                 shutil.rmtree(staging.documents, ignore_errors=True)
                 if not list(staging.shards.glob("[!.]*.bin")):
                     shutil.rmtree(staging.folder, ignore_errors=True)
-                    for folder in new:  # made for nothing; one that holds something refuses
-                        with suppress(OSError):
-                            folder.rmdir()
     except OSError as error:
         raise _cannot_write(out, staging, error, need) from error
+    finally:
+        for folder in new:  # made for nothing; one that holds something refuses
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _cannot_write(out: Path, staging: Staging, error: OSError, need: Need) -> RunFailed:
@@ -107,7 +108,9 @@ def _cannot_write(out: Path, staging: Staging, error: OSError, need: Need) -> Ru
         hint = f"free space, or {hint}"
         if error.errno == errno.EFBIG:
             hint = "the shell limits the size of a file (ulimit -f): raise it, or lower --shard-tokens"
-    finished = len(list(staging.shards.glob("[!.]*.bin")))
+    finished = 0
+    with suppress(OSError):  # of a name that is too long, say
+        finished = len(list(staging.shards.glob("[!.]*.bin")))
     if finished:
         hint += f"; the same command goes on after the {finished:,} finished shard(s)"
     return RunFailed(message, hint=hint)

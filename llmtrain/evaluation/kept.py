@@ -65,5 +65,5 @@ def keep(path: Path, result: object, warn: Callable[[str], None]) -> None:
     """Write a result as JSON; where the disk refuses, `warn` is told, since whoever waited for it wants to see it."""
     try:
         write_atomically(path, json.dumps(result, indent=2) + "\n")
-    except WriteFailed as error:
+    except (WriteFailed, OSError) as error:
         warn(f"measured but not kept: {error}")

@@ -1,13 +1,17 @@
-"""The windows of each step of this process, read by another thread while the step before is computed.
+"""The micro-batches of this process, each read by another thread while the one before is computed.
 
 Why: after a pause for a log line nothing keeps the device busy while the host looks for tokens on a disk,
-which may be at the other end of a network. Which windows come next is a function of the step, so that
-reading ahead leaves nothing to save, and what was read for another step than the one that comes is left.
+which may be at the other end of a network. What comes next is a function of the step, so that reading ahead
+leaves nothing to save, and what was read for another step than the one that comes is left.
 
-    batches = Batches(config, data, world); windows = batches.of(step, batch)
+    batches = Batches(config, data, world)
+    for windows in batches.of(step, batch, micro_batch): ...
 """
 
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +24,16 @@ from llmtrain.training.distributed import World
 from llmtrain.training.schedules import block_size
 
 Windows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A micro-batch: some rows of this process's part of a batch, in the length of a step."""
+
+    step: int
+    batch: int
+    first: int
+    size: int
 
 
 class Batches:
@@ -36,29 +50,50 @@ class Batches:
         Raises:
             UserError: a source is shorter than one window.
         """
-        self._config, self._world = config, world
+        self._config = config
+        self._share = config.batch_size // world.size
         self._tokens = train_tokens(data)
-        self._sampler = MixtureSampler(data, config.data.block_size, config.batch_size, config.seed)
+        sampler = MixtureSampler(data, config.data.block_size, config.batch_size, config.seed)
+        self._rows = lru_cache(2)(lambda batch: world.share(sampler.rows(batch)))
         self._thread = ThreadPoolExecutor(1, "batches")
         """The only one that reads."""
-        self._ahead: tuple[tuple[int, int], Future[Windows]] | None = None
+        self._ahead: tuple[_Place, Future[Windows]] | None = None
 
-    def of(self, step: int, batch: int) -> Windows:
-        """Batch `batch` (from 0) in the length of step `step` (from 1): shape (sequences, block size + 1).
+    def of(self, step: int, batch: int, size: int) -> Iterator[Windows]:
+        """The micro-batches of a step, of `size` sequences each: shape (size, block size + 1).
 
-        The two part where batches are passed over. Meanwhile the next one of both is read.
+        Args:
+            step: from 1: it decides the length.
+            batch: from 0; the two part where batches are passed over.
+            size: divides this process's share of a batch.
 
         Raises:
             OSError: the tokens cannot be read.
         """
-        asked, ahead = (step, batch), self._ahead
-        future = ahead[1] if ahead and ahead[0] == asked else self._thread.submit(self._read, *asked)
-        self._ahead = None  # a failure is told once, and tried again by who asks again
+        for first in range(0, self._share, size):
+            yield self._take(_Place(step, batch, first, size))
+
+    def close(self) -> None:
+        """Read no further."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _take(self, place: _Place) -> Windows:
+        """Its windows; meanwhile those that come after it are read."""
+        ahead, self._ahead = self._ahead, None  # a failure is told once, and tried again by who asks again
+        future = ahead[1] if ahead and ahead[0] == place else self._thread.submit(self._read, place)
         windows = future.result()
-        following = (step + 1, batch + 1)
-        self._ahead = following, self._thread.submit(self._read, *following)
+        following = self._after(place)
+        if following is not None:
+            self._ahead = following, self._thread.submit(self._read, following)
         return windows
 
-    def _read(self, step: int, batch: int) -> Windows:
-        rows = self._world.share(self._sampler.rows(batch))
-        return windows_at(self._tokens, rows, block_size(step, self._config.data))
+    def _after(self, place: _Place) -> _Place | None:
+        if place.first + place.size < self._share:
+            return _Place(place.step, place.batch, place.first + place.size, place.size)
+        if place.step < self._config.train.max_steps:
+            return _Place(place.step + 1, place.batch + 1, 0, place.size)
+        return None
+
+    def _read(self, place: _Place) -> Windows:
+        rows = self._rows(place.batch)[place.first : place.first + place.size]
+        return windows_at(self._tokens, rows, block_size(place.step, self._config.data))

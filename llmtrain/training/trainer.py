@@ -150,14 +150,14 @@ class Trainer:
         """Gradients of the whole batch of step `step`, and the mean loss of this process's part, shape ()."""
         config, micro = self.config, self.progress.micro_batch
         _seed_dropout(config.seed, step - 1, self.world.rank)
-        sequences = self.batches.of(step, step - 1 + self.progress.passed_batches)
-        n_micro = len(sequences) // micro
+        parts = self.batches.of(step, step - 1 + self.progress.passed_batches, micro)
+        n_micro = config.batch_size // self.world.size // micro
         if self.replays:
             gradients_of_their_own(self.model)
         loss = torch.zeros((), device=self.device)
-        for index in range(n_micro):
+        for index, part in enumerate(parts):
             interrupt.check()
-            windows = on_device(sequences[index * micro : (index + 1) * micro], self.device)
+            windows = on_device(part, self.device)
             with exchanging(self.forward, index == n_micro - 1):
                 with autocast(self.device, self.cast):
                     micro_loss = self.forward(windows[:, :-1], windows[:, 1:]) / n_micro
@@ -198,6 +198,7 @@ class Trainer:
             self.state_writer.wait()
             raise
         finally:
+            self.batches.close()
             self.snapshot_writer.close()
             self.state_writer.close()
 

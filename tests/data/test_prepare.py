@@ -257,6 +257,15 @@ def test_options_out_of_range(source: Path, tmp_path: Path, options: dict[str, o
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_name_that_no_disk_holds(source: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RunFailed, match="File name too long"):
+        prepare(
+            str(source), tmp_path / "new" / ("long" * 63)
+        )  # too long with what stands before it meanwhile
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     ("content", "message"), [("", "holds no documents"), ('{"text": ""}\n', "every document is empty")]
 )

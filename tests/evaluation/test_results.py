@@ -1,6 +1,7 @@
 """Which weights a target stands for, what is measured once, and the report of a run."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from llmtrain.evaluation.report import loss_curves, newest_rows
 from llmtrain.evaluation.report_page import write_report
 from llmtrain.evaluation.results import Row, Settings, measure, stored_rows
 from llmtrain.evaluation.targets import Target, targets_named, targets_of
+from llmtrain.evaluation.text import TextSettings, measure_text
 from llmtrain.files import RunFolder
 from llmtrain.training.run import pretrain
 
@@ -160,6 +162,16 @@ def test_weights_changed_after_the_commit_are_measured_anew(run: RunFolder) -> N
     assert computed
     assert after[0].loss != before[0].loss
     assert [row.loss for row in stored_rows(run)] == [after[0].loss]
+
+
+def test_a_result_that_cannot_be_kept_is_told_and_given(run: RunFolder, text_file: Path) -> None:
+    shutil.rmtree(run.evals, ignore_errors=True)
+    run.evals.write_text("a file where the folder would be")
+    targets, warned = targets_of(run.path, every_snapshot=False)[-1:], list[str]()
+    (row,) = measure(targets, Settings(), lambda *done: None, warn=warned.append)
+    (text,) = measure_text(targets, text_file, TextSettings(), lambda *done: None, warn=warned.append)
+    assert row.loss > 0 < text.loss
+    assert len(warned) == 2 and all(line.startswith("measured but not kept: ") for line in warned)
 
 
 def test_a_result_of_another_version_is_measured_anew(run: RunFolder) -> None:
