@@ -70,6 +70,7 @@ def measure(at: str, against: str | None, *, rounds: int, work: Path | None = No
         inputs = sorted(series.snapshots.glob("*/model.safetensors"))
         sides: dict[str, Side] = {"llmtrain": partial(_llmtrain, series, inputs, at)}
         if at == "last":
+            sides["… --no-verify"] = partial(_llmtrain, series, inputs, at, "--no-verify")
             sides["cat + cp"] = partial(_copied, inputs, folder / "copy")
         if against == "plain":
             sides["plain"] = partial(_plain, inputs, folder / "plain.safetensors")
@@ -97,8 +98,8 @@ def _write_run(series: RunFolder, count: int, shape: Shape) -> None:
     series.config.write_text(dump_config(RunConfig.model_validate(config)))
 
 
-def _llmtrain(series: RunFolder, inputs: list[Path], at: str) -> Figures:
-    command = ["average", str(series.path), "--every", str(EVERY), "--window", "5", "--at", at]
+def _llmtrain(series: RunFolder, inputs: list[Path], at: str, *options: str) -> Figures:
+    command = ["average", str(series.path), "--every", str(EVERY), "--window", "5", "--at", at, *options]
     figures = run([LLMTRAIN, *command], series.path.parent)
     shutil.rmtree(series.averages)
     size = sum(path.stat().st_size for path in inputs) / 1e6
