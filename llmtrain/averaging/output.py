@@ -170,9 +170,7 @@ class WeightsWriter:
         self._written[descriptor].hash.add(position, remaining)
         while remaining:
             count = os.pwrite(descriptor, remaining, position)
-            if (
-                sys.platform == "linux"
-            ):  # there it begins to write out what is not yet on the disk, and does not wait
+            if sys.platform == "linux":  # begins to write out what is not on the disk yet, and does not wait
                 os.posix_fadvise(descriptor, position, count, os.POSIX_FADV_DONTNEED)
             remaining, position = remaining[count:], position + count
 

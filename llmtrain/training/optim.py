@@ -133,7 +133,7 @@ def update(optimizer: AdamW, step: int, norm: Tensor, *, clip: float, hold: Tens
         for gradient in _gradients(optimizer):
             local(gradient).div_(divisor)
         divisor = None
-    optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+    optimizer.grad_scale = divisor  # type: ignore[attr-defined]  # optional as well
     if blind and hold:
         optimizer.zero_grad()  # what has no gradient is passed over
     optimizer.step()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_runs import MakeRun, model_at, write_checkpoint
+from tiny_runs import LARGE, MakeRun, model_at, write_checkpoint
 
 from llmtrain.averaging import audit
 from llmtrain.averaging.average import Average, Settings, average
@@ -72,7 +72,7 @@ def test_one_foreign_tensor_is_refused(root: Path) -> None:
 
 def test_constant_tensors_may_be_the_same(root: Path) -> None:
     for step in STEPS:
-        replace_tensor(root, step, "embed.weight", torch.ones(331, 257))
+        replace_tensor(root, step, "embed.weight", torch.ones(LARGE))
     assert run(root)[0]
 
 
@@ -97,7 +97,7 @@ def test_an_outlier_is_a_warning_that_names_step_and_tensor(root: Path) -> None:
 @pytest.mark.parametrize("step", [10, 20, 40, 50])
 def test_strict_makes_an_outlier_an_error_at_either_end_too(root: Path, step: int) -> None:
     generator = torch.Generator().manual_seed(9)
-    replace_tensor(root, step, "embed.weight", torch.randn(331, 257, generator=generator))
+    replace_tensor(root, step, "embed.weight", torch.randn(LARGE, generator=generator))
     with pytest.raises(UserError, match=f"step {step} is off the trajectory: embed"):
         run(root, strict=True)
     assert not list(Path("averages").rglob("*.safetensors"))

@@ -8,12 +8,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llmtrain.averaging.merge import PIECE
 from llmtrain.checkpoint import Shape
 from llmtrain.config import ModelConfig
 from llmtrain.files import RunFolder
 from llmtrain.model import GPT
 
 SHAPE = Shape(ModelConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=97, bias=False), 16, 96)
+
+LARGE = (PIECE // 257 + 100, 257)
+"""More numbers than are summed at a time."""
 
 MakeRun = Callable[..., RunFolder]
 
@@ -37,7 +41,7 @@ def model_at(step: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]
         return (base + 0.01 * torch.randn(shape, generator=generator)).to(dtype)
 
     return {
-        "embed.weight": floats(331, 257),
+        "embed.weight": floats(*LARGE),
         "head.weight": floats(70, 11),
         "norm.weight": floats(11),
         "scale": floats(),
