@@ -47,6 +47,7 @@ class Interrupt:
         self.received: int | None = None
         self._agree = agree
         self._quiet = quiet
+        self._is_to_come = False
         self._deadline = time.monotonic() + max_seconds if max_seconds is not None else None
         self._previous: dict[int, object] = {}
 
@@ -62,17 +63,17 @@ class Interrupt:
         """Raise `Interrupted` if a signal came or the time is over."""
         if code := self._agree(self.exit_code):
             reason = "the time is over" if code == OUT_OF_TIME else signal.Signals(code - 128).name
+            # Another process has heard it first; that which goes to this one is on its way.
+            self._is_to_come = self.received is None and code != OUT_OF_TIME
             raise Interrupted(reason, code)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         # Unbuffered, because the signal may have come in the middle of a print. The terminal may be gone, and
         # the `tee` of a pipe ended by the same Ctrl-C: an exception here would be raised in the middle of a step.
-        said = (
-            b"" if self._quiet else b"stopping at the next safe place; the same signal again leaves at once\n"
-        )
-        with contextlib.suppress(OSError):
-            os.write(2, said)
+        if not self._quiet and not self._is_to_come:
+            with contextlib.suppress(OSError):
+                os.write(2, b"stopping at the next safe place; the same signal again leaves at once\n")
         for each in self._previous:
             signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
 
@@ -85,5 +86,7 @@ class Interrupt:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._is_to_come and self.received is None:
+            return  # else it would end this process before it has told what became of the work
         for each, handler in self._previous.items():
             signal.signal(each, handler)  # type: ignore[arg-type]  # what signal() itself returned

@@ -29,6 +29,18 @@ def test_the_second_one_leaves_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_signal_that_another_process_heard_first_may_still_come() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(Interrupted), Interrupt(agree=lambda code: 143) as interrupt:
+            interrupt.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.received == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_the_end_of_the_time_is_like_a_signal() -> None:
     with Interrupt(max_seconds=1000) as interrupt:
         interrupt.check()

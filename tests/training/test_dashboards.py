@@ -79,7 +79,7 @@ def test_wandb_drops_nothing_after_a_rewind(tiny: Build, tmp_path: Path) -> None
     for step, loss in again:
         boards.log({"step": step, "loss": loss}, "train")
     boards.close(finished=False)
-    wandb.teardown()  # all is written
+    wandb.teardown()  # a run that is finished may not be written out yet
     (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     rows = [
         {item.key or item.nested_key[0]: item.value_json for item in row.item} for row in history(written)

@@ -120,7 +120,9 @@ def test_a_killed_launcher_takes_its_processes_with_it(tiny: Build, tmp_path: Pa
     run.process.kill()
     assert run.ended() == -signal.SIGKILL
     wait_until_left(workers)
-    assert run.err.read_text().splitlines()[1:] == [
+    # Whichever of them notices first: the other one may have left before it looks.
+    said = run.err.read_text().splitlines()
+    assert [line for line in said if not line.startswith("stopping at")] == [
         "SIGTERM: state saved in runs/run; the same command goes on"
     ]
     [newest] = list(step_folders(RunFolder(tmp_path / "runs/run").states))[-1:]
