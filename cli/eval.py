@@ -145,7 +145,7 @@ def evaluate(
         for target in targets_named(name, every_snapshot=every_snapshot)
     }
     settings = Settings(data=data, split=split.value, tokens=tokens, batch=batch, device=device)
-    kept = "what was measured is kept; the same command goes on from there"
+    kept = "the same command goes on from the results that a run keeps"
     with interruptible(kept) as interrupt, progress_line("evaluating") as line:
         work = _Work(list(found.values()), interrupt, line)
         everything = work.all_of(settings, text, stride, asked)

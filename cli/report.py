@@ -3,6 +3,7 @@
 llmtrain report runs/demo
 """
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -58,7 +59,8 @@ def report(
     if rows:
         console.print(loss_table(rows))
     for path in (path for path, of_run in measured.items() if not of_run):
-        warn(f"{path}: the losses are those of training only (llmtrain eval {path} measures every average)")
+        command = f"llmtrain eval {shlex.quote(str(path))}"
+        warn(f"{path}: the losses are those of training only ({command} measures every average)")
     for saving in written.savings:
         if line := _saving_line(saving):
             console.print(f"{saving.run}: {line}" if len(folders) > 1 else line, markup=False)

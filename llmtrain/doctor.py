@@ -8,6 +8,7 @@ Everything is tried, not looked up: text is encoded, a file is written and flush
 
 import os
 import platform
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -157,7 +158,9 @@ def _data(config: RunConfig) -> str:
         return f"{', '.join(folders)}: not looked at, as it is copied here when the run begins"
     for folder in folders:
         if not Path(folder).is_dir():
-            raise UserError(f"there is no {folder}", hint=f"llmtrain prepare SOURCE --out {folder}")
+            raise UserError(
+                f"there is no {folder}", hint=f"llmtrain prepare SOURCE --out {shlex.quote(folder)}"
+            )
     data = open_training_data(config.data)
     if data.vocab_size > config.model.vocab_size:
         raise UserError(

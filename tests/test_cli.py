@@ -102,6 +102,16 @@ def test_errors_are_one_message_and_a_hint(
     assert not (workplace / "runs").exists()
 
 
+def test_links_in_a_circle_are_an_error_of_the_path(workplace: Path, llmtrain: Command) -> None:
+    (workplace / "here").symlink_to("there")
+    (workplace / "there").symlink_to("here")
+    for command in (["report", "here"], ["prepare", "documents.jsonl", "--out", "here/data"]):
+        result = llmtrain(*command, cwd=workplace)
+        assert result.returncode in (1, 2)  # from Python 3.13 on, `report` finds no run there
+        assert "error:" in result.stderr
+        assert "should not happen" not in result.stderr
+
+
 def test_debug_shows_the_traceback(workplace: Path, llmtrain: Command) -> None:
     result = llmtrain("--debug", "report", "nowhere", cwd=workplace)
     assert "Traceback" in result.stderr

@@ -53,12 +53,14 @@ def test_what_is_wrong_is_told_with_what_to_do(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     huge = {"n_layer": 48, "n_head": 25, "n_embd": 1600, "vocab_size": 50304}
-    found = checks(tiny(model=huge, train__max_steps=10**5, train__compile=True, data__path="none"), tmp_path)
+    found = checks(
+        tiny(model=huge, train__max_steps=10**5, train__compile=True, data__path="no data"), tmp_path
+    )
     assert "needs a C++ compiler" in found["compile"].found
     assert "GB at its fullest" in found["disk space"].found
     assert (found["data"].found, found["data"].hint) == (
-        "there is no none",
-        "llmtrain prepare SOURCE --out none",
+        "there is no no data",
+        "llmtrain prepare SOURCE --out 'no data'",
     )
     assert {found[name].state for name in ("compile", "disk space", "data")} == {"problem"}
     absent = checks(tiny(train__device="cuda:99"), tmp_path)

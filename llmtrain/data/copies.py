@@ -10,6 +10,7 @@ manifest is the last to be written.
 import fcntl
 import hashlib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -113,7 +114,7 @@ def local_folder(path: str, say: Callable[[str], None] = _say) -> Path:
     if manifest is None:
         raise UserError(
             f"{path} holds no prepared data ({MANIFEST_FILE} is missing)",
-            hint=f"prepare it: llmtrain prepare SOURCE --out {path}",
+            hint=f"prepare it: llmtrain prepare SOURCE --out {shlex.quote(path)}",
         )
     folder = cache_folder() / "data" / manifest.sha256
     try:

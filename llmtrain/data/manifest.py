@@ -8,6 +8,7 @@ its own content, and everything it says is checked before a token is believed.
 
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
@@ -167,7 +168,7 @@ def read_manifest(folder: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder} holds no prepared data ({MANIFEST_FILE} is missing)",
-            hint=f"prepare it: llmtrain prepare SOURCE --out {folder}",
+            hint=f"prepare it: llmtrain prepare SOURCE --out {shlex.quote(str(folder))}",
         ) from None
 
 

@@ -9,6 +9,7 @@ was measured before; nothing is computed anew.
 import csv
 import io
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -58,7 +59,7 @@ def write_report(runs: Sequence[RunFolder], folder: Path) -> Report:
         if not any(record.curves.values()):
             raise UserError(
                 f"{record.run.path} has no validation loss to show",
-                hint=f"train with an eval.every, or run llmtrain eval {record.run.path}",
+                hint=f"train with an eval.every, or run llmtrain eval {shlex.quote(str(record.run.path))}",
             )
     saved = sorted((row for record in records for row in savings(record)), key=lambda row: row.loss)
     drawings = [draw(chart) for chart in charts(records)]
