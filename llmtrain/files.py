@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: atomic commit, hashes, the lock and the names in a run.
+"""Files that are either whole or not there: atomic commit, the lock and the names in a run.
 
 Why: a run must survive a kill between any two system calls. Whatever carries its final name is
 complete and durable; what was being written carries a name that starts with `.tmp-` and is
@@ -9,8 +9,6 @@ removed by the next command that writes there.
 
 import contextlib
 import fcntl
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -18,76 +16,16 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from llmtrain.disk import writing
 from llmtrain.errors import UserError
+from llmtrain.integrity import INTEGRITY_FILE, write_integrity
 
 TEMPORARY_PREFIX = ".tmp-"
-INTEGRITY_FILE = "integrity.json"
-"""Name and SHA-256 of every other file of a committed folder; written last, before the rename."""
-
 _REPLACED_PREFIX = f"{TEMPORARY_PREFIX}replaced-"
 _LOCK = ".lock"
 """After a temporary name: held while a process builds what has that name."""
-
-
-# --- hashes ------------------------------------------------------------------------------------
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes, read in pieces so that memory does not grow with the file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_integrity(folder: Path, hashes: Mapping[str, str] | None = None) -> None:
-    """Record size (bytes) and SHA-256 (where not in `hashes`) of every file below `folder`."""
-    known, files = hashes or {}, {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != INTEGRITY_FILE:
-            name = path.relative_to(folder).as_posix()
-            files[name] = {"bytes": path.stat().st_size, "sha256": known.get(name) or sha256_of(path)}
-    (folder / INTEGRITY_FILE).write_text(json.dumps({"files": files}, indent=1) + "\n")
-
-
-def read_integrity(folder: Path) -> dict[str, dict[str, int | str]]:
-    """Size and SHA-256 of each file as recorded when the folder was committed.
-
-    Raises:
-        UserError: the record is missing or cannot be read.
-    """
-    path = folder / INTEGRITY_FILE
-    try:
-        files = json.loads(path.read_text())["files"]
-        if any(Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name for name in files):
-            raise ValueError("it names a file outside its folder")
-        return {name: {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for name, f in files.items()}
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing, so nothing in the folder can be checked",
-            hint="the folder was not written by llmtrain, or was copied in part",
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error})", hint="the folder is damaged: restore it or delete it"
-        ) from error
-
-
-def integrity_problems(folder: Path, *, hashes: bool = True) -> list[str]:
-    """What differs between a committed folder and its record; empty when all is as written.
-
-    Sizes are always compared, contents when `hashes` is true.
-    """
-    problems = []
-    for name, expected in read_integrity(folder).items():
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{path} is missing")
-        elif path.stat().st_size != expected["bytes"]:
-            problems.append(f"{path} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}")
-        elif hashes and sha256_of(path) != expected["sha256"]:
-            problems.append(f"{path} has another SHA-256 than when it was written")
-    return problems
 
 
 # --- commit ------------------------------------------------------------------------------------
@@ -175,16 +113,29 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     # Two processes may write the same file: each under a name of its own, and the last one stays.
     staging = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}"
     with writing(path, needed=len(encoded)):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            staging.write_bytes(encoded)
-            fsync_path(staging)
-            staging.replace(path)
-            fsync_path(path.parent)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                staging.unlink()
-            raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent)
+        with _held_open(staging) as file:
+            try:
+                file.write(encoded)
+                file.flush()
+                os.fsync(file.fileno())
+                staging.replace(path)
+                fsync_path(path.parent)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    staging.unlink()
+                raise
+
+
+def _held_open(staging: Path) -> BinaryIO:
+    """An empty file to write to; that it is locked until it is closed says that it is not abandoned."""
+    while True:
+        file = staging.open("wb")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # removed before it was locked
 
 
 def remove_folder(folder: Path) -> None:
@@ -208,7 +159,7 @@ def remove_leftovers(parent: Path) -> None:
         if not target.exists():
             path.rename(target)
     for path in parent.glob(f"{TEMPORARY_PREFIX}*"):
-        if path.name.removesuffix(_LOCK) in live:
+        if path.name.removesuffix(_LOCK) in live or _is_being_written(path):
             continue
         if path.is_dir():
             shutil.rmtree(path)
@@ -217,10 +168,20 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Delete what `staged_folder` built directly in `parent` when its process was killed, and nothing else."""
+    """Delete what was being built or written directly in `parent` when its process was killed, and nothing else."""
     for lock in parent.glob(f"{TEMPORARY_PREFIX}*{_LOCK}"):
         with contextlib.suppress(UserError, OSError), _locked(lock, lock):  # else it lives, or is not ours
             shutil.rmtree(parent / lock.name.removesuffix(_LOCK), ignore_errors=True)
+    for path in filter(_is_being_written, parent.glob(f"{TEMPORARY_PREFIX}*")):
+        with contextlib.suppress(OSError), path.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def _is_being_written(path: Path) -> bool:
+    """Whether `write_atomically` gave it its name."""
+    name = re.fullmatch(rf"{re.escape(TEMPORARY_PREFIX)}\d+-.+", path.name)
+    return name is not None and path.suffix != _LOCK and path.is_file()
 
 
 @contextlib.contextmanager

@@ -13,12 +13,16 @@ from benchmarks.measure import Figures, Row
 from torch import Tensor
 from typer.testing import CliRunner
 
-HOLD = "import time; held = bytearray(100_000_000); time.sleep(1)"
+HOLD = "held = bytearray(100_000_000); print(flush=True); input()"
 TWO = f"""
-import subprocess, sys
-started = [subprocess.Popen([sys.executable, "-c", {HOLD!r}]) for _ in "12"]
+import subprocess, sys, time
+ends = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+started = [subprocess.Popen([sys.executable, "-c", {HOLD!r}], **ends) for _ in "12"]
 for each in started:
-    each.wait()
+    each.stdout.readline()
+time.sleep(1)  # all is held
+for each in started:
+    each.communicate("go")
 """
 
 

@@ -175,7 +175,7 @@ def test_a_signal_saves_the_state_and_the_same_command_goes_on(
     while not step_folders(workplace / "runs" / "tiny" / "snapshots") and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == code
     assert "state saved" in errors
     (step,) = step_folders(workplace / "runs" / "tiny" / "state")

@@ -1,4 +1,4 @@
-"""Atomic commit, hashes, the lock, and the names in a run."""
+"""Atomic commit, the record of hashes, the lock, and the names in a run."""
 
 import os
 import subprocess
@@ -12,7 +12,6 @@ from llmtrain.events import read_json_lines
 from llmtrain.files import (
     RunFolder,
     exclusive,
-    integrity_problems,
     newest_run,
     remove_folder,
     remove_leftovers,
@@ -21,6 +20,7 @@ from llmtrain.files import (
     step_folders,
     write_atomically,
 )
+from llmtrain.integrity import integrity_problems
 
 
 def commit(target: Path, content: str = "x") -> None:
@@ -102,6 +102,62 @@ def test_write_atomically_replaces(tmp_path: Path) -> None:
     write_atomically(tmp_path / "deep" / "f", b"two")
     assert (tmp_path / "deep" / "f").read_bytes() == b"two"
     assert len(list((tmp_path / "deep").iterdir())) == 1
+
+
+STOPPED = """
+import os, sys
+from pathlib import Path
+from llmtrain import files
+
+def stop(path, target):
+    print("written", flush=True)
+    sys.stdin.readline()
+    os.rename(path, target)
+
+Path.replace = stop
+files.write_atomically(Path(sys.argv[1]), "whole")
+"""
+
+
+def test_what_a_living_process_writes_stays_and_what_a_killed_one_wrote_goes(tmp_path: Path) -> None:
+    """Each stopped when all is written and nothing has its name."""
+    command = [sys.executable, "-c", STOPPED]
+    dead, living = (
+        subprocess.Popen(
+            [*command, tmp_path / name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for name in ("dead", "living")
+    )
+    for process in (dead, living):
+        assert process.stdout is not None and process.stdout.readline() == "written\n"
+    dead.kill()
+    dead.wait()
+    assert len(list(tmp_path.glob(".tmp-*"))) == 2
+    write_atomically(tmp_path / "other", "one")
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.glob(".tmp-*")] == [f".tmp-{living.pid}-living"]
+    living.communicate("go")
+    assert living.returncode == 0
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"living": "whole", "other": "one"}
+
+
+AGAIN = """
+import sys
+from pathlib import Path
+from llmtrain.files import write_atomically
+
+for number in range(100):
+    write_atomically(Path(sys.argv[1]), str(number))
+"""
+
+
+def test_processes_that_write_in_one_folder_leave_each_other_alone(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", AGAIN]
+    writers = [
+        subprocess.Popen([*command, tmp_path / name], stderr=subprocess.PIPE, text=True) for name in "aaab"
+    ]
+    assert [writer.communicate()[1] for writer in writers] == [""] * 4
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "99", "b": "99"}
 
 
 def test_removed_folders_never_look_damaged(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_a_script_that_is_stopped_leaves_as_a_command_does(tmp_path: Path, numbe
     )
     assert script.stdout is not None and "prepare" in script.stdout.readline()
     script.send_signal(number)
-    assert script.communicate(timeout=60)[1].splitlines()[-1].startswith("stopped, with everything saved")
+    assert script.communicate(timeout=120)[1].splitlines()[-1].startswith("stopped, with everything saved")
     assert script.returncode == 128 + number
 
 

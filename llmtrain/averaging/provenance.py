@@ -20,7 +20,7 @@ from llmtrain import __version__
 from llmtrain.averaging.checkpoints import Checkpoint
 from llmtrain.averaging.series import Input
 from llmtrain.errors import UserError
-from llmtrain.files import integrity_problems, sha256_of
+from llmtrain.integrity import integrity_problems, sha256_of
 from llmtrain.weights_folder import PROVENANCE_FILE, read_json
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ from llmtrain.averaging.windows import (
 )
 from llmtrain.config_file import load_config
 from llmtrain.errors import UserError
-from llmtrain.files import INTEGRITY_FILE, RunFolder, read_integrity, step_folders
+from llmtrain.files import RunFolder, step_folders
+from llmtrain.integrity import INTEGRITY_FILE, read_integrity
 from llmtrain.weights_folder import WEIGHTS_FILE
 
 _DIFFERENCES_SHOWN = 8

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmtrain import files
+from llmtrain import files, integrity
 from llmtrain.data.manifest import SPLITS, Plan, ShardRecord, shard_name
 from llmtrain.data.token_files import shard_problem
 
@@ -103,7 +103,7 @@ def _split_of(record: ShardRecord) -> str:
 
 def _problem(folder: Path, record: ShardRecord) -> str | None:
     problem = shard_problem(folder, record)
-    if problem is None and files.sha256_of(folder / record.name) != record.sha256:
+    if problem is None and integrity.sha256_of(folder / record.name) != record.sha256:
         problem = f"{folder / record.name} has another SHA-256 than when it was written"
     return problem
 

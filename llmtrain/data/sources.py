@@ -22,7 +22,7 @@ from llmtrain.data.manifest import SourceFile, SourceRecord
 from llmtrain.data.readers import KINDS, Span, damage_named, kind_of, spans_of
 from llmtrain.data.remote import find_remote, is_url, without_scheme
 from llmtrain.errors import UserError
-from llmtrain.files import sha256_of
+from llmtrain.integrity import sha256_of
 
 OPENWEBTEXT = "openwebtext"
 OPENWEBTEXT_HUB = "Skylion007/openwebtext"

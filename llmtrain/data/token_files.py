@@ -20,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from llmtrain import files
+from llmtrain import files, integrity
 from llmtrain.data.manifest import ShardRecord, SplitRecord, TokenizerRecord, shard_name
 from llmtrain.errors import UserError
 
@@ -128,7 +128,7 @@ class ShardWriter:
             tokens=self._tokens,
             documents=self._documents,
             text_bytes=self._text_bytes,
-            sha256=files.sha256_of(self._staging),
+            sha256=integrity.sha256_of(self._staging),
         )
         self._staging.replace(self._folder / self._name)
         files.fsync_path(self._folder)
@@ -243,7 +243,7 @@ def shard_problem(folder: Path, shard: ShardRecord) -> str | None:
 def content_problem(folder: Path, shard: ShardRecord, tokenizer: TokenizerRecord) -> str | None:
     """What is wrong with a shard by its contents, or None: hash, ids beyond the vocabulary, documents."""
     path = folder / shard.name
-    if files.sha256_of(path) != shard.sha256:
+    if integrity.sha256_of(path) != shard.sha256:
         return f"{path} has another SHA-256 than when it was written"
     largest, documents = 0, 0
     with path.open("rb") as file:

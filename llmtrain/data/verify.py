@@ -9,7 +9,7 @@ in `integrity.json`, and whoever wonders about a disk wants both looked at.
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtrain import files
+from llmtrain import files, integrity
 from llmtrain.data.manifest import MANIFEST_FILE
 from llmtrain.data.shards import data_problems
 from llmtrain.errors import UserError
@@ -35,14 +35,16 @@ def verify_below(path: Path) -> list[Check]:
     """
     if not path.is_dir():
         raise UserError(f"{path} is no folder", hint="name a data folder, a folder of weights, or a run")
-    found = {record.parent for name in (MANIFEST_FILE, files.INTEGRITY_FILE) for record in path.rglob(name)}
+    found = {
+        record.parent for name in (MANIFEST_FILE, integrity.INTEGRITY_FILE) for record in path.rglob(name)
+    }
     # A committed step without its record is damage as well.
     parents = [path, *(each for each in path.rglob("*") if each.is_dir())]
     found.update(step for parent in parents for step in files.step_folders(parent).values())
     folders = sorted(folder for folder in found if not _temporary(folder.relative_to(path)))
     if not folders:
         raise UserError(
-            f"nothing at or below {path} records its hashes ({MANIFEST_FILE} or {files.INTEGRITY_FILE})",
+            f"nothing at or below {path} records its hashes ({MANIFEST_FILE} or {integrity.INTEGRITY_FILE})",
             hint="only folders that llmtrain wrote can be verified, and nanoGPT's have no hashes",
         )
     return [_check(folder) for folder in folders]
@@ -54,7 +56,7 @@ def _check(folder: Path) -> Check:
         if (folder / MANIFEST_FILE).is_file():
             problems += data_problems(folder)
         else:
-            problems += files.integrity_problems(folder)
+            problems += integrity.integrity_problems(folder)
     except UserError as error:
         problems.append(str(error))
     except OSError as error:

@@ -27,8 +27,9 @@ from llmtrain.evaluation.foreign import ForeignModel, load_causal, reencoded, re
 from llmtrain.evaluation.kept import keep
 from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.evaluation.targets import RAW, Target
-from llmtrain.files import INTEGRITY_FILE, RunFolder, read_integrity, sha256_of
+from llmtrain.files import RunFolder
 from llmtrain.hardware import Precision, keeping_freed_memory, resolve_device, resolve_precision
+from llmtrain.integrity import INTEGRITY_FILE, read_integrity, sha256_of
 from llmtrain.model import GPT
 from llmtrain.weights_folder import read_json, weights_files
 

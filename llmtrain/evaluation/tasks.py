@@ -25,7 +25,7 @@ from llmtrain.errors import UserError
 from llmtrain.evaluation.kept import kept
 from llmtrain.evaluation.results import weights_sha256
 from llmtrain.evaluation.targets import Target
-from llmtrain.files import sha256_of
+from llmtrain.integrity import sha256_of
 
 if TYPE_CHECKING:
     from llmtrain.evaluation.harness import Harness

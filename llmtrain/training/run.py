@@ -24,7 +24,6 @@ from llmtrain.data.shards import TokenData
 from llmtrain.errors import UserError
 from llmtrain.events import read_events
 from llmtrain.files import (
-    INTEGRITY_FILE,
     RunFolder,
     exclusive,
     is_run,
@@ -34,6 +33,7 @@ from llmtrain.files import (
     write_atomically,
 )
 from llmtrain.hardware import environment, keeping_freed_memory, resolve_device, resolve_precision
+from llmtrain.integrity import INTEGRITY_FILE
 from llmtrain.interrupt import Interrupt
 from llmtrain.training.compiled import compiled
 from llmtrain.training.distributed import join

@@ -27,7 +27,8 @@ from torch.optim import Optimizer
 
 from llmtrain.averaging.online import OnlineAverage
 from llmtrain.errors import UserError
-from llmtrain.files import RunFolder, integrity_problems, step_folders
+from llmtrain.files import RunFolder, step_folders
+from llmtrain.integrity import integrity_problems
 from llmtrain.sharded import local, overwrite, part_of
 from llmtrain.training.stability import Watch
 from llmtrain.weights_folder import read_json

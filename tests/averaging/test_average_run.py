@@ -21,7 +21,8 @@ from llmtrain.averaging.plan import Request, make_plans
 from llmtrain.averaging.series import run_series
 from llmtrain.checkpoint import load_model, load_weights
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.files import RunFolder, exclusive, integrity_problems
+from llmtrain.files import RunFolder, exclusive
+from llmtrain.integrity import integrity_problems
 
 
 def lawa(run: RunFolder, every: int, **options: Any) -> list[Average]:

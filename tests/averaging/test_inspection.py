@@ -13,7 +13,7 @@ from llmtrain.averaging.inspection import inspect_path
 from llmtrain.averaging.plan import Request, make_plans
 from llmtrain.averaging.series import run_series
 from llmtrain.errors import UserError
-from llmtrain.files import sha256_of
+from llmtrain.integrity import sha256_of
 
 
 def test_facts_of_a_series(tmp_path: Path) -> None:

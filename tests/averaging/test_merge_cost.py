@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from tiny_runs import MakeRun
 
-from llmtrain import files
+from llmtrain import integrity
 from llmtrain.averaging import provenance
 from llmtrain.averaging.average import average
 from llmtrain.averaging.checkpoints import SafetensorsReader
@@ -18,7 +18,7 @@ from llmtrain.averaging.header import TensorSpec, encode_header
 from llmtrain.averaging.plan import Request, make_plans
 from llmtrain.averaging.series import run_series
 from llmtrain.errors import UserError
-from llmtrain.files import integrity_problems, sha256_of
+from llmtrain.integrity import integrity_problems, sha256_of
 
 GIGABYTE = 1 << 30
 
@@ -80,7 +80,7 @@ def test_all_sliding_windows_read_each_input_once(make_run: MakeRun, monkeypatch
 
     monkeypatch.setattr(SafetensorsReader, "read", counting)
     hashed_apart: list[Path] = []
-    for module in (provenance, files):
+    for module in (provenance, integrity):
         monkeypatch.setattr(module, "sha256_of", lambda path: hashed_apart.append(path) or sha256_of(path))
     series = run_series(run)
     results = average(series, make_plans(series, Request(every=10, window=5, at="all")))
@@ -100,7 +100,7 @@ def test_inputs_in_another_order_of_tensors_are_hashed_all_the_same(make_run: Ma
     specs = {name: TensorSpec("F32", tuple(tensors[name].shape)) for name in sorted(tensors, reverse=True)}
     header, _ = encode_header(specs, {})
     path.write_bytes(header + b"".join(tensors[name].numpy().tobytes() for name in specs))
-    files.write_integrity(path.parent)
+    integrity.write_integrity(path.parent)
     series = run_series(run)
     plans = make_plans(series, Request(every=10, window=2))
     damaged = bytearray(path.read_bytes())

@@ -89,7 +89,7 @@ def test_a_signal_before_the_first_shard_leaves_nothing(tmp_path: Path, number: 
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == code
     assert "data/big is not complete; the same command goes on" in errors
     assert not (tmp_path / "data").exists()

@@ -202,7 +202,7 @@ def test_a_signal_ends_the_command_and_its_tasks(
         assert process.poll() is None
         time.sleep(0.001)
     process.terminate()
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 143
     assert "ray is not complete; the same command goes on" in errors
     assert "Traceback" not in errors and len(errors.splitlines()) == 3

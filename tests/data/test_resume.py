@@ -31,7 +31,7 @@ def kill_at(folder: Path, source: Path, moment: str) -> None:
     program = f"import os, signal\nfrom llmtrain.data import journal, staging\n{moment}\n"
     program += "from llmtrain.cli.main import main\nmain()"
     command = [sys.executable, "-c", program, "prepare", str(source), "--out", "out", *ARGUMENTS]
-    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=60)
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
     assert process.returncode == -signal.SIGKILL, process.stderr
 
 
@@ -140,7 +140,7 @@ def test_the_command_ended_by_signals(
             assert process.poll() is None, process.communicate()
             time.sleep(0.0005)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
         if number == signal.SIGKILL:
             assert process.returncode == -number
         else:

@@ -181,7 +181,7 @@ def test_a_browser_shows_it(runs: list[RunFolder], tmp_path: Path, width: int) -
          "--allow-file-access-from-files",
          "--enable-logging=stderr", "--virtual-time-budget=5000", "--window-size=1400,900",
          f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", probe.as_uri()],
-        capture_output=True, text=True, timeout=60, check=True,
+        capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr
     told = re.search(r"<pre>(\{.*\})</pre>", done.stdout)

@@ -151,7 +151,7 @@ def test_without_an_account_wandb_is_kept_offline_and_asks_nothing(
     done = subprocess.run(
         ["script", "--quiet", "--return", "--command", command, "/dev/null"],
         cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert "W&B cannot be reached (no account is known here" in " ".join(done.stdout.split())

@@ -14,7 +14,8 @@ from worlds import in_processes, train, train_together
 
 from llmtrain.config import RunConfig
 from llmtrain.errors import RunFailed, UserError, WriteFailed
-from llmtrain.files import RunFolder, integrity_problems, step_folders
+from llmtrain.files import RunFolder, step_folders
+from llmtrain.integrity import integrity_problems
 from llmtrain.model import GPT
 from llmtrain.sharded import local, whole
 from llmtrain.training.distributed import World, join

@@ -10,7 +10,8 @@ from in_process import unmeasured
 from tiny_training import Build, events
 
 from llmtrain.config_file import dump_config
-from llmtrain.files import RunFolder, integrity_problems, step_folders
+from llmtrain.files import RunFolder, step_folders
+from llmtrain.integrity import integrity_problems
 
 
 def train(config: Path, folder: Path, limit: int | None = None) -> subprocess.CompletedProcess[str]:

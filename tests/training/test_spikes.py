@@ -15,7 +15,8 @@ from llmtrain.config import RunConfig
 from llmtrain.data.sampler import Sampler, batch
 from llmtrain.data.shards import open_data
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.files import RunFolder, step_folders, write_integrity
+from llmtrain.files import RunFolder, step_folders
+from llmtrain.integrity import write_integrity
 from llmtrain.interrupt import Interrupted
 from llmtrain.training.run import pretrain
 from llmtrain.training.trainer import Trainer

@@ -10,14 +10,15 @@ import torch
 from tiny_training import EVERY_AVERAGE, Build, assert_same_run, events, interrupt_at, quiet
 from transformers import AutoModelForCausalLM
 
-from llmtrain import files
+from llmtrain import integrity
 from llmtrain.checkpoint import load_model, load_weights
 from llmtrain.config_file import load_config
 from llmtrain.data.sampler import Sampler, batch
 from llmtrain.data.shards import open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.events import read_json_lines
-from llmtrain.files import RunFolder, integrity_problems, step_folders
+from llmtrain.files import RunFolder, step_folders
+from llmtrain.integrity import integrity_problems
 from llmtrain.interrupt import Interrupted
 from llmtrain.model import GPT
 from llmtrain.training.run import pretrain
@@ -247,7 +248,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(
     assert (run.states / "step-00000012-damaged" / "tensors.safetensors").is_file()
     assert_same_run(whole, run)
     # Once more, by a sector that cannot be read: the first one stays as well.
-    real = files.sha256_of
+    real = integrity.sha256_of
 
     def bad_sector(path: Path) -> str:
         if path.parent == run.state(12):
@@ -255,7 +256,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(
         return real(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "sha256_of", bad_sector)
+        patch.setattr(integrity, "sha256_of", bad_sector)
         quiet(tiny(), run.path, warn=warnings.append)
     assert "Input/output error" in warnings[1]
     assert len(list(run.states.glob("step-00000012-damaged*/tensors.safetensors"))) == 2
