@@ -97,7 +97,7 @@ def main() -> None:
 
 def _tell(error: Exception) -> None:
     """What happened in one red line, and what to do next."""
-    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+    if type(error) is RuntimeError and isinstance(error.__context__, OSError):
         error = error.__context__  # of links in a circle: so says pathlib before Python 3.13
     if isinstance(error, UserError | RunFailed):
         print_error(error, error.hint)
