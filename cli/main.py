@@ -6,6 +6,7 @@ config or the input is wrong, 128 + signal when a signal ended it) and are decid
     llmtrain --help
 """
 
+import errno
 import sys
 from typing import Annotated
 
@@ -97,8 +98,9 @@ def main() -> None:
 
 def _tell(error: Exception) -> None:
     """What happened in one red line, and what to do next."""
-    if type(error) is RuntimeError and isinstance(error.__context__, OSError):
-        error = error.__context__  # of links in a circle: so says pathlib before Python 3.13
+    before = error.__context__
+    if isinstance(before, OSError) and before.errno == errno.ELOOP and type(error) is RuntimeError:
+        error = before  # so speaks pathlib of links in a circle, before Python 3.13
     if isinstance(error, UserError | RunFailed):
         print_error(error, error.hint)
     elif isinstance(error, OSError):  # of a path that was given, or of the machine: told in plain words

@@ -8,6 +8,7 @@ removed by the next command that writes there.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -26,6 +27,8 @@ TEMPORARY_PREFIX = ".tmp-"
 _REPLACED_PREFIX = f"{TEMPORARY_PREFIX}replaced-"
 _LOCK = ".lock"
 """After a temporary name: held while a process builds what has that name."""
+_NOT_LOCKED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESTALE)
+"""The file system knows no locks, and so nothing of others is removed from it; or (NFS) the file is gone."""
 
 
 # --- commit ------------------------------------------------------------------------------------
@@ -114,7 +117,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     staging = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}"
     with writing(path, needed=len(encoded)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(path.parent)
+        _remove_abandoned_files(path.parent, re.escape(path.name))
         with _held_open(staging) as file:
             try:
                 file.write(encoded)
@@ -131,11 +134,40 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def _held_open(staging: Path) -> BinaryIO:
     """An empty file to write to; that it is locked until it is closed says that it is not abandoned."""
     while True:
-        file = staging.open("wb")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink:
+        file = staging.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NOT_LOCKED:
+                raise
+        if _is_named(file, staging):
+            file.truncate(0)
             return file
-        file.close()  # removed before it was locked
+        file.close()  # removed, or what a process of the same number on another machine has written
+
+
+def _is_named(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file still has the name under which it was opened."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
+
+
+def _remove_abandoned_files(parent: Path, name: str = ".+") -> None:
+    """Delete what `write_atomically` wrote directly in `parent`, to be `name` (a pattern), when it was killed."""
+    for path in parent.glob(f"{TEMPORARY_PREFIX}*"):
+        if _is_for_a_file(path, name):
+            with contextlib.suppress(OSError), path.open("r+b") as file:  # else it lives, or is not ours
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_named(file, path):
+                    path.unlink()
+
+
+def _is_for_a_file(path: Path, name: str = ".+") -> bool:
+    """Whether a path is named as `write_atomically` names what is to be `name` (a pattern)."""
+    named = re.fullmatch(rf"{re.escape(TEMPORARY_PREFIX)}\d+-{name}", path.name)
+    return named is not None and path.suffix != _LOCK and path.is_file()
 
 
 def remove_folder(folder: Path) -> None:
@@ -153,35 +185,26 @@ def remove_leftovers(parent: Path) -> None:
     What a living process is building stays.
     """
     remove_abandoned(parent)
+    _remove_abandoned_files(parent)
     live = {lock.name.removesuffix(_LOCK) for lock in parent.glob(f"{TEMPORARY_PREFIX}*{_LOCK}")}
     for path in parent.glob(f"{_REPLACED_PREFIX}*"):
         target = parent / path.name.removeprefix(_REPLACED_PREFIX)
         if not target.exists():
             path.rename(target)
     for path in parent.glob(f"{TEMPORARY_PREFIX}*"):
-        if path.name.removesuffix(_LOCK) in live or _is_being_written(path):
+        if path.name.removesuffix(_LOCK) in live or _is_for_a_file(path):
             continue
         if path.is_dir():
             shutil.rmtree(path)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)  # it may have been a file that has its name now
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Delete what was being built or written directly in `parent` when its process was killed, and nothing else."""
+    """Delete what `staged_folder` built directly in `parent` when its process was killed, and nothing else."""
     for lock in parent.glob(f"{TEMPORARY_PREFIX}*{_LOCK}"):
         with contextlib.suppress(UserError, OSError), _locked(lock, lock):  # else it lives, or is not ours
             shutil.rmtree(parent / lock.name.removesuffix(_LOCK), ignore_errors=True)
-    for path in filter(_is_being_written, parent.glob(f"{TEMPORARY_PREFIX}*")):
-        with contextlib.suppress(OSError), path.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-
-
-def _is_being_written(path: Path) -> bool:
-    """Whether `write_atomically` gave it its name."""
-    name = re.fullmatch(rf"{re.escape(TEMPORARY_PREFIX)}\d+-.+", path.name)
-    return name is not None and path.suffix != _LOCK and path.is_file()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 from llmtrain.errors import UserError
 
 INTEGRITY_FILE = "integrity.json"
-"""Name and SHA-256 of every other file of a committed folder; written last, before the rename."""
+"""Name, size and SHA-256 of every other file of a committed folder; written last, before the rename."""
 
 
 def sha256_of(path: Path) -> str:

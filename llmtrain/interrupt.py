@@ -28,7 +28,10 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """While active, the first of the signals is remembered; the second has its usual effect."""
+    """While active, the first of the signals is remembered; the second has its usual effect.
+
+    Where another process was the reason to leave, the first signal to this one is awaited even afterwards.
+    """
 
     def __init__(
         self,
@@ -63,7 +66,7 @@ class Interrupt:
         """Raise `Interrupted` if a signal came or the time is over."""
         if code := self._agree(self.exit_code):
             reason = "the time is over" if code == OUT_OF_TIME else signal.Signals(code - 128).name
-            # Another process has heard it first; that which goes to this one is on its way.
+            # Another process had the reason to leave; a signal to this one may still be on its way.
             self._is_to_come = self.received is None and code != OUT_OF_TIME
             raise Interrupted(reason, code)
 
@@ -74,8 +77,9 @@ class Interrupt:
         if not self._quiet and not self._is_to_come:
             with contextlib.suppress(OSError):
                 os.write(2, b"stopping at the next safe place; the same signal again leaves at once\n")
-        for each in self._previous:
-            signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
+        for each, handler in self._previous.items():
+            usual = signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL
+            signal.signal(each, handler if self._is_to_come else usual)  # type: ignore[arg-type]  # as below
 
     def __enter__(self) -> "Interrupt":
         # What nohup, or a shell's `&`, told us to ignore stays ignored.

@@ -1,12 +1,15 @@
 """Atomic commit, the record of hashes, the lock, and the names in a run."""
 
+import errno
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from llmtrain import files
 from llmtrain.errors import UserError
 from llmtrain.events import read_json_lines
 from llmtrain.files import (
@@ -139,6 +142,42 @@ def test_what_a_living_process_writes_stays_and_what_a_killed_one_wrote_goes(tmp
     living.communicate("go")
     assert living.returncode == 0
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"living": "whole", "other": "one"}
+
+
+def test_what_others_have_under_such_names_stays(tmp_path: Path) -> None:
+    """In a folder that is not ours alone, such as that of a config."""
+    for name in (".tmp-2024-notes", ".tmp-cache.lock"):
+        (tmp_path / name).write_text("mine")
+    commit(tmp_path / ".tmp-cache")
+    before = set(tmp_path.rglob("*"))
+    write_atomically(tmp_path / "new.yaml", "one")
+    assert set(tmp_path.rglob("*")) == before | {tmp_path / "new.yaml"}
+
+
+def test_a_process_of_the_same_number_on_another_machine_loses_nothing(tmp_path: Path) -> None:
+    target, staging = tmp_path / "f", tmp_path / f".tmp-{os.getpid()}-f"
+    with ThreadPoolExecutor(1) as pool:
+        with files._held_open(staging) as theirs:
+            theirs.write(b"theirs")
+            theirs.flush()
+            ours = pool.submit(write_atomically, target, "ours")
+            with pytest.raises(TimeoutError):
+                ours.result(timeout=0.1)
+            staging.replace(target)
+            assert target.read_text() == "theirs"
+        ours.result()
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+    assert target.read_text() == "ours"
+
+
+def test_a_file_system_without_locks_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    for content in ("one", "two"):
+        write_atomically(tmp_path / "f", content)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["two"]
 
 
 AGAIN = """

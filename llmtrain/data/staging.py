@@ -7,6 +7,7 @@ beside it is there until after that; so a kill at any instant leaves something t
 """
 
 import errno
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -132,7 +133,9 @@ def existing(out: Path, plan: Plan) -> Manifest | None:
         UserError: something else is there.
     """
     if out.resolve().is_mount():
-        raise UserError(f"{out} is a mount point, which cannot be renamed", hint=f"--out {out / 'NAME'}")
+        raise UserError(
+            f"{out} is a mount point, which cannot be renamed", hint=f"--out {shlex.quote(str(out / 'NAME'))}"
+        )
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST_FILE).is_file():
