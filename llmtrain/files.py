@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from llmtrain.disk import writing
 from llmtrain.errors import UserError
@@ -146,7 +146,7 @@ def _held_open(staging: Path) -> BinaryIO:
         file.close()  # removed, or what a process of the same number on another machine has written
 
 
-def _is_named(file: BinaryIO, path: Path) -> bool:
+def _is_named(file: IO[Any], path: Path) -> bool:
     """Whether an open file still has the name under which it was opened."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
@@ -240,7 +240,7 @@ def _locked(lock: Path, what: Path, *, keep: bool = False) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Its last holder may have removed it since it was opened, and another made one of that name.
-            if os.fstat(file.fileno()).st_nlink == 0:
+            if not _is_named(file, lock):
                 raise BlockingIOError
         except BlockingIOError:
             file.seek(0)
