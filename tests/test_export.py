@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import TOKEN, HubServer
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizers import Tokenizer as FastTokenizer
@@ -72,7 +72,6 @@ def fast(name: str) -> FastTokenizer:
     return FastTokenizer.from_str(tokenizer_files(load_tokenizer(name), 64)["tokenizer.json"])
 
 
-@settings(deadline=None)
 @given(st.text(), st.sampled_from(["byte", "gpt2"]))
 def test_the_tokenizer_files_give_our_ids(text: str, name: str) -> None:
     ours = load_tokenizer(name)

@@ -15,7 +15,7 @@ TEXTS = st.lists(PIECES | st.text(max_size=8), max_size=12).map("".join)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=TEXTS)
 def test_the_same_ids_and_text(name: str, text: str) -> None:
     ours = load_tokenizer(name)

@@ -62,7 +62,6 @@ def fuzz(kind: str) -> Callable[[Any], Any]:
     found = os.environ.get("FUZZ_SEED")
     chosen = settings(
         max_examples=EXAMPLES[kind],
-        deadline=None,
         derandomize=found is None,
         database=None,
         suppress_health_check=(HealthCheck.function_scoped_fixture, HealthCheck.too_slow),

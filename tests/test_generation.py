@@ -14,7 +14,7 @@ import pytest
 import torch
 from hub_server import HubServer
 from huggingface_hub import constants, get_session
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from in_process import invoke
 from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -94,7 +94,6 @@ def test_what_is_read_in_pieces_gives_the_logits_of_the_whole(tmp_path: Path) ->
     torch.testing.assert_close(torch.stack(read), model.logits(tokens)[0, 6:], atol=1e-4, rtol=0)
 
 
-@settings(deadline=None)
 @given(
     st.integers(0, 1000),
     st.integers(1, 12) | st.none(),
@@ -115,7 +114,6 @@ def test_sampling_leaves_out_what_transformers_leaves_out(
     assert torch.equal(ours[ours.isfinite()], expected[0][expected[0].isfinite()])
 
 
-@settings(deadline=None)
 @given(st.text(), st.sampled_from(["byte", "gpt2"]), st.integers(0, 40))
 def test_streamed_text_is_never_a_broken_character(text: str, name: str, cut: int) -> None:
     tokenizer = load_tokenizer(name)

@@ -55,7 +55,7 @@ def of_whole_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Te
     return with_gradients(loss, hidden.double(), weight.double())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**31), st.integers(1, 40), st.integers(2, 130), st.floats(0.1, 30), st.floats(0, 0.9))
 def test_float32_is_the_loss_and_the_gradients_of_the_whole_logits(
     seed: int, rows: int, vocabulary: int, scale: float, ignored: float

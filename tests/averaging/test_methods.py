@@ -253,7 +253,7 @@ def mean_of(folder: Path, arrays: Sequence[np.ndarray], weights: Sequence[float]
     return out
 
 
-QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @QUICK
@@ -289,7 +289,7 @@ def test_merging_merges_of_equal_windows_is_the_merge(tmp_path: Path, arrays: li
     np.testing.assert_allclose(mean_of(tmp_path, halves, [0.5, 0.5]), whole, rtol=2e-7, atol=largest * 2e-7)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(hnp.arrays(np.float64, 20, elements=st.floats(-1e39, 1e39)))
 def test_bfloat16_is_rounded_once(values: np.ndarray) -> None:
     """Against exact arithmetic: no bfloat16 is nearer, and ties go to the even one."""

@@ -185,7 +185,7 @@ def test_a_damaged_shard(undisturbed: tuple[Path, Path], interrupted: Path, chan
     assert any(note.startswith("resumed at shard") for note in notes)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.floats(0, 1, exclude_max=True), flip=st.one_of(st.none(), st.integers(1, 255)))
 def test_a_damaged_journal(
     undisturbed: tuple[Path, Path], interrupted: Path, where: float, flip: int | None

@@ -30,7 +30,7 @@ def epoch_rows(sampler: Sampler, epoch: int) -> np.ndarray:
     return rows[epoch * k - first * sampler.batch_size :][:k]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(2, 3000),
     st.integers(1, 40),

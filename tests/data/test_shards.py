@@ -68,7 +68,7 @@ def test_open_data(folder: Path) -> None:
     assert len(data.reader("val")) == 0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     lengths=st.lists(st.integers(0, 12), min_size=1, max_size=8),
     ends=st.tuples(st.integers(0, 99), st.integers(0, 99)),

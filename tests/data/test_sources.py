@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmtrain.data import readers
@@ -68,7 +68,6 @@ def test_parquet(tmp_path: Path, kind: pa.DataType) -> None:
     assert texts(tmp_path / "a.parquet", tmp_path, field="body") == documents
 
 
-@settings(deadline=None)
 @given(
     documents=st.lists(st.text(max_size=20), min_size=1, max_size=12),
     blanks=st.lists(st.sampled_from(["", "\n", "\r\n", "  \n"]), min_size=12, max_size=12),

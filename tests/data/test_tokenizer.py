@@ -47,7 +47,7 @@ def test_gpt2_equals_the_textbook_on_real_text(real_texts: list[str]) -> None:
         assert gpt2.encode(text).tolist() == textbook_bpe(text)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text())
 def test_gpt2_equals_the_textbook_on_any_text(text: str) -> None:
     ids = load_tokenizer("gpt2").encode(text)
@@ -109,7 +109,7 @@ def test_very_long_whitespace() -> None:
     assert np.concatenate(parts).tolist() == gpt2.encode(short).tolist()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(alphabet=" \n\tab'12.,é中\u3000\xa0\x1c"), size=st.integers(1, 8))
 def test_cutting_never_changes_tokens(text: str, size: int) -> None:
     gpt2 = load_tokenizer("gpt2")

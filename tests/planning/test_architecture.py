@@ -8,7 +8,7 @@ from llmtrain.model import GPT
 from llmtrain.planning.architecture import Architecture
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(1, 4), st.integers(1, 3), st.integers(1, 16), st.integers(1, 300), st.integers(1, 64), st.booleans()
 )  # fmt: skip  # one line of ranges

@@ -38,7 +38,7 @@ def bits(tensors: list[Tensor]) -> list[bytes]:
     return [tensor.detach().numpy().tobytes() for tensor in tensors]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(1, 24), st.integers(1, 24), st.integers(0, 2**31), st.sampled_from([1e-6, 1.0, 1e6])
 )  # fmt: skip
