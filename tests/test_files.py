@@ -1,11 +1,13 @@
 """Atomic commit, the record of hashes, the lock, and the names in a run."""
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -168,6 +170,25 @@ def test_a_process_of_the_same_number_on_another_machine_loses_nothing(tmp_path:
         ours.result()
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
     assert target.read_text() == "ours"
+
+
+def test_what_is_cleaned_away_is_what_was_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the opening and the lock its writer gives it its name, and begins with the next one."""
+    staging, lock = tmp_path / ".tmp-5-f", fcntl.flock
+    staging.write_text("first")
+
+    def later(file: IO[bytes], operation: int) -> None:
+        if not (tmp_path / "f").exists():
+            staging.replace(tmp_path / "f")
+            staging.write_text("second")
+        lock(file, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", later)
+    remove_leftovers(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "f": "first",
+        ".tmp-5-f": "second",
+    }
 
 
 def test_a_file_system_without_locks_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
