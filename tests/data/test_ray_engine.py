@@ -47,6 +47,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         ray.shutdown()
 
 
+def said(stderr: str) -> list[str]:
+    """The lines but those of the progress, which come where it takes long."""
+    return [line for line in stderr.splitlines() if not line.startswith("documents: ")]
+
+
 @pytest.fixture(autouse=True)
 def small_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmtrain.data.readers.PARTITION_BYTES", 500_000)
@@ -186,7 +191,7 @@ def test_the_command(cluster: str, corpora: dict[str, Path], tmp_path: Path, llm
     result = llmtrain("prepare", source, "--out", "ray", "--shard-tokens", "100k", *on_ray, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "gpt2 tokens in ray" in result.stdout
-    assert result.stderr.startswith("reading ") and len(result.stderr.splitlines()) == 1
+    assert [line.split()[0] for line in said(result.stderr)] == ["reading"]
     prepare(str(source), tmp_path / "local", shard_tokens=100_000)
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")
 
@@ -205,7 +210,7 @@ def test_a_signal_ends_the_command_and_its_tasks(
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 143
     assert "ray is not complete; the same command goes on" in errors
-    assert "Traceback" not in errors and len(errors.splitlines()) == 3
+    assert [line.split()[0] for line in said(errors)] == ["reading", "stopping", "SIGTERM:"]
     assert list(tmp_path.glob(".tmp-ray/shards/train-*.bin"))
 
 
