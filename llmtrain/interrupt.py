@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
+_Handler = Callable[[int, FrameType | None], object] | int | None
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 OUT_OF_TIME = 124
@@ -52,7 +53,7 @@ class Interrupt:
         self._quiet = quiet
         self._is_to_come = False
         self._deadline = time.monotonic() + max_seconds if max_seconds is not None else None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, _Handler] = {}
 
     @property
     def exit_code(self) -> int:
@@ -79,7 +80,7 @@ class Interrupt:
                 os.write(2, b"stopping at the next safe place; the same signal again leaves at once\n")
         for each, handler in self._previous.items():
             usual = signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL
-            signal.signal(each, handler if self._is_to_come else usual)  # type: ignore[arg-type]  # as below
+            signal.signal(each, handler if self._is_to_come else usual)
 
     def __enter__(self) -> "Interrupt":
         # What nohup, or a shell's `&`, told us to ignore stays ignored.
@@ -93,4 +94,4 @@ class Interrupt:
         if self._is_to_come and self.received is None:
             return  # else it would end this process before it has told what became of the work
         for each, handler in self._previous.items():
-            signal.signal(each, handler)  # type: ignore[arg-type]  # what signal() itself returned
+            signal.signal(each, handler)
