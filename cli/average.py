@@ -65,11 +65,14 @@ def average(
         ),
     ] = None,
     every: Annotated[
-        int | None, typer.Option(help="Training steps between two checkpoints.", min=1, show_default=False)
+        int | None,
+        typer.Option(help="Training steps between two checkpoints.", min=1, show_default=False),
     ] = None,
     window: Annotated[
         int | None,
-        typer.Option(help="Checkpoints in a window.  [default: 5; ema: all]", min=1, show_default=False),
+        typer.Option(
+            help="Checkpoints in a window.  [default: 5; ema: all]", min=1, show_default=False
+        ),
     ] = None,
     at: Annotated[
         str | None,
@@ -79,7 +82,10 @@ def average(
         ),
     ] = None,
     disjoint: Annotated[
-        bool, typer.Option("--disjoint", help="Windows that share no checkpoint, as in the paper's script.")
+        bool,
+        typer.Option(
+            "--disjoint", help="Windows that share no checkpoint, as in the paper's script."
+        ),
     ] = False,
     method: Annotated[
         Method,
@@ -103,16 +109,22 @@ def average(
     ] = None,
     to: Annotated[
         int | None,
-        typer.Option(help="Last step (dense).", min=1, rich_help_panel=_METHODS, show_default=False),
+        typer.Option(
+            help="Last step (dense).", min=1, rich_help_panel=_METHODS, show_default=False
+        ),
     ] = None,
     decay: Annotated[
         float | None,
-        typer.Option(help="Per checkpoint, in [0, 1) (ema).", rich_help_panel=_METHODS, show_default=False),
+        typer.Option(
+            help="Per checkpoint, in [0, 1) (ema).", rich_help_panel=_METHODS, show_default=False
+        ),
     ] = None,
     half_life: Annotated[
         float | None,
         typer.Option(
-            help="In training steps, instead of --decay (ema).", rich_help_panel=_METHODS, show_default=False
+            help="In training steps, instead of --decay (ema).",
+            rich_help_panel=_METHODS,
+            show_default=False,
         ),
     ] = None,
     like_online: Annotated[
@@ -126,7 +138,9 @@ def average(
     shape: Annotated[
         DecayShape | None,
         typer.Option(
-            help="Of the decay (decay).  [default: 1-sqrt]", rich_help_panel=_METHODS, show_default=False
+            help="Of the decay (decay).  [default: 1-sqrt]",
+            rich_help_panel=_METHODS,
+            show_default=False,
         ),
     ] = None,
     sigma_rel: Annotated[
@@ -156,7 +170,9 @@ def average(
     show_weights: Annotated[
         bool,
         typer.Option(
-            "--show-weights", help="Print the weights and average nothing.", rich_help_panel=_METHODS
+            "--show-weights",
+            help="Print the weights and average nothing.",
+            rich_help_panel=_METHODS,
         ),
     ] = False,
     label: Annotated[
@@ -211,18 +227,24 @@ def average(
     ] = True,
     strict: Annotated[
         bool,
-        typer.Option("--strict", help="A checkpoint off the trajectory is an error.", rich_help_panel=_PROOF),
+        typer.Option(
+            "--strict", help="A checkpoint off the trajectory is an error.", rich_help_panel=_PROOF
+        ),
     ] = False,
     allow_duplicates: Annotated[
         bool,
         typer.Option(
-            "--allow-duplicates", help="Accept the same content at two steps.", rich_help_panel=_PROOF
+            "--allow-duplicates",
+            help="Accept the same content at two steps.",
+            rich_help_panel=_PROOF,
         ),
     ] = False,
     allow_known_bad: Annotated[
         bool,
         typer.Option(
-            "--allow-known-bad", help="Accept public revisions known to be wrong.", rich_help_panel=_PROOF
+            "--allow-known-bad",
+            help="Accept public revisions known to be wrong.",
+            rich_help_panel=_PROOF,
         ),
     ] = False,
     revision_pattern: Annotated[
@@ -252,17 +274,20 @@ def average(
         ),
     ] = None,
     write_best: Annotated[
-        bool, typer.Option("--write-best", help="Write the best one of the sweep.", rich_help_panel=_SEARCH)
+        bool,
+        typer.Option(
+            "--write-best", help="Write the best one of the sweep.", rich_help_panel=_SEARCH
+        ),
     ] = False,
 ) -> None:
     """Average checkpoints of one run (LAWA: the mean of the last --window, --every steps apart).
 
     Training is never touched. Checkpoints from warm-up are never used, windows are always complete.
     """
-    from llmtrain.averaging.average import Settings
-    from llmtrain.averaging.output import DTYPES, bytes_of
     from llmtrain.averaging.plan import Request, make_plans
-    from llmtrain.averaging.sources import find_series
+    from llmtrain.averaging.spec import MergeOptions
+    from llmtrain.checkpoints.sources import find_series
+    from llmtrain.checkpoints.writer import DTYPES, bytes_of
     from llmtrain.errors import UserError
 
     from .average_output import evaluate_sweep, print_averages, print_weights, run_plans
@@ -286,7 +311,7 @@ def average(
         label=label,
         out=out,
     )
-    settings = Settings(
+    settings = MergeOptions(
         dtype=DTYPES[dtype.value] if dtype else None,
         max_shard=bytes_of(max_shard_size) if max_shard_size else None,
         integers=integers.value,
@@ -297,9 +322,11 @@ def average(
         discard_inputs=discard_inputs,
     )
     if write_best and sweep is None:
-        raise UserError("--write-best goes with --sweep", hint='--sweep "window=3,5,10 every=200,400"')
+        raise UserError(
+            "--write-best goes with --sweep", hint='--sweep "window=3,5,10 every=200,400"'
+        )
     if sweep is not None:
-        if settings != Settings() or show_weights or revision_pattern is not None:
+        if settings != MergeOptions() or show_weights or revision_pattern is not None:
             raise UserError(
                 "--sweep evaluates in memory and takes none of the options for output, checks and the hub",
                 hint="sweep first, then make the best one with the options you want",

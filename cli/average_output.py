@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Column, Table
 
-from llmtrain.averaging.average import Average, Plan, Settings
 from llmtrain.averaging.average import average as make
 from llmtrain.averaging.plan import Request, make_plans
-from llmtrain.averaging.series import Series, run_series
+from llmtrain.averaging.spec import Average, AverageSpec, MergeOptions
+from llmtrain.checkpoints.series import Series, run_series
 from llmtrain.errors import UserError
-from llmtrain.files import newest_run, require_run
+from llmtrain.storage.run_folder import newest_run, require_run
 
 from .common import console, interruptible, notes, print_json, progress_line, warn
 
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from llmtrain.averaging.sweep_report import SummaryRow  # which imports torch
 
 
-def run_plans(series: Series, plans: Sequence[Plan], settings: Settings) -> list[Average]:
+def run_plans(
+    series: Series, plans: Sequence[AverageSpec], settings: MergeOptions
+) -> list[Average]:
     """Average with a progress line."""
     with interruptible("what is complete is kept") as interrupt, progress_line("averaging") as line:
 
@@ -40,12 +42,21 @@ def run_plans(series: Series, plans: Sequence[Plan], settings: Settings) -> list
 def print_averages(results: Sequence[Average]) -> None:
     """Step, label, inputs and folder of each average."""
     table = Table(
-        "step", "label", "inputs", Column("written to", overflow="fold"), box=None, header_style="bold"
+        "step",
+        "label",
+        "inputs",
+        Column("written to", overflow="fold"),
+        box=None,
+        header_style="bold",
     )
     for result in results:
-        steps = [str(source.step) for source in result.plan.inputs]
-        inputs = " ".join(steps if len(steps) <= 8 else [*steps[:3], "…", *steps[-3:], f"({len(steps)})"])
-        table.add_row(str(result.plan.step), result.plan.label, inputs, escape(str(result.plan.target)))
+        steps = [str(source.step) for source in result.spec.inputs]
+        inputs = " ".join(
+            steps if len(steps) <= 8 else [*steps[:3], "…", *steps[-3:], f"({len(steps)})"]
+        )
+        table.add_row(
+            str(result.spec.step), result.spec.label, inputs, escape(str(result.spec.target))
+        )
     console.print(table)
     if kept := sum(result.kept for result in results):
         notes.print(
@@ -53,7 +64,7 @@ def print_averages(results: Sequence[Average]) -> None:
         )
 
 
-def print_weights(plans: Sequence[Plan], as_json: bool) -> None:
+def print_weights(plans: Sequence[AverageSpec], as_json: bool) -> None:
     """The coefficients of each planned average, and nothing read or written."""
     if as_json:
         print_json(
@@ -70,7 +81,11 @@ def print_weights(plans: Sequence[Plan], as_json: bool) -> None:
         return
     for plan in plans:
         table = Table(
-            "checkpoint", "weight", box=None, header_style="bold", title=f"{plan.label}, step {plan.step}"
+            "checkpoint",
+            "weight",
+            box=None,
+            header_style="bold",
+            title=f"{plan.label}, step {plan.step}",
         )
         for source, weight in zip(plan.inputs, plan.weights, strict=True):
             table.add_row(source.location, f"{weight:.10g}")
@@ -106,31 +121,41 @@ def evaluate_sweep(
         warn(reason)
     rows = summary(result, run)
     write_csv(result, run.report / "sweep.csv")
-    draw(result, run.report / "sweep.png", f"{run.path.name}: averages of {len(result.candidates)} kinds")
+    draw(
+        result,
+        run.report / "sweep.png",
+        f"{run.path.name}: averages of {len(result.candidates)} kinds",
+    )
     written: Sequence[Average] = []
     if write_best and result.best.request is not None:
         series = run_series(run)
-        written = run_plans(series, make_plans(series, result.best.request), Settings())
+        written = run_plans(series, make_plans(series, result.best.request), MergeOptions())
     if as_json:
         curves = zip(rows, result.candidates, strict=True)
         print_json(
             {
                 "raw": {"losses": result.raw.losses},
-                "candidates": [asdict(row) | {"losses": candidate.losses} for row, candidate in curves],
+                "candidates": [
+                    asdict(row) | {"losses": candidate.losses} for row, candidate in curves
+                ],
                 "tokens": result.tokens,
                 "written": [one.as_json() for one in written],
             }
         )
         return
     console.print(_sweep_table(rows))
-    console.print(f"raw at step {max(result.raw.losses):,}: {result.raw.losses[max(result.raw.losses)]:.4f}")
+    console.print(
+        f"raw at step {max(result.raw.losses):,}: {result.raw.losses[max(result.raw.losses)]:.4f}"
+    )
     console.print(f"{run.report / 'sweep.csv'}\n{run.report / 'sweep.png'}", markup=False)
     if written:
         print_averages(written)
 
 
 def _sweep_table(rows: "Sequence[SummaryRow]") -> Table:
-    table = Table("", "average", "step", "loss", "minus raw", "saved: steps", "tokens", "hours", box=None)
+    table = Table(
+        "", "average", "step", "loss", "minus raw", "saved: steps", "tokens", "hours", box=None
+    )
     for column in table.columns[2:]:
         column.justify = "right"
     for row in rows:

@@ -30,7 +30,7 @@ from rich.progress import (
 )
 
 if TYPE_CHECKING:
-    from llmtrain.interrupt import Interrupt
+    from llmtrain.runtime.signals import Interrupt
 
 _PIPE_WIDTH = 160
 """Columns when the output is no terminal: wide enough that no table cell is cut."""
@@ -101,14 +101,16 @@ def warn(message: str) -> None:
 
 def say_at_the_end(message: str) -> None:
     """A line for whoever still reads standard error; the exit code is the same where nobody does."""
-    with suppress(OSError, SystemExit):  # rich leaves with a code of its own where the pipe is closed
+    with suppress(
+        OSError, SystemExit
+    ):  # rich leaves with a code of its own where the pipe is closed
         notes.print(message, markup=False, soft_wrap=True)
 
 
 @contextmanager
 def interruptible(outcome: str) -> Iterator["Interrupt"]:
     """A signal ends the block where it calls `check`; then say `outcome` and leave with its exit code."""
-    from llmtrain.interrupt import Interrupt, Interrupted
+    from llmtrain.runtime.signals import Interrupt, Interrupted
 
     try:
         with Interrupt() as interrupt:
@@ -154,7 +156,9 @@ class ProgressLine:
             self._bar.update(self._task, completed=done, total=total, detail=detail)
         elif time.monotonic() - self._last >= _PIPE_INTERVAL:
             self._last = time.monotonic()
-            share = f"{done:,}" if total is None else f"{done:,}/{total:,} ({done / max(total, 1):.0%})"
+            share = (
+                f"{done:,}" if total is None else f"{done:,}/{total:,} ({done / max(total, 1):.0%})"
+            )
             notes.print(f"{self._description}: {share} {detail}".rstrip())
 
 

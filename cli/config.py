@@ -14,19 +14,25 @@ from rich.table import Table
 from .common import console, print_json
 
 if TYPE_CHECKING:
-    from llmtrain.config import RunConfig
+    from llmtrain.config.schema import RunConfig
 
 
 def config(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file, or the folder of a run.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="YAML file, or the folder of a run.")
+    ],
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of FILE; repeatable."),
+        typer.Option(
+            "--set", metavar="SECTION.KEY=VALUE", help="Override a key of FILE; repeatable."
+        ),
     ] = None,
     diff: Annotated[
         Path | None,
         typer.Option(
-            metavar="OTHER", help="Show only what differs from this file or run.", show_default=False
+            metavar="OTHER",
+            help="Show only what differs from this file or run.",
+            show_default=False,
         ),
     ] = None,
     as_json: Annotated[
@@ -39,7 +45,7 @@ def config(
     """
     resolved = _load(file, settings or [])
     if diff is None:
-        from llmtrain.config_file import dump_config
+        from llmtrain.config.loading import dump_config
 
         if as_json:
             print_json(resolved.model_dump(mode="json"))
@@ -48,7 +54,9 @@ def config(
         return
     differences = _differences(resolved, _load(diff, []))
     if as_json:
-        print_json({key: {"here": here, "other": other} for key, (here, other) in differences.items()})
+        print_json(
+            {key: {"here": here, "other": other} for key, (here, other) in differences.items()}
+        )
         return
     if not differences:
         console.print(f"{file} and {diff} mean the same", markup=False)
@@ -60,18 +68,20 @@ def config(
 
 
 def _load(path: Path, settings: list[str]) -> "RunConfig":
-    from llmtrain.config_file import load_config
-    from llmtrain.files import require_run
+    from llmtrain.config.loading import load_config
+    from llmtrain.storage.run_folder import require_run
 
     return load_config(require_run(path).config if path.is_dir() else path, settings)
 
 
 def _differences(here: "RunConfig", other: "RunConfig") -> dict[str, tuple[Any, Any]]:
     """Dotted key → its two values, in the order of the sections; None where a key is not there."""
-    from llmtrain.config import flatten
+    from llmtrain.config.schema import flatten
 
     one, two = flatten(here), flatten(other)
-    return {key: (one.get(key), two.get(key)) for key in {**one, **two} if one.get(key) != two.get(key)}
+    return {
+        key: (one.get(key), two.get(key)) for key in {**one, **two} if one.get(key) != two.get(key)
+    }
 
 
 def _shown(value: Any) -> str:

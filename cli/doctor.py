@@ -26,10 +26,13 @@ def doctor(
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the config; repeatable."),
+        typer.Option(
+            "--set", metavar="SECTION.KEY=VALUE", help="Override a key of the config; repeatable."
+        ),
     ] = None,
     run_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the run.", show_default="runs/NAME, NAME from the config")
+        Path | None,
+        typer.Option(help="Folder of the run.", show_default="runs/NAME, NAME from the config"),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
@@ -41,23 +44,28 @@ def doctor(
     """
     from dataclasses import asdict
 
-    from llmtrain.config_file import load_config
-    from llmtrain.doctor import check_up
+    from llmtrain.config.loading import load_config
     from llmtrain.errors import RunFailed, UserError
+    from llmtrain.planning.doctor import check_up
 
     if settings and config is None:
-        raise UserError("--set overrides a key of a config, and none is named", hint="--config FILE")
+        raise UserError(
+            "--set overrides a key of a config, and none is named", hint="--config FILE"
+        )
     checks = []
     for check in check_up(load_config(config, settings or []) if config else None, run_dir):
         checks.append(check)
         if not as_json:
             colour = _COLOURS[check.state]
             console.print(
-                f"[{colour}]{check.state:<7}[/] {check.name:<10} {escape(check.found)}", soft_wrap=True
+                f"[{colour}]{check.state:<7}[/] {check.name:<10} {escape(check.found)}",
+                soft_wrap=True,
             )
             if check.hint:
                 console.print(f"{'':<18} {escape(check.hint)}", soft_wrap=True)
     if as_json:
         print_json([asdict(check) for check in checks])
     if problems := [check.name for check in checks if check.state == "problem"]:
-        raise RunFailed(f"not fit for this: {', '.join(problems)}", hint="the lines above say what to do")
+        raise RunFailed(
+            f"not fit for this: {', '.join(problems)}", hint="the lines above say what to do"
+        )

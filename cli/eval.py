@@ -14,10 +14,10 @@ from .common import console, interruptible, print_json, progress_line, warn
 from .eval_table import Measured, explanations, json_of, loss_table, measures_table
 
 if TYPE_CHECKING:
+    from llmtrain.checkpoints.targets import Target
     from llmtrain.evaluation.results import Row, Settings
-    from llmtrain.evaluation.targets import Target
     from llmtrain.evaluation.tasks import TaskSettings
-    from llmtrain.interrupt import Interrupt
+    from llmtrain.runtime.signals import Interrupt
 
     from .common import ProgressLine
 
@@ -43,22 +43,28 @@ def evaluate(
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of token shards.", show_default="the run's data.path")
+        Path | None,
+        typer.Option(help="Folder of token shards.", show_default="the run's data.path"),
     ] = None,
     split: Annotated[Split, typer.Option(help="Which split.")] = Split.VAL,
     tokens: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Only the first so many tokens.", show_default="the run's eval.tokens, else all"
+            min=2,
+            help="Only the first so many tokens.",
+            show_default="the run's eval.tokens, else all",
         ),
     ] = None,
     batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Windows in one forward pass.", show_default="the run's eval.batch"),
+        typer.Option(
+            min=1, help="Windows in one forward pass.", show_default="the run's eval.batch"
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     every_snapshot: Annotated[
-        bool, typer.Option("--all", help="Every snapshot, not only those whose step has an average.")
+        bool,
+        typer.Option("--all", help="Every snapshot, not only those whose step has an average."),
     ] = False,
     text: Annotated[
         Path | None,
@@ -98,7 +104,8 @@ def evaluate(
     batch_size: Annotated[
         str,
         typer.Option(
-            help="Requests in one forward pass; auto: what the GPU holds, 8 on a CPU.", rich_help_panel=_TASKS
+            help="Requests in one forward pass; auto: what the GPU holds, 8 on a CPU.",
+            rich_help_panel=_TASKS,
         ),
     ] = "auto",
     task_data: Annotated[
@@ -112,13 +119,17 @@ def evaluate(
     task_files: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of lm-eval task files. They are code.", show_default=False, rich_help_panel=_TASKS
+            help="Folder of lm-eval task files. They are code.",
+            show_default=False,
+            rich_help_panel=_TASKS,
         ),
     ] = None,
     trust_task_files: Annotated[
         bool,
         typer.Option(
-            "--trust-task-files", help="Run the code of --task-files: read it first.", rich_help_panel=_TASKS
+            "--trust-task-files",
+            help="Run the code of --task-files: read it first.",
+            rich_help_panel=_TASKS,
         ),
     ] = False,
     as_json: Annotated[
@@ -132,11 +143,13 @@ def evaluate(
     kept under the run's evals/ and not computed twice for the same weights and data. --text and --tasks
     join the same table, with standard errors where they are known.
     """
+    from llmtrain.checkpoints.targets import targets_named
     from llmtrain.evaluation.results import Settings
-    from llmtrain.evaluation.targets import targets_named
-    from llmtrain.files import newest_run
+    from llmtrain.storage.run_folder import newest_run
 
-    asked = _task_settings(tasks, limit, batch_size, task_data, task_files, trust_task_files, device)
+    asked = _task_settings(
+        tasks, limit, batch_size, task_data, task_files, trust_task_files, device
+    )
     _require_companion("--stride", stride, "--text", text)
     # Two averages of one step bring the same raw weights: measure and show them once.
     found = {
@@ -155,13 +168,19 @@ def evaluate(
 class _Work:
     """What is measured of which weights, and how far it is."""
 
-    def __init__(self, wanted: "list[Target]", interrupt: "Interrupt", line: "ProgressLine") -> None:
+    def __init__(
+        self, wanted: "list[Target]", interrupt: "Interrupt", line: "ProgressLine"
+    ) -> None:
         self._wanted = wanted
         self._interrupt = interrupt
         self._line = line
 
     def all_of(
-        self, settings: "Settings", text: Path | None, stride: int | None, asked: "TaskSettings | None"
+        self,
+        settings: "Settings",
+        text: Path | None,
+        stride: int | None,
+        asked: "TaskSettings | None",
     ) -> list[Measured]:
         rows = self._losses(settings, needed=text is None and asked is None)
         everything = [Measured(target, row) for target, row in zip(self._wanted, rows, strict=True)]
@@ -186,7 +205,10 @@ class _Work:
         if any(target.run and target not in known for target in self._wanted):
             warn("the data that the run was trained on is not here: no loss on it (--data FOLDER)")
         measured = measure(
-            known, settings, lambda target, *done: self._progress(target, settings.split, *done), warn=warn
+            known,
+            settings,
+            lambda target, *done: self._progress(target, settings.split, *done),
+            warn=warn,
         )
         rows = dict(zip((target.path for target in known), measured, strict=True))
         return [rows.get(target.path) for target in self._wanted]
@@ -194,7 +216,9 @@ class _Work:
     def _progress(self, target: "Target", what: str, done: int, total: int) -> None:
         self._interrupt.check()
         place = self._wanted.index(target)
-        self._line.update(place, len(self._wanted), f"{target.path} {what} {done / max(total, 1):.0%}")
+        self._line.update(
+            place, len(self._wanted), f"{target.path} {what} {done / max(total, 1):.0%}"
+        )
 
 
 def _print(everything: list[Measured], *, as_json: bool, losses_only: bool) -> None:
@@ -228,17 +252,29 @@ def _task_settings(
         _require_companion(option, value, "--tasks", tasks)
     _require_companion("--trust-task-files", trust_files or None, "--task-files", files)
     if tasks is None:
-        _require_companion("--batch-size", None if batch_size == "auto" else batch_size, "--tasks", tasks)
+        _require_companion(
+            "--batch-size", None if batch_size == "auto" else batch_size, "--tasks", tasks
+        )
         return None
     from llmtrain.evaluation.tasks import TaskSettings
 
     names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",")))
     if not all(names):
-        raise UserError(f"--tasks {tasks!r} holds an empty name", hint="such as --tasks lambada_openai,piqa")
+        raise UserError(
+            f"--tasks {tasks!r} holds an empty name", hint="such as --tasks lambada_openai,piqa"
+        )
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) > 0):
-        raise UserError(f"--batch-size {batch_size!r} is no number", hint="auto, or a number from 1 on")
+        raise UserError(
+            f"--batch-size {batch_size!r} is no number", hint="auto, or a number from 1 on"
+        )
     return TaskSettings(
-        names, limit, "auto" if batch_size == "auto" else int(batch_size), data, files, trust_files, device
+        names,
+        limit,
+        "auto" if batch_size == "auto" else int(batch_size),
+        data,
+        files,
+        trust_files,
+        device,
     )
 
 

@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
+    from llmtrain.checkpoints.targets import Target
     from llmtrain.evaluation.results import Row
-    from llmtrain.evaluation.targets import Target
     from llmtrain.evaluation.tasks import TaskResult
     from llmtrain.evaluation.text import TextResult
 
@@ -91,7 +91,9 @@ def measures_table(everything: list[Measured]) -> Table:
             table.add_row(
                 escape(name) if i == 0 else "",
                 escape(
-                    f"{_place(target)[0].name}: {target.label}" if several and target.run else target.label
+                    f"{_place(target)[0].name}: {target.label}"
+                    if several and target.run
+                    else target.label
                 ),
                 "" if target.step is None else f"{target.step:,}",
                 "inf" if figure.value is None else _figure(figure.value, 4),
@@ -135,7 +137,9 @@ def explanations(everything: list[Measured]) -> list[str]:
     for one in everything:
         if text := one.text:
             kind = (
-                "disjoint windows" if text.windows == "disjoint" else f"strided by {text.stride:,}: windows"
+                "disjoint windows"
+                if text.windows == "disjoint"
+                else f"strided by {text.stride:,}: windows"
             )
             lines.append(
                 f"{text.file}: {text.tokens:,} tokens, {text.words:,} words, {text.bytes:,} bytes; "
@@ -143,7 +147,11 @@ def explanations(everything: list[Measured]) -> list[str]:
             )
         for result in one.tasks:
             documents = {score.task: score.documents or 0 for score in result.scores}
-            cut = f"; {result.truncated:.0%} of the requests lost their start" if result.truncated else ""
+            cut = (
+                f"; {result.truncated:.0%} of the requests lost their start"
+                if result.truncated
+                else ""
+            )
             first = " (the first)" if result.limit else ""
             lines.append(
                 f"{result.task}: {sum(documents.values()):,} documents{first} from {result.source}, "

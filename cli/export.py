@@ -57,12 +57,14 @@ def export(
 
     The model card tells data, recipe, losses and averaging as the run recorded them, and names no local folder.
     """
-    from llmtrain import export as library
-    from llmtrain.evaluation.choice import choose_weights
+    from llmtrain.evaluation.selection import choose_weights
+    from llmtrain.export import formats as library
 
     weights, _ = choose_weights(target)
     notes.print(f"{weights.label}: {weights.path}", markup=False, style="dim", soft_wrap=True)
-    library.export(weights, to, dtype=dtype.value, form=form.value, name=push or str(to), tokenizer=tokenizer)
+    library.export(
+        weights, to, dtype=dtype.value, form=form.value, name=push or str(to), tokenizer=tokenizer
+    )
     if form is Form.NANOGPT:
         notes.print(
             "nanoGPT computes GELU exactly, GPT-2 by its tanh form: logits differ by some thousandths"
@@ -70,7 +72,7 @@ def export(
     url = None
     if push is not None:
         from llmtrain.errors import RunFailed, UserError
-        from llmtrain.hub import push as send
+        from llmtrain.storage.hub import push as send
 
         try:
             url = send(to, push)

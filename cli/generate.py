@@ -20,9 +20,9 @@ from .common import OneSetOfWeights, console, discard_output, interruptible, not
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from llmtrain.evaluation.targets import Target
-    from llmtrain.generation import Sampling
-    from llmtrain.interrupt import Interrupt
+    from llmtrain.checkpoints.targets import Target
+    from llmtrain.evaluation.generation import Sampling
+    from llmtrain.runtime.signals import Interrupt
 
     Write = Callable[["Sampling"], Iterator[str]]
     """The text after the prompt, in pieces."""
@@ -32,20 +32,28 @@ _CHOICE = "Choosing tokens"
 
 def generate(
     target: OneSetOfWeights = None,
-    prompt: Annotated[str, typer.Option(help="Where the text begins.", show_default="a new document")] = "",
+    prompt: Annotated[
+        str, typer.Option(help="Where the text begins.", show_default="a new document")
+    ] = "",
     max_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 256,
-    num: Annotated[int, typer.Option(min=1, help="Texts; each has a seed of its own: --seed, and on.")] = 1,
+    num: Annotated[
+        int, typer.Option(min=1, help="Texts; each has a seed of its own: --seed, and on.")
+    ] = 1,
     compare: Annotated[
         bool, typer.Option("--compare", help="Raw weights and their average, side by side.")
     ] = False,
     temperature: Annotated[
         float,
-        typer.Option(help="Divides the logits; 0 takes the likeliest token always.", rich_help_panel=_CHOICE),
+        typer.Option(
+            help="Divides the logits; 0 takes the likeliest token always.", rich_help_panel=_CHOICE
+        ),
     ] = 0.8,
     top_k: Annotated[
         int | None,
         typer.Option(
-            help="Choose among so many of the likeliest.", show_default="all", rich_help_panel=_CHOICE
+            help="Choose among so many of the likeliest.",
+            show_default="all",
+            rich_help_panel=_CHOICE,
         ),
     ] = None,
     top_p: Annotated[
@@ -56,7 +64,9 @@ def generate(
             rich_help_panel=_CHOICE,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random choices.", rich_help_panel=_CHOICE)] = 1337,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the random choices.", rich_help_panel=_CHOICE)
+    ] = 1337,
     tokenizer: Annotated[
         str | None, typer.Option(help="gpt2 or byte.", show_default="as config.json tells")
     ] = None,
@@ -69,10 +79,10 @@ def generate(
 
     Weights are float32. A text longer than the model's block size goes on with the newer half of it in sight.
     """
-    from llmtrain.data.tokenizer import well_formed
     from llmtrain.errors import UserError
-    from llmtrain.evaluation.choice import choose_weights
-    from llmtrain.generation import Sampling, load_writer, write
+    from llmtrain.evaluation.generation import Sampling, load_writer, write
+    from llmtrain.evaluation.selection import choose_weights
+    from llmtrain.model.tokenizer import well_formed
 
     prompt = well_formed(prompt)  # an argument may hold bytes that are no text
     first = Sampling(max_tokens, temperature, top_k, top_p, seed)
@@ -86,7 +96,9 @@ def generate(
     writers: dict[Target, Write] = {}
     for each in [raw, weights] if compare and raw is not None else [weights]:
         notes.print(f"{each.label}: {each.path}", markup=False, style="dim", soft_wrap=True)
-        writers[each] = partial(write, *load_writer(each.path, tokenizer=tokenizer, device=device), prompt)
+        writers[each] = partial(
+            write, *load_writer(each.path, tokenizer=tokenizer, device=device), prompt
+        )
     with interruptible("the text ends here") as interrupt, _reader_may_leave():
 
         def written(each: "Target", chance: "Sampling") -> "Iterator[str]":
@@ -94,13 +106,19 @@ def generate(
 
         if as_json:
             print_json(
-                [_document(prompt, each, c, "".join(written(each, c))) for c in chances for each in writers]
+                [
+                    _document(prompt, each, c, "".join(written(each, c)))
+                    for c in chances
+                    for each in writers
+                ]
             )
             return
         for number, chance in enumerate(chances):
             if compare:
                 console.print(
-                    _columns({each.label: prompt + "".join(written(each, chance)) for each in writers})
+                    _columns(
+                        {each.label: prompt + "".join(written(each, chance)) for each in writers}
+                    )
                 )
             else:
                 _stream(prompt, written(weights, chance), first=number == 0)

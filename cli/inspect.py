@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 def inspect(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="PATH", help="Runs, folders of checkpoints, folders or files of weights."),
+        typer.Argument(
+            metavar="PATH", help="Runs, folders of checkpoints, folders or files of weights."
+        ),
     ],
     tensors: Annotated[
         bool, typer.Option("--tensors", help="Each tensor: dtype, shape, norm, distance.")
@@ -37,10 +39,17 @@ def inspect(
     from .common import print_json, progress_line
 
     with progress_line("reading") as line:
-        found = [facts for path in paths for facts in inspect_path(path, verify=verify, progress=line.update)]
+        found = [
+            facts
+            for path in paths
+            for facts in inspect_path(path, verify=verify, progress=line.update)
+        ]
     if as_json:
         print_json(
-            [asdict(facts) if tensors else asdict(facts) | {"tensors": len(facts.tensors)} for facts in found]
+            [
+                asdict(facts) if tensors else asdict(facts) | {"tensors": len(facts.tensors)}
+                for facts in found
+            ]
         )
         return
     _print(found, tensors)
@@ -95,7 +104,14 @@ def _print_tensors(facts: "Facts") -> None:
     from .common import console
 
     table = Table(
-        "tensor", "dtype", "shape", "norm", "distance", box=None, header_style="bold", title=facts.path
+        "tensor",
+        "dtype",
+        "shape",
+        "norm",
+        "distance",
+        box=None,
+        header_style="bold",
+        title=facts.path,
     )
     for tensor in facts.tensors:
         table.add_row(

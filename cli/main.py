@@ -12,8 +12,9 @@ from typing import Annotated
 
 import typer
 
-from llmtrain import __version__, ranks
+from llmtrain import __version__
 from llmtrain.errors import RunFailed, UserError
+from llmtrain.runtime import ranks
 
 from .average import average
 from .common import print_error
@@ -67,10 +68,14 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the Python traceback of an error.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the Python traceback of an error.")
+    ] = False,
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_print_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     """Options that stand before the command."""
@@ -103,10 +108,13 @@ def _tell(error: Exception) -> None:
         error = before  # so speaks pathlib of links in a circle, before Python 3.13
     if isinstance(error, UserError | RunFailed):
         print_error(error, error.hint)
-    elif isinstance(error, OSError):  # of a path that was given, or of the machine: told in plain words
+    elif isinstance(
+        error, OSError
+    ):  # of a path that was given, or of the machine: told in plain words
         place = f"{error.filename}: " if error.filename else ""
         print_error(
-            RunFailed(f"{place}{error.strerror or error}", hint=""), "is the path right, and the disk sound?"
+            RunFailed(f"{place}{error.strerror or error}", hint=""),
+            "is the path right, and the disk sound?",
         )
     else:
         described = RunFailed(f"{type(error).__name__}: {error}", hint="")

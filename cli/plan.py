@@ -33,7 +33,9 @@ def plan(
     ],
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the config; repeatable."),
+        typer.Option(
+            "--set", metavar="SECTION.KEY=VALUE", help="Override a key of the config; repeatable."
+        ),
     ] = None,
     devices: Annotated[int, typer.Option(help="How many.")] = 1,
     device: Annotated[
@@ -45,7 +47,9 @@ def plan(
     ] = "h100",
     parallel: Annotated[
         Parallel | None,
-        typer.Option(help="ddp: a whole copy on each device. fsdp: sharded.", show_default="train.parallel"),
+        typer.Option(
+            help="ddp: a whole copy on each device. fsdp: sharded.", show_default="train.parallel"
+        ),
     ] = None,
     mfu: Annotated[
         float | None,
@@ -58,13 +62,17 @@ def plan(
     flops: Annotated[
         float | None,
         typer.Option(
-            help="Dense peak of one device in FLOP/s.", show_default="published", rich_help_panel=_SPEED
+            help="Dense peak of one device in FLOP/s.",
+            show_default="published",
+            rich_help_panel=_SPEED,
         ),
     ] = None,
     tokens_per_second: Annotated[
         float | None,
         typer.Option(
-            help="Measured, of all devices; instead of --mfu.", show_default=False, rich_help_panel=_SPEED
+            help="Measured, of all devices; instead of --mfu.",
+            show_default=False,
+            rich_help_panel=_SPEED,
         ),
     ] = None,
     interconnect_gbps: Annotated[
@@ -76,7 +84,8 @@ def plan(
         ),
     ] = None,
     disk_gbps: Annotated[
-        float, typer.Option(help="GB/s of the disk, both ways together.", rich_help_panel=_AVERAGING)
+        float,
+        typer.Option(help="GB/s of the disk, both ways together.", rich_help_panel=_AVERAGING),
     ] = 2.0,
     window: Annotated[
         int, typer.Option(help="Checkpoints in a window (LAWA).", rich_help_panel=_AVERAGING)
@@ -90,7 +99,8 @@ def plan(
         ),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document and nothing else; sizes in bytes.")
+        bool,
+        typer.Option("--json", help="Print one JSON document and nothing else; sizes in bytes."),
     ] = False,
 ) -> None:
     """Show what a run will cost, from its configuration alone: no data, no GPU, nothing written.
@@ -98,7 +108,7 @@ def plan(
     Parameters and FLOPs, memory of one device at its peak, hours, communication, disk, averaging. The model
     is taken uncompiled; torch.compile needs less memory. Assumptions are printed; what is not known is n/a.
     """
-    from llmtrain.config_file import load_config
+    from llmtrain.config.loading import load_config
     from llmtrain.planning.estimate import estimate
     from llmtrain.planning.machine import Options
 
@@ -142,13 +152,19 @@ def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right
 def _run(plan: "Plan") -> Table:
     model, layout = plan.architecture, plan.machine.layout
     table = _table("Model and run", "", justify="left")
-    sequences = f"{plan.tokens_per_step // model.block_size // layout.devices // plan.micro_batches:,}"
+    sequences = (
+        f"{plan.tokens_per_step // model.block_size // layout.devices // plan.micro_batches:,}"
+    )
     table.add_row("parameters", f"{model.parameters:,}")
     table.add_row("  without embeddings", f"{model.without_embeddings:,}")
-    table.add_row("tokens", f"{plan.tokens_per_step:,} a step, {plan.steps:,} steps, {plan.tokens:,} in all")
+    table.add_row(
+        "tokens", f"{plan.tokens_per_step:,} a step, {plan.steps:,} steps, {plan.tokens:,} in all"
+    )
     table.add_row("FLOPs", f"{model.flops_per_token():.3g} a token, {plan.flops:.3g} in all")
     table.add_row("devices", f"{layout.devices:,} × {plan.machine.device}" + _spread(plan))
-    table.add_row("a device's step", f"{plan.micro_batches} × {sequences} sequences of {model.block_size:,}")
+    table.add_row(
+        "a device's step", f"{plan.micro_batches} × {sequences} sequences of {model.block_size:,}"
+    )
     table.add_row("precision", plan.machine.precision)
     return table
 
@@ -193,7 +209,9 @@ def _fits(plan: "Plan", used: int) -> str:
     if plan.machine.memory is None:
         return "n/a"
     rest = plan.machine.memory - used
-    return f"{'yes, ' if rest >= 0 else 'no, '}{size(abs(rest))} {'left' if rest >= 0 else 'too much'}"
+    return (
+        f"{'yes, ' if rest >= 0 else 'no, '}{size(abs(rest))} {'left' if rest >= 0 else 'too much'}"
+    )
 
 
 def _time(plan: "Plan") -> Table:
@@ -201,14 +219,20 @@ def _time(plan: "Plan") -> Table:
     devices, sent = plan.machine.layout.devices, plan.communication
     table.add_row("tokens/s", number(plan.tokens_per_second))
     table.add_row("a step", seconds(plan.step_seconds))
-    table.add_row("hours", number(plan.hours) if plan.hours else "n/a without --flops or --tokens-per-second")
+    table.add_row(
+        "hours", number(plan.hours) if plan.hours else "n/a without --flops or --tokens-per-second"
+    )
     table.add_row("device-hours", number(plan.hours and plan.hours * devices))
     if sent is not None and sent.hidden is False:
         table.add_row("hours, exposed added", number(plan.hours_exposed))
     if sent is not None:
         table.add_row("sent by a device a step", size(sent.bytes))
         table.add_row("  takes", seconds(sent.seconds))
-        hidden = {None: "n/a", True: "yes", False: f"no, {seconds(sent.exposed_seconds)} a step are not"}
+        hidden = {
+            None: "n/a",
+            True: "yes",
+            False: f"no, {seconds(sent.exposed_seconds)} a step are not",
+        }
         table.add_row("  hidden by computation", hidden[sent.hidden])
     return table
 
@@ -224,7 +248,9 @@ def _disk(plan: "Plan") -> Table:
 
 
 def _averaging(plan: "Plan") -> Table:
-    table = _table("Averaging with llmtrain average", "averages", "read", "written", "buffers", "takes")
+    table = _table(
+        "Averaging with llmtrain average", "averages", "read", "written", "buffers", "takes"
+    )
     for work in plan.averaging:
         table.add_row(
             work.label, f"{work.averages:,}", size(work.read), size(work.written), size(work.memory),

@@ -46,7 +46,9 @@ def parse_count(value: str | int) -> int:
             fraction = float(digits) * scale
             number = round(fraction)
         except (ValueError, OverflowError):
-            raise typer.BadParameter(f"{text!r} is not a number such as 100M, 1_000 or 2.5e6") from None
+            raise typer.BadParameter(
+                f"{text!r} is not a number such as 100M, 1_000 or 2.5e6"
+            ) from None
         if number != fraction:
             raise typer.BadParameter(f"{text!r} is not a whole number") from None
     return number
@@ -86,7 +88,8 @@ def prepare(
         ),
     ] = 100_000_000,
     workers: Annotated[
-        int | None, typer.Option(help="Threads that tokenize; the output is the same.", show_default="cores")
+        int | None,
+        typer.Option(help="Threads that tokenize; the output is the same.", show_default="cores"),
     ] = None,
     engine: Annotated[
         EngineName, typer.Option(help="Threads here, or a Ray cluster; the output is the same.")
@@ -103,7 +106,10 @@ def prepare(
     limit_documents: Annotated[
         int | None,
         typer.Option(
-            parser=parse_count, metavar="COUNT", help="Only the first so many documents.", show_default="all"
+            parser=parse_count,
+            metavar="COUNT",
+            help="Only the first so many documents.",
+            show_default="all",
         ),
     ] = None,
     as_json: Annotated[
@@ -177,7 +183,9 @@ class _Rate:
         detail = f"{progress.tokens / 1e6:,.1f}M tokens, {rate / 1e6:.1f} MB/s"
         # On a terminal the bar has a column for the time left.
         if progress.documents > documents and not notes.is_terminal:
-            left = (progress.total_documents - progress.documents) / (progress.documents - documents)
+            left = (progress.total_documents - progress.documents) / (
+                progress.documents - documents
+            )
             detail += f", {elapsed * left:,.0f} s left"
         self._line.update(progress.documents, progress.total_documents, detail)
 

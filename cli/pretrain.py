@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from llmtrain import ranks
+from llmtrain.runtime import ranks
 
 from .common import console, discard_output, parse_duration, say_at_the_end, warn
 
@@ -46,13 +46,18 @@ def _without_nproc(words: list[str]) -> list[str]:
 
 
 def pretrain(
-    config: Annotated[Path, typer.Option("--config", "-c", help="YAML file, such as configs/demo.yaml.")],
+    config: Annotated[
+        Path, typer.Option("--config", "-c", help="YAML file, such as configs/demo.yaml.")
+    ],
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the config; repeatable."),
+        typer.Option(
+            "--set", metavar="SECTION.KEY=VALUE", help="Override a key of the config; repeatable."
+        ),
     ] = None,
     run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", help="Folder of the run.", show_default="runs/<name>")
+        Path | None,
+        typer.Option("--run-dir", help="Folder of the run.", show_default="runs/<name>"),
     ] = None,
     resume: Annotated[
         str,
@@ -101,9 +106,9 @@ def pretrain(
     143, 138 and 124); the same command goes on. A second signal leaves at once. Any number of processes
     gives the same training, and each can go on from what another saved.
     """
-    from llmtrain.config_file import load_config
+    from llmtrain.config.loading import load_config
     from llmtrain.errors import UserError
-    from llmtrain.files import RunFolder
+    from llmtrain.storage.run_folder import RunFolder
 
     resolved = load_config(config, settings or [])
     folder = run_dir or Path("runs") / resolved.name
@@ -121,16 +126,18 @@ def pretrain(
         resolved = load_config(config, [*(settings or []), f"name={json.dumps(branch)}"])
     if nproc is not None:
         if ranks.is_member():
-            raise UserError("--nproc starts processes, and this is one of several", hint="leave it out here")
-        from llmtrain.training.launch import launch
+            raise UserError(
+                "--nproc starts processes, and this is one of several", hint="leave it out here"
+            )
+        from llmtrain.runtime.launcher import launch
 
         raise typer.Exit(launch(_without_nproc(sys.argv[1:]), nproc))
 
-    from llmtrain.config import flatten
-    from llmtrain.hardware import device_name, resolve_device, resolve_precision
-    from llmtrain.interrupt import Interrupted
+    from llmtrain.config.schedules import tokens_until
+    from llmtrain.config.schema import flatten
+    from llmtrain.runtime.device import device_name, resolve_device, resolve_precision
+    from llmtrain.runtime.signals import Interrupted
     from llmtrain.training.run import pretrain as train
-    from llmtrain.training.schedules import tokens_until
 
     device = resolve_device(resolved.train.device)
     table = Table("key", "value", title=f"{config}", title_justify="left")
@@ -143,7 +150,9 @@ def pretrain(
     table.add_row("→ tokens in all", f"{tokens_until(resolved.train.max_steps, resolved):,}")
     console.print(table)
     try:
-        outcome = train(resolved, folder, resume=start, max_seconds=max_time, say=_print_line, warn=_warn)
+        outcome = train(
+            resolved, folder, resume=start, max_seconds=max_time, say=_print_line, warn=_warn
+        )
     except Interrupted as interrupted:
         nobody_reads = interrupted.exit_code == 128 + signal.SIGPIPE
         reason = "nobody reads the log" if nobody_reads else str(interrupted)

@@ -20,33 +20,45 @@ def recipes(
         str | None, typer.Argument(help="Which one to print or copy.", show_default="list them all")
     ] = None,
     to: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Copy it to this new file.", show_default="print it")
+        Path | None,
+        typer.Option(metavar="FILE", help="Copy it to this new file.", show_default="print it"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON and nothing else.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the list as JSON and nothing else.")
+    ] = False,
 ) -> None:
     """List the configurations that come with llmtrain, print one, or copy one to a file of your own.
 
     The header of each says the command, the hardware, the loss to expect and its source.
     """
-    from llmtrain import recipes as library
+    from llmtrain.config import recipes as library
     from llmtrain.errors import UserError
 
     if name is None:
         if to is not None:
-            raise UserError("--to copies one recipe, and none is named", hint="llmtrain recipes lists them")
+            raise UserError(
+                "--to copies one recipe, and none is named", hint="llmtrain recipes lists them"
+            )
         found = library.recipes()
         if as_json:
             print_json(
-                [{"name": each.name, "summary": each.summary, "path": str(each.path)} for each in found]
+                [
+                    {"name": each.name, "summary": each.summary, "path": str(each.path)}
+                    for each in found
+                ]
             )
             return
-        table = Table(Column("recipe", no_wrap=True), "what it trains", box=box.SIMPLE, padding=(0, 1, 0, 0))
+        table = Table(
+            Column("recipe", no_wrap=True), "what it trains", box=box.SIMPLE, padding=(0, 1, 0, 0)
+        )
         for each in found:
             table.add_row(escape(each.name), escape(each.summary))
         console.print(table)
         console.print("llmtrain recipes NAME --to FILE copies one", markup=False)
     elif as_json:
-        raise UserError("--json goes with the list, not with one recipe", hint="leave out NAME or --json")
+        raise UserError(
+            "--json goes with the list, not with one recipe", hint="leave out NAME or --json"
+        )
     elif to is None:
         typer.echo(library.recipe(name).text, nl=False)
     else:

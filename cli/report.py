@@ -15,15 +15,17 @@ from .common import console, print_json, warn
 from .eval_table import loss_table
 
 if TYPE_CHECKING:
-    from llmtrain.evaluation.report_data import Saving
-    from llmtrain.evaluation.report_page import Report
+    from llmtrain.evaluation.report.page import Report
+    from llmtrain.evaluation.report.tables import Saving
 
 
 def report(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="RUN", help="Folders of runs to show in one page.", show_default="the newest under runs/"
+            metavar="RUN",
+            help="Folders of runs to show in one page.",
+            show_default="the newest under runs/",
         ),
     ] = None,
     out: Annotated[
@@ -43,9 +45,9 @@ def report(
     the page compares them and is written below the first. Takes what `pretrain` logged and `eval` measured;
     computes nothing anew.
     """
-    from llmtrain.evaluation.report import newest_rows
-    from llmtrain.evaluation.report_page import write_report
-    from llmtrain.files import newest_run, require_run
+    from llmtrain.evaluation.report.page import write_report
+    from llmtrain.evaluation.report.rows import newest_rows
+    from llmtrain.storage.run_folder import newest_run, require_run
 
     named = {run.resolve(): run for run in runs or []}  # each once, however often it is named
     folders = [require_run(run) for run in named.values()] or [newest_run()]
@@ -83,8 +85,8 @@ def _described(written: "Report") -> dict[str, Any]:
 
 def _saving_line(saving: "Saving") -> str:
     """What averaging saved, in a sentence; nothing for raw weights."""
-    from llmtrain.evaluation.charts import brief, duration
-    from llmtrain.evaluation.targets import RAW
+    from llmtrain.evaluation.report.charts import brief, duration
+    from llmtrain.storage.run_folder import RAW
 
     if saving.label == RAW or saving.raw_step is None:
         return ""

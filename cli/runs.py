@@ -17,7 +17,7 @@ from .common import console, notes, print_json, warn
 from .plan import size
 
 if TYPE_CHECKING:
-    from llmtrain.evaluation.run_list import BestLoss, Entry
+    from llmtrain.evaluation.report.run_list import BestLoss, Entry
 
 _COLOURS = {"running": "green", "finished": "default", "interrupted": "yellow", "damaged": "red"}
 
@@ -33,7 +33,7 @@ def runs(
     A run is *running* while a process holds it, *finished* when its log reaches train.max_steps, else
     *interrupted*. Age is the time since its log was written last.
     """
-    from llmtrain.evaluation.run_list import list_runs
+    from llmtrain.evaluation.report.run_list import list_runs
 
     entries = list_runs(folder)
     if as_json:
@@ -52,7 +52,8 @@ def runs(
 
 def _table(entries: "list[Entry]") -> Table:
     columns = [
-        Column(name, justify="right", no_wrap=True) for name in ("step", "raw", "averaged", "age", "size")
+        Column(name, justify="right", no_wrap=True)
+        for name in ("step", "raw", "averaged", "age", "size")
     ]
     table = Table(
         Column("run", overflow="fold"),

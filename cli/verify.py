@@ -15,7 +15,9 @@ from .common import console, print_json
 def verify(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="PATH", help="Data folders, weights, runs, or any folder that holds some."),
+        typer.Argument(
+            metavar="PATH", help="Data folders, weights, runs, or any folder that holds some."
+        ),
     ],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")

@@ -2,7 +2,7 @@
 
 What the commands do can be done from Python with the same names; nothing heavy is imported here.
 
-    from llmtrain.config_file import load_config
+    from llmtrain.config.loading import load_config
     from llmtrain.training.run import pretrain
 """
 

@@ -10,16 +10,16 @@ starts here and goes there for more. Importing this takes torch's second.
 
 from pathlib import Path
 
-from llmtrain.averaging.average import Average
 from llmtrain.averaging.average import average as average_series
 from llmtrain.averaging.plan import Request, make_plans
-from llmtrain.averaging.sources import find_series
-from llmtrain.config_file import load_config
-from llmtrain.evaluation.choice import choose_weights
+from llmtrain.averaging.spec import Average
+from llmtrain.checkpoints.sources import find_series
+from llmtrain.checkpoints.targets import targets_named
+from llmtrain.config.loading import load_config
+from llmtrain.evaluation.generation import Sampling, load_writer, write
 from llmtrain.evaluation.results import Row, Settings, measure
-from llmtrain.evaluation.targets import targets_named
-from llmtrain.export import export as export_weights
-from llmtrain.generation import Sampling, load_writer, write
+from llmtrain.evaluation.selection import choose_weights
+from llmtrain.export.formats import export as export_weights
 from llmtrain.training.run import pretrain
 
 __all__ = [

@@ -4,15 +4,19 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from places import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[1]
-SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+if TYPE_CHECKING:
+    from tiny_runs import MakeRun
+
+    from llmtrain.storage.run_folder import RunFolder
+
 
 # The models of the tests are tiny: threads would spend their time waiting for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -61,7 +65,7 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Pa
 @pytest.fixture(scope="session")
 def tiny(data_folder: Path) -> Callable[..., Any]:
     """Builds a configuration of a model that trains in a second; keyword `section__key` overrides."""
-    from llmtrain.config import RunConfig
+    from llmtrain.config.schema import RunConfig
 
     def build(**overrides: Any) -> RunConfig:
         values: dict[str, Any] = {
@@ -99,7 +103,9 @@ def llmtrain() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the installed `llmtrain` command, as a user does."""
     command = Path(sys.executable).parent / "llmtrain"
 
-    def run(*arguments: str | Path, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: str | Path, cwd: Path, timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [command, *map(str, arguments)],
             cwd=cwd,
@@ -111,6 +117,41 @@ def llmtrain() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> "MakeRun":
+    """Write a run with snapshots at the given steps, as the trainer would."""
+
+    from tiny_runs import SHAPE, weights_at
+
+    from llmtrain.checkpoints.gpt2_folder import Origin, save_weights
+    from llmtrain.config.loading import dump_config
+    from llmtrain.config.schema import RunConfig
+    from llmtrain.storage.files import staged_folder
+    from llmtrain.storage.run_folder import RunFolder
+
+    def make(steps: Sequence[int], *, warmup: int = 0, name: str = "tiny") -> "RunFolder":
+        run = RunFolder(tmp_path / "runs" / name)
+        run.path.mkdir(parents=True)
+        config = RunConfig.model_validate(
+            {
+                "name": name,
+                "data": {"path": "data/none", "block_size": SHAPE.block_size},
+                "model": SHAPE.model.model_dump(),
+                "schedule": {"name": "constant", "warmup_steps": warmup},
+                "train": {"max_steps": max(steps), "batch_sequences": 4, "micro_batch": 4},
+            }
+        )
+        run.config.write_text(dump_config(config))
+        for step in steps:
+            with staged_folder(run.snapshot(step)) as folder:
+                save_weights(
+                    folder, weights_at(step), SHAPE, Origin(step, step * 64, 1e-3 / step, name)
+                )
+        return run
+
+    return make
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

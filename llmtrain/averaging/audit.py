@@ -15,9 +15,9 @@ from importlib.resources import files
 
 import numpy as np
 
-from llmtrain.averaging.checkpoints import Checkpoint
 from llmtrain.averaging.merge import PIECE, Norms, pieces
-from llmtrain.averaging.windows import describe_steps
+from llmtrain.checkpoints.checkpoint import Checkpoint
+from llmtrain.checkpoints.windows import describe_steps
 from llmtrain.errors import UserError
 
 LARGE = 4096
@@ -101,7 +101,11 @@ def refuse_duplicate_tensors(checkpoints: Sequence[Checkpoint], norms: Norms) ->
             rows[float(norm)].append(row)
         for candidates in rows.values():
             if len({checkpoints[row].step for row in candidates}) > 1:
-                same = [c for c in candidates if _equal(checkpoints[candidates[0]], checkpoints[c], name)]
+                same = [
+                    c
+                    for c in candidates
+                    if _equal(checkpoints[candidates[0]], checkpoints[c], name)
+                ]
                 steps = sorted({checkpoints[row].step for row in same})
                 # The same in all of three or more is a frozen tensor or a buffer, such as a mask.
                 frozen = len(same) == len(checkpoints) > 2
@@ -150,7 +154,9 @@ def outliers(checkpoints: Sequence[Checkpoint], norms: Norms) -> list[str]:
     for column, name in enumerate(norms.names):
         steps = norms.distance[1:, column]
         scale = np.minimum(norms.norm[1:, column], norms.norm[:-1, column])
-        unrelated = steps > UNRELATED * scale if specs[name].count >= LARGE else np.zeros(len(steps), bool)
+        unrelated = (
+            steps > UNRELATED * scale if specs[name].count >= LARGE else np.zeros(len(steps), bool)
+        )
         for row in range(len(checkpoints)):
             beside = [i for i in (row - 1, row) if 0 <= i < len(steps)]
             others = np.delete(steps, beside)
@@ -159,7 +165,9 @@ def outliers(checkpoints: Sequence[Checkpoint], norms: Norms) -> list[str]:
             else:
                 usual = float(np.median(others) if len(beside) == 2 else others.max())
             nearest = float(steps[beside].min()) if beside else 0.0
-            if (usual > 0.0 and nearest > FAR * usual) or (len(beside) == 2 and unrelated[beside].all()):
+            if (usual > 0.0 and nearest > FAR * usual) or (
+                len(beside) == 2 and unrelated[beside].all()
+            ):
                 far = usual > 0.0 and nearest > FAR * usual
                 times = f"{nearest / usual:.1f} times the usual distance" if far else "unrelated"
                 found[row].append(f"{name} ({times})")
@@ -168,5 +176,7 @@ def outliers(checkpoints: Sequence[Checkpoint], norms: Norms) -> list[str]:
     lines = []
     for row, names in sorted(found.items()):
         more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
-        lines.append(f"step {checkpoints[row].step:,} is off the trajectory: {', '.join(names[:3])}{more}")
+        lines.append(
+            f"step {checkpoints[row].step:,} is off the trajectory: {', '.join(names[:3])}{more}"
+        )
     return lines

@@ -8,15 +8,12 @@ must pass, and what a folder says about them; the numbers are `coefficients.py`,
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llmtrain.averaging import audit
-from llmtrain.averaging.checkpoints import Checkpoint
-from llmtrain.averaging.header import FLOATS
-from llmtrain.averaging.merge import Integers, Mixture, Norms, merge
-from llmtrain.averaging.output import WeightsWriter, carry_over, layout_bytes, output_layout
+from llmtrain.averaging.merge import Mixture, Norms, merge
 from llmtrain.averaging.provenance import (
     Hashes,
     hashes_of,
@@ -24,11 +21,16 @@ from llmtrain.averaging.provenance import (
     provenance,
     require_same,
 )
-from llmtrain.averaging.series import Input, Series, check_alike
-from llmtrain.disk import require_room
+from llmtrain.averaging.spec import Average, AverageSpec, MergeOptions
+from llmtrain.checkpoints.checkpoint import Checkpoint
+from llmtrain.checkpoints.header import FLOATS
+from llmtrain.checkpoints.series import Input, Series, check_alike
+from llmtrain.checkpoints.weights_folder import PROVENANCE_FILE
+from llmtrain.checkpoints.writer import WeightsWriter, carry_over, layout_bytes, output_layout
 from llmtrain.errors import UserError
-from llmtrain.files import exclusive, remove_abandoned, remove_leftovers, staged_folder
-from llmtrain.weights_folder import PROVENANCE_FILE, write_json
+from llmtrain.storage.disk import require_room
+from llmtrain.storage.files import exclusive, remove_abandoned, remove_leftovers, staged_folder
+from llmtrain.storage.json_files import write_json
 
 AT_A_TIME = 64
 BYTES_AT_A_TIME = 8 << 30
@@ -38,81 +40,16 @@ two passes share k - 1 inputs."""
 _WEIGHTS = (".safetensors", ".bin", ".pt")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One average to be made."""
-
-    method: str
-    label: str
-    inputs: tuple[Input, ...]
-    """Oldest first; the average stands for the step of the last."""
-    weights: tuple[float, ...]
-    """One for each input."""
-    target: Path
-    """The folder to be written."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """The method's parameters, for the provenance."""
-    decays: tuple[float, ...] | None = None
-    """See `Mixture.decays`."""
-    audited: bool = True
-    """The inputs are checkpoints of a trajectory, and must look like one."""
-    is_default: bool = False
-    """The target lies in a folder of averages of its label alone."""
-
-    @property
-    def step(self) -> int:
-        """The step the average stands for."""
-        return self.inputs[-1].step
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How averages are made, whichever they are."""
-
-    dtype: str | None = None
-    """Of the float tensors written (`F32` …); default: that of the inputs."""
-    max_shard: int | None = None
-    """Bytes in a shard; default: the newest input's shards."""
-    integers: Integers = "equal"
-    verify: bool = True
-    """Hash the inputs even where hashes were recorded when they were committed, and compare."""
-    strict: bool = False
-    """An outlier is an error."""
-    allow_duplicates: bool = False
-    allow_known_bad: bool = False
-    discard_inputs: bool = False
-    """Delete each input once it is summed; for series on the hub."""
-
-
-@dataclass(frozen=True)
-class Average:
-    """One average that lies on disk."""
-
-    plan: Plan
-    kept: bool
-    """It was there already, of the same inputs and weights."""
-
-    def as_json(self) -> dict[str, Any]:
-        """What `--json` prints of it."""
-        return {
-            "label": self.plan.label,
-            "step": self.plan.step,
-            "path": str(self.plan.target),
-            "inputs": [source.step for source in self.plan.inputs],
-            "weights": list(self.plan.weights),
-        }
-
-
 Progress = Callable[[int, int], None]
 
-_Wanted = tuple[Plan, dict[str, Any]]
+_Wanted = tuple[AverageSpec, dict[str, Any]]
 """An average and its provenance."""
 
 
 def average(
     series: Series,
-    plans: Sequence[Plan],
-    settings: Settings | None = None,
+    plans: Sequence[AverageSpec],
+    settings: MergeOptions | None = None,
     *,
     progress: Progress | None = None,
     warn: Callable[[str], None] = lambda message: None,
@@ -125,7 +62,7 @@ def average(
     Args:
         series: where the inputs come from.
         plans: ascending by step.
-        settings: how; default: `Settings()`.
+        settings: how; default: `MergeOptions()`.
         progress: called with what is done and in all: inputs opened, inputs hashed, then the pieces of each
             pass; may raise to stop.
         warn: called with what the user should know.
@@ -135,7 +72,7 @@ def average(
             target holds something else.
         WriteFailed: the disk is full or cannot be written to.
     """
-    settings = settings or Settings()
+    settings = settings or MergeOptions()
     for parent in {plan.target.parent for plan in plans}:
         remove_abandoned(parent)
     if settings.discard_inputs:
@@ -151,7 +88,8 @@ def average(
     hashes = input_hashes(checkpoints, compute=not series.trusted, progress=progress)
     if not settings.allow_duplicates and all(plan.audited for plan in plans):
         audit.refuse_duplicates(
-            {source.step: known.files for source, known in hashes.items()}, final_of(series, compute=True)
+            {source.step: known.files for source, known in hashes.items()},
+            final_of(series, compute=True),
         )
     recorded = series.trusted and settings.verify
     if recorded:  # what is written says so, and is committed only if it turns out to be true
@@ -172,7 +110,7 @@ def average(
 
 
 def _fold_one(
-    series: Series, plans: Sequence[Plan], settings: Settings, progress: Progress | None
+    series: Series, plans: Sequence[AverageSpec], settings: MergeOptions, progress: Progress | None
 ) -> Average:
     if len(plans) != 1:
         raise UserError(
@@ -184,12 +122,14 @@ def _fold_one(
     return fold(series, plans[0], settings, progress)
 
 
-def unique_inputs(plans: Sequence[Plan]) -> list[Input]:
+def unique_inputs(plans: Sequence[AverageSpec]) -> list[Input]:
     """Every input of every plan once, by step."""
     return sorted({i for plan in plans for i in plan.inputs}, key=lambda i: (i.step, i.location))
 
 
-def check_claims(series: Series, inputs: Sequence[Input], settings: Settings, *, audited: bool) -> None:
+def check_claims(
+    series: Series, inputs: Sequence[Input], settings: MergeOptions, *, audited: bool
+) -> None:
     """What can be known of the inputs before they are opened, or downloaded.
 
     Raises:
@@ -198,7 +138,9 @@ def check_claims(series: Series, inputs: Sequence[Input], settings: Settings, *,
     if not settings.allow_known_bad:
         audit.refuse_known_bad(series.repository, [source.step for source in inputs])
     if audited and not settings.allow_duplicates:
-        audit.refuse_duplicates({i.step: weights_only(i.declared()) for i in inputs}, final_of(series))
+        audit.refuse_duplicates(
+            {i.step: weights_only(i.declared()) for i in inputs}, final_of(series)
+        )
 
 
 def final_of(series: Series, *, compute: bool = False) -> tuple[int, Hashes] | None:
@@ -217,7 +159,10 @@ def weights_only(hashes: Hashes) -> dict[str, str]:
 
 
 def check_trajectory(
-    checkpoints: Sequence[Checkpoint], norms: Norms, settings: Settings, warn: Callable[[str], None]
+    checkpoints: Sequence[Checkpoint],
+    norms: Norms,
+    settings: MergeOptions,
+    warn: Callable[[str], None],
 ) -> None:
     """What the pass over the numbers has shown.
 
@@ -228,13 +173,15 @@ def check_trajectory(
         audit.refuse_duplicate_tensors(checkpoints, norms)
     lines = audit.outliers(checkpoints, norms)
     if lines and settings.strict:
-        raise UserError("\n  ".join(lines), hint="choose a window without it, or leave out --strict")
+        raise UserError(
+            "\n  ".join(lines), hint="choose a window without it, or leave out --strict"
+        )
     for line in lines:
         warn(line)
 
 
 def _passes(
-    missing: Sequence[_Wanted], checkpoints: dict[Input, Checkpoint], settings: Settings
+    missing: Sequence[_Wanted], checkpoints: dict[Input, Checkpoint], settings: MergeOptions
 ) -> Iterator[list[_Wanted]]:
     """The averages to be made, in the groups in which they are committed."""
     group: list[_Wanted] = []
@@ -253,7 +200,7 @@ def _passes(
 def _make(
     group: Sequence[_Wanted],
     checkpoints: dict[Input, Checkpoint],
-    settings: Settings,
+    settings: MergeOptions,
     progress: Progress | None,
     warn: Callable[[str], None],
     unproved: set[Input],
@@ -269,7 +216,9 @@ def _make(
         Mixture(tuple(index[source] for source in plan.inputs), plan.weights, plan.decays)
         for plan, _ in group
     ]
-    needed = {plan.target: output_bytes(checkpoints[plan.inputs[-1]], settings) for plan, _ in group}
+    needed = {
+        plan.target: output_bytes(checkpoints[plan.inputs[-1]], settings) for plan, _ in group
+    }
     require_room(group[0][0].target, sum(needed.values()))
     with ExitStack() as commits, ExitStack() as files:
         for label in {plan.target.parent for plan, _ in group if plan.is_default}:
@@ -281,7 +230,9 @@ def _make(
             room = needed[plan.target]
             folder = commits.enter_context(staged_folder(plan.target, needed=room, hashes=hashes))
             newest = checkpoints[plan.inputs[-1]]
-            writers.append(files.enter_context(prepare_folder(folder, newest, document, settings, hashes)))
+            writers.append(
+                files.enter_context(prepare_folder(folder, newest, document, settings, hashes))
+            )
         to_prove = unproved.intersection(inputs)
         found: dict[Path, str] = {}
         norms = merge(
@@ -304,7 +255,7 @@ def prepare_folder(
     folder: Path,
     newest: Checkpoint,
     document: dict[str, Any],
-    settings: Settings,
+    settings: MergeOptions,
     hashes: dict[str, str] | None = None,
 ) -> WeightsWriter:
     """Everything but the numbers of an average; they, and the hashes, go through the writer."""
@@ -314,12 +265,12 @@ def prepare_folder(
     return WeightsWriter(folder, layout, newest.metadata, hashes)
 
 
-def output_bytes(newest: Checkpoint, settings: Settings) -> int:
+def output_bytes(newest: Checkpoint, settings: MergeOptions) -> int:
     """What an average takes on disk, but for a few kilobytes."""
     return layout_bytes(output_layout(newest, dtype=settings.dtype, max_shard=settings.max_shard))
 
 
-def output_dtypes(newest: Checkpoint, settings: Settings) -> dict[str, str]:
+def output_dtypes(newest: Checkpoint, settings: MergeOptions) -> dict[str, str]:
     """The dtype of each float tensor that is written in another than its own."""
     if settings.dtype is None:
         return {}

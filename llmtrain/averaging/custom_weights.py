@@ -26,14 +26,22 @@ def read_weights(path: Path) -> dict[int, float] | list[float]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read the weights in {path}: {error}", hint=_EXAMPLE) from None
     values = list(document.values()) if isinstance(document, dict) else document
-    numbers = isinstance(values, list) and all(type(v) in (int, float) and -1e300 < v < 1e300 for v in values)
-    if not numbers or not values or (isinstance(document, dict) and not all(k.isdecimal() for k in document)):
+    numbers = isinstance(values, list) and all(
+        type(v) in (int, float) and -1e300 < v < 1e300 for v in values
+    )
+    if (
+        not numbers
+        or not values
+        or (isinstance(document, dict) and not all(k.isdecimal() for k in document))
+    ):
         raise UserError(f"{path} does not hold weights", hint=_EXAMPLE)
     total = math.fsum(values)
     if not math.isclose(total, 1.0, abs_tol=1e-6):
         raise UserError(f"the weights in {path} sum to {total:g}", hint="they must sum to 1")
     if isinstance(document, dict):
-        return {step: float(weight) for step, weight in sorted((int(k), w) for k, w in document.items())}
+        return {
+            step: float(weight) for step, weight in sorted((int(k), w) for k, w in document.items())
+        }
     return [float(value) for value in values]
 
 

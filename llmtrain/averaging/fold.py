@@ -4,7 +4,7 @@ Why: five checkpoints of a 12B model are 120 GB, and a window is downloaded once
 The float64 sum lies in a file and is read and rewritten for each input, so that the numbers are those
 of the one-pass merge, to the bit; what needs two inputs at once (distances between them) is not checked.
 
-    fold(series, plan, Settings(discard_inputs=True), progress=None)
+    fold(series, plan, MergeOptions(discard_inputs=True), progress=None)
 """
 
 import shutil
@@ -13,28 +13,30 @@ from pathlib import Path
 
 from llmtrain.averaging.audit import refuse_duplicates
 from llmtrain.averaging.average import (
-    Average,
-    Plan,
-    Settings,
     check_claims,
     final_of,
     output_dtypes,
     prepare_folder,
     weights_only,
 )
-from llmtrain.averaging.checkpoints import Checkpoint, open_safetensors
-from llmtrain.averaging.header import FLOATS, TensorSpec
 from llmtrain.averaging.merge import Mixture, merge
-from llmtrain.averaging.output import WeightsWriter, layout_bytes
 from llmtrain.averaging.provenance import KnownHashes, hashes_of, provenance, require_same
-from llmtrain.averaging.series import Input, Series, check_alike
-from llmtrain.disk import writing
+from llmtrain.averaging.spec import Average, AverageSpec, MergeOptions
+from llmtrain.checkpoints.checkpoint import Checkpoint
+from llmtrain.checkpoints.header import FLOATS, TensorSpec
+from llmtrain.checkpoints.open import open_safetensors
+from llmtrain.checkpoints.series import Input, Series, check_alike
+from llmtrain.checkpoints.writer import WeightsWriter, layout_bytes
 from llmtrain.errors import UserError
-from llmtrain.files import staged_folder
+from llmtrain.storage.disk import writing
+from llmtrain.storage.files import staged_folder
 
 
 def fold(
-    series: Series, plan: Plan, settings: Settings, progress: Callable[[int, int], None] | None
+    series: Series,
+    plan: AverageSpec,
+    settings: MergeOptions,
+    progress: Callable[[int, int], None] | None,
 ) -> Average:
     """Make one average, opening (and so downloading) and deleting its inputs one by one.
 
@@ -53,7 +55,9 @@ def fold(
             hint="leave out one of them",
         )
     if plan.decays is not None:
-        raise UserError("--discard-inputs and --like-online exclude each other", hint="leave out one of them")
+        raise UserError(
+            "--discard-inputs and --like-online exclude each other", hint="leave out one of them"
+        )
     check_claims(series, plan.inputs, settings, audited=plan.audited)
     if plan.target.exists():
         _require_declared(plan, settings)
@@ -81,19 +85,26 @@ def fold(
             merge([total], [Mixture((0,), (1.0,), divisor=divisor)], [writer.write], dtypes=dtypes)
         total.files[0].unlink()
     if checkpoint.disposable:
-        shutil.rmtree(checkpoint.folder.parent, ignore_errors=True)  # what the client left beside them
+        shutil.rmtree(
+            checkpoint.folder.parent, ignore_errors=True
+        )  # what the client left beside them
     return Average(plan, kept=False)
 
 
 def _check(
-    series: Series, opened: dict[Input, Checkpoint], hashes: dict[Input, KnownHashes], settings: Settings
+    series: Series,
+    opened: dict[Input, Checkpoint],
+    hashes: dict[Input, KnownHashes],
+    settings: MergeOptions,
 ) -> None:
     """Compare the newest opened input with those before it, and hash it."""
     source = list(opened)[-1]
     check_alike(list(opened.values()))
     hashes[source] = hashes_of(source, opened[source], compute=True)
     if not settings.allow_duplicates:
-        refuse_duplicates({known.step: held.files for known, held in hashes.items()}, final_of(series))
+        refuse_duplicates(
+            {known.step: held.files for known, held in hashes.items()}, final_of(series)
+        )
 
 
 def _add(
@@ -102,7 +113,7 @@ def _add(
     total: Checkpoint | None,
     checkpoint: Checkpoint,
     factor: float,
-    settings: Settings,
+    settings: MergeOptions,
 ) -> Checkpoint:
     """The float64 sum with one more input, in a new file; the old one is deleted."""
     specs = {
@@ -122,7 +133,7 @@ def _add(
     return open_safetensors(folder, {path: None}, checkpoint.step, checkpoint.location)
 
 
-def _require_declared(plan: Plan, settings: Settings) -> None:
+def _require_declared(plan: AverageSpec, settings: MergeOptions) -> None:
     """Raise unless the folder that exists was made of inputs with the hashes declared now."""
     inputs = [
         {"step": source.step, "weight": weight, "sha256": KnownHashes(declared, "recorded").sha256}

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.averaging import audit
-from llmtrain.averaging.checkpoints import Checkpoint
 from llmtrain.averaging.merge import Norms, merge
 from llmtrain.averaging.provenance import hashes_of
-from llmtrain.averaging.series import (
+from llmtrain.checkpoints.checkpoint import Checkpoint
+from llmtrain.checkpoints.series import (
     Input,
     Series,
     check_alike,
@@ -27,9 +27,10 @@ from llmtrain.averaging.series import (
     own_input,
     path_input,
 )
+from llmtrain.checkpoints.weights_folder import PROVENANCE_FILE, load_origin
 from llmtrain.errors import UserError
-from llmtrain.files import RunFolder, is_run, step_folders
-from llmtrain.weights_folder import PROVENANCE_FILE, load_origin, read_json
+from llmtrain.storage.json_files import read_json
+from llmtrain.storage.run_folder import RunFolder, is_run, step_folders
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,10 @@ def inspect_path(
 
 def _inputs(path: Path) -> list[Input]:
     if is_run(path):
-        inputs = [own_input(step, folder) for step, folder in step_folders(RunFolder(path).snapshots).items()]
+        inputs = [
+            own_input(step, folder)
+            for step, folder in step_folders(RunFolder(path).snapshots).items()
+        ]
         if not inputs:
             raise UserError(f"{path} has no snapshot yet", hint="train on")
         return inputs

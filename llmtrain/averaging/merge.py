@@ -21,10 +21,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtrain.averaging.checkpoints import Checkpoint
-from llmtrain.averaging.header import FLOATS, TensorSpec
-from llmtrain.averaging.numbers import Float64s, Raw, narrow, overflows, widen
 from llmtrain.averaging.turns import Turns, in_threads
+from llmtrain.checkpoints.checkpoint import Checkpoint
+from llmtrain.checkpoints.header import FLOATS, TensorSpec
+from llmtrain.checkpoints.numbers import Float64s, Raw, narrow, overflows, widen
 from llmtrain.errors import UserError
 
 PIECE = 131_072
@@ -204,9 +204,13 @@ class _Source:
 
     def hashes(self) -> dict[Path, str]:
         """See `Reader`."""
-        return self._reader.hashes() | (self._residual.hashes() if self._residual is not None else {})
+        return self._reader.hashes() | (
+            self._residual.hashes() if self._residual is not None else {}
+        )
 
-    def floats(self, piece: _Piece, buffer: NDArray[np.uint8], out: Float64s, scratch: Float64s) -> None:
+    def floats(
+        self, piece: _Piece, buffer: NDArray[np.uint8], out: Float64s, scratch: Float64s
+    ) -> None:
         """The piece in float64, written to `out`."""
         widen(self.raw(piece, buffer), self.tensors[piece.name].dtype, out)
         if self._residual is not None:
@@ -245,7 +249,9 @@ class _Summing:
         self._place = [{i: place for place, i in enumerate(mixture.inputs)} for mixture in mixtures]
         self._targets = targets
         self._dtypes = dtypes
-        self._users = [[m for m, mix in enumerate(mixtures) if i in mix.inputs] for i in range(len(sources))]
+        self._users = [
+            [m for m, mix in enumerate(mixtures) if i in mix.inputs] for i in range(len(sources))
+        ]
         self._raw = np.empty(PIECE * 8, np.uint8)
         self._values = [np.empty(PIECE), np.empty(PIECE)]
         self._scratch = np.empty(PIECE)
@@ -279,7 +285,12 @@ class _Summing:
         return squares
 
     def _add(
-        self, number: int, index: int, values: Float64s, sums: dict[int, Float64s], scratch: Float64s
+        self,
+        number: int,
+        index: int,
+        values: Float64s,
+        sums: dict[int, Float64s],
+        scratch: Float64s,
     ) -> None:
         """Add input `index` to the sum of mixture `number`."""
         decays = self._mixtures[number].decays
@@ -288,7 +299,9 @@ class _Summing:
             buffer = self._free.pop() if self._free else np.empty(PIECE)
             sums[number] = buffer[: len(values)]
         if decays is not None:
-            _decay_towards(sums[number], values, None if first else decays[self._place[number][index]])
+            _decay_towards(
+                sums[number], values, None if first else decays[self._place[number][index]]
+            )
             return
         factor = self._factors[number][0][index]
         if first:

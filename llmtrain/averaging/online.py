@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from llmtrain.averaging.power_ema import gamma_of
-from llmtrain.config_averages import (
+from llmtrain.config.averages import (
     AverageConfig,
     EmaConfig,
     LawaConfig,
@@ -29,7 +29,7 @@ from llmtrain.config_averages import (
     RunningMeanConfig,
     SwaConfig,
 )
-from llmtrain.sharded import local, overwrite
+from llmtrain.runtime.sharded import local, overwrite
 
 Weights = Mapping[str, Tensor]
 
@@ -131,7 +131,9 @@ class _Recursive(OnlineAverage):
 
     def __init__(self, config: AverageConfig, model: nn.Module, start: int) -> None:
         super().__init__(config, model, start)
-        self._average = {name: self._place(p, torch.float32) for name, p in self._parameters.items()}
+        self._average = {
+            name: self._place(p, torch.float32) for name, p in self._parameters.items()
+        }
 
     @abstractmethod
     def _decay(self, step: int) -> float: ...
@@ -212,7 +214,8 @@ class OnlineMean(OnlineAverage):
     def __init__(self, config: SwaConfig | RunningMeanConfig, model: nn.Module, start: int) -> None:
         super().__init__(config, model, start)
         self._sum = {
-            name: torch.zeros_like(self._place(p, torch.float64)) for name, p in self._parameters.items()
+            name: torch.zeros_like(self._place(p, torch.float64))
+            for name, p in self._parameters.items()
         }
 
     @override

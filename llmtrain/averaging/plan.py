@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from llmtrain.averaging import coefficients
-from llmtrain.averaging.average import Plan
 from llmtrain.averaging.custom_weights import read_weights
-from llmtrain.averaging.series import Input, Series
+from llmtrain.averaging.spec import AverageSpec
 from llmtrain.averaging.stored_averages import dense_plan, power_ema_plans
-from llmtrain.averaging.windows import describe_spacings, describe_steps, possible_spacings
+from llmtrain.checkpoints.series import Input, Series
+from llmtrain.checkpoints.windows import describe_spacings, describe_steps, possible_spacings
 from llmtrain.errors import UserError
-from llmtrain.evaluation.targets import RAW
-from llmtrain.files import step_name
+from llmtrain.storage.run_folder import RAW, step_name
 
 DEFAULT_WINDOW = 5
 """k in the code of Sanyal et al. 2023."""
@@ -83,7 +82,7 @@ class Request:
         return int(at)
 
 
-def make_plans(series: Series, request: Request) -> list[Plan]:
+def make_plans(series: Series, request: Request) -> list[AverageSpec]:
     """The averages that a request means, ascending by step.
 
     Raises:
@@ -106,9 +105,13 @@ def make_plans(series: Series, request: Request) -> list[Plan]:
 
 def _check_options(request: Request) -> None:
     if request.method not in OPTIONS:
-        raise UserError(f"--method {request.method!r} is unknown", hint=f"one of {', '.join(METHODS)}")
+        raise UserError(
+            f"--method {request.method!r} is unknown", hint=f"one of {', '.join(METHODS)}"
+        )
     takes = OPTIONS[request.method] | {"method", "label", "out"}
-    unused = [name for name, value in vars(request).items() if value is not None and name not in takes]
+    unused = [
+        name for name, value in vars(request).items() if value is not None and name not in takes
+    ]
     if unused:
         flags = {"start": "--from"}
         names = ", ".join(flags.get(name, "--" + name.replace("_", "-")) for name in unused)
@@ -117,15 +120,23 @@ def _check_options(request: Request) -> None:
             hint=f"it takes {', '.join(sorted(flags.get(n, '--' + n.replace('_', '-')) for n in takes))}",
         )
     if request.label == RAW:
-        raise UserError("--label raw is what the weights of a snapshot are called", hint="any other name")
+        raise UserError(
+            "--label raw is what the weights of a snapshot are called", hint="any other name"
+        )
     if request.label is not None and not _LABEL.fullmatch(request.label):
-        raise UserError(f"--label {request.label!r} is no name of a folder", hint="letters, digits, - _ .")
+        raise UserError(
+            f"--label {request.label!r} is no name of a folder", hint="letters, digits, - _ ."
+        )
     for name in ("every", "window", "start"):
         value = getattr(request, name)
         if value is not None and value < 1:
-            raise UserError(f"{'from' if name == 'start' else name} is {value}", hint="a number from 1 on")
+            raise UserError(
+                f"{'from' if name == 'start' else name} is {value}", hint="a number from 1 on"
+            )
     if request.blend is not None and not 0.0 <= request.blend <= 1.0:
-        raise UserError(f"--blend {request.blend} is not a share", hint="0 (the average) to 1 (the newest)")
+        raise UserError(
+            f"--blend {request.blend} is not a share", hint="0 (the average) to 1 (the newest)"
+        )
 
 
 def _every(series: Series, request: Request, size: int) -> int:
@@ -140,7 +151,7 @@ def _every(series: Series, request: Request, size: int) -> int:
     )
 
 
-def _windows(series: Series, request: Request) -> list[Plan]:
+def _windows(series: Series, request: Request) -> list[AverageSpec]:
     """Windows of a fixed size: lawa, linear, decay, and ema with --window."""
     if request.start is not None:
         raise UserError(
@@ -148,15 +159,25 @@ def _windows(series: Series, request: Request) -> list[Plan]:
         )
     size = DEFAULT_WINDOW if request.window is None else request.window
     every = _every(series, request, size)
-    steps = series.windows(every=every, size=size, at=request.at_step, disjoint=bool(request.disjoint))
+    steps = series.windows(
+        every=every, size=size, at=request.at_step, disjoint=bool(request.disjoint)
+    )
     weights, decays, name, options = _weights(request, size, every)
     return [
-        _plan(series, request, f"{name}-{size}x{every}", window, weights, options | {"window": size}, decays)
+        _plan(
+            series,
+            request,
+            f"{name}-{size}x{every}",
+            window,
+            weights,
+            options | {"window": size},
+            decays,
+        )
         for window in steps
     ]
 
 
-def _growing(series: Series, request: Request) -> list[Plan]:
+def _growing(series: Series, request: Request) -> list[AverageSpec]:
     """Everything from a step on: swa, and ema without --window.
 
     The checkpoints are counted back from the one the average stands for, `every` apart, to the
@@ -170,7 +191,9 @@ def _growing(series: Series, request: Request) -> list[Plan]:
     every = _every(series, request, 2)
     at = request.at_step
     start = request.start or 1
-    ends = [step for step in series.steps if step >= start and (at in ("last", "all") or step == at)]
+    ends = [
+        step for step in series.steps if step >= start and (at in ("last", "all") or step == at)
+    ]
     ends = ends[-1:] if at == "last" else ends
     plans = []
     for end in ends:
@@ -178,7 +201,9 @@ def _growing(series: Series, request: Request) -> list[Plan]:
         held = [step for step in wanted if step in series.inputs]
         if request.start is None:
             while held != wanted:  # without --from, what lies before a gap is left out
-                wanted = wanted[wanted.index(next(s for s in wanted if s not in series.inputs)) + 1 :]
+                wanted = wanted[
+                    wanted.index(next(s for s in wanted if s not in series.inputs)) + 1 :
+                ]
                 held = [step for step in wanted if step in series.inputs]
         if held != wanted:
             raise UserError(
@@ -207,7 +232,9 @@ def _weights(
     if request.method == "linear":
         return coefficients.linear(count), None, "linear", options
     if request.method == "decay":
-        shape = next((s for s in get_args(coefficients.Shape) if s == (request.shape or "1-sqrt")), None)
+        shape = next(
+            (s for s in get_args(coefficients.Shape) if s == (request.shape or "1-sqrt")), None
+        )
         if shape is None:
             raise UserError(
                 f"--shape {request.shape!r} is unknown",
@@ -223,7 +250,9 @@ def _ema_weights(
     request: Request, count: int, every: int, options: dict[str, Any]
 ) -> tuple[list[float], list[float] | None, str, dict[str, Any]]:
     if (request.decay is None) == (request.half_life is None):
-        raise UserError("--method ema needs --decay D or --half-life STEPS", hint="such as --decay 0.9")
+        raise UserError(
+            "--method ema needs --decay D or --half-life STEPS", hint="such as --decay 0.9"
+        )
     if request.half_life is not None and request.half_life <= 0:
         raise UserError(f"--half-life {request.half_life} is not above 0", hint="in training steps")
     decay = (
@@ -234,7 +263,9 @@ def _ema_weights(
     if not 0.0 <= decay < 1.0:
         raise UserError(f"--decay {decay} is not in [0, 1)", hint="per checkpoint, such as 0.9")
     options |= {"decay": decay, "half_life": request.half_life}
-    name = f"ema-{decay!r}-" if request.half_life is None else f"ema-half-life-{request.half_life!r}-"
+    name = (
+        f"ema-{decay!r}-" if request.half_life is None else f"ema-half-life-{request.half_life!r}-"
+    )
     name = name.removesuffix("-")
     if request.like_online:
         decays = coefficients.warmed_up_decays(count, decay)
@@ -243,15 +274,19 @@ def _ema_weights(
     return coefficients.exponential(count, decay), None, name, options
 
 
-def _custom(series: Series, request: Request) -> list[Plan]:
+def _custom(series: Series, request: Request) -> list[AverageSpec]:
     """Weights from a file: of certain steps, or of the places in a window."""
     if request.weights is None:
-        raise UserError("--method custom needs --weights FILE", hint='such as {"1000": 0.25, "2000": 0.75}')
+        raise UserError(
+            "--method custom needs --weights FILE", hint='such as {"1000": 0.25, "2000": 0.75}'
+        )
     given = read_weights(request.weights)
     options: dict[str, Any] = {"weights": request.weights.name}
     if isinstance(given, list):
         every = _every(series, request, len(given))
-        windows: Sequence[Sequence[int]] = series.windows(every=every, size=len(given), at=request.at_step)
+        windows: Sequence[Sequence[int]] = series.windows(
+            every=every, size=len(given), at=request.at_step
+        )
         options["every"] = every
         weights = given
     else:
@@ -276,18 +311,22 @@ def _plan(
     weights: list[float],
     options: dict[str, Any],
     decays: list[float] | None = None,
-) -> Plan:
+) -> AverageSpec:
     if request.blend is not None:
         if decays is not None:
-            raise UserError("--blend and --like-online exclude each other", hint="leave out one of them")
+            raise UserError(
+                "--blend and --like-online exclude each other", hint="leave out one of them"
+            )
         weights = coefficients.blend(weights, request.blend)
         label, options = f"{label}-blend-{request.blend!r}", options | {"blend": request.blend}
     inputs: tuple[Input, ...] = tuple(series.inputs[step] for step in steps)
     chosen = tuple(decays) if decays is not None else None
-    return Plan(request.method, label, inputs, tuple(weights), series.averages, options, chosen)
+    return AverageSpec(
+        request.method, label, inputs, tuple(weights), series.averages, options, chosen
+    )
 
 
-def _finished(plan: Plan, series: Series, request: Request) -> Plan:
+def _finished(plan: AverageSpec, series: Series, request: Request) -> AverageSpec:
     """The plan with its final label and folder."""
     label = request.label or plan.label
     if request.out is None:

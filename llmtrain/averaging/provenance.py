@@ -3,7 +3,7 @@
 Why: an average without this is a file of numbers. With it, anyone can tell whether two averages are
 the same, and make it again; and a command that is repeated keeps what is there.
 
-    document = provenance(plan, checkpoints, hashes, Settings())
+    document = provenance(plan, checkpoints, hashes, MergeOptions())
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtrain import __version__
-from llmtrain.averaging.checkpoints import Checkpoint
-from llmtrain.averaging.series import Input
+from llmtrain.checkpoints.checkpoint import Checkpoint
+from llmtrain.checkpoints.series import Input
+from llmtrain.checkpoints.weights_folder import PROVENANCE_FILE
 from llmtrain.errors import UserError
-from llmtrain.integrity import integrity_problems, sha256_of
-from llmtrain.weights_folder import PROVENANCE_FILE, read_json
+from llmtrain.storage.integrity import integrity_problems, sha256_of
+from llmtrain.storage.json_files import read_json
 
 if TYPE_CHECKING:
-    from llmtrain.averaging.average import Plan, Settings
+    from llmtrain.averaging.spec import AverageSpec, MergeOptions
 
 Hashes = Mapping[str, str]
 """File name → SHA-256."""
@@ -87,8 +88,12 @@ def hashes_of(
     """
     declared = source.declared()
     if not compute and all(path.name in declared for path in checkpoint.files):
-        return KnownHashes({path.name: declared[path.name] for path in checkpoint.files}, "recorded")
-    beside = [checkpoint.folder / name for name in declared if name.endswith((".json", ".txt", ".model"))]
+        return KnownHashes(
+            {path.name: declared[path.name] for path in checkpoint.files}, "recorded"
+        )
+    beside = [
+        checkpoint.folder / name for name in declared if name.endswith((".json", ".txt", ".model"))
+    ]
     computed = {
         path: (known or {}).get(path) or sha256_of(path)
         for path in {*checkpoint.files, *(path for path in beside if path.is_file())}
@@ -103,10 +108,10 @@ def hashes_of(
 
 
 def provenance(
-    plan: Plan,
+    plan: AverageSpec,
     checkpoints: Mapping[Input, Checkpoint],
     hashes: Mapping[Input, KnownHashes],
-    settings: Settings,
+    settings: MergeOptions,
 ) -> dict[str, Any]:
     """What `provenance.json` says of an average."""
     inputs = []
@@ -148,11 +153,17 @@ def require_same(target: Path, wanted: Mapping[str, Any]) -> None:
             math.isclose(a["weight"], b["weight"], rel_tol=1e-9, abs_tol=1e-15)
             for a, b in zip(there["inputs"], wanted["inputs"], strict=True)
         )
-    except (TypeError, KeyError, AttributeError, OverflowError):  # no provenance that llmtrain wrote
+    except (
+        TypeError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+    ):  # no provenance that llmtrain wrote
         same = False
     if same and (problems := integrity_problems(target, hashes=False)):
         raise UserError(
-            f"{target} exists and is damaged: {problems[0]}", hint="delete it and repeat the command"
+            f"{target} exists and is damaged: {problems[0]}",
+            hint="delete it and repeat the command",
         )
     if not same:
         raise UserError(

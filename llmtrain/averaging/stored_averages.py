@@ -11,21 +11,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmtrain.averaging.average import Plan
-from llmtrain.averaging.checkpoints import Checkpoint, open_folder, with_residual
 from llmtrain.averaging.coefficients import span
 from llmtrain.averaging.power_ema import WIDEST, gamma_of, reconstruct
-from llmtrain.averaging.series import Input, Series, recorded_hashes
-from llmtrain.averaging.windows import describe_steps
+from llmtrain.averaging.spec import AverageSpec
+from llmtrain.checkpoints.checkpoint import Checkpoint
+from llmtrain.checkpoints.open import open_folder, with_residual
+from llmtrain.checkpoints.series import Input, Series, recorded_hashes
+from llmtrain.checkpoints.weights_folder import PROVENANCE_FILE
+from llmtrain.checkpoints.windows import describe_steps
 from llmtrain.errors import UserError
-from llmtrain.files import step_folders
-from llmtrain.weights_folder import PROVENANCE_FILE, read_json
+from llmtrain.storage.json_files import read_json
+from llmtrain.storage.run_folder import step_folders
 
 RUNNING_MEAN = "running-mean"
 POWER_EMA = "power-ema"
 
 
-def dense_plan(series: Series, start: int | None, to: int | None) -> Plan:
+def dense_plan(series: Series, start: int | None, to: int | None) -> AverageSpec:
     """The mean of the weights after every step in (start, to], from two stored running means.
 
     See `coefficients.span`. From the step at which the running mean began, one is enough.
@@ -34,7 +36,9 @@ def dense_plan(series: Series, start: int | None, to: int | None) -> Plan:
         UserError: a step is missing, or no running mean was stored there.
     """
     if start is None or to is None or start >= to:
-        raise UserError("--method dense needs --from A and --to B, A before B", hint="--from 2000 --to 3000")
+        raise UserError(
+            "--method dense needs --from A and --to B, A before B", hint="--from 2000 --to 3000"
+        )
     stored = _stored(series.averages / RUNNING_MEAN, RUNNING_MEAN)
     began = min((int(about["start"]) for _, about in stored.values()), default=0)
     absent = [step for step in (start, to) if step not in stored and not (step == start == began)]
@@ -61,12 +65,18 @@ def dense_plan(series: Series, start: int | None, to: int | None) -> Plan:
         "updates": updates[1] - updates[0],
         "every": stored[to][1].get("every"),
     }
-    return Plan(
-        "dense", f"dense-{start}-{to}", tuple(inputs), tuple(weights), series.averages, options, audited=False
+    return AverageSpec(
+        "dense",
+        f"dense-{start}-{to}",
+        tuple(inputs),
+        tuple(weights),
+        series.averages,
+        options,
+        audited=False,
     )
 
 
-def power_ema_plans(series: Series, sigma_rel: float | None, at: int | str) -> list[Plan]:
+def power_ema_plans(series: Series, sigma_rel: float | None, at: int | str) -> list[AverageSpec]:
     """The power-function EMA of width `sigma_rel` at a step, from stored ones up to that step.
 
     See `power_ema.reconstruct`.
@@ -85,7 +95,13 @@ def power_ema_plans(series: Series, sigma_rel: float | None, at: int | str) -> l
         for step, (path, about) in _stored(folder, POWER_EMA).items()
     ]
     steps = sorted({step for step, _, _ in stored})
-    ends = steps if at == "all" else steps[-1:] if at == "last" else [step for step in steps if step == at]
+    ends = (
+        steps
+        if at == "all"
+        else steps[-1:]
+        if at == "last"
+        else [step for step in steps if step == at]
+    )
     if not ends:
         raise UserError(
             f"{series.name} has no power-function EMA at step {at}; it has them at {describe_steps(steps)}"
@@ -96,14 +112,26 @@ def power_ema_plans(series: Series, sigma_rel: float | None, at: int | str) -> l
     gamma = gamma_of(sigma_rel)
     plans = []
     for end in ends:
-        used = sorted((item for item in stored if item[0] <= end), key=lambda item: (item[0], str(item[1])))
-        times = [(float(step - int(about["start"])), float(about["gamma"])) for step, _, about in used]
+        used = sorted(
+            (item for item in stored if item[0] <= end), key=lambda item: (item[0], str(item[1]))
+        )
+        times = [
+            (float(step - int(about["start"])), float(about["gamma"])) for step, _, about in used
+        ]
         weights, error = reconstruct(times, max(time for time, _ in times), gamma)
         inputs = tuple(_input(step, path) for step, path, _ in used)
         options = {"sigma_rel": sigma_rel, "gamma": gamma, "profile_error": error}
         label = f"posthoc-ema-{sigma_rel:g}"
         plans.append(
-            Plan("posthoc-ema", label, inputs, tuple(weights), series.averages, options, audited=False)
+            AverageSpec(
+                "posthoc-ema",
+                label,
+                inputs,
+                tuple(weights),
+                series.averages,
+                options,
+                audited=False,
+            )
         )
     return plans
 

@@ -16,25 +16,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmtrain.averaging.average import Plan, Settings, check_claims, unique_inputs
-from llmtrain.averaging.checkpoints import Checkpoint
+from llmtrain.averaging.average import check_claims, unique_inputs
 from llmtrain.averaging.merge import Mixture, Write, merge
-from llmtrain.averaging.numbers import Raw
 from llmtrain.averaging.plan import OPTIONS, Request, make_plans
-from llmtrain.averaging.series import Input, Series, check_alike, run_series
-from llmtrain.averaging.windows import describe_steps
-from llmtrain.checkpoint import load_model
-from llmtrain.config import RunConfig
-from llmtrain.config_file import load_config
+from llmtrain.averaging.spec import AverageSpec, MergeOptions
+from llmtrain.checkpoints.checkpoint import Checkpoint
+from llmtrain.checkpoints.gpt2_folder import load_model
+from llmtrain.checkpoints.numbers import Raw
+from llmtrain.checkpoints.series import Input, Series, check_alike, run_series
+from llmtrain.checkpoints.windows import describe_steps
+from llmtrain.config.loading import load_config
+from llmtrain.config.schema import RunConfig
 from llmtrain.data.copies import local_folder
 from llmtrain.data.shards import open_data
-from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import UserError
 from llmtrain.evaluation.loss import evaluate
-from llmtrain.evaluation.targets import RAW
-from llmtrain.files import RunFolder
-from llmtrain.hardware import keeping_freed_memory, resolve_device, resolve_precision
-from llmtrain.model import GPT
+from llmtrain.model.gpt import GPT
+from llmtrain.model.tokenizer import load_tokenizer
+from llmtrain.runtime.device import keeping_freed_memory, resolve_device, resolve_precision
+from llmtrain.storage.run_folder import RAW, RunFolder
 
 MEMORY = 4 << 30
 """Bytes of averages held at a time; more are made in further passes over the snapshots."""
@@ -104,8 +104,12 @@ def parse_sweep(text: str) -> list[Request]:
         try:
             choices[name] = [_NUMBERS[name](value) for value in values.split(",")]
         except ValueError:
-            raise UserError(f"--sweep {part!r} has a value that is no number", hint="window=3,5,10") from None
-    taken = set().union(*(OPTIONS.get(method, set(choices)) for method in choices["method"])) | {"method"}
+            raise UserError(
+                f"--sweep {part!r} has a value that is no number", hint="window=3,5,10"
+            ) from None
+    taken = set().union(*(OPTIONS.get(method, set(choices)) for method in choices["method"])) | {
+        "method"
+    }
     if unused := set(choices) - taken:
         raise UserError(
             f"--sweep: {', '.join(sorted(unused))} is nothing that {', '.join(choices['method'])} takes",
@@ -145,12 +149,12 @@ def sweep(
     plans, skipped = _plans(series, requests)
     steps = _compared_steps(series.steps, plans, at)
     jobs = [
-        *(Plan(RAW, RAW, (series.inputs[step],), (1.0,), run.path) for step in steps),
+        *(AverageSpec(RAW, RAW, (series.inputs[step],), (1.0,), run.path) for step in steps),
         *(plan for of_request in plans.values() for plan in of_request if plan.step in steps),
     ]
     jobs.sort(key=lambda job: job.step)
     inputs = unique_inputs([job for job in jobs if job.audited])
-    check_claims(series, inputs, Settings(), audited=True)
+    check_claims(series, inputs, MergeOptions(), audited=True)
     measure = _Evaluator(config, series.inputs[steps[-1]].open().folder, data)
     losses: dict[str, dict[int, float]] = {}
     for done, (job, weights) in enumerate(_averages(jobs), start=1):
@@ -158,13 +162,21 @@ def sweep(
         if progress is not None:
             progress(done, len(jobs))
     labels = _labels(plans)
-    found = [Candidate(label, request, losses[label]) for label, request in labels if label in losses]
-    skipped += [f"{label} has no window that ends there" for label, _ in labels if label not in losses]
-    found.sort(key=lambda candidate: (-max(candidate.losses), candidate.losses[max(candidate.losses)]))
+    found = [
+        Candidate(label, request, losses[label]) for label, request in labels if label in losses
+    ]
+    skipped += [
+        f"{label} has no window that ends there" for label, _ in labels if label not in losses
+    ]
+    found.sort(
+        key=lambda candidate: (-max(candidate.losses), candidate.losses[max(candidate.losses)])
+    )
     return SweepResult(Candidate(RAW, None, losses[RAW]), found, skipped, measure.tokens)
 
 
-def _plans(series: Series, requests: Sequence[Request]) -> tuple[dict[Request, list[Plan]], list[str]]:
+def _plans(
+    series: Series, requests: Sequence[Request]
+) -> tuple[dict[Request, list[AverageSpec]], list[str]]:
     """All windows of each request, and why some have none."""
     plans, skipped = {}, []
     for request in requests:
@@ -176,17 +188,18 @@ def _plans(series: Series, requests: Sequence[Request]) -> tuple[dict[Request, l
             skipped.append(str(error))
     if not plans:
         raise UserError(
-            "no candidate has a window:\n  " + "\n  ".join(skipped), hint="smaller window= or every="
+            "no candidate has a window:\n  " + "\n  ".join(skipped),
+            hint="smaller window= or every=",
         )
     return plans, skipped
 
 
-def _labels(plans: Mapping[Request, list[Plan]]) -> list[tuple[str, Request]]:
+def _labels(plans: Mapping[Request, list[AverageSpec]]) -> list[tuple[str, Request]]:
     return [(of_request[-1].label, request) for request, of_request in plans.items()]
 
 
 def _compared_steps(
-    steps: Sequence[int], plans: Mapping[Request, list[Plan]], at: str | int | None
+    steps: Sequence[int], plans: Mapping[Request, list[AverageSpec]], at: str | int | None
 ) -> list[int]:
     """The steps that `at` means; None: `POINTS` evenly spaced ones from the first window's end to the last's."""
     ends = sorted({plan.step for of_request in plans.values() for plan in of_request})
@@ -196,7 +209,8 @@ def _compared_steps(
         end = ends[-1] if at == "last" else at
         if end not in ends:
             raise UserError(
-                f"no candidate has a window that ends at step {end:,}", hint=f"{describe_steps(ends)} do"
+                f"no candidate has a window that ends at step {end:,}",
+                hint=f"{describe_steps(ends)} do",
             )
         return [end]
     if len(ends) <= POINTS:
@@ -204,7 +218,7 @@ def _compared_steps(
     return sorted({ends[round(i * (len(ends) - 1) / (POINTS - 1))] for i in range(POINTS)})
 
 
-def _averages(jobs: Sequence[Plan]) -> Iterator[tuple[Plan, _Weights]]:
+def _averages(jobs: Sequence[AverageSpec]) -> Iterator[tuple[AverageSpec, _Weights]]:
     """Each average in memory, in groups that fit there; a group reads each of its snapshots once."""
     opened: dict[Input, Checkpoint] = {}
     position = 0
@@ -217,10 +231,15 @@ def _averages(jobs: Sequence[Plan]) -> Iterator[tuple[Plan, _Weights]]:
         check_alike(checkpoints)
         index = {source: i for i, source in enumerate(inputs)}
         results: list[_Weights] = [
-            {name: np.empty(spec.count, np.float32) for name, spec in checkpoints[-1].tensors.items()}
+            {
+                name: np.empty(spec.count, np.float32)
+                for name, spec in checkpoints[-1].tensors.items()
+            }
             for _ in group
         ]
-        mixtures = [Mixture(tuple(index[i] for i in job.inputs), job.weights, job.decays) for job in group]
+        mixtures = [
+            Mixture(tuple(index[i] for i in job.inputs), job.weights, job.decays) for job in group
+        ]
         merge(checkpoints, mixtures, [_into(weights) for weights in results])
         for job, weights in zip(group, results, strict=True):
             shapes = checkpoints[-1].tensors
@@ -256,7 +275,9 @@ class _Evaluator:
                 )
                 # Hugging Face's Conv1D is (in, out); square ones are told by their names.
                 parameter.copy_(
-                    held.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else held
+                    held.t()
+                    if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+                    else held
                 )
         with keeping_freed_memory(self._device):
             result = evaluate(

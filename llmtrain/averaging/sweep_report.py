@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from llmtrain.averaging.sweep import Candidate, SweepResult
-from llmtrain.config_file import load_config
-from llmtrain.evaluation.targets import RAW
-from llmtrain.events import read_events
-from llmtrain.files import RunFolder, write_atomically
+from llmtrain.config.loading import load_config
+from llmtrain.storage.events import read_events
+from llmtrain.storage.files import write_atomically
+from llmtrain.storage.run_folder import RAW, RunFolder
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,13 @@ def summary(result: SweepResult, run: RunFolder) -> list[SummaryRow]:
     for candidate in result.candidates:
         step = max(candidate.losses)
         reached = min(
-            (s for s, loss in candidate.losses.items() if loss <= result.raw.losses[last]), default=None
+            (s for s, loss in candidate.losses.items() if loss <= result.raw.losses[last]),
+            default=None,
         )
         # Raw weights wander: they may have been as good as at the end long before it.
-        raw_reached = min(s for s, loss in result.raw.losses.items() if loss <= result.raw.losses[last])
+        raw_reached = min(
+            s for s, loss in result.raw.losses.items() if loss <= result.raw.losses[last]
+        )
         saved = None if reached is None else raw_reached - reached
         rows.append(
             SummaryRow(
@@ -63,7 +66,9 @@ def summary(result: SweepResult, run: RunFolder) -> list[SummaryRow]:
                 reached=reached,
                 steps_saved=saved,
                 tokens_saved=None if saved is None else saved * tokens_per_step,
-                hours_saved=None if reached is None or not clock else _hours(clock, reached, raw_reached),
+                hours_saved=None
+                if reached is None or not clock
+                else _hours(clock, reached, raw_reached),
             )
         )
     return rows
@@ -99,7 +104,12 @@ def draw(result: SweepResult, path: Path, title: str) -> None:
     def line(candidate: Candidate, label: str, **style: Any) -> None:
         steps = sorted(candidate.losses)
         axes.plot(
-            steps, [candidate.losses[step] for step in steps], label=label, marker="o", markersize=3, **style
+            steps,
+            [candidate.losses[step] for step in steps],
+            label=label,
+            marker="o",
+            markersize=3,
+            **style,
         )
 
     line(result.raw, RAW, color="black", linewidth=1.6)

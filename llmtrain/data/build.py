@@ -55,7 +55,10 @@ class Progress:
         """The progress when all is written."""
         splits = manifest.train, manifest.val
         documents = sum(split.documents for split in splits)
-        tokens, text_bytes = sum(split.tokens for split in splits), sum(split.text_bytes for split in splits)
+        tokens, text_bytes = (
+            sum(split.tokens for split in splits),
+            sum(split.text_bytes for split in splits),
+        )
         return cls(documents, documents, tokens, text_bytes)
 
     def plus(self, batch: list[Encoded]) -> Self:
@@ -104,7 +107,9 @@ class Build:
         if finished:
             self.on_note(f"resumed at shard {finished + 1:,} ({journal.tokens:,} tokens done)")
         # Closed at once, whatever happens: an engine then calls off what nobody waits for any more.
-        with closing(self.engine(encode_partition, self._tasks(partitions, counts, places))) as batches:
+        with closing(
+            self.engine(encode_partition, self._tasks(partitions, counts, places))
+        ) as batches:
             records = self._write(batches, journal, len(places))
         if not sum(record.text_bytes for record in records.values()):
             self.staging.discard()
@@ -161,7 +166,9 @@ class Build:
                 stack.callback(writer.abort)
             for batch in batches:
                 for part in batch:
-                    writers[part.split].add(part.tokens, part.text_bytes, ends_document=part.ends_document)
+                    writers[part.split].add(
+                        part.tokens, part.text_bytes, ends_document=part.ends_document
+                    )
                 progress = progress.plus(batch)
                 expected = progress.tokens * total // max(progress.documents, 1)
                 self.need.bytes = TOKEN_BYTES * (expected - journal.tokens)

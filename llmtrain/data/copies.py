@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llmtrain import files
 from llmtrain.data.manifest import (
     MANIFEST_FILE,
     SPLITS,
@@ -25,9 +24,10 @@ from llmtrain.data.manifest import (
     parse_manifest,
     write_manifest,
 )
-from llmtrain.data.remote import file_system, is_url, open_url, reading, without_scheme
 from llmtrain.data.token_files import HEADER_BYTES, TOKEN_BYTES
 from llmtrain.errors import RunFailed, UserError
+from llmtrain.storage import files
+from llmtrain.storage.urls import file_system, is_url, open_url, reading, without_scheme
 
 _COPY_BYTES = 1 << 22
 
@@ -163,7 +163,8 @@ def _copy_shard(url: str, shard: ShardRecord, folder: Path) -> None:
     if digest.hexdigest() != shard.sha256:
         partial.unlink()
         raise UserError(
-            f"{url} has another SHA-256 than its manifest records", hint="copy or prepare it there again"
+            f"{url} has another SHA-256 than its manifest records",
+            hint="copy or prepare it there again",
         )
     files.fsync_path(partial)
     partial.replace(folder / shard.name)

@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from llmtrain.data.manifest import SPLITS
 from llmtrain.data.readers import Partition, read_partition
-from llmtrain.data.tokenizer import PIECE_BYTES, Tokenizer, cut, load_tokenizer
 from llmtrain.errors import UserError
+from llmtrain.model.tokenizer import PIECE_BYTES, Tokenizer, cut, load_tokenizer
 
 _CHUNKS_AHEAD = 4
 """Chunks in flight for each worker: enough that none waits for the one before it to be written."""

@@ -20,8 +20,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from llmtrain.data.readers import missing_field, not_a_string
-from llmtrain.disk import NO_ROOM
 from llmtrain.errors import UserError
+from llmtrain.storage.disk import NO_ROOM
 
 _SPLIT = "train"
 
@@ -77,7 +77,11 @@ def open_hub(
         revision = str(info.sha)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
         root = f"hf://datasets/{name}@{revision}/"
-        urls = None if parquet is None else tuple(root + f for f in sorted(sizes) if fnmatch(f, parquet))
+        urls = (
+            None
+            if parquet is None
+            else tuple(root + f for f in sorted(sizes) if fnmatch(f, parquet))
+        )
         if urls == ():
             raise UserError(
                 f"the dataset {name} holds no {parquet}", hint="name another with hub:NAME[:CONFIG]"
@@ -94,7 +98,9 @@ def open_hub(
         found = HubDataset(name, config, revision, files, urls)
         first = next(found.stream(cache), None)
     if first is None:
-        raise UserError(f"the dataset {name} holds no documents", hint="name a dataset with text in it")
+        raise UserError(
+            f"the dataset {name} holds no documents", hint="name a dataset with text in it"
+        )
     text_of(first, field, f"the dataset {name}")
     return found
 
@@ -112,9 +118,13 @@ def text_of(row: dict[str, Any], field: str, where: str) -> str:
     return str(row[field])
 
 
-def _builder(name: str, config: str | None, revision: str, urls: tuple[str, ...] | None, cache: Path) -> Any:
+def _builder(
+    name: str, config: str | None, revision: str, urls: tuple[str, ...] | None, cache: Path
+) -> Any:
     if urls is not None:
-        return datasets.load_dataset_builder("parquet", data_files={_SPLIT: list(urls)}, cache_dir=str(cache))
+        return datasets.load_dataset_builder(
+            "parquet", data_files={_SPLIT: list(urls)}, cache_dir=str(cache)
+        )
     return datasets.load_dataset_builder(name, config, revision=revision, cache_dir=str(cache))
 
 
@@ -147,7 +157,11 @@ def _hub_errors(name: str) -> Iterator[None]:
             hint="download its data files and name them: llmtrain prepare FILE_OR_FOLDER",
         ) from error
     except Exception as error:
-        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+        cause = (
+            error.__cause__
+            if isinstance(error, datasets.exceptions.DatasetGenerationError)
+            else error
+        )
         if isinstance(cause, OSError) and cause.errno in NO_ROOM:
             raise cause from error
         raise UserError(

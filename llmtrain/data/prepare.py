@@ -18,12 +18,12 @@ from llmtrain.data.build import Build, Progress
 from llmtrain.data.copies import published, upload, workplace
 from llmtrain.data.encode import Engine, locally
 from llmtrain.data.manifest import SPLITS, Manifest, Plan, SplitRule
-from llmtrain.data.remote import is_url, without_scheme
 from llmtrain.data.shards import tokenizer_record
 from llmtrain.data.sources import OPENWEBTEXT_HUB, Source, open_source
 from llmtrain.data.staging import Need, existing, require_same, staged
 from llmtrain.data.token_files import MAX_SHARD_TOKENS
 from llmtrain.errors import UserError
+from llmtrain.storage.urls import is_url, without_scheme
 
 DEFAULT_VAL_FRACTION = 0.0005
 DEFAULT_SEED = 2357
@@ -99,7 +99,9 @@ def prepare(
             need.bytes = _announce(source, opened, on_note)
             threads = 1 if engine == "ray" else workers or _cores()
             with _engine(engine, ray_address) as run:
-                manifest = Build(opened, plan, staging, run, threads, need, on_note, on_progress).run()
+                manifest = Build(
+                    opened, plan, staging, run, threads, need, on_note, on_progress
+                ).run()
             staging.commit(manifest)
         if url is not None:
             on_note(f"copying the shards to {url}")
@@ -112,7 +114,9 @@ def prepare(
 def _announce(source: str, opened: Source, on_note: Callable[[str], None]) -> int:
     """Say what will be read; its size in bytes."""
     if opened.skipped:
-        on_note(f"skipping {len(opened.skipped)} file(s) of other kinds, such as {opened.skipped[0]}")
+        on_note(
+            f"skipping {len(opened.skipped)} file(s) of other kinds, such as {opened.skipped[0]}"
+        )
     size = sum(file.bytes for file in opened.record.files)
     on_note(f"reading {source}: {len(opened.record.files):,} file(s), {size / 1e6:,.1f} MB")
     return size
@@ -176,7 +180,9 @@ def _check_engine(engine: str, workers: int | None, ray_address: str | None) -> 
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}", hint=f"choose one of: {', '.join(ENGINES)}")
     if engine == "ray" and workers is not None:
-        raise UserError("--workers counts threads here, not those of a cluster", hint="leave it out")
+        raise UserError(
+            "--workers counts threads here, not those of a cluster", hint="leave it out"
+        )
     if engine != "ray" and ray_address is not None:
         raise UserError("--ray-address needs --engine ray", hint="add it, or leave the address out")
 
@@ -193,7 +199,8 @@ def _check_options(
         raise UserError(f"the seed is {seed}, outside 0 to {2**32 - 1}", hint="2357 is nanoGPT's")
     if not 1 <= shard_tokens <= MAX_SHARD_TOKENS // 2:
         raise UserError(
-            f"{shard_tokens:,} tokens a shard is outside 1 to {MAX_SHARD_TOKENS // 2:,}", hint="100M is usual"
+            f"{shard_tokens:,} tokens a shard is outside 1 to {MAX_SHARD_TOKENS // 2:,}",
+            hint="100M is usual",
         )
     if workers is not None and workers < 1:
         raise UserError(f"{workers} workers cannot work", hint="leave --workers out for one a core")

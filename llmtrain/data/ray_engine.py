@@ -42,7 +42,9 @@ def on_ray(address: str | None) -> Iterator[Engine]:
     heard = signal.getsignal(signal.SIGTERM)
     try:
         _knock(address)
-        ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level="error")
+        ray.init(
+            address=address, log_to_driver=False, include_dashboard=False, logging_level="error"
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"no Ray cluster can be {f'reached at {address}' if address else 'started here'} "

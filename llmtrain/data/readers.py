@@ -20,9 +20,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmtrain.data.remote import is_url, open_url, reading, without_scheme
-from llmtrain.data.tokenizer import well_formed
 from llmtrain.errors import UserError
+from llmtrain.model.tokenizer import well_formed
+from llmtrain.storage.urls import is_url, open_url, reading, without_scheme
 
 PARTITION_BYTES = 1 << 26
 """A unit of work is about so much input: seconds of tokenizing. Compressed files are not cut."""
@@ -177,7 +177,8 @@ def _text_of_line(line: bytes, where: Callable[[], str], field: str) -> bytes:
         ) from None
     if not isinstance(row, dict):
         raise UserError(
-            f"{where()} is a JSON {_json_type(row)}, not an object", hint=f'each line is {{"{field}": "…"}}'
+            f"{where()} is a JSON {_json_type(row)}, not an object",
+            hint=f'each line is {{"{field}": "…"}}',
         )
     if field not in row:
         raise missing_field(where(), field, list(row))
@@ -210,11 +211,17 @@ def _read_parquet(span: Span, field: str) -> Iterator[bytes]:
         kind = parquet.schema_arrow.field(field).type
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        if not (
+            pa.types.is_string(kind)
+            or pa.types.is_large_string(kind)
+            or pa.types.is_string_view(kind)
+        ):
             raise not_a_string(span.path, field, str(kind))
         row = sum(parquet.metadata.row_group(i).num_rows for i in range(span.start))
         groups = list(range(span.start, parquet.num_row_groups if span.end is None else span.end))
-        for rows in parquet.iter_batches(batch_size=_PARQUET_ROWS, columns=[field], row_groups=groups):
+        for rows in parquet.iter_batches(
+            batch_size=_PARQUET_ROWS, columns=[field], row_groups=groups
+        ):
             for text in rows.column(0).to_pylist():
                 row += 1
                 if text is None:
@@ -265,7 +272,8 @@ def not_a_string(where: str, field: str, kind: str) -> UserError:
 
 def _not_text(message: str) -> UserError:
     return UserError(
-        message, hint="only UTF-8 text is read; convert it (iconv -f latin1 -t utf-8) or leave the file out"
+        message,
+        hint="only UTF-8 text is read; convert it (iconv -f latin1 -t utf-8) or leave the file out",
     )
 
 
@@ -285,7 +293,9 @@ def damage_named(path: str) -> Iterator[None]:
         with reading(path) if is_url(path) else nullcontext():
             yield
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        reason = (
+            os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        )
         hint = "is it complete, and really of the kind its name says?"
         if isinstance(error, (PermissionError, FileNotFoundError)):
             hint = "it must be there, and readable by you, until the last shard is written"

@@ -90,7 +90,9 @@ class Sampler:
         # Data shorter than two windows has fewer offsets to choose from than block_size.
         offsets = min(self.block_size, self.n_tokens - self.windows_per_epoch * self.block_size)
         window = _shuffle(row % in_epoch, in_epoch, epoch_key)
-        start: npt.NDArray[np.uint64] = _mix(epoch_key) % _U64(offsets) + window * _U64(self.block_size)
+        start: npt.NDArray[np.uint64] = _mix(epoch_key) % _U64(offsets) + window * _U64(
+            self.block_size
+        )
         return start.astype(np.int64)
 
 

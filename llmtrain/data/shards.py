@@ -13,9 +13,15 @@ from pathlib import Path
 
 from llmtrain.data import nanogpt
 from llmtrain.data.manifest import MANIFEST_FILE, SPLITS, TokenizerRecord, read_manifest
-from llmtrain.data.token_files import HEADER_BYTES, TokenFile, TokenReader, content_problem, shard_problem
-from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.token_files import (
+    HEADER_BYTES,
+    TokenFile,
+    TokenReader,
+    content_problem,
+    shard_problem,
+)
 from llmtrain.errors import UserError
+from llmtrain.model.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,9 @@ def open_data(folder: Path) -> TokenData:
         for shard in manifest.split_record(split).shards:
             problem = shard_problem(folder, shard)
             if problem:
-                raise UserError(problem, hint=f"restore it, or delete {folder} and prepare it again")
+                raise UserError(
+                    problem, hint=f"restore it, or delete {folder} and prepare it again"
+                )
     _check_tokenizer(folder, manifest.tokenizer)
     return TokenData(
         folder=folder,
@@ -133,7 +141,9 @@ def data_problems(folder: Path) -> list[str]:
     for split in SPLITS:
         for shard in manifest.split_record(split).shards:
             listed.add(shard.name)
-            problem = shard_problem(folder, shard) or content_problem(folder, shard, manifest.tokenizer)
+            problem = shard_problem(folder, shard) or content_problem(
+                folder, shard, manifest.tokenizer
+            )
             if problem:
                 problems.append(problem)
     strangers = (path for path in sorted(folder.glob("*.bin")) if path.name not in listed)

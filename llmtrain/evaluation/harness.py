@@ -28,13 +28,13 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import env as templates_of_lm_eval
 
-from llmtrain.checkpoint import load_shape
-from llmtrain.data.tokenizer import tokenizer_ending_with
+from llmtrain.checkpoints.gpt2_folder import load_shape
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.evaluation.foreign import load_transformers, own_tokenizer
+from llmtrain.evaluation.hf_models import load_transformers, own_tokenizer
 from llmtrain.evaluation.tasks import Score, TaskSource
-from llmtrain.hardware import resolve_device
-from llmtrain.tokenizer_files import fast_tokenizer
+from llmtrain.model.tokenizer import tokenizer_ending_with
+from llmtrain.model.tokenizer_files import fast_tokenizer
+from llmtrain.runtime.device import resolve_device
 
 CPU_BATCH = 8
 """What "auto" is on a CPU, whose memory has no limit that could be felt for."""
@@ -55,7 +55,8 @@ class Harness(HFLM):  # type: ignore[misc]  # lm-eval has no types
         model: Any = load_transformers(folder)
         super().__init__(
             pretrained=model.to(where),
-            tokenizer=tokenizer or fast_tokenizer(tokenizer_ending_with(load_shape(folder).eot, folder)),
+            tokenizer=tokenizer
+            or fast_tokenizer(tokenizer_ending_with(load_shape(folder).eot, folder)),
             backend="causal",
             batch_size=CPU_BATCH if batch == "auto" and where.type == "cpu" else batch,
         )
@@ -77,7 +78,9 @@ class Harness(HFLM):  # type: ignore[misc]  # lm-eval has no types
             len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests
         )
         pieces = [list(_pieces(request, self.max_length)) for request in requests]
-        found = iter(super()._loglikelihood_tokens([p for some in pieces for p in some], *args, **options))
+        found = iter(
+            super()._loglikelihood_tokens([p for some in pieces for p in some], *args, **options)
+        )
         together = [list(islice(found, len(some))) for some in pieces]
         return [(sum(nats for nats, _ in some), all(best for _, best in some)) for some in together]
 
@@ -139,7 +142,9 @@ def load_task(source: TaskSource, files: Path | None, limit: int | None) -> dict
             near = difflib.get_close_matches(source.name, manager.all_tasks, n=3)
             raise UserError(
                 f"lm-eval has no task {source.name!r}",
-                hint=f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them",
+                hint=f"did you mean {' or '.join(near)}?"
+                if near
+                else "`lm-eval ls tasks` lists them",
             )
         try:
             loaded: dict[str, Any] = manager.load([source.spec])
@@ -157,7 +162,10 @@ def load_task(source: TaskSource, files: Path | None, limit: int | None) -> dict
 
 
 def score(
-    harness: Harness, task: dict[str, Any], limit: int | None, on_progress: Callable[[int, int], None]
+    harness: Harness,
+    task: dict[str, Any],
+    limit: int | None,
+    on_progress: Callable[[int, int], None],
 ) -> Measured:
     """Ask a model everything that a task wants to know.
 
@@ -179,11 +187,16 @@ def score(
     with _quiet():
         try:
             results = lm_eval.evaluate(
-                lm=harness, task_dict=task, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False
+                lm=harness,
+                task_dict=task,
+                limit=limit,
+                bootstrap_iters=BOOTSTRAPS,
+                log_samples=False,
             )
         except OverflowError:
             raise RunFailed(
-                f"a perplexity of {harness.folder} does not fit a float", hint="its training diverged"
+                f"a perplexity of {harness.folder} does not fit a float",
+                hint="its training diverged",
             ) from None
     assert results is not None  # there is one process
     scores = list(_scores(results))
@@ -224,7 +237,9 @@ def _manager(files: Path | None, *, everything: bool) -> TaskManager:
 def _require_fields(source: TaskSource, task: Any) -> None:
     """Raise a UserError unless every document has the fields that the task's templates name."""
     assert isinstance(source.spec, dict)
-    templates = [str(source.spec.get(f"doc_to_{part}", "")) for part in ("text", "target", "choice")]
+    templates = [
+        str(source.spec.get(f"doc_to_{part}", "")) for part in ("text", "target", "choice")
+    ]
     fields = set().union(
         *(meta.find_undeclared_variables(templates_of_lm_eval.parse(text)) for text in templates)
     )
@@ -248,9 +263,13 @@ def _require_answers(source: TaskSource, task: Any, limit: int | None) -> None:
             right = (task.doc_to_text if task.multiple_input else task.doc_to_target)(document)
             choices = task.doc_to_choice(document)
         except Exception as error:  # a template may compute anything
-            raise _bad_data(source, f"document {number:,}: {type(error).__name__}: {error}") from error
+            raise _bad_data(
+                source, f"document {number:,}: {type(error).__name__}: {error}"
+            ) from error
         if right not in range(len(choices)):
-            raise _bad_data(source, f"document {number:,}: of {len(choices)} choices, {right!r} is right")
+            raise _bad_data(
+                source, f"document {number:,}: of {len(choices)} choices, {right!r} is right"
+            )
 
 
 def _bad_data(source: TaskSource, reason: object) -> UserError:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from llmtrain.data.sampler import Tokens, validation_windows
 from llmtrain.errors import UserError
-from llmtrain.hardware import Precision, autocast, on_device
-from llmtrain.model import IGNORE
-from llmtrain.training.distributed import World
+from llmtrain.model.gpt import IGNORE
+from llmtrain.runtime.device import Precision, autocast, on_device
+from llmtrain.runtime.distributed import World
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ def evaluate(
                 loss = model(on_device(tokens, device), on_device(targets, device))
                 if mine < len(windows):
                     counted = targets[targets != IGNORE]
-                    losses.append(loss)  # read at the end: a GPU need not be waited for at each batch
+                    losses.append(
+                        loss
+                    )  # read at the end: a GPU need not be waited for at each batch
                     counts.append(counted.size)
                     n_bytes += int(token_bytes[counted].sum())
                 if on_progress is not None:

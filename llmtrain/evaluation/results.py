@@ -16,22 +16,28 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from llmtrain.config_file import load_config
+from llmtrain.checkpoints.targets import Target
+from llmtrain.checkpoints.weights_folder import weights_files
+from llmtrain.config.loading import load_config
 from llmtrain.data.copies import local_folder
-from llmtrain.data.remote import is_url
 from llmtrain.data.sampler import Tokens
 from llmtrain.data.shards import TokenData, open_data
-from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.evaluation.foreign import ForeignModel, load_causal, reencoded, require_ids
-from llmtrain.evaluation.kept import keep
+from llmtrain.evaluation.cache import keep
+from llmtrain.evaluation.hf_models import ForeignModel, load_causal, reencoded, require_ids
 from llmtrain.evaluation.loss import LossResult, evaluate
-from llmtrain.evaluation.targets import RAW, Target
-from llmtrain.files import RunFolder
-from llmtrain.hardware import Precision, keeping_freed_memory, resolve_device, resolve_precision
-from llmtrain.integrity import INTEGRITY_FILE, read_integrity, sha256_of
-from llmtrain.model import GPT
-from llmtrain.weights_folder import read_json, weights_files
+from llmtrain.model.gpt import GPT
+from llmtrain.model.tokenizer import load_tokenizer
+from llmtrain.runtime.device import (
+    Precision,
+    keeping_freed_memory,
+    resolve_device,
+    resolve_precision,
+)
+from llmtrain.storage.integrity import INTEGRITY_FILE, read_integrity, sha256_of
+from llmtrain.storage.json_files import read_json
+from llmtrain.storage.run_folder import RAW, RunFolder
+from llmtrain.storage.urls import is_url
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,9 @@ def measure(
     rows = []
     everything = [_resolve(target, settings) for target in targets]
     if len({resolved.tokens for resolved in everything}) > 1:
-        warn("not all are measured on as many tokens, as the runs' configs say: --tokens N makes them alike")
+        warn(
+            "not all are measured on as many tokens, as the runs' configs say: --tokens N makes them alike"
+        )
     for target, resolved in zip(targets, everything, strict=True):
         assert resolved.data is not None
         if resolved.data not in opened:
@@ -123,7 +131,9 @@ def stored_rows(run: RunFolder) -> list[Row]:
 
     Left out are those of weights that have been made anew since.
     """
-    found = [row for path in sorted(run.evals.glob("[!.]*.json")) if (row := _read_row(path)) is not None]
+    found = [
+        row for path in sorted(run.evals.glob("[!.]*.json")) if (row := _read_row(path)) is not None
+    ]
     rows = [row for row in found if _is_current(run, row)]
     raw = {_windows(row): row.loss for row in rows if row.label == RAW}
     filled = []
@@ -186,7 +196,9 @@ def _measure_one(
     precision = resolve_precision(settings.precision or "auto", device)
     weights = weights_sha256(target.path)
     limit = min(data.tokens(settings.split), settings.tokens or data.tokens(settings.split))
-    key = hashlib.sha256(f"{weights} {data.sha256} {settings.split} {limit} {precision}".encode()).hexdigest()
+    key = hashlib.sha256(
+        f"{weights} {data.sha256} {settings.split} {limit} {precision}".encode()
+    ).hexdigest()
     step = "" if target.step is None else f"-step-{target.step:08d}"
     stored = target.run and target.run.evals / f"{target.label}{step}-{key[:16]}.json"
     if stored and stored.exists() and (row := _read_row(stored)) is not None:
@@ -288,7 +300,8 @@ def _read_row(path: Path) -> Row | None:
         ) from None
     if not math.isfinite(row.loss):
         raise UserError(
-            f"{path}: its loss is {row.loss}", hint="delete the file: llmtrain eval measures it again"
+            f"{path}: its loss is {row.loss}",
+            hint="delete the file: llmtrain eval measures it again",
         )
     return row
 
@@ -310,9 +323,13 @@ def weights_sha256(folder: Path) -> str:
         UserError: there are no weights.
     """
     # What others publish may hold torch's files only.
-    paths = sorted(folder.glob("pytorch_model*.bin")) if _is_torch(folder) else weights_files(folder)
+    paths = (
+        sorted(folder.glob("pytorch_model*.bin")) if _is_torch(folder) else weights_files(folder)
+    )
     record = folder / INTEGRITY_FILE
-    untouched = record.exists() and all(p.stat().st_mtime_ns <= record.stat().st_mtime_ns for p in paths)
+    untouched = record.exists() and all(
+        p.stat().st_mtime_ns <= record.stat().st_mtime_ns for p in paths
+    )
     known = read_integrity(folder) if untouched else {}
     hashes = [str(known[p.name]["sha256"]) if p.name in known else sha256_of(p) for p in paths]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()

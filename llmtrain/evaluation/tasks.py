@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import TypeAdapter
 
+from llmtrain.checkpoints.targets import Target
 from llmtrain.errors import UserError
-from llmtrain.evaluation.kept import kept
+from llmtrain.evaluation.cache import kept
 from llmtrain.evaluation.results import weights_sha256
-from llmtrain.evaluation.targets import Target
-from llmtrain.integrity import sha256_of
+from llmtrain.storage.integrity import sha256_of
 
 if TYPE_CHECKING:
     from llmtrain.evaluation.harness import Harness
@@ -127,7 +127,9 @@ def measure_tasks(
         """All tasks at once, so that a name that means nothing is told before hours of work."""
         from llmtrain.evaluation.harness import load_task  # imports lm-eval, which takes seconds
 
-        return {source.name: load_task(source, settings.files, settings.limit) for source in sources}
+        return {
+            source.name: load_task(source, settings.files, settings.limit) for source in sources
+        }
 
     results = []
     for target in targets:
@@ -159,7 +161,9 @@ def task_source(name: str, settings: TaskSettings) -> TaskSource:
             hint=f"it does for {', '.join(SHIPPED)}; for others: --task-files FOLDER with your own",
         )
     path = _data_file(settings.data, name)
-    definition = resources.files("llmtrain.evaluation").joinpath(f"task_files/{name}.yaml").read_text()
+    definition = (
+        resources.files("llmtrain.evaluation").joinpath(f"task_files/{name}.yaml").read_text()
+    )
     spec = yaml.safe_load(definition) | {"dataset_kwargs": {"data_files": str(path.resolve())}}
     digest = hashlib.sha256(f"{definition}{sha256_of(path)}".encode()).hexdigest()
     return TaskSource(name, spec, path.name, digest)
@@ -218,11 +222,13 @@ def _require_trust(settings: TaskSettings) -> None:
     assert settings.files is not None
     if settings.data is not None:
         raise UserError(
-            "--task-files and --task-data do not go together", hint="task files name their data themselves"
+            "--task-files and --task-data do not go together",
+            hint="task files name their data themselves",
         )
     if not settings.files.is_dir():
         raise UserError(
-            f"--task-files: there is no folder {settings.files}", hint="a folder of lm-eval task files"
+            f"--task-files: there is no folder {settings.files}",
+            hint="a folder of lm-eval task files",
         )
     if not settings.trust_files:
         raise UserError(
@@ -242,5 +248,7 @@ def _data_file(folder: Path, name: str) -> Path:
 
 
 def _sha256_of_folder(folder: Path) -> str:
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".yaml", ".py", ".jsonl", ".json"))
+    files = sorted(
+        path for path in folder.rglob("*") if path.suffix in (".yaml", ".py", ".jsonl", ".json")
+    )
     return hashlib.sha256(" ".join(map(sha256_of, files)).encode()).hexdigest()

@@ -19,14 +19,19 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from llmtrain.config_file import load_config
+from llmtrain.checkpoints.targets import Target
+from llmtrain.config.loading import load_config
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.evaluation.foreign import IdArray, encoding_of, load_causal, require_ids
-from llmtrain.evaluation.kept import kept
+from llmtrain.evaluation.cache import kept
+from llmtrain.evaluation.hf_models import IdArray, encoding_of, load_causal, require_ids
 from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.evaluation.results import weights_sha256
-from llmtrain.evaluation.targets import Target
-from llmtrain.hardware import Precision, keeping_freed_memory, resolve_device, resolve_precision
+from llmtrain.runtime.device import (
+    Precision,
+    keeping_freed_memory,
+    resolve_device,
+    resolve_precision,
+)
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,9 @@ def measure_text(
         identity = [weights_sha256(target.path), text.sha256, settings.stride, precision]
         measure = partial(_measure_one, target, text, settings, device, precision, on_progress)
         result = kept(target, "text", identity, _FORM, measure, warn)
-        results.append(replace(result, file=str(path)))  # the same text may have been kept under another name
+        results.append(
+            replace(result, file=str(path))
+        )  # the same text may have been kept under another name
     return results
 
 
@@ -136,7 +143,9 @@ def _measure_one(
         result = evaluate(
             model.to(device),
             IdArray(ids),
-            np.zeros(model.config.vocab_size, dtype=np.int64),  # bytes are counted in the text itself
+            np.zeros(
+                model.config.vocab_size, dtype=np.int64
+            ),  # bytes are counted in the text itself
             block_size=model.block_size,
             stride=stride,
             batch=settings.batch,
@@ -152,8 +161,14 @@ def _measure_one(
     return _result(result, text, model.block_size, stride, precision)
 
 
-def _result(loss: LossResult, text: _Text, context: int, stride: int, precision: Precision) -> TextResult:
-    nats, words, n_bytes = loss.loss * loss.tokens, len(text.content.split()), len(text.content.encode())
+def _result(
+    loss: LossResult, text: _Text, context: int, stride: int, precision: Precision
+) -> TextResult:
+    nats, words, n_bytes = (
+        loss.loss * loss.tokens,
+        len(text.content.split()),
+        len(text.content.encode()),
+    )
     return TextResult(
         file=str(text.path),
         sha256=text.sha256,
@@ -175,7 +190,9 @@ def _result(loss: LossResult, text: _Text, context: int, stride: int, precision:
 
 def _read(path: Path) -> str:
     try:
-        text = path.read_bytes().decode()  # as it is: reading as text would turn its line ends into \n
+        text = (
+            path.read_bytes().decode()
+        )  # as it is: reading as text would turn its line ends into \n
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8 (byte {error.start:,})", hint="--text takes a plain text file"

@@ -25,8 +25,14 @@ fuses, and saves less.
 
 from dataclasses import dataclass
 
+from llmtrain.model.sizes import (
+    SHORT,
+    rows_in_cache,
+    rows_of_chunk,
+    rows_of_slab,
+    sequences_at_a_time,
+)
 from llmtrain.planning.architecture import Architecture
-from llmtrain.sizes import SHORT, rows_in_cache, rows_of_chunk, rows_of_slab, sequences_at_a_time
 
 FLOAT = 4
 """Bytes of a float32."""

@@ -7,7 +7,7 @@ Why: a plan for a model of seven billion parameters should not need the memory f
 
 from dataclasses import dataclass
 
-from llmtrain.config import ModelConfig
+from llmtrain.config.schema import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ class Architecture:
         T is `length`, by default the block size.
         """
         matrices = self.parameters - self.position_embedding
-        return 6 * matrices + 12 * self.model.n_layer * self.model.n_embd * (length or self.block_size)
+        return 6 * matrices + 12 * self.model.n_layer * self.model.n_embd * (
+            length or self.block_size
+        )
 
     def _biases(self, *, block: bool) -> int:
         """Of one block: attention 3C + C, MLP 4C + C, norms 2C; of the last norm: C."""

@@ -8,15 +8,22 @@ Why: whether a model fits, and what it costs, should be known before the first G
 from dataclasses import dataclass
 
 from llmtrain.averaging.merge import PIECE
-from llmtrain.averaging.windows import sliding_windows
-from llmtrain.config import RunConfig
+from llmtrain.checkpoints.windows import sliding_windows
+from llmtrain.config.schedules import block_size, tokens_until
+from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
 from llmtrain.planning.activations import FLOAT
 from llmtrain.planning.architecture import Architecture
 from llmtrain.planning.machine import Machine, Options, resolve_machine
-from llmtrain.planning.memory import DOUBLE, Usage, device_memory, host_memory, micro_batch, micro_batches
+from llmtrain.planning.memory import (
+    DOUBLE,
+    Usage,
+    device_memory,
+    host_memory,
+    micro_batch,
+    micro_batches,
+)
 from llmtrain.planning.storage import Storage, run_storage, snapshot_bytes, snapshot_steps
-from llmtrain.training.schedules import block_size, tokens_until
 
 MERGE_THREADS = 4
 """The most that the streaming merge starts."""
@@ -115,11 +122,15 @@ def _flops(config: RunConfig, model: Architecture) -> int:
     warmup, steps = config.data.block_warmup, config.train.max_steps
     short = min(steps, warmup.steps) if warmup is not None else 0
     lengths = [block_size(step, config.data) for step in range(1, short + 1)]
-    short_flops = config.batch_size * sum(length * model.flops_per_token(length) for length in lengths)
+    short_flops = config.batch_size * sum(
+        length * model.flops_per_token(length) for length in lengths
+    )
     return short_flops + (steps - short) * config.tokens_per_step * model.flops_per_token()
 
 
-def _communication(config: RunConfig, model: Architecture, machine: Machine) -> Communication | None:
+def _communication(
+    config: RunConfig, model: Architecture, machine: Machine
+) -> Communication | None:
     """DDP: one float32 ring all-reduce a step, behind the last micro-batch's backward pass.
 
     FSDP: for every micro-batch an all-gather in the precision of matrix products behind the forward pass
@@ -129,7 +140,9 @@ def _communication(config: RunConfig, model: Architecture, machine: Machine) -> 
     layout = machine.layout
     if layout.devices == 1:
         return None
-    once = model.parameters * (layout.devices - 1) / layout.devices  # numbers that a ring moves in a pass
+    once = (
+        model.parameters * (layout.devices - 1) / layout.devices
+    )  # numbers that a ring moves in a pass
     flops = micro_batch(config) * config.data.block_size * model.flops_per_token()
     compute = flops / machine.flops if machine.flops else None
     times = micro_batches(config, layout)

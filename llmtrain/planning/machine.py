@@ -8,10 +8,10 @@ or it is missing and what depends on it is not computed.
 
 from dataclasses import dataclass
 
-from llmtrain.config import RunConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
-from llmtrain.hardware import Precision, Published, published, resolve_precision
 from llmtrain.planning.memory import USABLE, Layout, Parallel, device_memory, divisors, peak
+from llmtrain.runtime.device import Precision, Published, published, resolve_precision
 
 DEVICES_A_MACHINE = 8
 """GPUs that NVLink joins; beyond them the network does."""
@@ -82,7 +82,10 @@ def resolve_machine(config: RunConfig, options: Options, flops_per_token: int) -
     sheet = Published(0.0, None) if device in ("cpu", "other") else published(device)
     precision, assumed = _precision(config, device)
     layout = Layout(
-        options.devices, _parallel(config, options), 2 if precision == "bfloat16" else 4, cuda=device != "cpu"
+        options.devices,
+        _parallel(config, options),
+        2 if precision == "bfloat16" else 4,
+        cuda=device != "cpu",
     )
     check_batch(config, options.devices)
     micro_batch, chosen = _micro_batch(config, layout, sheet.memory)
@@ -109,7 +112,15 @@ def resolve_machine(config: RunConfig, options: Options, flops_per_token: int) -
         disk=options.disk_gbps * 1e9,
         assumptions=tuple(
             line
-            for line in (speed, linked, disk, assumed, chosen, _say_memory(layout), _say_again(config))
+            for line in (
+                speed,
+                linked,
+                disk,
+                assumed,
+                chosen,
+                _say_memory(layout),
+                _say_again(config),
+            )
             if line
         ),
     )
@@ -129,13 +140,17 @@ def _check(options: Options) -> None:
     for name, value in positive.items():
         if value is not None and not 0 < value < float("inf"):
             raise UserError(
-                f"{name} {value:g} is no number above 0", hint=f"see llmtrain plan --help for {name}"
+                f"{name} {value:g} is no number above 0",
+                hint=f"see llmtrain plan --help for {name}",
             )
     if options.mfu is not None and options.mfu > 1:
         raise UserError(
-            f"--mfu {options.mfu:g} is above 1, the device's peak", hint="a share of it, such as --mfu 0.4"
+            f"--mfu {options.mfu:g} is above 1, the device's peak",
+            hint="a share of it, such as --mfu 0.4",
         )
-    if options.tokens_per_second is not None and (options.mfu is not None or options.flops is not None):
+    if options.tokens_per_second is not None and (
+        options.mfu is not None or options.flops is not None
+    ):
         raise UserError(
             "--tokens-per-second is a measured speed, and --mfu and --flops an assumed one",
             hint="give one or the other",
@@ -177,10 +192,15 @@ def _micro_batch(config: RunConfig, layout: Layout, memory: float | None) -> tup
         size = max(n for n in sizes if n <= USUAL_MICRO_BATCH)
         return size, f"micro-batch: auto is taken for {size}, as the device's memory is not known"
     fitting = [
-        n for n in sizes if peak(device_memory(config.with_micro_batch(n), layout)).total <= USABLE * memory
+        n
+        for n in sizes
+        if peak(device_memory(config.with_micro_batch(n), layout)).total <= USABLE * memory
     ]
     size = max(fitting, default=1)
-    return size, f"micro-batch: auto is taken for {size}, the largest in {USABLE:.0%} of the device's memory"
+    return (
+        size,
+        f"micro-batch: auto is taken for {size}, the largest in {USABLE:.0%} of the device's memory",
+    )
 
 
 def _precision(config: RunConfig, device: str) -> tuple[Precision, str | None]:
@@ -201,7 +221,9 @@ def _say_speed(options: Options, peak: float | None) -> str | None:
     if peak is None:
         return None
     source = "--flops" if options.flops else "published dense bfloat16 peak"
-    return f"speed: {options.mfu or MFU:.0%} (--mfu) of {peak / 1e12:,.6g} TFLOP/s a device, {source}"
+    return (
+        f"speed: {options.mfu or MFU:.0%} (--mfu) of {peak / 1e12:,.6g} TFLOP/s a device, {source}"
+    )
 
 
 def _parallel(config: RunConfig, options: Options) -> Parallel:

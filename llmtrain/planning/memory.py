@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from llmtrain.config import RunConfig
-from llmtrain.config_averages import AverageConfig, LawaConfig, RunningMeanConfig, SwaConfig
+from llmtrain.config.averages import AverageConfig, LawaConfig, RunningMeanConfig, SwaConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.planning.activations import FLOAT, Activations
 from llmtrain.planning.architecture import Architecture
 
@@ -286,7 +286,8 @@ class _Run:
         return replace(
             self.resident,
             moment="when averages or weights are saved",
-            averages=self.resident.averages + max(map(_bytes_made, self.here), default=0) * self.share,
+            averages=self.resident.averages
+            + max(map(_bytes_made, self.here), default=0) * self.share,
             gradients=self._buckets,
             written=0 if self.layout.cuda else self.written,
         )
@@ -294,7 +295,8 @@ class _Run:
     def evaluating(self) -> Usage:
         """A forward pass of the validation data; a mean is divided out for it, and FSDP's shards put aside."""
         means = any(
-            isinstance(each, SwaConfig | RunningMeanConfig | LawaConfig) for each in self.config.averages
+            isinstance(each, SwaConfig | RunningMeanConfig | LawaConfig)
+            for each in self.config.averages
         )
         aside = self.layout.sharded and bool(self.config.averages)
         return replace(

@@ -8,8 +8,14 @@ the headers of their files and the JSON beside them are a few kilobytes a folder
 
 from dataclasses import dataclass
 
-from llmtrain.config import RunConfig
-from llmtrain.config_averages import AverageConfig, EmaConfig, LawaConfig, PowerEmaConfig, RunningMeanConfig
+from llmtrain.config.averages import (
+    AverageConfig,
+    EmaConfig,
+    LawaConfig,
+    PowerEmaConfig,
+    RunningMeanConfig,
+)
+from llmtrain.config.schema import RunConfig
 from llmtrain.planning.activations import FLOAT
 from llmtrain.planning.architecture import Architecture
 from llmtrain.planning.memory import bytes_held, moments
@@ -42,7 +48,9 @@ class Storage:
     @property
     def total(self) -> int:
         """Bytes at the end."""
-        return self.snapshots.bytes + sum(saved.bytes for saved in self.averages) + self.states.bytes
+        return (
+            self.snapshots.bytes + sum(saved.bytes for saved in self.averages) + self.states.bytes
+        )
 
     @property
     def largest(self) -> int:
@@ -53,7 +61,9 @@ class Storage:
 def snapshot_steps(config: RunConfig) -> list[int]:
     """The steps of snapshots: each `snapshot_every` once warm-up is over, and the last step."""
     return [
-        s for s in _multiples(config.checkpoint.snapshot_every, config) if s > config.schedule.warmup_steps
+        s
+        for s in _multiples(config.checkpoint.snapshot_every, config)
+        if s > config.schedule.warmup_steps
     ]
 
 
@@ -103,7 +113,9 @@ def _save_every(average: AverageConfig, config: RunConfig) -> int:
 
 def _ready(average: AverageConfig, step: int, config: RunConfig) -> bool:
     """Whether enough updates have happened by `step`."""
-    first = 1 if isinstance(average, EmaConfig | PowerEmaConfig) else config.schedule.warmup_steps + 1
+    first = (
+        1 if isinstance(average, EmaConfig | PowerEmaConfig) else config.schedule.warmup_steps + 1
+    )
     start = average.start if average.start is not None else first
     updates = step // average.every - max(start - 1, 0) // average.every
     return updates >= (average.window if isinstance(average, LawaConfig) else 1)

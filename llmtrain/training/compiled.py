@@ -61,7 +61,9 @@ def _compile(trainer: "Trainer", module: nn.Module, warn: Callable[[str], None])
     mode = "reduce-overhead" if trainer.replays else None  # torch's name for CUDA graphs
     for part in parts:
         part.forward = _in_training(part, torch.compile(part.forward, dynamic=dynamic, mode=mode))
-    model.fused_loss = trainer.device.type == "cuda"  # on a CPU, slower than pieces that fit the cache
+    model.fused_loss = (
+        trainer.device.type == "cuda"
+    )  # on a CPU, slower than pieces that fit the cache
     trainer.is_compiled = True
     failure = _failure(trainer, module)
     if failure and in_shards and trainer.world.size > 1:

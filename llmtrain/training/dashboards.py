@@ -11,9 +11,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from llmtrain.config import RunConfig, flatten
+from llmtrain.config.schema import RunConfig, flatten
 from llmtrain.errors import UserError
-from llmtrain.files import RunFolder
+from llmtrain.storage.run_folder import RunFolder
 
 Event = Mapping[str, float | int | str | None]
 
@@ -76,7 +76,7 @@ class Dashboards:
         self._each(lambda board: board.close(finished=finished))
 
     def _report(self) -> Path | None:
-        from llmtrain.evaluation.report_page import write_report
+        from llmtrain.evaluation.report.page import write_report
 
         try:
             return write_report([self._run], self._run.report).page
@@ -91,7 +91,9 @@ class Dashboards:
                 tell(board)
             except Exception as error:  # of any library's kind: whatever it is, training goes on
                 self._boards.remove(board)
-                self._warn(f"{board.name} fails ({error}): training goes on, and tells it nothing more")
+                self._warn(
+                    f"{board.name} fails ({error}): training goes on, and tells it nothing more"
+                )
 
 
 class _Wandb:
@@ -103,7 +105,10 @@ class _Wandb:
     def log(self, step: int, numbers: Mapping[str, float], texts: Mapping[str, str]) -> None:
         import wandb
 
-        pages = {key: wandb.Html(f"<pre>{escape(text)}</pre>", inject=False) for key, text in texts.items()}
+        pages = {
+            key: wandb.Html(f"<pre>{escape(text)}</pre>", inject=False)
+            for key, text in texts.items()
+        }
         self._run.log({"step": step, **numbers, **pages})
 
     def keep(self, page: Path) -> None:
@@ -156,18 +161,24 @@ class _TensorBoard:
         self._writer.close()
 
 
-def _start_wandb(folder: Path, config: RunConfig, run_id: str | None, warn: Callable[[str], None]) -> Any:
+def _start_wandb(
+    folder: Path, config: RunConfig, run_id: str | None, warn: Callable[[str], None]
+) -> Any:
     """A W&B run, or None when the config wants none or there cannot be one."""
     if config.log.wandb.mode == "disabled":
         return None
     try:
         return _wandb_run(folder, config, run_id, warn)
-    except Exception as error:  # of its server process, its settings, its files: training begins all the same
+    except (
+        Exception
+    ) as error:  # of its server process, its settings, its files: training begins all the same
         warn(f"W&B cannot be started ({_first_line(error)}): training goes on without it")
         return None
 
 
-def _wandb_run(folder: Path, config: RunConfig, run_id: str | None, warn: Callable[[str], None]) -> Any:
+def _wandb_run(
+    folder: Path, config: RunConfig, run_id: str | None, warn: Callable[[str], None]
+) -> Any:
     """A new W&B run, or that of `run_id` again; offline where it must. The import alone takes a third of a second."""
     import wandb
 

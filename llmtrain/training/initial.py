@@ -13,17 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmtrain.averaging.checkpoints import Checkpoint, Reader, open_folder
-from llmtrain.averaging.header import ITEM_BYTES
-from llmtrain.averaging.hub_series import hub_checkpoint
-from llmtrain.averaging.numbers import widen
-from llmtrain.averaging.torch_files import MASKS, open_training_file
-from llmtrain.checkpoint import CONV1D, load_shape, shape_of
-from llmtrain.config import RunConfig
+from llmtrain.checkpoints.checkpoint import Checkpoint, Reader
+from llmtrain.checkpoints.gpt2_folder import CONV1D, load_shape, shape_of
+from llmtrain.checkpoints.header import ITEM_BYTES
+from llmtrain.checkpoints.hub_series import hub_checkpoint
+from llmtrain.checkpoints.numbers import widen
+from llmtrain.checkpoints.open import open_folder
+from llmtrain.checkpoints.torch_files import MASKS, open_training_file
+from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
-from llmtrain.files import is_run
-from llmtrain.model import GPT
-from llmtrain.sharded import scatter
+from llmtrain.model.gpt import GPT
+from llmtrain.runtime.sharded import scatter
+from llmtrain.storage.run_folder import is_run
 
 _EMBEDDINGS = ("wte.weight", "wpe.weight")
 
@@ -67,7 +68,11 @@ def begin_with(source: Checkpoint, model: GPT, config: RunConfig) -> None:
     Raises:
         UserError: it is another model.
     """
-    shape = load_shape(source.folder) if source.config is None else shape_of(source.config, source.folder)
+    shape = (
+        load_shape(source.folder)
+        if source.config is None
+        else shape_of(source.config, source.folder)
+    )
     here, there = config.model.model_dump(), shape.model.model_dump()
     wrong = [
         f"model.{key}={there[key]}".lower()
@@ -90,16 +95,25 @@ def begin_with(source: Checkpoint, model: GPT, config: RunConfig) -> None:
             stored = names.pop(name.removeprefix("transformer."), None)
             if stored is None:
                 raise UserError(f"{source.location} holds no {name}", hint="is it a whole GPT-2?")
-            scatter(parameters[name], _fitted(_read(reader, source, stored), fresh, source.location, name))
+            scatter(
+                parameters[name],
+                _fitted(_read(reader, source, stored), fresh, source.location, name),
+            )
         for stored in names.values():
-            if stored.endswith("bias") and not stored.endswith(MASKS) and _read(reader, source, stored).any():
+            if (
+                stored.endswith("bias")
+                and not stored.endswith(MASKS)
+                and _read(reader, source, stored).any()
+            ):
                 raise UserError(f"{source.location} has biases", hint="--set model.bias=true")
 
 
 def _read(reader: Reader, source: Checkpoint, name: str) -> Tensor:
     """A stored tensor in float32, linear weights turned round as the model has them."""
     spec = source.tensors[name]
-    raw = reader.read(name, 0, spec.count, np.empty(spec.count * ITEM_BYTES[spec.dtype], dtype=np.uint8))
+    raw = reader.read(
+        name, 0, spec.count, np.empty(spec.count * ITEM_BYTES[spec.dtype], dtype=np.uint8)
+    )
     values = np.empty(spec.count)
     widen(raw, spec.dtype, values)
     tensor = torch.from_numpy(values.astype(np.float32)).view(spec.shape)

@@ -14,11 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from llmtrain.config import RunConfig
-from llmtrain.disk import writing
+from llmtrain.config.schema import RunConfig
 from llmtrain.errors import WriteFailed
-from llmtrain.events import read_events
-from llmtrain.files import RunFolder, write_atomically
+from llmtrain.storage.disk import writing
+from llmtrain.storage.events import read_events
+from llmtrain.storage.files import write_atomically
+from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.dashboards import Dashboards, Event
 from llmtrain.training.stability import Incident
 
@@ -46,7 +47,11 @@ def format_training(event: Event, eta: float) -> str:
 
 def format_evaluation(event: Event) -> str:
     """`     1,000  validation 3.2100  ema-0.9 3.1900`."""
-    losses = {k.removeprefix("val/loss").lstrip("/"): v for k, v in event.items() if k.startswith("val/loss")}
+    losses = {
+        k.removeprefix("val/loss").lstrip("/"): v
+        for k, v in event.items()
+        if k.startswith("val/loss")
+    }
     cells = [f"{label or 'validation'} {loss:.4f}" for label, loss in losses.items()]
     return f"{event['step']:>9,}  " + "  ".join(cells)
 
@@ -98,7 +103,9 @@ class MetricsLog:
 
     def training(self, event: Event, eta: float) -> None:
         """Log one step; `eta` in seconds is for the terminal only."""
-        self._write(event, "train")  # first: where nobody reads what is said, the state of this step is saved
+        self._write(
+            event, "train"
+        )  # first: where nobody reads what is said, the state of this step is saved
         if self._lines % 25 == 0:
             self._say(HEADER)
         self._lines += 1
@@ -157,7 +164,10 @@ class MetricsLog:
         if self._path is None or self._boards is None:
             return
         # JSON has no word for a number that is not finite.
-        event = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
+        event = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in event.items()
+        }
         with writing(self._path):
             self._file.write(json.dumps(event) + "\n")
             self._file.flush()
@@ -167,7 +177,10 @@ class MetricsLog:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if self._path is not None:
             with contextlib.suppress(OSError) if kind else writing(self._path):

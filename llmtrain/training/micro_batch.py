@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from llmtrain.errors import RunFailed
-from llmtrain.hardware import autocast, available_memory, device_name, resolve_precision
 from llmtrain.planning.memory import USABLE, Layout, device_memory, divisors, peak
+from llmtrain.runtime.device import autocast, available_memory, device_name, resolve_precision
 
 if TYPE_CHECKING:
     from llmtrain.training.trainer import Trainer
@@ -103,7 +103,9 @@ def lowering(trainer: "Trainer", work: Callable[[], T]) -> T:
         if trainer.parallel is not None:  # the others wait in the middle of their step
             size = trainer.progress.micro_batch
             hint = f"--set train.micro_batch={_smaller(trainer)}" if size > 1 else _HINT
-            raise RunFailed(_out_of_memory(trainer), hint=f"{hint}; the run goes on from its newest state")
+            raise RunFailed(
+                _out_of_memory(trainer), hint=f"{hint}; the run goes on from its newest state"
+            )
         _lower(trainer)
         if trainer.is_compiled:
             torch.compiler.reset()  # else code for any size takes the place of code for this one
@@ -183,7 +185,9 @@ def _clean_up(trainer: "Trainer") -> None:
     trainer.model.zero_grad(set_to_none=True)
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(trainer.device)  # what a trial took is not what training takes
+        torch.cuda.reset_peak_memory_stats(
+            trainer.device
+        )  # what a trial took is not what training takes
 
 
 # --- what fits, and how fast it is -----------------------------------------------------------------

@@ -16,14 +16,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from llmtrain.config import RunConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
-from llmtrain.hardware import Precision
-from llmtrain.model import GPT
+from llmtrain.model.gpt import GPT
 from llmtrain.planning.machine import check_batch
 from llmtrain.planning.memory import USABLE, Layout, device_memory, peak
-from llmtrain.sharded import scatter
-from llmtrain.training.distributed import World
+from llmtrain.runtime.device import Precision
+from llmtrain.runtime.distributed import World
+from llmtrain.runtime.sharded import scatter
 
 Parallel = Literal["ddp", "fsdp", "hsdp"]
 
@@ -45,7 +45,8 @@ def resolve_parallel(
         )
     if setting == "hsdp" and world.sums([world.local_size])[0] != world.local_size * world.size:
         raise UserError(
-            "train.parallel hsdp needs the same number of processes on each machine", hint="or use fsdp"
+            "train.parallel hsdp needs the same number of processes on each machine",
+            hint="or use fsdp",
         )
     if setting in ("fsdp", "hsdp"):
         return setting
@@ -62,7 +63,11 @@ def resolve_parallel(
 
 
 def build_model(
-    config: RunConfig, parallel: Parallel | None, world: World, device: torch.device, precision: Precision
+    config: RunConfig,
+    parallel: Parallel | None,
+    world: World,
+    device: torch.device,
+    precision: Precision,
 ) -> GPT:
     """The model at step 0, on `device`; where it is spread, each process holds its shard alone.
 

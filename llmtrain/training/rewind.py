@@ -9,15 +9,20 @@ one, and none of it may be lost: it is kept as `step-…-rewound`, of a second r
 
 from collections.abc import Callable
 
-from llmtrain.config import RunConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed
-from llmtrain.files import RunFolder, remove_folder, step_folders
+from llmtrain.storage.files import remove_folder
+from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training.stability import Incident
 from llmtrain.training.state import Progress, State, newest_state, regular, set_aside
 
 
 def state_before(
-    run: RunFolder, incident: Incident, progress: Progress, config: RunConfig, warn: Callable[[str], None]
+    run: RunFolder,
+    incident: Incident,
+    progress: Progress,
+    config: RunConfig,
+    warn: Callable[[str], None],
 ) -> State:
     """The newest state at least `spikes.rewind_steps` before the incident, its progress brought up to now.
 
@@ -43,7 +48,12 @@ def state_before(
         )
     back = state.progress
     passed = incident.step + progress.passed_batches - back.step
-    record = {"step": back.step, "rewound_from": incident.step, "passed_batches": passed, **incident.reason()}
+    record = {
+        "step": back.step,
+        "rewound_from": incident.step,
+        "passed_batches": passed,
+        **incident.reason(),
+    }
     back.passed_batches = passed
     back.rewinds = [*progress.rewinds, record]
     back.seconds, back.wandb_id = progress.seconds, progress.wandb_id

@@ -17,32 +17,30 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from llmtrain.config import RunConfig, flatten
-from llmtrain.config_file import dump_config, load_config
+from llmtrain.config.loading import dump_config, load_config
+from llmtrain.config.schema import RunConfig, flatten
 from llmtrain.data.mixture import open_training_data
 from llmtrain.data.shards import TokenData
 from llmtrain.errors import UserError
-from llmtrain.events import read_events
-from llmtrain.files import (
-    RunFolder,
-    exclusive,
-    is_run,
-    remove_leftovers,
-    require_run,
-    step_folders,
-    write_atomically,
+from llmtrain.runtime.device import (
+    environment,
+    keeping_freed_memory,
+    resolve_device,
+    resolve_precision,
 )
-from llmtrain.hardware import environment, keeping_freed_memory, resolve_device, resolve_precision
-from llmtrain.integrity import INTEGRITY_FILE
-from llmtrain.interrupt import Interrupt
+from llmtrain.runtime.distributed import join
+from llmtrain.runtime.signals import Interrupt
+from llmtrain.storage.events import read_events
+from llmtrain.storage.files import exclusive, remove_leftovers, write_atomically
+from llmtrain.storage.integrity import INTEGRITY_FILE
+from llmtrain.storage.json_files import read_json
+from llmtrain.storage.run_folder import RunFolder, is_run, require_run, step_folders
 from llmtrain.training.compiled import compiled
-from llmtrain.training.distributed import join
 from llmtrain.training.initial import begin_with, open_weights
 from llmtrain.training.metrics import MetricsLog
 from llmtrain.training.micro_batch import choose, explained
 from llmtrain.training.state import State, load_state, newest_state
 from llmtrain.training.trainer import Trainer
-from llmtrain.weights_folder import read_json
 
 MAY_CHANGE = (
     "name",
@@ -221,7 +219,9 @@ def _is_finished(config: RunConfig, run: RunFolder, data: TokenData, step: int) 
     if step != config.train.max_steps:
         return step > config.train.max_steps
     saved = [run.snapshot(step), *(run.average(average.label, step) for average in config.averages)]
-    evaluated = any("val/loss" in event and event["step"] == step for event in read_events(run.metrics))
+    evaluated = any(
+        "val/loss" in event and event["step"] == step for event in read_events(run.metrics)
+    )
     return all(path.exists() for path in saved) and (evaluated or len(data.reader("val")) < 2)
 
 
@@ -250,17 +250,27 @@ def _branch(config: RunConfig, run: RunFolder, data: TokenData, folder: Path) ->
     parent = require_run(folder.resolve().parents[1])
     before, now = flatten(load_config(parent.config)), flatten(config)
     differing = {
-        key: [before.get(key), now.get(key)] for key in now | before if before.get(key) != now.get(key)
+        key: [before.get(key), now.get(key)]
+        for key in now | before
+        if before.get(key) != now.get(key)
     }
     if other := [key for key in differing if key.startswith(("model.", "data.block_size"))]:
         raise UserError(
-            f"{folder} is of another model: {', '.join(other)} differ", hint="a branch keeps its model"
+            f"{folder} is of another model: {', '.join(other)} differ",
+            hint="a branch keeps its model",
         )
     if "muon" in differing.get("optimizer.name", ()):
         message = f"{folder} has other moments: Muon keeps one of a matrix, and AdamW two"
-        raise UserError(message, hint="a branch keeps its optimizer; init_from: SNAPSHOT takes weights alone")
+        raise UserError(
+            message, hint="a branch keeps its optimizer; init_from: SNAPSHOT takes weights alone"
+        )
     state.progress.wandb_id, state.progress.data = None, data.sha256
-    about = {"run": str(parent.path), "state": folder.name, "step": state.progress.step, "changed": differing}
+    about = {
+        "run": str(parent.path),
+        "state": folder.name,
+        "step": state.progress.step,
+        "changed": differing,
+    }
     write_atomically(run.parent, json.dumps(about, indent=2) + "\n")
     return state
 
@@ -312,7 +322,9 @@ def _refuse_other_files(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file", hint="choose another --run-dir")
     if folder.is_dir() and not is_run(folder) and not _holds_no_more_than_a_beginning(folder):
-        raise UserError(f"{folder} holds other files and is no run", hint="choose another --run-dir")
+        raise UserError(
+            f"{folder} holds other files and is no run", hint="choose another --run-dir"
+        )
 
 
 def _holds_no_more_than_a_beginning(folder: Path) -> bool:
@@ -339,7 +351,9 @@ def _parent_state(run: RunFolder) -> Path | None:
     about = read_json(run.parent)
     parent, state = about.get("run"), about.get("state")
     if not (isinstance(parent, str) and isinstance(state, str)):
-        raise UserError(f"{run.parent} does not say which state the run began with", hint="restore the file")
+        raise UserError(
+            f"{run.parent} does not say which state the run began with", hint="restore the file"
+        )
     return RunFolder(Path(parent)).states / state
 
 
@@ -355,7 +369,9 @@ def _refuse_other_config(config: RunConfig, run: RunFolder, warn: Callable[[str]
     before, now = flatten(load_config(run.config)), flatten(config)
     keys = [key for key in now | before if before.get(key) != now.get(key)]
     if changed := [key for key in keys if not key.startswith(MAY_CHANGE)]:
-        listed = "; ".join(f"{key}: {before.get(key)} there, {now.get(key)} here" for key in changed)
+        listed = "; ".join(
+            f"{key}: {before.get(key)} there, {now.get(key)} here" for key in changed
+        )
         raise UserError(
             f"{run.path} was trained with another config ({listed})",
             hint="choose another --run-dir (or name:), or go back to that config",

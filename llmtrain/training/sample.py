@@ -9,8 +9,8 @@ another, and a resumed run must tell the same as one that was not interrupted.
 import torch
 
 from llmtrain.data.shards import TokenData
-from llmtrain.data.tokenizer import load_tokenizer
-from llmtrain.model import GPT
+from llmtrain.model.gpt import GPT
+from llmtrain.model.tokenizer import load_tokenizer
 
 PROMPT_TOKENS = 32
 

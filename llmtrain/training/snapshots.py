@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from llmtrain.averaging.checkpoints import RESIDUAL_FILE
-from llmtrain.checkpoint import Origin, Shape, bytes_of, save_tensors, save_weights
+from llmtrain.checkpoints.checkpoint import RESIDUAL_FILE
+from llmtrain.checkpoints.gpt2_folder import Origin, Shape, bytes_of, save_tensors, save_weights
 from llmtrain.errors import WriteFailed
-from llmtrain.files import staged_folder
-from llmtrain.sharded import local, whole
-from llmtrain.training.distributed import World
+from llmtrain.runtime.distributed import World
+from llmtrain.runtime.sharded import local, whole
+from llmtrain.storage.files import staged_folder
 from llmtrain.training.metrics import MetricsLog
 
 
@@ -119,7 +119,9 @@ class SnapshotWriter:
 
     def _copies(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors in host memory on the first process, which training does not change."""
-        gathered = whole(self._parameters, {name: local(part.detach()) for name, part in parts.items()})
+        gathered = whole(
+            self._parameters, {name: local(part.detach()) for name, part in parts.items()}
+        )
         if not self._world.first:
             return {}
         # What was gathered from shards is a copy already.

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llmtrain.config import RunConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed
 
 MAX_HELD_IN_A_ROW = 100
@@ -48,14 +48,21 @@ class Incident:
     def reason(self) -> dict[str, Any]:
         """Its numbers, for the record of a rewind; None where they are not finite."""
         numbers = {"loss": self.loss, "grad_norm": self.grad_norm}
-        return {"reason": self.incident} | {k: v if math.isfinite(v) else None for k, v in numbers.items()}
+        return {"reason": self.incident} | {
+            k: v if math.isfinite(v) else None for k, v in numbers.items()
+        }
 
     def __str__(self) -> str:
         numbers = f"loss {self.loss:.4g}, gradient norm {self.grad_norm:.4g}"
         if self.incident == "spike":
             numbers += f", {max(self.z_loss, self.z_grad_norm):.1f} deviations above the median"
         kind = "is not finite" if self.incident == "nonfinite" else "spikes"
-        done = {"log": "", "skip": ": not taken", "stop": ": not taken", "rewind": ": not taken, going back"}
+        done = {
+            "log": "",
+            "skip": ": not taken",
+            "stop": ": not taken",
+            "rewind": ": not taken, going back",
+        }
         return f"{self.step:>9,}  {kind} ({numbers}){done[self.action]}"
 
 
@@ -129,7 +136,9 @@ class Watch:
         rows = torch.stack([row for _, row in self._pending]).tolist()
         self._pending.clear()
         incidents = []
-        for step, (loss, norm, z_loss, z_norm, nonfinite, spike, hold) in zip(steps, rows, strict=True):
+        for step, (loss, norm, z_loss, z_norm, nonfinite, spike, hold) in zip(
+            steps, rows, strict=True
+        ):
             self._held_in_a_row = self._held_in_a_row + 1 if hold else 0
             action = self._on_nonfinite if nonfinite else self._spikes.action if spike else "ignore"
             if action == "ignore":

@@ -27,11 +27,11 @@ from torch.optim import Optimizer
 
 from llmtrain.averaging.online import OnlineAverage
 from llmtrain.errors import UserError
-from llmtrain.files import RunFolder, step_folders
-from llmtrain.integrity import integrity_problems
-from llmtrain.sharded import local, overwrite, part_of
+from llmtrain.runtime.sharded import local, overwrite, part_of
+from llmtrain.storage.integrity import integrity_problems
+from llmtrain.storage.json_files import read_json
+from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training.stability import Watch
-from llmtrain.weights_folder import read_json
 
 FORMAT_VERSION = 2
 TENSORS_FILE = "tensors.safetensors"
@@ -92,9 +92,13 @@ def gather(
     tensors: dict[str, Tensor] = {f"model/{name}": tensor for name, tensor in parameters.items()}
     moments = optimizer.state_dict()["state"]
     for index, name in enumerate(_optimized_names(model, optimizer)):
-        tensors |= {f"optimizer/{key}/{name}": value for key, value in moments.get(index, {}).items()}
+        tensors |= {
+            f"optimizer/{key}/{name}": value for key, value in moments.get(index, {}).items()
+        }
     for average in averages:
-        tensors |= {f"average/{average.config.label}/{name}": t for name, t in average.state().items()}
+        tensors |= {
+            f"average/{average.config.label}/{name}": t for name, t in average.state().items()
+        }
     tensors |= {f"watch/{name}": tensor for name, tensor in watch.state().items()}
     gathered = {}
     for key, tensor in tensors.items():
@@ -130,7 +134,9 @@ def restore(
             keys = [key.removesuffix(f"/{name}") for key in saved if key.endswith(f"/{name}")]
             parameter = parameters[name]
             moments[index] = {key: _beside(parameter, saved[f"{key}/{name}"]) for key in keys}
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.load_state_dict(
+            {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
+        )
         watch.load(_under("watch/", tensors))
         for average in averages:
             label = average.config.label
@@ -166,7 +172,9 @@ def read_tensors(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Te
             spread[key] = torch.empty(about.size, dtype=about.properties.dtype)
     alone = not torch.distributed.is_initialized()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        warnings.filterwarnings(
+            "ignore", message="torch.distributed is disabled", category=UserWarning
+        )
         try:
             load(spread, storage_reader=reader, no_dist=alone)
         except CheckpointException as error:  # no Exception: nothing above would tell it
@@ -202,7 +210,9 @@ def load_state(folder: Path) -> State:
     try:
         return State(folder, Progress(**facts["progress"]), facts["average_updates"])
     except (TypeError, KeyError) as error:
-        raise UserError(f"the state {folder} cannot be read: {error}", hint="move it away") from error
+        raise UserError(
+            f"the state {folder} cannot be read: {error}", hint="move it away"
+        ) from error
 
 
 def newest_state(
@@ -216,7 +226,9 @@ def newest_state(
         UserError: there are states and all are damaged, or one is of another version.
     """
     folders = {
-        step: path for step, path in step_folders(run.states).items() if among is None or step in among
+        step: path
+        for step, path in step_folders(run.states).items()
+        if among is None or step in among
     }
     for folder in reversed(folders.values()):
         try:
@@ -227,7 +239,9 @@ def newest_state(
             if isinstance(error, OSError) and error.errno != errno.EIO:
                 raise  # a missing right is mended by whoever started this; a bad sector is damage
             aside = set_aside(folder, "damaged")
-            warn(f"{error}; it is kept as {aside.name}, and the run goes on from the state before it")
+            warn(
+                f"{error}; it is kept as {aside.name}, and the run goes on from the state before it"
+            )
     if folders or (among is None and any(run.states.glob("*-damaged*"))):
         raise UserError(
             f"every state of {run.path} is damaged",

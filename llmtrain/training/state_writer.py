@@ -20,15 +20,19 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from llmtrain.checkpoint import bytes_of
+from llmtrain.checkpoints.gpt2_folder import bytes_of
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.files import RunFolder, remove_folder, remove_leftovers, staged_folder, step_folders
-from llmtrain.sharded import local
-from llmtrain.training.distributed import World
+from llmtrain.runtime.distributed import World
+from llmtrain.runtime.sharded import local
+from llmtrain.storage.files import remove_folder, remove_leftovers, staged_folder
+from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training.state import FACTS_FILE, FORMAT_VERSION, TENSORS_FILE, Progress, regular
 
 T = TypeVar("T")
@@ -37,7 +41,9 @@ T = TypeVar("T")
 class StateWriter:
     """Saves states one after the other; what fails is raised by the next call, on every process."""
 
-    def __init__(self, run: RunFolder, world: World, *, keep: int, every: int, background: bool) -> None:
+    def __init__(
+        self, run: RunFolder, world: World, *, keep: int, every: int, background: bool
+    ) -> None:
         """Nothing is written yet.
 
         Args:
@@ -53,7 +59,12 @@ class StateWriter:
         self._saving: Future[None] | None = None
 
     def save(
-        self, progress: Progress, updates: dict[str, int], tensors: dict[str, Tensor], *, replace: bool
+        self,
+        progress: Progress,
+        updates: dict[str, int],
+        tensors: dict[str, Tensor],
+        *,
+        replace: bool,
     ) -> None:
         """Begin to commit the state of `progress.step`, once the one before is committed.
 
@@ -100,12 +111,16 @@ class StateWriter:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _commit(self, target: Path, facts: dict[str, Any], tensors: dict[str, Tensor], replace: bool) -> None:
+    def _commit(
+        self, target: Path, facts: dict[str, Any], tensors: dict[str, Tensor], replace: bool
+    ) -> None:
         """By a process alone."""
         remove_leftovers(target.parent)
         if replace or not target.exists():
             with staged_folder(target, replace=replace, needed=bytes_of(tensors)) as folder:
-                save_file({key: local(tensor) for key, tensor in tensors.items()}, folder / TENSORS_FILE)
+                save_file(
+                    {key: local(tensor) for key, tensor in tensors.items()}, folder / TENSORS_FILE
+                )
                 (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
         self._retire(target)
 
@@ -142,7 +157,9 @@ class StateWriter:
     def _tell(self, what: T | None) -> T | None:
         """What rank 0 says, on every process."""
         said = [what]
-        dist.broadcast_object_list(said, src=0, group=self._world.saving, device=torch.device("cpu"))
+        dist.broadcast_object_list(
+            said, src=0, group=self._world.saving, device=torch.device("cpu")
+        )
         return said[0]
 
     def _write_part(self, folder: Path, tensors: dict[str, Tensor]) -> None:

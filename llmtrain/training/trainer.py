@@ -19,15 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.averaging.online import OnlineAverage, build_average, swapped_in
-from llmtrain.checkpoint import Origin, Shape
-from llmtrain.config import RunConfig
-from llmtrain.config_averages import PowerEmaConfig, RunningMeanConfig
+from llmtrain.checkpoints.gpt2_folder import Origin, Shape
+from llmtrain.config.averages import PowerEmaConfig, RunningMeanConfig
+from llmtrain.config.schedules import block_size, learning_rate, reset_factor
+from llmtrain.config.schema import RunConfig
+from llmtrain.data.batches import Batches
 from llmtrain.data.shards import TokenData
-from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import RunFailed
 from llmtrain.evaluation.loss import LossResult, evaluate
-from llmtrain.files import RunFolder, step_folders
-from llmtrain.hardware import (
+from llmtrain.model.tokenizer import load_tokenizer
+from llmtrain.runtime.device import (
     Precision,
     autocast,
     on_device,
@@ -36,17 +37,16 @@ from llmtrain.hardware import (
     resolve_compile,
     resolve_precision,
 )
-from llmtrain.interrupt import Interrupt, Interrupted
-from llmtrain.training.batches import Batches
+from llmtrain.runtime.distributed import World
+from llmtrain.runtime.signals import Interrupt, Interrupted
+from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training.compiled import gradients_of_their_own
-from llmtrain.training.distributed import World
 from llmtrain.training.metrics import MetricsLog
 from llmtrain.training.micro_batch import lowering
-from llmtrain.training.optim import build_optimizer, gradient_norm, update
+from llmtrain.training.optimizers.optim import build_optimizer, gradient_norm, update
 from llmtrain.training.parallel import build_model, exchanging, resolve_parallel, without_backward
 from llmtrain.training.rewind import state_before, take_back
 from llmtrain.training.sample import sample
-from llmtrain.training.schedules import block_size, learning_rate, reset_factor
 from llmtrain.training.snapshots import SnapshotWriter
 from llmtrain.training.stability import Incident, Watch
 from llmtrain.training.state import Progress, State, gather, restore
@@ -171,7 +171,11 @@ class Trainer:
         if step == 0:
             return 0.0
         rate = learning_rate(step, config.schedule, config.optimizer.lr, config.train.max_steps)
-        return rate if config.optimizer.spam is None else rate * reset_factor(step, config.optimizer.spam)
+        return (
+            rate
+            if config.optimizer.spam is None
+            else rate * reset_factor(step, config.optimizer.spam)
+        )
 
     # --- the loop ------------------------------------------------------------------------------
 
@@ -248,7 +252,11 @@ class Trainer:
         again after the resume with `fresh` false, and does only what is missing.
         """
         config, step = self.config, self.progress.step
-        if self._due(config.eval.every) and step not in self._evaluated and len(self.val_tokens) > 1:
+        if (
+            self._due(config.eval.every)
+            and step not in self._evaluated
+            and len(self.val_tokens) > 1
+        ):
             log.evaluation(self.evaluate(interrupt))
             self._evaluated.add(step)
         warm = step > config.schedule.warmup_steps
@@ -324,7 +332,9 @@ class Trainer:
     def _finish_rewind(self, log: MetricsLog) -> None:
         record = self.progress.rewinds[-1]
         # After it is told, what lies past this step belongs to the new stretch.
-        self.world.on_first(lambda: None if log.tells(record) else take_back(self.run, self.progress.step))
+        self.world.on_first(
+            lambda: None if log.tells(record) else take_back(self.run, self.progress.step)
+        )
         log.rewind(record)
         self._evaluated = self.world.on_first(lambda: log.evaluated_steps)
 
@@ -333,7 +343,11 @@ class Trainer:
     def evaluate(self, interrupt: Interrupt) -> dict[str, Any]:
         """Validation loss of the weights and of each online average, as one event."""
         raw = self._validation_loss(interrupt)
-        event: dict[str, Any] = {"step": self.progress.step, "val/tokens": raw.tokens, "val/loss": raw.loss}
+        event: dict[str, Any] = {
+            "step": self.progress.step,
+            "val/tokens": raw.tokens,
+            "val/loss": raw.loss,
+        }
         for average in filter(lambda each: each.ready, self.averages):
             with swapped_in(self.model, average.weights()):
                 event[f"val/loss/{average.config.label}"] = self._validation_loss(interrupt).loss
@@ -358,7 +372,9 @@ class Trainer:
 
     def origin(self) -> Origin:
         """Where in the run the present weights are."""
-        return Origin(self.progress.step, self.progress.tokens, self.learning_rate(), self.config.name)
+        return Origin(
+            self.progress.step, self.progress.tokens, self.learning_rate(), self.config.name
+        )
 
     def save_snapshot(self) -> None:
         """Begin to commit the weights as a Hugging Face folder."""

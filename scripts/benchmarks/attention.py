@@ -17,8 +17,8 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from llmtrain.hardware import Precision, resolve_device
-from llmtrain.model import attend_by_products
+from llmtrain.model.gpt import attend_by_products
+from llmtrain.runtime.device import Precision, resolve_device
 
 from .measure import Row, Side, Worker, not_measured, publish
 from .piece import PRECISIONS, compare, in_float64, piece, require_precision
@@ -31,13 +31,17 @@ HEAD = 64
 
 
 def attention(
-    length: Annotated[list[int], typer.Option(min=1, help="Tokens in a sequence; repeatable.")] = LENGTHS,
+    length: Annotated[
+        list[int], typer.Option(min=1, help="Tokens in a sequence; repeatable.")
+    ] = LENGTHS,
     width: Annotated[int, typer.Option(min=HEAD, help="Of the model, in heads of 64.")] = 384,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="In a batch.", show_default="2048, on a GPU 16384")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that are measured.")] = 7,
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the figures to this file as well.")
+    ] = None,
 ) -> None:
     """Measure attention: time with and without backward, memory that it adds, error to float64."""
     publish(measure(length, width, tokens or tokens_of("6x384"), rounds=rounds), json)
@@ -72,7 +76,9 @@ def one_form(name: str, shape: tuple[int, ...], precision: Precision) -> Side:
         assert copy.grad is not None
         return y_BTC.detach(), copy.grad
 
-    return piece(lambda: _attend(name, qkv), [qkv], precision, exact, times=5, upstream=upstream_BTC)
+    return piece(
+        lambda: _attend(name, qkv), [qkv], precision, exact, times=5, upstream=upstream_BTC
+    )
 
 
 def _attend(name: str, qkv: Tensor) -> Tensor:

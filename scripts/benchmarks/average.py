@@ -17,19 +17,30 @@ from typing import Annotated, Literal
 import torch
 import typer
 
-from llmtrain.checkpoint import Origin, Shape, save_weights
-from llmtrain.config import ModelConfig, RunConfig
-from llmtrain.config_file import dump_config
-from llmtrain.files import RunFolder, staged_folder
-from llmtrain.model import GPT
+from llmtrain.checkpoints.gpt2_folder import Origin, Shape, save_weights
+from llmtrain.config.loading import dump_config
+from llmtrain.config.schema import ModelConfig, RunConfig
+from llmtrain.model.gpt import GPT
+from llmtrain.storage.files import staged_folder
+from llmtrain.storage.run_folder import RunFolder
 
 from .commands import LLMTRAIN, run
 from .measure import Figures, Row, Side, publish, rows, take_turns
 
 EVERY = 10
 SIZES = {
-    "last": ("5 checkpoints of 124M", 5, ModelConfig(n_layer=12, n_head=12, n_embd=768, bias=False), 1024),
-    "all": ("16 windows of 20 of 30M", 20, ModelConfig(n_layer=6, n_head=6, n_embd=384, bias=False), 256),
+    "last": (
+        "5 checkpoints of 124M",
+        5,
+        ModelConfig(n_layer=12, n_head=12, n_embd=768, bias=False),
+        1024,
+    ),
+    "all": (
+        "16 windows of 20 of 30M",
+        20,
+        ModelConfig(n_layer=6, n_head=6, n_embd=384, bias=False),
+        256,
+    ),
 }
 """What --at measures: its name, checkpoints, the model and its block size."""
 TARGETS = {
@@ -40,16 +51,20 @@ TARGETS = {
 
 def average(
     at: Annotated[
-        Literal["last", "all"], typer.Option(help="One average of 5, or every window of 5 among 20.")
+        Literal["last", "all"],
+        typer.Option(help="One average of 5, or every window of 5 among 20."),
     ] = "last",
     against: Annotated[
-        Literal["plain"] | None, typer.Option(help="plain: whole state dicts, loaded and added one by one.")
+        Literal["plain"] | None,
+        typer.Option(help="plain: whole state dicts, loaded and added one by one."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Times each is measured.")] = 7,
     work: Annotated[
         Path | None, typer.Option(help="Keep the checkpoints here, and use those that are.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the figures to this file as well.")
+    ] = None,
 ) -> None:
     """Measure `llmtrain average` of checkpoints that lie in the page cache."""
     publish(measure(at, against, rounds=rounds, work=work), json)
@@ -99,7 +114,17 @@ def _write_run(series: RunFolder, count: int, shape: Shape) -> None:
 
 
 def _llmtrain(series: RunFolder, inputs: list[Path], at: str, *options: str) -> Figures:
-    command = ["average", str(series.path), "--every", str(EVERY), "--window", "5", "--at", at, *options]
+    command = [
+        "average",
+        str(series.path),
+        "--every",
+        str(EVERY),
+        "--window",
+        "5",
+        "--at",
+        at,
+        *options,
+    ]
     figures = run([LLMTRAIN, *command], series.path.parent)
     shutil.rmtree(series.averages)
     size = sum(path.stat().st_size for path in inputs) / 1e6

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmtrain.config import ModelConfig
-from llmtrain.hardware import resolve_device
-from llmtrain.model import GPT
+from llmtrain.config.schema import ModelConfig
+from llmtrain.model.gpt import GPT
+from llmtrain.runtime.device import resolve_device
 
 from .measure import Figures, Row, Side, Worker, not_measured, require_cuda, rows
 from .train import OURS, Shape, shape_of

@@ -49,7 +49,9 @@ def _measure(command: list[str], *, tree: bool) -> dict[str, float]:
         time.sleep(0.02)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and still there to be asked
     seconds = time.perf_counter() - started
-    read = next(int(line.split()[1]) for line in _lines(process.pid, "io") if line.startswith("rchar"))
+    read = next(
+        int(line.split()[1]) for line in _lines(process.pid, "io") if line.startswith("rchar")
+    )
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
@@ -67,7 +69,9 @@ def _held_by_tree(root: int) -> int:
     while todo:
         pid = todo.pop()
         todo += children.get(pid, [])
-        held += sum(int(line.split()[1]) for line in _lines(pid, "smaps_rollup") if line.startswith("Pss:"))
+        held += sum(
+            int(line.split()[1]) for line in _lines(pid, "smaps_rollup") if line.startswith("Pss:")
+        )
     return held * 1024
 
 

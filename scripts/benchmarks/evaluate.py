@@ -14,12 +14,12 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from llmtrain.config import ModelConfig
+from llmtrain.config.schema import ModelConfig
 from llmtrain.data.mixture import open_training_data
-from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.evaluation.loss import evaluate as loss_of_split
-from llmtrain.hardware import peak_memory, resolve_device, resolve_precision
-from llmtrain.model import GPT
+from llmtrain.model.gpt import GPT
+from llmtrain.model.tokenizer import load_tokenizer
+from llmtrain.runtime.device import peak_memory, resolve_device, resolve_precision
 
 from . import loops
 from .measure import Figures, Row, Side, Worker, publish, rows, take_turns
@@ -31,7 +31,9 @@ _TARGETS = {("eval", "tokens/s"): "≥ 2.8 × training"}
 def evaluate(
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "6x384",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that are measured.")] = 7,
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the figures to this file as well.")
+    ] = None,
 ) -> None:
     """Measure evaluation beside training."""
     publish(measure(model, rounds=rounds), json)
@@ -73,6 +75,9 @@ def evaluation(shape: Shape, data: Path) -> Side:
             precision=precision,
             limit=limit,
         )
-        return {"tokens/s": limit / (time.perf_counter() - started), "GB": peak_memory(device) / 1e9}
+        return {
+            "tokens/s": limit / (time.perf_counter() - started),
+            "GB": peak_memory(device) / 1e9,
+        }
 
     return once

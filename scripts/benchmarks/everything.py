@@ -32,14 +32,17 @@ def everything(
     checkout: Annotated[
         Path | None,
         typer.Option(
-            exists=True, file_okay=False, help="A checkout with nanoGPT's model.py, to train beside ours."
+            exists=True,
+            file_okay=False,
+            help="A checkout with nanoGPT's model.py, to train beside ours.",
         ),
     ] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Times each is measured.", show_default="3 to 11")
     ] = None,
     json: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write a file of figures for each command there.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Write a file of figures for each command there."),
     ] = None,
 ) -> None:
     """Measure all but `attention` and `head`; what cannot be measured here is listed with the reason."""

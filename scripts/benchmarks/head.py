@@ -19,10 +19,10 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from llmtrain.hardware import Precision, resolve_device
-from llmtrain.head import linear_cross_entropy
-from llmtrain.model import IGNORE
-from llmtrain.sizes import rows_of_chunk
+from llmtrain.model.cross_entropy import linear_cross_entropy
+from llmtrain.model.gpt import IGNORE
+from llmtrain.model.sizes import rows_of_chunk
+from llmtrain.runtime.device import Precision, resolve_device
 
 from .loops import VOCABULARY
 from .measure import Row, Side, Worker, not_measured, publish, require_cuda
@@ -31,18 +31,26 @@ from .train import tokens_of
 
 OURS, COMPILED, PLAIN = "llmtrain", "llmtrain, compiled", "whole logits"
 TORCH, ROUNDED = "torch", "torch, rounded sums"
-_ON_CUDA = {COMPILED: "torch", "liger-kernel": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
+_ON_CUDA = {
+    COMPILED: "torch",
+    "liger-kernel": "liger_kernel",
+    "cut-cross-entropy": "cut_cross_entropy",
+}
 """What needs a GPU, and the package that it comes with."""
 
 
 def head(
-    width: Annotated[int, typer.Option(min=1, help="Of the hidden states; GPT-2 small's is 768.")] = 384,
+    width: Annotated[
+        int, typer.Option(min=1, help="Of the hidden states; GPT-2 small's is 768.")
+    ] = 384,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="In a batch.", show_default="2048, on a GPU 16384")
     ] = None,
     vocabulary: Annotated[int, typer.Option(min=2, help="Logits a token.")] = VOCABULARY,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that are measured.")] = 7,
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the figures to this file as well.")
+    ] = None,
 ) -> None:
     """Measure the output head: time with and without backward, memory that it adds, error to float64."""
     publish(measure(width, tokens or tokens_of("6x384"), vocabulary, rounds=rounds), json)
@@ -92,7 +100,9 @@ def _exact(hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> tuple[Ten
     """A few rows at a time."""
     hidden_NC, weight_VC = in_float64(hidden_NC), in_float64(weight_VC)
     total = torch.zeros((), dtype=torch.float64, device=hidden_NC.device)
-    for hidden_RC, targets_R in zip(hidden_NC.split(256), targets_N.to(total.device).split(256), strict=True):
+    for hidden_RC, targets_R in zip(
+        hidden_NC.split(256), targets_N.to(total.device).split(256), strict=True
+    ):
         loss = F.cross_entropy(hidden_RC @ weight_VC.T, targets_R, reduction="sum") / len(targets_N)
         loss.backward()
         total += loss.detach()
@@ -104,12 +114,18 @@ def _whole(hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden_NC, weight_VC).float(), targets_N)
 
 
-def _torch(hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, *, rounded: bool = False) -> Tensor:
+def _torch(
+    hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, *, rounded: bool = False
+) -> Tensor:
     """Sums, softmax and gradients in float32, or `rounded` as the products are."""
     hidden_NC, weight_VC = _cast(hidden_NC), _cast(weight_VC)
     kind, item = hidden_NC.device.type, hidden_NC.element_size()
     # Its own choice for a CPU, 8 rows, takes 3 to 7 times as long.
-    rows = None if kind != "cpu" else rows_of_chunk(len(hidden_NC), len(weight_VC), item=item, kind=kind)
+    rows = (
+        None
+        if kind != "cpu"
+        else rows_of_chunk(len(hidden_NC), len(weight_VC), item=item, kind=kind)
+    )
     sums = hidden_NC.dtype if rounded else torch.float32
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, acc_dtype=sums)
     return F.linear_cross_entropy(hidden_NC, weight_VC, targets_N, options=options)

@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmtrain.config import ModelConfig, RunConfig
-from llmtrain.config_file import load_config
+from llmtrain.config.loading import load_config
+from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.mixture import open_training_data
-from llmtrain.files import RunFolder
-from llmtrain.hardware import keeping_freed_memory, peak_memory, resolve_device
-from llmtrain.interrupt import Interrupt
-from llmtrain.model import GPT
+from llmtrain.model.gpt import GPT
+from llmtrain.runtime.device import keeping_freed_memory, peak_memory, resolve_device
+from llmtrain.runtime.distributed import World
+from llmtrain.runtime.signals import Interrupt
+from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.compiled import compiled
-from llmtrain.training.distributed import World
 from llmtrain.training.micro_batch import choose
 from llmtrain.training.trainer import Trainer
 
@@ -139,7 +139,9 @@ def checkout(shape: "Shape", data: Path, steps: int, name: str) -> Side:
     forward = torch.compile(model) if cuda else model
 
     def loss(inputs: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):  # its train.py: float32 on a CPU
+        with torch.autocast(
+            device.type, torch.bfloat16, enabled=cuda
+        ):  # its train.py: float32 on a CPU
             result: Tensor = forward(inputs, targets)[1]
         return result
 
@@ -199,7 +201,9 @@ def _batches(data: Path, shape: "Shape", device: torch.device) -> Iterator[tuple
     tokens, generator = np.memmap(data / "train.bin", np.uint16, "r"), np.random.default_rng(0)
     while True:
         starts = generator.integers(len(tokens) - shape.block, size=shape.batch)
-        windows = np.stack([tokens[start : start + shape.block + 1] for start in starts]).astype(np.int64)
+        windows = np.stack([tokens[start : start + shape.block + 1] for start in starts]).astype(
+            np.int64
+        )
         both = torch.from_numpy(windows).to(device)
         yield both[:, :-1].contiguous(), both[:, 1:].contiguous()
 

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from llmtrain.hardware import environment, resolve_device
+from llmtrain.runtime.device import environment, resolve_device
 
 Figures = Mapping[str, float]
 """What one round of one side gave: figure (with its unit) → value, such as {"tokens/s": 1475.0}."""
@@ -107,7 +107,9 @@ def _serve(connection: Connection, build: Callable[..., Side], arguments: Sequen
             connection.send(error)
 
 
-def take_turns(sides: Mapping[str, Side], rounds: int, *, unmeasured: int = 1) -> dict[str, list[Figures]]:
+def take_turns(
+    sides: Mapping[str, Side], rounds: int, *, unmeasured: int = 1
+) -> dict[str, list[Figures]]:
     """Each side once a round, `rounds` times, after some that are not measured (building, compiling, caches).
 
     Sides in processes of their own are ended with it.
@@ -120,7 +122,8 @@ def take_turns(sides: Mapping[str, Side], rounds: int, *, unmeasured: int = 1) -
         for number in range(-unmeasured, rounds):
             for name, side in sides.items():
                 status.update(
-                    f"{name}: " + (f"round {number + 1} of {rounds}" if number >= 0 else "not measured yet")
+                    f"{name}: "
+                    + (f"round {number + 1} of {rounds}" if number >= 0 else "not measured yet")
                 )
                 figures = side()
                 if number >= 0:
@@ -172,8 +175,12 @@ def _row(
     if against is not None and side != against and figure in taken[against][0]:
         others = [figures[figure] for figures in taken[against]]
         if all(others):
-            ratio = statistics.median(mine / other for mine, other in zip(values, others, strict=True))
-    return Row(what, side, figure, middle, low, high, len(values), ratio, target, against=against or "")
+            ratio = statistics.median(
+                mine / other for mine, other in zip(values, others, strict=True)
+            )
+    return Row(
+        what, side, figure, middle, low, high, len(values), ratio, target, against=against or ""
+    )
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
@@ -208,12 +215,20 @@ def show(found: Sequence[Row]) -> None:
         console.print(_table(what + (f"; ratio: to {against}" if against else ""), list(group)))
     for row in found:
         if row.median is None:
-            console.print(f"not measured: {', '.join(filter(None, (row.what, row.side)))}: {row.note}")
+            console.print(
+                f"not measured: {', '.join(filter(None, (row.what, row.side)))}: {row.note}"
+            )
 
 
 def _table(title: str, found: Sequence[Row]) -> Table:
     table = Table(
-        "side", "figure", title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0
+        "side",
+        "figure",
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=0,
     )
     for name in ("median", "quartiles", "ratio"):
         table.add_column(name, justify="right")
@@ -237,7 +252,9 @@ def _number(value: float | None) -> str:
 
 def write(found: Iterable[Row], path: Path) -> None:
     """Write the rows as JSON with what they were measured on; a file that is there gives way."""
-    path.write_text(json.dumps({"on": facts(), "rows": [asdict(row) for row in found]}, indent=2) + "\n")
+    path.write_text(
+        json.dumps({"on": facts(), "rows": [asdict(row) for row in found]}, indent=2) + "\n"
+    )
 
 
 def not_measured(what: str, side: str, why: str) -> Row:

@@ -11,7 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from llmtrain.hardware import Precision, autocast, peak_memory, resolve_device, resolve_precision
+from llmtrain.runtime.device import (
+    Precision,
+    autocast,
+    peak_memory,
+    resolve_device,
+    resolve_precision,
+)
 
 from .loops import keep_memory
 from .measure import Row, Side, Worker, not_measured, rows, seconds, take_turns
@@ -97,5 +103,7 @@ def _relative_error(found: Tensor | None, exact: Tensor) -> float:
 
 def require_precision(precision: Precision) -> str | None:
     """Why matrix products of a precision are not measured here, or None where they are."""
-    native = precision == "float32" or resolve_precision("auto", resolve_device("auto")) == precision
+    native = (
+        precision == "float32" or resolve_precision("auto", resolve_device("auto")) == precision
+    )
     return None if native else f"no {precision} products in this device"

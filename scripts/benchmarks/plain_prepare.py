@@ -16,7 +16,7 @@ import numpy as np
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.model.tokenizer import load_tokenizer
 
 PROCESSES = os.cpu_count() or 1
 
@@ -26,7 +26,9 @@ def encoding() -> tiktoken.Encoding:
     *pieces, _ = load_tokenizer("gpt2").pieces
     ranks = {piece: rank for rank, piece in enumerate(pieces)}
     special = {"<|endoftext|>": len(ranks)}
-    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding(
+        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special
+    )
 
 
 def main(source: str, folder: str) -> None:
@@ -45,10 +47,14 @@ def main(source: str, folder: str) -> None:
     tokenized = splits.map(process, remove_columns=whole.column_names, num_proc=PROCESSES)
     for split, documents in tokenized.items():
         length = np.sum(documents["len"], dtype=np.uint64)
-        tokens = np.memmap(Path(folder) / f"{split}.bin", dtype=np.uint16, mode="w+", shape=(length,))
+        tokens = np.memmap(
+            Path(folder) / f"{split}.bin", dtype=np.uint16, mode="w+", shape=(length,)
+        )
         start, batches = 0, min(1024, len(documents))
         for index in range(batches):
-            batch = documents.shard(num_shards=batches, index=index, contiguous=True).with_format("numpy")
+            batch = documents.shard(num_shards=batches, index=index, contiguous=True).with_format(
+                "numpy"
+            )
             ids = np.concatenate(batch["ids"])
             tokens[start : start + len(ids)] = ids
             start += len(ids)

@@ -50,7 +50,9 @@ def prepare(
         typer.Option(help="plain: nanoGPT's way, datasets.map with tiktoken and then a memmap."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Times each is measured.")] = 5,
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the figures to this file as well.")
+    ] = None,
 ) -> None:
     """Measure `llmtrain prepare` with GPT-2's tokenizer."""
     publish(measure(source, against, rounds=rounds), json)
@@ -71,7 +73,9 @@ def measure(source: Path | None, against: str | None, *, rounds: int) -> list[Ro
             sides[PLAIN] = partial(_plain, path, folder / "plain")
         taken = take_turns(sides, rounds)
     corpus = path.name.partition(".")[0]
-    return rows(f"prepare {corpus}, {count:,} documents", taken, against or FLOOR, TARGETS.get(corpus, {}))
+    return rows(
+        f"prepare {corpus}, {count:,} documents", taken, against or FLOOR, TARGETS.get(corpus, {})
+    )
 
 
 def _library(path: Path) -> Path:
@@ -92,7 +96,9 @@ def _documents(path: Path) -> Iterator[str]:
 
 
 def _llmtrain(source: Path, out: Path, *options: str) -> Figures:
-    figures = run([LLMTRAIN, "prepare", str(source), "--out", str(out), *options], out.parent, tree=True)
+    figures = run(
+        [LLMTRAIN, "prepare", str(source), "--out", str(out), *options], out.parent, tree=True
+    )
     manifest = read_manifest(out)
     shutil.rmtree(out)
     return _figures(figures, manifest.train.tokens + manifest.val.tokens)

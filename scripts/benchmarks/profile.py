@@ -17,7 +17,7 @@ import typer
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from llmtrain.hardware import resolve_device
+from llmtrain.runtime.device import resolve_device
 
 from .loops import step_of_ours
 from .measure import Figures, Row, Side, Worker, publish, rows, take_turns
@@ -32,7 +32,9 @@ def profile(
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "6x384",
     rounds: Annotated[int, typer.Option(min=1, help="Steps that are measured.")] = 5,
     set_: Annotated[list[str], typer.Option("--set", help="SECTION.KEY=VALUE of our config.")] = [],  # noqa: B006
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the figures to this file as well.")
+    ] = None,
 ) -> None:
     """Measure the operations of a training step."""
     publish(measure(model, rounds=rounds, settings=set_), json)
@@ -43,11 +45,17 @@ def measure(model: str, *, rounds: int, settings: list[str]) -> list[Row]:
     shape = shape_of(model)
     with tempfile.TemporaryDirectory() as folder:
         write_tokens(Path(folder))
-        steps = take_turns({_STEP: Worker(operations, shape, Path(folder), settings)}, rounds)[_STEP]
-    means = {name: sum(step.get(name, 0.0) for step in steps) / rounds for step in steps for name in step}
+        steps = take_turns({_STEP: Worker(operations, shape, Path(folder), settings)}, rounds)[
+            _STEP
+        ]
+    means = {
+        name: sum(step.get(name, 0.0) for step in steps) / rounds for step in steps for name in step
+    }
     most = sorted(means.keys() - {_STEP}, key=lambda name: -means[name])[:OPERATIONS]
     taken = {name: [{"ms": step.get(name, 0.0)} for step in steps] for name in (_STEP, *most)}
-    taken[_REST] = [{"ms": step[_STEP] - sum(step.get(name, 0.0) for name in most)} for step in steps]
+    taken[_REST] = [
+        {"ms": step[_STEP] - sum(step.get(name, 0.0) for name in most)} for step in steps
+    ]
     return rows(f"a step of {model}, block {shape.block}, batch {shape.batch}", taken, _STEP, {})
 
 
@@ -66,7 +74,8 @@ def operations(shape: Shape, data: Path, settings: list[str]) -> Side:
         found = {
             event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3
             for event in seen.key_averages()
-            if event.device_type == DeviceType.CPU  # a kernel's time is that of what launched it, too
+            if event.device_type
+            == DeviceType.CPU  # a kernel's time is that of what launched it, too
         }
         return found | {_STEP: 1e3 * seconds}
 

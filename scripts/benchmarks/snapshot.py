@@ -14,12 +14,12 @@ from typing import Annotated
 import torch
 import typer
 
-from llmtrain.checkpoint import Origin, Shape
-from llmtrain.config import ModelConfig
-from llmtrain.files import RunFolder
-from llmtrain.hardware import resolve_device
-from llmtrain.model import GPT
-from llmtrain.training.distributed import World
+from llmtrain.checkpoints.gpt2_folder import Origin, Shape
+from llmtrain.config.schema import ModelConfig
+from llmtrain.model.gpt import GPT
+from llmtrain.runtime.device import resolve_device
+from llmtrain.runtime.distributed import World
+from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.snapshots import SnapshotWriter
 
 from .measure import Figures, Row, publish, rows, take_turns
@@ -29,7 +29,9 @@ BLOCK = 1024
 
 def snapshot(
     rounds: Annotated[int, typer.Option(min=1, help="Times each is measured.")] = 7,
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the figures to this file as well.")
+    ] = None,
 ) -> None:
     """Measure how long the loop waits for a snapshot of 124M parameters, on the device at hand."""
     publish(measure(rounds=rounds), json)

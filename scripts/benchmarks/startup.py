@@ -26,7 +26,9 @@ TARGETS = {("llmtrain --help", "s"): "≤ 0.3", ("import llmtrain", "s"): "≤ 0
 
 def startup(
     rounds: Annotated[int, typer.Option(min=1, help="Times each is measured.")] = 11,
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the figures to this file as well.")
+    ] = None,
 ) -> None:
     """Measure `llmtrain --help` and `import llmtrain`."""
     publish(measure(rounds=rounds), json)

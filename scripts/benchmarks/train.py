@@ -15,7 +15,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from llmtrain.hardware import peak_flops, resolve_device
+from llmtrain.runtime.device import peak_flops, resolve_device
 
 from . import loops
 from .measure import Row, Side, Worker, publish, rows, take_turns
@@ -45,7 +45,11 @@ _ON_GPU = {"6x384": 64, "gpt2-small": 32, "gpt2-medium": 16, "gpt2-large": 8}
 """Sequences a step on a GPU."""
 _GPU_TARGETS = {"gpt2-small": "≥ 0.50", "gpt2-medium": "≥ 0.55", "gpt2-large": "≥ 0.55"}
 _TARGETS = {
-    "6x384": {(OURS, "tokens/s"): "≥ 2.6 × plain", (OURS, "GB"): "≤ 0.45 × plain", (OURS, "share"): "≥ 0.75"},
+    "6x384": {
+        (OURS, "tokens/s"): "≥ 2.6 × plain",
+        (OURS, "GB"): "≤ 0.45 × plain",
+        (OURS, "share"): "≥ 0.75",
+    },
     "gpt2-small": {(OURS, "tokens/s"): "≥ 2.5 × plain"},
 }
 
@@ -78,21 +82,31 @@ def write_tokens(folder: Path) -> None:
 def train(
     against: Annotated[
         list[str],
-        typer.Option(help="plain (eager, float32), transformers, or a checkout with nanoGPT's model.py."),
+        typer.Option(
+            help="plain (eager, float32), transformers, or a checkout with nanoGPT's model.py."
+        ),
     ] = ["plain"],  # noqa: B006  (typer's way)
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "6x384",
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences a step.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps in a round.")] = 3,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that are measured.")] = 7,
     set_: Annotated[list[str], typer.Option("--set", help="SECTION.KEY=VALUE of our config.")] = [],  # noqa: B006
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the figures to this file as well.")
+    ] = None,
 ) -> None:
     """Measure training."""
     publish(measure(against, model, batch=batch, steps=steps, rounds=rounds, settings=set_), json)
 
 
 def measure(
-    against: list[str], model: str, *, batch: int | None, steps: int, rounds: int, settings: list[str]
+    against: list[str],
+    model: str,
+    *,
+    batch: int | None,
+    steps: int,
+    rounds: int,
+    settings: list[str],
 ) -> list[Row]:
     """The rows of one model."""
     shape = shape_of(model) if batch is None else replace(shape_of(model), batch=batch)
@@ -104,7 +118,10 @@ def measure(
         }
         if resolve_device("auto").type == "cuda":
             sides[GRAPHS] = Worker(loops.ours, shape, Path(folder), steps, [*settings, _REPLAY])
-        named = {other if other in loops.OTHERS else Path(other).resolve().name: other for other in against}
+        named = {
+            other if other in loops.OTHERS else Path(other).resolve().name: other
+            for other in against
+        }
         if len(named) < len(against) or OURS in named:
             raise typer.BadParameter("two sides have the same name", param_hint="--against")
         for other in named.values():
@@ -120,12 +137,19 @@ def measure(
         figures["tokens/s"] * loops.flops_per_token(shape) / 1e12 / rate
         for figures, rate in zip(taken[OURS], products, strict=True)
     ]
-    taken[OURS] = [{**figures, "share": share} for figures, share in zip(taken[OURS], shares, strict=True)]
+    taken[OURS] = [
+        {**figures, "share": share} for figures, share in zip(taken[OURS], shares, strict=True)
+    ]
     targets = _TARGETS.get(model, {})
     if peak := peak_flops(resolve_device("auto"), "bfloat16"):
         per_token = loops.flops_per_token(shape)
-        taken[OURS] = [{**figures, "MFU": figures["tokens/s"] * per_token / peak} for figures in taken[OURS]]
-        targets = {(OURS, "MFU"): _GPU_TARGETS.get(model, ""), (OURS, "tokens/s"): "≥ 1.3 × nanoGPT"}
+        taken[OURS] = [
+            {**figures, "MFU": figures["tokens/s"] * per_token / peak} for figures in taken[OURS]
+        ]
+        targets = {
+            (OURS, "MFU"): _GPU_TARGETS.get(model, ""),
+            (OURS, "tokens/s"): "≥ 1.3 × nanoGPT",
+        }
     return rows(
         f"train {model}, block {shape.block}, batch {shape.batch}",
         taken,

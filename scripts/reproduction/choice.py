@@ -8,9 +8,8 @@ Why a rule: a rate picked by eye could be picked for its outcome.
 import math
 from pathlib import Path
 
-from llmtrain.evaluation.targets import RAW
-from llmtrain.events import read_events
-from llmtrain.files import RunFolder
+from llmtrain.storage.events import read_events
+from llmtrain.storage.run_folder import RAW, RunFolder
 from reproduction.execute import failure
 from reproduction.plan import Plan, Training
 from reproduction.results import Losses

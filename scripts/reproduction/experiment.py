@@ -11,8 +11,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from llmtrain.config_file import load_config
-from llmtrain.weights_folder import read_json
+from llmtrain.config.loading import load_config
+from llmtrain.storage.json_files import read_json
 from reproduction import execute, measure
 from reproduction.choice import largest_rate, tuned_rate
 from reproduction.execute import Job, stoppable
@@ -61,7 +61,9 @@ class Experiment:
     def seeds(self) -> None:
         """Train what the first seed's results ask for."""
         tuned, largest, rates = self.chosen()
-        print(f"tuned for cosine: {tuned}; the largest that trains: {largest}; all seeds: {', '.join(rates)}")
+        print(
+            f"tuned for cosine: {tuned}; the largest that trains: {largest}; all seeds: {', '.join(rates)}"
+        )
         self._train(further_seeds(self.plan, rates, tuned))
 
     def measure(self) -> None:
@@ -77,7 +79,9 @@ class Experiment:
     def chosen(self) -> tuple[str, str, list[str]]:
         """The tuned rate, the largest that trains, and all that all seeds are given, ascending."""
         tuned, largest = tuned_rate(self.plan, self.root), largest_rate(self.plan, self.root)
-        rates = {tuned, largest, text(float(tuned) / 3)} if self.plan.third else set(self.plan.rates)
+        rates = (
+            {tuned, largest, text(float(tuned) / 3)} if self.plan.third else set(self.plan.rates)
+        )
         return tuned, largest, sorted(rates, key=float)
 
     def trainings(self) -> list[Training]:
@@ -106,7 +110,14 @@ class Experiment:
             "kept": [average.label for average in averages if average.kind == "power-ema"],
         }
         return Results(
-            self.title, self._made(), sizes, tuned, largest, rates, measure.commands(self.plan), runs
+            self.title,
+            self._made(),
+            sizes,
+            tuned,
+            largest,
+            rates,
+            measure.commands(self.plan),
+            runs,
         )
 
     def _made(self) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 for section in (by_step(results), by_rate(results), by_window(results), savings(results)): ...
 """
 
-from llmtrain.evaluation.charts import Chart, Line
-from llmtrain.evaluation.targets import RAW
+from llmtrain.evaluation.report.charts import Chart, Line
+from llmtrain.storage.run_folder import RAW
 from reproduction import paper
 from reproduction.plan import WINDOW
 from reproduction.results import BySeed, Results, Run
@@ -33,9 +33,7 @@ def by_step(results: Results) -> Section:
         ["schedule, peak", *(f"{share:.0%} ({step})" for share, step in steps.items())],
         rows,
     )
-    text = (
-        "LAWA on the trajectory of a run lowers validation loss early and mid-training, at no training cost."
-    )
+    text = "LAWA on the trajectory of a run lowers validation loss early and mid-training, at no training cost."
     return Section("Gain against the step", text, comparisons, [table], [_step_chart(results)])
 
 
@@ -54,7 +52,9 @@ def _step_chart(results: Results) -> Chart:
         x, y = zip(*paper.gain_by_share(rate), strict=True)
         place = len(lines)
         lines.append(Line(f"paper, cosine {rate}", x, y, colour=place, dash=place, marker=place))
-    return Chart("gain-by-step", "Gain of LAWA over raw", "percent of the run", _GAIN, lines, baseline=0.0)
+    return Chart(
+        "gain-by-step", "Gain of LAWA over raw", "percent of the run", _GAIN, lines, baseline=0.0
+    )
 
 
 def by_rate(results: Results) -> Section:
@@ -82,7 +82,9 @@ def by_rate(results: Results) -> Section:
         if low != high
     ]
     rows = [[rate, *(cell(changes[name][rate]) for name in places)] for rate in rates]
-    table = Table("LAWA's loss minus raw's, by peak learning rate", ["curve"], ["peak", *places], rows)
+    table = Table(
+        "LAWA's loss minus raw's, by peak learning rate", ["curve"], ["peak", *places], rows
+    )
     lines = [
         line(name, [(float(rate), changes[name][rate]) for rate in rates], kind, sign=-1)
         for kind, name in enumerate(places)
@@ -101,7 +103,10 @@ def by_rate(results: Results) -> Section:
 def by_window(results: Results) -> Section:
     """Claim 3: the gain grows with the spacing at fixed k."""
     every = results.plan["spacing"]
-    windows, spacings = results.plan["windows"], [factor * every for factor in results.plan["spacings"]]
+    windows, spacings = (
+        results.plan["windows"],
+        [factor * every for factor in results.plan["spacings"]],
+    )
 
     def losses(window: int, spacing: int) -> BySeed:
         label = f"lawa-{window}x{spacing}"
@@ -132,7 +137,9 @@ def by_window(results: Results) -> Section:
         line(f"k = {k}", [(n, changes[k, n]) for n in spacings], place, sign=-1)
         for place, k in enumerate(windows)
     ]
-    chart = Chart("gain-by-spacing", "Gain of LAWA over raw", "spacing N (steps)", _GAIN, lines, baseline=0.0)
+    chart = Chart(
+        "gain-by-spacing", "Gain of LAWA over raw", "spacing N (steps)", _GAIN, lines, baseline=0.0
+    )
     text = "The gain grows with the spacing between the averaged checkpoints, at fixed k."
     return Section("Gain against the spacing and the window", text, comparisons, [table], [chart])
 
@@ -148,7 +155,9 @@ def savings(results: Results) -> Section:
                 rows.append([f"{kind} {rate}", *["n/a"] * 4])
                 continue
             found = [(run, _steps_saved(results, run)) for run in runs]
-            saved = [(steps, run.seconds_per_step or 0) for run, steps in found if steps is not None]
+            saved = [
+                (steps, run.seconds_per_step or 0) for run, steps in found if steps is not None
+            ]
             rows.append([
                 f"{kind} {rate}",
                 f"{len(saved)} of {len(runs)}",
@@ -172,7 +181,9 @@ def _steps_saved(results: Results, run: Run) -> int | None:
     raw, lawa = run.losses[RAW], run.losses[Labels.of(results).lawa]
     goal = raw[run.end]
     reached = [step for step, loss in lawa.items() if loss <= goal]
-    return min(step for step, loss in raw.items() if loss <= goal) - min(reached) if reached else None
+    return (
+        min(step for step, loss in raw.items() if loss <= goal) - min(reached) if reached else None
+    )
 
 
 def _rounded(value: Estimate | None, digits: int) -> str:

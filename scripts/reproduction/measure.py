@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmtrain.config_file import load_config
-from llmtrain.events import read_events
-from llmtrain.files import RunFolder
+from llmtrain.config.loading import load_config
+from llmtrain.storage.events import read_events
+from llmtrain.storage.run_folder import RunFolder
 from reproduction.choice import missing, validation
 from reproduction.execute import Job
 from reproduction.plan import WINDOW, Plan, Training
@@ -74,7 +74,10 @@ def sweeps(plan: Plan) -> dict[str, list[str]]:
     }
     for step in plan.forecasts:
         window = plan.merged(step + step // 4)
-        found[f"merge-{step}"] = f"method=decay every={every} window={window} shape=1-sqrt", str(step)
+        found[f"merge-{step}"] = (
+            f"method=decay every={every} window={window} shape=1-sqrt",
+            str(step),
+        )
     return {what: ["--sweep", text, "--at", at] for what, (text, at) in found.items()}
 
 
@@ -106,7 +109,9 @@ def read_run(plan: Plan, root: Path, training: Training) -> Run:
     known = missing(root, training)
     losses: Losses = validation(folder.path) if known is None else {}
     measured = []
-    for path in sorted((root / "measured").glob(f"{training.name}-*.json")) if known is None else []:
+    for path in (
+        sorted((root / "measured").glob(f"{training.name}-*.json")) if known is None else []
+    ):
         measured.append(path.stem.removeprefix(f"{training.name}-"))
         for label, curve in _losses(json.loads(path.read_text())).items():
             losses.setdefault(label, {}).update(curve)
@@ -132,13 +137,16 @@ def _losses(document: Any) -> Losses:
         return found
     curves = {"raw": document["raw"]} | {each["label"]: each for each in document["candidates"]}
     return {
-        label: {int(step): loss for step, loss in each["losses"].items()} for label, each in curves.items()
+        label: {int(step): loss for step, loss in each["losses"].items()}
+        for label, each in curves.items()
     }
 
 
 def _seconds_per_step(run: RunFolder) -> float:
     """Median over the log, as runs are paused and share their machine."""
     speeds = [
-        event["tokens_per_second"] for event in read_events(run.metrics) if "tokens_per_second" in event
+        event["tokens_per_second"]
+        for event in read_events(run.metrics)
+        if "tokens_per_second" in event
     ]
     return float(load_config(run.config).tokens_per_step / statistics.median(speeds))

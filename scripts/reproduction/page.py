@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llmtrain.evaluation.charts import draw
-from llmtrain.evaluation.targets import RAW
+from llmtrain.evaluation.report.charts import draw
+from llmtrain.storage.run_folder import RAW
 from reproduction.gains import by_rate, by_step, by_window, savings
 from reproduction.plan import WINDOW
 from reproduction.pythia import Series, read_all
@@ -90,7 +90,9 @@ def _verdicts(found: dict[str, Results], sections: dict[str, list[Section]]) -> 
             continue
         device = f"{name}: {found[name].made['device']}"
         compared = [each for section in sections[name] for each in section.comparisons if each.main]
-        rows += [[str(each.claim), each.what, device, *_judged(each.difference)] for each in compared]
+        rows += [
+            [str(each.claim), each.what, device, *_judged(each.difference)] for each in compared
+        ]
     return rows
 
 
@@ -124,7 +126,11 @@ def _public(made: dict[str, Any], public: Sequence[Series]) -> list[str]:
     ]
     for series in public:
         rows = [
-            [str(step), str(every), *(cell(series.change(step, size, every)) for size in series.sizes)]
+            [
+                str(step),
+                str(every),
+                *(cell(series.change(step, size, every)) for size in series.sizes),
+            ]
             for step in series.steps
             for every in series.spacings
         ]
@@ -135,12 +141,18 @@ def _public(made: dict[str, Any], public: Sequence[Series]) -> list[str]:
             markdown(["step", "N", *(f"k = {size}" for size in series.sizes)], rows),
         ]
         refused = [each for each in series.measured.values() if each.refused is not None]
-        parts += [f"- {each.window.name}: {each.refused.splitlines()[0]}" for each in refused if each.refused]
+        parts += [
+            f"- {each.window.name}: {each.refused.splitlines()[0]}"
+            for each in refused
+            if each.refused
+        ]
         parts.append("")
     return parts
 
 
-def _experiment(folder: Path, name: str, results: Results, sections: Sequence[Section]) -> list[str]:
+def _experiment(
+    folder: Path, name: str, results: Results, sections: Sequence[Section]
+) -> list[str]:
     parts = [f"## {results.title}\n", _about(name, results)]
     for number, section in enumerate(sections, start=1):
         claim = section.comparisons[0].claim if section.comparisons else None
@@ -168,7 +180,9 @@ def _about(name: str, results: Results) -> str:
         f"fifth of the steps. All seeds: {', '.join(results.rates)}; of the other rates there is one. "
         f"The seed sets initial weights and data order.\n"
     )
-    return f"Made by `{EXPERIMENTS[name]}`; numbers: [{name}.json]({name}.json).\n\n{facts}\n{choice}"
+    return (
+        f"Made by `{EXPERIMENTS[name]}`; numbers: [{name}.json]({name}.json).\n\n{facts}\n{choice}"
+    )
 
 
 def _runs(results: Results) -> str:
@@ -178,12 +192,16 @@ def _runs(results: Results) -> str:
         if run.failure is not None:
             rows.append([run.name, "", "", "", "", run.failure.splitlines()[0]])
             continue
-        ends = [run.losses.get(label, {}).get(run.end) for label in (RAW, labels.lawa, labels.matched)]
+        ends = [
+            run.losses.get(label, {}).get(run.end) for label in (RAW, labels.lawa, labels.matched)
+        ]
         if ends[1] is None:
             ends[1] = run.losses.get(labels.online_lawa, {}).get(run.end)
         shown = ["" if loss is None else f"{loss:.4f}" for loss in ends]
         rows.append([run.name, str(run.end), *shown, f"{run.seconds_per_step or 0:.3f}"])
     commands = "\n".join(run.command for run in results.runs)
-    table = markdown(["run", "last step", "raw", "LAWA", "matched EMA", "seconds a step (median)"], rows)
+    table = markdown(
+        ["run", "last step", "raw", "LAWA", "matched EMA", "seconds a step (median)"], rows
+    )
     summary = "<details><summary>The commands; ROOT is where the runs lie</summary>"
     return f"{table}\n{summary}\n\n```\n{commands}\n```\n</details>\n"

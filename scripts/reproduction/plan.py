@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llmtrain.config_file import load_config
+from llmtrain.config.loading import load_config
 
 WINDOW = 5
 """Checkpoints of a LAWA window, as in the paper's code."""
@@ -46,7 +46,13 @@ class Training:
 
     def arguments(self, config: Path, root: Path) -> list[str]:
         """The words after `llmtrain`."""
-        words = ["pretrain", "--config", str(config), "--run-dir", str(root / (self.parent or self.name))]
+        words = [
+            "pretrain",
+            "--config",
+            str(config),
+            "--run-dir",
+            str(root / (self.parent or self.name)),
+        ]
         if self.parent is not None:
             words += ["--branch", self.name, "--from", str(self.step)]
         else:
@@ -145,9 +151,13 @@ class Plan:
         """
         end = step + step // 4
         schedule = self._schedule("wsd", f"decay_steps: {end - step}", "shape: 1-sqrt")
-        cooldown = self._training("cooldown", rate, seed, f"train.max_steps={end}", schedule, _ONE_STATE)
+        cooldown = self._training(
+            "cooldown", rate, seed, f"train.max_steps={end}", schedule, _ONE_STATE
+        )
         name = cooldown.name.replace("seed", f"to{end}-seed")
-        return replace(cooldown, name=name, end=end, parent=self.constant(rate, seed).name, step=step)
+        return replace(
+            cooldown, name=name, end=end, parent=self.constant(rate, seed).name, step=step
+        )
 
     def spike(self, rate: str, seed: int) -> list[Training]:
         """A burst of ten times the rate off the constant run, what comes after it, and the same without a burst.

@@ -16,7 +16,9 @@ from typing import Any
 from reproduction.execute import Job, failure, run
 from reproduction.statistics import Estimate
 
-SERIES = tuple(f"EleutherAI/pythia-{size}-deduped" for size in ("1b", "1.4b", "2.8b", "6.9b", "12b"))
+SERIES = tuple(
+    f"EleutherAI/pythia-{size}-deduped" for size in ("1b", "1.4b", "2.8b", "6.9b", "12b")
+)
 STEPS = (36_000, 71_000, 107_000, 143_000)
 """Quarters of the series, at steps that were published."""
 SIZES = (3, 5, 10)
@@ -73,12 +75,24 @@ def measure(window: Window, root: Path, options: Sequence[str], keep_inputs: boo
     """
     folder, output = root / window.name, root / f"{window.name}.json"
     words = ["average", window.series, "--every", str(window.every), "--window", str(window.size)]
-    words += ["--at", str(window.step), "--out", str(folder), *([] if keep_inputs else ["--discard-inputs"])]
+    words += [
+        "--at",
+        str(window.step),
+        "--out",
+        str(folder),
+        *([] if keep_inputs else ["--discard-inputs"]),
+    ]
     if not output.exists():
         run([Job(window.name, tuple(words), refusable=True)], root, 1)
         if failure(root, window.name) is None:
             run(
-                [Job(f"{window.name}-eval", ("eval", str(folder), *options, "--json"), output=output)],
+                [
+                    Job(
+                        f"{window.name}-eval",
+                        ("eval", str(folder), *options, "--json"),
+                        output=output,
+                    )
+                ],
                 root,
                 1,
             )
@@ -138,6 +152,10 @@ class Series:
 def read_all(path: Path) -> tuple[dict[str, Any], list[Series]]:
     """What `write` wrote: how it was made, and each series."""
     document = json.loads(path.read_text())
-    found = [Measured(**each | {"window": Window(**each["window"])}) for each in document["windows"]]
+    found = [
+        Measured(**each | {"window": Window(**each["window"])}) for each in document["windows"]
+    ]
     names = dict.fromkeys(each.window.series for each in found)
-    return document["made"], [Series(n, {e.window: e for e in found if e.window.series == n}) for n in names]
+    return document["made"], [
+        Series(n, {e.window: e for e in found if e.window.series == n}) for n in names
+    ]

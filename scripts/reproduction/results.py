@@ -58,7 +58,9 @@ class Results:
 
     def write(self, path: Path) -> None:
         """As JSON, losses to six digits."""
-        document = json.loads(json.dumps(asdict(self)), parse_float=lambda text: round(float(text), 6))
+        document = json.loads(
+            json.dumps(asdict(self)), parse_float=lambda text: round(float(text), 6)
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n")
 
@@ -67,17 +69,30 @@ class Results:
         """What `write` wrote."""
         document = json.loads(path.read_text())
         runs = [
-            Run(**run | {"losses": {k: {int(s): v for s, v in c.items()} for k, c in run["losses"].items()}})
+            Run(
+                **run
+                | {
+                    "losses": {
+                        k: {int(s): v for s, v in c.items()} for k, c in run["losses"].items()
+                    }
+                }
+            )
             for run in document.pop("runs")
         ]
         return cls(**document, runs=runs)
 
     def of(self, kind: str, rate: str, end: int | None = None) -> list[Run]:
         """The runs of a schedule and a rate that trained (to step `end`), by seed."""
-        found = [run for run in self.runs if (run.kind, run.rate, run.failure) == (kind, rate, None)]
+        found = [
+            run for run in self.runs if (run.kind, run.rate, run.failure) == (kind, rate, None)
+        ]
         return sorted((run for run in found if end in (None, run.end)), key=lambda run: run.seed)
 
-    def by_seed(self, kind: str, rate: str, label: str, step: int, end: int | None = None) -> BySeed:
+    def by_seed(
+        self, kind: str, rate: str, label: str, step: int, end: int | None = None
+    ) -> BySeed:
         """Seed → loss of these weights at this step, of the seeds that have it."""
         runs = self.of(kind, rate, end)
-        return {run.seed: run.losses[label][step] for run in runs if step in run.losses.get(label, {})}
+        return {
+            run.seed: run.losses[label][step] for run in runs if step in run.losses.get(label, {})
+        }

@@ -5,8 +5,8 @@ for section in (by_method(results), as_a_decay(results)): ...
 
 from collections.abc import Callable
 
-from llmtrain.evaluation.charts import Chart
-from llmtrain.evaluation.targets import RAW
+from llmtrain.evaluation.report.charts import Chart
+from llmtrain.storage.run_folder import RAW
 from reproduction.gains import lawa_change, step_at
 from reproduction.results import BySeed, Results
 from reproduction.section import Comparison, Labels, Section, Table, cell, line, merge_label
@@ -34,7 +34,9 @@ def _ends(results: Results) -> dict[str, Callable[[str], BySeed]]:
         return lambda rate: results.by_seed("constant", rate, label, steps)
 
     found = {name: of(label) for name, label in names.items()}
-    return found | {"cooldown": lambda rate: results.by_seed("cooldown", rate, RAW, steps, end=steps)}
+    return found | {
+        "cooldown": lambda rate: results.by_seed("cooldown", rate, RAW, steps, end=steps)
+    }
 
 
 def by_method(results: Results) -> Section:
@@ -52,8 +54,14 @@ def by_method(results: Results) -> Section:
         for name, of in methods.items()
         if name != "LAWA"
     ]
-    ends = {name: {rate: estimate(list(of(rate).values())) for rate in rates} for name, of in methods.items()}
-    rows = [[name, *(cell(by_rate[rate], signed=False) for rate in rates)] for name, by_rate in ends.items()]
+    ends = {
+        name: {rate: estimate(list(of(rate).values())) for rate in rates}
+        for name, of in methods.items()
+    }
+    rows = [
+        [name, *(cell(by_rate[rate], signed=False) for rate in rates)]
+        for name, by_rate in ends.items()
+    ]
     differences = [
         [name, *(cell(paired(of(rate), methods["raw"](rate))) for rate in rates)]
         for name, of in methods.items()
@@ -61,10 +69,17 @@ def by_method(results: Results) -> Section:
     ]
     made = ["end", "curve", "methods"]
     tables = [
-        Table("Loss at the end of the constant run, by peak learning rate", made, ["weights", *rates], rows),
+        Table(
+            "Loss at the end of the constant run, by peak learning rate",
+            made,
+            ["weights", *rates],
+            rows,
+        ),
         Table("The same, minus raw", made, ["weights", *rates], differences),
     ]
-    drawn = [name for name in ends if not name.startswith("post-hoc") or name.endswith(_DRAWN_WIDTH)]
+    drawn = [
+        name for name in ends if not name.startswith("post-hoc") or name.endswith(_DRAWN_WIDTH)
+    ]
     drawn.remove("SWA early")  # so high that the others would lie on one another
     lines = [
         line(name, [(float(rate), ends[name][rate]) for rate in rates], kind)
@@ -73,7 +88,11 @@ def by_method(results: Results) -> Section:
     title = "Loss at the end (SWA early: the table)"
     chart = Chart("methods", title, "peak learning rate", _LOSS, lines, log_x=True)
     return Section(
-        "Against other averages and a cooldown", "It beats EMA and SWA.", comparisons, tables, [chart]
+        "Against other averages and a cooldown",
+        "It beats EMA and SWA.",
+        comparisons,
+        tables,
+        [chart],
     )
 
 
@@ -109,7 +128,11 @@ def as_a_decay(results: Results) -> Section:
         for kind, name in enumerate(["cooldown (real)", *names])
     ]
     chart = Chart(
-        "forecast", f"Forecast of a cooldown, peak {results.tuned}", "step at which it begins", _LOSS, lines
+        "forecast",
+        f"Forecast of a cooldown, peak {results.tuned}",
+        "step at which it begins",
+        _LOSS,
+        lines,
     )
     text = "It acts as a surrogate for learning-rate decay, and fades as the rate decays."
     return Section("As a learning-rate decay", text, _decay_comparisons(results), [table], [chart])
@@ -147,7 +170,12 @@ def _decay_comparisons(results: Results) -> list[Comparison]:
     )
     against_cosine = f"LAWA of constant {tuned} against raw of cosine {tuned}, end"
     found += [
-        Comparison(6, f"{name} of constant {tuned} against its cooldown, both at {steps}", change, main=True)
+        Comparison(
+            6,
+            f"{name} of constant {tuned} against its cooldown, both at {steps}",
+            change,
+            main=True,
+        )
         for name in ("matched EMA", "1-sqrt merge")
         if (change := paired(_ends(results)[name](tuned), cooldown)) is not None
     ]
@@ -155,5 +183,7 @@ def _decay_comparisons(results: Results) -> list[Comparison]:
         *found,
         Comparison(6, against_cosine, paired(lawa, cosine), main=True),
         Comparison(6, f"cooldown against cosine, raw, {tuned}, end", paired(cooldown, cosine)),
-        Comparison(6, f"what LAWA changes of cosine {tuned} at the end against at 40%", fading, main=True),
+        Comparison(
+            6, f"what LAWA changes of cosine {tuned} at the end against at 40%", fading, main=True
+        ),
     ]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmtrain.evaluation.charts import Chart, Line
+from llmtrain.evaluation.report.charts import Chart, Line
 from reproduction.plan import WINDOW
 from reproduction.results import Results
 from reproduction.statistics import Estimate
@@ -89,7 +89,9 @@ def cell(value: Estimate | None, *, signed: bool = True) -> str:
     return "n/a" if value is None else value.signed if signed else str(value)
 
 
-def line(label: str, points: Sequence[tuple[float, Estimate | None]], kind: int, *, sign: float = 1) -> Line:
+def line(
+    label: str, points: Sequence[tuple[float, Estimate | None]], kind: int, *, sign: float = 1
+) -> Line:
     """Means with their standard errors as bars; `kind` decides colour, dash and marker."""
     known = [(x, estimate) for x, estimate in points if estimate is not None]
     errors = [math.nan if estimate.error is None else estimate.error for _, estimate in known]

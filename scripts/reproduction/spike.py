@@ -8,8 +8,8 @@ Why against a run without the burst: that one takes the same batches, so the dif
 import statistics
 from collections.abc import Callable, Iterable
 
-from llmtrain.evaluation.charts import Chart
-from llmtrain.evaluation.targets import RAW
+from llmtrain.evaluation.report.charts import Chart
+from llmtrain.storage.run_folder import RAW
 from reproduction.results import BySeed, Results
 from reproduction.section import Comparison, Labels, Section, Table, cell, line
 from reproduction.statistics import estimate, paired
@@ -21,7 +21,12 @@ _Excess = dict[int, dict[int, float]]
 def in_a_spike(results: Results) -> Section:
     """Claim 5: it mitigates loss spikes."""
     labels = Labels.of(results)
-    shown = {"raw": RAW, "LAWA": labels.online_lawa, "EMA 0.9": "ema-0.9", "matched EMA": labels.matched}
+    shown = {
+        "raw": RAW,
+        "LAWA": labels.online_lawa,
+        "EMA 0.9": "ema-0.9",
+        "matched EMA": labels.matched,
+    }
     main = set(shown)
     shown |= {label.replace("power-ema-", "power EMA "): label for label in results.plan["kept"]}
     excess = {name: _excess(results, label) for name, label in shown.items()}
@@ -46,7 +51,9 @@ def in_a_spike(results: Results) -> Section:
         ["weights", "largest", "share of raw's", "mean", "at the end"],
         [_row(name, largest[name], largest["raw"], mean[name], excess[name]) for name in shown],
     )
-    return Section("In a spike", "It mitigates loss spikes.", comparisons, [table], [_chart(results, excess)])
+    return Section(
+        "In a spike", "It mitigates loss spikes.", comparisons, [table], [_chart(results, excess)]
+    )
 
 
 def _of_each(curves: _Excess, of: Callable[[Iterable[float]], float]) -> BySeed:
@@ -66,12 +73,18 @@ def _chart(results: Results, excess: dict[str, _Excess]) -> Chart:
     lines = []
     for kind, (name, by_seed) in enumerate(excess.items()):
         steps = sorted({step for curve in by_seed.values() for step in curve})
-        means = [estimate([curve[step] for curve in by_seed.values() if step in curve]) for step in steps]
+        means = [
+            estimate([curve[step] for curve in by_seed.values() if step in curve]) for step in steps
+        ]
         lines.append(
-            line(name, [(step - start, mean) for step, mean in zip(steps, means, strict=True)], kind)
+            line(
+                name, [(step - start, mean) for step, mean in zip(steps, means, strict=True)], kind
+            )
         )
     title = "A burst of ten times the rate: excess loss"
-    return Chart("spike", title, "steps since the burst began", "nats per token", lines, baseline=0.0)
+    return Chart(
+        "spike", title, "steps since the burst began", "nats per token", lines, baseline=0.0
+    )
 
 
 def _excess(results: Results, label: str) -> _Excess:
@@ -84,6 +97,7 @@ def _excess(results: Results, label: str) -> _Excess:
     for seed in burst.keys() & after.keys() & calm.keys():
         curve = burst[seed] | after[seed]
         found[seed] = {
-            step: curve[step] - calm[seed][step] for step in sorted(curve.keys() & calm[seed].keys())
+            step: curve[step] - calm[seed][step]
+            for step in sorted(curve.keys() & calm[seed].keys())
         }
     return {seed: curve for seed, curve in found.items() if curve}

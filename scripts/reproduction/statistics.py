@@ -28,7 +28,9 @@ class Estimate:
     @property
     def signed(self) -> str:
         """As a difference, with its sign."""
-        return ("−" if self.mean < 0 else "+") + str(Estimate(abs(self.mean), self.error, self.seeds))
+        return ("−" if self.mean < 0 else "+") + str(
+            Estimate(abs(self.mean), self.error, self.seeds)
+        )
 
     @property
     def verdict(self) -> str:

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import LARGE, MakeRun, model_at, write_checkpoint
 
 from llmtrain.averaging import audit
-from llmtrain.averaging.average import Average, Settings, average
+from llmtrain.averaging.average import average
 from llmtrain.averaging.plan import Request, make_plans
-from llmtrain.averaging.series import folder_series, run_series
+from llmtrain.averaging.spec import Average, MergeOptions
+from llmtrain.checkpoints.series import folder_series, run_series
 from llmtrain.errors import UserError
 
 STEPS = (10, 20, 30, 40, 50)
@@ -30,7 +31,7 @@ def run(root: Path, **settings: Any) -> tuple[list[Average], list[str]]:
     series = folder_series(root)
     warnings: list[str] = []
     plans = make_plans(series, Request(every=10))
-    return average(series, plans, Settings(**settings), warn=warnings.append), warnings
+    return average(series, plans, MergeOptions(**settings), warn=warnings.append), warnings
 
 
 def replace_tensor(root: Path, step: int, name: str, tensor: torch.Tensor) -> None:
@@ -118,7 +119,9 @@ def test_a_missing_step_is_told_with_what_there_is(root: Path) -> None:
         run(root)
 
 
-def test_duplicates_among_a_runs_own_snapshots_are_refused_before_reading(make_run: MakeRun) -> None:
+def test_duplicates_among_a_runs_own_snapshots_are_refused_before_reading(
+    make_run: MakeRun,
+) -> None:
     made = make_run([10, 20, 30])
     shutil.rmtree(made.snapshot(20))
     shutil.copytree(made.snapshot(10), made.snapshot(20))

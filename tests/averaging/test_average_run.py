@@ -15,32 +15,36 @@ from tiny_runs import MakeRun, weights_at
 from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModelForCausalLM
 
-from llmtrain.averaging.average import Average, Settings, average
-from llmtrain.averaging.output import WeightsWriter
+from llmtrain.averaging.average import average
 from llmtrain.averaging.plan import Request, make_plans
-from llmtrain.averaging.series import run_series
-from llmtrain.checkpoint import load_model, load_weights
+from llmtrain.averaging.spec import Average, MergeOptions
+from llmtrain.checkpoints.gpt2_folder import load_model, load_weights
+from llmtrain.checkpoints.series import run_series
+from llmtrain.checkpoints.writer import WeightsWriter
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.files import RunFolder, exclusive
-from llmtrain.integrity import integrity_problems
+from llmtrain.storage.files import exclusive
+from llmtrain.storage.integrity import integrity_problems
+from llmtrain.storage.run_folder import RunFolder
 
 
 def lawa(run: RunFolder, every: int, **options: Any) -> list[Average]:
     verify = options.pop("verify", True)
     series = run_series(run)
     request = Request(every=every, **{"window": 3} | options)
-    return average(series, make_plans(series, request), Settings(verify=verify))
+    return average(series, make_plans(series, request), MergeOptions(verify=verify))
 
 
 def test_equals_torchs_averaged_model_and_the_float64_oracle(make_run: MakeRun) -> None:
     run = make_run([10, 20, 30, 40, 50])
     (result,) = lawa(run, 10, window=5)
-    got = load_file(result.plan.target / "model.safetensors")
-    snapshots = [load_file(run.snapshot(step) / "model.safetensors") for step in (10, 20, 30, 40, 50)]
+    got = load_file(result.spec.target / "model.safetensors")
+    snapshots = [
+        load_file(run.snapshot(step) / "model.safetensors") for step in (10, 20, 30, 40, 50)
+    ]
     averaged = AveragedModel(load_model(run.snapshot(10)))
     for step in (10, 20, 30, 40, 50):
         averaged.update_parameters(load_model(run.snapshot(step)))
-    ours = load_weights(result.plan.target)
+    ours = load_weights(result.spec.target)
     for name, tensor in averaged.module.state_dict().items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-8)
     for name, tensor in got.items():
@@ -50,11 +54,14 @@ def test_equals_torchs_averaged_model_and_the_float64_oracle(make_run: MakeRun) 
 
 def test_transformers_loads_it_and_its_logits_are_our_models(make_run: MakeRun) -> None:
     (result,) = lawa(make_run([10, 20, 30]), 10)
-    theirs = AutoModelForCausalLM.from_pretrained(result.plan.target).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(result.spec.target).eval()
     tokens = torch.arange(16).view(1, 16)
     with torch.no_grad():
         torch.testing.assert_close(
-            load_model(result.plan.target).logits(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4
+            load_model(result.spec.target).logits(tokens),
+            theirs(tokens).logits,
+            rtol=1e-4,
+            atol=1e-4,
         )
 
 
@@ -62,13 +69,15 @@ def test_folder_is_complete_and_says_where_it_comes_from(make_run: MakeRun) -> N
     run = make_run([10, 20, 30])
     (result,) = lawa(run, 10)
     folder = run.path / "averages" / "lawa-3x10" / "step-00000030"
-    assert result.plan.target == folder
+    assert result.spec.target == folder
     assert integrity_problems(folder) == []
     provenance = json.loads((folder / "provenance.json").read_text())
     assert provenance["method"] == "lawa"
     assert [entry["step"] for entry in provenance["inputs"]] == [10, 20, 30]
     assert [entry["tokens"] for entry in provenance["inputs"]] == [640, 1280, 1920]
-    recorded = json.loads((run.snapshot(20) / "integrity.json").read_text())["files"]["model.safetensors"]
+    recorded = json.loads((run.snapshot(20) / "integrity.json").read_text())["files"][
+        "model.safetensors"
+    ]
     assert provenance["inputs"][1]["sha256"] == recorded["sha256"]
     assert json.loads((folder / "training.json").read_text())["step"] == 30
 
@@ -85,14 +94,14 @@ def test_warm_up_and_step_0_never_enter(make_run: MakeRun) -> None:
 def test_all_gives_every_complete_window_and_each_is_the_single_one(make_run: MakeRun) -> None:
     run = make_run(list(range(10, 80, 10)))
     results = lawa(run, 20, at="all")
-    assert [tuple(i.step for i in result.plan.inputs) for result in results] == [
+    assert [tuple(i.step for i in result.spec.inputs) for result in results] == [
         (10, 30, 50),
         (20, 40, 60),
         (30, 50, 70),
     ]
     (single,) = lawa(run, 20, at="60", label="single")
-    assert (single.plan.target / "model.safetensors").read_bytes() == (
-        results[1].plan.target / "model.safetensors"
+    assert (single.spec.target / "model.safetensors").read_bytes() == (
+        results[1].spec.target / "model.safetensors"
     ).read_bytes()
 
 
@@ -110,10 +119,10 @@ def test_an_average_that_exists_is_kept_or_refused(make_run: MakeRun) -> None:
 
 def test_out_is_the_folder_itself_or_one_a_step(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run([10, 20, 30])
-    assert lawa(run, 10, out=tmp_path / "one")[0].plan.target == tmp_path / "one"
+    assert lawa(run, 10, out=tmp_path / "one")[0].spec.target == tmp_path / "one"
     assert (tmp_path / "one" / "model.safetensors").exists()
     results = lawa(run, 10, window=2, at="all", out=tmp_path / "many")
-    assert [r.plan.target.name for r in results] == ["step-00000020", "step-00000030"]
+    assert [r.spec.target.name for r in results] == ["step-00000020", "step-00000030"]
 
 
 def test_errors_list_what_there_is(make_run: MakeRun) -> None:
@@ -181,7 +190,9 @@ def test_other_shapes_are_refused_from_the_headers(make_run: MakeRun) -> None:
 
 def test_weights_of_the_oracle_are_not_the_newest(make_run: MakeRun) -> None:
     """Guard of the other tests: the snapshots differ, so an average is none of them."""
-    assert not torch.equal(weights_at(10)["transformer.wte.weight"], weights_at(20)["transformer.wte.weight"])
+    assert not torch.equal(
+        weights_at(10)["transformer.wte.weight"], weights_at(20)["transformer.wte.weight"]
+    )
 
 
 def test_what_a_killed_process_left_is_cleared(make_run: MakeRun) -> None:
@@ -190,7 +201,9 @@ def test_what_a_killed_process_left_is_cleared(make_run: MakeRun) -> None:
     leftover.mkdir(parents=True)
     (leftover / "model.safetensors").write_bytes(b"half")
     lawa(run, 10)
-    assert [path.name for path in sorted((run.averages / "lawa-3x10").glob("*step*"))] == ["step-00000030"]
+    assert [path.name for path in sorted((run.averages / "lawa-3x10").glob("*step*"))] == [
+        "step-00000030"
+    ]
 
 
 def test_two_processes_do_not_write_one_label_at_a_time(make_run: MakeRun) -> None:
@@ -212,7 +225,9 @@ def test_a_full_disk_is_told_before_anything_is_summed(
     assert not list(run.averages.rglob("*.safetensors"))
 
 
-def test_a_failure_in_one_thread_ends_the_command(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_one_thread_ends_the_command(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(self: WeightsWriter, name: str, start: int, raw: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 

@@ -29,13 +29,17 @@ def test_weights_sum_to_1_and_none_is_negative(count: int, decay: float, share: 
         assert min(weights) >= 0.0
 
 
-@given(st.integers(1, 40), st.floats(0, 0.99), st.lists(st.floats(-10, 10), min_size=40, max_size=40))
+@given(
+    st.integers(1, 40), st.floats(0, 0.99), st.lists(st.floats(-10, 10), min_size=40, max_size=40)
+)
 def test_exponential_is_the_recursion(count: int, decay: float, values: list[float]) -> None:
     mean = values[0]
     for value in values[1:count]:
         mean = decay * mean + (1 - decay) * value
     weights = coefficients.exponential(count, decay)
-    assert math.fsum(w * v for w, v in zip(weights, values, strict=False)) == pytest.approx(mean, abs=1e-9)
+    assert math.fsum(w * v for w, v in zip(weights, values, strict=False)) == pytest.approx(
+        mean, abs=1e-9
+    )
 
 
 @given(COUNT)
@@ -43,7 +47,11 @@ def test_linear_decay_of_the_learning_rate_is_the_uniform_mean(count: int) -> No
     assert coefficients.decay(count, "linear") == pytest.approx(coefficients.uniform(count))
 
 
-@given(st.integers(2, 30), st.sampled_from(SHAPES), st.lists(st.floats(-1, 1), min_size=30, max_size=30))
+@given(
+    st.integers(2, 30),
+    st.sampled_from(SHAPES),
+    st.lists(st.floats(-1, 1), min_size=30, max_size=30),
+)
 def test_decay_scales_the_displacements(count: int, shape: Shape, moves: list[float]) -> None:
     """WSM: the merge equals walking the same displacements with a decayed rate."""
     positions = [0.0]
@@ -56,7 +64,9 @@ def test_decay_scales_the_displacements(count: int, shape: Shape, moves: list[fl
         "inverse-sqrt": lambda i: 1 / math.sqrt(1 + i),
     }[shape]
     walked = math.fsum(rate(i) * moves[i - 1] for i in range(1, count))
-    merged = math.fsum(w * p for w, p in zip(coefficients.decay(count, shape), positions, strict=True))
+    merged = math.fsum(
+        w * p for w, p in zip(coefficients.decay(count, shape), positions, strict=True)
+    )
     assert merged == pytest.approx(walked, abs=1e-9)
 
 
@@ -68,7 +78,9 @@ def test_known_values() -> None:
         [0.5, math.sqrt(0.5) - 0.5, math.sqrt(0.75) - math.sqrt(0.5), 1 - math.sqrt(0.75)]
     )
     assert coefficients.blend([0.5, 0.5], 0.2) == pytest.approx([0.4, 0.6])
-    assert coefficients.warmed_up_decays(3, 0.9) == pytest.approx([0.0, 1 - 2 ** (-2 / 3), 1 - 3 ** (-2 / 3)])
+    assert coefficients.warmed_up_decays(3, 0.9) == pytest.approx(
+        [0.0, 1 - 2 ** (-2 / 3), 1 - 3 ** (-2 / 3)]
+    )
     assert coefficients.decay_of_half_life(1000, 1000) == 0.5
 
 

@@ -11,9 +11,9 @@ from tiny_runs import MakeRun, model_at, write_checkpoint
 from llmtrain.averaging.average import average
 from llmtrain.averaging.inspection import inspect_path
 from llmtrain.averaging.plan import Request, make_plans
-from llmtrain.averaging.series import run_series
+from llmtrain.checkpoints.series import run_series
 from llmtrain.errors import UserError
-from llmtrain.integrity import sha256_of
+from llmtrain.storage.integrity import sha256_of
 
 
 def test_facts_of_a_series(tmp_path: Path) -> None:
@@ -26,7 +26,9 @@ def test_facts_of_a_series(tmp_path: Path) -> None:
     assert first.dtypes == {"F32": 5, "I64": 1, "BOOL": 1}
     assert first.sha256 == sha256_of(tmp_path / "s" / "step10" / "model.safetensors")
     floats = [name for name, tensor in a.items() if tensor.is_floating_point()]
-    assert first.norm == pytest.approx(math.sqrt(sum(a[n].double().square().sum().item() for n in floats)))
+    assert first.norm == pytest.approx(
+        math.sqrt(sum(a[n].double().square().sum().item() for n in floats))
+    )
     assert first.distance is None
     assert second.distance == pytest.approx(
         math.sqrt(sum((a[n].double() - b[n].double()).square().sum().item() for n in floats))
@@ -41,7 +43,7 @@ def test_an_average_shows_its_provenance(make_run: MakeRun) -> None:
     run = make_run([10, 20, 30])
     series = run_series(run)
     (result,) = average(series, make_plans(series, Request(every=10, window=3)))
-    (facts,) = inspect_path(result.plan.target)
+    (facts,) = inspect_path(result.spec.target)
     assert facts.step == 30
     assert facts.tokens == 30 * 64
     assert facts.hash_source == "recorded"

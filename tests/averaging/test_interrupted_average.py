@@ -12,10 +12,11 @@ from tiny_runs import MakeRun
 from llmtrain.averaging import average as module
 from llmtrain.averaging.average import average
 from llmtrain.averaging.plan import Request, make_plans
-from llmtrain.averaging.series import run_series
+from llmtrain.checkpoints.series import run_series
 from llmtrain.data.verify import verify_below
 from llmtrain.errors import UserError
-from llmtrain.files import RunFolder, staged_folder
+from llmtrain.storage.files import staged_folder
+from llmtrain.storage.run_folder import RunFolder
 
 # Two averages a pass; SIGKILL just before the n-th time that a file or folder is made, renamed or removed.
 KILLED = """
@@ -36,7 +37,18 @@ main()
 """
 COMMANDS = {
     "default": ["average", "runs/tiny", "--every", "10", "--window", "2", "--at", "all"],
-    "out": ["average", "runs/tiny", "--every", "10", "--window", "2", "--at", "all", "--out", "means"],
+    "out": [
+        "average",
+        "runs/tiny",
+        "--every",
+        "10",
+        "--window",
+        "2",
+        "--at",
+        "all",
+        "--out",
+        "means",
+    ],
     "single": ["average", "runs/tiny", "--every", "10", "--window", "3", "--out", "mean"],
 }
 
@@ -122,7 +134,9 @@ def test_what_a_pass_may_take_on_disk_changes_no_byte(
     assert contents(run.averages) == together
 
 
-def test_a_killed_out_is_cleared_by_the_next_command_beside_it(make_run: MakeRun, tmp_path: Path) -> None:
+def test_a_killed_out_is_cleared_by_the_next_command_beside_it(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
     make_run([10, 20, 30, 40])
     assert command(tmp_path, "single", 8) == -9
     assert {path.name for path in tmp_path.iterdir()} == {"runs", ".tmp-mean", ".tmp-mean.lock"}
@@ -131,4 +145,10 @@ def test_a_killed_out_is_cleared_by_the_next_command_beside_it(make_run: MakeRun
         assert command(tmp_path, "out") == 0
         assert not (tmp_path / ".tmp-mean").exists() or living.exists()
     assert command(tmp_path, "single") == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"runs", "mean", "means", "living", ".tmp-mine"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "runs",
+        "mean",
+        "means",
+        "living",
+        ".tmp-mine",
+    }

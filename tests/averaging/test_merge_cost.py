@@ -10,22 +10,23 @@ import pytest
 from safetensors import safe_open
 from tiny_runs import MakeRun
 
-from llmtrain import integrity
 from llmtrain.averaging import provenance
 from llmtrain.averaging.average import average
-from llmtrain.averaging.checkpoints import SafetensorsReader
-from llmtrain.averaging.header import TensorSpec, encode_header
 from llmtrain.averaging.plan import Request, make_plans
-from llmtrain.averaging.series import run_series
+from llmtrain.checkpoints.header import TensorSpec, encode_header
+from llmtrain.checkpoints.open import SafetensorsReader
+from llmtrain.checkpoints.series import run_series
 from llmtrain.errors import UserError
-from llmtrain.integrity import integrity_problems, sha256_of
+from llmtrain.storage import integrity
+from llmtrain.storage.integrity import integrity_problems, sha256_of
 
 GIGABYTE = 1 << 30
 
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from llmtrain.averaging import average, plan, series
+from llmtrain.averaging import average, plan
+from llmtrain.checkpoints import series
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
@@ -40,7 +41,11 @@ def write_sparse(path: Path, tensors: int, mark: int) -> None:
     """A gigabyte of float32, nearly all holes: it takes no disk."""
     count = GIGABYTE // 4 // tensors
     entries = {
-        f"t{i}": {"dtype": "F32", "shape": [count], "data_offsets": [i * count * 4, (i + 1) * count * 4]}
+        f"t{i}": {
+            "dtype": "F32",
+            "shape": [count],
+            "data_offsets": [i * count * 4, (i + 1) * count * 4],
+        }
         for i in range(tensors)
     }
     text = json.dumps(entries).encode()
@@ -53,7 +58,9 @@ def write_sparse(path: Path, tensors: int, mark: int) -> None:
 @pytest.mark.parametrize(("inputs", "tensors"), [(2, 1), (5, 2048)])
 def test_a_gigabyte_is_averaged_in_little_memory(tmp_path: Path, inputs: int, tensors: int) -> None:
     for number in range(1, inputs + 1):
-        write_sparse(tmp_path / "series" / f"step{10 * number}" / "model.safetensors", tensors, number)
+        write_sparse(
+            tmp_path / "series" / f"step{10 * number}" / "model.safetensors", tensors, number
+        )
     done = subprocess.run(
         [sys.executable, "-c", MEASURE], cwd=tmp_path, capture_output=True, text=True, check=False
     )
@@ -67,7 +74,9 @@ def test_a_gigabyte_is_averaged_in_little_memory(tmp_path: Path, inputs: int, te
     written.unlink()
 
 
-def test_all_sliding_windows_read_each_input_once(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_sliding_windows_read_each_input_once(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run(list(range(10, 210, 10)))
     read = 0
     original = SafetensorsReader.read
@@ -81,15 +90,19 @@ def test_all_sliding_windows_read_each_input_once(make_run: MakeRun, monkeypatch
     monkeypatch.setattr(SafetensorsReader, "read", counting)
     hashed_apart: list[Path] = []
     for module in (provenance, integrity):
-        monkeypatch.setattr(module, "sha256_of", lambda path: hashed_apart.append(path) or sha256_of(path))
+        monkeypatch.setattr(
+            module, "sha256_of", lambda path: hashed_apart.append(path) or sha256_of(path)
+        )
     series = run_series(run)
     results = average(series, make_plans(series, Request(every=10, window=5, at="all")))
     assert len(results) == 16
-    total = sum(spec.bytes for source in series.inputs.values() for spec in source.open().tensors.values())
+    total = sum(
+        spec.bytes for source in series.inputs.values() for spec in source.open().tensors.values()
+    )
     assert read == total
     assert hashed_apart  # configs, which an average takes over
     assert not [path for path in hashed_apart if path.suffix == ".safetensors"]
-    assert not [problem for result in results for problem in integrity_problems(result.plan.target)]
+    assert not [problem for result in results for problem in integrity_problems(result.spec.target)]
 
 
 def test_inputs_in_another_order_of_tensors_are_hashed_all_the_same(make_run: MakeRun) -> None:
@@ -97,7 +110,10 @@ def test_inputs_in_another_order_of_tensors_are_hashed_all_the_same(make_run: Ma
     path = run.snapshot(10) / "model.safetensors"
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-    specs = {name: TensorSpec("F32", tuple(tensors[name].shape)) for name in sorted(tensors, reverse=True)}
+    specs = {
+        name: TensorSpec("F32", tuple(tensors[name].shape))
+        for name in sorted(tensors, reverse=True)
+    }
     header, _ = encode_header(specs, {})
     path.write_bytes(header + b"".join(tensors[name].numpy().tobytes() for name in specs))
     integrity.write_integrity(path.parent)
@@ -111,4 +127,4 @@ def test_inputs_in_another_order_of_tensors_are_hashed_all_the_same(make_run: Ma
         average(series, plans)
     path.write_bytes(intact)
     (result,) = average(series, plans)
-    assert not integrity_problems(result.plan.target)
+    assert not integrity_problems(result.spec.target)

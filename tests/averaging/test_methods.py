@@ -17,12 +17,13 @@ from tiny_runs import load_all, model_at, write_checkpoint
 from torch import Tensor
 
 from llmtrain.averaging import coefficients
-from llmtrain.averaging.average import Average, Settings, average
-from llmtrain.averaging.checkpoints import open_folder
+from llmtrain.averaging.average import average
 from llmtrain.averaging.merge import Mixture, merge
-from llmtrain.averaging.numbers import narrow, widen
 from llmtrain.averaging.plan import Request, make_plans
-from llmtrain.averaging.series import folder_series
+from llmtrain.averaging.spec import Average, MergeOptions
+from llmtrain.checkpoints.numbers import narrow, widen
+from llmtrain.checkpoints.open import open_folder
+from llmtrain.checkpoints.series import folder_series
 from llmtrain.errors import UserError
 
 STEPS = (100, 200, 300, 400, 500, 600)
@@ -41,7 +42,7 @@ def make_series(
     return root
 
 
-def run(root: Path, settings: Settings | None = None, **request: Any) -> list[Average]:
+def run(root: Path, settings: MergeOptions | None = None, **request: Any) -> list[Average]:
     series = folder_series(root)
     return average(series, make_plans(series, Request(**request)), settings)
 
@@ -51,7 +52,11 @@ REQUESTS: list[tuple[dict[str, Any], list[int], list[float]]] = [
     ({"every": 200, "window": 2, "at": "500"}, [300, 500], coefficients.uniform(2)),
     ({"every": 100, "window": 3, "disjoint": True}, [400, 500, 600], coefficients.uniform(3)),
     ({"method": "linear", "every": 100, "window": 4}, [300, 400, 500, 600], coefficients.linear(4)),
-    ({"method": "decay", "every": 100, "window": 4}, [300, 400, 500, 600], coefficients.decay(4, "1-sqrt")),
+    (
+        {"method": "decay", "every": 100, "window": 4},
+        [300, 400, 500, 600],
+        coefficients.decay(4, "1-sqrt"),
+    ),
     (
         {"method": "decay", "shape": "cosine", "every": 100, "window": 3},
         [400, 500, 600],
@@ -64,11 +69,17 @@ REQUESTS: list[tuple[dict[str, Any], list[int], list[float]]] = [
         [400, 500, 600],
         coefficients.exponential(3, 2 ** (-100 / 150)),
     ),
-    ({"every": 100, "window": 3, "blend": 0.25}, [400, 500, 600], coefficients.blend([1 / 3] * 3, 0.25)),
+    (
+        {"every": 100, "window": 3, "blend": 0.25},
+        [400, 500, 600],
+        coefficients.blend([1 / 3] * 3, 0.25),
+    ),
 ]
 
 
-@pytest.mark.parametrize(("dtype", "shards"), [(torch.float32, 1), (torch.bfloat16, 3), (torch.float16, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "shards"), [(torch.float32, 1), (torch.bfloat16, 3), (torch.float16, 1)]
+)
 @pytest.mark.parametrize(("request_", "steps", "weights"), REQUESTS)
 def test_within_one_unit_in_the_last_place(
     tmp_path: Path,
@@ -80,10 +91,10 @@ def test_within_one_unit_in_the_last_place(
 ) -> None:
     root = make_series(tmp_path / "series", dtype=dtype, shards=shards)
     (result,) = run(root, **request_)
-    assert [source.step for source in result.plan.inputs] == steps
-    assert result.plan.weights == pytest.approx(weights)
+    assert [source.step for source in result.spec.inputs] == steps
+    assert result.spec.weights == pytest.approx(weights)
     exact = average_of([model_at(step, dtype) for step in steps], weights)
-    got = load_all(result.plan.target)
+    got = load_all(result.spec.target)
     assert got.keys() == exact.keys()
     for name, tensor in got.items():
         if tensor.is_floating_point():
@@ -97,37 +108,39 @@ def test_float64_stays_float64(tmp_path: Path) -> None:
     root = make_series(tmp_path / "series", dtype=torch.float64)
     (result,) = run(root, every=100)
     exact = average_of([model_at(s, torch.float64) for s in STEPS[1:]], [0.2] * 5)
-    for name, tensor in load_all(result.plan.target).items():
+    for name, tensor in load_all(result.spec.target).items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, exact[name], rtol=1e-14, atol=1e-15)
 
 
 def test_dtype_and_shards_of_the_output_can_be_chosen(tmp_path: Path) -> None:
     root = make_series(tmp_path / "series")
-    (result,) = run(root, Settings(dtype="BF16", max_shard=5000), every=100)
+    (result,) = run(root, MergeOptions(dtype="BF16", max_shard=5000), every=100)
     exact = average_of([model_at(s) for s in STEPS[1:]], [0.2] * 5)
-    got = load_all(result.plan.target)
+    got = load_all(result.spec.target)
     assert got["embed.weight"].dtype == torch.bfloat16
     assert ulps(got["embed.weight"], exact["embed.weight"]) == 0
-    assert len(list(result.plan.target.glob("model-*-of-*.safetensors"))) == 3
-    assert '"dtype": "bfloat16"' in (result.plan.target / "config.json").read_text()
-    reopened = open_folder(result.plan.target, step=600)
+    assert len(list(result.spec.target.glob("model-*-of-*.safetensors"))) == 3
+    assert '"dtype": "bfloat16"' in (result.spec.target / "config.json").read_text()
+    reopened = open_folder(result.spec.target, step=600)
     assert reopened.tensors.keys() == got.keys()
 
 
 def test_output_is_sharded_as_the_newest_input(tmp_path: Path) -> None:
     root = make_series(tmp_path / "series", shards=3)
     (result,) = run(root, every=100)
-    names = {path.name for path in result.plan.target.glob("*.safetensors")}
+    names = {path.name for path in result.spec.target.glob("*.safetensors")}
     assert names == {path.name for path in (root / "step600").glob("*.safetensors")}
     for name in names:
-        assert load_file(result.plan.target / name).keys() == load_file(root / "step600" / name).keys()
+        assert (
+            load_file(result.spec.target / name).keys() == load_file(root / "step600" / name).keys()
+        )
 
 
 def test_like_online_is_the_float32_recursion_to_the_bit(tmp_path: Path) -> None:
     root = make_series(tmp_path / "series")
     (result,) = run(root, method="ema", every=100, decay=0.9, like_online=True)
-    got = load_all(result.plan.target)
+    got = load_all(result.spec.target)
     mean = {name: t.clone() for name, t in model_at(100).items()}
     for update, step in enumerate(STEPS):
         decay = min(0.9, 1.0 - (1.0 + update) ** (-2.0 / 3.0))
@@ -142,13 +155,19 @@ def test_custom_weights_by_step_and_by_place(tmp_path: Path) -> None:
     root = make_series(tmp_path / "series")
     (tmp_path / "w.json").write_text('{"600": 1.5, "200": -0.5}')
     (result,) = run(root, method="custom", weights=tmp_path / "w.json")
-    assert [i.step for i in result.plan.inputs] == [200, 600]
+    assert [i.step for i in result.spec.inputs] == [200, 600]
     exact = average_of([model_at(200), model_at(600)], [-0.5, 1.5])
-    got = load_all(result.plan.target)
+    got = load_all(result.spec.target)
     assert max(ulps(got[name], exact[name]) for name in ("embed.weight", "norm.weight")) <= 1
     (tmp_path / "list.json").write_text("[0.25, 0.75]")
-    results = run(root, method="custom", weights=tmp_path / "list.json", every=300, at="all", label="two")
-    assert [[i.step for i in r.plan.inputs] for r in results] == [[100, 400], [200, 500], [300, 600]]
+    results = run(
+        root, method="custom", weights=tmp_path / "list.json", every=300, at="all", label="two"
+    )
+    assert [[i.step for i in r.spec.inputs] for r in results] == [
+        [100, 400],
+        [200, 500],
+        [300, 600],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -179,12 +198,18 @@ def test_wrong_weights_are_explained(tmp_path: Path, content: str, said: str) ->
         ({"every": 0}, "every is 0"),
         ({"every": 100, "window": 0}, "window is 0"),
         ({"every": 100, "label": "raw"}, "--label raw"),
-        ({"method": "ema", "every": 100, "decay": 0.9, "window": 3, "start": 200}, "--from and --window"),
+        (
+            {"method": "ema", "every": 100, "decay": 0.9, "window": 3, "start": 200},
+            "--from and --window",
+        ),
         ({"method": "swa", "every": 100}, "needs --from"),
         ({"method": "swa", "every": 150, "start": 100}, "no checkpoints at"),
         ({"method": "swa", "every": 100, "start": 700}, "no checkpoint at"),
         ({"method": "ema", "every": 100}, "--decay D or --half-life"),
-        ({"method": "ema", "every": 100, "decay": 0.9, "half_life": 3.0}, "--decay D or --half-life"),
+        (
+            {"method": "ema", "every": 100, "decay": 0.9, "half_life": 3.0},
+            "--decay D or --half-life",
+        ),
         ({"method": "ema", "every": 100, "decay": 1.0}, r"not in \[0, 1\)"),
         ({"method": "ema", "every": 100, "half_life": -1.0}, "not above 0"),
         ({"method": "decay", "shape": "square", "every": 100}, "--shape"),
@@ -196,10 +221,15 @@ def test_wrong_weights_are_explained(tmp_path: Path, content: str, said: str) ->
         ({"method": "posthoc-ema", "sigma_rel": 0.1}, "has stored no power-function EMA"),
         ({"every": 100, "blend": 1.5}, "not a share"),
         ({"every": 100, "label": "a/b"}, "no name of a folder"),
-        ({"method": "ema", "every": 100, "decay": 0.9, "like_online": True, "blend": 0.1}, "exclude"),
+        (
+            {"method": "ema", "every": 100, "decay": 0.9, "like_online": True, "blend": 0.1},
+            "exclude",
+        ),
     ],
 )
-def test_impossible_requests_are_explained(tmp_path: Path, request_: dict[str, Any], said: str) -> None:
+def test_impossible_requests_are_explained(
+    tmp_path: Path, request_: dict[str, Any], said: str
+) -> None:
     root = make_series(tmp_path / "series")
     with pytest.raises(UserError, match=said):
         run(root, **request_)
@@ -212,7 +242,9 @@ def test_summing_one_input_after_the_other_gives_the_same_bytes(
 ) -> None:
     root = make_series(tmp_path / "series", dtype=dtype, shards=2)
     (whole,) = run(root, every=100, method=method, label="whole")
-    (folded,) = run(root, Settings(discard_inputs=True), every=100, method=method, label="folded")
+    (folded,) = run(
+        root, MergeOptions(discard_inputs=True), every=100, method=method, label="folded"
+    )
     names = sorted(path.name for path in whole.plan.target.iterdir())
     assert names == sorted(path.name for path in folded.plan.target.iterdir())
     for path in whole.plan.target.glob("model*"):
@@ -222,13 +254,17 @@ def test_summing_one_input_after_the_other_gives_the_same_bytes(
 def test_swa_at_all_grows_by_one_checkpoint(tmp_path: Path) -> None:
     root = make_series(tmp_path / "series")
     results = run(root, method="swa", every=100, start=400, at="all")
-    assert [[i.step for i in r.plan.inputs] for r in results] == [[400], [400, 500], [400, 500, 600]]
+    assert [[i.step for i in r.spec.inputs] for r in results] == [
+        [400],
+        [400, 500],
+        [400, 500, 600],
+    ]
 
 
 def test_ema_stops_at_a_gap_when_no_start_was_named(tmp_path: Path) -> None:
     root = make_series(tmp_path / "series", steps=(100, 200, 400, 500, 600))
     (result,) = run(root, method="ema", every=100, decay=0.5)
-    assert [i.step for i in result.plan.inputs] == [400, 500, 600]
+    assert [i.step for i in result.spec.inputs] == [400, 500, 600]
 
 
 # --- properties of the merge itself -------------------------------------------------------------
@@ -264,7 +300,9 @@ def test_one_checkpoint_is_its_own_average(tmp_path: Path, array: np.ndarray) ->
 
 @QUICK
 @given(FLOATS, st.integers(2, 7), st.booleans())
-def test_equal_inputs_give_themselves(tmp_path: Path, array: np.ndarray, count: int, linear: bool) -> None:
+def test_equal_inputs_give_themselves(
+    tmp_path: Path, array: np.ndarray, count: int, linear: bool
+) -> None:
     weights = coefficients.linear(count) if linear else coefficients.uniform(count)
     np.testing.assert_array_equal(mean_of(tmp_path, [array] * count, weights), array)
 
@@ -277,16 +315,22 @@ def test_the_order_of_a_uniform_window_changes_no_bit(
     shuffled = list(arrays)
     random.shuffle(shuffled)
     weights = coefficients.uniform(len(arrays))
-    np.testing.assert_array_equal(mean_of(tmp_path, arrays, weights), mean_of(tmp_path, shuffled, weights))
+    np.testing.assert_array_equal(
+        mean_of(tmp_path, arrays, weights), mean_of(tmp_path, shuffled, weights)
+    )
 
 
 @QUICK
 @given(st.lists(FLOATS, min_size=6, max_size=6))
-def test_merging_merges_of_equal_windows_is_the_merge(tmp_path: Path, arrays: list[np.ndarray]) -> None:
+def test_merging_merges_of_equal_windows_is_the_merge(
+    tmp_path: Path, arrays: list[np.ndarray]
+) -> None:
     whole = mean_of(tmp_path, arrays, [1 / 6] * 6)
     halves = [mean_of(tmp_path, part, [1 / 3] * 3) for part in (arrays[:3], arrays[3:])]
     largest = max(float(np.abs(array).max()) for array in arrays)
-    np.testing.assert_allclose(mean_of(tmp_path, halves, [0.5, 0.5]), whole, rtol=2e-7, atol=largest * 2e-7)
+    np.testing.assert_allclose(
+        mean_of(tmp_path, halves, [0.5, 0.5]), whole, rtol=2e-7, atol=largest * 2e-7
+    )
 
 
 @settings(max_examples=300)
@@ -305,7 +349,11 @@ def test_bfloat16_is_rounded_once(values: np.ndarray) -> None:
         widen(around, "BF16", back)
         distance = abs(Fraction(float(back[0])) - Fraction(float(value)))
         for other in (bits - 1, bits + 1):
-            if 0 <= (int(other) & 0x7FFF) < 0x7F80 and 0 <= other <= 0xFFFF and (other ^ bits) < 0x8000:
+            if (
+                0 <= (int(other) & 0x7FFF) < 0x7F80
+                and 0 <= other <= 0xFFFF
+                and (other ^ bits) < 0x8000
+            ):
                 widen(np.array([other], np.uint16), "BF16", back)
                 neighbour = abs(Fraction(float(back[0])) - Fraction(float(value)))
                 assert distance < neighbour or (distance == neighbour and bits % 2 == 0)
@@ -320,7 +368,9 @@ def test_a_double_rounding_trap_of_bfloat16() -> None:
 def test_no_drift_over_a_thousand_windows(tmp_path: Path) -> None:
     """Each window is summed anew: the thousandth is as exact as the first."""
     generator = np.random.default_rng(0)
-    walk = np.cumsum(generator.normal(size=(1004, 8)).astype(np.float32) * 1e-3, axis=0, dtype=np.float32)
+    walk = np.cumsum(
+        generator.normal(size=(1004, 8)).astype(np.float32) * 1e-3, axis=0, dtype=np.float32
+    )
     for step, weights in enumerate(walk, start=1):
         path = tmp_path / "walk" / f"step{step}"
         path.mkdir(parents=True)
@@ -328,7 +378,7 @@ def test_no_drift_over_a_thousand_windows(tmp_path: Path) -> None:
     results = run(tmp_path / "walk", every=1, at="all", window=5)
     assert len(results) == 1000
     for result in (results[0], results[-1]):
-        last = result.plan.step
+        last = result.spec.step
         exact: Tensor = torch.from_numpy(walk[last - 5 : last].astype(np.float64).mean(0))
-        assert ulps(load_file(result.plan.target / "model.safetensors")["w"], exact) == 0
+        assert ulps(load_file(result.spec.target / "model.safetensors")["w"], exact) == 0
     assert math.isfinite(float(walk.sum()))

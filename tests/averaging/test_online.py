@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from llmtrain.averaging.online import OnlineAverage, build_average, swapped_in
 from llmtrain.averaging.power_ema import gamma_of
-from llmtrain.config_averages import AverageConfig
+from llmtrain.config.averages import AverageConfig
 
 CONFIG: TypeAdapter[AverageConfig] = TypeAdapter(AverageConfig)
 KINDS: list[dict[str, Any]] = [
@@ -162,7 +162,9 @@ def test_lawa_is_ready_when_its_window_is_full_and_never_holds_warmup(
         assert average.ready == (len(held) >= window)
         if average.ready:
             expected = torch.stack([path[s] for s in held[-window:]]).mean(0)
-            torch.testing.assert_close(average.weights()["weight"].double(), expected, atol=0, rtol=6e-8)
+            torch.testing.assert_close(
+                average.weights()["weight"].double(), expected, atol=0, rtol=6e-8
+            )
             assert average.provenance(step)["inputs"] == held[-window:]
 
 
@@ -181,7 +183,11 @@ def test_swapping_in_changes_the_output_and_gives_the_weights_back() -> None:
 def test_the_device_gives_the_cpus_bits(values: dict[str, Any]) -> None:
     on_cpu, on_gpu = nn.Linear(7, 5), nn.Linear(7, 5).cuda()
     on_gpu.load_state_dict(on_cpu.state_dict())
-    averages = [build(on_cpu, values), build(on_gpu, values), build(on_gpu, values | {"offload": True})]
+    averages = [
+        build(on_cpu, values),
+        build(on_gpu, values),
+        build(on_gpu, values | {"offload": True}),
+    ]
     for step in range(1, 40):
         walk(on_cpu, step)
         with torch.no_grad():

@@ -32,7 +32,9 @@ def test_published_pairs() -> None:
 
 
 @given(st.floats(1, 100), st.floats(0, 20), st.floats(1, 100), st.floats(0, 20))
-def test_overlap_is_the_integral(time_a: float, gamma_a: float, time_b: float, gamma_b: float) -> None:
+def test_overlap_is_the_integral(
+    time_a: float, gamma_a: float, time_b: float, gamma_b: float
+) -> None:
     end = min(time_a, time_b)
     tau = (np.arange(20_000) + 0.5) / 20_000 * end
     profile_a = (gamma_a + 1) * (tau / time_a) ** gamma_a / time_a

@@ -13,9 +13,10 @@ from tiny_runs import MakeRun
 from llmtrain.averaging.average import average
 from llmtrain.averaging.plan import Request, make_plans
 from llmtrain.averaging.power_ema import gamma_of
-from llmtrain.averaging.series import run_series
+from llmtrain.checkpoints.series import run_series
 from llmtrain.errors import UserError
-from llmtrain.files import RunFolder, staged_folder
+from llmtrain.storage.files import staged_folder
+from llmtrain.storage.run_folder import RunFolder
 
 STEPS, SIZE, WARM_UP = 60, 40, 10
 
@@ -27,7 +28,9 @@ def walk() -> np.ndarray:
     return (1.0 + np.cumsum(moves, axis=0)).astype(np.float32)
 
 
-def store(run: RunFolder, label: str, step: int, mean: np.ndarray, about: dict[str, object]) -> None:
+def store(
+    run: RunFolder, label: str, step: int, mean: np.ndarray, about: dict[str, object]
+) -> None:
     high = mean.astype(np.float32)
     low = (mean - high.astype(np.float64)).astype(np.float32)
     with staged_folder(run.average(label, step)) as folder:
@@ -64,7 +67,7 @@ def run(make_run: MakeRun) -> RunFolder:
 def made_by(run: RunFolder, **request: object) -> tuple[torch.Tensor, Path]:
     series = run_series(run)
     (result,) = average(series, make_plans(series, Request(**request)))  # type: ignore[arg-type]  # keyword options
-    return load_file(result.plan.target / "model.safetensors")["w"], result.plan.target
+    return load_file(result.spec.target / "model.safetensors")["w"], result.spec.target
 
 
 @pytest.mark.parametrize(("start", "to"), [(20, 60), (50, 60), (10, 40), (30, 40)])

@@ -11,14 +11,14 @@ import pytest
 
 from llmtrain.averaging.average import average
 from llmtrain.averaging.plan import Request, make_plans
-from llmtrain.averaging.series import run_series
 from llmtrain.averaging.sweep import Candidate, SweepResult, parse_sweep, sweep
 from llmtrain.averaging.sweep_report import summary, write_csv
-from llmtrain.config import RunConfig
+from llmtrain.checkpoints.series import run_series
+from llmtrain.checkpoints.targets import Target
+from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
 from llmtrain.evaluation.results import Settings, measure
-from llmtrain.evaluation.targets import Target
-from llmtrain.files import RunFolder
+from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.run import pretrain
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -26,7 +26,9 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def run(tiny: Callable[..., RunConfig], tmp_path: Path) -> RunFolder:
-    config = tiny(averages=[], train__max_steps=14, checkpoint={"snapshot_every": 1, "state_every": 14})
+    config = tiny(
+        averages=[], train__max_steps=14, checkpoint={"snapshot_every": 1, "state_every": 14}
+    )
     return pretrain(config, tmp_path / "runs" / "tiny", say=lambda line: None).run
 
 
@@ -39,7 +41,8 @@ def test_every_combination_is_a_request_and_none_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["window", "windows=3", "window=three", "window=3,", "window=3 window=5", "window=3 decay=0.9"]
+    "text",
+    ["window", "windows=3", "window=three", "window=3,", "window=3 window=5", "window=3 decay=0.9"],
 )
 def test_a_wrong_sweep_is_explained(text: str) -> None:
     with pytest.raises(UserError, match="--sweep"):
@@ -60,7 +63,9 @@ def test_losses_are_those_of_the_written_averages(run: RunFolder) -> None:
     for candidate in (result.best, result.candidates[-1]):
         assert candidate.request is not None
         (written,) = average(series, make_plans(series, candidate.request))
-        (row,) = measure([Target("x", 14, written.plan.target, run)], Settings(), lambda *progress: None)
+        (row,) = measure(
+            [Target("x", 14, written.plan.target, run)], Settings(), lambda *progress: None
+        )
         assert row.loss == pytest.approx(candidate.losses[14], rel=1e-6)
     (raw,) = measure([Target("raw", 9, run.snapshot(9), run)], Settings(), lambda *progress: None)
     assert raw.loss == pytest.approx(result.raw.losses[9], rel=1e-6)
@@ -83,7 +88,9 @@ def test_one_step_is_compared_alone(run: RunFolder) -> None:
 
 def test_widths_of_posthoc_emas_are_swept(tiny: Callable[..., RunConfig], tmp_path: Path) -> None:
     kept = [{"kind": "power-ema", "sigma_rel": width} for width in (0.05, 0.1)]
-    config = tiny(averages=kept, train__max_steps=14, checkpoint={"snapshot_every": 1, "state_every": 14})
+    config = tiny(
+        averages=kept, train__max_steps=14, checkpoint={"snapshot_every": 1, "state_every": 14}
+    )
     run = pretrain(config, tmp_path / "tiny", say=lambda line: None).run
     result = sweep(
         run, parse_sweep("method=lawa,posthoc-ema sigma-rel=0.07,0.15 window=2 every=2"), at="last"
@@ -92,7 +99,9 @@ def test_widths_of_posthoc_emas_are_swept(tiny: Callable[..., RunConfig], tmp_pa
     for candidate in result.candidates:
         assert candidate.request is not None
         (written,) = average(run_series(run), make_plans(run_series(run), candidate.request))
-        (row,) = measure([Target("x", 14, written.plan.target, run)], Settings(), lambda *progress: None)
+        (row,) = measure(
+            [Target("x", 14, written.plan.target, run)], Settings(), lambda *progress: None
+        )
         assert row.loss == pytest.approx(candidate.losses[14], rel=1e-6)
 
 
@@ -106,7 +115,9 @@ def test_small_memory_changes_no_number(run: RunFolder, monkeypatch: pytest.Monk
     whole = sweep(run, parse_sweep("window=2,4 every=1,2"))
     monkeypatch.setattr("llmtrain.averaging.sweep.MEMORY", 1)
     single = sweep(run, parse_sweep("window=2,4 every=1,2"))
-    assert {c.label: c.losses for c in whole.candidates} == {c.label: c.losses for c in single.candidates}
+    assert {c.label: c.losses for c in whole.candidates} == {
+        c.label: c.losses for c in single.candidates
+    }
 
 
 def test_candidates_without_a_window_are_left_out_and_said(run: RunFolder) -> None:
@@ -117,7 +128,9 @@ def test_candidates_without_a_window_are_left_out_and_said(run: RunFolder) -> No
         sweep(run, parse_sweep("window=50 every=2"))
 
 
-def test_savings_are_counted_from_the_first_step_that_is_as_good(run: RunFolder, tmp_path: Path) -> None:
+def test_savings_are_counted_from_the_first_step_that_is_as_good(
+    run: RunFolder, tmp_path: Path
+) -> None:
     raw = Candidate("raw", None, {6: 3.0, 10: 2.5, 14: 2.0})
     good = Candidate("good", None, {6: 2.4, 10: 1.9, 14: 1.8})
     poor = Candidate("poor", None, {10: 2.6, 14: 2.1})
@@ -141,7 +154,13 @@ def test_savings_are_counted_from_the_first_step_that_is_as_good(run: RunFolder,
 
 def test_the_command_shows_and_writes_the_best(run: RunFolder, llmtrain: Command) -> None:
     done = llmtrain(
-        "average", run.path, "--sweep", "window=2,3 every=2,3", "--write-best", "--json", cwd=run.path.parent
+        "average",
+        run.path,
+        "--sweep",
+        "window=2,3 every=2,3",
+        "--write-best",
+        "--json",
+        cwd=run.path.parent,
     )
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
@@ -152,7 +171,9 @@ def test_the_command_shows_and_writes_the_best(run: RunFolder, llmtrain: Command
     assert best["delta"] == best["loss"] - document["raw"]["losses"]["14"]
     assert (Path(written["path"]) / "model.safetensors").exists()
     assert (run.report / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    again = llmtrain("average", run.path, "--sweep", "window=2", "--every", "2", cwd=run.path.parent)
+    again = llmtrain(
+        "average", run.path, "--sweep", "window=2", "--every", "2", cwd=run.path.parent
+    )
     assert again.returncode == 2
     assert "--sweep takes" in again.stderr
 
@@ -172,7 +193,9 @@ def test_duplicated_snapshots_are_refused(run: RunFolder) -> None:
 
 def test_savings_count_from_where_raw_weights_were_first_as_good(run: RunFolder) -> None:
     raw = {1: 3.0, 2: 2.0, 3: 1.9, 4: 2.5}
-    result = SweepResult(Candidate("raw", None, raw), [Candidate("a", None, {1: 2.4, 4: 2.0})], [], 10)
+    result = SweepResult(
+        Candidate("raw", None, raw), [Candidate("a", None, {1: 2.4, 4: 2.0})], [], 10
+    )
     (row,) = summary(result, run)
     assert (row.reached, row.steps_saved) == (1, 2 - 1)
 
@@ -183,7 +206,9 @@ def test_savings_count_from_where_raw_weights_were_first_as_good(run: RunFolder)
 def test_options_that_a_sweep_would_ignore_are_refused(
     run: RunFolder, llmtrain: Command, option: list[str]
 ) -> None:
-    result = llmtrain("average", run.path, "--sweep", "window=3 every=1", *option, cwd=run.path.parent)
+    result = llmtrain(
+        "average", run.path, "--sweep", "window=3 every=1", *option, cwd=run.path.parent
+    )
     assert result.returncode == 2
     alone = llmtrain("average", run.path, "--every", "1", "--write-best", cwd=run.path.parent)
     assert alone.returncode == 2

@@ -66,7 +66,9 @@ def test_a_table_and_the_path_without_json(runs: Path) -> None:
         (["nowhere", "--every", "10"], "nowhere"),
     ],
 )
-def test_a_wrong_command_line_is_exit_code_2_with_a_hint(runs: Path, arguments: list[str], said: str) -> None:
+def test_a_wrong_command_line_is_exit_code_2_with_a_hint(
+    runs: Path, arguments: list[str], said: str
+) -> None:
     done = llmtrain(runs, "average", *arguments)
     assert done.returncode == 2
     assert said in done.stderr
@@ -81,5 +83,7 @@ def test_torch_is_not_imported(runs: Path) -> None:
         "sys.argv = ['llmtrain', 'average', '--every', '10', '--window', '2']\n"
         "try: main()\nfinally: sys.exit(3 if 'torch' in sys.modules else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=runs, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=runs, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr

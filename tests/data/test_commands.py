@@ -19,19 +19,30 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     path = tmp_path / "web.jsonl"
-    path.write_text("".join(json.dumps({"text": f"Document {i}. " * 20}) + "\n" for i in range(200)))
+    path.write_text(
+        "".join(json.dumps({"text": f"Document {i}. " * 20}) + "\n" for i in range(200))
+    )
     return path
 
 
 def test_prepare_and_verify(llmtrain: Command, source: Path, tmp_path: Path) -> None:
-    result = llmtrain("prepare", "web.jsonl", "--tokenizer", "byte", "--val-fraction", "0.1", cwd=tmp_path)
+    result = llmtrain(
+        "prepare", "web.jsonl", "--tokenizer", "byte", "--val-fraction", "0.1", cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert "180" in result.stdout and "byte tokens in data/web" in result.stdout
     assert "reading web.jsonl: 1 file(s)" in result.stderr
     assert "Generating" not in result.stderr
 
     again = llmtrain(
-        "prepare", "web.jsonl", "--tokenizer", "byte", "--val-fraction", "0.1", "--json", cwd=tmp_path
+        "prepare",
+        "web.jsonl",
+        "--tokenizer",
+        "byte",
+        "--val-fraction",
+        "0.1",
+        "--json",
+        cwd=tmp_path,
     )
     assert "nothing to do" in again.stderr
     assert json.loads(again.stdout) == json.loads((tmp_path / "data/web/manifest.json").read_text())
@@ -51,7 +62,9 @@ def test_prepare_and_verify(llmtrain: Command, source: Path, tmp_path: Path) -> 
 
 
 def test_an_empty_val_split_is_said(llmtrain: Command, source: Path, tmp_path: Path) -> None:
-    result = llmtrain("prepare", "web.jsonl", "--val-fraction", "0", "--shard-tokens", "1k", cwd=tmp_path)
+    result = llmtrain(
+        "prepare", "web.jsonl", "--val-fraction", "0", "--shard-tokens", "1k", cwd=tmp_path
+    )
     assert "The val split is empty" in result.stdout
     assert len(list((tmp_path / "data/web").glob("train-*.bin"))) > 5
 
@@ -78,7 +91,9 @@ def test_mistakes_exit_with_2(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_before_the_first_shard_leaves_nothing(tmp_path: Path, number: int, code: int) -> None:
+def test_a_signal_before_the_first_shard_leaves_nothing(
+    tmp_path: Path, number: int, code: int
+) -> None:
     (tmp_path / "big.txt").write_text("It was the best of times. " * 1_500_000)
     # In the background of a shell without job control the signal would be ignored.
     program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
@@ -121,7 +136,9 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys; from llmtrain.cli import prepare, verify; "
         "print({'torch', 'numpy', 'datasets', 'tiktoken', 'pyarrow', 'pydantic'} & set(sys.modules))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout == "set()\n"
 
 

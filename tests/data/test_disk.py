@@ -35,9 +35,7 @@ def test_a_limit_on_the_size_of_files(undisturbed: tuple[Path, Path], tmp_path: 
     )
     assert result.returncode == 1
     [error] = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    about = (
-        r"error: cannot write out: File too large \(about [12]\.\d MB more are needed, [\d.,]+ .B are free\)"
-    )
+    about = r"error: cannot write out: File too large \(about [12]\.\d MB more are needed, [\d.,]+ .B are free\)"
     assert re.fullmatch(about, error)
     assert "ulimit -f" in result.stderr and "the same command goes on after the" in result.stderr
     assert "Traceback" not in result.stderr
@@ -54,7 +52,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+    if (
+        not shutil.which("mount")
+        or subprocess.run(mount, capture_output=True, check=False).returncode
+    ):
         pytest.skip("a small file system cannot be mounted here")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
@@ -79,7 +80,9 @@ def test_a_disk_that_may_only_be_read(
     undisturbed: tuple[Path, Path], small_disk: Path, llmtrain: Command
 ) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    result = llmtrain("prepare", undisturbed[0], "--out", small_disk / "out", *ARGUMENTS, cwd=small_disk)
+    result = llmtrain(
+        "prepare", undisturbed[0], "--out", small_disk / "out", *ARGUMENTS, cwd=small_disk
+    )
     assert result.returncode == 1
     assert f"error: cannot write {small_disk}/out: Read-only file system\n" in result.stderr
     assert "hint: choose another place with --out\n" in result.stderr
@@ -140,7 +143,9 @@ def test_a_source_that_shrinks_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         return real(*arguments)
 
     monkeypatch.setattr(build, "validation_documents", shrink)
-    with pytest.raises(UserError, match=r"a\.jsonl holds fewer documents than when it was first read"):
+    with pytest.raises(
+        UserError, match=r"a\.jsonl holds fewer documents than when it was first read"
+    ):
         prepare(str(path), tmp_path / "out", tokenizer="byte", val_fraction=0)
 
 

@@ -52,7 +52,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     (script / "script.py").write_text("raise SystemExit('ran')")
     lines = root / "lines"
     lines.mkdir()
-    (lines / "train.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in DOCUMENTS))
+    (lines / "train.jsonl").write_text(
+        "".join(json.dumps({"body": text}) + "\n" for text in DOCUMENTS)
+    )
     test_only = root / "test-only"
     test_only.mkdir()
     (test_only / "test.jsonl").write_text('{"text": "x"}\n')
@@ -70,7 +72,11 @@ def run(hub: HubServer, tmp_path: Path) -> Run:
         source: str, out: str = "out", environment: dict[str, str] | None = None, **options: object
     ) -> dict:
         hub.requests.clear()
-        variables = {**hub.environment(tmp_path / "home"), "HF_HUB_OFFLINE": "0", **(environment or {})}
+        variables = {
+            **hub.environment(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+            **(environment or {}),
+        }
         result = subprocess.run(
             [sys.executable, "-c", PROGRAM, source, str(tmp_path / out), json.dumps(options)],
             cwd=ROOT,
@@ -88,7 +94,10 @@ def run(hub: HubServer, tmp_path: Path) -> Run:
 def text_of(folder: Path) -> list[str]:
     tokens = np.fromfile(folder / "train-00000.bin", dtype="<u2", offset=1024)
     ends = np.flatnonzero(tokens == 256)
-    return [bytes(part[part != 256].astype(np.uint8)).decode() for part in np.split(tokens, ends + 1)[:-1]]
+    return [
+        bytes(part[part != 256].astype(np.uint8)).decode()
+        for part in np.split(tokens, ends + 1)[:-1]
+    ]
 
 
 def test_openwebtext(run: Run, hub: HubServer, tmp_path: Path) -> None:
@@ -107,7 +116,9 @@ def test_openwebtext(run: Run, hub: HubServer, tmp_path: Path) -> None:
     assert again == manifest
     # Already there: nothing is downloaded but what is needed to see that.
     assert not any("train-00002" in request for request in hub.requests)
-    assert not (tmp_path / "home" / "datasets").exists() or not list((tmp_path / "home").rglob("*.arrow"))
+    assert not (tmp_path / "home" / "datasets").exists() or not list(
+        (tmp_path / "home").rglob("*.arrow")
+    )
 
 
 STOPPED = """
@@ -126,15 +137,21 @@ prepare("openwebtext", Path(sys.argv[1]), tokenizer="byte", shard_tokens=2000, o
 def test_interrupted_and_resumed(run: Run, hub: HubServer, tmp_path: Path) -> None:
     variables = {**hub.environment(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-c", STOPPED, str(tmp_path / "out")]
-    stopped = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, check=False)
+    stopped = subprocess.run(
+        command, cwd=ROOT, env=os.environ | variables, capture_output=True, check=False
+    )
     assert stopped.returncode == 7, stopped.stderr
-    shards = {path.name: path.stat().st_ino for path in (tmp_path / ".tmp-out" / "shards").glob("*.bin")}
+    shards = {
+        path.name: path.stat().st_ino for path in (tmp_path / ".tmp-out" / "shards").glob("*.bin")
+    }
     assert len(shards) > 3
     resumed = run("openwebtext", shard_tokens=2000)
     assert {name: (tmp_path / "out" / name).stat().st_ino for name in shards} == shards
     assert run("openwebtext", out="undisturbed", shard_tokens=2000) == resumed
     for name in shards:
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+        assert (tmp_path / "out" / name).read_bytes() == (
+            tmp_path / "undisturbed" / name
+        ).read_bytes()
 
 
 def test_a_limit_downloads_no_more_than_it_needs(run: Run, hub: HubServer, tmp_path: Path) -> None:
@@ -156,7 +173,11 @@ def test_any_dataset(run: Run, tmp_path: Path) -> None:
     [
         ("hub:who/lines", "has no field 'text'; it has: body", "--text-field"),
         ("hub:who/lines:fr", "'fr' not found. Available: ['default']", "hub:NAME:CONFIG"),
-        ("hub:who/absent", "there is no dataset 'who/absent' on the hub, or it is private", "check the name"),
+        (
+            "hub:who/absent",
+            "there is no dataset 'who/absent' on the hub, or it is private",
+            "check the name",
+        ),
         ("hub:who/script", "Dataset scripts are no longer supported", "download its data files"),
         ("hub:who/test-only", "has no split 'train'; it has: test", "download the files"),
     ],
@@ -168,7 +189,9 @@ def test_errors(run: Run, tmp_path: Path, source: str, error: str, hint: str) ->
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("variables", [{"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}])
+@pytest.mark.parametrize(
+    "variables", [{"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}]
+)
 def test_no_network(run: Run, tmp_path: Path, variables: dict[str, str]) -> None:
     answer = run("openwebtext", environment=variables)
     assert f"the dataset {OPENWEBTEXT} cannot be read from the hub" in answer["error"]

@@ -10,18 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtrain.config_data import DataConfig
+from llmtrain.config.data import DataConfig
 from llmtrain.data.mixture import MixtureSampler, open_training_data, shared, train_tokens
 from llmtrain.data.prepare import prepare
 from llmtrain.data.sampler import Sampler
 from llmtrain.data.shards import open_data
 from llmtrain.errors import UserError
 
-SHARES = st.lists(st.integers(1, 300), max_size=4).map(lambda parts: [Fraction(n, 1201) for n in parts])
+SHARES = st.lists(st.integers(1, 300), max_size=4).map(
+    lambda parts: [Fraction(n, 1201) for n in parts]
+)
 
 
 @given(SHARES, st.integers(0, 10**12), st.lists(st.integers(0, 500), min_size=1, max_size=8))
-def test_rows_are_given_out_once_and_in_order(shares: list[Fraction], first: int, counts: list[int]) -> None:
+def test_rows_are_given_out_once_and_in_order(
+    shares: list[Fraction], first: int, counts: list[int]
+) -> None:
     """However a range of rows is cut, each source gives its own rows without gap or repetition."""
     cuts = [first + sum(counts[:n]) for n in range(len(counts) + 1)]
     pieces = [shared(a, b, shares) for a, b in itertools.pairwise(cuts)]
@@ -35,7 +39,9 @@ def test_rows_are_given_out_once_and_in_order(shares: list[Fraction], first: int
 
 
 @given(SHARES, st.integers(1, 10**9))
-def test_a_source_has_its_share_to_within_one_row_a_source(shares: list[Fraction], rows: int) -> None:
+def test_a_source_has_its_share_to_within_one_row_a_source(
+    shares: list[Fraction], rows: int
+) -> None:
     for share, (start, stop) in zip(shares, shared(0, rows, shares)[1:], strict=True):
         assert start == 0
         assert abs(stop - rows * share) <= len(shares)
@@ -48,7 +54,9 @@ def old(tmp_path: Path, text_file: Path) -> Path:
 
 
 def test_a_batch_holds_windows_of_each_source(data_folder: Path, old: Path) -> None:
-    config = DataConfig(path=str(data_folder), block_size=16, mix=[{"path": str(old), "weight": 0.25}])
+    config = DataConfig(
+        path=str(data_folder), block_size=16, mix=[{"path": str(old), "weight": 0.25}]
+    )
     data = open_training_data(config)
     tokens, main = train_tokens(data), open_data(data_folder)
     sampler = MixtureSampler(data, 16, 8, seed=3)
@@ -73,12 +81,16 @@ def test_one_source_is_what_it_was(data_folder: Path) -> None:
         assert np.array_equal(MixtureSampler(data, 16, 8, seed=3).rows(step), expected)
 
 
-def test_another_tokenizer_is_refused(data_folder: Path, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_tokenizer_is_refused(
+    data_folder: Path, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import llmtrain.data.mixture as module
 
     real = module.open_data
     monkeypatch.setattr(
-        module, "open_data", lambda path: replace(real(path), tokenizer="gpt2") if path == old else real(path)
+        module,
+        "open_data",
+        lambda path: replace(real(path), tokenizer="gpt2") if path == old else real(path),
     )
     config = DataConfig(path=str(data_folder), mix=[{"path": str(old), "weight": 0.25}])
     with pytest.raises(UserError, match="holds tokens of gpt2"):

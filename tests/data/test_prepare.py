@@ -15,9 +15,9 @@ from llmtrain.data.build import Build, Progress, validation_documents
 from llmtrain.data.manifest import Manifest, read_manifest
 from llmtrain.data.prepare import prepare, published_difference
 from llmtrain.data.shards import data_problems, open_data
-from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.data.verify import verify_below
 from llmtrain.errors import RunFailed, UserError
+from llmtrain.model.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
@@ -25,7 +25,19 @@ SHARED = ROOT.parent / "shared" / "data"
 
 def make_documents(count: int, seed: int = 0) -> list[str]:
     choose = random.Random(seed)
-    words = ["the", "learning", "rate", "é", "中文", "\n\n", "<|endoftext|>", "it's", "1234", " ", "ok."]
+    words = [
+        "the",
+        "learning",
+        "rate",
+        "é",
+        "中文",
+        "\n\n",
+        "<|endoftext|>",
+        "it's",
+        "1234",
+        " ",
+        "ok.",
+    ]
     return [" ".join(choose.choices(words, k=choose.randrange(60))) for _ in range(count)]
 
 
@@ -60,7 +72,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", ["gpt2", "byte"])
 def test_split_and_tokens(source: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
-    manifest = prepare(str(source), out, tokenizer=name, val_fraction=0.03, seed=11, shard_tokens=1000)
+    manifest = prepare(
+        str(source), out, tokenizer=name, val_fraction=0.03, seed=11, shard_tokens=1000
+    )
     whole = datasets.Dataset.from_dict({"text": make_documents(500), "i": range(500)})
     parts = whole.train_test_split(test_size=0.03, seed=11, shuffle=True)
     for split, part in (("train", parts["train"]), ("val", parts["test"])):
@@ -82,12 +96,16 @@ def test_workers_change_nothing(
 ) -> None:
     # Small pieces, so that documents are cut and many chunks are in flight.
     monkeypatch.setattr("llmtrain.data.encode.PIECE_BYTES", 500)
-    monkeypatch.setattr("llmtrain.data.tokenizer.cut.__defaults__", (50,))
+    monkeypatch.setattr("llmtrain.model.tokenizer.cut.__defaults__", (50,))
     for workers in (1, 3):
-        prepare(str(source), tmp_path / str(workers), tokenizer=name, shard_tokens=3000, workers=workers)
+        prepare(
+            str(source), tmp_path / str(workers), tokenizer=name, shard_tokens=3000, workers=workers
+        )
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
     val = validation_documents(500, 0.0005, 2357)
-    documents = [text for text, held_out in zip(make_documents(500), val, strict=True) if not held_out]
+    documents = [
+        text for text, held_out in zip(make_documents(500), val, strict=True) if not held_out
+    ]
     assert tokens(tmp_path / "1", "train") == one_by_one(documents, name)
 
 
@@ -106,7 +124,9 @@ def test_empty_val_split(source: Path, tmp_path: Path) -> None:
 
 
 def test_limit(source: Path, tmp_path: Path) -> None:
-    manifest = prepare(str(source), tmp_path / "out", tokenizer="byte", val_fraction=0, limit_documents=7)
+    manifest = prepare(
+        str(source), tmp_path / "out", tokenizer="byte", val_fraction=0, limit_documents=7
+    )
     assert tokens(tmp_path / "out", "train") == one_by_one(make_documents(500)[:7], "byte")
     assert manifest.source.limit_documents == 7
 
@@ -134,7 +154,9 @@ def test_published_totals(source: Path, tmp_path: Path) -> None:
         source = manifest.source.model_copy(update={"id": "hub:Skylion007/openwebtext", **changes})
         train_record = manifest.train.model_copy(update={"tokens": train})
         val_record = manifest.val.model_copy(update={"tokens": val})
-        return manifest.model_copy(update={"source": source, "train": train_record, "val": val_record})
+        return manifest.model_copy(
+            update={"source": source, "train": train_record, "val": val_record}
+        )
 
     assert published_difference(openwebtext(9_035_582_198, 4_434_897)) is None
     assert "9,035,582,198" in str(published_difference(openwebtext(9_035_582_197, 4_434_897)))
@@ -144,12 +166,17 @@ def test_published_totals(source: Path, tmp_path: Path) -> None:
 # --- the folder --------------------------------------------------------------------------------
 
 
-def test_again_is_quick_and_says_so(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_again_is_quick_and_says_so(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = prepare(str(source), tmp_path / "out", tokenizer="byte")
     before = contents(tmp_path / "out")
     monkeypatch.setattr(Build, "_write", None)
     notes: list[str] = []
-    assert prepare(str(source), tmp_path / "out", tokenizer="byte", workers=2, on_note=notes.append) == first
+    assert (
+        prepare(str(source), tmp_path / "out", tokenizer="byte", workers=2, on_note=notes.append)
+        == first
+    )
     assert "holds this data already" in notes[-1]
     assert contents(tmp_path / "out") == before
     assert not list(tmp_path.glob(".tmp-*"))
@@ -165,7 +192,9 @@ def test_again_is_quick_and_says_so(source: Path, tmp_path: Path, monkeypatch: p
         ({"shard_tokens": 7}, "shard_tokens is 100000000, not 7"),
     ],
 )
-def test_other_data_is_kept(source: Path, tmp_path: Path, options: dict[str, object], message: str) -> None:
+def test_other_data_is_kept(
+    source: Path, tmp_path: Path, options: dict[str, object], message: str
+) -> None:
     prepare(str(source), tmp_path / "out", tokenizer="byte")
     before = contents(tmp_path / "out")
     with pytest.raises(UserError, match="holds other data") as caught:
@@ -250,7 +279,9 @@ PREPARE = "import sys; from pathlib import Path; from llmtrain.data.prepare impo
         ({"tokenizer": "gpt3"}, "unknown tokenizer 'gpt3'"),
     ],
 )
-def test_options_out_of_range(source: Path, tmp_path: Path, options: dict[str, object], message: str) -> None:
+def test_options_out_of_range(
+    source: Path, tmp_path: Path, options: dict[str, object], message: str
+) -> None:
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=message):
         prepare(str(source), tmp_path / "new" / "folders" / "out", **options)
@@ -267,7 +298,8 @@ def test_a_name_that_no_disk_holds(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("", "holds no documents"), ('{"text": ""}\n', "every document is empty")]
+    ("content", "message"),
+    [("", "holds no documents"), ('{"text": ""}\n', "every document is empty")],
 )
 def test_empty_sources(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "web.jsonl").write_text(content)
@@ -280,7 +312,7 @@ def test_empty_sources(tmp_path: Path, content: str, message: str) -> None:
 
 
 def test_verify_below(source: Path, tmp_path: Path) -> None:
-    from llmtrain import files
+    from llmtrain.storage import files
 
     prepare(str(source), tmp_path / "all" / "data", tokenizer="byte")
     run = files.RunFolder(tmp_path / "all" / "run")
@@ -290,7 +322,11 @@ def test_verify_below(source: Path, tmp_path: Path) -> None:
     (tmp_path / "all" / ".tmp-data").mkdir()
     (tmp_path / "all" / ".tmp-data" / "manifest.json").write_text("half")
     checks = verify_below(tmp_path / "all")
-    assert [check.folder for check in checks] == [tmp_path / "all" / "data", run.snapshot(1), run.snapshot(2)]
+    assert [check.folder for check in checks] == [
+        tmp_path / "all" / "data",
+        run.snapshot(1),
+        run.snapshot(2),
+    ]
     assert not any(check.problems for check in checks)
     assert [check.files for check in checks] == [3, 2, 2]
 
@@ -299,7 +335,9 @@ def test_verify_below(source: Path, tmp_path: Path) -> None:
     (tmp_path / "all" / "data" / "manifest.json").write_text("{}")
     problems = [problem for check in verify_below(tmp_path / "all") for problem in check.problems]
     assert len(problems) == 3
-    for problem, words in zip(problems, ["has format None", "another SHA-256", "is missing"], strict=True):
+    for problem, words in zip(
+        problems, ["has format None", "another SHA-256", "is missing"], strict=True
+    ):
         assert words in problem
 
 
@@ -314,7 +352,9 @@ def test_verify_refuses_what_has_no_hashes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (SHARED / "webmix-train.jsonl.zst").exists(), reason="the real text is not here")
+@pytest.mark.skipif(
+    not (SHARED / "webmix-train.jsonl.zst").exists(), reason="the real text is not here"
+)
 def test_webmix_has_the_published_number_of_tokens(tmp_path: Path) -> None:
     manifest = prepare(str(SHARED / "webmix-train.jsonl.zst"), tmp_path / "out", val_fraction=0)
     assert (manifest.train.tokens, manifest.train.documents) == (28_699_060, 43_497)

@@ -88,10 +88,16 @@ def workers_at_work() -> list[int]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+            command, environment = (
+                (process / "cmdline").read_bytes(),
+                (process / "environ").read_bytes(),
+            )
         except OSError:
             continue  # it ended, or is not ours
-        if b"ray::encode_partition" in command and f"{MARK}={os.environ[MARK]}".encode() in environment:
+        if (
+            b"ray::encode_partition" in command
+            and f"{MARK}={os.environ[MARK]}".encode() in environment
+        ):
             found.append(int(process.name))
     return found
 
@@ -101,7 +107,9 @@ def workers_at_work() -> list[int]:
 def test_the_same_bytes(cluster: str, corpora: dict[str, Path], tmp_path: Path, name: str) -> None:
     seen: list[Progress] = []
     locally = prepare(str(corpora[name]), tmp_path / "local", **OPTIONS)
-    on_ray = prepare(str(corpora[name]), tmp_path / "ray", engine="ray", **OPTIONS, on_progress=seen.append)
+    on_ray = prepare(
+        str(corpora[name]), tmp_path / "ray", engine="ray", **OPTIONS, on_progress=seen.append
+    )
     assert on_ray == locally
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")
     assert len(locally.train.shards) > 5
@@ -109,7 +117,9 @@ def test_the_same_bytes(cluster: str, corpora: dict[str, Path], tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_a_worker_killed_in_the_middle(cluster: str, corpora: dict[str, Path], tmp_path: Path) -> None:
+def test_a_worker_killed_in_the_middle(
+    cluster: str, corpora: dict[str, Path], tmp_path: Path
+) -> None:
     killed: list[int] = []
 
     def kill_one(progress: Progress) -> None:
@@ -118,14 +128,18 @@ def test_a_worker_killed_in_the_middle(cluster: str, corpora: dict[str, Path], t
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
 
-    prepare(str(corpora["web.jsonl"]), tmp_path / "ray", engine="ray", **OPTIONS, on_progress=kill_one)
+    prepare(
+        str(corpora["web.jsonl"]), tmp_path / "ray", engine="ray", **OPTIONS, on_progress=kill_one
+    )
     assert killed
     prepare(str(corpora["web.jsonl"]), tmp_path / "local", **OPTIONS)
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")
 
 
 @pytest.mark.slow
-def test_interrupted_here_and_resumed_there(cluster: str, corpora: dict[str, Path], tmp_path: Path) -> None:
+def test_interrupted_here_and_resumed_there(
+    cluster: str, corpora: dict[str, Path], tmp_path: Path
+) -> None:
     class Stop(Exception):
         pass
 
@@ -185,10 +199,14 @@ def test_workers_use_no_accelerator(cluster: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_command(cluster: str, corpora: dict[str, Path], tmp_path: Path, llmtrain: Command) -> None:
+def test_the_command(
+    cluster: str, corpora: dict[str, Path], tmp_path: Path, llmtrain: Command
+) -> None:
     source = corpora["web.jsonl"]
     on_ray = ("--engine", "ray", "--ray-address", cluster)
-    result = llmtrain("prepare", source, "--out", "ray", "--shard-tokens", "100k", *on_ray, cwd=tmp_path)
+    result = llmtrain(
+        "prepare", source, "--out", "ray", "--shard-tokens", "100k", *on_ray, cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert "gpt2 tokens in ray" in result.stdout
     assert [line.split()[0] for line in said(result.stderr)] == ["reading"]
@@ -200,7 +218,13 @@ def test_the_command(cluster: str, corpora: dict[str, Path], tmp_path: Path, llm
 def test_a_signal_ends_the_command_and_its_tasks(
     cluster: str, corpora: dict[str, Path], tmp_path: Path
 ) -> None:
-    command = [Path(sys.executable).parent / "llmtrain", "prepare", corpora["web.jsonl"], "--out", "ray"]
+    command = [
+        Path(sys.executable).parent / "llmtrain",
+        "prepare",
+        corpora["web.jsonl"],
+        "--out",
+        "ray",
+    ]
     command += ["--shard-tokens", "50k", "--engine", "ray", "--ray-address", cluster]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob(".tmp-ray/shards/train-*.bin")):
@@ -258,5 +282,7 @@ def test_options(tmp_path: Path, options: dict[str, object], message: str) -> No
 
 def test_ray_is_imported_only_when_asked_for() -> None:
     code = "import sys, llmtrain.data.prepare; print('ray' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout == "False\n"

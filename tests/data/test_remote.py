@@ -18,9 +18,9 @@ from llmtrain.data import copies
 from llmtrain.data.copies import local_folder, workplace
 from llmtrain.data.manifest import read_manifest
 from llmtrain.data.prepare import prepare
-from llmtrain.data.remote import is_url
 from llmtrain.data.shards import data_problems, open_data
 from llmtrain.errors import RunFailed, UserError
+from llmtrain.storage.urls import is_url
 
 TEXTS = [f"Document {i} é. " * (i % 17) for i in range(400)]
 OPTIONS = {"tokenizer": "byte", "val_fraction": 0.1, "shard_tokens": 5000}
@@ -60,7 +60,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def contents_of_memory(memory: Any, path: str) -> dict[str, bytes]:
-    return {each.rpartition("/")[2]: memory.cat_file(each) for each in memory.find(path) if ".bin" in each}
+    return {
+        each.rpartition("/")[2]: memory.cat_file(each)
+        for each in memory.find(path)
+        if ".bin" in each
+    }
 
 
 # --- inputs ------------------------------------------------------------------------------------
@@ -69,7 +73,9 @@ def contents_of_memory(memory: Any, path: str) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("url", "path"), [("memory://bucket/web", "."), ("memory://bucket/web/*.jsonl", "a.jsonl")]
 )
-def test_input(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, path: str) -> None:
+def test_input(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, path: str
+) -> None:
     monkeypatch.setattr("llmtrain.data.readers.PARTITION_BYTES", 3000)
     notes: list[str] = []
     manifest = prepare(url, tmp_path / "url", **OPTIONS, on_note=notes.append)
@@ -95,7 +101,9 @@ def test_a_changed_input_is_other_data(corpus: Path, tmp_path: Path, memory: Any
 def test_file_urls_are_paths(corpus: Path, tmp_path: Path) -> None:
     prepare(f"file://{corpus}", f"file://{tmp_path / 'url'}", **OPTIONS)
     prepare(str(corpus), tmp_path / "here", **OPTIONS)
-    assert (tmp_path / "url" / "manifest.json").read_text() == (tmp_path / "here/manifest.json").read_text()
+    assert (tmp_path / "url" / "manifest.json").read_text() == (
+        tmp_path / "here/manifest.json"
+    ).read_text()
     assert open_data(local_folder(f"file://{tmp_path / 'url'}")).tokens("train") > 0
     assert not is_url("data/web") and not is_url(f"file://{corpus}") and is_url("s3://a/b")
 
@@ -110,7 +118,9 @@ def test_file_urls_are_paths(corpus: Path, tmp_path: Path) -> None:
         ("memory://bucket/web/readme.md", "holds no file of a known kind", "name a file"),
     ],
 )
-def test_inputs_that_are_not_there(corpus: Path, tmp_path: Path, url: str, message: str, hint: str) -> None:
+def test_inputs_that_are_not_there(
+    corpus: Path, tmp_path: Path, url: str, message: str, hint: str
+) -> None:
     with pytest.raises(UserError, match=message) as caught:
         prepare(url, tmp_path / "out", **OPTIONS)
     assert hint in caught.value.hint
@@ -134,7 +144,10 @@ def test_output(corpus: Path, tmp_path: Path, memory: Any, cache: Path) -> None:
     manifest = prepare(str(corpus), "memory://bucket/out", **OPTIONS, on_note=notes.append)
     assert manifest == prepare(str(corpus), tmp_path / "out", **OPTIONS)
     assert contents_of_memory(memory, "/bucket/out") == contents(tmp_path / "out")
-    assert memory.cat_file("/bucket/out/manifest.json") == (tmp_path / "out/manifest.json").read_bytes()
+    assert (
+        memory.cat_file("/bucket/out/manifest.json")
+        == (tmp_path / "out/manifest.json").read_bytes()
+    )
     assert notes[-1] == "copying the shards to memory://bucket/out"
     assert [path for path in cache.rglob("*") if path.is_file()] == []
     assert prepare(str(corpus), "memory://bucket/out", **OPTIONS, on_note=notes.append) == manifest
@@ -200,7 +213,9 @@ def test_a_copy_goes_on_with_the_next_file(corpus: Path, memory: Any, cache: Pat
     third = "/bucket/out/train-00002.bin"
     content = memory.cat_file(third)
     memory.pipe(third, content[:-2] + b"xx")
-    with pytest.raises(UserError, match=r"train-00002\.bin has another SHA-256 than its manifest records"):
+    with pytest.raises(
+        UserError, match=r"train-00002\.bin has another SHA-256 than its manifest records"
+    ):
         local_folder("memory://bucket/out")
     staging = cache / "data" / f".tmp-{manifest.sha256}"
     before = {path.name: path.stat().st_ino for path in staging.iterdir()}
@@ -216,7 +231,9 @@ def test_one_of_many_copies(corpus: Path, memory: Any) -> None:
     said: list[str] = []
     folders: list[Path] = []
     threads = [
-        threading.Thread(target=lambda: folders.append(local_folder("memory://bucket/out", said.append)))
+        threading.Thread(
+            target=lambda: folders.append(local_folder("memory://bucket/out", said.append))
+        )
         for _ in range(4)
     ]
     for thread in threads:
@@ -268,5 +285,7 @@ def test_the_command(corpus: Path, tmp_path: Path, llmtrain: Command) -> None:
 
 def test_fsspec_is_imported_only_where_it_is_needed() -> None:
     code = "import sys, llmtrain.cli.prepare; print('fsspec' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout == "False\n"

@@ -31,7 +31,9 @@ def kill_at(folder: Path, source: Path, moment: str) -> None:
     program = f"import os, signal\nfrom llmtrain.data import journal, staging\n{moment}\n"
     program += "from llmtrain.cli.main import main\nmain()"
     command = [sys.executable, "-c", program, "prepare", str(source), "--out", "out", *ARGUMENTS]
-    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+    process = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=False, timeout=120
+    )
     assert process.returncode == -signal.SIGKILL, process.stderr
 
 
@@ -130,7 +132,17 @@ def test_the_command_ended_by_signals(
     larger: tuple[Path, Path], tmp_path: Path, number: signal.Signals
 ) -> None:
     source, expected = larger
-    command = [COMMAND, "prepare", source, "--out", "out", "--shard-tokens", "50k", "--workers", "1"]
+    command = [
+        COMMAND,
+        "prepare",
+        source,
+        "--out",
+        "out",
+        "--shard-tokens",
+        "50k",
+        "--workers",
+        "1",
+    ]
     shards = tmp_path / ".tmp-out" / "shards"
     seen: dict[str, tuple[int, int]] = {}
     for _ in range(2):
@@ -145,7 +157,10 @@ def test_the_command_ended_by_signals(
             assert process.returncode == -number
         else:
             assert process.returncode == 128 + number
-            assert "out is not complete; the same command goes on after its last finished shard" in errors
+            assert (
+                "out is not complete; the same command goes on after its last finished shard"
+                in errors
+            )
         finished = set(recorded(tmp_path / ".tmp-out"))
         now = {name: what for name, what in identity(shards).items() if name in finished}
         assert seen.items() <= now.items()
@@ -159,7 +174,9 @@ def test_the_command_ended_by_signals(
 # --- what is not believed ----------------------------------------------------------------------
 
 
-def goes_on(undisturbed: tuple[Path, Path], staging: Path, **options: object) -> tuple[list[str], set[str]]:
+def goes_on(
+    undisturbed: tuple[Path, Path], staging: Path, **options: object
+) -> tuple[list[str], set[str]]:
     """Go on from `staging`, which must end well; the notes, and the shards that were not written again."""
     source, expected = undisturbed
     before = identity(staging / "shards")
@@ -178,9 +195,13 @@ def test_a_damaged_shard(undisturbed: tuple[Path, Path], interrupted: Path, chan
     if change == "absent":
         shard.unlink()
     else:
-        shard.write_bytes(content[:-2] if change == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+        shard.write_bytes(
+            content[:-2] if change == "cut" else content[:-1] + bytes([content[-1] ^ 1])
+        )
     notes, kept = goes_on(undisturbed, interrupted)
-    assert {name for name in kept if name.startswith("train")} == {f"train-{i:05}.bin" for i in range(3)}
+    assert {name for name in kept if name.startswith("train")} == {
+        f"train-{i:05}.bin" for i in range(3)
+    }
     assert any("train-00003.bin" in note and "going on from before it" in note for note in notes)
     assert any(note.startswith("resumed at shard") for note in notes)
 
@@ -208,14 +229,17 @@ def test_a_damaged_journal(
 
 
 @pytest.mark.parametrize(
-    "options", [{"seed": 5}, {"val_fraction": 0.1}, {"shard_tokens": 30_000}, {"limit_documents": 2000}]
+    "options",
+    [{"seed": 5}, {"val_fraction": 0.1}, {"shard_tokens": 30_000}, {"limit_documents": 2000}],
 )
 def test_another_request_starts_anew(
     undisturbed: tuple[Path, Path], interrupted: Path, options: dict[str, object]
 ) -> None:
     notes, kept = goes_on(undisturbed, interrupted, **options)
     assert kept == set()
-    assert "what an interrupted prepare left is of another request or source: starting anew" in notes
+    assert (
+        "what an interrupted prepare left is of another request or source: starting anew" in notes
+    )
     assert not any("resumed" in note for note in notes)
     prepare(str(undisturbed[0]), interrupted.parent / "fresh", **{**OPTIONS, **options})
     assert contents(interrupted.parent / "out") == contents(interrupted.parent / "fresh")
@@ -234,8 +258,8 @@ def test_a_changed_source_starts_anew(undisturbed: tuple[Path, Path], tmp_path: 
 
 
 def test_only_one_goes_on(undisturbed: tuple[Path, Path], interrupted: Path) -> None:
-    from llmtrain import files
     from llmtrain.errors import UserError
+    from llmtrain.storage import files
 
     before = identity(interrupted / "shards")
     with (

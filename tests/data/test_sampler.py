@@ -58,7 +58,9 @@ def test_rows_do_not_depend_on_how_they_are_asked_for() -> None:
 
 
 def test_epochs_and_seeds_differ() -> None:
-    orders = [epoch_rows(Sampler(10_000, 10, 7, seed), epoch) for seed in (1, 2) for epoch in (0, 1)]
+    orders = [
+        epoch_rows(Sampler(10_000, 10, 7, seed), epoch) for seed in (1, 2) for epoch in (0, 1)
+    ]
     for i, a in enumerate(orders):
         for b in orders[i + 1 :]:
             assert np.mean(a // 10 == b // 10) < 0.02
@@ -107,7 +109,9 @@ def test_golden_values() -> None:
 )
 def test_equals_the_definition_in_plain_integers(sampler: Sampler) -> None:
     for step in (0, 1, 71, 10**6):
-        expected = [by_hand(sampler, step * sampler.batch_size + i) for i in range(sampler.batch_size)]
+        expected = [
+            by_hand(sampler, step * sampler.batch_size + i) for i in range(sampler.batch_size)
+        ]
         assert sampler.rows(step).tolist() == expected
 
 
@@ -154,7 +158,9 @@ def test_batch_reads_windows() -> None:
 @given(st.integers(0, 500), st.integers(1, 60))
 def test_validation_predicts_each_token_once(n: int, block: int) -> None:
     windows = validation_windows(n, block)
-    predicted = [token for start, length, _ in windows for token in range(start + 1, start + length)]
+    predicted = [
+        token for start, length, _ in windows for token in range(start + 1, start + length)
+    ]
     assert predicted == list(range(1, n))
     assert all(2 <= length <= block + 1 and new == length - 1 for _, length, new in windows)
     assert all(length == block + 1 for _, length, _ in windows[:-1])
@@ -167,7 +173,9 @@ def test_strided_windows_predict_each_token_once_in_full_context(
     stride = data.draw(st.integers(1, block - 1))
     windows = validation_windows(n, block, stride)
     ends = [start + length for start, length, _ in windows]
-    predicted = [t for end, (_, _, new) in zip(ends, windows, strict=True) for t in range(end - new, end)]
+    predicted = [
+        t for end, (_, _, new) in zip(ends, windows, strict=True) for t in range(end - new, end)
+    ]
     assert predicted == list(range(1, n))
     assert all(new <= stride and length == block + 1 for _, length, new in windows[1:])
 

@@ -24,7 +24,9 @@ def write_data(folder: Path, documents: list[list[int]], shard_tokens: int = 10)
     train, val = writer.close(), ShardWriter(folder, "val", shard_tokens).close()
     manifest = Manifest(
         tokenizer=tokenizer_record("byte"),
-        source=SourceRecord(id="test", revision=None, text_field="text", limit_documents=None, files=()),
+        source=SourceRecord(
+            id="test", revision=None, text_field="text", limit_documents=None, files=()
+        ),
         split=SplitRule(val_fraction=0.0, seed=1),
         shard_tokens=shard_tokens,
         train=train,
@@ -47,7 +49,9 @@ def test_layout_by_hand(folder: Path) -> None:
     assert not ints[3:].any()
     assert np.frombuffer(content[1024:], dtype="<u2").tolist() == [1, 2, 3, 256, *[4] * 8, 256]
     # A shard ends with the document that fills it, so the next document begins a shard.
-    assert sorted(path.name for path in folder.glob("*.bin")) == [f"train-0000{i}.bin" for i in range(3)]
+    assert sorted(path.name for path in folder.glob("*.bin")) == [
+        f"train-0000{i}.bin" for i in range(3)
+    ]
 
 
 def test_manifest_counts(folder: Path) -> None:
@@ -147,7 +151,10 @@ def test_intact_data_has_no_problems(folder: Path) -> None:
             lambda p: p.write_bytes(p.read_bytes()[:8] + b"\x63\0\0\0" + p.read_bytes()[12:]),
             r"has the header .* instead of",
         ),
-        (lambda p: p.write_bytes(p.read_bytes()[:1000] + b"\x01" + p.read_bytes()[1001:]), "has the header"),
+        (
+            lambda p: p.write_bytes(p.read_bytes()[:1000] + b"\x01" + p.read_bytes()[1001:]),
+            "has the header",
+        ),
     ],
 )
 def test_a_damaged_shard_is_refused(folder: Path, damage, message: str) -> None:
@@ -181,7 +188,9 @@ def test_a_shard_cut_short_while_open(folder: Path) -> None:
 
 def test_no_data(tmp_path: Path) -> None:
     for missing in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(UserError, match=r"holds no prepared data \(manifest.json is missing\)") as caught:
+        with pytest.raises(
+            UserError, match=r"holds no prepared data \(manifest.json is missing\)"
+        ) as caught:
             open_data(missing)
         assert f"llmtrain prepare SOURCE --out {missing}" in caught.value.hint
 
@@ -201,7 +210,10 @@ def edit(folder: Path, change) -> None:
         (lambda d: d.pop("tokenizer"), "tokenizer: Field required"),
         (lambda d: d["train"].update(tokens="50"), "train.tokens: Input should be a valid integer"),
         (lambda d: d["train"].update(tokens=49), "the sums of train are not those of its shards"),
-        (lambda d: d["train"]["shards"][0].update(name="../train-00000.bin"), "shard 0 of train is called"),
+        (
+            lambda d: d["train"]["shards"][0].update(name="../train-00000.bin"),
+            "shard 0 of train is called",
+        ),
         (lambda d: d["train"]["shards"].reverse(), "shard 0 of train is called"),
         (lambda d: d["split"].update(seed=2), "does not have the hash that it records"),
         (lambda d: d.pop("sha256"), "does not have the hash that it records"),

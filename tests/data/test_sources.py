@@ -19,15 +19,21 @@ from llmtrain.data.sources import default_name, open_source
 from llmtrain.errors import UserError
 
 
-def texts(source: str | Path, tmp_path: Path, field: str = "text", limit: int | None = None) -> list[str]:
+def texts(
+    source: str | Path, tmp_path: Path, field: str = "text", limit: int | None = None
+) -> list[str]:
     opened = open_source(str(source), field, limit, tmp_path / "cache")
     partitions = partitions_of(opened.spans(lambda read: None))
-    documents = (text for partition in partitions for text in read_partition(partition, opened.field))
+    documents = (
+        text for partition in partitions for text in read_partition(partition, opened.field)
+    )
     return [bytes(text).decode() for text in islice(documents, limit)]
 
 
 def lines(*documents: str, field: str = "text") -> bytes:
-    return b"".join(json.dumps({field: text, "id": i}).encode() + b"\n" for i, text in enumerate(documents))
+    return b"".join(
+        json.dumps({field: text, "id": i}).encode() + b"\n" for i, text in enumerate(documents)
+    )
 
 
 def zstd(content: bytes) -> bytes:
@@ -48,7 +54,9 @@ def test_text_file_is_one_document_byte_for_byte(tmp_path: Path) -> None:
 
 def test_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + lines("é\n", "") + b"\n  \n" + b'{"text": "last, no line end"}')
+    path.write_bytes(
+        b"\xef\xbb\xbf" + lines("é\n", "") + b"\n  \n" + b'{"text": "last, no line end"}'
+    )
     assert texts(path, tmp_path) == ["é\n", "", "last, no line end"]
 
 
@@ -60,7 +68,9 @@ def test_compressed_json_lines(tmp_path: Path, suffix: str, pack) -> None:
     assert texts(path, tmp_path) == ["one", "two" * 100_000, "three"]
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
+)
 def test_parquet(tmp_path: Path, kind: pa.DataType) -> None:
     documents = [f"document {i}" for i in range(200)]
     table = pa.table({"n": range(200), "body": pa.array(documents).cast(kind)})
@@ -74,7 +84,9 @@ def test_parquet(tmp_path: Path, kind: pa.DataType) -> None:
     end=st.sampled_from(["", "\n", "\r\n"]),
     size=st.integers(1, 200),
 )
-def test_json_lines_cut_anywhere(documents: list[str], blanks: list[str], end: str, size: int) -> None:
+def test_json_lines_cut_anywhere(
+    documents: list[str], blanks: list[str], end: str, size: int
+) -> None:
     rows = [json.dumps({"text": text}, ensure_ascii=False) for text in documents]
     content = "\r\n".join(blank + row for blank, row in zip(blanks, rows, strict=False)) + end
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
@@ -92,7 +104,9 @@ def test_json_lines_cut_anywhere(documents: list[str], blanks: list[str], end: s
 
 
 @pytest.mark.parametrize("size", [1, 400, 1 << 26])
-def test_parquet_cut_between_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+def test_parquet_cut_between_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
     monkeypatch.setattr(readers, "PARTITION_BYTES", size)
     documents = [f"document {i}" for i in range(200)]
     pq.write_table(pa.table({"text": documents}), tmp_path / "a.parquet", row_group_size=30)
@@ -190,9 +204,17 @@ BAD_FILES = [
     ("a.jsonl", b"\x80\x81\n", r"a\.jsonl, line 1 is not UTF-8 text"),
     ("a.jsonl", b'["text"]\n', r"a\.jsonl, line 1 is a JSON array, not an object"),
     ("a.jsonl", b"3\n", r"a\.jsonl, line 1 is a JSON number, not an object"),
-    ("a.jsonl", lines("x", field="body"), r"a\.jsonl, line 1 has no field 'text'; it has: body, id"),
+    (
+        "a.jsonl",
+        lines("x", field="body"),
+        r"a\.jsonl, line 1 has no field 'text'; it has: body, id",
+    ),
     ("a.jsonl", b"{}", r"a\.jsonl, line 1 has no field 'text'; it has: none"),
-    ("a.jsonl", lines("x") + b'{"text": null}', r"a\.jsonl, line 2: field 'text' is null, not text"),
+    (
+        "a.jsonl",
+        lines("x") + b'{"text": null}',
+        r"a\.jsonl, line 2: field 'text' is null, not text",
+    ),
     ("a.jsonl", b'{"text": ["x"]}', r"a\.jsonl, line 1: field 'text' is array, not text"),
     (
         "a.jsonl.gz",

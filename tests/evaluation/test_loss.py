@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from llmtrain.checkpoint import Origin, Shape, load_model, save_weights
-from llmtrain.config import ModelConfig
+from llmtrain.checkpoints.gpt2_folder import Origin, Shape, load_model, save_weights
+from llmtrain.config.schema import ModelConfig
 from llmtrain.data.shards import open_data
-from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import UserError
 from llmtrain.evaluation.loss import LossResult, evaluate
-from llmtrain.interrupt import Interrupted
-from llmtrain.model import GPT
+from llmtrain.model.gpt import GPT
+from llmtrain.model.tokenizer import load_tokenizer
+from llmtrain.runtime.signals import Interrupted
 
 CPU = torch.device("cpu")
 
@@ -47,7 +47,9 @@ def test_loss_equals_transformers_on_the_same_windows(
 ) -> None:
     result = measured(weights, data_folder, limit)
     reader = open_data(data_folder).reader("val")
-    tokens = torch.from_numpy(reader.read(0, min(limit or len(reader), len(reader))).astype(np.int64))
+    tokens = torch.from_numpy(
+        reader.read(0, min(limit or len(reader), len(reader))).astype(np.int64)
+    )
     model = AutoModelForCausalLM.from_pretrained(weights).eval()
     total, count = 0.0, 0
     with torch.no_grad():
@@ -69,7 +71,9 @@ def test_the_batch_does_not_change_the_loss(weights: Path, data_folder: Path) ->
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
-def test_weights_that_change_between_two_evaluations_are_cast_anew(weights: Path, data_folder: Path) -> None:
+def test_weights_that_change_between_two_evaluations_are_cast_anew(
+    weights: Path, data_folder: Path
+) -> None:
     """The cast of each is kept for the batches of one evaluation, and for no other."""
     model, reader = load_model(weights), open_data(data_folder).reader("val")
 
@@ -85,7 +89,9 @@ def test_weights_that_change_between_two_evaluations_are_cast_anew(weights: Path
             parameter.mul_(3.0)
     changed = loss()
     assert abs(changed - first) > 0.01
-    save_weights(weights, model.state_dict(), Shape(model.config, 16, 256), Origin(3, 4, 0.1, "test"))
+    save_weights(
+        weights, model.state_dict(), Shape(model.config, 16, 256), Origin(3, 4, 0.1, "test")
+    )
     model = load_model(weights)
     assert loss() == changed
 
@@ -95,7 +101,9 @@ def test_too_few_tokens(weights: Path, data_folder: Path) -> None:
         measured(weights, data_folder, limit=1)
 
 
-def test_progress_may_stop_it_and_the_model_keeps_its_mode(weights: Path, data_folder: Path) -> None:
+def test_progress_may_stop_it_and_the_model_keeps_its_mode(
+    weights: Path, data_folder: Path
+) -> None:
     model = load_model(weights).train()
 
     def stop(done: int, total: int) -> None:

@@ -14,20 +14,22 @@ from typing import ClassVar
 
 import pytest
 
-from llmtrain.config import RunConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
-from llmtrain.evaluation.charts import COLOURS, Chart, Line, draw
-from llmtrain.evaluation.report_charts import charts
-from llmtrain.evaluation.report_data import gains, read_records, savings
-from llmtrain.evaluation.report_page import write_report
-from llmtrain.files import RunFolder
+from llmtrain.evaluation.report.charts import COLOURS, Chart, Line, draw
+from llmtrain.evaluation.report.page import write_report
+from llmtrain.evaluation.report.run_charts import charts
+from llmtrain.evaluation.report.tables import gains, read_records, savings
+from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.run import pretrain
 
 CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
-def runs(tiny: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> list[RunFolder]:
+def runs(
+    tiny: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory
+) -> list[RunFolder]:
     """Two learning rates of one model."""
     place = tmp_path_factory.mktemp("runs")
     quiet = {"say": lambda line: None, "warn": lambda line: None}
@@ -48,7 +50,9 @@ def invented(folder: Path, losses: dict[str, dict[int, float]]) -> RunFolder:
         for step in (1, 2, 100)
     ]
     for step in sorted({step for curve in losses.values() for step in curve}):
-        keys = {"raw": "val/loss"} | {label: f"val/loss/{label}" for label in losses if label != "raw"}
+        keys = {"raw": "val/loss"} | {
+            label: f"val/loss/{label}" for label in losses if label != "raw"
+        }
         found = {keys[label]: curve[step] for label, curve in losses.items() if step in curve}
         events.append({"step": step, "val/tokens": 99} | found)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
@@ -68,7 +72,14 @@ def test_what_is_saved_is_counted_from_the_first_step_as_good_as_raw(tmp_path: P
     rows = {row.label: row for row in savings(record)}
     assert list(rows) == ["a", "c", "raw", "b"]
     a = rows["a"]
-    assert (a.step, a.loss, a.gain, a.reached, a.raw_step, a.steps_saved) == (40, 1.5, 0.5, 20, 30, 10)
+    assert (a.step, a.loss, a.gain, a.reached, a.raw_step, a.steps_saved) == (
+        40,
+        1.5,
+        0.5,
+        20,
+        30,
+        10,
+    )
     assert (a.tokens_saved, a.hours_saved) == (pytest.approx(100), pytest.approx(5))
     assert (rows["c"].reached, rows["c"].steps_saved) == (40, -10)
     assert (rows["b"].reached, rows["b"].tokens_saved, rows["raw"].reached) == (None, None, None)
@@ -100,16 +111,22 @@ def test_standard_errors_are_drawn_where_they_are_known() -> None:
     )
     assert "LineCollection" not in plain.svg
     (bars,) = re.findall(r'id="LineCollection_1">(.*?)</g>', barred.svg, re.DOTALL)
-    lengths = [float(a) - float(b) for a, b in re.findall(r"M [\d.]+ ([\d.]+) \nL [\d.]+ ([\d.]+)", bars)]
+    lengths = [
+        float(a) - float(b) for a, b in re.findall(r"M [\d.]+ ([\d.]+) \nL [\d.]+ ([\d.]+)", bars)
+    ]
     assert len(lengths) == 2
     assert lengths[0] == pytest.approx(2 * lengths[1], rel=1e-3)
 
 
-def test_the_page_needs_nothing_and_escapes_everything(runs: list[RunFolder], tmp_path: Path) -> None:
+def test_the_page_needs_nothing_and_escapes_everything(
+    runs: list[RunFolder], tmp_path: Path
+) -> None:
     written = write_report(runs, tmp_path)
     page = written.page.read_text()
     assert not re.findall(r'(?:src|href|action)="(?!#|data:)[^"]*"|@import|url\((?!#)', page)
-    assert "color-scheme: only light" in page  # else a browser that darkens pages hides black curves
+    assert (
+        "color-scheme: only light" in page
+    )  # else a browser that darkens pages hides black curves
     assert "fast<b>" not in page and "fast&lt;b&gt;&amp;" in page
     assert page.count("</script>") == 2 and "alert(1)" in page
 
@@ -128,7 +145,9 @@ def test_the_parts_hold_what_was_measured(runs: list[RunFolder], tmp_path: Path)
     written = write_report(runs[:1], tmp_path)
     curves = written.records[0].curves
     with (tmp_path / "losses.csv").open() as file:
-        rows = [(row["weights"], int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+        rows = [
+            (row["weights"], int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)
+        ]
     assert rows == [(label, step, loss) for label, curve in curves.items() for step, loss in curve]
     with (tmp_path / "training.csv").open() as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == [3, 6, 9, 12]
@@ -137,13 +156,21 @@ def test_the_parts_hold_what_was_measured(runs: list[RunFolder], tmp_path: Path)
         assert (tmp_path / f"{name}.svg").is_file()
     assert not (tmp_path / "skipped.svg").exists()  # nothing was
     page = written.page.read_text()
-    for shown in ("ema-0.9", f"{min(loss for _, loss in curves['raw']):.4f}", "→", "optimizer.lr", "torch"):
+    for shown in (
+        "ema-0.9",
+        f"{min(loss for _, loss in curves['raw']):.4f}",
+        "→",
+        "optimizer.lr",
+        "torch",
+    ):
         assert shown in page
 
 
 def test_a_run_that_did_not_log_something_has_no_line_of_it(runs: list[RunFolder]) -> None:
     one, other = read_records(runs)
-    silent = [{key: value for key, value in event.items() if key != "memory"} for event in other.training]
+    silent = [
+        {key: value for key, value in event.items() if key != "memory"} for event in other.training
+    ]
     drawn = charts([one, replace(other, training=silent)])
     assert all(line.x for chart in drawn for line in chart.lines)
     assert {chart.name: len(chart.lines) for chart in drawn}["memory"] == 1
@@ -175,7 +202,9 @@ frame.onload = () => {
 def test_a_browser_shows_it(runs: list[RunFolder], tmp_path: Path, width: int) -> None:
     written = write_report(runs, tmp_path)
     probe = tmp_path / "probe.html"
-    probe.write_text(f'<body><iframe src="report.html" style="width: {width}px; border: 0"></iframe>{PROBE}')
+    probe.write_text(
+        f'<body><iframe src="report.html" style="width: {width}px; border: 0"></iframe>{PROBE}'
+    )
     done = subprocess.run(
         [CHROMIUM or "", "--headless", "--no-sandbox", "--hide-scrollbars", "--disable-gpu",
          "--allow-file-access-from-files",
@@ -197,7 +226,14 @@ def test_a_browser_shows_it(runs: list[RunFolder], tmp_path: Path, width: int) -
 
 def test_on_a_logarithmic_axis_equal_ratios_are_equally_far_apart() -> None:
     drawn = draw(
-        Chart("rates", "Rates", "rate", "loss", [Line("a", [1e-3, 1e-2, 1e-1], [1.0, 2.0, 3.0])], log_x=True)
+        Chart(
+            "rates",
+            "Rates",
+            "rate",
+            "loss",
+            [Line("a", [1e-3, 1e-2, 1e-1], [1.0, 2.0, 3.0])],
+            log_x=True,
+        )
     )
     first, second, third = (point[0] for point in drawn.points[0]["points"])
     assert second - first == pytest.approx(third - second, abs=0.2) and second > first

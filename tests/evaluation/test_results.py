@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.config import RunConfig
+from llmtrain.checkpoints.targets import Target, targets_named, targets_of
+from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.evaluation.report import loss_curves, newest_rows
-from llmtrain.evaluation.report_page import write_report
+from llmtrain.evaluation.report.page import write_report
+from llmtrain.evaluation.report.rows import loss_curves, newest_rows
 from llmtrain.evaluation.results import Row, Settings, measure, stored_rows
-from llmtrain.evaluation.targets import Target, targets_named, targets_of
 from llmtrain.evaluation.text import TextSettings, measure_text
-from llmtrain.files import RunFolder
+from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.run import pretrain
 
 
@@ -23,7 +23,9 @@ def run(tiny: Callable[..., RunConfig], tmp_path: Path) -> RunFolder:
     return pretrain(tiny(), tmp_path / "run", say=lambda line: None).run
 
 
-def measure_all(targets: list[Target], settings: Settings | None = None) -> tuple[list[Row], set[str]]:
+def measure_all(
+    targets: list[Target], settings: Settings | None = None
+) -> tuple[list[Row], set[str]]:
     """Rows, and the paths that were really computed."""
     computed: set[str] = set()
     rows = measure(
@@ -34,7 +36,14 @@ def measure_all(targets: list[Target], settings: Settings | None = None) -> tupl
 
 def test_a_run_stands_for_its_averages_and_the_matching_snapshots(run: RunFolder) -> None:
     found = [(t.label, t.step) for t in targets_of(run.path, every_snapshot=False)]
-    assert found == [("raw", 4), ("ema-0.9", 4), ("raw", 8), ("ema-0.9", 8), ("raw", 12), ("ema-0.9", 12)]
+    assert found == [
+        ("raw", 4),
+        ("ema-0.9", 4),
+        ("raw", 8),
+        ("ema-0.9", 8),
+        ("raw", 12),
+        ("ema-0.9", 12),
+    ]
     assert len(targets_of(run.path, every_snapshot=True)) == 5 + 3
 
 
@@ -81,7 +90,8 @@ def test_losses_are_those_of_training_and_measured_once(run: RunFolder) -> None:
 def test_other_tokens_or_another_split_are_measured_anew(run: RunFolder) -> None:
     targets = targets_of(run.snapshot(12), every_snapshot=False)
     losses = {
-        measure_all(targets, s)[0][0].loss for s in (Settings(), Settings(tokens=50), Settings(split="train"))
+        measure_all(targets, s)[0][0].loss
+        for s in (Settings(), Settings(tokens=50), Settings(split="train"))
     }
     assert len(losses) == 3
     assert len(stored_rows(run)) == 3
@@ -104,7 +114,9 @@ def test_a_difference_from_raw_is_within_one_precision(run: RunFolder) -> None:
     assert deltas == {precision: losses[precision] - raw[precision] for precision in raw}
 
 
-def test_a_folder_outside_a_run_needs_data(run: RunFolder, data_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_outside_a_run_needs_data(
+    run: RunFolder, data_folder: Path, tmp_path: Path
+) -> None:
     moved = tmp_path / "elsewhere"
     run.snapshot(12).rename(moved)
     targets = targets_of(moved, every_snapshot=False)
@@ -129,7 +141,9 @@ def test_other_numbers_of_tokens_side_by_side_are_told(
     assert rows[0].tokens == 49
     assert rows[1].tokens > 49
     assert "--tokens N" in heard[0]
-    measure(targets, Settings(data=data_folder, tokens=50), lambda *progress: None, warn=heard.append)
+    measure(
+        targets, Settings(data=data_folder, tokens=50), lambda *progress: None, warn=heard.append
+    )
     assert len(heard) == 1
 
 
@@ -169,7 +183,9 @@ def test_a_result_that_cannot_be_kept_is_told_and_given(run: RunFolder, text_fil
     run.evals.write_text("a file where the folder would be")
     targets, warned = targets_of(run.path, every_snapshot=False)[-1:], list[str]()
     (row,) = measure(targets, Settings(), lambda *done: None, warn=warned.append)
-    (text,) = measure_text(targets, text_file, TextSettings(), lambda *done: None, warn=warned.append)
+    (text,) = measure_text(
+        targets, text_file, TextSettings(), lambda *done: None, warn=warned.append
+    )
     assert row.loss > 0 < text.loss
     assert len(warned) == 2 and all(line.startswith("measured but not kept: ") for line in warned)
 
@@ -188,7 +204,11 @@ def test_a_result_of_another_version_is_measured_anew(run: RunFolder) -> None:
 def test_the_report_compares_equal_windows_only(run: RunFolder) -> None:
     measure_all(targets_of(run.path, every_snapshot=False), Settings(tokens=50))
     curves = loss_curves(run)
-    assert [step for step, _ in curves["raw"]] == [4, 8, 12]  # not step 6, which training measured on more
+    assert [step for step, _ in curves["raw"]] == [
+        4,
+        8,
+        12,
+    ]  # not step 6, which training measured on more
     measure_all(targets_of(run.path, every_snapshot=False))
     assert {row.tokens for row in newest_rows(run)} != {49}
     assert [step for step, _ in loss_curves(run)["raw"]] == [4, 6, 8, 12]

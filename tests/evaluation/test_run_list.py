@@ -7,21 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.config import RunConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
-from llmtrain.evaluation.run_list import list_runs
-from llmtrain.files import exclusive, is_held
+from llmtrain.evaluation.report.run_list import list_runs
+from llmtrain.storage.files import exclusive, is_held
 from llmtrain.training.run import pretrain
 
 
 def test_the_runs_of_a_folder(
-    tiny: Callable[..., RunConfig], tmp_path: Path, llmtrain: Callable[..., subprocess.CompletedProcess[str]]
+    tiny: Callable[..., RunConfig],
+    tmp_path: Path,
+    llmtrain: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     place = tmp_path / "runs"
     done = pretrain(tiny(), place / "done", say=lambda line: None).run
     half = place / "half"
     half.mkdir()
-    (half / "config.yaml").write_text(done.config.read_text().replace("max_steps: 12", "max_steps: 1200"))
+    (half / "config.yaml").write_text(
+        done.config.read_text().replace("max_steps: 12", "max_steps: 1200")
+    )
     (half / "metrics.jsonl").write_text(done.metrics.read_text())
     for other in ("broken", "busy"):
         (place / other).mkdir()
@@ -47,7 +51,9 @@ def test_the_runs_of_a_folder(
             "ema-0.9",
             min(e["val/loss/ema-0.9"] for e in losses),
         )
-    assert entries["done"].bytes == sum(p.stat().st_size for p in done.path.rglob("*") if p.is_file())
+    assert entries["done"].bytes == sum(
+        p.stat().st_size for p in done.path.rglob("*") if p.is_file()
+    )
 
     assert shown.returncode == 0
     assert "1,200" in shown.stdout and "running" in shown.stdout
@@ -59,7 +65,9 @@ def test_the_runs_of_a_folder(
     assert all(each["age"] > 0 for each in described)
 
 
-def test_where_no_run_is(tmp_path: Path, llmtrain: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_where_no_run_is(
+    tmp_path: Path, llmtrain: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     with pytest.raises(UserError, match="there is no folder"):
         list_runs(tmp_path / "runs")
     (tmp_path / "runs").mkdir()

@@ -14,18 +14,25 @@ import pytest
 import torch
 import yaml
 import zstandard
-from conftest import SHARED_DATA
 from hub_server import HubServer
 from in_process import Outcome, invoke
+from places import SHARED_DATA
 from tiny_models import write_neox, write_ours, write_tokenizer
 
-from llmtrain.checkpoint import load_model
-from llmtrain.config import RunConfig
-from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.checkpoints.gpt2_folder import load_model
+from llmtrain.checkpoints.targets import targets_of
+from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.results import Settings, measure
-from llmtrain.evaluation.targets import targets_of
-from llmtrain.evaluation.tasks import SHIPPED, Score, TaskResult, TaskSettings, measure_tasks, task_source
+from llmtrain.evaluation.tasks import (
+    SHIPPED,
+    Score,
+    TaskResult,
+    TaskSettings,
+    measure_tasks,
+    task_source,
+)
+from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.training.run import pretrain
 
 pytest.importorskip("lm_eval")
@@ -42,7 +49,9 @@ PASSAGES = [
 
 
 def measured(folder: Path, settings: TaskSettings) -> list[TaskResult]:
-    (results,) = measure_tasks(targets_of(folder, every_snapshot=False), settings, lambda *progress: None)
+    (results,) = measure_tasks(
+        targets_of(folder, every_snapshot=False), settings, lambda *progress: None
+    )
     return results
 
 
@@ -94,7 +103,7 @@ def test_lambada_is_the_model_scored_by_hand(block_size: int, tmp_path: Path) ->
 
 def prefer(folder: Path, model: Any, token: int) -> None:
     """Make one token the likeliest almost everywhere."""
-    from llmtrain.checkpoint import load_shape, save_tensors
+    from llmtrain.checkpoints.gpt2_folder import load_shape, save_tensors
 
     weights = dict(model.state_dict())
     row = weights["transformer.wte.weight"][token]
@@ -117,7 +126,9 @@ def test_an_answer_longer_than_the_context_is_read_in_parts(tmp_path: Path) -> N
         logits = model.logits(window[None, :-1])[0].log_softmax(-1)
         nats += sum(logits[i, window[i + 1]].item() for i in range(16 - new, 16))
     assert result.truncated == 1.0
-    assert scores([result])["lambada_openai perplexity"].value == pytest.approx(math.exp(-nats), rel=1e-4)
+    assert scores([result])["lambada_openai perplexity"].value == pytest.approx(
+        math.exp(-nats), rel=1e-4
+    )
 
 
 @needs_data
@@ -132,10 +143,15 @@ def test_the_shipped_definitions_are_those_of_lm_eval(name: str, tmp_path: Path)
     ours = task_source(name, TaskSettings((name,), data=tmp_path)).spec
     assert isinstance(ours, dict)
     root = Path(lm_eval.tasks.__file__).parent
-    (path,) = (p for p in root.glob(f"*/{name}.yaml" if name != "winogrande" else "winogrande/default.yaml"))
+    (path,) = (
+        p
+        for p in root.glob(f"*/{name}.yaml" if name != "winogrande" else "winogrande/default.yaml")
+    )
     local = {key: ours[key] for key in ("dataset_path", "dataset_kwargs", "test_split")}
     theirs = (
-        load_yaml(path) | local | {"dataset_name": None, "training_split": None, "validation_split": None}
+        load_yaml(path)
+        | local
+        | {"dataset_name": None, "training_split": None, "validation_split": None}
     )
     manager = TaskManager(include_defaults=False)
     built = []
@@ -145,39 +161,62 @@ def test_the_shipped_definitions_are_those_of_lm_eval(name: str, tmp_path: Path)
         task.build_all_requests()
         targets = [str(task.doc_to_target(document)) for document in task.eval_docs]
         metrics = (task.aggregation(), task.higher_is_better())
-        built.append(([(one.doc_id, one.idx, one.args) for one in task.instances], targets, metrics))
+        built.append(
+            ([(one.doc_id, one.idx, one.args) for one in task.instances], targets, metrics)
+        )
     assert built[0] == built[1]
     assert len(built[0][1]) == 100
 
 
 @needs_data
 def test_six_tasks_offline_by_the_command(
-    tiny: Callable[..., RunConfig], llmtrain: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    tiny: Callable[..., RunConfig],
+    llmtrain: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
 ) -> None:
     run = pretrain(tiny(), tmp_path / "run", say=lambda line: None).run
-    command = ["eval", run.average("ema-0.9", 12), "--tasks", ",".join(SHIPPED), "--task-data", EVAL_DATA]
+    command = [
+        "eval",
+        run.average("ema-0.9", 12),
+        "--tasks",
+        ",".join(SHIPPED),
+        "--task-data",
+        EVAL_DATA,
+    ]
     first = llmtrain(*command, "--limit", "3", "--json", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     raw, average = json.loads(first.stdout)
     assert (raw["label"], average["label"]) == ("raw", "ema-0.9")
     for document in (raw, average):
         assert [result["task"] for result in document["tasks"]] == list(SHIPPED)
-        kept = {score["metric"]: score for result in document["tasks"] for score in result["scores"]}
+        kept = {
+            score["metric"]: score for result in document["tasks"] for score in result["scores"]
+        }
         assert set(kept) == {"perplexity", "acc", "acc_norm"}
-        assert all(score["documents"] == 3 and score["stderr"] is not None for score in kept.values())
+        assert all(
+            score["documents"] == 3 and score["stderr"] is not None for score in kept.values()
+        )
     assert average["delta"] == average["loss"] - raw["loss"]
     files = {path: path.stat().st_mtime_ns for path in (run.evals / "tasks").iterdir()}
     assert len(files) == 2 * len(SHIPPED)
     again = invoke_without_lm_eval(*command, "--limit", "3", cwd=tmp_path)
     assert {path: path.stat().st_mtime_ns for path in files} == files
-    for words in ("val: loss", "sciq: acc_norm ↑", "lambada_openai: perplexity ↓", "ema-0.9", "minus raw"):
+    for words in (
+        "val: loss",
+        "sciq: acc_norm ↑",
+        "lambada_openai: perplexity ↓",
+        "ema-0.9",
+        "minus raw",
+    ):
         assert words in again.stdout
     assert "3 documents (the first) from sciq.jsonl.zst" in again.stdout
 
 
 def invoke_without_lm_eval(*arguments: str | Path, cwd: Path) -> Outcome:
     """What was kept is shown without lm-eval: an import of it here would fail."""
-    loaded = {name for name in sys.modules if name.startswith(("lm_eval", "llmtrain.evaluation.harness"))}
+    loaded = {
+        name for name in sys.modules if name.startswith(("lm_eval", "llmtrain.evaluation.harness"))
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name in {"lm_eval", "llmtrain.evaluation.harness", *loaded}:
             patch.setitem(sys.modules, name, None)
@@ -186,11 +225,15 @@ def invoke_without_lm_eval(*arguments: str | Path, cwd: Path) -> Outcome:
 
 def test_a_model_of_others_with_its_tokenizer(tmp_path: Path) -> None:
     write_neox(tmp_path / "neox")
-    settings = TaskSettings(("lambada_openai",), data=write_passages(tmp_path / "data"), device="cpu")
+    settings = TaskSettings(
+        ("lambada_openai",), data=write_passages(tmp_path / "data"), device="cpu"
+    )
     with pytest.raises(UserError, match="no tokenizer files"):
         measured(tmp_path / "neox", settings)
     write_tokenizer(tmp_path / "neox", " ".join(PASSAGES))
-    assert scores(measured(tmp_path / "neox", settings))["lambada_openai acc"].documents == len(PASSAGES)
+    assert scores(measured(tmp_path / "neox", settings))["lambada_openai acc"].documents == len(
+        PASSAGES
+    )
 
 
 def test_task_files_of_others_run_only_when_trusted(tmp_path: Path) -> None:
@@ -209,7 +252,9 @@ def test_task_files_of_others_run_only_when_trusted(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="are code"):
         measured(folder, TaskSettings(("mine",), files=files))
     assert not (tmp_path / "ran").exists()
-    (result,) = measured(folder, TaskSettings(("mine",), files=files, trust_files=True, device="cpu"))
+    (result,) = measured(
+        folder, TaskSettings(("mine",), files=files, trust_files=True, device="cpu")
+    )
     assert (tmp_path / "ran").exists()
     assert scores([result])["mine acc"].documents == len(PASSAGES)
     with pytest.raises(UserError, match="do not go together"):
@@ -217,7 +262,9 @@ def test_task_files_of_others_run_only_when_trusted(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no task 'hellaswagg'") as caught:
         measured(folder, TaskSettings(("hellaswagg",), files=files, trust_files=True))
     assert "did you mean hellaswag" in caught.value.hint
-    with pytest.raises(RunFailed, match="the task piqa cannot be loaded"):  # the tests have no network
+    with pytest.raises(
+        RunFailed, match="the task piqa cannot be loaded"
+    ):  # the tests have no network
         measured(folder, TaskSettings(("piqa",), files=files, trust_files=True))
 
 
@@ -238,9 +285,12 @@ def test_data_that_is_not_that_of_the_task(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"piqa\.jsonl does not hold documents of piqa"):
             measured(tmp_path / "ours", settings)
     questions = [
-        {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": k} for k in "AC"
+        {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": k}
+        for k in "AC"
     ]
-    (tmp_path / "arc_easy.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    (tmp_path / "arc_easy.jsonl").write_text(
+        "".join(json.dumps(question) + "\n" for question in questions)
+    )
     with pytest.raises(UserError, match="document 2: "):
         measured(tmp_path / "ours", TaskSettings(("arc_easy",), data=tmp_path))
     with pytest.raises(UserError, match="ships no task file for 'boolq'"):

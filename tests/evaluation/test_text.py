@@ -11,25 +11,25 @@ import torch
 from tiny_models import CONTEXT, write_neox, write_ours, write_tokenizer
 from transformers import AutoModelForCausalLM
 
-from llmtrain.config import RunConfig
+from llmtrain.checkpoints.targets import Target, targets_of
+from llmtrain.config.schema import RunConfig
 from llmtrain.data.shards import open_data
-from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.results import Settings, measure
-from llmtrain.evaluation.targets import Target, targets_of
 from llmtrain.evaluation.text import TextResult, TextSettings, measure_text
+from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.training.run import pretrain
 
-TEXT = (
-    "It was the best of times, it was the wörst of times.\r\n\nIt was the age of wisdom … of foolishness.\n"
-)
+TEXT = "It was the best of times, it was the wörst of times.\r\n\nIt was the age of wisdom … of foolishness.\n"
 
 
 def targets(folder: Path) -> list[Target]:
     return targets_of(folder, every_snapshot=False)
 
 
-def measured(folder: Path, tmp_path: Path, stride: int | None = None, text: str = TEXT) -> TextResult:
+def measured(
+    folder: Path, tmp_path: Path, stride: int | None = None, text: str = TEXT
+) -> TextResult:
     path = tmp_path / "text.txt"
     path.write_bytes(text.encode())
     (result,) = measure_text(targets(folder), path, TextSettings(stride), lambda *progress: None)
@@ -59,7 +59,9 @@ def _in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("stride", [None, 1, 5, CONTEXT])
 @pytest.mark.parametrize("whose", ["ours", "neox"])
-def test_perplexities_are_those_of_transformers(whose: str, stride: int | None, tmp_path: Path) -> None:
+def test_perplexities_are_those_of_transformers(
+    whose: str, stride: int | None, tmp_path: Path
+) -> None:
     folder = tmp_path / whose
     if whose == "ours":
         write_ours(folder)
@@ -106,13 +108,17 @@ def test_a_model_of_others_without_a_tokenizer(data_folder: Path, tmp_path: Path
         measured(tmp_path / "neox", tmp_path)
 
 
-@pytest.mark.parametrize("write", [write_neox, write_ours])  # ours: its end of text is that of the data
+@pytest.mark.parametrize(
+    "write", [write_neox, write_ours]
+)  # ours: its end of text is that of the data
 def test_shards_of_another_tokenizer_are_read_as_text(
     write: Callable[[Path], object], data_folder: Path, tmp_path: Path
 ) -> None:
     write(tmp_path / "neox")
     ids = open_data(data_folder).reader("val").read(0, 1000)
-    documents = [load_tokenizer("byte").decode(part) for part in np.split(ids, np.flatnonzero(ids == 256))]
+    documents = [
+        load_tokenizer("byte").decode(part) for part in np.split(ids, np.flatnonzero(ids == 256))
+    ]
     tokenizer = write_tokenizer(tmp_path / "neox", "".join(documents))
     heard: list[str] = []
     (row,) = measure(
@@ -121,8 +127,13 @@ def test_shards_of_another_tokenizer_are_read_as_text(
         lambda *progress: None,
         warn=heard.append,
     )
-    theirs = [i for document in documents for i in (tokenizer.eos_token_id, *tokenizer.encode(document))]
-    nats, n_bytes = nats_by_hand(tmp_path / "neox", theirs, CONTEXT), sum(len(d.encode()) for d in documents)
+    theirs = [
+        i for document in documents for i in (tokenizer.eos_token_id, *tokenizer.encode(document))
+    ]
+    nats, n_bytes = (
+        nats_by_hand(tmp_path / "neox", theirs, CONTEXT),
+        sum(len(d.encode()) for d in documents),
+    )
     assert len(theirs) < 1000
     assert (row.tokens, row.bytes) == (len(theirs) - 1, n_bytes)
     assert row.loss == pytest.approx(nats / row.tokens, abs=1e-4)
@@ -134,7 +145,9 @@ def test_folders_that_cannot_be_evaluated(data_folder: Path, tmp_path: Path) -> 
     write_neox(tmp_path / "neox")
     config = tmp_path / "neox" / "config.json"
     document = json.loads(config.read_text())
-    config.write_text(json.dumps(document | {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}))
+    config.write_text(
+        json.dumps(document | {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}})
+    )
     (tmp_path / "neox" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(UserError, match="finds no such thing as a causal language model"):
         measure(targets(tmp_path / "neox"), Settings(data=data_folder), lambda *progress: None)
@@ -151,7 +164,7 @@ def test_folders_that_cannot_be_evaluated(data_folder: Path, tmp_path: Path) -> 
 
 
 def save_over(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    from llmtrain.checkpoint import load_shape, save_tensors
+    from llmtrain.checkpoints.gpt2_folder import load_shape, save_tensors
 
     save_tensors(folder / "model.safetensors", weights, load_shape(folder))
 
@@ -165,7 +178,9 @@ def test_a_result_is_kept_with_the_run_and_must_be_whole(
     def measure_again(stride: int | None = None) -> list[TextResult]:
         progress.clear()
         wanted = targets_of(run.average("ema-0.9", 12), every_snapshot=False)
-        return measure_text(wanted, text_file, TextSettings(stride), lambda *done: progress.append(done))
+        return measure_text(
+            wanted, text_file, TextSettings(stride), lambda *done: progress.append(done)
+        )
 
     raw, average = measure_again()
     assert progress

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from llmtrain.config import RunConfig
+from llmtrain.config.schema import RunConfig
 
 
 @pytest.fixture

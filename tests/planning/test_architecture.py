@@ -3,8 +3,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.config import ModelConfig
-from llmtrain.model import GPT
+from llmtrain.config.schema import ModelConfig
+from llmtrain.model.gpt import GPT
 from llmtrain.planning.architecture import Architecture
 
 
@@ -15,7 +15,9 @@ from llmtrain.planning.architecture import Architecture
 def test_counts_are_those_of_the_model(
     layers: int, heads: int, head: int, vocabulary: int, block: int, bias: bool
 ) -> None:
-    config = ModelConfig(n_layer=layers, n_head=heads, n_embd=heads * head, vocab_size=vocabulary, bias=bias)
+    config = ModelConfig(
+        n_layer=layers, n_head=heads, n_embd=heads * head, vocab_size=vocabulary, bias=bias
+    )
     counted, model = Architecture(config, block), GPT(config, block)
     assert counted.parameters == model.n_parameters()
     assert counted.flops_per_token() == model.flops_per_token()

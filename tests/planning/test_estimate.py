@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from llmtrain.cli.plan import number
-from llmtrain.config import RunConfig
-from llmtrain.config_file import load_config
+from llmtrain.config.loading import load_config
+from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
 from llmtrain.planning.estimate import Plan, estimate
 from llmtrain.planning.machine import Options
@@ -127,11 +127,15 @@ def test_auto_is_the_largest_micro_batch_that_fits(devices: int, share: int) -> 
     config = load_config(SMALL, ["train.micro_batch=auto"])
     plan = estimate(config, Options(devices=devices))
     layout, sizes = plan.machine.layout, [size for size in range(1, share + 1) if share % size == 0]
-    totals = {size: peak(device_memory(config.with_micro_batch(size), layout)).total for size in sizes}
+    totals = {
+        size: peak(device_memory(config.with_micro_batch(size), layout)).total for size in sizes
+    }
     largest = max(size for size in sizes if totals[size] <= 0.9 * 80e9)
     assert (plan.machine.micro_batch, plan.micro_batches) == (largest, share // largest)
     assert peak(plan.usages).total == totals[largest]
-    assert any(f"auto is taken for {largest}, the largest" in line for line in plan.machine.assumptions)
+    assert any(
+        f"auto is taken for {largest}, the largest" in line for line in plan.machine.assumptions
+    )
     unknown = estimate(config, Options(devices=devices, device="other")).machine
     assert unknown.micro_batch == 16
     assert any("memory is not known" in line for line in unknown.assumptions)
@@ -164,7 +168,9 @@ def test_the_readme_says_what_the_plan_says(interconnect: float | None) -> None:
         run = load_config(REPOSITORY / "configs" / f"{config}.yaml", [*common, *more])
         options = Options(parallel="fsdp" if "fsdp" in words else "ddp")
         eight, *beyond = (
-            estimate(run, replace(options, devices=n, interconnect_gbps=interconnect if n > 8 else None))
+            estimate(
+                run, replace(options, devices=n, interconnect_gbps=interconnect if n > 8 else None)
+            )
             for n in (8, 64, 512)
         )
         if interconnect is not None:

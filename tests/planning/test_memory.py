@@ -14,14 +14,14 @@ import torch
 from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile
 
-from llmtrain.config import RunConfig
-from llmtrain.evaluation.foreign import IdArray
+from llmtrain.config.schema import RunConfig
+from llmtrain.evaluation.hf_models import IdArray
 from llmtrain.evaluation.loss import evaluate
-from llmtrain.hardware import autocast
-from llmtrain.model import GPT
+from llmtrain.model.gpt import GPT
 from llmtrain.planning.memory import Layout, device_memory, host_memory, micro_batch, peak
-from llmtrain.training.distributed import World
-from llmtrain.training.optim import build_optimizer
+from llmtrain.runtime.device import autocast
+from llmtrain.runtime.distributed import World
+from llmtrain.training.optimizers.optim import build_optimizer
 from llmtrain.training.parallel import build_model
 
 Build = Callable[..., RunConfig]
@@ -83,7 +83,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_peak_is_what_torch_allocates(planned: Build, shape: dict[str, Any], precision: str) -> None:
+def test_the_peak_is_what_torch_allocates(
+    planned: Build, shape: dict[str, Any], precision: str
+) -> None:
     config = planned(**({"train__batch_sequences": 4} | shape), train__precision=precision)
     model, optimizer, step = a_trainer(config, torch.device("cpu"))
     step()  # from now on the optimizer has its moments
@@ -95,7 +97,11 @@ def test_the_peak_is_what_torch_allocates(planned: Build, shape: dict[str, Any],
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("shape", "batch"),
-    [({}, 16), ({"data__block_size": 512, "model__n_head": 8}, 12), ({"model__vocab_size": 30_000}, 8)],
+    [
+        ({}, 16),
+        ({"data__block_size": 512, "model__n_head": 8}, 12),
+        ({"model__vocab_size": 30_000}, 8),
+    ],
     ids=["a block", "attention rules", "the head"],
 )
 def test_the_peak_of_an_evaluation_is_what_torch_allocates(
@@ -113,7 +119,9 @@ def test_the_peak_of_an_evaluation_is_what_torch_allocates(
 
     evaluated()
     layout = Layout(1, "ddp", 2 if precision == "bfloat16" else 4, cuda=False)
-    (planned_one,) = (each for each in device_memory(config, layout) if each.moment == "in an evaluation")
+    (planned_one,) = (
+        each for each in device_memory(config, layout) if each.moment == "in an evaluation"
+    )
     most = allocated_at_most(evaluated)
     assert planned_one.copies + planned_one.activations == pytest.approx(most, rel=0.02)
 
@@ -122,7 +130,7 @@ RUN = """
 import json, re, sys, threading
 from contextlib import nullcontext
 from pathlib import Path
-from llmtrain.config import RunConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.training import run, snapshots
 from llmtrain.training.run import pretrain
 
@@ -172,7 +180,9 @@ def grown(config: RunConfig, folder: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process its peak")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process its peak"
+)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("layers", "width", "vocabulary"), [(6, 384, 264), (4, 256, 8_192)])
 def test_a_training_process_grows_by_the_planned_peak(
@@ -198,7 +208,9 @@ def test_a_training_process_grows_by_the_planned_peak(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process its peak")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process its peak"
+)
 def test_a_process_that_trains_while_it_writes_grows_by_the_planned_copy(
     planned: Build, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -207,7 +219,13 @@ def test_a_process_that_trains_while_it_writes_grows_by_the_planned_copy(
         planned(
             data={"path": str(data_folder), "block_size": 16},
             model={"n_layer": 4, "n_head": 6, "n_embd": 384, "vocab_size": 10_000},
-            train={"max_steps": 3, "batch_sequences": 1, "micro_batch": 1, "compile": False, "device": "cpu"},
+            train={
+                "max_steps": 3,
+                "batch_sequences": 1,
+                "micro_batch": 1,
+                "compile": False,
+                "device": "cpu",
+            },
             train__precision="float32",
             checkpoint={"snapshot_every": every},
         )
@@ -217,7 +235,9 @@ def test_a_process_that_trains_while_it_writes_grows_by_the_planned_copy(
     folders = [tmp_path / "writing", tmp_path / "not-yet"]
     for folder in folders:
         folder.mkdir()
-    with_copy, without = (grown(config, at) for config, at in zip((writing, not_yet), folders, strict=True))
+    with_copy, without = (
+        grown(config, at) for config, at in zip((writing, not_yet), folders, strict=True)
+    )
     assert more > 4 * 10_000_000
     assert with_copy - without == pytest.approx(more, rel=0.1)
 
@@ -239,7 +259,9 @@ def test_a_gpu_allocates_the_planned_peak(
     step()
     torch.cuda.reset_peak_memory_stats()
     step()
-    assert planned_peak(config, cuda=True) == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+    assert planned_peak(config, cuda=True) == pytest.approx(
+        torch.cuda.max_memory_allocated(), rel=0.15
+    )
 
 
 def test_fsdp_divides_what_ddp_repeats(planned: Build) -> None:

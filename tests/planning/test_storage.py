@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.config import RunConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.planning.storage import run_storage
 from llmtrain.training import state_writer
 from llmtrain.training.run import pretrain
@@ -40,7 +40,13 @@ def test_a_run_writes_what_was_planned(
         model__bias=bias,
         optimizer={"name": optimizer},
         schedule__warmup_steps=3,
-        train={"max_steps": 15, "batch_sequences": 2, "micro_batch": 2, "compile": False, "device": "cpu"},
+        train={
+            "max_steps": 15,
+            "batch_sequences": 2,
+            "micro_batch": 2,
+            "compile": False,
+            "device": "cpu",
+        },
         checkpoint={"snapshot_every": 2, "state_every": 4, "keep_states": 2},
         averages=AVERAGES,
     )

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny_training import EVERY_AVERAGE, Build, assert_same_run, events, quiet
 
-from llmtrain.checkpoint import load_weights
+from llmtrain.checkpoints.gpt2_folder import load_weights
 from llmtrain.errors import UserError
-from llmtrain.files import RunFolder, step_folders
+from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training.run import pretrain
 from llmtrain.training.trainer import Trainer
 
@@ -36,7 +36,9 @@ def test_a_branch_begins_with_a_state_and_records_its_parent(tiny: Build, tmp_pa
         trunk.snapshot(12) / "model.safetensors"
     ).read_bytes()
     # The same command again goes on with the branch; another beginning is refused.
-    assert pretrain(cooldown, branch.path, resume=trunk.state(8), say=lambda line: None).already_finished
+    assert pretrain(
+        cooldown, branch.path, resume=trunk.state(8), say=lambda line: None
+    ).already_finished
     with pytest.raises(UserError, match="did not begin with"):
         quiet(cooldown, branch.path, resume=trunk.state(12))
     (tmp_path / "moved").mkdir()
@@ -49,9 +51,15 @@ def test_a_branch_begins_with_a_state_and_records_its_parent(tiny: Build, tmp_pa
 def test_an_average_that_a_branch_adds_begins_there(tiny: Build, tmp_path: Path) -> None:
     """And says so, after a resume as well: `average` computes weights from where it began."""
     trunk = quiet(tiny(), tmp_path / "trunk")
-    averages = [{"kind": "ema", "save_every": 4}, {"kind": "running-mean", "every": 2}, EVERY_AVERAGE[-1]]
+    averages = [
+        {"kind": "ema", "save_every": 4},
+        {"kind": "running-mean", "every": 2},
+        EVERY_AVERAGE[-1],
+    ]
     for steps in (12, 14):
-        run = quiet(tiny(averages=averages, train__max_steps=steps), tmp_path / "run", resume=trunk.state(8))
+        run = quiet(
+            tiny(averages=averages, train__max_steps=steps), tmp_path / "run", resume=trunk.state(8)
+        )
         for label, start in (("ema-0.9", 1), ("running-mean", 8), ("power-ema-0.1", 8)):
             about = json.loads((run.average(label, steps) / "provenance.json").read_text())
             assert about["start"] == start
@@ -97,4 +105,6 @@ def test_a_branch_needs_a_state_of_its_model(tiny: Build, tmp_path: Path) -> Non
     assert not (tmp_path / "branch").exists()
     shutil.copytree(trunk.state(8), tmp_path / "elsewhere" / "state" / "step-00000008")
     with pytest.raises(UserError, match="elsewhere is not a run: it has no config"):
-        quiet(tiny(), tmp_path / "branch", resume=tmp_path / "elsewhere" / "state" / "step-00000008")
+        quiet(
+            tiny(), tmp_path / "branch", resume=tmp_path / "elsewhere" / "state" / "step-00000008"
+        )

@@ -7,7 +7,7 @@ import torch
 from tiny_training import Build, assert_same_run, events, interrupt_at, quiet
 
 import llmtrain.training.trainer as trainer
-from llmtrain.interrupt import Interrupted
+from llmtrain.runtime.signals import Interrupted
 
 
 @pytest.mark.slow
@@ -36,7 +36,10 @@ def test_a_compiled_run_resumed_after_the_block_warmup_is_bitwise_the_uninterrup
 @pytest.mark.slow
 def test_compiled_training_equals_eager(tiny: Build, tmp_path: Path) -> None:
     warnings: list[str] = []
-    runs = [quiet(tiny(train__compile=c), tmp_path / str(c), warn=warnings.append) for c in (False, True)]
+    runs = [
+        quiet(tiny(train__compile=c), tmp_path / str(c), warn=warnings.append)
+        for c in (False, True)
+    ]
     assert warnings == []
     losses = [[e["loss"] for e in events(run) if "loss" in e] for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -48,13 +51,20 @@ def test_the_way_of_cuda_graphs_changes_nothing_where_there_are_none(
 ) -> None:
     """Torch leaves them out on a CPU; what is done for their sake, passes before the first and zeros, stays."""
     monkeypatch.setattr(trainer, "resolve_compile", lambda setting, device: (True, None))
-    runs = [quiet(tiny(train__compile=c), tmp_path / str(c), warn=pytest.fail) for c in (True, "cuda-graphs")]
-    assert [e for e in events(runs[0]) if "loss" in e] == [e for e in events(runs[1]) if "loss" in e]
+    runs = [
+        quiet(tiny(train__compile=c), tmp_path / str(c), warn=pytest.fail)
+        for c in (True, "cuda-graphs")
+    ]
+    assert [e for e in events(runs[0]) if "loss" in e] == [
+        e for e in events(runs[1]) if "loss" in e
+    ]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_cuda_graphs_give_the_curve_of_compiled_code(tiny: Build, tmp_path: Path, dropout: float) -> None:
+def test_cuda_graphs_give_the_curve_of_compiled_code(
+    tiny: Build, tmp_path: Path, dropout: float
+) -> None:
     """With several micro-batches a step, whose gradients torch alone would add up wrongly; after a resume too."""
     shared = {
         "model__dropout": dropout,

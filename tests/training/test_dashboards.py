@@ -12,9 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_training import Build, events, interrupt_at, quiet
 from wandb.proto.wandb_internal_pb2 import HistoryRecord, Record
 
-from llmtrain.config_file import dump_config
-from llmtrain.files import RunFolder
-from llmtrain.interrupt import Interrupted
+from llmtrain.config.loading import dump_config
+from llmtrain.runtime.signals import Interrupted
+from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.dashboards import Dashboards
 
 BOARD = {"every": 1, "tensorboard": True, "sample_tokens": 3}
@@ -30,17 +30,25 @@ def test_tensorboard_holds_what_the_log_holds(tiny: Build, tmp_path: Path) -> No
     run = quiet(tiny(log=BOARD), tmp_path / "run")
     board = told(run)
     logged = events(run)
-    for tag, key in (("train/loss", "loss"), ("train/lr", "lr"), ("val/loss/ema-0.9", "val/loss/ema-0.9")):
+    for tag, key in (
+        ("train/loss", "loss"),
+        ("train/lr", "lr"),
+        ("val/loss/ema-0.9", "val/loss/ema-0.9"),
+    ):
         expected = [(e["step"], pytest.approx(e[key], rel=1e-6)) for e in logged if key in e]
         assert [(scalar.step, scalar.value) for scalar in board.Scalars(tag)] == expected
-    assert {"train/tokens_per_second", "train/memory", "train/grad_norm"} <= set(board.Tags()["scalars"])
+    assert {"train/tokens_per_second", "train/memory", "train/grad_norm"} <= set(
+        board.Tags()["scalars"]
+    )
     (text,) = [t for t in board.Tags()["tensors"] if t.startswith("val/sample")]
     assert [tensor.step for tensor in board.Tensors(text)] == [6, 12]
     (figure,) = board.Images("report/loss")  # of the report at the end
     assert (figure.width, figure.height) > (400, 200)
 
 
-def test_no_point_twice_after_a_resume(tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_point_twice_after_a_resume(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     interrupt_at(monkeypatch, 19)
     with pytest.raises(Interrupted):
         quiet(tiny(log=BOARD), tmp_path / "run")
@@ -70,7 +78,9 @@ def test_what_a_rewind_takes_back_is_taken_back(tiny: Build, tmp_path: Path) -> 
 
 def test_wandb_drops_nothing_after_a_rewind(tiny: Build, tmp_path: Path) -> None:
     config = tiny(log={"wandb": {"mode": "offline"}})
-    boards = Dashboards(RunFolder(tmp_path), config, resumed_step=0, wandb_id=None, warn=pytest.fail)
+    boards = Dashboards(
+        RunFolder(tmp_path), config, resumed_step=0, wandb_id=None, warn=pytest.fail
+    )
     told = [(1, 0.5), (2, 1.5), (3, 2.5), (4, 3.5)]
     for step, loss in told:
         boards.log({"step": step, "loss": loss}, "train")
@@ -82,7 +92,8 @@ def test_wandb_drops_nothing_after_a_rewind(tiny: Build, tmp_path: Path) -> None
     wandb.teardown()  # a run that is finished may not be written out yet
     (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     rows = [
-        {item.key or item.nested_key[0]: item.value_json for item in row.item} for row in history(written)
+        {item.key or item.nested_key[0]: item.value_json for item in row.item}
+        for row in history(written)
     ]
     assert [(int(row["step"]), float(row["train/loss"])) for row in rows] == told + again
 
@@ -113,7 +124,9 @@ def test_samples_are_the_same_for_the_same_weights(tiny: Build, tmp_path: Path) 
 
 def test_a_dashboard_that_fails_is_left_alone(tiny: Build, tmp_path: Path) -> None:
     config, warnings = tiny(log=BOARD), list[str]()
-    boards = Dashboards(RunFolder(tmp_path), config, resumed_step=0, wandb_id=None, warn=warnings.append)
+    boards = Dashboards(
+        RunFolder(tmp_path), config, resumed_step=0, wandb_id=None, warn=warnings.append
+    )
     boards.log({"step": 1, "loss": 2.0}, "train")
     boards.log({"step": 2, "text": "\udcff"}, "train")  # which no protocol buffer can hold
     boards.log({"step": 3, "loss": 2.0}, "train")
@@ -127,7 +140,9 @@ def test_wandb_that_cannot_start_is_told(
     wandb.teardown()  # else it goes by the environment that it saw when a test before this one used it
     monkeypatch.setenv("WANDB_BASE_URL", "no address")
     config, warnings = tiny(log={"wandb": {"mode": "offline"}}), list[str]()
-    boards = Dashboards(RunFolder(tmp_path), config, resumed_step=0, wandb_id=None, warn=warnings.append)
+    boards = Dashboards(
+        RunFolder(tmp_path), config, resumed_step=0, wandb_id=None, warn=warnings.append
+    )
     boards.log({"step": 1, "loss": 2.0}, "train")
     assert boards.wandb_id is None
     assert [warning.split(" (")[0] for warning in warnings] == ["W&B cannot be started"]
@@ -138,7 +153,9 @@ def test_without_an_account_wandb_is_kept_offline_and_asks_nothing(
 ) -> None:
     """On a terminal, where W&B would ask; with the report as an artifact."""
     config = tiny(
-        log={"every": 3, "wandb": {"mode": "online"}}, train__max_steps=4, data__path=str(data_folder)
+        log={"every": 3, "wandb": {"mode": "online"}},
+        train__max_steps=4,
+        data__path=str(data_folder),
     )
     (tmp_path / "run.yaml").write_text(dump_config(config))
     command = f"{Path(sys.executable).parent}/llmtrain pretrain --config run.yaml"

@@ -12,18 +12,25 @@ import torch
 from tiny_training import EVERY_AVERAGE, Build, assert_same_run, events, interrupt_at, quiet
 from worlds import in_processes, train, train_together
 
-from llmtrain.config import RunConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed, UserError, WriteFailed
-from llmtrain.files import RunFolder, step_folders
-from llmtrain.integrity import integrity_problems
-from llmtrain.model import GPT
-from llmtrain.sharded import local, whole
-from llmtrain.training.distributed import World, join
+from llmtrain.model.gpt import GPT
+from llmtrain.runtime.distributed import World, join
+from llmtrain.runtime.sharded import local, whole
+from llmtrain.storage.integrity import integrity_problems
+from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training.parallel import build_model, resolve_parallel
 from llmtrain.training.run import pretrain
 from llmtrain.training.state import read_tensors
 
-SPREADS = [("ddp", 2, 1), ("ddp", 4, 1), ("fsdp", 1, 1), ("fsdp", 2, 1), ("fsdp", 4, 1), ("hsdp", 4, 2)]
+SPREADS = [
+    ("ddp", 2, 1),
+    ("ddp", 4, 1),
+    ("fsdp", 1, 1),
+    ("fsdp", 2, 1),
+    ("fsdp", 4, 1),
+    ("hsdp", 4, 2),
+]
 """How weights lie, processes, machines."""
 REDUCTION = 1e-5
 """Relative: what float32 loses when numbers are added up in another order, 40 steps long."""
@@ -62,7 +69,8 @@ def assert_agree(one: RunFolder, other: RunFolder) -> None:
     """Same events and folders, and every loss and norm to the error of a reduction."""
     assert_same_events(events(one), events(other))
     folders = [
-        {path.relative_to(run.path) for path in run.path.rglob("model.safetensors")} for run in (one, other)
+        {path.relative_to(run.path) for path in run.path.rglob("model.safetensors")}
+        for run in (one, other)
     ]
     assert folders[0] == folders[1]
 
@@ -94,7 +102,12 @@ def different(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
 
 @pytest.mark.parametrize(("parallel", "size", "machines"), SPREADS)
 def test_the_curve_is_that_of_one_process(
-    forty_steps: RunConfig, alone: RunFolder, tmp_path: Path, parallel: str, size: int, machines: int
+    forty_steps: RunConfig,
+    alone: RunFolder,
+    tmp_path: Path,
+    parallel: str,
+    size: int,
+    machines: int,
 ) -> None:
     config = with_train(forty_steps, parallel=parallel)
     train_together(size, config, tmp_path / "run", machines)
@@ -117,7 +130,9 @@ def test_compiled_replicas_have_a_graph_a_bucket_so_that_exchange_overlaps(
     """The first bucket is full after a megabyte of gradients: its exchange need not wait for the others."""
     wide = {"n_layer": 3, "n_head": 2, "n_embd": 160, "vocab_size": 257}
     shape = {"model": wide, "train__micro_batch": 2, "log": {"every": 1}}
-    graphs = in_processes(2, compiled_graphs, tiny(**shape, train__compile=True), tmp_path / "compiled")
+    graphs = in_processes(
+        2, compiled_graphs, tiny(**shape, train__compile=True), tmp_path / "compiled"
+    )
     assert graphs[0] == graphs[1] > 1
     train_together(2, tiny(**shape, train__compile=False), tmp_path / "eager")
     losses = [
@@ -160,9 +175,7 @@ def what_is_said_of_cuda_graphs(config: RunConfig, folder: Path) -> str:
 def test_cuda_graphs_are_of_one_process(tiny: Build, tmp_path: Path) -> None:
     config = tiny(train__compile="cuda-graphs", train__micro_batch=2)
     said = in_processes(2, what_is_said_of_cuda_graphs, config, tmp_path / "run")
-    expected = (
-        "train.compile cuda-graphs is for one process, with its weights whole; --set train.compile=true"
-    )
+    expected = "train.compile cuda-graphs is for one process, with its weights whole; --set train.compile=true"
     assert said == [expected] * 2
     assert not (tmp_path / "run").exists()
 
@@ -187,7 +200,9 @@ def test_weights_made_in_shards_are_those_of_one_device(tiny: Build) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_activation_checkpointing_changes_no_bit(tiny: Build, tmp_path: Path, dropout: float) -> None:
+def test_activation_checkpointing_changes_no_bit(
+    tiny: Build, tmp_path: Path, dropout: float
+) -> None:
     model = tiny().model.model_copy(update={"dropout": dropout}).model_dump()
     kept = quiet(tiny(model=model), tmp_path / "kept")
     config = tiny(model=model, train__activation_checkpointing=True)
@@ -279,7 +294,11 @@ def test_two_processes_that_were_interrupted_are_bitwise_those_that_were_not(
 ) -> None:
     model = tiny().model.model_copy(update={"dropout": 0.1}).model_dump()
     config = tiny(
-        model=model, averages=EVERY_AVERAGE, train__max_steps=24, train__parallel=parallel, log={"every": 1}
+        model=model,
+        averages=EVERY_AVERAGE,
+        train__max_steps=24,
+        train__parallel=parallel,
+        log={"every": 1},
     )
     # Where it is interrupted depends on the machine; what comes of it must not.
     for folder, seconds in (("whole", [None]), ("parts", [0.0, 0.3, None])):
@@ -303,7 +322,9 @@ def train_until(config: RunConfig, folder: Path, check: int) -> int:
 def test_interrupted_while_an_average_is_evaluated_shards_hold_their_own_weights(
     tiny: Build, tmp_path: Path
 ) -> None:
-    config = tiny(train__parallel="fsdp", train__max_steps=4, eval={"every": 4, "batch": 1, "tokens": 65})
+    config = tiny(
+        train__parallel="fsdp", train__max_steps=4, eval={"every": 4, "batch": 1, "tokens": 65}
+    )
     train_together(2, config, tmp_path / "whole")
     # Four steps, two batches with the weights and one with the average; heard at the second.
     assert in_processes(2, train_until, config, tmp_path / "cut", 6) == [4, 4]
@@ -338,7 +359,10 @@ def test_a_state_that_one_process_cannot_write_gets_no_name(tiny: Build, tmp_pat
 
 def join_after_restarts() -> list[float]:
     """On two machines, of which one counts a restart and the other does not."""
-    os.environ |= {"TORCHELASTIC_MAX_RESTARTS": "2", "TORCHELASTIC_RESTART_COUNT": os.environ["RANK"]}
+    os.environ |= {
+        "TORCHELASTIC_MAX_RESTARTS": "2",
+        "TORCHELASTIC_RESTART_COUNT": os.environ["RANK"],
+    }
     with join(CPU, spread=False) as (world, _):
         return world.sums([1.0])
 
@@ -348,7 +372,7 @@ def test_processes_meet_however_often_each_machine_has_restarted() -> None:
 
 
 def join_unreachable(patience: float) -> str:
-    import llmtrain.training.distributed as module
+    import llmtrain.runtime.distributed as module
 
     module._SECONDS_TO_BE_ENDED = patience
     os.environ |= {"GLOO_SOCKET_IFNAME": "no-such-card", "TORCHELASTIC_RUN_ID": "ours"}
@@ -367,7 +391,9 @@ def test_a_connection_that_cannot_be_made_is_told_though_a_launcher_watches() ->
 def test_one_step_in_shards_on_one_gpu_is_the_plain_one(tiny: Build, tmp_path: Path) -> None:
     plain, spread = (
         quiet(
-            tiny(train__max_steps=3, train__device="cuda", train__parallel=parallel, log={"every": 1}),
+            tiny(
+                train__max_steps=3, train__device="cuda", train__parallel=parallel, log={"every": 1}
+            ),
             tmp_path / parallel,
         )
         for parallel in ("auto", "fsdp")

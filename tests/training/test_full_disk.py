@@ -9,9 +9,9 @@ from pathlib import Path
 from in_process import unmeasured
 from tiny_training import Build, events
 
-from llmtrain.config_file import dump_config
-from llmtrain.files import RunFolder, step_folders
-from llmtrain.integrity import integrity_problems
+from llmtrain.config.loading import dump_config
+from llmtrain.storage.integrity import integrity_problems
+from llmtrain.storage.run_folder import RunFolder, step_folders
 
 
 def train(config: Path, folder: Path, limit: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -52,7 +52,9 @@ def test_training_goes_on_without_a_snapshot(tiny: Build, tmp_path: Path) -> Non
     assert steps == sorted(steps)
     assert "bytes needed" in done.stderr
     assert "Training goes on without it" in done.stderr
-    assert "averages/ema-0.9/step-00000012" in done.stderr  # tried, though the snapshot before it failed
+    assert (
+        "averages/ema-0.9/step-00000012" in done.stderr
+    )  # tried, though the snapshot before it failed
     assert [e["step"] for e in events(run) if "lr" in e] == [3, 6, 9, 12]
     # The state of the last step is essential, and does not fit either.
     assert done.returncode == 1

@@ -9,13 +9,13 @@ from tiny_training import Build, quiet
 from transformers import GPT2Config, GPT2LMHeadModel
 from worlds import train_together
 
-from llmtrain.checkpoint import load_model
-from llmtrain.config import RunConfig
+from llmtrain.checkpoints.gpt2_folder import load_model
+from llmtrain.config.schema import RunConfig
 from llmtrain.data.prepare import prepare
 from llmtrain.errors import UserError
-from llmtrain.events import read_events
-from llmtrain.files import RunFolder
-from llmtrain.model import GPT
+from llmtrain.model.gpt import GPT
+from llmtrain.storage.events import read_events
+from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.initial import begin_with, open_weights
 
 
@@ -56,10 +56,19 @@ def test_a_file_of_nanogpt(tiny: Build, tmp_path: Path) -> None:
     trained = GPT(config.model, 16, seed=9)
     state = {f"_orig_mod.{name}": tensor for name, tensor in trained.state_dict().items()}
     state["_orig_mod.lm_head.weight"] = trained.transformer.wte.weight
-    arguments = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "bias": True, "vocab_size": 264}
+    arguments = {
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 16,
+        "block_size": 16,
+        "bias": True,
+        "vocab_size": 264,
+    }
     torch.save({"model": state, "model_args": arguments, "iter_num": 5}, tmp_path / "ckpt.pt")
     model = begun(tmp_path / "ckpt.pt", config)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -67,12 +76,17 @@ def test_a_file_of_nanogpt(tiny: Build, tmp_path: Path) -> None:
     [
         ({"model": {"n_layer": 3}}, "model.n_layer=2"),
         ({"model": {"vocab_size": 256}}, "model.vocab_size=260"),
-        ({"model": {"scale_attn_by_inverse_layer_idx": True}}, "scale_attn_by_inverse_layer_idx=false"),
+        (
+            {"model": {"scale_attn_by_inverse_layer_idx": True}},
+            "scale_attn_by_inverse_layer_idx=false",
+        ),
         ({"data__block_size": 64}, "data.block_size=32"),
         ({"model": {"bias": False}}, "model.bias=true"),
     ],
 )
-def test_another_model_is_refused(tiny: Build, public: Path, changes: dict[str, Any], message: str) -> None:
+def test_another_model_is_refused(
+    tiny: Build, public: Path, changes: dict[str, Any], message: str
+) -> None:
     weights = GPT2LMHeadModel.from_pretrained(public)
     with torch.no_grad():
         weights.transformer.ln_f.bias.fill_(1.0)
@@ -100,7 +114,12 @@ def test_a_run_goes_on_from_an_average_and_replays_earlier_data(
     prepare(str(text_file), tmp_path / "old", tokenizer="byte", val_fraction=0.2)
     data = {"path": tiny().data.path, "block_size": 16}
     data["mix"] = [{"path": str(tmp_path / "old"), "weight": 0.25}]
-    options = {"data": data, "init_from": str(average), "log": {"every": 1}, "train__micro_batch": 2}
+    options = {
+        "data": data,
+        "init_from": str(average),
+        "log": {"every": 1},
+        "train__micro_batch": 2,
+    }
     one = quiet(tiny(**options), tmp_path / "one")
     train_together(2, tiny(**options, train__parallel="fsdp"), tmp_path / "two")
     losses = [

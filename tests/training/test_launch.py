@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from tiny_training import Build, events
 
-from llmtrain.config_file import dump_config
-from llmtrain.files import RunFolder, step_folders
+from llmtrain.config.loading import dump_config
+from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training.state import read_tensors
 
 BIN = Path(sys.executable).parent
@@ -93,11 +93,15 @@ def wait_until_left(processes: list[int]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("whom", "number"), [("worker", signal.SIGTERM), ("launcher", signal.SIGUSR1)])
+@pytest.mark.parametrize(
+    ("whom", "number"), [("worker", signal.SIGTERM), ("launcher", signal.SIGUSR1)]
+)
 def test_a_signal_to_one_makes_all_save_and_leave(
     tiny: Build, tmp_path: Path, started: Any, whom: str, number: int
 ) -> None:
-    run = started(BIN / "llmtrain", "pretrain", "--config", written(tiny, tmp_path, **LONG), "--nproc", "2")
+    run = started(
+        BIN / "llmtrain", "pretrain", "--config", written(tiny, tmp_path, **LONG), "--nproc", "2"
+    )
     run.wait_for("       20 ")
     os.kill(run.workers()[-1] if whom == "worker" else run.process.pid, number)
     assert run.ended() == 128 + number
@@ -107,14 +111,20 @@ def test_a_signal_to_one_makes_all_save_and_leave(
     assert run.out.read_text().count("train.max_steps") == 1
     [newest] = list(step_folders(RunFolder(tmp_path / "runs/run").states))[-1:]
     assert newest >= 20
-    again = started(BIN / "llmtrain", "pretrain", "--config", tmp_path / "run.yaml", "--max-time", "1s")
+    again = started(
+        BIN / "llmtrain", "pretrain", "--config", tmp_path / "run.yaml", "--max-time", "1s"
+    )
     assert again.ended() == 124
     assert f"resumed at step {newest:,}" in again.out.read_text()
 
 
 @pytest.mark.slow
-def test_a_killed_launcher_takes_its_processes_with_it(tiny: Build, tmp_path: Path, started: Any) -> None:
-    run = started(BIN / "llmtrain", "pretrain", "--config", written(tiny, tmp_path, **LONG), "--nproc", "2")
+def test_a_killed_launcher_takes_its_processes_with_it(
+    tiny: Build, tmp_path: Path, started: Any
+) -> None:
+    run = started(
+        BIN / "llmtrain", "pretrain", "--config", written(tiny, tmp_path, **LONG), "--nproc", "2"
+    )
     run.wait_for("       20 ")
     workers = run.workers()
     run.process.kill()
@@ -129,9 +139,17 @@ def test_a_killed_launcher_takes_its_processes_with_it(tiny: Build, tmp_path: Pa
     assert newest >= 20
 
 
-def test_a_process_whose_launcher_is_gone_before_it_listens_leaves(tiny: Build, tmp_path: Path) -> None:
+def test_a_process_whose_launcher_is_gone_before_it_listens_leaves(
+    tiny: Build, tmp_path: Path
+) -> None:
     config, gone = written(tiny, tmp_path), {"LLMTRAIN_LAUNCHER": str(2**22 + 1)}
-    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    rank = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "0",
+    }
     left = subprocess.run(
         [BIN / "llmtrain", "pretrain", "--config", config],
         cwd=tmp_path, env=os.environ | rank | gone, capture_output=True, check=False,
@@ -142,7 +160,9 @@ def test_a_process_whose_launcher_is_gone_before_it_listens_leaves(tiny: Build, 
 
 @pytest.mark.slow
 def test_a_killed_process_is_reported_once(tiny: Build, tmp_path: Path, started: Any) -> None:
-    run = started(BIN / "llmtrain", "pretrain", "--config", written(tiny, tmp_path, **LONG), "--nproc", "2")
+    run = started(
+        BIN / "llmtrain", "pretrain", "--config", written(tiny, tmp_path, **LONG), "--nproc", "2"
+    )
     run.wait_for("       20 ")
     os.kill(run.workers()[0], signal.SIGKILL)
     assert run.ended() == 1
@@ -191,7 +211,12 @@ def test_two_processes_killed_at_random_moments_end_with_the_same_files(
     checkpoint = {"snapshot_every": 5, "state_every": 5}
     averages = [{"kind": "ema", "decay": 0.9, "save_every": 5}, {"kind": "running-mean"}]
     config = written(
-        tiny, tmp_path, train__max_steps=100, train__parallel="fsdp", checkpoint=checkpoint, averages=averages
+        tiny,
+        tmp_path,
+        train__max_steps=100,
+        train__parallel="fsdp",
+        checkpoint=checkpoint,
+        averages=averages,
     )
     command = [BIN / "llmtrain", "pretrain", "--config", config, "--nproc", "2", "--run-dir"]
     assert started(*command, "calm").ended() == 0

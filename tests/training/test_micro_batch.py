@@ -15,11 +15,11 @@ import torch
 from tiny_training import Build, assert_same_run, quiet
 from worlds import in_processes, train_together
 
-from llmtrain.config import RunConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.data.mixture import open_training_data
 from llmtrain.errors import RunFailed
-from llmtrain.files import RunFolder, step_folders
-from llmtrain.training.distributed import join
+from llmtrain.runtime.distributed import join
+from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training.micro_batch import choose
 from llmtrain.training.run import pretrain
 from llmtrain.training.state import load_state
@@ -76,7 +76,9 @@ def test_auto_trains_as_the_number_it_chose(tiny: Build, tmp_path: Path) -> None
     run = pretrain(tiny(**options, log={"every": 3}), tmp_path / "auto", say=said.append).run
     assert f"micro-batch: {size}, as before" in said
     assert kept(run)[0] == size
-    (run.metrics).write_text(expected.metrics.read_text())  # what the first part logged at its end differs
+    (run.metrics).write_text(
+        expected.metrics.read_text()
+    )  # what the first part logged at its end differs
     assert_same_run(expected, run)
     assert "micro_batch: auto" in run.config.read_text()
 
@@ -132,8 +134,12 @@ def limited(config: RunConfig, folder: Path, room: int) -> tuple[list[str], str]
 
 
 @LIMITED
-def test_out_of_memory_lowers_it_and_the_run_is_that_of_the_lower_one(tiny: Build, tmp_path: Path) -> None:
-    [(warnings, failure)] = in_processes(1, limited, large(tiny, micro_batch=61), tmp_path / "limited", ROOM)
+def test_out_of_memory_lowers_it_and_the_run_is_that_of_the_lower_one(
+    tiny: Build, tmp_path: Path
+) -> None:
+    [(warnings, failure)] = in_processes(
+        1, limited, large(tiny, micro_batch=61), tmp_path / "limited", ROOM
+    )
     assert (warnings, failure) == (["out of memory at micro-batch 61: going on with 2"], "")
     run = RunFolder(tmp_path / "limited")
     assert kept(run)[0] == 2
@@ -156,7 +162,9 @@ def test_no_memory_for_one_sequence_is_one_line(tiny: Build, tmp_path: Path) -> 
 
 
 @pytest.mark.gpu
-def test_a_gpu_goes_up_to_what_fits_and_down_from_what_does_not(tiny: Build, tmp_path: Path) -> None:
+def test_a_gpu_goes_up_to_what_fits_and_down_from_what_does_not(
+    tiny: Build, tmp_path: Path
+) -> None:
     config = large(tiny, batch_sequences=4096, micro_batch="auto", device="cuda", compile=False)
     total = torch.cuda.get_device_properties(0).total_memory
     auto = quiet(config, tmp_path / "auto")

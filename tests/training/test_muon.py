@@ -12,13 +12,13 @@ from tiny_training import Build, assert_same_run, events, interrupt_at, quiet
 from torch import Tensor, nn
 from worlds import train_together
 
-from llmtrain.config import ModelConfig, OptimizerConfig, RunConfig
+from llmtrain.config.schema import ModelConfig, OptimizerConfig, RunConfig
 from llmtrain.errors import UserError
-from llmtrain.files import RunFolder
-from llmtrain.interrupt import Interrupted
-from llmtrain.model import GPT
-from llmtrain.training.muon import Muon, orthogonalized
-from llmtrain.training.optim import build_optimizer
+from llmtrain.model.gpt import GPT
+from llmtrain.runtime.signals import Interrupted
+from llmtrain.storage.run_folder import RunFolder
+from llmtrain.training.optimizers.muon import Muon, orthogonalized
+from llmtrain.training.optimizers.optim import build_optimizer
 
 REDUCTION = 1e-4
 """Relative: where a sum in another order is rounded otherwise to bfloat16, 16 steps long."""
@@ -42,7 +42,9 @@ def bits(tensors: list[Tensor]) -> list[bytes]:
 @given(
     st.integers(1, 24), st.integers(1, 24), st.integers(0, 2**31), st.sampled_from([1e-6, 1.0, 1e6])
 )  # fmt: skip
-def test_what_is_orthogonalized_keeps_its_directions(rows: int, columns: int, seed: int, size: float) -> None:
+def test_what_is_orthogonalized_keeps_its_directions(
+    rows: int, columns: int, seed: int, size: float
+) -> None:
     """Singular vectors stay; singular values, of a matrix that is not degenerate, come near 1."""
     random = torch.Generator().manual_seed(seed)
     u, _, vt = torch.linalg.svd(torch.randn(rows, columns, generator=random), full_matrices=False)
@@ -87,7 +89,9 @@ def test_steps_are_those_of_torch(keys: dict[str, Any]) -> None:
             group["lr"] = 0.02 / (step + 1)
         for name, parameter in model.named_parameters():
             parameter.grad = torch.randn(parameter.shape, generator=random)
-            for part, gradient in zip(pieces[name], parameter.grad.chunk(len(pieces[name])), strict=True):
+            for part, gradient in zip(
+                pieces[name], parameter.grad.chunk(len(pieces[name])), strict=True
+            ):
                 part.grad = gradient.clone()
         optimizer.step()
         for each in theirs:
@@ -125,14 +129,20 @@ def test_one_learning_rate_and_weight_decay_serve_both() -> None:
         if parameter.dim() == 2 and name.startswith("transformer.h."):
             moved = parameter - before[name] * (1 - 0.1 * 0.5)
             assert moved.square().mean().sqrt().item() == pytest.approx(0.2 * 0.1, rel=0.2), name
-    assert {group["weight_decay"] for group in optimizer.param_groups if not group["stacked"]} == {0.0}
+    assert {group["weight_decay"] for group in optimizer.param_groups if not group["stacked"]} == {
+        0.0
+    }
 
 
 # --- in training --------------------------------------------------------------------------------
 
 
 def training(tiny: Build, **overrides: Any) -> RunConfig:
-    common = {"optimizer": {"name": "muon", "lr": 1e-2}, "train__max_steps": 16, "log": {"every": 1}}
+    common = {
+        "optimizer": {"name": "muon", "lr": 1e-2},
+        "train__max_steps": 16,
+        "log": {"every": 1},
+    }
     config: RunConfig = tiny(**common | overrides)
     return config
 
@@ -149,7 +159,9 @@ def test_a_run_interrupted_at_every_step_is_bitwise_the_uninterrupted_one(
     sessions = 0
     for _ in range(16):
         with monkeypatch.context() as patch:
-            interrupt_at(patch, 3)  # after the two micro-batches of a step, in the first of the next
+            interrupt_at(
+                patch, 3
+            )  # after the two micro-batches of a step, in the first of the next
             try:
                 quiet(training(tiny), tmp_path / "parts")
             except Interrupted:
@@ -163,12 +175,17 @@ def assert_agree(one: RunFolder, other: RunFolder) -> None:
     assert ours == pytest.approx(theirs, rel=REDUCTION)
 
 
-def test_shards_and_copies_go_on_where_others_left_off(tiny: Build, tmp_path: Path, alone: RunFolder) -> None:
+def test_shards_and_copies_go_on_where_others_left_off(
+    tiny: Build, tmp_path: Path, alone: RunFolder
+) -> None:
     """Two processes with shards, one alone, two with copies, shards on each of two machines."""
     run = tmp_path / "run"
     for parallel, size, steps in (("fsdp", 2, 5), ("auto", 1, 8), ("ddp", 2, 12), ("hsdp", 4, 16)):
         config = training(
-            tiny, train__parallel=parallel, train__max_steps=steps, train__micro_batch=8 // max(size, 2)
+            tiny,
+            train__parallel=parallel,
+            train__max_steps=steps,
+            train__micro_batch=8 // max(size, 2),
         )
         if size == 1:
             quiet(config, run)

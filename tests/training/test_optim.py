@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from llmtrain.config import ModelConfig, OptimizerConfig, SpamConfig
-from llmtrain.model import GPT
-from llmtrain.training import optim
-from llmtrain.training.muon import Muon
-from llmtrain.training.optim import (
+from llmtrain.config.schema import ModelConfig, OptimizerConfig, SpamConfig
+from llmtrain.model.gpt import GPT
+from llmtrain.training.optimizers import optim
+from llmtrain.training.optimizers.muon import Muon
+from llmtrain.training.optimizers.optim import (
     SPAM_SETTLE_STEPS,
     Spam,
     build_optimizer,
@@ -50,7 +50,9 @@ def test_decay_acts_on_those_weights_only() -> None:
 def test_every_parameter_is_in_one_group() -> None:
     trained = model()
     grouped = [
-        p for group in build_optimizer(trained, OptimizerConfig()).param_groups for p in group["params"]
+        p
+        for group in build_optimizer(trained, OptimizerConfig()).param_groups
+        for p in group["params"]
     ]
     assert {id(p) for p in grouped} == {id(p) for p in trained.parameters()}
     assert len(grouped) == len(list(trained.parameters()))
@@ -142,7 +144,9 @@ def test_a_clipped_step_is_that_of_torchs_own_clipping(keys: dict[str, Any], cli
     one, other = build_optimizer(ours, config), build_optimizer(torchs, config)
     for each in (one, other):
         if isinstance(each, Muon):
-            each.precision = torch.float32  # in bfloat16 a rounding of float32 may become one of its own
+            each.precision = (
+                torch.float32
+            )  # in bfloat16 a rounding of float32 may become one of its own
     for step in range(1, 41):
         for each in (ours, torchs):
             filled(each, seed=step, size=10.0 ** (step % 5 - 3))
@@ -162,7 +166,9 @@ def test_a_clipped_step_is_that_of_torchs_own_clipping(keys: dict[str, Any], cli
 @pytest.mark.usefixtures("blind")
 @pytest.mark.parametrize("keys", OPTIMIZERS, ids=["adamw", "spam", "muon"])
 @pytest.mark.parametrize("size", [1.0, torch.nan, torch.inf])
-def test_a_step_that_is_held_back_leaves_weights_and_moments(keys: dict[str, Any], size: float) -> None:
+def test_a_step_that_is_held_back_leaves_weights_and_moments(
+    keys: dict[str, Any], size: float
+) -> None:
     trained = model()
     optimizer = build_optimizer(trained, OptimizerConfig.model_validate(keys))
     for step, hold in ((1, False), (2, True)):

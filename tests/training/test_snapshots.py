@@ -12,13 +12,13 @@ import torch
 import wandb
 from tiny_training import Build, assert_same_run, events, quiet
 
-from llmtrain.checkpoint import Origin, Shape, load_weights
-from llmtrain.config import ModelConfig
+from llmtrain.checkpoints.gpt2_folder import Origin, Shape, load_weights
+from llmtrain.config.schema import ModelConfig
 from llmtrain.errors import WriteFailed
-from llmtrain.files import RunFolder, step_folders
-from llmtrain.model import GPT
+from llmtrain.model.gpt import GPT
+from llmtrain.runtime.distributed import World
+from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training import snapshots, state_writer
-from llmtrain.training.distributed import World
 from llmtrain.training.snapshots import SnapshotWriter
 
 staged_folder = snapshots.staged_folder

@@ -11,13 +11,13 @@ from tiny_training import EVERY_AVERAGE, Build, assert_same_run, events, interru
 from torch import Tensor, nn
 
 import llmtrain.training.run as module
-from llmtrain.config import RunConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.data.sampler import Sampler, batch
 from llmtrain.data.shards import open_data
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.files import RunFolder, step_folders
-from llmtrain.integrity import write_integrity
-from llmtrain.interrupt import Interrupted
+from llmtrain.runtime.signals import Interrupted
+from llmtrain.storage.integrity import write_integrity
+from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training.run import pretrain
 from llmtrain.training.trainer import Trainer
 
@@ -38,7 +38,9 @@ class Poisoned(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         loss: Tensor = self.model(tokens, targets)
-        return loss * self.factor if torch.equal(tokens[0], self.window[: tokens.shape[1]]) else loss
+        return (
+            loss * self.factor if torch.equal(tokens[0], self.window[: tokens.shape[1]]) else loss
+        )
 
 
 @pytest.fixture
@@ -62,7 +64,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, tiny: Build) -> Poison:
     return apply
 
 
-def run_config(tiny: Build, action: str = "log", on_nonfinite: str = "stop", **more: Any) -> RunConfig:
+def run_config(
+    tiny: Build, action: str = "log", on_nonfinite: str = "stop", **more: Any
+) -> RunConfig:
     sections = {"checkpoint": CHECKPOINT, "eval": {"every": 6, "batch": 4}, "model__dropout": 0.1}
     overrides = {"train__max_steps": 24, "train__on_nonfinite": on_nonfinite, **sections, **more}
     return tiny(spikes=SPIKES | {"action": action}, **overrides)
@@ -90,7 +94,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     assert {float(t) for name, t in state.items() if name.startswith("optimizer/step/")} == {23.0}
 
 
-def test_a_stop_leaves_the_states_and_skip_goes_on(tiny: Build, tmp_path: Path, poison: Poison) -> None:
+def test_a_stop_leaves_the_states_and_skip_goes_on(
+    tiny: Build, tmp_path: Path, poison: Poison
+) -> None:
     poison(float("inf"))
     whole = quiet(run_config(tiny, on_nonfinite="skip"), tmp_path / "whole")
     with pytest.raises(RunFailed, match="step 15 was not taken: its loss is inf") as caught:
@@ -117,7 +123,12 @@ def test_a_spike_is_logged_or_skipped(tiny: Build, tmp_path: Path, poison: Poiso
     ],
 )
 def test_a_rewind_goes_back_and_passes_over_the_batches(
-    tiny: Build, tmp_path: Path, poison: Poison, factor: float, policy: tuple[str, str], optimizer: str
+    tiny: Build,
+    tmp_path: Path,
+    poison: Poison,
+    factor: float,
+    policy: tuple[str, str],
+    optimizer: str,
 ) -> None:
     poison(factor)
     more = {"averages": EVERY_AVERAGE, "optimizer": {"name": optimizer, "lr": 1e-2}}
@@ -210,7 +221,9 @@ def test_a_crash_within_a_rewind_changes_nothing(
     assert_same_run(whole, quiet(config, tmp_path / "parts"))
 
 
-def test_a_rewind_soon_after_a_beginning_goes_back_to_it(tiny: Build, tmp_path: Path, poison: Poison) -> None:
+def test_a_rewind_soon_after_a_beginning_goes_back_to_it(
+    tiny: Build, tmp_path: Path, poison: Poison
+) -> None:
     """A branch off step 13 meets its spike in step 15, and another one in step 14 of the way from there."""
     poison(50.0, BAD_BATCH, 15)
     trunk = quiet(run_config(tiny, train__max_steps=13), tmp_path / "trunk")
@@ -229,8 +242,13 @@ def test_what_several_rewinds_set_aside_is_all_kept(
     whole, parts = quiet(config, tmp_path / "whole"), RunFolder(tmp_path / "parts")
     rewinds = [(e["step"], e["rewound_from"]) for e in events(whole) if "rewound_from" in e]
     assert rewinds == [(8, 15), (8, 12)]
-    aside = [folder / "model.safetensors" for folder in sorted(whole.snapshots.glob("step-00000009-*"))]
-    assert [path.parent.name for path in aside] == ["step-00000009-rewound", "step-00000009-rewound-2"]
+    aside = [
+        folder / "model.safetensors" for folder in sorted(whole.snapshots.glob("step-00000009-*"))
+    ]
+    assert [path.parent.name for path in aside] == [
+        "step-00000009-rewound",
+        "step-00000009-rewound-2",
+    ]
     assert aside[0].read_bytes() == weights(first, 9) != aside[1].read_bytes() != weights(whole, 9)
 
     class KilledError(Exception):
@@ -287,7 +305,8 @@ def test_a_policy_may_change_in_a_run_and_its_window_may_not(tiny: Build, tmp_pa
     quiet(run_config(tiny, "skip", "rewind", train__max_steps=5), tmp_path / "run")
     with pytest.raises(UserError, match=r"spikes.window: 8 there, 9 here"):
         quiet(
-            tiny(spikes=SPIKES | {"window": 9}, checkpoint=CHECKPOINT, model__dropout=0.1), tmp_path / "run"
+            tiny(spikes=SPIKES | {"window": 9}, checkpoint=CHECKPOINT, model__dropout=0.1),
+            tmp_path / "run",
         )
 
 

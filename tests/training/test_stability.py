@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmtrain.config import RunConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed
 from llmtrain.training.stability import MAX_HELD_IN_A_ROW, Watch, robust_z
 
@@ -75,7 +75,9 @@ def test_a_fall_is_no_spike() -> None:
 
 
 @pytest.mark.parametrize("bad", [(math.nan, 1.0), (3.0, math.inf), (-math.inf, math.nan)])
-def test_what_is_not_finite_is_held_back_and_does_not_blind_the_median(bad: tuple[float, float]) -> None:
+def test_what_is_not_finite_is_held_back_and_does_not_blind_the_median(
+    bad: tuple[float, float],
+) -> None:
     watched = watch("skip")
     feed(watched, CALM)
     assert feed(watched, [bad, CALM[0]], first=WINDOW + 1) == [True, False]
@@ -88,8 +90,15 @@ def test_what_is_not_finite_is_held_back_and_does_not_blind_the_median(bad: tupl
 @pytest.mark.parametrize("policy", ["stop", "rewind"])
 def test_after_a_stop_every_step_is_held_back_until_the_host_knows(policy: str) -> None:
     watched = watch("log", on_nonfinite=policy)
-    assert feed(watched, [(3.0, 1.0), (math.nan, 1.0), (3.0, 1.0), (3.0, 1.0)]) == [False, True, True, True]
-    assert [each.step for each in watched.drain()] == [2]  # the first; what came after it is no news
+    assert feed(watched, [(3.0, 1.0), (math.nan, 1.0), (3.0, 1.0), (3.0, 1.0)]) == [
+        False,
+        True,
+        True,
+        True,
+    ]
+    assert [each.step for each in watched.drain()] == [
+        2
+    ]  # the first; what came after it is no news
     watched.load(watched.state())
     assert feed(watched, [(3.0, 1.0)], first=2) == [False]
 
@@ -105,7 +114,9 @@ def test_a_run_without_updates_ends() -> None:
         resumed.drain()
 
 
-@given(st.lists(st.tuples(st.floats(width=32), st.floats(width=32)), max_size=40), st.integers(0, 40))
+@given(
+    st.lists(st.tuples(st.floats(width=32), st.floats(width=32)), max_size=40), st.integers(0, 40)
+)
 def test_a_resumed_watch_decides_alike(values: list[tuple[float, float]], cut: int) -> None:
     """Whatever comes, also when the host reads at other steps: holds and incidents are the same."""
     whole, parts = watch("skip"), watch("skip")

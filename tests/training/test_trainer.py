@@ -10,19 +10,19 @@ import torch
 from tiny_training import EVERY_AVERAGE, Build, assert_same_run, events, interrupt_at, quiet
 from transformers import AutoModelForCausalLM
 
-from llmtrain import integrity
-from llmtrain.checkpoint import load_model, load_weights
-from llmtrain.config_file import load_config
+from llmtrain.checkpoints.gpt2_folder import load_model, load_weights
+from llmtrain.config.loading import load_config
+from llmtrain.config.schedules import learning_rate
 from llmtrain.data.sampler import Sampler, batch
 from llmtrain.data.shards import open_data
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.events import read_json_lines
-from llmtrain.files import RunFolder, step_folders
-from llmtrain.integrity import integrity_problems
-from llmtrain.interrupt import Interrupted
-from llmtrain.model import GPT
+from llmtrain.model.gpt import GPT
+from llmtrain.runtime.signals import Interrupted
+from llmtrain.storage import integrity
+from llmtrain.storage.events import read_json_lines
+from llmtrain.storage.integrity import integrity_problems
+from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training.run import pretrain
-from llmtrain.training.schedules import learning_rate
 
 
 def test_training_equals_a_plain_loop(tiny: Build, tmp_path: Path) -> None:
@@ -65,7 +65,9 @@ def test_the_micro_batch_does_not_change_the_training(tiny: Build, tmp_path: Pat
 
 
 @pytest.mark.parametrize("cut", [3, 4, 5, 6, 11])
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tiny: Build, tmp_path: Path, cut: int) -> None:
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
+    tiny: Build, tmp_path: Path, cut: int
+) -> None:
     whole = quiet(tiny(model__dropout=0.2), tmp_path / "whole")
     parts = tmp_path / "parts"
     quiet(tiny(model__dropout=0.2, train__max_steps=cut), parts)
@@ -114,7 +116,9 @@ def test_a_run_interrupted_at_every_step_is_bitwise_the_uninterrupted_one(
         if newest(tmp_path / "parts") == 40:
             break
         with monkeypatch.context() as patch:
-            interrupt_at(patch, 3)  # after the two micro-batches of a step, in the first of the next
+            interrupt_at(
+                patch, 3
+            )  # after the two micro-batches of a step, in the first of the next
             try:
                 quiet(config, tmp_path / "parts")
             except Interrupted:
@@ -190,7 +194,9 @@ def test_snapshots_load_in_transformers(tiny: Build, tmp_path: Path) -> None:
         theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
         with torch.no_grad():
             expected = theirs(tokens).logits
-            torch.testing.assert_close(load_model(folder).logits(tokens), expected, atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                load_model(folder).logits(tokens), expected, atol=1e-4, rtol=0
+            )
 
 
 def test_a_finished_run_says_so_and_a_longer_one_goes_on(tiny: Build, tmp_path: Path) -> None:
@@ -217,7 +223,9 @@ def test_another_config_is_refused_with_its_keys(tiny: Build, tmp_path: Path) ->
         quiet(tiny(), tmp_path / "run", resume="never")
 
 
-def test_other_data_is_refused_but_for_a_branch(tiny: Build, tmp_path: Path, text_file: Path) -> None:
+def test_other_data_is_refused_but_for_a_branch(
+    tiny: Build, tmp_path: Path, text_file: Path
+) -> None:
     from llmtrain.data.prepare import prepare
 
     run = quiet(tiny(), tmp_path / "run")

@@ -1,0 +1,217 @@
+"""GPT-2: the model of the paper, and nothing that is not GPT-2.
+
+Why our own: training wants the fastest attention, weights that are the same on every device for
+one seed, and a loss in float32. Module and parameter names are those of Hugging Face's
+`GPT2LMHeadModel`, so that a checkpoint needs no translation but a transpose.
+
+    model = GPT(ModelConfig(), block_size=1024, seed=1337); loss = model(tokens, targets)
+
+Shapes in names: B sequences, T tokens, C width, H heads, D width of a head, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llmtrain.config.schema import ModelConfig
+from llmtrain.model.cross_entropy import linear_cross_entropy
+from llmtrain.model.sizes import SHORT, sequences_at_a_time
+
+INIT_STD = 0.02
+IGNORE = -1
+"""A target with this value is not counted in the loss."""
+
+
+def attend_by_products(
+    q_BHTD: Tensor,
+    k_BHTD: Tensor,
+    v_BHTD: Tensor,
+    *,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    """What `scaled_dot_product_attention` computes, by whole products of (B, H, T, T) attention weights.
+
+    Where no gradient is wanted, nobody keeps them: they are computed for a few sequences at a time.
+    """
+    assert is_causal
+    H, T = q_BHTD.shape[1:3]
+    few = sequences_at_a_time(q_BHTD.element_size() * H * T * T)
+    if not torch.is_grad_enabled() and len(q_BHTD) > few:
+        pieces = zip(*(torch.split(each, few) for each in (q_BHTD, k_BHTD, v_BHTD)), strict=True)
+        attend = partial(attend_by_products, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
+        return torch.cat([attend(*piece) for piece in pieces])
+    future_TT = torch.full((T, T), -math.inf, dtype=q_BHTD.dtype, device=q_BHTD.device).triu(1)
+    scores_BHTT = (q_BHTD * scale) @ k_BHTD.transpose(2, 3)
+    weights_BHTT = scores_BHTT.add_(future_TT).softmax(-1)  # the product itself is not needed again
+    return F.dropout(weights_BHTT, dropout_p) @ v_BHTD
+
+
+class Attention(nn.Module):
+    """Causal self-attention; the logits of layer i may be divided by i + 1 as well."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        depth = layer + 1 if config.scale_attn_by_inverse_layer_idx else 1
+        self.scale = 1.0 / (math.sqrt(config.n_embd // config.n_head) * depth)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """(B, T, C) → (B, T, C)."""
+        B, T, C = x_BTC.shape
+        qkv = self.c_attn(x_BTC).view(B, T, 3, self.n_head, C // self.n_head)
+        q_BHTD, k_BHTD, v_BHTD = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        dropout = self.dropout if self.training else 0.0
+        short = T <= SHORT and q_BHTD.device.type == "cpu" and q_BHTD.dtype == torch.bfloat16
+        attend = attend_by_products if short else F.scaled_dot_product_attention
+        y_BHTD = attend(q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, is_causal=True, scale=self.scale)
+        y: Tensor = self.resid_dropout(self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C)))
+        return y
+
+
+class MLP(nn.Module):
+    """Two linear layers around GPT-2's GELU (the tanh form)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """(B, T, C) → (B, T, C)."""
+        y: Tensor = self.dropout(self.c_proj(F.gelu(self.c_fc(x_BTC), approximate="tanh")))
+        return y
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a layer norm and beside a residual connection."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+        self.recompute = False
+        """Keep only the input for the backward pass and compute the rest again there."""
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """(B, T, C) → (B, T, C)."""
+        if self.recompute and self.training:
+            again: Tensor = checkpoint(self._layers, x_BTC, use_reentrant=False)
+            return again
+        return self._layers(x_BTC)
+
+    def _layers(self, x_BTC: Tensor) -> Tensor:
+        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC))
+        y: Tensor = x_BTC + self.mlp(self.ln_2(x_BTC))
+        return y
+
+
+class Transformer(nn.Module):
+    """Token and position embeddings, the blocks, the last layer norm."""
+
+    def __init__(self, config: ModelConfig, block_size: int) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Token ids (B, T) → hidden states (B, T, C)."""
+        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        # On a CPU the gradient of the rows that were looked up is added to the head's, not a matrix of zeros with them.
+        few_rows = tokens_BT.device.type == "cpu" and not torch.compiler.is_compiling()
+        embedded_BTC = F.embedding(tokens_BT, self.wte.weight, sparse=few_rows)
+        x_BTC = self.drop(embedded_BTC + self.wpe(positions_T))
+        for block in self.h:
+            x_BTC = block(x_BTC)
+        y: Tensor = self.ln_f(x_BTC)
+        return y
+
+
+class GPT(nn.Module):
+    """GPT-2 with its output head tied to the token embedding."""
+
+    def __init__(self, config: ModelConfig, block_size: int, seed: int | None = None) -> None:
+        """Build the model; with a `seed`, initialise it (the same weights on every device).
+
+        Args:
+            config: the shape.
+            block_size: the longest input, in tokens.
+            seed: of the initial weights. None leaves torch's default values, to be loaded over.
+        """
+        super().__init__()
+        self.config = config
+        self.block_size = block_size
+        self.fused_loss = False
+        """Compute the loss with kernels of torch.compile."""
+        self.transformer = Transformer(config, block_size)
+        if seed is not None:
+            parameters = dict(self.named_parameters())
+            with torch.no_grad():
+                for name, value in self.initial_weights(seed):
+                    parameters[name].copy_(value)
+
+    def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter's name and first value, whole and on the CPU, wherever and however spread it is.
+
+        N(0, 0.02); residual projections N(0, 0.02/√(2L)); biases 0, norms 1 (GPT-2, Radford et al. 2019).
+        """
+        generator = torch.Generator().manual_seed(seed)
+        residual_std = INIT_STD / math.sqrt(2 * self.config.n_layer)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                yield name, torch.zeros(parameter.shape)
+            elif parameter.dim() == 1:
+                yield name, torch.ones(parameter.shape)
+            else:
+                std = residual_std if name.endswith("c_proj.weight") else INIT_STD
+                yield name, torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
+
+    def logits(self, tokens_BT: Tensor) -> Tensor:
+        """Token ids (B, T) → logits of the next token (B, T, V)."""
+        return F.linear(self.transformer(tokens_BT), self.transformer.wte.weight)
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean negative log-likelihood of the targets in nats, float32, shape ().
+
+        Targets equal to `IGNORE` are left out of the mean.
+        """
+        hidden_NC = self.transformer(tokens_BT).flatten(0, 1)
+        weight_VC = self.transformer.wte.weight
+        return linear_cross_entropy(
+            hidden_NC,
+            weight_VC,
+            targets_BT.reshape(-1),
+            ignore=IGNORE,
+            fused=self.fused_loss and self.training,
+        )
+
+    def n_parameters(self) -> int:
+        """All parameters, the tied matrix counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self, length: int | None = None) -> int:
+        """Model FLOPs to train on one token: 6N + 12·L·d·T (PaLM, Chowdhery et al. 2022, appendix B).
+
+        N leaves out the position embedding, which multiplies nothing. T is `length`, by default the
+        block size.
+        """
+        matrices = self.n_parameters() - self.transformer.wpe.weight.numel()
+        return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * (
+            length or self.block_size
+        )

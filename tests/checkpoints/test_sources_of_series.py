@@ -1,0 +1,265 @@
+"""Series of every kind: folders of Hugging Face checkpoints, and what must be refused."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from average_of_folder import run
+from safetensors.torch import load_file, save_file
+from tiny_runs import MakeRun, model_at, write_checkpoint
+
+from llmtrain.averaging.average import average
+from llmtrain.averaging.plan import Request, make_plans
+from llmtrain.averaging.spec import MergeOptions
+from llmtrain.checkpoints.open import open_folder
+from llmtrain.checkpoints.series import folder_series
+from llmtrain.checkpoints.sources import find_series
+from llmtrain.checkpoints.writer import bytes_of
+from llmtrain.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_steps_are_numbers_whatever_the_names_and_file_times(tmp_path: Path) -> None:
+    for step in (1000, 90, 200):
+        write_checkpoint(tmp_path / "s" / f"checkpoint-{step}", model_at(step))
+    (tmp_path / "s" / "checkpoint-best").mkdir()
+    (tmp_path / "s" / "notes-7").mkdir()
+    write_checkpoint(tmp_path / "s" / "checkpoint-0", model_at(0))
+    os.utime(tmp_path / "s" / "checkpoint-90", (2e9, 2e9))
+    assert folder_series(tmp_path / "s").steps == [90, 200, 1000]
+
+
+def test_two_checkpoints_of_one_step_are_refused(tmp_path: Path) -> None:
+    for name in ("step10", "checkpoint-10"):
+        write_checkpoint(tmp_path / "s" / name, model_at(10))
+    with pytest.raises(UserError, match="both of step 10"):
+        folder_series(tmp_path / "s")
+
+
+@pytest.mark.parametrize("source", ["nowhere", "no/such/thing", "empty"])
+def test_what_is_no_series_is_said(tmp_path: Path, source: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=source):
+        find_series(source)
+
+
+def test_a_run_is_found_by_its_folder(make_run: MakeRun) -> None:
+    made = make_run([10, 20, 30])
+    assert find_series(str(made.path)).steps == [10, 20, 30]
+    assert find_series(None).name == "runs/tiny"
+
+
+def test_options_of_hub_series_are_refused_for_folders(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "s" / "step10", model_at(10))
+    with pytest.raises(UserError, match="has no revisions"):
+        find_series("s", revision_pattern="step{N}")
+    with pytest.raises(UserError, match="was not downloaded"):
+        find_series("s", discard=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("500MB", 5 * 10**8), ("2GiB", 2 << 30), ("1.5 kb", 1500), ("7", 7)]
+)
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    assert bytes_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1", "5 apples", "0", "1TB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="is no size"):
+        bytes_of(text)
+
+
+# --- indexes, links, integers, buffers ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.safetensors",
+        "/etc/passwd",
+        "sub/x.safetensors",
+        "x.bin",
+        "..\\x.safetensors",
+        7,
+        "",
+    ],
+)
+def test_an_index_may_only_name_files_beside_it(tmp_path: Path, name: object) -> None:
+    folder = write_checkpoint(tmp_path / "step10", model_at(10), shards=2)
+    save_file({"w": torch.ones(2)}, tmp_path / "secret.safetensors")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["embed.weight"] = name
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="not the name of a"):
+        open_folder(folder, step=10)
+
+
+def test_a_link_out_of_the_folder_is_refused_and_the_hubs_cache_is_not(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "secret.safetensors")
+    folder = tmp_path / "step10"
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    with pytest.raises(UserError, match="link to a file outside"):
+        open_folder(folder, step=10)
+    cached = tmp_path / "models--a--b" / "snapshots" / "abc"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    cached.mkdir(parents=True)
+    blobs.mkdir()
+    (tmp_path / "secret.safetensors").rename(blobs / "123")
+    (cached / "model.safetensors").symlink_to("../../blobs/123")
+    assert open_folder(cached, step=10).tensors.keys() == {"w"}
+
+
+def test_a_shard_that_is_not_what_the_index_says_is_refused(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "step10", model_at(10), shards=2)
+    save_file({"stranger": torch.ones(2)}, folder / "model-00002-of-00002.safetensors")
+    with pytest.raises(UserError, match="is not the shard its index describes"):
+        open_folder(folder, step=10)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors"):
+        open_folder(folder, step=10)
+
+
+def test_integers_must_agree_or_be_the_last(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        model = model_at(step) | {"position_ids": torch.arange(7) + (step == 20)}
+        write_checkpoint(tmp_path / "s" / f"step{step}", model)
+    with pytest.raises(UserError, match=r"position_ids \(I64\[7\]\).*step 10 and step 20"):
+        run(tmp_path / "s")
+    result = run(tmp_path / "s", MergeOptions(integers="last"))
+    assert torch.equal(
+        load_file(result.spec.target / "model.safetensors")["position_ids"], torch.arange(7)
+    )
+
+
+def test_buffers_that_only_some_have_are_listed(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        extra = {"inv_freq": torch.ones(3)} if step == 10 else {}
+        write_checkpoint(tmp_path / "s" / f"step{step}", model_at(step) | extra)
+    with pytest.raises(UserError, match=r"inv_freq: F32\[3\] at step 10, absent at step 30"):
+        run(tmp_path / "s")
+
+
+def test_a_value_too_large_for_the_output_dtype_is_an_error(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        write_checkpoint(tmp_path / "s" / f"step{step}", {"w": torch.full((4,), 1e6 + step)})
+    with pytest.raises(UserError, match="F16 cannot hold"):
+        run(tmp_path / "s", MergeOptions(dtype="F16"))
+    with np.errstate(all="raise"):
+        run(tmp_path / "s", MergeOptions(dtype="BF16"))
+
+
+def test_files_a_model_needs_are_carried_over_and_code_is_not(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        folder = write_checkpoint(tmp_path / "s" / f"step{step}", model_at(step))
+        for name in (
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "merges.txt",
+            "vocab.json",
+            "modeling_x.py",
+        ):
+            (folder / name).write_text(str(step))
+    target = run(tmp_path / "s").plan.target
+    assert (target / "tokenizer.json").read_text() == "30"
+    assert (target / "merges.txt").exists()
+    assert not (target / "modeling_x.py").exists()
+
+
+def test_averages_can_be_averaged(tmp_path: Path, make_run: MakeRun) -> None:
+    made = make_run([10, 20, 30, 40])
+    series = find_series(str(made.path))
+    average(series, make_plans(series, Request(every=10, window=2, at="all", label="pairs")))
+    pairs = find_series(str(made.averages / "pairs"))
+    (result,) = average(pairs, make_plans(pairs, Request(every=20, window=2)))
+    (direct,) = average(series, make_plans(series, Request(every=10, window=4)))
+    got, wanted = (load_file(r.spec.target / "model.safetensors") for r in (result, direct))
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=3e-7, atol=1e-9)
+
+
+def test_a_single_shard_with_an_index_becomes_a_single_file(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        folder = write_checkpoint(tmp_path / "s" / f"step{step}", model_at(step))
+        shard = "model-00001-of-00001.safetensors"
+        (folder / "model.safetensors").rename(folder / shard)
+        weight_map = dict.fromkeys(model_at(step), shard)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    target = run(tmp_path / "s").plan.target
+    assert (target / "model.safetensors").is_file()
+    assert not (target / "model.safetensors.index.json").exists()
+
+
+def test_an_overflow_in_the_inputs_own_dtype_is_an_error(tmp_path: Path) -> None:
+    for step, value in ((10, 60000.0), (20, 0.0), (30, -60000.0)):
+        tensor = torch.full((3,), value, dtype=torch.float16)
+        write_checkpoint(tmp_path / "s" / f"step{step}", {"a": tensor, "b": torch.rand(4)})
+    (tmp_path / "w.json").write_text('{"10": -1, "20": 1, "30": 1}')
+    series = find_series(str(tmp_path / "s"))
+    with pytest.raises(UserError, match="F16 cannot hold"):
+        average(series, make_plans(series, Request(method="custom", weights=tmp_path / "w.json")))
+
+
+def test_a_gutted_average_is_not_kept(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        write_checkpoint(tmp_path / "s" / f"step{step}", model_at(step))
+    target = run(tmp_path / "s").plan.target
+    assert run(tmp_path / "s").kept
+    with pytest.raises(UserError, match="is not the average"):
+        run(tmp_path / "s", MergeOptions(max_shard=1000))
+    (target / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="is damaged"):
+        run(tmp_path / "s")
+
+
+def test_a_carried_file_that_links_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        folder = write_checkpoint(tmp_path / "s" / f"step{step}", model_at(step))
+    (tmp_path / "secret").write_text("secret")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="link to a file outside"):
+        run(tmp_path / "s")
+
+
+def test_integers_are_compared_within_a_window(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        model = model_at(step) | {"mask": torch.tensor([step > 20])}
+        write_checkpoint(tmp_path / "s" / f"step{step}", model)
+    series = find_series(str(tmp_path / "s"))
+    request = Request(every=10, window=2, at="all", disjoint=True)
+    assert [a.spec.step for a in average(series, make_plans(series, request))] == [20, 40]
+
+
+def test_a_foreign_training_json_says_nothing(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        folder = write_checkpoint(tmp_path / "s" / f"step{step}", model_at(step))
+        (folder / "training.json").write_text('{"learning_rate": 1, "epochs": 3}')
+    assert run(tmp_path / "s").plan.step == 30
+
+
+def test_names_that_coincide_without_their_prefixes_are_refused(tmp_path: Path) -> None:
+    for step in (10, 20):
+        (tmp_path / "s").mkdir(exist_ok=True)
+        weights = {"module.x": torch.rand(3), "x": torch.rand(3)}
+        torch.save({"model": weights}, tmp_path / "s" / f"step{step}.pt")
+    with pytest.raises(UserError, match="holds x twice"):
+        run(tmp_path / "s", window=2)
+
+
+def test_a_shape_that_is_none_is_told(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    shape = {"n_layer": "abc", "n_head": 2, "n_embd": 8, "vocab_size": None, "block_size": 8}
+    for step in (10, 20):
+        torch.save(
+            {"model": {"x": torch.rand(3)}, "model_args": shape}, tmp_path / "s" / f"step{step}.pt"
+        )
+    with pytest.raises(UserError, match="no shape of a GPT-2"):
+        run(tmp_path / "s", window=2)

@@ -1,0 +1,243 @@
+"""Reading a configuration: what is accepted, and what the message says when it is not."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmtrain.config.loading import dump_config, load_config
+from llmtrain.config.schema import RunConfig, flatten
+from llmtrain.errors import UserError
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+GOOD = """
+data: {path: data/x}
+optimizer:
+  lr: 6e-3
+train: {batch_sequences: 32, micro_batch: 16, max_steps: 100}
+schedule: {name: cosine, warmup_steps: 10, min_lr: 6e-4}
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+def message(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, text), list(overrides))
+    assert caught.value.hint
+    return str(caught.value)
+
+
+def test_scientific_notation_is_a_number_and_the_name_is_the_files(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, GOOD))
+    assert config.optimizer.lr == 0.006
+    assert config.name == "mine"
+    assert config.tokens_per_step == 32 * 1024
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            GOOD.replace("lr: 6e-3", "learning_rate: 1"),
+            "line 4: optimizer.learning_rate: there is no such key; there are name, lr, betas",
+        ),
+        (GOOD.replace("min_lr", "cycle_steps"), "no such key for this kind, only for cyclic"),
+        (GOOD.replace("lr: 6e-3", "lr: 1:30"), "line 4: optimizer.lr"),
+        (GOOD.replace("lr: 6e-3", ""), "line 3: optimizer: should be a section of keys"),
+        (GOOD + "eval: {tokens: 1}\n", "eval.tokens"),
+        (GOOD + "seed: 99999999999999999999\n", "seed"),
+        (
+            GOOD.replace("{name: cosine, warmup_steps: 10, min_lr: 6e-4}", "{name: constant}"),
+            "leaves nothing",
+        ),
+        (
+            GOOD.replace("optimizer", "optimiser"),
+            "line 3: optimiser: there is no such key; did you mean optimizer?",
+        ),
+        (GOOD.replace("lr: 6e-3", "betas: [0.9]"), "line 4: optimizer.betas"),
+        (
+            GOOD.replace("lr: 6e-3", "lr: fast"),
+            "line 4: optimizer.lr: Input should be a valid number (got 'fast')",
+        ),
+        (GOOD.replace("lr: 6e-3", "lr: .nan"), "optimizer.lr"),
+        (
+            GOOD.replace("lr: 6e-3", "name: muon\n  muon: {momentun: 0.9}"),
+            "line 5: optimizer.muon.momentun: there is no such key; did you mean momentum?",
+        ),
+        (
+            GOOD.replace("data/x", "data/x, mix: [{path: y, weigt: 0.1}]"),
+            "data.mix.0.weigt: there is no such key; did you mean weight?",
+        ),
+        (
+            GOOD.replace("warmup_steps", "warmup"),
+            "schedule.warmup: there is no such key; did you mean warmup_steps?",
+        ),
+        (GOOD.replace("cosine", "cosin"), "line 6: schedule: name 'cosin' is not one of"),
+        (GOOD.replace("min_lr: 6e-4", "min_lr: 1"), "min_lr is above the peak"),
+        (GOOD.replace("warmup_steps: 10", "warmup_steps: 100"), "leaves nothing of the 100 steps"),
+        (
+            GOOD.replace("micro_batch: 16", "micro_batch: 12"),
+            "does not divide into train.micro_batch 12: 8 would",
+        ),
+        (
+            GOOD.replace("batch_sequences: 32", "batch_tokens: 1000"),
+            "not a multiple of data.block_size 1024",
+        ),
+        (
+            GOOD.replace("micro_batch: 16", "compile: cuda-graphs").replace(
+                "data/x", "data/x, block_warmup: {start: 64, steps: 9}"
+            ),
+            "cuda-graphs records one length, data.block_warmup trains at many",
+        ),
+        (
+            GOOD.replace("batch_sequences: 32, ", ""),
+            "set exactly one of batch_tokens and batch_sequences",
+        ),
+        (GOOD.replace("data: {path: data/x}", ""), "data: this key is required"),
+        (GOOD + "data: {path: y}\n", "'data' stands twice"),
+        (GOOD + "model: {n_head: 5}\n", "n_embd 768 is not a multiple of n_head 5"),
+        (
+            GOOD + "averages: [{kind: emma}]\n",
+            "line 7: averages.0: kind 'emma' is not one of ema, swa, lawa, running-mean, power-ema; did you mean ema?",
+        ),
+        (GOOD + "averages: [{kind: ema}, {kind: ema}]\n", "averages holds ema-0.9 twice"),
+        (
+            GOOD + "averages: [{kind: ema, save_every: 7}]\n",
+            "not a multiple of checkpoint.snapshot_every",
+        ),
+        (GOOD + "name: ../up\n", "name"),
+        (GOOD + "log: !!python/object:os.system {}\n", "not valid YAML"),
+        ("a: [", "line 1: not valid YAML"),
+        ("- 1", "holds no keys"),
+        ("", "holds no keys"),
+    ],
+)
+def test_a_wrong_config_says_what_and_where(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in message(tmp_path, text)
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    text = message(tmp_path, GOOD.replace("lr: 6e-3", "beta: 1"), "train.max_step=5", "log.every=x")
+    assert "optimizer.beta" in text
+    assert "--set: train.max_step: there is no such key; did you mean max_steps?" in text
+    assert "--set: log.every: Input should be a valid integer (got 'x')" in text
+
+
+def test_merge_keys_and_whole_floats(tmp_path: Path) -> None:
+    text = GOOD.replace("name: cosine,", "<<: {horizon: 1e2}, name: cosine,")
+    assert load_config(write(tmp_path, text)).train.max_steps == 100
+
+
+def test_a_mistake_in_an_override_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    assert message(tmp_path, GOOD, "schedule.name=cosin").startswith(
+        "--set: schedule: name 'cosin'"
+    )
+    assert message(tmp_path, GOOD, "averages=[{kind: emma}]").startswith(
+        "--set: averages.0: kind 'emma'"
+    )
+
+
+def test_an_override_may_fill_an_empty_section(tmp_path: Path) -> None:
+    text = GOOD.replace("  lr: 6e-3", "")
+    assert load_config(write(tmp_path, text), ["optimizer.lr=1e-3"]).optimizer.lr == 1e-3
+
+
+def test_overrides_come_last(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "averages: [{kind: ema}]\n")
+    config = load_config(path, ["optimizer.lr=1e-3", "averages.0.decay=0.99", "eval.every=7"])
+    assert (config.optimizer.lr, config.averages[0].decay, config.eval.every) == (1e-3, 0.99, 7)
+
+
+@pytest.mark.parametrize(
+    "override", ["lr", "=3", "name.x.y=3", "averages.4.decay=1", "a=[", "data=3"]
+)
+def test_a_wrong_override_is_an_error(tmp_path: Path, override: str) -> None:
+    message(tmp_path, GOOD, override)
+
+
+@pytest.mark.parametrize("path", ["nothing.yaml", "."])
+def test_a_file_that_cannot_be_read(path: str) -> None:
+    with pytest.raises(UserError, match="cannot read the config"):
+        load_config(Path(path))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_resolved_config_reads_back_equal(tmp_path: Path, path: Path) -> None:
+    config = load_config(path)
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+def test_the_demo_config_explains_every_key() -> None:
+    text = (REPOSITORY / "configs" / "demo.yaml").read_text()
+    schedule_keys = {"min_lr", "horizon", "decay_steps", "shape", "cycle_steps"}
+    named = {
+        key.split(".")[-1] for key in flatten(load_config(REPOSITORY / "configs" / "demo.yaml"))
+    }
+    for key in (
+        named
+        | schedule_keys
+        | {"batch_tokens", "save_every", "start", "window", "offload", "sigma_rel"}
+    ):
+        assert key in text, f"configs/demo.yaml does not mention {key}"
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "tokens", "every"),
+    [
+        ("gpt2-small", 6e-4, 393_216, 200),
+        ("gpt2-small-highlr", 6e-3, 393_216, 200),
+        ("gpt2-medium", 3e-4, 147_456, 2000),
+        ("gpt2-medium-highlr", 3e-3, 147_456, 2000),
+        ("gpt2-large", 2e-4, 49_152, 1000),
+        ("gpt2-large-highlr", 2e-3, 49_152, 1000),
+    ],
+)
+def test_recipes_are_the_papers(name: str, lr: float, tokens: int, every: int) -> None:
+    config = load_config(REPOSITORY / "configs" / f"{name}.yaml")
+    assert (config.optimizer.lr, config.tokens_per_step) == (lr, tokens)
+    assert config.checkpoint.snapshot_every == every
+    assert (config.train.max_steps, config.schedule.warmup_steps) == (70_000, 2000)
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_a_config_or_an_error(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
+    path = tmp_path_factory.mktemp("config") / "any.yaml"
+    path.write_text(text, encoding="utf-8", errors="replace")
+    try:
+        load_config(path)
+    except UserError as error:
+        assert error.hint
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from([*RunConfig.model_fields, "lr", "name", "path"]), inner, max_size=4
+            )
+        ),
+        max_leaves=8,
+    )
+)
+def test_any_yaml_value_is_a_config_or_an_error(
+    tmp_path_factory: pytest.TempPathFactory, value: object
+) -> None:
+    path = tmp_path_factory.mktemp("config") / "any.yaml"
+    path.write_text(yaml.safe_dump(value))
+    try:
+        load_config(path)
+    except UserError as error:
+        assert str(error)

@@ -1,0 +1,114 @@
+"""Recipes that travel with the package, the resolved configuration, and what helps at a prompt."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llmtrain import __version__
+from llmtrain.config.loading import load_config
+from llmtrain.config.recipes import copy_recipe, recipe, recipes
+from llmtrain.errors import UserError
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_every_recipe_is_listed_copied_and_sound(tmp_path: Path) -> None:
+    assert {each.path.name for each in recipes()} == {
+        path.name for path in (REPOSITORY / "configs").iterdir()
+    }
+    for each in recipes():
+        assert each.summary.endswith(".")
+        copy_recipe(each.name, tmp_path / "new" / f"{each.name}.yaml")
+        copied = load_config(tmp_path / "new" / f"{each.name}.yaml")
+        assert copied == load_config(each.path)
+
+
+def test_a_recipe_that_is_not_there_and_a_file_that_is(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean gpt2-small"):
+        recipe("gpt2-smal")
+    (tmp_path / "mine.yaml").write_text("name: mine\n")
+    with pytest.raises(UserError, match="exists already"):
+        copy_recipe("demo", tmp_path / "mine.yaml")
+    assert (tmp_path / "mine.yaml").read_text() == "name: mine\n"
+
+
+def test_a_recipe_named_where_there_is_none_is_told_how_to_get(tmp_path: Path) -> None:
+    for given, copied in [
+        ("configs/gpt2-small.yaml", "configs/gpt2-small.yaml"),
+        ("a b/demo", "a b/demo.yaml"),
+    ]:
+        with pytest.raises(UserError) as caught:
+            load_config(tmp_path / given)
+        assert caught.value.hint is not None
+        words = shlex.split(caught.value.hint.partition(": ")[2])
+        assert words == ["llmtrain", "recipes", Path(copied).stem, "--to", str(tmp_path / copied)]
+
+
+def test_a_wheel_holds_the_recipes_and_finds_them(tmp_path: Path) -> None:
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+    ]
+    copy = tmp_path / "checkout"
+    for name in ("llmtrain", "cli", "configs"):
+        shutil.copytree(
+            REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(REPOSITORY / name, copy)
+    subprocess.run([*build, "--wheel-dir", tmp_path, copy], check=True)
+    zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(tmp_path / "site")
+    code = "from llmtrain import recipes; print(recipes.__file__, recipes.recipe('demo').path)"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],  # without the packages of this environment
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    package = tmp_path / "site" / "llmtrain"
+    assert done.stdout.split() == [
+        str(package / "recipes.py"),
+        str(package / "configs" / "demo.yaml"),
+    ]
+
+
+def test_the_config_command_prints_checks_and_compares(tmp_path: Path, llmtrain: Command) -> None:
+    assert llmtrain("recipes", "gpt2-small", "--to", "mine.yaml", cwd=tmp_path).returncode == 0
+    whole = llmtrain("config", "mine.yaml", "--set", "optimizer.lr=6e-3", cwd=tmp_path)
+    (tmp_path / "whole.yaml").write_text(whole.stdout)
+    assert load_config(tmp_path / "whole.yaml") == load_config(
+        tmp_path / "mine.yaml", ["optimizer.lr=6e-3"]
+    )
+    diff = llmtrain("config", "whole.yaml", "--diff", "mine.yaml", "--json", cwd=tmp_path)
+    assert json.loads(diff.stdout) == {"optimizer.lr": {"here": 6e-3, "other": 6e-4}}
+    wrong = llmtrain("config", "mine.yaml", "--set", "optimizer.rl=1", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "did you mean lr?" in wrong.stderr
+
+
+def test_completion_and_version(tmp_path: Path, llmtrain: Command) -> None:
+    assert llmtrain("--version", cwd=tmp_path).stdout == f"llmtrain {__version__}\n"
+    command = [Path(sys.executable).parent / "llmtrain"]
+    asked = {"_LLMTRAIN_COMPLETE": "complete_bash", "COMP_WORDS": "llmtrain re", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        command, env=os.environ | asked, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["report", "recipes"]

@@ -1,0 +1,278 @@
+"""Text generation against transformers': greedy choice, what sampling leaves out, and the streamed text."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+import torch
+from hub_server import HubServer
+from huggingface_hub import constants, get_session
+from hypothesis import given
+from hypothesis import strategies as st
+from in_process import invoke
+from transformers import (
+    AutoModelForCausalLM,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from llmtrain.averaging.average import average
+from llmtrain.averaging.plan import Request, make_plans
+from llmtrain.checkpoints.gpt2_folder import Origin, Shape, save_weights
+from llmtrain.checkpoints.series import run_series
+from llmtrain.cli.generate import visible
+from llmtrain.config.schema import ModelConfig, RunConfig
+from llmtrain.errors import RunFailed, UserError
+from llmtrain.evaluation.generation import (
+    Cache,
+    Sampling,
+    generate,
+    load_writer,
+    narrowed,
+    next_logits,
+    text_of,
+    write,
+)
+from llmtrain.evaluation.selection import choose_weights
+from llmtrain.model.gpt import GPT
+from llmtrain.model.tokenizer import load_tokenizer
+from llmtrain.model.tokenizer_files import tokenizer_files
+from llmtrain.storage.hub import hub_errors
+from llmtrain.storage.run_folder import RunFolder
+from llmtrain.training.run import pretrain
+
+PROMPT = [5, 17, 3, 42]
+
+
+def write_folder(
+    folder: Path, *, bias: bool, scaled: bool, vocab_size: int = 100, eot: int = 99
+) -> GPT:
+    """A model with large random weights, so that its choices are many, and its folder."""
+    config = ModelConfig(
+        n_layer=3,
+        n_head=4,
+        n_embd=32,
+        vocab_size=vocab_size,
+        bias=bias,
+        scale_attn_by_inverse_layer_idx=scaled,
+    )
+    model = GPT(config, block_size=24, seed=3).eval()
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.3 if parameter.dim() == 2 else 0.02
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+    folder.mkdir(exist_ok=True)
+    save_weights(folder, model.state_dict(), Shape(config, 24, eot), Origin(1, 1, 0.1, "test"))
+    return model
+
+
+@pytest.mark.parametrize(("bias", "scaled"), [(False, True), (True, False)])
+def test_greedy_is_that_of_transformers(tmp_path: Path, bias: bool, scaled: bool) -> None:
+    model = write_folder(tmp_path, bias=bias, scaled=scaled)
+    ours = list(generate(model, PROMPT, Sampling(max_tokens=20, temperature=0), eot=99))
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs = reference.generate(torch.tensor([PROMPT]), max_new_tokens=20, do_sample=False)[
+        0, len(PROMPT) :
+    ]
+    ended = theirs[theirs != 99].tolist()
+    assert ours == ended
+    assert len(set(ours)) > 3
+
+
+def test_a_text_beyond_the_block_size_goes_on_with_its_newer_half(tmp_path: Path) -> None:
+    model = write_folder(tmp_path, bias=False, scaled=True)
+    sampling = Sampling(max_tokens=60, temperature=0)
+    context, expected = PROMPT, []
+    for _ in range(sampling.max_tokens):  # the whole context again for each token, without a cache
+        if len(context) > model.block_size:
+            context = context[-model.block_size // 2 :]
+        with torch.no_grad():
+            token = int(model.logits(torch.tensor([context]))[0, -1, :99].argmax())
+        expected.append(token)
+        context = [*context, token]
+    assert list(generate(model, PROMPT, sampling, eot=99, vocabulary=99)) == expected
+
+
+@torch.no_grad()
+def test_what_is_read_in_pieces_gives_the_logits_of_the_whole(tmp_path: Path) -> None:
+    model = write_folder(tmp_path, bias=True, scaled=True)
+    tokens = torch.randint(0, 100, (1, 24), generator=torch.Generator().manual_seed(1))
+    cache = Cache(model)
+    read = [next_logits(model, tokens[:, :7], cache)]
+    read += [next_logits(model, tokens[:, t : t + 1], cache) for t in range(7, 24)]
+    torch.testing.assert_close(torch.stack(read), model.logits(tokens)[0, 6:], atol=1e-4, rtol=0)
+
+
+@given(
+    st.integers(0, 1000),
+    st.integers(1, 12) | st.none(),
+    st.floats(0.01, 1.0) | st.none(),
+    st.floats(0.1, 3.0),
+)
+def test_sampling_leaves_out_what_transformers_leaves_out(
+    seed: int, top_k: int | None, top_p: float | None, temperature: float
+) -> None:
+    logits = torch.randn(1, 10, generator=torch.Generator().manual_seed(seed)) * 3
+    expected = TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k is not None:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    if top_p is not None and top_p < 1:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    ours = narrowed(logits[0] / temperature, Sampling(top_k=top_k, top_p=top_p))
+    assert torch.equal(ours.isinf(), expected[0].isinf())
+    assert torch.equal(ours[ours.isfinite()], expected[0][expected[0].isfinite()])
+
+
+@given(st.text(), st.sampled_from(["byte", "gpt2"]), st.integers(0, 40))
+def test_streamed_text_is_never_a_broken_character(text: str, name: str, cut: int) -> None:
+    tokenizer = load_tokenizer(name)
+    ids = tokenizer.encode(text).tolist()
+    assert "".join(text_of(ids, tokenizer)) == tokenizer.decode(ids)
+    assert text.startswith("".join(text_of(ids[:cut], tokenizer)))
+
+
+def test_bytes_that_are_no_character_are_marked() -> None:
+    assert "".join(text_of([65, 0xFF, 66, 0xC3], load_tokenizer("byte"))) == "A�B"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_tokens": 0},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"temperature": 1e-40},
+        {"top_k": 0},
+        {"seed": 2**63},
+        {"top_p": 1.5},
+    ],
+)
+def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Sampling(**wrong)  # type: ignore[arg-type]
+
+
+def test_weights_that_are_no_numbers_write_nothing(tmp_path: Path) -> None:
+    model = write_folder(tmp_path, bias=False, scaled=True)
+    with torch.no_grad():
+        model.transformer.ln_f.weight[3] = float("nan")
+    with pytest.raises(RunFailed, match="not finite"):
+        next(generate(model, PROMPT, Sampling(), eot=99))
+
+
+def test_the_tokenizer_is_the_one_whose_end_of_text_the_folder_names(tmp_path: Path) -> None:
+    write_folder(tmp_path / "bytes", bias=False, scaled=True, vocab_size=264, eot=256)
+    assert load_writer(tmp_path / "bytes")[1].name == "byte"
+    with pytest.raises(UserError, match="264 rows of embeddings, the gpt2 tokenizer"):
+        load_writer(tmp_path / "bytes", tokenizer="gpt2")
+    write_folder(tmp_path / "other", bias=False, scaled=True)
+    with pytest.raises(UserError, match="ends a text with token 99"):
+        load_writer(tmp_path / "other")
+    files = tokenizer_files(load_tokenizer("byte"), 24)
+    (tmp_path / "bytes" / "vocab.json").write_text(files["vocab.json"])
+    assert load_writer(tmp_path / "bytes")[1].name == "byte"
+    (tmp_path / "bytes" / "tokenizer.json").write_text(
+        files["tokenizer.json"].replace(": 65,", ": 66,")
+    )
+    with pytest.raises(UserError, match="give other ids than ours"):
+        load_writer(tmp_path / "bytes")
+    assert load_writer(tmp_path / "bytes", tokenizer="byte")[1].name == "byte"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunConfig]) -> RunFolder:
+    """Twelve steps with an online average and one made afterwards."""
+    folder = tmp_path_factory.mktemp("written") / "runs" / "tiny"
+    trained = pretrain(tiny(), folder, say=lambda line: None).run
+    series = run_series(trained)
+    average(series, make_plans(series, Request(method="lawa", every=2, window=3)))
+    return trained
+
+
+def test_a_run_stands_for_the_best_of_its_newest_averages(run: RunFolder) -> None:
+    from llmtrain.checkpoints.targets import targets_of
+    from llmtrain.evaluation.results import Settings, measure
+
+    before, raw = choose_weights(str(run.path))
+    assert before.label == "ema-0.9"  # the first by name, while nothing was measured
+    assert raw is not None
+    assert raw.path == run.snapshot(12)
+    rows = measure(targets_of(run.path, every_snapshot=False), Settings(), lambda *progress: None)
+    best = min(
+        (row for row in rows if row.step == 12 and row.label != "raw"), key=lambda row: row.loss
+    )
+    assert choose_weights(str(run.path))[0].label == best.label
+    assert choose_weights(str(run.snapshot(10)))[0].path == run.snapshot(10)
+
+
+def test_the_command(run: RunFolder, llmtrain: Callable[..., CompletedProcess[str]]) -> None:
+    place = run.path.parents[1]
+    options = ("--prompt", "é [b]", "--max-tokens", "30", "--num", "2")
+    streamed = llmtrain("generate", *options, cwd=place)
+    assert streamed.returncode == 0, streamed.stderr
+    documents = json.loads(llmtrain("generate", *options, "--json", "--compare", cwd=place).stdout)
+    assert [(d["label"], d["seed"]) for d in documents][::2] == [("raw", 1337), ("raw", 1338)]
+    texts = ["é [b]" + visible(document["text"]) for document in documents]
+    assert streamed.stdout == "\n---\n".join(texts[1::2]) + "\n"
+    assert len(set(texts)) > 2
+    table = llmtrain("generate", *options, "--compare", cwd=place).stdout
+    assert "raw" in table
+    assert "é [b]" in table
+
+
+@pytest.mark.parametrize("option", ["--json", "--compare"])
+def test_a_signal_ends_a_text_that_is_shown_whole(
+    run: RunFolder, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any) -> Iterator[str]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return write(*arguments)
+
+    monkeypatch.setattr("llmtrain.evaluation.generation.write", interrupted)
+    ended = invoke("generate", run.path, option, cwd=run.path)
+    assert (ended.code, ended.stdout) == (130, "")
+    assert "the text ends here" in ended.stderr
+
+
+def test_weights_on_the_hub(tmp_path: Path) -> None:
+    write_folder(tmp_path / "tiny", bias=True, scaled=False, vocab_size=264, eot=256)
+
+    def run(name: str) -> CompletedProcess[str]:
+        command = [
+            sys.executable,
+            "-m",
+            "llmtrain",
+            "generate",
+            name,
+            "--max-tokens",
+            "3",
+            "--json",
+        ]
+        environment = os.environ | hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    with HubServer() as hub:
+        hub.add("model", "owner/tiny", {"main": tmp_path / "tiny"})
+        (document,) = json.loads(run("owner/tiny@main").stdout)
+        absent = run("owner/tiny@step9")
+    assert document["label"] == "tiny@main"
+    assert absent.returncode == 2
+    assert "the hub has no owner/tiny at step9" in absent.stderr
+
+
+def test_a_hub_that_is_not_there_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with (
+        pytest.raises(RunFailed, match="the hub cannot be reached for a look"),
+        hub_errors("a look"),
+    ):
+        get_session().head("http://127.0.0.1:9", timeout=5)

@@ -1,0 +1,254 @@
+"""Exported repositories, read by those who would: transformers, tokenizers, nanoGPT's loader, a hub."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import TOKEN, HubServer
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tokenizers import Tokenizer as FastTokenizer
+
+from llmtrain.averaging.average import average
+from llmtrain.averaging.plan import Request, make_plans
+from llmtrain.checkpoints.gpt2_folder import Origin, Shape, load_model, load_origin, save_weights
+from llmtrain.checkpoints.series import run_series
+from llmtrain.checkpoints.targets import Target, targets_of
+from llmtrain.checkpoints.torch_files import open_training_file
+from llmtrain.config.schema import ModelConfig, RunConfig
+from llmtrain.errors import UserError
+from llmtrain.evaluation.generation import Sampling, load_writer, write
+from llmtrain.evaluation.results import Settings, measure
+from llmtrain.evaluation.selection import choose_weights
+from llmtrain.export.formats import export
+from llmtrain.export.model_card import model_card
+from llmtrain.model.gpt import GPT
+from llmtrain.model.tokenizer import load_tokenizer
+from llmtrain.model.tokenizer_files import tokenizer_files
+from llmtrain.storage.run_folder import RunFolder
+from llmtrain.training.run import pretrain
+
+PIPELINE = """
+import sys
+from transformers import pipeline
+write = pipeline("text-generation", sys.argv[1])
+assert not any(name.startswith("llmtrain") for name in sys.modules)
+write("The", do_sample=True)
+sys.stdout.buffer.write(write("The", do_sample=False)[0]["generated_text"].encode())
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunConfig]) -> RunFolder:
+    """A run with an average made afterwards, both measured."""
+    folder = tmp_path_factory.mktemp("exports") / "runs" / "tiny"
+    trained = pretrain(tiny(averages=[]), folder, say=lambda line: None).run
+    series = run_series(trained)
+    average(series, make_plans(series, Request(method="lawa", every=2, window=3)))
+    measure(targets_of(folder, every_snapshot=False), Settings(), lambda *progress: None)
+    return trained
+
+
+def untouched(folder: Path, *, bias: bool = False, vocab_size: int = 264) -> Target:
+    """A folder of weights without a run, in which every layer's attention is scaled."""
+    shape = Shape(
+        ModelConfig(n_layer=3, n_head=2, n_embd=16, vocab_size=vocab_size, bias=bias), 24, 256
+    )
+    model = GPT(shape.model, 24, seed=5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.3
+            )
+    folder.mkdir()
+    save_weights(folder, dict(model.state_dict()), shape, Origin(7, 70, 0.1, "made"))
+    return Target("made", 7, folder, None)
+
+
+@cache
+def fast(name: str) -> FastTokenizer:
+    return FastTokenizer.from_str(tokenizer_files(load_tokenizer(name), 64)["tokenizer.json"])
+
+
+@given(st.text(), st.sampled_from(["byte", "gpt2"]))
+def test_the_tokenizer_files_give_our_ids(text: str, name: str) -> None:
+    ours = load_tokenizer(name)
+    assert fast(name).encode(text).ids == ours.encode(text).tolist()
+    assert fast(name).decode(ours.encode(text).tolist()) == text
+
+
+def test_the_tokenizers_know_the_end_of_text() -> None:
+    assert fast("gpt2").encode("a<|endoftext|>").ids == [64, 50256]
+    assert fast("byte").encode("a<|endoftext|>").ids == [97, 256]
+    merges = tokenizer_files(load_tokenizer("gpt2"), 64)["merges.txt"].splitlines()
+    assert (merges[:4], len(merges)) == (["#version: 0.2", "Ġ t", "Ġ a", "h e"], 50_001)
+
+
+def test_a_pipeline_runs_the_folder_as_it_is(run: RunFolder) -> None:
+    folder = run.path / "exported"
+    weights, _ = choose_weights(str(run.path))
+    export(weights, folder, name="exported")
+    done = subprocess.run(
+        [sys.executable, "-c", PIPELINE, folder], capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    model, tokenizer = load_writer(folder)
+    room = Sampling(max_tokens=model.block_size - 3, temperature=0)
+    ids = load_tokenizer("byte").encode("The" + "".join(write(model, tokenizer, "The", room)))
+    assert load_tokenizer("byte").encode(done.stdout.decode())[: len(ids)].tolist() == ids.tolist()
+
+
+def test_the_card_tells_data_losses_and_averaging(run: RunFolder) -> None:
+    weights, _ = choose_weights(str(run.path))
+    export(weights, run.path / "carded", name="owner/name", dtype="bf16")
+    card = (run.path / "carded" / "README.md").read_text()
+    assert "- weight-averaging" in card
+    assert 'pipeline("text-generation", "owner/name")' in card
+    assert "`lawa-3x2` of the run `tiny` at step 12 (1,536 tokens), in bfloat16" in card
+    assert [line.split("|")[1].strip() for line in card.splitlines() if " of val |" in line] == [
+        "raw",
+        "lawa-3x2",
+    ]
+    inputs = [
+        line.split("|")[1:3]
+        for line in card.splitlines()
+        if line.startswith(("| 8 |", "| 10 |", "| 12 |"))
+    ]
+    assert [(int(step), float(weight)) for step, weight in inputs] == [
+        (s, pytest.approx(1 / 3)) for s in (8, 10, 12)
+    ]
+    assert str(run.path.parents[1]) not in card
+    assert load_origin(run.path / "carded") == load_origin(weights.path)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_weights_are_rounded_once_to_the_nearest(
+    tmp_path: Path, name: str, dtype: torch.dtype
+) -> None:
+    target = untouched(tmp_path / "made", bias=True)
+    export(target, tmp_path / "out", name="out", dtype=name)
+    before = load_file(target.path / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], value.to(dtype)) for key, value in before.items())
+
+
+def test_ids_that_stand_for_no_text_are_never_generated(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    target = untouched(tmp_path / "made")
+    export(target, tmp_path / "out", name="out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.generation_config.suppress_tokens == list(range(257, 264))
+    assert model.generation_config.max_length == 24
+    with torch.no_grad():
+        model.transformer.wte.weight[260] *= 100
+    assert 260 not in model.generate(torch.tensor([[1, 2]]), do_sample=False)[0]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpt_loads_it(tmp_path: Path, bias: bool) -> None:
+    target = untouched(tmp_path / "made", bias=bias)
+    export(target, tmp_path / "out", name="out", form="nanogpt")
+    saved = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    assert saved.keys() == {
+        "model",
+        "optimizer",
+        "model_args",
+        "iter_num",
+        "best_val_loss",
+        "config",
+    }
+    sizes = {"n_layer": 3, "n_head": 2, "n_embd": 16, "vocab_size": 264, "block_size": 24}
+    assert saved["model_args"] == sizes | {"bias": bias, "dropout": 0.0}
+    assert saved["iter_num"] == 7
+    # nanoGPT's model is ours without the scaling of layers; beside, it names the tied head.
+    config = ModelConfig(
+        **{key: sizes[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")},
+        bias=bias,
+        scale_attn_by_inverse_layer_idx=False,
+    )
+    nanogpt = GPT(config, 24)
+    head = saved["model"].pop("lm_head.weight")
+    assert torch.equal(head, saved["model"]["transformer.wte.weight"])
+    nanogpt.load_state_dict(saved["model"])
+    tokens = torch.randint(0, 264, (2, 24), generator=torch.Generator().manual_seed(1))
+    expected = load_model(target.path).logits(tokens)
+    torch.testing.assert_close(nanogpt.eval().logits(tokens), expected, atol=1e-4, rtol=0)
+    matrices = [p for p in nanogpt.parameters() if p.dim() >= 2]
+    others = [p for p in nanogpt.parameters() if p.dim() < 2]
+    torch.optim.AdamW([{"params": matrices}, {"params": others}]).load_state_dict(
+        saved["optimizer"]
+    )
+    assert open_training_file(tmp_path / "out" / "ckpt.pt", step=7).config is not None
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
+    target = untouched(tmp_path / "made")
+    with pytest.raises(UserError, match="exists already"):
+        export(target, tmp_path, name="out")
+    with pytest.raises(UserError, match="the gpt2 tokenizer 50,257 ids"):
+        export(target, tmp_path / "out", name="out", tokenizer="gpt2")
+    model = load_model(target.path)
+    shape = Shape(model.config, 24, 256)
+    for value, problem in ((70_000.0, "holds 70000"), (float("nan"), "holds nan")):
+        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        weights["transformer.ln_f.weight"][3] = value
+        save_weights(target.path, weights, shape, Origin(7, 70, 0.1, "made"))
+        with pytest.raises(UserError, match=problem):
+            export(target, tmp_path / "out", name="out", dtype="fp16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_card_without_a_run_says_what_there_is(tmp_path: Path) -> None:
+    target = untouched(tmp_path / "made")
+    card = model_card(
+        target,
+        Shape(load_model(target.path).config, 24, 256),
+        load_tokenizer("byte"),
+        dtype="float32",
+        name=str(tmp_path / "x"),
+    )
+    assert "## Model" in card
+    assert str(tmp_path) not in card
+    assert not {"## Data", "## Losses", "## Averaging", "## Recipe"} & set(card.splitlines())
+
+
+def test_push_sends_the_folder(run: RunFolder, tmp_path: Path) -> None:
+    def push(hub: HubServer, token: str, to: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable,
+            "-m",
+            "llmtrain",
+            "export",
+            run.path,
+            "--to",
+            tmp_path / to,
+            "--push",
+            "me/tiny",
+        ]
+        environment = (
+            os.environ
+            | hub.environment(tmp_path / "home")
+            | {"HF_HUB_OFFLINE": "0", "HF_TOKEN": token}
+        )
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    with HubServer() as hub:
+        sent = push(hub, TOKEN, "out")
+        assert sent.returncode == 0, sent.stderr
+        assert f"{hub.url}/me/tiny" in sent.stdout
+        assert hub.created["me/tiny"]["visibility"] == "private"
+        assert hub.pushed["me/tiny"] == {
+            path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()
+        }
+        refused = push(hub, "hf_of_someone_else", "again")
+    assert refused.returncode == 2
+    assert "the hub refuses me/tiny" in refused.stderr
+    assert "again is complete" in refused.stderr

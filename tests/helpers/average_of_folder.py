@@ -1,0 +1,33 @@
+"""An average of a folder of checkpoints, and whether it is right: for the tests of what they may be."""
+
+from pathlib import Path
+
+import torch
+from oracles import average_of, ulps
+from tiny_runs import load_all
+from torch import Tensor
+
+from llmtrain.averaging.average import average
+from llmtrain.averaging.plan import Request, make_plans
+from llmtrain.averaging.spec import Average, MergeOptions
+from llmtrain.checkpoints.sources import find_series
+
+
+def run(root: Path, settings: MergeOptions | None = None, window: int = 3) -> Average:
+    """Average the last checkpoints of a folder, ten steps apart."""
+    series = find_series(str(root))
+    (result,) = average(series, make_plans(series, Request(every=10, window=window)), settings)
+    return result
+
+
+def assert_is_average(folder: Path, models: list[dict[str, Tensor]]) -> None:
+    """To a unit in the last place of the float64 mean; integers are equal."""
+    exact = average_of(models, [1 / len(models)] * len(models))
+    got = load_all(folder)
+    assert got.keys() == exact.keys()
+    for name, tensor in got.items():
+        assert (
+            ulps(tensor, exact[name]) <= 1
+            if tensor.is_floating_point()
+            else torch.equal(tensor, exact[name])
+        )

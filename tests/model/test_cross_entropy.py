@@ -1,0 +1,215 @@
+"""The head's loss in chunks is the cross-entropy of the whole logits, and never makes them."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmtrain.config.schema import ModelConfig
+from llmtrain.model import cross_entropy as head
+from llmtrain.model import sizes
+from llmtrain.model.cross_entropy import linear_cross_entropy
+from llmtrain.model.gpt import GPT, attend_by_products
+
+IGNORE = -1
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A few rows in a chunk, fewer at a time in the cache, few of the weight's gradient in a slab."""
+    monkeypatch.setattr(sizes, "BYTES_OF_CHUNK", {"cpu": 6 * 4 * 97})
+    monkeypatch.setattr(sizes, "BYTES_IN_CACHE", 4 * 4 * 97)
+    monkeypatch.setattr(sizes, "ROWS_OF_SLAB", {"cpu": 20})
+    yield
+
+
+def case(
+    seed: int, rows: int = 23, vocabulary: int = 97, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, 16, generator=generator) * scale
+    weight = torch.randn(vocabulary, 16, generator=generator)
+    return hidden, weight, torch.randint(vocabulary, (rows,), generator=generator)
+
+
+def with_gradients(function: Any, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    loss = function(hidden, weight)
+    (3.0 * loss).backward()
+    assert hidden.grad is not None and weight.grad is not None
+    return loss.detach(), hidden.grad, weight.grad
+
+
+def of_whole_logits(
+    hidden: Tensor, weight: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In float64."""
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        return F.cross_entropy(h @ w.T, targets, ignore_index=IGNORE)
+
+    return with_gradients(loss, hidden.double(), weight.double())
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 40),
+    st.integers(2, 130),
+    st.floats(0.1, 30),
+    st.floats(0, 0.9),
+)
+def test_float32_is_the_loss_and_the_gradients_of_the_whole_logits(
+    seed: int, rows: int, vocabulary: int, scale: float, ignored: float
+) -> None:
+    hidden, weight, targets = case(seed, rows, vocabulary, scale)
+    drawn = torch.rand(rows - 1, generator=torch.Generator().manual_seed(seed))
+    targets[1:][drawn < ignored] = IGNORE
+    expected = of_whole_logits(hidden, weight, targets)
+    found = with_gradients(
+        lambda h, w: linear_cross_entropy(h, w, targets, ignore=IGNORE), hidden, weight
+    )
+    alone = linear_cross_entropy(hidden, weight, targets, ignore=IGNORE)
+    torch.testing.assert_close(alone, found[0], rtol=1e-5, atol=1e-6)
+    for mine, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(
+            mine.double(),
+            right,
+            rtol=1e-4,
+            atol=1e-6 * (1 + scale) + 1e-5 * float(right.abs().max()),
+        )
+    assert math.isclose(found[0].item(), expected[0].item(), rel_tol=1e-5, abs_tol=1e-6)
+
+
+def test_bfloat16_products_round_and_lose_no_more() -> None:
+    hidden, weight, targets = case(5, rows=64)
+    hidden, weight = (
+        hidden.bfloat16().float(),
+        weight.bfloat16().float(),
+    )  # what is given is not what is tested
+    expected = of_whole_logits(hidden, weight, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = with_gradients(
+            lambda h, w: linear_cross_entropy(h, w, targets, ignore=IGNORE), hidden, weight
+        )
+    assert found[0].dtype == torch.float32 and found[2].dtype == torch.float32
+    assert math.isclose(found[0].item(), expected[0].item(), rel_tol=5e-3)
+    for mine, right in zip(found[1:], expected[1:], strict=True):
+        assert (mine - right).norm() / right.norm() < 2**-7  # bfloat16 has 8 bits
+
+
+def test_a_right_answer_that_is_nearly_certain_keeps_its_gradient() -> None:
+    weight = torch.eye(97, 16)
+    hidden = torch.zeros(4, 16)
+    hidden[:, 3] = 12.0
+    targets = torch.full((4,), 3)
+    expected = of_whole_logits(hidden, weight, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = with_gradients(
+            lambda h, w: linear_cross_entropy(h, w, targets, ignore=IGNORE), hidden, weight
+        )
+    torch.testing.assert_close(found[2][3].double(), expected[2][3], rtol=2e-2, atol=0)
+
+
+def test_kernels_of_the_compiler_compute_the_same() -> None:
+    hidden, weight, targets = case(6)
+    plain, fused = (
+        with_gradients(
+            lambda h, w, f=f: linear_cross_entropy(h, w, targets, ignore=IGNORE, fused=f),
+            hidden,
+            weight,
+        )
+        for f in (False, True)
+    )
+    for mine, other in zip(fused, plain, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that any operation gave."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_the_logits_of_a_batch_never_exist_as_a_whole() -> None:
+    hidden, weight, targets = case(7, rows=600)
+    with Largest() as whole:
+        of_whole_logits(hidden, weight, targets)
+    with Largest() as chunks:
+        with_gradients(
+            lambda h, w: linear_cross_entropy(h, w, targets, ignore=IGNORE), hidden, weight
+        )
+        linear_cross_entropy(hidden, weight, targets, ignore=IGNORE)
+    assert whole.elements == 600 * 97
+    assert chunks.elements == 600 * 16  # the hidden states
+
+
+def test_without_gradients_none_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+    formed: list[Any] = []
+    monkeypatch.setattr(head, "_add_products", lambda *given, first: formed.append(first))
+    hidden, weight, targets = case(8)
+    with torch.no_grad():
+        evaluated = linear_cross_entropy(hidden, weight.requires_grad_(), targets, ignore=IGNORE)
+    assert not formed
+    trained = linear_cross_entropy(hidden, weight, targets, ignore=IGNORE)
+    torch.testing.assert_close(evaluated, trained.detach())
+    assert formed
+
+
+def test_the_model_has_one_gradient_for_its_tied_matrix() -> None:
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=97)
+    model = GPT(config, 8, seed=3)
+    tokens = torch.randint(97, (3, 9), generator=torch.Generator().manual_seed(0))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    model(inputs, targets).backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    F.cross_entropy(model.logits(inputs).flatten(0, 1), targets.flatten()).backward()
+    for name, parameter in model.named_parameters():
+        assert found[name].layout == torch.strided
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_attention_by_whole_products_is_attention(dtype: torch.dtype, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    inputs = [
+        torch.randn(2, 3, 33, 8, generator=generator).to(dtype).requires_grad_() for _ in range(3)
+    ]
+    upstream = torch.randn(2, 3, 33, 8, generator=generator)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    y = attend_by_products(*inputs, dropout_p=0.0, is_causal=True, scale=0.3)
+    right = F.scaled_dot_product_attention(*exact, is_causal=True, scale=0.3)
+    found = [y, *torch.autograd.grad(y, inputs, upstream.to(dtype))]
+    expected = [right, *torch.autograd.grad(right, exact, upstream.double())]
+    for mine, other in zip(found, expected, strict=True):
+        assert (mine - other).norm() / other.norm() < tolerance
+
+
+@pytest.mark.parametrize("few", [1, 2, 5])
+def test_attention_without_gradients_is_that_of_few_sequences_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, few: int
+) -> None:
+    monkeypatch.setattr(sizes, "BYTES_OF_WEIGHTS", few * 4 * 3 * 17**2 + 8)
+    q, k, v = torch.randn(
+        3, 5, 3, 17, 8, generator=torch.Generator().manual_seed(1)
+    ).requires_grad_()
+    whole = attend_by_products(q, k, v, dropout_p=0.0, is_causal=True, scale=0.3)
+    with torch.no_grad(), Largest() as pieces:
+        joined = attend_by_products(q, k, v, dropout_p=0.0, is_causal=True, scale=0.3)
+    torch.testing.assert_close(joined, whole.detach())
+    assert pieces.elements == max(few * 3 * 17**2, 5 * 3 * 17 * 8)

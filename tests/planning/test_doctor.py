@@ -1,0 +1,77 @@
+"""What `llmtrain doctor` finds: on this machine, and where something is wrong on purpose."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+import yaml
+
+from llmtrain.config.schema import RunConfig
+from llmtrain.planning.doctor import Check, check_up
+
+Build = Callable[..., RunConfig]
+
+
+def checks(config: RunConfig | None, run: Path) -> dict[str, Check]:
+    return {check.name: check for check in check_up(config, run)}
+
+
+def test_a_sound_machine_is_told_so(
+    tiny: Build, tmp_path: Path, llmtrain: Callable[..., CompletedProcess[str]]
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny().model_dump(mode="json")))
+    done = llmtrain("doctor", "--config", "tiny.yaml", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = {check["name"]: check for check in json.loads(done.stdout)}
+    names = [
+        "python",
+        "torch",
+        "device",
+        "precision",
+        "compile",
+        "tokenizer",
+        "disk speed",
+        "disk space",
+        "data",
+    ]
+    assert list(found) == [*names, "network"]
+    assert {name for name, check in found.items() if check["state"] != "ok"} == {
+        "network"
+    }  # tests are offline
+    assert found["network"]["state"] == "note"
+    assert list(tmp_path.iterdir()) == [tmp_path / "tiny.yaml"]
+    wrong = llmtrain(
+        "doctor", "--config", "tiny.yaml", "--set", "model.vocab_size=100", cwd=tmp_path
+    )
+    assert wrong.returncode == 1
+    assert "a vocabulary of 257 (byte), the model one of 100" in wrong.stdout
+    assert "not fit for this: data" in wrong.stderr
+
+
+def test_what_is_wrong_is_told_with_what_to_do(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    huge = {"n_layer": 48, "n_head": 25, "n_embd": 1600, "vocab_size": 50304}
+    found = checks(
+        tiny(model=huge, train__max_steps=10**5, train__compile=True, data__path="no data"),
+        tmp_path,
+    )
+    assert "needs a C++ compiler" in found["compile"].found
+    assert "GB at its fullest" in found["disk space"].found
+    assert (found["data"].found, found["data"].hint) == (
+        "there is no no data",
+        "llmtrain prepare SOURCE --out 'no data'",
+    )
+    assert {found[name].state for name in ("compile", "disk space", "data")} == {"problem"}
+    absent = checks(tiny(train__device="cuda:99"), tmp_path)
+    assert absent["device"].state == "problem"
+    assert "precision" not in absent
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_problem() -> None:
+    found = checks(None, Path("/proc/run"))
+    assert found["disk speed"].state == "problem"
+    assert found["tokenizer"].state == "ok"

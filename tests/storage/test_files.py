@@ -1,0 +1,316 @@
+"""Atomic commit, the record of hashes, the lock, and the names in a run."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from llmtrain.errors import UserError
+from llmtrain.storage import files
+from llmtrain.storage.events import read_json_lines
+from llmtrain.storage.files import (
+    exclusive,
+    remove_folder,
+    remove_leftovers,
+    staged_folder,
+    write_atomically,
+)
+from llmtrain.storage.integrity import integrity_problems
+from llmtrain.storage.run_folder import RunFolder, newest_run, require_run, step_folders
+
+
+def commit(target: Path, content: str = "x") -> None:
+    with staged_folder(target) as folder:
+        (folder / "a.txt").write_text(content)
+        (folder / "sub").mkdir()
+        (folder / "sub" / "b.txt").write_text(content)
+
+
+def test_a_committed_folder_is_whole_and_checked(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "step-00000001"
+    commit(target)
+    assert sorted(p.name for p in target.iterdir()) == ["a.txt", "integrity.json", "sub"]
+    assert integrity_problems(target) == []
+    assert not list(target.parent.glob(".tmp-*"))
+
+
+def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no"), staged_folder(tmp_path / "t") as folder:
+        (folder / "a").write_text("x")
+        raise RuntimeError("no")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    target = tmp_path / "t"
+    commit(target, "old")
+    with pytest.raises(FileExistsError):
+        commit(target, "new")
+    with staged_folder(target, replace=True) as folder:
+        (folder / "a.txt").write_text("new")
+    assert (target / "a.txt").read_text() == "new"
+    assert not (target / "sub").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+def test_a_killed_commit_is_ignored_and_cleaned_up(tmp_path: Path) -> None:
+    code = (
+        "import os,sys; from pathlib import Path; from llmtrain.storage.files import staged_folder\n"
+        "with staged_folder(Path(sys.argv[1])) as f:\n"
+        "    (f/'a').write_text('x'); os.kill(os.getpid(), 9)"
+    )
+    target = tmp_path / "step-00000002"
+    assert subprocess.run([sys.executable, "-c", code, target], check=False).returncode == -9
+    assert step_folders(tmp_path) == {}
+    assert all(path.name.startswith(".tmp-") for path in tmp_path.iterdir())
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda f: (f / "a.txt").write_text("y"), "another SHA-256"),
+        (lambda f: (f / "a.txt").write_text("longer"), "has 6 bytes instead of 1"),
+        (lambda f: (f / "sub" / "b.txt").unlink(), "is missing"),
+    ],
+)
+def test_damage_is_found(tmp_path: Path, damage: object, expected: str) -> None:
+    commit(tmp_path / "t")
+    damage(tmp_path / "t")  # type: ignore[operator]  # pytest's parameters are objects
+    (problem,) = integrity_problems(tmp_path / "t")
+    assert expected in problem
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"files": {"a": 1}}', "\x00"])
+def test_a_damaged_record_is_an_error(tmp_path: Path, content: str) -> None:
+    commit(tmp_path / "t")
+    (tmp_path / "t" / "integrity.json").write_text(content)
+    with pytest.raises(UserError, match="integrity"):
+        integrity_problems(tmp_path / "t")
+    (tmp_path / "t" / "integrity.json").unlink()
+    with pytest.raises(UserError, match="missing"):
+        integrity_problems(tmp_path / "t")
+
+
+def test_write_atomically_replaces(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "deep" / "f", "one")
+    write_atomically(tmp_path / "deep" / "f", b"two")
+    assert (tmp_path / "deep" / "f").read_bytes() == b"two"
+    assert len(list((tmp_path / "deep").iterdir())) == 1
+
+
+STOPPED = """
+import os, sys
+from pathlib import Path
+from llmtrain.storage import files
+
+def stop(path, target):
+    print("written", flush=True)
+    sys.stdin.readline()
+    os.rename(path, target)
+
+Path.replace = stop
+files.write_atomically(Path(sys.argv[1]), "whole")
+"""
+
+
+def test_what_a_living_process_writes_stays_and_what_a_killed_one_wrote_goes(
+    tmp_path: Path,
+) -> None:
+    """Each stopped when all is written and nothing has its name."""
+    command = [sys.executable, "-c", STOPPED]
+    dead, living = (
+        subprocess.Popen(
+            [*command, tmp_path / name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for name in ("dead", "living")
+    )
+    for process in (dead, living):
+        assert process.stdout is not None and process.stdout.readline() == "written\n"
+    dead.kill()
+    dead.wait()
+    assert len(list(tmp_path.glob(".tmp-*"))) == 2
+    write_atomically(tmp_path / "other", "one")
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.glob(".tmp-*")] == [f".tmp-{living.pid}-living"]
+    living.communicate("go")
+    assert living.returncode == 0
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "living": "whole",
+        "other": "one",
+    }
+
+
+def test_what_others_have_under_such_names_stays(tmp_path: Path) -> None:
+    """In a folder that is not ours alone, such as that of a config."""
+    for name in (".tmp-2024-notes", ".tmp-cache.lock"):
+        (tmp_path / name).write_text("mine")
+    commit(tmp_path / ".tmp-cache")
+    before = set(tmp_path.rglob("*"))
+    write_atomically(tmp_path / "new.yaml", "one")
+    assert set(tmp_path.rglob("*")) == before | {tmp_path / "new.yaml"}
+
+
+def test_a_process_of_the_same_number_on_another_machine_loses_nothing(tmp_path: Path) -> None:
+    target, staging = tmp_path / "f", tmp_path / f".tmp-{os.getpid()}-f"
+    with ThreadPoolExecutor(1) as pool:
+        with files._held_open(staging) as theirs:
+            theirs.write(b"theirs")
+            theirs.flush()
+            ours = pool.submit(write_atomically, target, "ours")
+            with pytest.raises(TimeoutError):
+                ours.result(timeout=0.1)
+            staging.replace(target)
+            assert target.read_text() == "theirs"
+        ours.result()
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+    assert target.read_text() == "ours"
+
+
+def test_what_is_cleaned_away_is_what_was_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the opening and the lock its writer gives it its name, and begins with the next one."""
+    staging, lock = tmp_path / ".tmp-5-f", fcntl.flock
+    staging.write_text("first")
+
+    def later(file: IO[bytes], operation: int) -> None:
+        if not (tmp_path / "f").exists():
+            staging.replace(tmp_path / "f")
+            staging.write_text("second")
+        lock(file, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", later)
+    remove_leftovers(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "f": "first",
+        ".tmp-5-f": "second",
+    }
+
+
+def test_a_file_system_without_locks_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    for content in ("one", "two"):
+        write_atomically(tmp_path / "f", content)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["two"]
+
+
+AGAIN = """
+import sys
+from pathlib import Path
+from llmtrain.storage.files import write_atomically
+
+for number in range(100):
+    write_atomically(Path(sys.argv[1]), str(number))
+"""
+
+
+def test_processes_that_write_in_one_folder_leave_each_other_alone(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", AGAIN]
+    writers = [
+        subprocess.Popen([*command, tmp_path / name], stderr=subprocess.PIPE, text=True)
+        for name in "aaab"
+    ]
+    assert [writer.communicate()[1] for writer in writers] == [""] * 4
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "99", "b": "99"}
+
+
+def test_removed_folders_never_look_damaged(tmp_path: Path) -> None:
+    commit(tmp_path / "step-00000003")
+    remove_folder(tmp_path / "step-00000003")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_is_exclusive_and_dies_with_its_process(tmp_path: Path) -> None:
+    code = (
+        "import sys,os; from pathlib import Path; from llmtrain.storage.files import exclusive\n"
+        "with exclusive(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"pid {holder.pid}"), exclusive(tmp_path):
+        pass
+    holder.kill()
+    holder.communicate()
+    with exclusive(tmp_path):
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
+def test_json_lines_leave_out_a_torn_end(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    assert read_json_lines(path) == []
+    path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert read_json_lines(path) == [{"step": 1}, {"step": 2}]
+    path.write_text('{"step": 1}\n{broken\n{"step": 3}\n')
+    with pytest.raises(UserError, match="line 2"):
+        read_json_lines(path)
+
+
+def test_names_and_the_newest_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run under"):
+        newest_run(tmp_path / "runs")
+    for age, name in enumerate(("b", "a", "c")):
+        run = RunFolder(tmp_path / "runs" / name)
+        write_atomically(run.config, "")
+        write_atomically(run.metrics, "")
+        os.utime(run.metrics, (1000 - age, 1000 - age))
+    (tmp_path / "runs" / "no-run").mkdir()
+    assert newest_run(tmp_path / "runs").path.name == "b"
+    with pytest.raises(UserError, match="not a run"):
+        require_run(tmp_path / "runs" / "no-run")
+    for name in (
+        "step-00000010",
+        "step-100000000",
+        "step-00000002",
+        "step-3",
+        ".tmp-step-00000004",
+    ):
+        (tmp_path / "steps" / name).mkdir(parents=True)
+    assert list(step_folders(tmp_path / "steps")) == [2, 10, 100_000_000]
+
+
+def test_a_replacement_that_was_killed_gives_the_old_folder_back(tmp_path: Path) -> None:
+    """What is on disk between the two renames of a replacement."""
+    commit(tmp_path / "t", "old")
+    (tmp_path / "t").rename(tmp_path / ".tmp-replaced-t")
+    commit(tmp_path / ".tmp-t", "new")
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+    assert (tmp_path / "t" / "a.txt").read_text() == "old"
+
+
+def test_two_processes_do_not_build_the_same_folder(tmp_path: Path) -> None:
+    with (
+        staged_folder(tmp_path / "t"),
+        pytest.raises(UserError, match="in use by another"),
+        staged_folder(tmp_path / "t"),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
+def test_a_place_where_no_folder_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(UserError, match="cannot make the folder"),
+        staged_folder(tmp_path / "file" / "t"),
+    ):
+        pass
