@@ -284,7 +284,7 @@ def average(
 
     Training is never touched. Checkpoints from warm-up are never used, windows are always complete.
     """
-    from llmtrain.averaging.plan import Request, make_plans
+    from llmtrain.averaging.request import AverageRequest, make_specs
     from llmtrain.averaging.spec import MergeOptions
     from llmtrain.checkpoints.sources import find_series
     from llmtrain.checkpoints.writer import DTYPES, bytes_of
@@ -293,7 +293,7 @@ def average(
     from .average_output import evaluate_sweep, print_averages, print_weights, run_plans
     from .common import print_json, warn
 
-    request = Request(
+    request = AverageRequest(
         method=method.value,
         every=every,
         window=window,
@@ -334,7 +334,7 @@ def average(
         evaluate_sweep(source, sweep, request, write_best=write_best, as_json=as_json)
         return
     series = find_series(source, revision_pattern=revision_pattern, discard=discard_inputs)
-    plans = make_plans(series, request)
+    plans = make_specs(series, request)
     if show_weights:
         print_weights(plans, as_json)
         return

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from llmtrain.averaging.average import average as make
-from llmtrain.averaging.plan import Request, make_plans
+from llmtrain.averaging.request import AverageRequest, make_specs
 from llmtrain.averaging.spec import Average, AverageSpec, MergeOptions
 from llmtrain.checkpoints.series import Series, run_series
 from llmtrain.errors import UserError
@@ -93,7 +93,7 @@ def print_weights(plans: Sequence[AverageSpec], as_json: bool) -> None:
 
 
 def evaluate_sweep(
-    source: str | None, text: str, request: Request, *, write_best: bool, as_json: bool
+    source: str | None, text: str, request: AverageRequest, *, write_best: bool, as_json: bool
 ) -> None:
     """Evaluate candidates; a table, a CSV and a PNG, and if wanted the best one as a folder.
 
@@ -103,7 +103,7 @@ def evaluate_sweep(
     from llmtrain.averaging.sweep import parse_sweep, sweep
     from llmtrain.averaging.sweep_report import draw, summary, write_csv
 
-    if replace(request, at=None) != Request():
+    if replace(request, at=None) != AverageRequest():
         raise UserError(
             "--sweep takes the methods' options in its own text, and of the others only --at",
             hint='such as --sweep "method=lawa,linear window=3,5 every=200"',
@@ -129,7 +129,7 @@ def evaluate_sweep(
     written: Sequence[Average] = []
     if write_best and result.best.request is not None:
         series = run_series(run)
-        written = run_plans(series, make_plans(series, result.best.request), MergeOptions())
+        written = run_plans(series, make_specs(series, result.best.request), MergeOptions())
     if as_json:
         curves = zip(rows, result.candidates, strict=True)
         print_json(

@@ -15,8 +15,8 @@ from .eval_table import Measured, explanations, json_of, loss_table, measures_ta
 
 if TYPE_CHECKING:
     from llmtrain.checkpoints.targets import Target
-    from llmtrain.evaluation.results import Row, Settings
-    from llmtrain.evaluation.tasks import TaskSettings
+    from llmtrain.evaluation.results import EvalOptions, Row
+    from llmtrain.evaluation.tasks import TaskOptions
     from llmtrain.runtime.signals import Interrupt
 
     from .common import ProgressLine
@@ -144,7 +144,7 @@ def evaluate(
     join the same table, with standard errors where they are known.
     """
     from llmtrain.checkpoints.targets import targets_named
-    from llmtrain.evaluation.results import Settings
+    from llmtrain.evaluation.results import EvalOptions
     from llmtrain.storage.run_folder import newest_run
 
     asked = _task_settings(
@@ -157,7 +157,7 @@ def evaluate(
         for name in targets or [str(newest_run().path)]
         for target in targets_named(name, every_snapshot=every_snapshot)
     }
-    settings = Settings(data=data, split=split.value, tokens=tokens, batch=batch, device=device)
+    settings = EvalOptions(data=data, split=split.value, tokens=tokens, batch=batch, device=device)
     kept = "the same command goes on from the results that a run keeps"
     with interruptible(kept) as interrupt, progress_line("evaluating") as line:
         work = _Work(list(found.values()), interrupt, line)
@@ -177,17 +177,17 @@ class _Work:
 
     def all_of(
         self,
-        settings: "Settings",
+        settings: "EvalOptions",
         text: Path | None,
         stride: int | None,
-        asked: "TaskSettings | None",
+        asked: "TaskOptions | None",
     ) -> list[Measured]:
         rows = self._losses(settings, needed=text is None and asked is None)
         everything = [Measured(target, row) for target, row in zip(self._wanted, rows, strict=True)]
         if text is not None:
-            from llmtrain.evaluation.text import TextSettings, measure_text
+            from llmtrain.evaluation.text import TextOptions, measure_text
 
-            how = TextSettings(stride=stride, batch=settings.batch or 16, device=settings.device)
+            how = TextOptions(stride=stride, batch=settings.batch or 16, device=settings.device)
             texts = measure_text(self._wanted, text, how, self._progress, warn=warn)
             everything = [replace(one, text=t) for one, t in zip(everything, texts, strict=True)]
         if asked is not None:
@@ -197,7 +197,7 @@ class _Work:
             everything = [replace(one, tasks=s) for one, s in zip(everything, scores, strict=True)]
         return everything
 
-    def _losses(self, settings: "Settings", *, needed: bool) -> "list[Row | None]":
+    def _losses(self, settings: "EvalOptions", *, needed: bool) -> "list[Row | None]":
         """Losses on token shards; without `needed`, only of weights whose data is there."""
         from llmtrain.evaluation.results import data_is_known, measure
 
@@ -240,7 +240,7 @@ def _task_settings(
     files: Path | None,
     trust_files: bool,
     device: str,
-) -> "TaskSettings | None":
+) -> "TaskOptions | None":
     """What is asked for; None: no tasks.
 
     Raises:
@@ -256,7 +256,7 @@ def _task_settings(
             "--batch-size", None if batch_size == "auto" else batch_size, "--tasks", tasks
         )
         return None
-    from llmtrain.evaluation.tasks import TaskSettings
+    from llmtrain.evaluation.tasks import TaskOptions
 
     names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",")))
     if not all(names):
@@ -267,7 +267,7 @@ def _task_settings(
         raise UserError(
             f"--batch-size {batch_size!r} is no number", hint="auto, or a number from 1 on"
         )
-    return TaskSettings(
+    return TaskOptions(
         names,
         limit,
         "auto" if batch_size == "auto" else int(batch_size),

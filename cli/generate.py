@@ -80,7 +80,7 @@ def generate(
     Weights are float32. A text longer than the model's block size goes on with the newer half of it in sight.
     """
     from llmtrain.errors import UserError
-    from llmtrain.evaluation.generation import Sampling, load_writer, write
+    from llmtrain.evaluation.generation import Sampling, generate_text, load_generator
     from llmtrain.evaluation.selection import choose_weights
     from llmtrain.model.tokenizer import well_formed
 
@@ -97,7 +97,7 @@ def generate(
     for each in [raw, weights] if compare and raw is not None else [weights]:
         notes.print(f"{each.label}: {each.path}", markup=False, style="dim", soft_wrap=True)
         writers[each] = partial(
-            write, *load_writer(each.path, tokenizer=tokenizer, device=device), prompt
+            generate_text, *load_generator(each.path, tokenizer=tokenizer, device=device), prompt
         )
     with interruptible("the text ends here") as interrupt, _reader_may_leave():
 

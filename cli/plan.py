@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from .common import console, print_json
 
 if TYPE_CHECKING:
-    from llmtrain.planning.estimate import Plan
+    from llmtrain.planning.estimate import CostEstimate
 
 
 class Parallel(StrEnum):
@@ -110,9 +110,9 @@ def plan(
     """
     from llmtrain.config.loading import load_config
     from llmtrain.planning.estimate import estimate
-    from llmtrain.planning.machine import Options
+    from llmtrain.planning.machine import HardwareOptions
 
-    options = Options(
+    options = HardwareOptions(
         devices=devices,
         device=device,
         parallel=parallel.value if parallel else None,
@@ -149,7 +149,7 @@ def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right
     )
 
 
-def _run(plan: "Plan") -> Table:
+def _run(plan: "CostEstimate") -> Table:
     model, layout = plan.architecture, plan.machine.layout
     table = _table("Model and run", "", justify="left")
     sequences = (
@@ -169,7 +169,7 @@ def _run(plan: "Plan") -> Table:
     return table
 
 
-def _spread(plan: "Plan") -> str:
+def _spread(plan: "CostEstimate") -> str:
     return f", {plan.machine.layout.parallel}" if plan.machine.layout.devices > 1 else ""
 
 
@@ -186,7 +186,7 @@ _NAMES = {
 }
 
 
-def _memory(plan: "Plan") -> Table:
+def _memory(plan: "CostEstimate") -> Table:
     """Each part at the peak and at most: what is large is not all there at once."""
     from llmtrain.planning.memory import peak
 
@@ -204,7 +204,7 @@ def _memory(plan: "Plan") -> Table:
     return table
 
 
-def _fits(plan: "Plan", used: int) -> str:
+def _fits(plan: "CostEstimate", used: int) -> str:
     """The rest must hold what is not counted."""
     if plan.machine.memory is None:
         return "n/a"
@@ -214,7 +214,7 @@ def _fits(plan: "Plan", used: int) -> str:
     )
 
 
-def _time(plan: "Plan") -> Table:
+def _time(plan: "CostEstimate") -> Table:
     table = _table("Time and communication", "")
     devices, sent = plan.machine.layout.devices, plan.communication
     table.add_row("tokens/s", number(plan.tokens_per_second))
@@ -237,7 +237,7 @@ def _time(plan: "Plan") -> Table:
     return table
 
 
-def _disk(plan: "Plan") -> Table:
+def _disk(plan: "CostEstimate") -> Table:
     storage = plan.storage
     table = _table("Disk at the end of the run", "folders", "each", "together")
     for saved in (storage.snapshots, *storage.averages, storage.states):
@@ -247,7 +247,7 @@ def _disk(plan: "Plan") -> Table:
     return table
 
 
-def _averaging(plan: "Plan") -> Table:
+def _averaging(plan: "CostEstimate") -> Table:
     table = _table(
         "Averaging with llmtrain average", "averages", "read", "written", "buffers", "takes"
     )
@@ -290,7 +290,7 @@ def _three(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _document(plan: "Plan") -> dict[str, Any]:
+def _document(plan: "CostEstimate") -> dict[str, Any]:
     """The plan as JSON; what is not known is null."""
     from dataclasses import asdict
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from .common import ProgressLine, console, interruptible, notes, print_json, progress_line, warn
 
 if TYPE_CHECKING:
-    from llmtrain.data.build import Progress
+    from llmtrain.data.build import PrepareProgress
     from llmtrain.data.manifest import Manifest
 
 
@@ -133,7 +133,7 @@ def prepare(
     with interruptible(unfinished) as interrupt, progress_line("documents") as line:
         rate = _Rate(line)
 
-        def on_progress(progress: "Progress") -> None:
+        def on_progress(progress: "PrepareProgress") -> None:
             interrupt.check()
             rate.show(progress)
 
@@ -170,7 +170,7 @@ class _Rate:
         self._started = 0.0
         self._before = (0, 0)
 
-    def show(self, progress: "Progress") -> None:
+    def show(self, progress: "PrepareProgress") -> None:
         now = time.monotonic()
         if progress.total_documents is None:
             self._line.update(progress.documents, None, "read")

@@ -11,21 +11,21 @@ starts here and goes there for more. Importing this takes torch's second.
 from pathlib import Path
 
 from llmtrain.averaging.average import average as average_series
-from llmtrain.averaging.plan import Request, make_plans
+from llmtrain.averaging.request import AverageRequest, make_specs
 from llmtrain.averaging.spec import Average
 from llmtrain.checkpoints.sources import find_series
 from llmtrain.checkpoints.targets import targets_named
 from llmtrain.config.loading import load_config
-from llmtrain.evaluation.generation import Sampling, load_writer, write
-from llmtrain.evaluation.results import Row, Settings, measure
+from llmtrain.evaluation.generation import Sampling, generate_text, load_generator
+from llmtrain.evaluation.results import EvalOptions, Row, measure
 from llmtrain.evaluation.selection import choose_weights
 from llmtrain.export.formats import export as export_weights
 from llmtrain.training.run import pretrain
 
 __all__ = [
-    "Request",
+    "AverageRequest",
+    "EvalOptions",
     "Sampling",
-    "Settings",
     "average",
     "evaluate",
     "export",
@@ -34,18 +34,22 @@ __all__ = [
     "pretrain",
 ]
 
+Request = AverageRequest
+Settings = EvalOptions
+"""Earlier names, still accepted."""
 
-def average(source: str | Path, request: Request) -> list[Average]:
+
+def average(source: str | Path, request: AverageRequest) -> list[Average]:
     """Average checkpoints of a run, a folder of checkpoints or a series on the hub; by step.
 
     Raises:
         UserError: there is no such source, or it has no such window.
     """
     series = find_series(str(source))
-    return average_series(series, make_plans(series, request))
+    return average_series(series, make_specs(series, request))
 
 
-def evaluate(target: str | Path, settings: Settings | None = None) -> list[Row]:
+def evaluate(target: str | Path, settings: EvalOptions | None = None) -> list[Row]:
     """The losses of a run's averages and of the raw weights of their steps, of a folder of weights, or of OWNER/NAME.
 
     Raises:
@@ -53,7 +57,7 @@ def evaluate(target: str | Path, settings: Settings | None = None) -> list[Row]:
         RunFailed: a loss is not finite, or the hub cannot be reached.
     """
     targets = targets_named(str(target), every_snapshot=False)
-    return measure(targets, settings or Settings(), lambda target, done, total: None)
+    return measure(targets, settings or EvalOptions(), lambda target, done, total: None)
 
 
 def generate(target: str | Path, prompt: str, sampling: Sampling | None = None) -> str:
@@ -63,7 +67,7 @@ def generate(target: str | Path, prompt: str, sampling: Sampling | None = None) 
         UserError: there is no such target, or no tokenizer for it.
     """
     weights, _ = choose_weights(str(target))
-    return "".join(write(*load_writer(weights.path), prompt, sampling or Sampling()))
+    return "".join(generate_text(*load_generator(weights.path), prompt, sampling or Sampling()))
 
 
 def export(target: str | Path, to: Path, *, dtype: str = "fp32") -> Path:

@@ -15,7 +15,7 @@ from importlib.resources import files
 
 import numpy as np
 
-from llmtrain.averaging.merge import PIECE, Norms, pieces
+from llmtrain.averaging.merge import CHUNK, Norms, chunks
 from llmtrain.checkpoints.checkpoint import Checkpoint
 from llmtrain.checkpoints.windows import describe_steps
 from llmtrain.errors import UserError
@@ -126,10 +126,10 @@ def _refuse(found: Sequence[str]) -> None:
 def _equal(one: Checkpoint, other: Checkpoint, name: str) -> bool:
     """Whether a tensor has the same bits in both, and not all its numbers are the same."""
     first, constant = None, True
-    buffers = np.empty(PIECE * 8, np.uint8), np.empty(PIECE * 8, np.uint8)
+    buffers = np.empty(CHUNK * 8, np.uint8), np.empty(CHUNK * 8, np.uint8)
     with ExitStack() as stack:
         readers = [stack.enter_context(checkpoint.reader()) for checkpoint in (one, other)]
-        for piece in pieces({name: one.tensors[name]}, PIECE):
+        for piece in chunks({name: one.tensors[name]}, CHUNK):
             a, b = (
                 reader.read(name, piece.start, piece.stop, buffer)
                 for reader, buffer in zip(readers, buffers, strict=True)

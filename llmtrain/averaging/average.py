@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.averaging import audit
-from llmtrain.averaging.merge import Mixture, Norms, merge
+from llmtrain.averaging.merge import Norms, WeightedSum, merge
 from llmtrain.averaging.provenance import (
     Hashes,
     hashes_of,
@@ -29,7 +29,7 @@ from llmtrain.checkpoints.weights_folder import PROVENANCE_FILE
 from llmtrain.checkpoints.writer import WeightsWriter, carry_over, layout_bytes, output_layout
 from llmtrain.errors import UserError
 from llmtrain.storage.disk import require_room
-from llmtrain.storage.files import exclusive, remove_abandoned, remove_leftovers, staged_folder
+from llmtrain.storage.files import locked_folder, remove_abandoned, remove_leftovers, staged_folder
 from llmtrain.storage.json_files import write_json
 
 AT_A_TIME = 64
@@ -213,7 +213,7 @@ def _make(
     index = {source: i for i, source in enumerate(inputs)}
     opened = [checkpoints[source] for source in inputs]
     mixtures = [
-        Mixture(tuple(index[source] for source in plan.inputs), plan.weights, plan.decays)
+        WeightedSum(tuple(index[source] for source in plan.inputs), plan.weights, plan.decays)
         for plan, _ in group
     ]
     needed = {
@@ -222,7 +222,7 @@ def _make(
     require_room(group[0][0].target, sum(needed.values()))
     with ExitStack() as commits, ExitStack() as files:
         for label in {plan.target.parent for plan, _ in group if plan.is_default}:
-            commits.enter_context(exclusive(label))
+            commits.enter_context(locked_folder(label))
             remove_leftovers(label)
         writers = []
         for plan, document in group:

@@ -19,7 +19,7 @@ from llmtrain.averaging.average import (
     prepare_folder,
     weights_only,
 )
-from llmtrain.averaging.merge import Mixture, merge
+from llmtrain.averaging.merge import WeightedSum, merge
 from llmtrain.averaging.provenance import KnownHashes, hashes_of, provenance, require_same
 from llmtrain.averaging.spec import Average, AverageSpec, MergeOptions
 from llmtrain.checkpoints.checkpoint import Checkpoint
@@ -28,7 +28,7 @@ from llmtrain.checkpoints.open import open_safetensors
 from llmtrain.checkpoints.series import Input, Series, check_alike
 from llmtrain.checkpoints.writer import WeightsWriter, layout_bytes
 from llmtrain.errors import UserError
-from llmtrain.storage.disk import writing
+from llmtrain.storage.disk import disk_errors
 from llmtrain.storage.files import staged_folder
 
 
@@ -62,7 +62,7 @@ def fold(
     if plan.target.exists():
         _require_declared(plan, settings)
         return Average(plan, kept=True)
-    factors, divisor = Mixture(tuple(range(len(plan.inputs))), plan.weights).exact()
+    factors, divisor = WeightedSum(tuple(range(len(plan.inputs))), plan.weights).exact()
     opened: dict[Input, Checkpoint] = {}
     hashes: dict[Input, KnownHashes] = {}
     total: Checkpoint | None = None
@@ -82,7 +82,9 @@ def fold(
         dtypes = {name: spec.dtype for name, spec in checkpoint.tensors.items()}
         dtypes |= output_dtypes(checkpoint, settings)
         with writer:
-            merge([total], [Mixture((0,), (1.0,), divisor=divisor)], [writer.write], dtypes=dtypes)
+            merge(
+                [total], [WeightedSum((0,), (1.0,), divisor=divisor)], [writer.write], dtypes=dtypes
+            )
         total.files[0].unlink()
     if checkpoint.disposable:
         shutil.rmtree(
@@ -124,9 +126,12 @@ def _add(
     inputs = [checkpoint] if total is None else [total, checkpoint]
     weights = (factor,) if total is None else (1.0, factor)
     layout = {path.name: specs}
-    with writing(path, needed=layout_bytes(layout)), WeightsWriter(folder, layout, {}) as writer:
+    with (
+        disk_errors(path, needed=layout_bytes(layout)),
+        WeightsWriter(folder, layout, {}) as writer,
+    ):
         dtypes = {name: spec.dtype for name, spec in specs.items()}
-        mixture = Mixture(tuple(range(len(inputs))), weights)
+        mixture = WeightedSum(tuple(range(len(inputs))), weights)
         merge(inputs, [mixture], [writer.write], dtypes=dtypes, integers=settings.integers)
     for old in total.files if total is not None else ():
         old.unlink()

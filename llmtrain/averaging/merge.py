@@ -4,7 +4,7 @@ Why: a whole model never needs to be in memory, however many inputs and outputs 
 read from every input in the order of the steps, added in float64 to each average that contains it,
 and written, rounded once, when the last of its inputs has been added.
 
-    norms = merge(checkpoints, [Mixture((0, 1, 2), (1 / 3, 1 / 3, 1 / 3))], [write])
+    norms = merge(checkpoints, [WeightedSum((0, 1, 2), (1 / 3, 1 / 3, 1 / 3))], [write])
 """
 
 import itertools
@@ -21,13 +21,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtrain.averaging.turns import Turns, in_threads
+from llmtrain.averaging.turns import OrderedAccess, in_threads
 from llmtrain.checkpoints.checkpoint import Checkpoint
 from llmtrain.checkpoints.header import FLOATS, TensorSpec
-from llmtrain.checkpoints.numbers import Float64s, Raw, narrow, overflows, widen
+from llmtrain.checkpoints.numbers import Float64s, StoredArray, overflows, round_to, to_float64
 from llmtrain.errors import UserError
 
-PIECE = 131_072
+CHUNK = 131_072
 """Numbers summed at a time: a thread's float64 buffers stay in the cache, and threads seldom wait for each other."""
 
 _RUN = 8192
@@ -36,12 +36,12 @@ _RUN = 8192
 Integers = Literal["equal", "last"]
 """What is done with tensors of integers and booleans."""
 
-Write = Callable[[str, int, Raw], None]
+Write = Callable[[str, int, StoredArray], None]
 """Takes a tensor's name, the index of the first number, and numbers in their stored form."""
 
 
 @dataclass(frozen=True)
-class Mixture:
+class WeightedSum:
     """One average: which inputs, and how much of each."""
 
     inputs: tuple[int, ...]
@@ -92,7 +92,7 @@ class _Piece:
     """In the order of all pieces."""
 
 
-def pieces(tensors: dict[str, TensorSpec], size: int) -> Iterator[_Piece]:
+def chunks(tensors: dict[str, TensorSpec], size: int) -> Iterator[_Piece]:
     """All numbers of all tensors in runs of at most `size`."""
     number = itertools.count()
     for name, spec in tensors.items():
@@ -102,7 +102,7 @@ def pieces(tensors: dict[str, TensorSpec], size: int) -> Iterator[_Piece]:
 
 def merge(
     checkpoints: Sequence[Checkpoint],
-    mixtures: Sequence[Mixture],
+    mixtures: Sequence[WeightedSum],
     writes: Sequence[Write],
     *,
     dtypes: Mapping[str, str] | None = None,
@@ -128,7 +128,7 @@ def merge(
     Raises:
         UserError: a NaN or infinite weight, integers that differ, an input cut short.
     """
-    work = list(pieces(checkpoints[-1].tensors, PIECE))
+    work = list(chunks(checkpoints[-1].tensors, CHUNK))
     todo = iter(work)  # shared by the threads: each takes the next piece when it is free
     stats = np.zeros((len(work), 2, len(checkpoints)))
     done = itertools.count(1)
@@ -187,11 +187,11 @@ class _Source:
         self.checkpoint = checkpoint
         self.tensors = checkpoint.tensors
         self._reader = files.enter_context(checkpoint.reader())
-        self._turns = Turns(stopped)
+        self._turns = OrderedAccess(stopped)
         residual = checkpoint.residual
         self._residual = _Source(residual, files, stopped) if residual is not None else None
 
-    def raw(self, piece: _Piece, buffer: NDArray[np.uint8]) -> Raw:
+    def raw(self, piece: _Piece, buffer: NDArray[np.uint8]) -> StoredArray:
         """The piece in its stored form."""
         with self._turns.of(piece.number):
             return self._reader.read(piece.name, piece.start, piece.stop, buffer)
@@ -212,7 +212,7 @@ class _Source:
         self, piece: _Piece, buffer: NDArray[np.uint8], out: Float64s, scratch: Float64s
     ) -> None:
         """The piece in float64, written to `out`."""
-        widen(self.raw(piece, buffer), self.tensors[piece.name].dtype, out)
+        to_float64(self.raw(piece, buffer), self.tensors[piece.name].dtype, out)
         if self._residual is not None:
             self._residual.floats(piece, buffer, scratch, scratch)
             out += scratch
@@ -223,9 +223,9 @@ class _Target:
 
     def __init__(self, write: Write, stopped: threading.Event) -> None:
         self._write = write
-        self._turns = Turns(stopped)
+        self._turns = OrderedAccess(stopped)
 
-    def write(self, piece: _Piece, raw: Raw) -> None:
+    def write(self, piece: _Piece, raw: StoredArray) -> None:
         """Hand over the piece in its stored form."""
         with self._turns.of(piece.number):
             self._write(piece.name, piece.start, raw)
@@ -237,7 +237,7 @@ class _Summing:
     def __init__(
         self,
         sources: Sequence[_Source],
-        mixtures: Sequence[Mixture],
+        mixtures: Sequence[WeightedSum],
         targets: Sequence[_Target],
         dtypes: Mapping[str, str],
         integers: Integers,
@@ -252,9 +252,9 @@ class _Summing:
         self._users = [
             [m for m, mix in enumerate(mixtures) if i in mix.inputs] for i in range(len(sources))
         ]
-        self._raw = np.empty(PIECE * 8, np.uint8)
-        self._values = [np.empty(PIECE), np.empty(PIECE)]
-        self._scratch = np.empty(PIECE)
+        self._raw = np.empty(CHUNK * 8, np.uint8)
+        self._values = [np.empty(CHUNK), np.empty(CHUNK)]
+        self._scratch = np.empty(CHUNK)
         self._free: list[Float64s] = []
 
     def piece(self, piece: _Piece) -> NDArray[np.float64]:
@@ -296,7 +296,7 @@ class _Summing:
         decays = self._mixtures[number].decays
         first = number not in sums
         if first:
-            buffer = self._free.pop() if self._free else np.empty(PIECE)
+            buffer = self._free.pop() if self._free else np.empty(CHUNK)
             sums[number] = buffer[: len(values)]
         if decays is not None:
             _decay_towards(
@@ -316,7 +316,7 @@ class _Summing:
         """Round the sum of mixture `number` and hand it over."""
         total /= self._factors[number][1]
         dtype = self._dtypes.get(piece.name, piece.spec.dtype)
-        raw = narrow(total, dtype)
+        raw = round_to(total, dtype)
         if overflows(raw, dtype):
             raise UserError(
                 f"the average of {piece.name} has numbers that {dtype} cannot hold",

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from llmtrain.averaging.average import check_claims, unique_inputs
-from llmtrain.averaging.merge import Mixture, Write, merge
-from llmtrain.averaging.plan import OPTIONS, Request, make_plans
+from llmtrain.averaging.merge import WeightedSum, Write, merge
+from llmtrain.averaging.request import OPTIONS, AverageRequest, make_specs
 from llmtrain.averaging.spec import AverageSpec, MergeOptions
 from llmtrain.checkpoints.checkpoint import Checkpoint
 from llmtrain.checkpoints.gpt2_folder import load_model
-from llmtrain.checkpoints.numbers import Raw
+from llmtrain.checkpoints.numbers import StoredArray
 from llmtrain.checkpoints.series import Input, Series, check_alike, run_series
 from llmtrain.checkpoints.windows import describe_steps
 from llmtrain.config.loading import load_config
@@ -33,7 +33,7 @@ from llmtrain.errors import UserError
 from llmtrain.evaluation.loss import evaluate
 from llmtrain.model.gpt import GPT
 from llmtrain.model.tokenizer import load_tokenizer
-from llmtrain.runtime.device import keeping_freed_memory, resolve_device, resolve_precision
+from llmtrain.runtime.device import keep_freed_memory, resolve_device, resolve_precision
 from llmtrain.storage.run_folder import RAW, RunFolder
 
 MEMORY = 4 << 30
@@ -62,7 +62,7 @@ class Candidate:
     """One way of averaging, and its validation loss by step (nats per token)."""
 
     label: str
-    request: Request | None
+    request: AverageRequest | None
     """None: the raw weights."""
     losses: dict[int, float]
 
@@ -85,7 +85,7 @@ class SweepResult:
         return self.candidates[0]
 
 
-def parse_sweep(text: str) -> list[Request]:
+def parse_sweep(text: str) -> list[AverageRequest]:
     """Every combination of `key=a,b key=c,d`, without what a method does not take.
 
     Raises:
@@ -115,11 +115,11 @@ def parse_sweep(text: str) -> list[Request]:
             f"--sweep: {', '.join(sorted(unused))} is nothing that {', '.join(choices['method'])} takes",
             hint="add the method that takes it, such as method=ema for decay",
         )
-    requests: list[Request] = []
+    requests: list[AverageRequest] = []
     for combination in itertools.product(*choices.values()):
         asked: dict[str, Any] = dict(zip(choices, combination, strict=True))
         takes = OPTIONS.get(asked["method"], set(choices)) | {"method"}
-        request = Request(**{key: value for key, value in asked.items() if key in takes})
+        request = AverageRequest(**{key: value for key, value in asked.items() if key in takes})
         if request not in requests:
             requests.append(request)
     return requests
@@ -127,7 +127,7 @@ def parse_sweep(text: str) -> list[Request]:
 
 def sweep(
     run: RunFolder,
-    requests: Sequence[Request],
+    requests: Sequence[AverageRequest],
     *,
     at: str | int | None = None,
     data: Path | None = None,
@@ -175,13 +175,13 @@ def sweep(
 
 
 def _plans(
-    series: Series, requests: Sequence[Request]
-) -> tuple[dict[Request, list[AverageSpec]], list[str]]:
+    series: Series, requests: Sequence[AverageRequest]
+) -> tuple[dict[AverageRequest, list[AverageSpec]], list[str]]:
     """All windows of each request, and why some have none."""
     plans, skipped = {}, []
     for request in requests:
         try:
-            plans[request] = make_plans(series, replace(request, at="all"))
+            plans[request] = make_specs(series, replace(request, at="all"))
         except UserError as error:
             if "has no" not in str(error):
                 raise
@@ -194,12 +194,12 @@ def _plans(
     return plans, skipped
 
 
-def _labels(plans: Mapping[Request, list[AverageSpec]]) -> list[tuple[str, Request]]:
+def _labels(plans: Mapping[AverageRequest, list[AverageSpec]]) -> list[tuple[str, AverageRequest]]:
     return [(of_request[-1].label, request) for request, of_request in plans.items()]
 
 
 def _compared_steps(
-    steps: Sequence[int], plans: Mapping[Request, list[AverageSpec]], at: str | int | None
+    steps: Sequence[int], plans: Mapping[AverageRequest, list[AverageSpec]], at: str | int | None
 ) -> list[int]:
     """The steps that `at` means; None: `POINTS` evenly spaced ones from the first window's end to the last's."""
     ends = sorted({plan.step for of_request in plans.values() for plan in of_request})
@@ -238,7 +238,8 @@ def _averages(jobs: Sequence[AverageSpec]) -> Iterator[tuple[AverageSpec, _Weigh
             for _ in group
         ]
         mixtures = [
-            Mixture(tuple(index[i] for i in job.inputs), job.weights, job.decays) for job in group
+            WeightedSum(tuple(index[i] for i in job.inputs), job.weights, job.decays)
+            for job in group
         ]
         merge(checkpoints, mixtures, [_into(weights) for weights in results])
         for job, weights in zip(group, results, strict=True):
@@ -248,7 +249,7 @@ def _averages(jobs: Sequence[AverageSpec]) -> Iterator[tuple[AverageSpec, _Weigh
 
 
 def _into(weights: _Weights) -> Write:
-    def write(name: str, start: int, raw: Raw) -> None:
+    def write(name: str, start: int, raw: StoredArray) -> None:
         weights[name][start : start + len(raw)] = raw
 
     return write
@@ -279,7 +280,7 @@ class _Evaluator:
                     if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
                     else held
                 )
-        with keeping_freed_memory(self._device):
+        with keep_freed_memory(self._device):
             result = evaluate(
                 self._model,
                 self._reader,

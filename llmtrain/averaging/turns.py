@@ -3,7 +3,7 @@
 Why not a queue for each file: a thread would hand over every piece to another and wait for it. Here each does
 all of a piece, and waits only where the one before it is still at the same file.
 
-    turns = Turns(stopped); in_threads(worker, 2, stopped)  # worker: `with turns.of(number): file.write(piece)`
+    turns = OrderedAccess(stopped); in_threads(worker, 2, stopped)  # worker: `with turns.of(number): file.write(piece)`
 """
 
 import threading
@@ -31,7 +31,7 @@ class _Stopped(Exception):
     """Another thread has failed, so that a turn will never come."""
 
 
-class Turns:
+class OrderedAccess:
     """Lets the threads through one at a time, in the order of the pieces.
 
     A file is read, written and hashed first to last by it, and not by one thread waiting for the other

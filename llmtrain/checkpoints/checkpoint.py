@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtrain.checkpoints.header import TensorSpec
-from llmtrain.checkpoints.numbers import Raw
+from llmtrain.checkpoints.numbers import StoredArray
 from llmtrain.checkpoints.weights_folder import Origin, load_origin
 
 TORCH_WEIGHTS_FILE = "pytorch_model.bin"
@@ -31,7 +31,7 @@ RESIDUAL_FILE = "model.residual.safetensors"
 class Reader(Protocol):
     """Open files of one checkpoint."""
 
-    def read(self, name: str, start: int, stop: int, buffer: NDArray[np.uint8]) -> Raw:
+    def read(self, name: str, start: int, stop: int, buffer: NDArray[np.uint8]) -> StoredArray:
         """Numbers `start` to `stop` of a tensor, flat, in stored form; they may lie in `buffer`.
 
         Raises:

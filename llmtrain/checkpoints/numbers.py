@@ -5,7 +5,7 @@ in one case out of some 65,000. Here each conversion is the correctly rounded on
 
     widen(raw, "BF16", out); raw = narrow(values, "BF16")
 
-Raw numbers are flat numpy arrays of the dtype in `RAW`; bfloat16 is its 16 bits.
+Raw numbers are flat numpy arrays of the dtype in `STORED_DTYPES`; bfloat16 is its 16 bits.
 """
 
 from typing import Any
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Raw = NDArray[Any]
+StoredArray = NDArray[Any]
 Float64s = NDArray[np.float64]
 
-RAW: dict[str, np.dtype[Any]] = {
+STORED_DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -34,7 +34,7 @@ RAW: dict[str, np.dtype[Any]] = {
 """The numpy dtype in which each safetensors dtype is read and written."""
 
 
-def widen(raw: Raw, dtype: str, out: Float64s) -> None:
+def to_float64(raw: StoredArray, dtype: str, out: Float64s) -> None:
     """Write the stored floats `raw` into `out` (same length), exactly."""
     if dtype == "BF16":
         out[...] = (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -42,13 +42,13 @@ def widen(raw: Raw, dtype: str, out: Float64s) -> None:
         out[...] = raw
 
 
-def narrow(values: Float64s, dtype: str) -> Raw:
+def round_to(values: Float64s, dtype: str) -> StoredArray:
     """The stored form of float64 `values`, each rounded once; too large ones become infinite."""
     with np.errstate(over="ignore"):
-        return _to_bfloat16(values) if dtype == "BF16" else values.astype(RAW[dtype])
+        return _to_bfloat16(values) if dtype == "BF16" else values.astype(STORED_DTYPES[dtype])
 
 
-def overflows(raw: Raw, dtype: str) -> bool:
+def overflows(raw: StoredArray, dtype: str) -> bool:
     """Whether stored floats hold an infinity or NaN."""
     if dtype == "BF16":
         return bool(np.any((raw & 0x7F80) == 0x7F80))

@@ -17,7 +17,7 @@ from llmtrain.checkpoints.checkpoint import (
     Checkpoint,
 )
 from llmtrain.checkpoints.header import ITEM_BYTES, StoredTensor, TensorSpec, read_header
-from llmtrain.checkpoints.numbers import RAW, Raw
+from llmtrain.checkpoints.numbers import STORED_DTYPES, StoredArray
 from llmtrain.checkpoints.weights_folder import WEIGHTS_FILE
 from llmtrain.errors import UserError
 from llmtrain.storage.hashing import PassingHash
@@ -160,7 +160,7 @@ class SafetensorsReader:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
-    def read(self, name: str, start: int, stop: int, buffer: NDArray[np.uint8]) -> Raw:
+    def read(self, name: str, start: int, stop: int, buffer: NDArray[np.uint8]) -> StoredArray:
         """See `Reader.read`; the numbers lie in `buffer`."""
         path, tensor = self._places[name]
         width = ITEM_BYTES[tensor.dtype]
@@ -174,7 +174,7 @@ class SafetensorsReader:
             got += count
         if path in self._hashes:
             self._hashes[path].add(tensor.start + start * width, target.data)
-        raw: Raw = target.view(RAW[tensor.dtype])
+        raw: StoredArray = target.view(STORED_DTYPES[tensor.dtype])
         return raw
 
     def start_hashing(self) -> None:

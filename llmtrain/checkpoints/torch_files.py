@@ -25,7 +25,7 @@ from torch import Tensor
 from llmtrain.checkpoints.checkpoint import Checkpoint, Reader
 from llmtrain.checkpoints.gpt2_folder import Shape, hugging_face_config
 from llmtrain.checkpoints.header import TensorSpec
-from llmtrain.checkpoints.numbers import RAW, Raw
+from llmtrain.checkpoints.numbers import STORED_DTYPES, StoredArray
 from llmtrain.checkpoints.open import require_promised
 from llmtrain.config.schema import ModelConfig
 from llmtrain.errors import UserError
@@ -228,7 +228,7 @@ class _TorchReader:
         self._tensors = tensors
         self._flat: tuple[str, Tensor] | None = None
 
-    def read(self, name: str, start: int, stop: int, buffer: NDArray[np.uint8]) -> Raw:
+    def read(self, name: str, start: int, stop: int, buffer: NDArray[np.uint8]) -> StoredArray:
         """See `Reader.read`; `buffer` is not used."""
         tensor = self._tensors[name]
         if tensor.is_contiguous():
@@ -238,8 +238,10 @@ class _TorchReader:
             flat = known[1] if known and known[0] == name else tensor.reshape(-1)
             self._flat = (name, flat)
         part = flat[start:stop]
-        raw: Raw = part.view(torch.uint16).numpy() if part.dtype == torch.bfloat16 else part.numpy()
-        return raw.view(RAW[_DTYPES[tensor.dtype]])
+        raw: StoredArray = (
+            part.view(torch.uint16).numpy() if part.dtype == torch.bfloat16 else part.numpy()
+        )
+        return raw.view(STORED_DTYPES[_DTYPES[tensor.dtype]])
 
     def start_hashing(self) -> None:
         """Nothing: torch maps these files, and what is read of them is not all of their bytes."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from llmtrain.checkpoints.checkpoint import Checkpoint
 from llmtrain.checkpoints.header import FLOATS, ITEM_BYTES, StoredTensor, TensorSpec, encode_header
-from llmtrain.checkpoints.numbers import Raw
+from llmtrain.checkpoints.numbers import StoredArray
 from llmtrain.checkpoints.open import refuse_links_out
 from llmtrain.checkpoints.weights_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 from llmtrain.errors import UserError
@@ -179,7 +179,7 @@ class WeightsWriter:
         }
         write_json(self._folder / INDEX_FILE, document)
 
-    def write(self, name: str, start: int, raw: Raw) -> None:
+    def write(self, name: str, start: int, raw: StoredArray) -> None:
         """Put stored numbers at index `start` of a tensor; one thread at a time may call this."""
         descriptor, tensor = self._places[name]
         position = tensor.start + start * ITEM_BYTES[tensor.dtype]

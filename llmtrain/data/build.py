@@ -29,7 +29,7 @@ from llmtrain.data.encode import (
     encode_partition,
 )
 from llmtrain.data.journal import Journal
-from llmtrain.data.manifest import SPLITS, Manifest, Plan, SplitRecord
+from llmtrain.data.manifest import SPLITS, Manifest, PrepareSpec, SplitRecord
 from llmtrain.data.readers import Partition, partitions_of
 from llmtrain.data.sources import Source
 from llmtrain.data.staging import Need, Staging
@@ -38,7 +38,7 @@ from llmtrain.errors import UserError
 
 
 @dataclass(frozen=True)
-class Progress:
+class PrepareProgress:
     """How far a preparation is.
 
     First documents are read (`total_documents` is not known yet), then tokenized and written;
@@ -78,13 +78,13 @@ class Build:
     """
 
     source: Source
-    plan: Plan
+    plan: PrepareSpec
     staging: Staging
     engine: Engine
     workers: int
     need: Need
     on_note: Callable[[str], None]
-    on_progress: Callable[[Progress], None]
+    on_progress: Callable[[PrepareProgress], None]
 
     def run(self) -> Manifest:
         """Write every shard that is not finished yet; the manifest of all of them.
@@ -95,7 +95,7 @@ class Build:
         """
         journal = Journal.open(self.staging.journal, self.staging.shards, self.plan, self.on_note)
         partitions = partitions_of(
-            self.source.spans(lambda read: self.on_progress(Progress(read, None, 0, 0)))
+            self.source.spans(lambda read: self.on_progress(PrepareProgress(read, None, 0, 0)))
         )
         counts = self._counts(partitions, journal)
         if not sum(counts):
@@ -132,7 +132,7 @@ class Build:
                 if limit is not None and read >= limit:
                     counts[-1] -= read - limit
                     break
-                self.on_progress(Progress(read, None, 0, 0))
+                self.on_progress(PrepareProgress(read, None, 0, 0))
                 if partition_done:
                     counts.append(0)
         journal.set_counts(counts, layout)
@@ -154,7 +154,7 @@ class Build:
     ) -> dict[str, SplitRecord]:
         """Write what comes into the shards of both splits; their records."""
         before = [record for split in SPLITS for record in journal.shards[split]]
-        progress = Progress(
+        progress = PrepareProgress(
             sum(record.documents for record in before),
             total,
             journal.tokens,

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmtrain.data.manifest import SPLITS, Plan, ShardRecord, shard_name
+from llmtrain.data.manifest import SPLITS, PrepareSpec, ShardRecord, shard_name
 from llmtrain.data.token_files import shard_problem
 from llmtrain.storage import files, integrity
 
@@ -36,7 +36,7 @@ class Journal:
 
     @classmethod
     def open(
-        cls, path: Path, shards: Path, plan: Plan, on_note: Callable[[str], None]
+        cls, path: Path, shards: Path, plan: PrepareSpec, on_note: Callable[[str], None]
     ) -> "Journal":
         """What is finished of `plan`: what the file `path` says and the folder `shards` confirms.
 

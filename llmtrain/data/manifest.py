@@ -96,7 +96,7 @@ class SplitRecord(_Record):
         )
 
 
-class Plan(_Record):
+class PrepareSpec(_Record):
     """Everything that decides the tokens; equal plans give byte-identical shards."""
 
     format: Literal[1] = FORMAT_VERSION
@@ -106,16 +106,16 @@ class Plan(_Record):
     shard_tokens: Annotated[int, Field(ge=1)]
 
 
-class Manifest(Plan):
+class Manifest(PrepareSpec):
     """A plan and what came of it."""
 
     train: SplitRecord
     val: SplitRecord
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> PrepareSpec:
         """What was asked for, without the outcome."""
-        return Plan(**{name: getattr(self, name) for name in Plan.model_fields})
+        return PrepareSpec(**{name: getattr(self, name) for name in PrepareSpec.model_fields})
 
     @property
     def sha256(self) -> str:

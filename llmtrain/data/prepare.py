@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llmtrain.data.build import Build, Progress
+from llmtrain.data.build import Build, PrepareProgress
 from llmtrain.data.copies import published, upload, workplace
 from llmtrain.data.encode import Engine, locally
-from llmtrain.data.manifest import SPLITS, Manifest, Plan, SplitRule
+from llmtrain.data.manifest import SPLITS, Manifest, PrepareSpec, SplitRule
 from llmtrain.data.shards import tokenizer_record
 from llmtrain.data.sources import OPENWEBTEXT_HUB, Source, open_source
 from llmtrain.data.staging import Need, existing, require_same, staged
@@ -51,7 +51,7 @@ def prepare(
     ray_address: str | None = None,
     text_field: str = "text",
     limit_documents: int | None = None,
-    on_progress: Callable[[Progress], None] = _ignore,
+    on_progress: Callable[[PrepareProgress], None] = _ignore,
     on_note: Callable[[str], None] = _ignore,
 ) -> Manifest:
     """Write the tokens of `source` to the folder `out`; its manifest.
@@ -83,7 +83,7 @@ def prepare(
     need = Need()
     with staged(folder, need) as staging:
         opened = open_source(source, text_field, limit_documents, staging.documents)
-        plan = Plan(
+        plan = PrepareSpec(
             tokenizer=tokenizer_record(tokenizer),
             source=opened.record,
             split=SplitRule(val_fraction=val_fraction, seed=seed),
@@ -106,7 +106,7 @@ def prepare(
         if url is not None:
             on_note(f"copying the shards to {url}")
             written = manifest
-            upload(folder, url, lambda: on_progress(Progress.whole(written)))
+            upload(folder, url, lambda: on_progress(PrepareProgress.whole(written)))
             shutil.rmtree(folder)
     return manifest
 
@@ -122,14 +122,14 @@ def _announce(source: str, opened: Source, on_note: Callable[[str], None]) -> in
     return size
 
 
-def _published(url: str, plan: Plan) -> Manifest | None:
+def _published(url: str, plan: PrepareSpec) -> Manifest | None:
     manifest = published(url)
     if manifest is not None:
         require_same(url, manifest, plan)
     return manifest
 
 
-def _left_to_upload(folder: Path, plan: Plan) -> Manifest | None:
+def _left_to_upload(folder: Path, plan: PrepareSpec) -> Manifest | None:
     """What an earlier command has built and not copied; of another request, it goes."""
     try:
         return existing(folder, plan)

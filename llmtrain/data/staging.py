@@ -16,7 +16,13 @@ from pathlib import Path
 
 from llmtrain.data.copies import cache_folder
 from llmtrain.data.journal import JOURNAL_FILE
-from llmtrain.data.manifest import MANIFEST_FILE, Manifest, Plan, read_manifest, write_manifest
+from llmtrain.data.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    PrepareSpec,
+    read_manifest,
+    write_manifest,
+)
 from llmtrain.data.shards import open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.storage import files
@@ -77,7 +83,7 @@ def staged(out: Path, need: Need) -> Iterator[Staging]:
     new = [folder for folder in staging.folder.parents if not folder.exists()]
     try:
         staging.folder.mkdir(parents=True, exist_ok=True)  # here, for an error that names `out`
-        with files.exclusive(staging.folder):
+        with files.locked_folder(staging.folder):
             for leftover in staging.folder.iterdir():
                 if leftover.name not in {".lock", staging.shards.name, staging.journal.name}:
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -128,7 +134,7 @@ def _size(size: float) -> str:
 _ELSEWHERE = "choose another folder with --out, or delete this one"
 
 
-def existing(out: Path, plan: Plan) -> Manifest | None:
+def existing(out: Path, plan: PrepareSpec) -> Manifest | None:
     """The manifest of `out` if it holds what `plan` would make; None if nothing is there.
 
     Raises:
@@ -151,7 +157,7 @@ def existing(out: Path, plan: Plan) -> Manifest | None:
     return manifest
 
 
-def require_same(place: str, manifest: Manifest, plan: Plan) -> None:
+def require_same(place: str, manifest: Manifest, plan: PrepareSpec) -> None:
     """Check that the data in `place` is what `plan` would make.
 
     Raises:

@@ -22,7 +22,7 @@ from llmtrain.storage.run_folder import step_name
 Result = TypeVar("Result")
 
 
-def kept(
+def cached(
     target: Target,
     kind: str,
     identity: Sequence[object],
@@ -58,11 +58,11 @@ def kept(
                 hint="delete the file: llmtrain eval measures it again",
             ) from None
     result = measure()
-    keep(path, form.dump_python(result), warn)
+    store(path, form.dump_python(result), warn)
     return result
 
 
-def keep(path: Path, result: object, warn: Callable[[str], None]) -> None:
+def store(path: Path, result: object, warn: Callable[[str], None]) -> None:
     """Write a result as JSON; where the disk refuses, `warn` is told, since whoever waited for it wants to see it."""
     try:
         write_atomically(path, json.dumps(result, indent=2) + "\n")

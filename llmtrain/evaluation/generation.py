@@ -3,7 +3,7 @@
 Why apart from `model.py`: training never needs a cache, and what is compiled for training should not carry
 one. Here the same layers are walked with a cache; a test holds the outcome equal to transformers'.
 
-    model, tokenizer = load_writer(Path("runs/demo/averages/lawa-5x20/step-00000900"))
+    model, tokenizer = load_generator(Path("runs/demo/averages/lawa-5x20/step-00000900"))
     print("".join(write(model, tokenizer, "My fellow Americans", Sampling())))
 
 Shapes in names as in `model.py`: B sequences, T tokens, C width, H heads, D width of a head, V vocabulary.
@@ -219,7 +219,7 @@ def tokenizer_of(folder: Path, shape: Shape, name: str | None = None) -> Tokeniz
     return tokenizer
 
 
-def load_writer(
+def load_generator(
     folder: Path, *, tokenizer: str | None = None, device: str = "auto"
 ) -> tuple[GPT, Tokenizer]:
     """The model of a folder of weights, on a device and in float32, and its tokenizer.
@@ -236,7 +236,9 @@ def load_writer(
     return load_model(folder).to(resolve_device(device)), found
 
 
-def write(model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Iterator[str]:
+def generate_text(
+    model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampling
+) -> Iterator[str]:
     """The text that follows the prompt, in pieces as they come; see `generate` and `text_of`."""
     prompt_ids = tokenizer.encode(prompt).tolist()
     return text_of(

@@ -40,7 +40,7 @@ _PROBE = 4096
 Ids = npt.NDArray[np.int64]
 
 
-class ForeignModel(nn.Module):
+class HFModel(nn.Module):
     """A model of `transformers`, called as our own is."""
 
     def __init__(self, model: "PreTrainedModel") -> None:
@@ -97,15 +97,13 @@ def is_foreign(folder: Path) -> bool:
     return bool(read_json(folder / CONFIG_FILE).get("model_type", "gpt2") != "gpt2")
 
 
-def load_causal(folder: Path) -> GPT | ForeignModel:
+def load_causal(folder: Path) -> GPT | HFModel:
     """The model in a folder of weights, on the CPU in float32, in evaluation mode.
 
     Raises:
         UserError: it is damaged, no causal language model, or needs code of its own.
     """
-    return (
-        ForeignModel(load_transformers(folder)).eval() if is_foreign(folder) else load_model(folder)
-    )
+    return HFModel(load_transformers(folder)).eval() if is_foreign(folder) else load_model(folder)
 
 
 def load_transformers(folder: Path) -> "PreTrainedModel":
@@ -234,7 +232,7 @@ def reencoded(folder: Path, data: TokenData, split: str, limit: int) -> Reencode
     return Reencoded(IdArray(ids), n_bytes)
 
 
-def require_ids(folder: Path, ids: Ids, model: GPT | ForeignModel) -> None:
+def require_ids(folder: Path, ids: Ids, model: GPT | HFModel) -> None:
     """Raise a UserError if the tokenizer of a folder gives ids that its model has not."""
     if ids.max() >= model.config.vocab_size:
         raise UserError(

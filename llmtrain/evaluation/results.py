@@ -23,14 +23,14 @@ from llmtrain.data.copies import local_folder
 from llmtrain.data.sampler import Tokens
 from llmtrain.data.shards import TokenData, open_data
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.evaluation.cache import keep
-from llmtrain.evaluation.hf_models import ForeignModel, load_causal, reencoded, require_ids
+from llmtrain.evaluation.cache import store
+from llmtrain.evaluation.hf_models import HFModel, load_causal, reencoded, require_ids
 from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.model.gpt import GPT
 from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.runtime.device import (
     Precision,
-    keeping_freed_memory,
+    keep_freed_memory,
     resolve_device,
     resolve_precision,
 )
@@ -41,7 +41,7 @@ from llmtrain.storage.urls import is_url
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvalOptions:
     """How to measure. None: as the target's run does it, else the default."""
 
     data: Path | None = None
@@ -86,7 +86,7 @@ _ROW = TypeAdapter(Row)
 
 def measure(
     targets: list[Target],
-    settings: Settings,
+    settings: EvalOptions,
     on_progress: Callable[[Target, int, int], None],
     *,
     warn: Callable[[str], None] = lambda message: None,
@@ -148,7 +148,7 @@ def _windows(row: Row) -> tuple[object, ...]:
     return row.step, row.data, row.split, row.tokens, row.precision
 
 
-def data_is_known(target: Target, settings: Settings) -> bool:
+def data_is_known(target: Target, settings: EvalOptions) -> bool:
     """Whether the user, or the target's run, names data that is there."""
     if settings.data is not None or target.run is None:
         return settings.data is not None
@@ -156,7 +156,7 @@ def data_is_known(target: Target, settings: Settings) -> bool:
     return is_url(path) or Path(path).is_dir()
 
 
-def _resolve(target: Target, settings: Settings) -> Settings:
+def _resolve(target: Target, settings: EvalOptions) -> EvalOptions:
     """Fill what the user left open from the target's run.
 
     Raises:
@@ -187,7 +187,7 @@ def _resolve(target: Target, settings: Settings) -> Settings:
 
 def _measure_one(
     target: Target,
-    settings: Settings,
+    settings: EvalOptions,
     data: TokenData,
     on_progress: Callable[[Target, int, int], None],
     warn: Callable[[str], None],
@@ -217,7 +217,7 @@ def _measure_one(
         )
         reader, limit = again.ids, len(again.ids)
         token_bytes = np.zeros(model.config.vocab_size, dtype=np.int64)
-    with keeping_freed_memory(device):
+    with keep_freed_memory(device):
         result = evaluate(
             model.to(device),
             reader,
@@ -238,11 +238,11 @@ def _measure_one(
         )
     row = _row(target, result, settings.split, model.block_size, precision, data.sha256, weights)
     if stored:
-        keep(stored, asdict(row), warn)
+        store(stored, asdict(row), warn)
     return row
 
 
-def _require_vocabulary(target: Target, model: GPT | ForeignModel, data: TokenData) -> None:
+def _require_vocabulary(target: Target, model: GPT | HFModel, data: TokenData) -> None:
     """Raise a UserError if the data holds ids that the model has not."""
     if data.vocab_size > model.config.vocab_size:
         raise UserError(

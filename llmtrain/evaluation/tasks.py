@@ -4,7 +4,7 @@ Why lm-eval: a score compares with published ones only if the prompts and the ar
 the Hugging Face folder itself, in float32. Data comes from the hub, or from local JSON lines by the task files that
 ship with the package (data only, no code). Task files of others can run any Python, so they need a word of trust.
 
-    results = measure_tasks(targets, TaskSettings(("lambada_openai",), data=Path("eval")), on_progress)
+    results = measure_tasks(targets, TaskOptions(("lambada_openai",), data=Path("eval")), on_progress)
 
 Nothing here imports lm-eval until a score has to be computed: that takes seconds. `harness.py` is its other half.
 """
@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 
 from llmtrain.checkpoints.targets import Target
 from llmtrain.errors import UserError
-from llmtrain.evaluation.cache import kept
+from llmtrain.evaluation.cache import cached
 from llmtrain.evaluation.results import weights_sha256
 from llmtrain.storage.integrity import sha256_of
 
@@ -37,7 +37,7 @@ _DATA_SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
 
 
 @dataclass(frozen=True)
-class TaskSettings:
+class TaskOptions:
     """Which tasks, and how."""
 
     tasks: tuple[str, ...]
@@ -102,7 +102,7 @@ _FORM = TypeAdapter(TaskResult)
 
 def measure_tasks(
     targets: list[Target],
-    settings: TaskSettings,
+    settings: TaskOptions,
     on_progress: Callable[[Target, str, int, int], None],
     *,
     warn: Callable[[str], None] = lambda message: None,
@@ -139,12 +139,12 @@ def measure_tasks(
         for source in sources:
             identity = [weights, source.name, source.source, source.sha256, settings.limit, version]
             score = partial(scorer.score, source)
-            found.append(kept(target, "tasks", identity, _FORM, score, warn))
+            found.append(cached(target, "tasks", identity, _FORM, score, warn))
         results.append(found)
     return results
 
 
-def task_source(name: str, settings: TaskSettings) -> TaskSource:
+def task_source(name: str, settings: TaskOptions) -> TaskSource:
     """Where a task is defined: by the user's task files, by those of the package with local data, or by lm-eval.
 
     Raises:
@@ -175,7 +175,7 @@ class _Scorer:
     def __init__(
         self,
         target: Target,
-        settings: TaskSettings,
+        settings: TaskOptions,
         version: str,
         loaded: Callable[[], dict[str, dict[str, Any]]],
         on_progress: Callable[[Target, str, int, int], None],
@@ -218,7 +218,7 @@ def _lm_eval_version() -> str:
         raise UserError("--tasks needs lm-eval", hint="pip install 'llmtrain[eval]'") from None
 
 
-def _require_trust(settings: TaskSettings) -> None:
+def _require_trust(settings: TaskOptions) -> None:
     assert settings.files is not None
     if settings.data is not None:
         raise UserError(

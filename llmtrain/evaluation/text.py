@@ -4,7 +4,7 @@ Why per word and per byte: a perplexity per token depends on the tokenizer, one 
 per byte does not. The text is one document behind an end-of-text token, so that each of its tokens is predicted.
 Strided windows give each token more context than disjoint ones and a lower loss: the result says which they were.
 
-    results = measure_text(targets, Path("wikitext.txt"), TextSettings(stride=512), on_progress)
+    results = measure_text(targets, Path("wikitext.txt"), TextOptions(stride=512), on_progress)
 """
 
 import hashlib
@@ -22,20 +22,20 @@ from pydantic import TypeAdapter
 from llmtrain.checkpoints.targets import Target
 from llmtrain.config.loading import load_config
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.evaluation.cache import kept
+from llmtrain.evaluation.cache import cached
 from llmtrain.evaluation.hf_models import IdArray, encoding_of, load_causal, require_ids
 from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.evaluation.results import weights_sha256
 from llmtrain.runtime.device import (
     Precision,
-    keeping_freed_memory,
+    keep_freed_memory,
     resolve_device,
     resolve_precision,
 )
 
 
 @dataclass(frozen=True)
-class TextSettings:
+class TextOptions:
     """How to measure."""
 
     stride: int | None = None
@@ -78,7 +78,7 @@ _FORM = TypeAdapter(TextResult)
 def measure_text(
     targets: list[Target],
     path: Path,
-    settings: TextSettings,
+    settings: TextOptions,
     on_progress: Callable[[Target, str, int, int], None],
     *,
     warn: Callable[[str], None] = lambda message: None,
@@ -105,7 +105,7 @@ def measure_text(
         precision = resolve_precision(asked, device)
         identity = [weights_sha256(target.path), text.sha256, settings.stride, precision]
         measure = partial(_measure_one, target, text, settings, device, precision, on_progress)
-        result = kept(target, "text", identity, _FORM, measure, warn)
+        result = cached(target, "text", identity, _FORM, measure, warn)
         results.append(
             replace(result, file=str(path))
         )  # the same text may have been kept under another name
@@ -125,7 +125,7 @@ class _Text:
 def _measure_one(
     target: Target,
     text: _Text,
-    settings: TextSettings,
+    settings: TextOptions,
     device: torch.device,
     precision: Precision,
     on_progress: Callable[[Target, str, int, int], None],
@@ -139,7 +139,7 @@ def _measure_one(
         )
     ids = np.concatenate([[encoding.eot], encoding.encode(text.content)])
     require_ids(target.path, ids, model)
-    with keeping_freed_memory(device):
+    with keep_freed_memory(device):
         result = evaluate(
             model.to(device),
             IdArray(ids),

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmtrain.model.sizes import rows_in_cache, rows_of_chunk, rows_of_slab
+from llmtrain.model.sizes import rows_in_cache, rows_per_chunk, rows_per_slab
 
 
 def linear_cross_entropy(
@@ -88,7 +88,7 @@ def _loss_and_gradients(
     hidden_grad_NC = torch.empty_like(hidden_NC)
     weight_grad_VC = torch.empty_like(weight_VC, dtype=torch.float32)
     N, V = len(hidden_NC), len(weight_VC)
-    rows = rows_of_chunk(N, V, item=hidden_NC.element_size(), kind=hidden_NC.device.type)
+    rows = rows_per_chunk(N, V, item=hidden_NC.element_size(), kind=hidden_NC.device.type)
     logits_RV = hidden_NC.new_empty(rows, V)
     for first in range(0, N, rows):
         chunk = slice(first, first + rows)
@@ -105,7 +105,7 @@ def _loss_alone(
 ) -> Tensor:
     """The mean loss. Autocast casts the weight, once for as long as it is on."""
     N, V, kind = len(hidden_NC), len(weight_VC), hidden_NC.device.type
-    rows = rows_of_chunk(N, V, item=product.itemsize, kind=kind)
+    rows = rows_per_chunk(N, V, item=product.itemsize, kind=kind)
     loss = hidden_NC.new_zeros((), dtype=torch.float32)
     for hidden_RC, targets_R in zip(
         torch.split(hidden_NC, rows), torch.split(targets_N, rows), strict=True
@@ -163,7 +163,7 @@ def _fused_softmax() -> Callable[..., Tensor]:
 
 def _add_products(total_VC: Tensor, logits_RV: Tensor, hidden_RC: Tensor, *, first: bool) -> None:
     """total += logitsᵀ · hidden, in slabs: the products are rounded to another type, and need little memory so."""
-    rows = rows_of_slab(len(total_VC), total_VC.device.type)
+    rows = rows_per_slab(len(total_VC), total_VC.device.type)
     products_SC, buffer_SC = (
         hidden_RC.new_empty(rows, total_VC.shape[1]),
         total_VC.new_empty(rows, total_VC.shape[1]),

@@ -27,7 +27,7 @@ IGNORE = -1
 """A target with this value is not counted in the loss."""
 
 
-def attend_by_products(
+def materialized_attention(
     q_BHTD: Tensor,
     k_BHTD: Tensor,
     v_BHTD: Tensor,
@@ -45,7 +45,9 @@ def attend_by_products(
     few = sequences_at_a_time(q_BHTD.element_size() * H * T * T)
     if not torch.is_grad_enabled() and len(q_BHTD) > few:
         pieces = zip(*(torch.split(each, few) for each in (q_BHTD, k_BHTD, v_BHTD)), strict=True)
-        attend = partial(attend_by_products, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
+        attend = partial(
+            materialized_attention, dropout_p=dropout_p, is_causal=is_causal, scale=scale
+        )
         return torch.cat([attend(*piece) for piece in pieces])
     future_TT = torch.full((T, T), -math.inf, dtype=q_BHTD.dtype, device=q_BHTD.device).triu(1)
     scores_BHTT = (q_BHTD * scale) @ k_BHTD.transpose(2, 3)
@@ -73,7 +75,7 @@ class Attention(nn.Module):
         q_BHTD, k_BHTD, v_BHTD = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         dropout = self.dropout if self.training else 0.0
         short = T <= SHORT and q_BHTD.device.type == "cpu" and q_BHTD.dtype == torch.bfloat16
-        attend = attend_by_products if short else F.scaled_dot_product_attention
+        attend = materialized_attention if short else F.scaled_dot_product_attention
         y_BHTD = attend(q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, is_causal=True, scale=self.scale)
         y: Tensor = self.resid_dropout(self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C)))
         return y

@@ -2,7 +2,7 @@
 
 Why apart from the model: a plan is made of them too, and needs no torch.
 
-    rows_of_chunk(16_384, 50_304, item=2, kind="cpu")
+    rows_per_chunk(16_384, 50_304, item=2, kind="cpu")
 """
 
 import math
@@ -20,7 +20,7 @@ ROWS_OF_SLAB = {"cpu": 4192}
 """Of the weight's gradient that are added up at a time, a twelfth of 50304; on a GPU, all."""
 
 
-def rows_of_chunk(rows: int, vocabulary: int, *, item: int, kind: str) -> int:
+def rows_per_chunk(rows: int, vocabulary: int, *, item: int, kind: str) -> int:
     """How many of `rows` the head takes at a time: as many as their logits may take, in chunks of one size.
 
     Args:
@@ -47,6 +47,6 @@ def rows_in_cache(vocabulary: int) -> int:
     return max(BYTES_IN_CACHE // (4 * vocabulary), 1)
 
 
-def rows_of_slab(vocabulary: int, kind: str) -> int:
+def rows_per_slab(vocabulary: int, kind: str) -> int:
     """Rows of the weight's gradient that are added up at a time."""
     return min(ROWS_OF_SLAB.get(kind, vocabulary), vocabulary)

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from llmtrain.model.sizes import (
     SHORT,
     rows_in_cache,
-    rows_of_chunk,
-    rows_of_slab,
+    rows_per_chunk,
+    rows_per_slab,
     sequences_at_a_time,
 )
 from llmtrain.planning.architecture import Architecture
@@ -58,7 +58,7 @@ class Activations:
 
     @property
     def by_products(self) -> bool:
-        """Whether attention keeps its weights: `attend_by_products` of `llmtrain/model.py`."""
+        """Whether attention keeps its weights: `materialized_attention` of `llmtrain/model.py`."""
         return not self.cuda and self.item != FLOAT and self.architecture.block_size <= SHORT
 
     @property
@@ -91,7 +91,7 @@ class Activations:
     def loss(self) -> int:
         """What the head works with, chunk by chunk."""
         model = self.architecture.model
-        slab = rows_of_slab(model.vocab_size, self._kind) * model.n_embd * (self.item + FLOAT)
+        slab = rows_per_slab(model.vocab_size, self._kind) * model.n_embd * (self.item + FLOAT)
         return self._logits(self.tokens, slab)
 
     @property
@@ -157,14 +157,14 @@ class Activations:
     def _logits(self, tokens: int, slab: int) -> int:
         """A chunk of logits, and what is made of it: first gradients, in float32, then `slab` bytes of products."""
         vocabulary = self.architecture.model.vocab_size
-        rows = rows_of_chunk(tokens, vocabulary, item=self.item, kind=self._kind)
+        rows = rows_per_chunk(tokens, vocabulary, item=self.item, kind=self._kind)
         in_float32 = FLOAT * self._at_a_time(tokens) * vocabulary if self._cast else 0
         return self.item * rows * vocabulary + max(in_float32, slab)
 
     def _at_a_time(self, tokens: int) -> int:
         """Rows of logits whose softmax is computed together."""
         vocabulary = self.architecture.model.vocab_size
-        rows = rows_of_chunk(tokens, vocabulary, item=self.item, kind=self._kind)
+        rows = rows_per_chunk(tokens, vocabulary, item=self.item, kind=self._kind)
         return rows if self.cuda else min(rows, rows_in_cache(vocabulary))
 
     @property

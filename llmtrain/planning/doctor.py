@@ -24,7 +24,7 @@ from llmtrain.errors import RunFailed, UserError
 from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.planning.storage import run_storage
 from llmtrain.runtime.device import device_name, resolve_compile, resolve_device, resolve_precision
-from llmtrain.storage.disk import free_bytes, writing
+from llmtrain.storage.disk import disk_errors, free_bytes
 from llmtrain.storage.hub import reach
 from llmtrain.storage.urls import is_url
 
@@ -135,7 +135,7 @@ def _tokenizer() -> str:
 def _disk_speed(place: Path) -> str:
     folder = next(path for path in (place, *place.absolute().parents) if path.is_dir())
     content = os.urandom(1 << 20)  # a disk that compresses must not look faster than it is
-    with writing(folder, needed=_WRITTEN), tempfile.TemporaryFile(dir=folder) as file:
+    with disk_errors(folder, needed=_WRITTEN), tempfile.TemporaryFile(dir=folder) as file:
         started = time.perf_counter()
         for _ in range(_WRITTEN // len(content)):
             file.write(content)

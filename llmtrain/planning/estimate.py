@@ -7,14 +7,14 @@ Why: whether a model fits, and what it costs, should be known before the first G
 
 from dataclasses import dataclass
 
-from llmtrain.averaging.merge import PIECE
+from llmtrain.averaging.merge import CHUNK
 from llmtrain.checkpoints.windows import sliding_windows
 from llmtrain.config.schedules import block_size, tokens_until
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
 from llmtrain.planning.activations import FLOAT
 from llmtrain.planning.architecture import Architecture
-from llmtrain.planning.machine import Machine, Options, resolve_machine
+from llmtrain.planning.machine import HardwareOptions, Machine, resolve_machine
 from llmtrain.planning.memory import (
     DOUBLE,
     Usage,
@@ -57,7 +57,7 @@ class Averaging:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CostEstimate:
     """All of it; sizes in bytes, what is not known None."""
 
     architecture: Architecture
@@ -82,7 +82,7 @@ class Plan:
     averaging: list[Averaging]
 
 
-def estimate(config: RunConfig, options: Options) -> Plan:
+def estimate(config: RunConfig, options: HardwareOptions) -> CostEstimate:
     """What the run will cost on the machine of the options.
 
     Raises:
@@ -97,7 +97,7 @@ def estimate(config: RunConfig, options: Options) -> Plan:
     flops = _flops(config, model)
     hours = flops / speed / 3600 if speed else None
     communication = _communication(config, model, machine)
-    return Plan(
+    return CostEstimate(
         architecture=model,
         machine=machine,
         steps=config.train.max_steps,
@@ -174,7 +174,7 @@ def _with_exposed(
     return hours * (1 + communication.exposed_seconds / step)
 
 
-def _averaging(config: RunConfig, options: Options, disk: float) -> list[Averaging]:
+def _averaging(config: RunConfig, options: HardwareOptions, disk: float) -> list[Averaging]:
     """LAWA over the run's snapshots: the last window, and the whole sliding trajectory in one pass."""
     every, size = options.every or config.checkpoint.snapshot_every, options.window
     if every % config.checkpoint.snapshot_every:
@@ -199,5 +199,5 @@ def _merge(label: str, windows: list[tuple[int, ...]], each: int, disk: float) -
     read = len({step for window in windows for step in window}) * each
     written = len(windows) * each
     open_sums = min(len(windows), len(windows[0]))
-    memory = MERGE_THREADS * PIECE * DOUBLE * (5 + open_sums)
+    memory = MERGE_THREADS * CHUNK * DOUBLE * (5 + open_sums)
     return Averaging(label, len(windows), read, written, memory, (read + written) / disk)

@@ -28,7 +28,7 @@ MFU = 0.4
 
 
 @dataclass(frozen=True)
-class Options:
+class HardwareOptions:
     """What the user says of the machine."""
 
     devices: int = 1
@@ -71,7 +71,7 @@ class Machine:
     assumptions: tuple[str, ...]
 
 
-def resolve_machine(config: RunConfig, options: Options, flops_per_token: int) -> Machine:
+def resolve_machine(config: RunConfig, options: HardwareOptions, flops_per_token: int) -> Machine:
     """The machine that the options mean, with defaults from data sheets.
 
     Raises:
@@ -126,7 +126,7 @@ def resolve_machine(config: RunConfig, options: Options, flops_per_token: int) -
     )
 
 
-def _check(options: Options) -> None:
+def _check(options: HardwareOptions) -> None:
     positive = {
         "--devices": options.devices,
         "--mfu": options.mfu,
@@ -217,7 +217,7 @@ def _precision(config: RunConfig, device: str) -> tuple[Precision, str | None]:
     return precision, f"precision: auto, which is {precision} on this machine"
 
 
-def _say_speed(options: Options, peak: float | None) -> str | None:
+def _say_speed(options: HardwareOptions, peak: float | None) -> str | None:
     if peak is None:
         return None
     source = "--flops" if options.flops else "published dense bfloat16 peak"
@@ -226,7 +226,7 @@ def _say_speed(options: Options, peak: float | None) -> str | None:
     )
 
 
-def _parallel(config: RunConfig, options: Options) -> Parallel:
+def _parallel(config: RunConfig, options: HardwareOptions) -> Parallel:
     setting = options.parallel or config.train.parallel
     if setting == "hsdp":
         raise UserError(
@@ -246,7 +246,7 @@ def _say_memory(layout: Layout) -> str:
     return f"memory: that of tensors, uncompiled{left_out}"
 
 
-def _link(options: Options, sheet: Published) -> tuple[float | None, str | None]:
+def _link(options: HardwareOptions, sheet: Published) -> tuple[float | None, str | None]:
     if options.devices == 1:
         return None, None
     if options.interconnect_gbps is not None:

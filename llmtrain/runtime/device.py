@@ -111,7 +111,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 @contextmanager
-def keeping_freed_memory(device: torch.device) -> Iterator[None]:
+def keep_freed_memory(device: torch.device) -> Iterator[None]:
     """On a CPU, let the process keep what is freed within the block, for its next steps or batches.
 
     glibc gives large blocks, and what lies free at the end of its heap, back at once; that the kernel clears

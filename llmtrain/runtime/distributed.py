@@ -72,7 +72,7 @@ class World:
         dist.all_reduce(totals)
         return totals.tolist()
 
-    def on_first(self, function: Callable[[], T]) -> T:
+    def on_rank_zero(self, function: Callable[[], T]) -> T:
         """Call `function` on rank 0 alone; what it returns or raises on purpose, every process does."""
         if self.size == 1:
             return function()
@@ -110,7 +110,7 @@ class World:
     def held_by_first(self, context: AbstractContextManager[None]) -> Iterator[None]:
         """Enter `context` on rank 0 alone; where it cannot be entered, no process goes on."""
         with ExitStack() as stack:
-            self.on_first(lambda: stack.enter_context(context))
+            self.on_rank_zero(lambda: stack.enter_context(context))
             yield
 
     def agreement(self) -> Callable[[int], int]:
@@ -139,7 +139,7 @@ class _Agreement:
 
 
 @contextmanager
-def join(device: torch.device, *, spread: bool) -> Iterator[tuple[World, torch.device]]:
+def init_distributed(device: torch.device, *, spread: bool) -> Iterator[tuple[World, torch.device]]:
     """Come together with the other processes that the launcher started; alone where it started none.
 
     Args:

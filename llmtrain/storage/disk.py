@@ -27,7 +27,7 @@ _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 
 
 @contextlib.contextmanager
-def writing(target: Path, *, needed: int | None = None) -> Iterator[None]:
+def disk_errors(target: Path, *, needed: int | None = None) -> Iterator[None]:
     """Say in one line that `target` could not be written because of its disk; let other errors through.
 
     Wrap it around the clean-up of a failed write, so that what is called free is free for the next try.
@@ -58,7 +58,7 @@ def writing(target: Path, *, needed: int | None = None) -> Iterator[None]:
 def require_room(target: Path, needed: int) -> None:
     """Raise a WriteFailed when the disk of `target` has fewer than `needed` bytes free."""
     if free_bytes(target) < needed:
-        with writing(target, needed=needed):
+        with disk_errors(target, needed=needed):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from llmtrain.errors import UserError
-from llmtrain.storage.disk import writing
+from llmtrain.storage.disk import disk_errors
 from llmtrain.storage.integrity import INTEGRITY_FILE, write_integrity
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -68,7 +68,7 @@ def staged_folder(
     """
     if target.exists() and not replace:
         raise FileExistsError(f"{target} exists already")
-    with writing(target, needed=needed):
+    with disk_errors(target, needed=needed):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
@@ -122,7 +122,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     encoded = content.encode() if isinstance(content, str) else content
     # Two processes may write the same file: each under a name of its own, and the last one stays.
     staging = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}"
-    with writing(path, needed=len(encoded)):
+    with disk_errors(path, needed=len(encoded)):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned_files(path.parent, re.escape(path.name))
         with _held_open(staging) as file:
@@ -221,20 +221,20 @@ def remove_abandoned(parent: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process alone. The kernel drops the lock however the process ends.
 
     Raises:
         UserError: another process holds it.
     """
-    with writing(folder):
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".lock").touch()
     with _locked(folder / ".lock", folder, keep=True):
         yield
 
 
-def is_held(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
     """Whether a living process holds `folder` as `exclusive` does."""
     try:
         with (folder / ".lock").open() as file:
@@ -261,7 +261,7 @@ def _locked(lock: Path, what: Path, *, keep: bool = False) -> Iterator[None]:
                 f"{what} is in use by another llmtrain process (pid {file.read().strip() or 'unknown'})",
                 hint="wait for it, stop it, or choose another folder",
             ) from None
-        with writing(what):
+        with disk_errors(what):
             file.truncate(0)
             os.write(
                 file.fileno(), str(os.getpid()).encode()

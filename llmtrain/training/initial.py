@@ -3,7 +3,7 @@
 Why tensor by tensor: weights may be spread over processes, and none needs the whole. What the file is
 (safetensors, torch's, nanoGPT's, on the hub) is read as `llmtrain average` reads it.
 
-    begin_with(open_weights("openai-community/gpt2"), model, config)
+    load_initial_weights(open_weights("openai-community/gpt2"), model, config)
 """
 
 import re
@@ -17,7 +17,7 @@ from llmtrain.checkpoints.checkpoint import Checkpoint, Reader
 from llmtrain.checkpoints.gpt2_folder import CONV1D, load_shape, shape_of
 from llmtrain.checkpoints.header import ITEM_BYTES
 from llmtrain.checkpoints.hub_series import hub_checkpoint
-from llmtrain.checkpoints.numbers import widen
+from llmtrain.checkpoints.numbers import to_float64
 from llmtrain.checkpoints.open import open_folder
 from llmtrain.checkpoints.torch_files import MASKS, open_training_file
 from llmtrain.config.schema import RunConfig
@@ -55,7 +55,7 @@ def open_weights(source: str) -> Checkpoint:
     )
 
 
-def begin_with(source: Checkpoint, model: GPT, config: RunConfig) -> None:
+def load_initial_weights(source: Checkpoint, model: GPT, config: RunConfig) -> None:
     """Put the weights of `source` into a new model.
 
     Rows of a larger vocabulary keep their random values; of a longer context, the first positions are taken.
@@ -115,7 +115,7 @@ def _read(reader: Reader, source: Checkpoint, name: str) -> Tensor:
         name, 0, spec.count, np.empty(spec.count * ITEM_BYTES[spec.dtype], dtype=np.uint8)
     )
     values = np.empty(spec.count)
-    widen(raw, spec.dtype, values)
+    to_float64(raw, spec.dtype, values)
     tensor = torch.from_numpy(values.astype(np.float32)).view(spec.shape)
     return tensor.t() if name.endswith(CONV1D) else tensor
 

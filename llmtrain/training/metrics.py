@@ -16,12 +16,12 @@ from types import TracebackType
 
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import WriteFailed
-from llmtrain.storage.disk import writing
+from llmtrain.storage.disk import disk_errors
 from llmtrain.storage.events import read_events
 from llmtrain.storage.files import write_atomically
 from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.dashboards import Dashboards, Event
-from llmtrain.training.stability import Incident
+from llmtrain.training.spikes import SpikeEvent
 
 HEADER = f"{'step':>9}  {'loss':>8}  {'lr':>9}  {'grad norm':>9}  {'tokens/s':>9}  {'MFU':>6}  {'ETA':>8}"
 
@@ -116,7 +116,7 @@ class MetricsLog:
         self._write(event, "val")
         self._say(format_evaluation(event))
 
-    def incident(self, incident: Incident) -> None:
+    def incident(self, incident: SpikeEvent) -> None:
         """Log a spike or a number that is not finite."""
         self._write(incident.event(), "incident")
         self._say(str(incident))
@@ -155,7 +155,7 @@ class MetricsLog:
         """Make durable what was written; called before a state that refers to it is committed."""
         if self._path is None:
             return
-        with writing(self._path):
+        with disk_errors(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -168,7 +168,7 @@ class MetricsLog:
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in event.items()
         }
-        with writing(self._path):
+        with disk_errors(self._path):
             self._file.write(json.dumps(event) + "\n")
             self._file.flush()
         self._boards.log(event, group)
@@ -183,7 +183,7 @@ class MetricsLog:
         traceback: TracebackType | None,
     ) -> None:
         if self._path is not None:
-            with contextlib.suppress(OSError) if kind else writing(self._path):
+            with contextlib.suppress(OSError) if kind else disk_errors(self._path):
                 self._file.close()  # after a failed write it fails again, and must not hide what was said of that
         if self._boards is not None:
             self._boards.close(finished=kind is None)

@@ -48,7 +48,7 @@ _MESSAGES = (
 """Of errors without a type of their own, when memory ran out."""
 
 
-def choose(trainer: "Trainer", say: Callable[[str], None]) -> None:
+def find_micro_batch(trainer: "Trainer", say: Callable[[str], None]) -> None:
     """Set the micro-batch that `trainer` goes on with: as before, where nothing it depends on has changed.
 
     Else the one asked for; for `auto` the fastest of 1, 2, 4, … (divisors of a process's share of the
@@ -66,7 +66,7 @@ def choose(trainer: "Trainer", say: Callable[[str], None]) -> None:
         "block_size": trainer.config.data.block_size,
         "precision": trainer.cast,
         "activation_checkpointing": trainer.config.train.activation_checkpointing,
-        "device": world.on_first(lambda: device_name(trainer.device)),
+        "device": world.on_rank_zero(lambda: device_name(trainer.device)),
     }
     if progress.micro_batch_for == depends_on:
         if progress.micro_batch != asked:
@@ -86,7 +86,7 @@ def choose(trainer: "Trainer", say: Callable[[str], None]) -> None:
     say(f"micro-batch: {progress.micro_batch}, the fastest of {', '.join(map(str, rates))}")
 
 
-def lowering(trainer: "Trainer", work: Callable[[], T]) -> T:
+def retry_on_oom(trainer: "Trainer", work: Callable[[], T]) -> T:
     """What `work`, a part of a step that leaves only gradients, gives; done again in smaller micro-batches
     where memory runs out.
 
@@ -112,7 +112,7 @@ def lowering(trainer: "Trainer", work: Callable[[], T]) -> T:
 
 
 @contextmanager
-def explained(device: torch.device) -> Iterator[None]:
+def explain_oom(device: torch.device) -> Iterator[None]:
     """Memory that runs out where no smaller micro-batch helps, in one line.
 
     Raises:

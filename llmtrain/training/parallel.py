@@ -54,7 +54,7 @@ def resolve_parallel(
         return None
     if setting == "auto" and device.type == "cuda":
         layout = Layout(world.size, "ddp", 2 if precision == "bfloat16" else 4, cuda=True)
-        room = world.on_first(lambda: torch.cuda.get_device_properties(device).total_memory)
+        room = world.on_rank_zero(lambda: torch.cuda.get_device_properties(device).total_memory)
         asked = config.train.micro_batch
         smallest = config.with_micro_batch(1) if asked == "auto" else config
         if peak(device_memory(smallest, layout)).total > USABLE * room:
@@ -104,7 +104,7 @@ def _shard(model: GPT, mesh: DeviceMesh, precision: Precision) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def wrapped(forward: nn.Module, parallel: Parallel | None, device: torch.device) -> nn.Module:
+def wrap_parallel(forward: nn.Module, parallel: Parallel | None, device: torch.device) -> nn.Module:
     """The module to call in training: with DDP around it where that is how gradients are exchanged.
 
     Not with `static_graph`: every pass uses every parameter, so that it would save nothing, and torch fails
@@ -117,7 +117,7 @@ def wrapped(forward: nn.Module, parallel: Parallel | None, device: torch.device)
 
 
 @contextmanager
-def exchanging(forward: nn.Module, wanted: bool) -> Iterator[None]:
+def grad_sync(forward: nn.Module, wanted: bool) -> Iterator[None]:
     """Whether the backward pass inside the block adds up the gradients of all processes."""
     if isinstance(forward, DistributedDataParallel) and not wanted:
         with forward.no_sync():

@@ -13,17 +13,23 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed
 from llmtrain.storage.files import remove_folder
 from llmtrain.storage.run_folder import RunFolder, step_folders
-from llmtrain.training.stability import Incident
-from llmtrain.training.state import Progress, State, newest_state, regular, set_aside
+from llmtrain.training.checkpoint import (
+    TrainingCheckpoint,
+    TrainingProgress,
+    newest_state,
+    regular,
+    set_aside,
+)
+from llmtrain.training.spikes import SpikeEvent
 
 
 def state_before(
     run: RunFolder,
-    incident: Incident,
-    progress: Progress,
+    incident: SpikeEvent,
+    progress: TrainingProgress,
     config: RunConfig,
     warn: Callable[[str], None],
-) -> State:
+) -> TrainingCheckpoint:
     """The newest state at least `spikes.rewind_steps` before the incident, its progress brought up to now.
 
     Where the run began, or last went back to, later than that: its oldest state. The batches from there

@@ -24,22 +24,22 @@ from llmtrain.data.shards import TokenData
 from llmtrain.errors import UserError
 from llmtrain.runtime.device import (
     environment,
-    keeping_freed_memory,
+    keep_freed_memory,
     resolve_device,
     resolve_precision,
 )
-from llmtrain.runtime.distributed import join
+from llmtrain.runtime.distributed import init_distributed
 from llmtrain.runtime.signals import Interrupt
 from llmtrain.storage.events import read_events
-from llmtrain.storage.files import exclusive, remove_leftovers, write_atomically
+from llmtrain.storage.files import locked_folder, remove_leftovers, write_atomically
 from llmtrain.storage.integrity import INTEGRITY_FILE
 from llmtrain.storage.json_files import read_json
 from llmtrain.storage.run_folder import RunFolder, is_run, require_run, step_folders
-from llmtrain.training.compiled import compiled
-from llmtrain.training.initial import begin_with, open_weights
+from llmtrain.training.checkpoint import TrainingCheckpoint, load_state, newest_state
+from llmtrain.training.compile import compile_model
+from llmtrain.training.initial import load_initial_weights, open_weights
 from llmtrain.training.metrics import MetricsLog
-from llmtrain.training.micro_batch import choose, explained
-from llmtrain.training.state import State, load_state, newest_state
+from llmtrain.training.micro_batch import explain_oom, find_micro_batch
 from llmtrain.training.trainer import Trainer
 
 MAY_CHANGE = (
@@ -99,18 +99,21 @@ def pretrain(
         Interrupted: a signal came or the time is over; the state is saved.
     """
     device = resolve_device(config.train.device)
-    with join(device, spread=config.train.parallel in ("fsdp", "hsdp")) as (world, device):
+    with init_distributed(device, spread=config.train.parallel in ("fsdp", "hsdp")) as (
+        world,
+        device,
+    ):
         if not world.first:
             say = warn = _say_nothing
-        world.on_first(lambda: _refuse_other_files(folder))
+        world.on_rank_zero(lambda: _refuse_other_files(folder))
         data = world.first_on_machine(lambda: open_training_data(config.data))
         _check_vocabulary(config, data)
         run = RunFolder(folder)
         interrupt = Interrupt(max_seconds, quiet=not world.first, agree=world.agreement())
         say, warn = partial(_tell, interrupt, say), partial(_tell, interrupt, warn)
         held = world.held_by_first(_held(run.path))
-        with held, interrupt, explained(device), keeping_freed_memory(device):
-            start = world.on_first(lambda: _start(config, run, data, resume, warn))
+        with held, interrupt, explain_oom(device), keep_freed_memory(device):
+            start = world.on_rank_zero(lambda: _start(config, run, data, resume, warn))
             if start.finished and start.state is not None:
                 return Outcome(run, start.state.progress.step, already_finished=True)
             trainer = Trainer(config, run, data, world, device, warn)
@@ -121,11 +124,11 @@ def pretrain(
                 say(f"{how} at step {start.state.progress.step:,}")
             elif config.init_from is not None:
                 initial = world.first_on_machine(partial(open_weights, config.init_from))
-                begin_with(initial, trainer.model, config)
+                load_initial_weights(initial, trainer.model, config)
                 say(f"begins with the weights of {initial.location}")
-            world.on_first(lambda: _write_down(trainer))
-            choose(trainer, say)
-            trainer.forward = compiled(trainer, warn)
+            world.on_rank_zero(lambda: _write_down(trainer))
+            find_micro_batch(trainer, say)
+            trainer.forward = compile_model(trainer, warn)
             with _open_log(trainer, say) as log:
                 trainer.train(log, interrupt)
             return Outcome(run, trainer.progress.step, already_finished=False)
@@ -135,7 +138,7 @@ def pretrain(
 def _held(folder: Path) -> Iterator[None]:
     """Hold the folder of a run for this process alone; one that was made for a run that never began goes again."""
     is_new = not folder.exists()
-    with exclusive(folder):
+    with locked_folder(folder):
         try:
             yield
         finally:
@@ -169,7 +172,7 @@ def _tell(interrupt: Interrupt, tell: Callable[[str], None], line: str) -> None:
 class _Start:
     """Where a run begins."""
 
-    state: State | None
+    state: TrainingCheckpoint | None
     """To go on from, if any."""
     branched: bool
     """It is the state of another run."""
@@ -234,7 +237,7 @@ def _check_vocabulary(config: RunConfig, data: TokenData) -> None:
         )
 
 
-def _branch(config: RunConfig, run: RunFolder, data: TokenData, folder: Path) -> State:
+def _branch(config: RunConfig, run: RunFolder, data: TokenData, folder: Path) -> TrainingCheckpoint:
     """The state of another run with which a new one begins; which it was goes to `parent.json`.
 
     What the averages hold is taken over where both runs have them; others begin here.
@@ -281,7 +284,7 @@ def _existing_state(
     data: TokenData,
     resume: Literal["auto", "never"] | Path,
     warn: Callable[[str], None],
-) -> State | None:
+) -> TrainingCheckpoint | None:
     """The state to go on from, or None for a new run.
 
     Raises:

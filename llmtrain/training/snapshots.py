@@ -89,11 +89,11 @@ class SnapshotWriter:
         """
         writing, self._writing = self._writing, None
         if writing is not None:
-            self._world.on_first(writing.result)
+            self._world.on_rank_zero(writing.result)
 
     def check(self) -> None:
         """Raise what `wait` would, if it would not have to wait."""
-        if self._writing is not None and self._world.on_first(self._writing.done):
+        if self._writing is not None and self._world.on_rank_zero(self._writing.done):
             self.wait()
 
     def finish(self, log: MetricsLog, warn: Callable[[str], None], step: int) -> None:

@@ -40,17 +40,17 @@ from llmtrain.runtime.device import (
 from llmtrain.runtime.distributed import World
 from llmtrain.runtime.signals import Interrupt, Interrupted
 from llmtrain.storage.run_folder import RunFolder, step_folders
-from llmtrain.training.compiled import gradients_of_their_own
+from llmtrain.training.checkpoint import TrainingCheckpoint, TrainingProgress, gather, restore
+from llmtrain.training.checkpoint_writer import StateWriter
+from llmtrain.training.compile import allocate_grads
 from llmtrain.training.metrics import MetricsLog
-from llmtrain.training.micro_batch import lowering
+from llmtrain.training.micro_batch import retry_on_oom
 from llmtrain.training.optimizers.optim import build_optimizer, gradient_norm, update
-from llmtrain.training.parallel import build_model, exchanging, resolve_parallel, without_backward
+from llmtrain.training.parallel import build_model, grad_sync, resolve_parallel, without_backward
 from llmtrain.training.rewind import state_before, take_back
 from llmtrain.training.sample import sample
 from llmtrain.training.snapshots import SnapshotWriter
-from llmtrain.training.stability import Incident, Watch
-from llmtrain.training.state import Progress, State, gather, restore
-from llmtrain.training.state_writer import StateWriter
+from llmtrain.training.spikes import SpikeDetector, SpikeEvent
 
 
 class Trainer:
@@ -97,13 +97,13 @@ class Trainer:
             build_average(each, self.model, warmup_steps=config.schedule.warmup_steps)
             for each in config.averages
         ]
-        self.watch = Watch(config, device)
+        self.watch = SpikeDetector(config, device)
         self.batches = Batches(config, data, world)
         self.val_tokens = data.reader("val")
         self.token_bytes = load_tokenizer(data.tokenizer).token_bytes()
         shape = Shape(config.model, config.data.block_size, data.eot)
         self.snapshot_writer = SnapshotWriter(self.model, world, shape)
-        self.progress = Progress(data=data.sha256)
+        self.progress = TrainingProgress(data=data.sha256)
         self.state_writer = StateWriter(
             run,
             world,
@@ -131,7 +131,7 @@ class Trainer:
             Interrupted: a signal came; nothing of the step has happened.
         """
         step, progress = self.progress.step + 1, self.progress
-        loss = lowering(self, lambda: self._accumulate_gradients(step, interrupt))
+        loss = retry_on_oom(self, lambda: self._accumulate_gradients(step, interrupt))
         norm = gradient_norm(self.optimizer)
         if self.world.size > 1:  # one number for all: they must decide alike
             loss, norm = self.world.mean(torch.stack([loss, norm])).unbind()
@@ -153,12 +153,12 @@ class Trainer:
         parts = self.batches.of(step, step - 1 + self.progress.passed_batches, micro)
         n_micro = config.batch_size // self.world.size // micro
         if self.replays:
-            gradients_of_their_own(self.model)
+            allocate_grads(self.model)
         loss = torch.zeros((), device=self.device)
         for index, part in enumerate(parts):
             interrupt.check()
             windows = on_device(part, self.device)
-            with exchanging(self.forward, index == n_micro - 1):
+            with grad_sync(self.forward, index == n_micro - 1):
                 with autocast(self.device, self.cast):
                     micro_loss = self.forward(windows[:, :-1], windows[:, 1:]) / n_micro
                 micro_loss.backward()
@@ -181,7 +181,7 @@ class Trainer:
 
     def train(self, log: MetricsLog, interrupt: Interrupt) -> None:
         """Train to `max_steps`; on a signal save the state and leave."""
-        self._evaluated = self.world.on_first(lambda: log.evaluated_steps)
+        self._evaluated = self.world.on_rank_zero(lambda: log.evaluated_steps)
         started, earlier = time.perf_counter(), self.progress.seconds
         try:
             self._begin(log, interrupt)
@@ -211,7 +211,7 @@ class Trainer:
         rewinds = self.progress.rewinds
         if rewinds and rewinds[-1]["step"] == self.progress.step:
             self._finish_rewind(log)
-        begins = self.world.on_first(lambda: not step_folders(self.run.states))
+        begins = self.world.on_rank_zero(lambda: not step_folders(self.run.states))
         if begins and (self.config.rewinds or self.progress.step > 0):
             self.save_state(log)
         self._logged = (self.progress.step, self.progress.tokens)
@@ -278,7 +278,7 @@ class Trainer:
                 self.save_average(average)
 
     def _exists(self, path: Path) -> bool:
-        return self.world.on_first(path.exists)
+        return self.world.on_rank_zero(path.exists)
 
     def _save_every(self, average: OnlineAverage) -> int:
         snapshot, state = self.config.checkpoint.snapshot_every, self.config.checkpoint.state_every
@@ -316,11 +316,11 @@ class Trainer:
             self.progress.skipped += incident.action == "skip"
         return True
 
-    def _rewind(self, incident: Incident, log: MetricsLog) -> None:
+    def _rewind(self, incident: SpikeEvent, log: MetricsLog) -> None:
         """Go back to a state before the incident, and from there on past the batches in between."""
         self.state_writer.wait()
         self.restore(
-            self.world.on_first(
+            self.world.on_rank_zero(
                 lambda: state_before(self.run, incident, self.progress, self.config, self.warn)
             )
         )
@@ -332,11 +332,11 @@ class Trainer:
     def _finish_rewind(self, log: MetricsLog) -> None:
         record = self.progress.rewinds[-1]
         # After it is told, what lies past this step belongs to the new stretch.
-        self.world.on_first(
+        self.world.on_rank_zero(
             lambda: None if log.tells(record) else take_back(self.run, self.progress.step)
         )
         log.rewind(record)
-        self._evaluated = self.world.on_first(lambda: log.evaluated_steps)
+        self._evaluated = self.world.on_rank_zero(lambda: log.evaluated_steps)
 
     # --- evaluate and save ---------------------------------------------------------------------
 
@@ -395,14 +395,14 @@ class Trainer:
     def save_state(self, log: MetricsLog, *, replace: bool = False) -> None:
         """Begin to commit everything that decides how training goes on, once earlier snapshots are durable."""
         self.snapshot_writer.finish(log, self.warn, self.progress.step)
-        self.world.on_first(log.flush)
+        self.world.on_rank_zero(log.flush)
         self.progress.wandb_id = log.wandb_id
         in_background = self.state_writer.in_background
         tensors = gather(self.model, self.optimizer, self.averages, self.watch, copy=in_background)
         updates = {average.config.label: average.updates for average in self.averages}
         self.state_writer.save(self.progress, updates, tensors, replace=replace)
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: TrainingCheckpoint) -> None:
         """Go on from a saved state."""
         restore(state, self.model, self.optimizer, self.averages, self.watch)
         self.progress = state.progress

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from llmtrain.model.gpt import attend_by_products
+from llmtrain.model.gpt import materialized_attention
 from llmtrain.runtime.device import Precision, resolve_device
 
 from .measure import Row, Side, Worker, not_measured, publish
@@ -83,7 +83,7 @@ def one_form(name: str, shape: tuple[int, ...], precision: Precision) -> Side:
 
 def _attend(name: str, qkv: Tensor) -> Tensor:
     """(B, T, 3, H, D) → (B, T, C)."""
-    attend = attend_by_products if name == PRODUCTS else F.scaled_dot_product_attention
+    attend = materialized_attention if name == PRODUCTS else F.scaled_dot_product_attention
     q_BHTD, k_BHTD, v_BHTD = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     y_BHTD = attend(q_BHTD, k_BHTD, v_BHTD, dropout_p=0.0, is_causal=True, scale=HEAD**-0.5)
     return y_BHTD.transpose(1, 2).flatten(2)

@@ -22,12 +22,12 @@ from llmtrain.config.loading import load_config
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.mixture import open_training_data
 from llmtrain.model.gpt import GPT
-from llmtrain.runtime.device import keeping_freed_memory, peak_memory, resolve_device
+from llmtrain.runtime.device import keep_freed_memory, peak_memory, resolve_device
 from llmtrain.runtime.distributed import World
 from llmtrain.runtime.signals import Interrupt
 from llmtrain.storage.run_folder import RunFolder
-from llmtrain.training.compiled import compiled
-from llmtrain.training.micro_batch import choose
+from llmtrain.training.compile import compile_model
+from llmtrain.training.micro_batch import find_micro_batch
 from llmtrain.training.trainer import Trainer
 
 from .measure import Figures, Side, seconds
@@ -61,8 +61,8 @@ def step_of_ours(shape: "Shape", data: Path, settings: list[str]) -> Callable[[]
         config, RunFolder(data / "run"), open_training_data(config.data), World(), device, print
     )
     keep_memory(device)
-    choose(trainer, print)
-    trainer.forward = compiled(trainer, print)
+    find_micro_batch(trainer, print)
+    trainer.forward = compile_model(trainer, print)
     interrupt = Interrupt(None)
 
     return lambda: trainer.step(interrupt)[0]
@@ -71,7 +71,7 @@ def step_of_ours(shape: "Shape", data: Path, settings: list[str]) -> Callable[[]
 def keep_memory(device: torch.device) -> None:
     """As training and evaluation do, until the process of this side ends."""
     stack = ExitStack()
-    stack.enter_context(keeping_freed_memory(device))
+    stack.enter_context(keep_freed_memory(device))
     atexit.register(stack.close)
 
 

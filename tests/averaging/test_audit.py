@@ -11,7 +11,7 @@ from tiny_runs import LARGE, MakeRun, model_at, write_checkpoint
 
 from llmtrain.averaging import audit
 from llmtrain.averaging.average import average
-from llmtrain.averaging.plan import Request, make_plans
+from llmtrain.averaging.request import AverageRequest, make_specs
 from llmtrain.averaging.spec import Average, MergeOptions
 from llmtrain.checkpoints.series import folder_series, run_series
 from llmtrain.errors import UserError
@@ -30,7 +30,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(root: Path, **settings: Any) -> tuple[list[Average], list[str]]:
     series = folder_series(root)
     warnings: list[str] = []
-    plans = make_plans(series, Request(every=10))
+    plans = make_specs(series, AverageRequest(every=10))
     return average(series, plans, MergeOptions(**settings), warn=warnings.append), warnings
 
 
@@ -127,7 +127,7 @@ def test_duplicates_among_a_runs_own_snapshots_are_refused_before_reading(
     shutil.copytree(made.snapshot(10), made.snapshot(20))
     series = run_series(made)
     with pytest.raises(UserError, match="same at steps 10, 20"):
-        average(series, make_plans(series, Request(every=10, window=3)))
+        average(series, make_specs(series, AverageRequest(every=10, window=3)))
 
 
 def test_known_bad_revisions_of_the_paper_are_all_there() -> None:

@@ -16,13 +16,13 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModelForCausalLM
 
 from llmtrain.averaging.average import average
-from llmtrain.averaging.plan import Request, make_plans
+from llmtrain.averaging.request import AverageRequest, make_specs
 from llmtrain.averaging.spec import Average, MergeOptions
 from llmtrain.checkpoints.gpt2_folder import load_model, load_weights
 from llmtrain.checkpoints.series import run_series
 from llmtrain.checkpoints.writer import WeightsWriter
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.storage.files import exclusive
+from llmtrain.storage.files import locked_folder
 from llmtrain.storage.integrity import integrity_problems
 from llmtrain.storage.run_folder import RunFolder
 
@@ -30,8 +30,8 @@ from llmtrain.storage.run_folder import RunFolder
 def lawa(run: RunFolder, every: int, **options: Any) -> list[Average]:
     verify = options.pop("verify", True)
     series = run_series(run)
-    request = Request(every=every, **{"window": 3} | options)
-    return average(series, make_plans(series, request), MergeOptions(verify=verify))
+    request = AverageRequest(every=every, **{"window": 3} | options)
+    return average(series, make_specs(series, request), MergeOptions(verify=verify))
 
 
 def test_equals_torchs_averaged_model_and_the_float64_oracle(make_run: MakeRun) -> None:
@@ -208,7 +208,10 @@ def test_what_a_killed_process_left_is_cleared(make_run: MakeRun) -> None:
 
 def test_two_processes_do_not_write_one_label_at_a_time(make_run: MakeRun) -> None:
     run = make_run([10, 20, 30])
-    with exclusive(run.averages / "lawa-3x10"), pytest.raises(UserError, match="in use by another"):
+    with (
+        locked_folder(run.averages / "lawa-3x10"),
+        pytest.raises(UserError, match="in use by another"),
+    ):
         lawa(run, 10)
 
 

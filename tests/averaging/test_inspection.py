@@ -10,7 +10,7 @@ from tiny_runs import MakeRun, model_at, write_checkpoint
 
 from llmtrain.averaging.average import average
 from llmtrain.averaging.inspection import inspect_path
-from llmtrain.averaging.plan import Request, make_plans
+from llmtrain.averaging.request import AverageRequest, make_specs
 from llmtrain.checkpoints.series import run_series
 from llmtrain.errors import UserError
 from llmtrain.storage.integrity import sha256_of
@@ -42,7 +42,7 @@ def test_facts_of_a_series(tmp_path: Path) -> None:
 def test_an_average_shows_its_provenance(make_run: MakeRun) -> None:
     run = make_run([10, 20, 30])
     series = run_series(run)
-    (result,) = average(series, make_plans(series, Request(every=10, window=3)))
+    (result,) = average(series, make_specs(series, AverageRequest(every=10, window=3)))
     (facts,) = inspect_path(result.spec.target)
     assert facts.step == 30
     assert facts.tokens == 30 * 64

@@ -11,7 +11,7 @@ from tiny_runs import MakeRun
 
 from llmtrain.averaging import average as module
 from llmtrain.averaging.average import average
-from llmtrain.averaging.plan import Request, make_plans
+from llmtrain.averaging.request import AverageRequest, make_specs
 from llmtrain.checkpoints.series import run_series
 from llmtrain.data.verify import verify_below
 from llmtrain.errors import UserError
@@ -104,8 +104,8 @@ def test_killed_at_any_call_it_goes_on_and_ends_with_the_same_bytes(
 
 def every_window(run: RunFolder) -> list[bool]:
     series = run_series(run)
-    request = Request(every=10, window=2, at="all")
-    return [one.kept for one in average(series, make_plans(series, request))]
+    request = AverageRequest(every=10, window=2, at="all")
+    return [one.kept for one in average(series, make_specs(series, request))]
 
 
 def test_only_what_is_missing_is_read(make_run: MakeRun) -> None:

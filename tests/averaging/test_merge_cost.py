@@ -12,7 +12,7 @@ from tiny_runs import MakeRun
 
 from llmtrain.averaging import provenance
 from llmtrain.averaging.average import average
-from llmtrain.averaging.plan import Request, make_plans
+from llmtrain.averaging.request import AverageRequest, make_specs
 from llmtrain.checkpoints.header import TensorSpec, encode_header
 from llmtrain.checkpoints.open import SafetensorsReader
 from llmtrain.checkpoints.series import run_series
@@ -25,7 +25,7 @@ GIGABYTE = 1 << 30
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from llmtrain.averaging import average, plan
+from llmtrain.averaging import average, request as plan
 from llmtrain.checkpoints import series
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -94,7 +94,7 @@ def test_all_sliding_windows_read_each_input_once(
             module, "sha256_of", lambda path: hashed_apart.append(path) or sha256_of(path)
         )
     series = run_series(run)
-    results = average(series, make_plans(series, Request(every=10, window=5, at="all")))
+    results = average(series, make_specs(series, AverageRequest(every=10, window=5, at="all")))
     assert len(results) == 16
     total = sum(
         spec.bytes for source in series.inputs.values() for spec in source.open().tensors.values()
@@ -118,7 +118,7 @@ def test_inputs_in_another_order_of_tensors_are_hashed_all_the_same(make_run: Ma
     path.write_bytes(header + b"".join(tensors[name].numpy().tobytes() for name in specs))
     integrity.write_integrity(path.parent)
     series = run_series(run)
-    plans = make_plans(series, Request(every=10, window=2))
+    plans = make_specs(series, AverageRequest(every=10, window=2))
     damaged = bytearray(path.read_bytes())
     damaged[-2] ^= 1  # a bit of a number, which stays finite
     intact = path.read_bytes()

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from llmtrain.averaging import coefficients
 from llmtrain.averaging.average import average
-from llmtrain.averaging.merge import Mixture, merge
-from llmtrain.averaging.plan import Request, make_plans
+from llmtrain.averaging.merge import WeightedSum, merge
+from llmtrain.averaging.request import AverageRequest, make_specs
 from llmtrain.averaging.spec import Average, MergeOptions
-from llmtrain.checkpoints.numbers import narrow, widen
+from llmtrain.checkpoints.numbers import round_to, to_float64
 from llmtrain.checkpoints.open import open_folder
 from llmtrain.checkpoints.series import folder_series
 from llmtrain.errors import UserError
@@ -44,7 +44,7 @@ def make_series(
 
 def run(root: Path, settings: MergeOptions | None = None, **request: Any) -> list[Average]:
     series = folder_series(root)
-    return average(series, make_plans(series, Request(**request)), settings)
+    return average(series, make_specs(series, AverageRequest(**request)), settings)
 
 
 REQUESTS: list[tuple[dict[str, Any], list[int], list[float]]] = [
@@ -245,10 +245,10 @@ def test_summing_one_input_after_the_other_gives_the_same_bytes(
     (folded,) = run(
         root, MergeOptions(discard_inputs=True), every=100, method=method, label="folded"
     )
-    names = sorted(path.name for path in whole.plan.target.iterdir())
-    assert names == sorted(path.name for path in folded.plan.target.iterdir())
-    for path in whole.plan.target.glob("model*"):
-        assert path.read_bytes() == (folded.plan.target / path.name).read_bytes()
+    names = sorted(path.name for path in whole.spec.target.iterdir())
+    assert names == sorted(path.name for path in folded.spec.target.iterdir())
+    for path in whole.spec.target.glob("model*"):
+        assert path.read_bytes() == (folded.spec.target / path.name).read_bytes()
 
 
 def test_swa_at_all_grows_by_one_checkpoint(tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def mean_of(folder: Path, arrays: Sequence[np.ndarray], weights: Sequence[float]
     def write(name: str, start: int, raw: np.ndarray) -> None:
         out[start : start + len(raw)] = raw
 
-    merge(checkpoints, [Mixture(tuple(range(len(arrays))), tuple(weights))], [write], threads=1)
+    merge(checkpoints, [WeightedSum(tuple(range(len(arrays))), tuple(weights))], [write], threads=1)
     return out
 
 
@@ -339,14 +339,14 @@ def test_bfloat16_is_rounded_once(values: np.ndarray) -> None:
     """Against exact arithmetic: no bfloat16 is nearer, and ties go to the even one."""
     from fractions import Fraction
 
-    raw = narrow(values, "BF16")
+    raw = round_to(values, "BF16")
     for value, bits in zip(values, raw.tolist(), strict=True):
         if (bits & 0x7F80) == 0x7F80:
             assert abs(value) >= (2 - 2**-8) * 2.0**127
             continue
         around = np.array([bits], np.uint16)
         back = np.empty(1)
-        widen(around, "BF16", back)
+        to_float64(around, "BF16", back)
         distance = abs(Fraction(float(back[0])) - Fraction(float(value)))
         for other in (bits - 1, bits + 1):
             if (
@@ -354,15 +354,15 @@ def test_bfloat16_is_rounded_once(values: np.ndarray) -> None:
                 and 0 <= other <= 0xFFFF
                 and (other ^ bits) < 0x8000
             ):
-                widen(np.array([other], np.uint16), "BF16", back)
+                to_float64(np.array([other], np.uint16), "BF16", back)
                 neighbour = abs(Fraction(float(back[0])) - Fraction(float(value)))
                 assert distance < neighbour or (distance == neighbour and bits % 2 == 0)
 
 
 def test_a_double_rounding_trap_of_bfloat16() -> None:
     """1 + 2^-8 + 2^-40 is above the middle; by way of float32 it would become the tie, and 1."""
-    assert narrow(np.array([1 + 2**-8 + 2**-40]), "BF16")[0] == 0x3F81
-    assert narrow(np.array([1 + 2**-8]), "BF16")[0] == 0x3F80
+    assert round_to(np.array([1 + 2**-8 + 2**-40]), "BF16")[0] == 0x3F81
+    assert round_to(np.array([1 + 2**-8]), "BF16")[0] == 0x3F80
 
 
 def test_no_drift_over_a_thousand_windows(tmp_path: Path) -> None:

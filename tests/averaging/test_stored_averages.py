@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import MakeRun
 
 from llmtrain.averaging.average import average
-from llmtrain.averaging.plan import Request, make_plans
 from llmtrain.averaging.power_ema import gamma_of
+from llmtrain.averaging.request import AverageRequest, make_specs
 from llmtrain.checkpoints.series import run_series
 from llmtrain.errors import UserError
 from llmtrain.storage.files import staged_folder
@@ -66,7 +66,7 @@ def run(make_run: MakeRun) -> RunFolder:
 
 def made_by(run: RunFolder, **request: object) -> tuple[torch.Tensor, Path]:
     series = run_series(run)
-    (result,) = average(series, make_plans(series, Request(**request)))  # type: ignore[arg-type]  # keyword options
+    (result,) = average(series, make_specs(series, AverageRequest(**request)))  # type: ignore[arg-type]  # keyword options
     return load_file(result.spec.target / "model.safetensors")["w"], result.spec.target
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from llmtrain.averaging.average import average
-from llmtrain.averaging.plan import Request, make_plans
+from llmtrain.averaging.request import AverageRequest, make_specs
 from llmtrain.averaging.sweep import Candidate, SweepResult, parse_sweep, sweep
 from llmtrain.averaging.sweep_report import summary, write_csv
 from llmtrain.checkpoints.series import run_series
 from llmtrain.checkpoints.targets import Target
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
-from llmtrain.evaluation.results import Settings, measure
+from llmtrain.evaluation.results import EvalOptions, measure
 from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.run import pretrain
 
@@ -34,10 +34,12 @@ def run(tiny: Callable[..., RunConfig], tmp_path: Path) -> RunFolder:
 
 def test_every_combination_is_a_request_and_none_twice() -> None:
     requests = parse_sweep("window=3,5 every=200,400 method=lawa,ema decay=0.5,0.9")
-    assert Request(method="lawa", window=3, every=200) in requests
-    assert Request(method="ema", window=5, every=400, decay=0.9) in requests
+    assert AverageRequest(method="lawa", window=3, every=200) in requests
+    assert AverageRequest(method="ema", window=5, every=400, decay=0.9) in requests
     assert len(requests) == 4 + 8
-    assert parse_sweep("every=2 from=4 method=swa") == [Request(method="swa", every=2, start=4)]
+    assert parse_sweep("every=2 from=4 method=swa") == [
+        AverageRequest(method="swa", every=2, start=4)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -62,12 +64,14 @@ def test_losses_are_those_of_the_written_averages(run: RunFolder) -> None:
     series = run_series(run)
     for candidate in (result.best, result.candidates[-1]):
         assert candidate.request is not None
-        (written,) = average(series, make_plans(series, candidate.request))
+        (written,) = average(series, make_specs(series, candidate.request))
         (row,) = measure(
-            [Target("x", 14, written.plan.target, run)], Settings(), lambda *progress: None
+            [Target("x", 14, written.spec.target, run)], EvalOptions(), lambda *progress: None
         )
         assert row.loss == pytest.approx(candidate.losses[14], rel=1e-6)
-    (raw,) = measure([Target("raw", 9, run.snapshot(9), run)], Settings(), lambda *progress: None)
+    (raw,) = measure(
+        [Target("raw", 9, run.snapshot(9), run)], EvalOptions(), lambda *progress: None
+    )
     assert raw.loss == pytest.approx(result.raw.losses[9], rel=1e-6)
     assert result.best.losses[14] == min(c.losses[14] for c in result.candidates)
 
@@ -98,9 +102,9 @@ def test_widths_of_posthoc_emas_are_swept(tiny: Callable[..., RunConfig], tmp_pa
     assert len(result.candidates) == 3
     for candidate in result.candidates:
         assert candidate.request is not None
-        (written,) = average(run_series(run), make_plans(run_series(run), candidate.request))
+        (written,) = average(run_series(run), make_specs(run_series(run), candidate.request))
         (row,) = measure(
-            [Target("x", 14, written.plan.target, run)], Settings(), lambda *progress: None
+            [Target("x", 14, written.spec.target, run)], EvalOptions(), lambda *progress: None
         )
         assert row.loss == pytest.approx(candidate.losses[14], rel=1e-6)
 

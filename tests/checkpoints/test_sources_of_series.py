@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import MakeRun, model_at, write_checkpoint
 
 from llmtrain.averaging.average import average
-from llmtrain.averaging.plan import Request, make_plans
+from llmtrain.averaging.request import AverageRequest, make_specs
 from llmtrain.averaging.spec import MergeOptions
 from llmtrain.checkpoints.open import open_folder
 from llmtrain.checkpoints.series import folder_series
@@ -168,7 +168,7 @@ def test_files_a_model_needs_are_carried_over_and_code_is_not(tmp_path: Path) ->
             "modeling_x.py",
         ):
             (folder / name).write_text(str(step))
-    target = run(tmp_path / "s").plan.target
+    target = run(tmp_path / "s").spec.target
     assert (target / "tokenizer.json").read_text() == "30"
     assert (target / "merges.txt").exists()
     assert not (target / "modeling_x.py").exists()
@@ -177,10 +177,10 @@ def test_files_a_model_needs_are_carried_over_and_code_is_not(tmp_path: Path) ->
 def test_averages_can_be_averaged(tmp_path: Path, make_run: MakeRun) -> None:
     made = make_run([10, 20, 30, 40])
     series = find_series(str(made.path))
-    average(series, make_plans(series, Request(every=10, window=2, at="all", label="pairs")))
+    average(series, make_specs(series, AverageRequest(every=10, window=2, at="all", label="pairs")))
     pairs = find_series(str(made.averages / "pairs"))
-    (result,) = average(pairs, make_plans(pairs, Request(every=20, window=2)))
-    (direct,) = average(series, make_plans(series, Request(every=10, window=4)))
+    (result,) = average(pairs, make_specs(pairs, AverageRequest(every=20, window=2)))
+    (direct,) = average(series, make_specs(series, AverageRequest(every=10, window=4)))
     got, wanted = (load_file(r.spec.target / "model.safetensors") for r in (result, direct))
     for name, tensor in got.items():
         torch.testing.assert_close(tensor, wanted[name], rtol=3e-7, atol=1e-9)
@@ -193,7 +193,7 @@ def test_a_single_shard_with_an_index_becomes_a_single_file(tmp_path: Path) -> N
         (folder / "model.safetensors").rename(folder / shard)
         weight_map = dict.fromkeys(model_at(step), shard)
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    target = run(tmp_path / "s").plan.target
+    target = run(tmp_path / "s").spec.target
     assert (target / "model.safetensors").is_file()
     assert not (target / "model.safetensors.index.json").exists()
 
@@ -205,13 +205,15 @@ def test_an_overflow_in_the_inputs_own_dtype_is_an_error(tmp_path: Path) -> None
     (tmp_path / "w.json").write_text('{"10": -1, "20": 1, "30": 1}')
     series = find_series(str(tmp_path / "s"))
     with pytest.raises(UserError, match="F16 cannot hold"):
-        average(series, make_plans(series, Request(method="custom", weights=tmp_path / "w.json")))
+        average(
+            series, make_specs(series, AverageRequest(method="custom", weights=tmp_path / "w.json"))
+        )
 
 
 def test_a_gutted_average_is_not_kept(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         write_checkpoint(tmp_path / "s" / f"step{step}", model_at(step))
-    target = run(tmp_path / "s").plan.target
+    target = run(tmp_path / "s").spec.target
     assert run(tmp_path / "s").kept
     with pytest.raises(UserError, match="is not the average"):
         run(tmp_path / "s", MergeOptions(max_shard=1000))
@@ -234,15 +236,15 @@ def test_integers_are_compared_within_a_window(tmp_path: Path) -> None:
         model = model_at(step) | {"mask": torch.tensor([step > 20])}
         write_checkpoint(tmp_path / "s" / f"step{step}", model)
     series = find_series(str(tmp_path / "s"))
-    request = Request(every=10, window=2, at="all", disjoint=True)
-    assert [a.spec.step for a in average(series, make_plans(series, request))] == [20, 40]
+    request = AverageRequest(every=10, window=2, at="all", disjoint=True)
+    assert [a.spec.step for a in average(series, make_specs(series, request))] == [20, 40]
 
 
 def test_a_foreign_training_json_says_nothing(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         folder = write_checkpoint(tmp_path / "s" / f"step{step}", model_at(step))
         (folder / "training.json").write_text('{"learning_rate": 1, "epochs": 3}')
-    assert run(tmp_path / "s").plan.step == 30
+    assert run(tmp_path / "s").spec.step == 30
 
 
 def test_names_that_coincide_without_their_prefixes_are_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 
-from llmtrain.data.build import Build, Progress, validation_documents
+from llmtrain.data.build import Build, PrepareProgress, validation_documents
 from llmtrain.data.manifest import Manifest, read_manifest
 from llmtrain.data.prepare import prepare, published_difference
 from llmtrain.data.shards import data_problems, open_data
@@ -133,13 +133,13 @@ def test_limit(source: Path, tmp_path: Path) -> None:
 
 def test_progress(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmtrain.data.encode.PIECE_BYTES", 2000)
-    seen: list[Progress] = []
+    seen: list[PrepareProgress] = []
     manifest = prepare(str(source), tmp_path / "out", tokenizer="byte", on_progress=seen.append)
-    assert seen.pop(0) == Progress(500, None, 0, 0)
+    assert seen.pop(0) == PrepareProgress(500, None, 0, 0)
     assert len(seen) > 5
     assert all(a.text_bytes < b.text_bytes for a, b in itertools.pairwise(seen))
     total = manifest.train.tokens + manifest.val.tokens
-    assert seen[-1] == Progress(500, 500, total, total - 500)
+    assert seen[-1] == PrepareProgress(500, 500, total, total - 500)
 
 
 def test_openwebtext_split_size() -> None:

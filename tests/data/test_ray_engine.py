@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llmtrain.data.build import Progress
+from llmtrain.data.build import PrepareProgress
 from llmtrain.data.prepare import prepare
 from llmtrain.errors import RunFailed, UserError
 
@@ -105,7 +105,7 @@ def workers_at_work() -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["web.jsonl", "web.parquet", "several"])
 def test_the_same_bytes(cluster: str, corpora: dict[str, Path], tmp_path: Path, name: str) -> None:
-    seen: list[Progress] = []
+    seen: list[PrepareProgress] = []
     locally = prepare(str(corpora[name]), tmp_path / "local", **OPTIONS)
     on_ray = prepare(
         str(corpora[name]), tmp_path / "ray", engine="ray", **OPTIONS, on_progress=seen.append
@@ -122,7 +122,7 @@ def test_a_worker_killed_in_the_middle(
 ) -> None:
     killed: list[int] = []
 
-    def kill_one(progress: Progress) -> None:
+    def kill_one(progress: PrepareProgress) -> None:
         if progress.tokens and not killed:
             for pid in workers_at_work()[:1]:
                 os.kill(pid, signal.SIGKILL)
@@ -143,7 +143,7 @@ def test_interrupted_here_and_resumed_there(
     class Stop(Exception):
         pass
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: PrepareProgress) -> None:
         if progress.tokens > 350_000:
             raise Stop
 

@@ -263,7 +263,7 @@ def test_only_one_goes_on(undisturbed: tuple[Path, Path], interrupted: Path) -> 
 
     before = identity(interrupted / "shards")
     with (
-        files.exclusive(interrupted),
+        files.locked_folder(interrupted),
         pytest.raises(UserError, match="in use by another llmtrain process"),
     ):
         prepare(str(undisturbed[0]), interrupted.parent / "out", **OPTIONS)

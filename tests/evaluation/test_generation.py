@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from llmtrain.averaging.average import average
-from llmtrain.averaging.plan import Request, make_plans
+from llmtrain.averaging.request import AverageRequest, make_specs
 from llmtrain.checkpoints.gpt2_folder import Origin, Shape, save_weights
 from llmtrain.checkpoints.series import run_series
 from llmtrain.cli.generate import visible
@@ -35,11 +35,11 @@ from llmtrain.evaluation.generation import (
     Cache,
     Sampling,
     generate,
-    load_writer,
+    generate_text,
+    load_generator,
     narrowed,
     next_logits,
     text_of,
-    write,
 )
 from llmtrain.evaluation.selection import choose_weights
 from llmtrain.model.gpt import GPT
@@ -171,21 +171,21 @@ def test_weights_that_are_no_numbers_write_nothing(tmp_path: Path) -> None:
 
 def test_the_tokenizer_is_the_one_whose_end_of_text_the_folder_names(tmp_path: Path) -> None:
     write_folder(tmp_path / "bytes", bias=False, scaled=True, vocab_size=264, eot=256)
-    assert load_writer(tmp_path / "bytes")[1].name == "byte"
+    assert load_generator(tmp_path / "bytes")[1].name == "byte"
     with pytest.raises(UserError, match="264 rows of embeddings, the gpt2 tokenizer"):
-        load_writer(tmp_path / "bytes", tokenizer="gpt2")
+        load_generator(tmp_path / "bytes", tokenizer="gpt2")
     write_folder(tmp_path / "other", bias=False, scaled=True)
     with pytest.raises(UserError, match="ends a text with token 99"):
-        load_writer(tmp_path / "other")
+        load_generator(tmp_path / "other")
     files = tokenizer_files(load_tokenizer("byte"), 24)
     (tmp_path / "bytes" / "vocab.json").write_text(files["vocab.json"])
-    assert load_writer(tmp_path / "bytes")[1].name == "byte"
+    assert load_generator(tmp_path / "bytes")[1].name == "byte"
     (tmp_path / "bytes" / "tokenizer.json").write_text(
         files["tokenizer.json"].replace(": 65,", ": 66,")
     )
     with pytest.raises(UserError, match="give other ids than ours"):
-        load_writer(tmp_path / "bytes")
-    assert load_writer(tmp_path / "bytes", tokenizer="byte")[1].name == "byte"
+        load_generator(tmp_path / "bytes")
+    assert load_generator(tmp_path / "bytes", tokenizer="byte")[1].name == "byte"
 
 
 @pytest.fixture(scope="module")
@@ -194,19 +194,21 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunConfig]
     folder = tmp_path_factory.mktemp("written") / "runs" / "tiny"
     trained = pretrain(tiny(), folder, say=lambda line: None).run
     series = run_series(trained)
-    average(series, make_plans(series, Request(method="lawa", every=2, window=3)))
+    average(series, make_specs(series, AverageRequest(method="lawa", every=2, window=3)))
     return trained
 
 
 def test_a_run_stands_for_the_best_of_its_newest_averages(run: RunFolder) -> None:
     from llmtrain.checkpoints.targets import targets_of
-    from llmtrain.evaluation.results import Settings, measure
+    from llmtrain.evaluation.results import EvalOptions, measure
 
     before, raw = choose_weights(str(run.path))
     assert before.label == "ema-0.9"  # the first by name, while nothing was measured
     assert raw is not None
     assert raw.path == run.snapshot(12)
-    rows = measure(targets_of(run.path, every_snapshot=False), Settings(), lambda *progress: None)
+    rows = measure(
+        targets_of(run.path, every_snapshot=False), EvalOptions(), lambda *progress: None
+    )
     best = min(
         (row for row in rows if row.step == 12 and row.label != "raw"), key=lambda row: row.loss
     )
@@ -235,7 +237,7 @@ def test_a_signal_ends_a_text_that_is_shown_whole(
 ) -> None:
     def interrupted(*arguments: Any) -> Iterator[str]:
         os.kill(os.getpid(), signal.SIGINT)
-        return write(*arguments)
+        return generate_text(*arguments)
 
     monkeypatch.setattr("llmtrain.evaluation.generation.write", interrupted)
     ended = invoke("generate", run.path, option, cwd=run.path)

@@ -12,8 +12,8 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.report.page import write_report
 from llmtrain.evaluation.report.rows import loss_curves, newest_rows
-from llmtrain.evaluation.results import Row, Settings, measure, stored_rows
-from llmtrain.evaluation.text import TextSettings, measure_text
+from llmtrain.evaluation.results import EvalOptions, Row, measure, stored_rows
+from llmtrain.evaluation.text import TextOptions, measure_text
 from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.run import pretrain
 
@@ -24,12 +24,14 @@ def run(tiny: Callable[..., RunConfig], tmp_path: Path) -> RunFolder:
 
 
 def measure_all(
-    targets: list[Target], settings: Settings | None = None
+    targets: list[Target], settings: EvalOptions | None = None
 ) -> tuple[list[Row], set[str]]:
     """Rows, and the paths that were really computed."""
     computed: set[str] = set()
     rows = measure(
-        targets, settings or Settings(), lambda target, done, total: computed.add(str(target.path))
+        targets,
+        settings or EvalOptions(),
+        lambda target, done, total: computed.add(str(target.path)),
     )
     return rows, computed
 
@@ -91,7 +93,7 @@ def test_other_tokens_or_another_split_are_measured_anew(run: RunFolder) -> None
     targets = targets_of(run.snapshot(12), every_snapshot=False)
     losses = {
         measure_all(targets, s)[0][0].loss
-        for s in (Settings(), Settings(tokens=50), Settings(split="train"))
+        for s in (EvalOptions(), EvalOptions(tokens=50), EvalOptions(split="train"))
     }
     assert len(losses) == 3
     assert len(stored_rows(run)) == 3
@@ -100,13 +102,13 @@ def test_other_tokens_or_another_split_are_measured_anew(run: RunFolder) -> None
 def test_data_that_the_user_named_and_is_not_there(run: RunFolder, tmp_path: Path) -> None:
     targets = targets_of(run.snapshot(12), every_snapshot=False)
     with pytest.raises(UserError, match="nowhere holds no prepared data"):
-        measure_all(targets, Settings(data=tmp_path / "nowhere"))
+        measure_all(targets, EvalOptions(data=tmp_path / "nowhere"))
 
 
 def test_a_difference_from_raw_is_within_one_precision(run: RunFolder) -> None:
     targets = targets_of(run.average("ema-0.9", 12), every_snapshot=False)
     for precision in ("float32", "bfloat16"):
-        measure_all(targets, Settings(precision=precision))
+        measure_all(targets, EvalOptions(precision=precision))
     raw = {row.precision: row.loss for row in stored_rows(run) if row.label == "raw"}
     deltas = {row.precision: row.delta for row in stored_rows(run) if row.label == "ema-0.9"}
     losses = {row.precision: row.loss for row in stored_rows(run) if row.label == "ema-0.9"}
@@ -122,7 +124,7 @@ def test_a_folder_outside_a_run_needs_data(
     targets = targets_of(moved, every_snapshot=False)
     with pytest.raises(UserError, match="belongs to no run"):
         measure_all(targets)
-    (row,), _ = measure_all(targets, Settings(data=data_folder))
+    (row,), _ = measure_all(targets, EvalOptions(data=data_folder))
     assert (row.label, row.step, row.delta) == ("elsewhere", 12, None)
 
 
@@ -137,12 +139,14 @@ def test_other_numbers_of_tokens_side_by_side_are_told(
         for target in targets_of(path, every_snapshot=False)
     ]
     heard: list[str] = []
-    rows = measure(targets, Settings(data=data_folder), lambda *progress: None, warn=heard.append)
+    rows = measure(
+        targets, EvalOptions(data=data_folder), lambda *progress: None, warn=heard.append
+    )
     assert rows[0].tokens == 49
     assert rows[1].tokens > 49
     assert "--tokens N" in heard[0]
     measure(
-        targets, Settings(data=data_folder, tokens=50), lambda *progress: None, warn=heard.append
+        targets, EvalOptions(data=data_folder, tokens=50), lambda *progress: None, warn=heard.append
     )
     assert len(heard) == 1
 
@@ -182,9 +186,9 @@ def test_a_result_that_cannot_be_kept_is_told_and_given(run: RunFolder, text_fil
     shutil.rmtree(run.evals, ignore_errors=True)
     run.evals.write_text("a file where the folder would be")
     targets, warned = targets_of(run.path, every_snapshot=False)[-1:], list[str]()
-    (row,) = measure(targets, Settings(), lambda *done: None, warn=warned.append)
+    (row,) = measure(targets, EvalOptions(), lambda *done: None, warn=warned.append)
     (text,) = measure_text(
-        targets, text_file, TextSettings(), lambda *done: None, warn=warned.append
+        targets, text_file, TextOptions(), lambda *done: None, warn=warned.append
     )
     assert row.loss > 0 < text.loss
     assert len(warned) == 2 and all(line.startswith("measured but not kept: ") for line in warned)
@@ -202,7 +206,7 @@ def test_a_result_of_another_version_is_measured_anew(run: RunFolder) -> None:
 
 
 def test_the_report_compares_equal_windows_only(run: RunFolder) -> None:
-    measure_all(targets_of(run.path, every_snapshot=False), Settings(tokens=50))
+    measure_all(targets_of(run.path, every_snapshot=False), EvalOptions(tokens=50))
     curves = loss_curves(run)
     assert [step for step, _ in curves["raw"]] == [
         4,

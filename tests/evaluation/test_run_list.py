@@ -10,7 +10,7 @@ import pytest
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
 from llmtrain.evaluation.report.run_list import list_runs
-from llmtrain.storage.files import exclusive, is_held
+from llmtrain.storage.files import is_locked, locked_folder
 from llmtrain.training.run import pretrain
 
 
@@ -33,11 +33,11 @@ def test_the_runs_of_a_folder(
     (place / "broken" / "metrics.jsonl").write_text("[]\n")
     (place / "no run").mkdir()
 
-    with exclusive(place / "busy"):
-        assert is_held(place / "busy")
+    with locked_folder(place / "busy"):
+        assert is_locked(place / "busy")
         shown = llmtrain("runs", cwd=tmp_path)
         entries = {entry.name: entry for entry in list_runs(place)}
-    assert not is_held(place / "busy")
+    assert not is_locked(place / "busy")
     assert {name: entry.state for name, entry in entries.items()} == {
         "done": "finished", "half": "interrupted", "broken": "damaged", "busy": "running",
     }  # fmt: skip

@@ -23,12 +23,12 @@ from llmtrain.checkpoints.gpt2_folder import load_model
 from llmtrain.checkpoints.targets import targets_of
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.evaluation.results import Settings, measure
+from llmtrain.evaluation.results import EvalOptions, measure
 from llmtrain.evaluation.tasks import (
     SHIPPED,
     Score,
+    TaskOptions,
     TaskResult,
-    TaskSettings,
     measure_tasks,
     task_source,
 )
@@ -48,7 +48,7 @@ PASSAGES = [
 ]
 
 
-def measured(folder: Path, settings: TaskSettings) -> list[TaskResult]:
+def measured(folder: Path, settings: TaskOptions) -> list[TaskResult]:
     (results,) = measure_tasks(
         targets_of(folder, every_snapshot=False), settings, lambda *progress: None
     )
@@ -90,7 +90,7 @@ def test_lambada_is_the_model_scored_by_hand(block_size: int, tmp_path: Path) ->
     model = write_ours(folder, vocab_size=50304, eot=50256, block_size=block_size)
     prefer(folder, model, int(load_tokenizer("gpt2").encode(" the")[0]))
     data = write_passages(tmp_path / "data")
-    found = scores(measured(folder, TaskSettings(("lambada_openai",), data=data, device="cpu")))
+    found = scores(measured(folder, TaskOptions(("lambada_openai",), data=data, device="cpu")))
     answers = by_hand(folder, "gpt2")
     mean = sum(nats for nats, _ in answers) / len(answers)
     assert [right for _, right in answers] == [True, True, False, True]
@@ -116,7 +116,7 @@ def test_an_answer_longer_than_the_context_is_read_in_parts(tmp_path: Path) -> N
     write_ours(folder)  # 16 bytes of context
     passage = "It was the very incomprehensibilities"
     (tmp_path / "lambada_openai.jsonl").write_text(json.dumps({"text": passage}) + "\n")
-    (result,) = measured(folder, TaskSettings(("lambada_openai",), data=tmp_path, device="cpu"))
+    (result,) = measured(folder, TaskOptions(("lambada_openai",), data=tmp_path, device="cpu"))
     model, ids = load_model(folder), list(passage.encode())
     answer = len(" incomprehensibilities")
     nats = 0.0
@@ -140,7 +140,7 @@ def test_the_shipped_definitions_are_those_of_lm_eval(name: str, tmp_path: Path)
 
     with zstandard.open(EVAL_DATA / f"{name}.jsonl.zst", "rt", encoding="utf-8") as documents:
         (tmp_path / f"{name}.jsonl").write_text("".join(islice(documents, 100)))
-    ours = task_source(name, TaskSettings((name,), data=tmp_path)).spec
+    ours = task_source(name, TaskOptions((name,), data=tmp_path)).spec
     assert isinstance(ours, dict)
     root = Path(lm_eval.tasks.__file__).parent
     (path,) = (
@@ -225,7 +225,7 @@ def invoke_without_lm_eval(*arguments: str | Path, cwd: Path) -> Outcome:
 
 def test_a_model_of_others_with_its_tokenizer(tmp_path: Path) -> None:
     write_neox(tmp_path / "neox")
-    settings = TaskSettings(
+    settings = TaskOptions(
         ("lambada_openai",), data=write_passages(tmp_path / "data"), device="cpu"
     )
     with pytest.raises(UserError, match="no tokenizer files"):
@@ -250,27 +250,27 @@ def test_task_files_of_others_run_only_when_trusted(tmp_path: Path) -> None:
     code = f"open({str(tmp_path / 'ran')!r}, 'w').close()\ndef text(doc): return doc['text']\n"
     (files / "code.py").write_text(code)
     with pytest.raises(UserError, match="are code"):
-        measured(folder, TaskSettings(("mine",), files=files))
+        measured(folder, TaskOptions(("mine",), files=files))
     assert not (tmp_path / "ran").exists()
     (result,) = measured(
-        folder, TaskSettings(("mine",), files=files, trust_files=True, device="cpu")
+        folder, TaskOptions(("mine",), files=files, trust_files=True, device="cpu")
     )
     assert (tmp_path / "ran").exists()
     assert scores([result])["mine acc"].documents == len(PASSAGES)
     with pytest.raises(UserError, match="do not go together"):
-        measured(folder, TaskSettings(("mine",), files=files, data=tmp_path, trust_files=True))
+        measured(folder, TaskOptions(("mine",), files=files, data=tmp_path, trust_files=True))
     with pytest.raises(UserError, match="no task 'hellaswagg'") as caught:
-        measured(folder, TaskSettings(("hellaswagg",), files=files, trust_files=True))
+        measured(folder, TaskOptions(("hellaswagg",), files=files, trust_files=True))
     assert "did you mean hellaswag" in caught.value.hint
     with pytest.raises(
         RunFailed, match="the task piqa cannot be loaded"
     ):  # the tests have no network
-        measured(folder, TaskSettings(("piqa",), files=files, trust_files=True))
+        measured(folder, TaskOptions(("piqa",), files=files, trust_files=True))
 
 
 def test_data_that_is_not_that_of_the_task(tmp_path: Path) -> None:
     write_ours(tmp_path / "ours")
-    settings = TaskSettings(("piqa",), data=tmp_path)
+    settings = TaskOptions(("piqa",), data=tmp_path)
     with pytest.raises(UserError, match=r"holds no piqa\.jsonl"):
         measured(tmp_path / "ours", settings)
     row = {"goal": "g", "sol1": "a", "sol2": "b", "label": 0}
@@ -292,9 +292,9 @@ def test_data_that_is_not_that_of_the_task(tmp_path: Path) -> None:
         "".join(json.dumps(question) + "\n" for question in questions)
     )
     with pytest.raises(UserError, match="document 2: "):
-        measured(tmp_path / "ours", TaskSettings(("arc_easy",), data=tmp_path))
+        measured(tmp_path / "ours", TaskOptions(("arc_easy",), data=tmp_path))
     with pytest.raises(UserError, match="ships no task file for 'boolq'"):
-        measured(tmp_path / "ours", TaskSettings(("boolq",), data=tmp_path))
+        measured(tmp_path / "ours", TaskOptions(("boolq",), data=tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,9 @@ def test_a_revision_and_its_task_from_the_hub(data_folder: Path, tmp_path: Path)
     assert (row["label"], row["run"], row["block_size"]) == ("neox@step1000", None, 16)
     assert "a tokenizer of its own" in run.stderr
     (local,) = measure(
-        targets_of(revision, every_snapshot=False), Settings(data=data_folder), lambda *done: None
+        targets_of(revision, every_snapshot=False),
+        EvalOptions(data=data_folder),
+        lambda *done: None,
     )
     assert row["loss"] == pytest.approx(local.loss, rel=1e-6)
     assert (row["tokens"], row["weights"]) == (local.tokens, local.weights)

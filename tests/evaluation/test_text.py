@@ -15,8 +15,8 @@ from llmtrain.checkpoints.targets import Target, targets_of
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.shards import open_data
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.evaluation.results import Settings, measure
-from llmtrain.evaluation.text import TextResult, TextSettings, measure_text
+from llmtrain.evaluation.results import EvalOptions, measure
+from llmtrain.evaluation.text import TextOptions, TextResult, measure_text
 from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.training.run import pretrain
 
@@ -32,7 +32,7 @@ def measured(
 ) -> TextResult:
     path = tmp_path / "text.txt"
     path.write_bytes(text.encode())
-    (result,) = measure_text(targets(folder), path, TextSettings(stride), lambda *progress: None)
+    (result,) = measure_text(targets(folder), path, TextOptions(stride), lambda *progress: None)
     return result
 
 
@@ -88,9 +88,9 @@ def test_what_is_no_text(tmp_path: Path) -> None:
         path = tmp_path / "text.txt"
         path.write_bytes(content)
         with pytest.raises(UserError, match=problem):
-            measure_text(targets(tmp_path / "ours"), path, TextSettings(), lambda *progress: None)
+            measure_text(targets(tmp_path / "ours"), path, TextOptions(), lambda *progress: None)
     with pytest.raises(UserError, match="cannot read"):
-        measure_text(targets(tmp_path / "ours"), tmp_path, TextSettings(), lambda *progress: None)
+        measure_text(targets(tmp_path / "ours"), tmp_path, TextOptions(), lambda *progress: None)
     with pytest.raises(UserError, match=r"--stride 17 is longer than a window of .*, 16 tokens"):
         measured(tmp_path / "ours", tmp_path, stride=17)
 
@@ -99,7 +99,9 @@ def test_a_model_of_others_without_a_tokenizer(data_folder: Path, tmp_path: Path
     """The tokens of the shards are taken as they are; text cannot be encoded."""
     write_neox(tmp_path / "neox")
     (row,) = measure(
-        targets(tmp_path / "neox"), Settings(data=data_folder, tokens=200), lambda *progress: None
+        targets(tmp_path / "neox"),
+        EvalOptions(data=data_folder, tokens=200),
+        lambda *progress: None,
     )
     ids = open_data(data_folder).reader("val").read(0, 200).tolist()
     assert row.loss == pytest.approx(nats_by_hand(tmp_path / "neox", ids, CONTEXT) / 199, abs=1e-4)
@@ -123,7 +125,7 @@ def test_shards_of_another_tokenizer_are_read_as_text(
     heard: list[str] = []
     (row,) = measure(
         targets(tmp_path / "neox"),
-        Settings(data=data_folder, tokens=1000),
+        EvalOptions(data=data_folder, tokens=1000),
         lambda *progress: None,
         warn=heard.append,
     )
@@ -150,12 +152,12 @@ def test_folders_that_cannot_be_evaluated(data_folder: Path, tmp_path: Path) -> 
     )
     (tmp_path / "neox" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(UserError, match="finds no such thing as a causal language model"):
-        measure(targets(tmp_path / "neox"), Settings(data=data_folder), lambda *progress: None)
+        measure(targets(tmp_path / "neox"), EvalOptions(data=data_folder), lambda *progress: None)
     assert not (tmp_path / "ran").exists()
     config.write_text(json.dumps(document))
     (tmp_path / "neox" / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="finds no such thing as a tokenizer"):
-        measure(targets(tmp_path / "neox"), Settings(data=data_folder), lambda *progress: None)
+        measure(targets(tmp_path / "neox"), EvalOptions(data=data_folder), lambda *progress: None)
     with pytest.raises(RunFailed, match="is nan"):
         broken = write_ours(tmp_path / "nan")
         weights = {name: value * math.nan for name, value in broken.state_dict().items()}
@@ -179,7 +181,7 @@ def test_a_result_is_kept_with_the_run_and_must_be_whole(
         progress.clear()
         wanted = targets_of(run.average("ema-0.9", 12), every_snapshot=False)
         return measure_text(
-            wanted, text_file, TextSettings(stride), lambda *done: progress.append(done)
+            wanted, text_file, TextOptions(stride), lambda *done: progress.append(done)
         )
 
     raw, average = measure_again()

@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer as FastTokenizer
 
 from llmtrain.averaging.average import average
-from llmtrain.averaging.plan import Request, make_plans
+from llmtrain.averaging.request import AverageRequest, make_specs
 from llmtrain.checkpoints.gpt2_folder import Origin, Shape, load_model, load_origin, save_weights
 from llmtrain.checkpoints.series import run_series
 from llmtrain.checkpoints.targets import Target, targets_of
 from llmtrain.checkpoints.torch_files import open_training_file
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.errors import UserError
-from llmtrain.evaluation.generation import Sampling, load_writer, write
-from llmtrain.evaluation.results import Settings, measure
+from llmtrain.evaluation.generation import Sampling, generate_text, load_generator
+from llmtrain.evaluation.results import EvalOptions, measure
 from llmtrain.evaluation.selection import choose_weights
 from llmtrain.export.formats import export
 from llmtrain.export.model_card import model_card
@@ -50,8 +50,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunConfig]
     folder = tmp_path_factory.mktemp("exports") / "runs" / "tiny"
     trained = pretrain(tiny(averages=[]), folder, say=lambda line: None).run
     series = run_series(trained)
-    average(series, make_plans(series, Request(method="lawa", every=2, window=3)))
-    measure(targets_of(folder, every_snapshot=False), Settings(), lambda *progress: None)
+    average(series, make_specs(series, AverageRequest(method="lawa", every=2, window=3)))
+    measure(targets_of(folder, every_snapshot=False), EvalOptions(), lambda *progress: None)
     return trained
 
 
@@ -98,9 +98,11 @@ def test_a_pipeline_runs_the_folder_as_it_is(run: RunFolder) -> None:
         [sys.executable, "-c", PIPELINE, folder], capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr.decode()
-    model, tokenizer = load_writer(folder)
+    model, tokenizer = load_generator(folder)
     room = Sampling(max_tokens=model.block_size - 3, temperature=0)
-    ids = load_tokenizer("byte").encode("The" + "".join(write(model, tokenizer, "The", room)))
+    ids = load_tokenizer("byte").encode(
+        "The" + "".join(generate_text(model, tokenizer, "The", room))
+    )
     assert load_tokenizer("byte").encode(done.stdout.decode())[: len(ids)].tolist() == ids.tolist()
 
 

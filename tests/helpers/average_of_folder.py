@@ -8,7 +8,7 @@ from tiny_runs import load_all
 from torch import Tensor
 
 from llmtrain.averaging.average import average
-from llmtrain.averaging.plan import Request, make_plans
+from llmtrain.averaging.request import AverageRequest, make_specs
 from llmtrain.averaging.spec import Average, MergeOptions
 from llmtrain.checkpoints.sources import find_series
 
@@ -16,7 +16,9 @@ from llmtrain.checkpoints.sources import find_series
 def run(root: Path, settings: MergeOptions | None = None, window: int = 3) -> Average:
     """Average the last checkpoints of a folder, ten steps apart."""
     series = find_series(str(root))
-    (result,) = average(series, make_plans(series, Request(every=10, window=window)), settings)
+    (result,) = average(
+        series, make_specs(series, AverageRequest(every=10, window=window)), settings
+    )
     return result
 
 

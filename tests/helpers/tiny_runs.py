@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llmtrain.averaging.merge import PIECE
+from llmtrain.averaging.merge import CHUNK
 from llmtrain.checkpoints.gpt2_folder import Shape
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.gpt import GPT
@@ -16,7 +16,7 @@ from llmtrain.storage.run_folder import RunFolder
 
 SHAPE = Shape(ModelConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=97, bias=False), 16, 96)
 
-LARGE = (PIECE // 257 + 100, 257)
+LARGE = (CHUNK // 257 + 100, 257)
 """More numbers than are summed at a time."""
 
 MakeRun = Callable[..., RunFolder]

@@ -16,7 +16,7 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.model import cross_entropy as head
 from llmtrain.model import sizes
 from llmtrain.model.cross_entropy import linear_cross_entropy
-from llmtrain.model.gpt import GPT, attend_by_products
+from llmtrain.model.gpt import GPT, materialized_attention
 
 IGNORE = -1
 
@@ -192,7 +192,7 @@ def test_attention_by_whole_products_is_attention(dtype: torch.dtype, tolerance:
     ]
     upstream = torch.randn(2, 3, 33, 8, generator=generator)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    y = attend_by_products(*inputs, dropout_p=0.0, is_causal=True, scale=0.3)
+    y = materialized_attention(*inputs, dropout_p=0.0, is_causal=True, scale=0.3)
     right = F.scaled_dot_product_attention(*exact, is_causal=True, scale=0.3)
     found = [y, *torch.autograd.grad(y, inputs, upstream.to(dtype))]
     expected = [right, *torch.autograd.grad(right, exact, upstream.double())]
@@ -208,8 +208,8 @@ def test_attention_without_gradients_is_that_of_few_sequences_at_a_time(
     q, k, v = torch.randn(
         3, 5, 3, 17, 8, generator=torch.Generator().manual_seed(1)
     ).requires_grad_()
-    whole = attend_by_products(q, k, v, dropout_p=0.0, is_causal=True, scale=0.3)
+    whole = materialized_attention(q, k, v, dropout_p=0.0, is_causal=True, scale=0.3)
     with torch.no_grad(), Largest() as pieces:
-        joined = attend_by_products(q, k, v, dropout_p=0.0, is_causal=True, scale=0.3)
+        joined = materialized_attention(q, k, v, dropout_p=0.0, is_causal=True, scale=0.3)
     torch.testing.assert_close(joined, whole.detach())
     assert pieces.elements == max(few * 3 * 17**2, 5 * 3 * 17 * 8)

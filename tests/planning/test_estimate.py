@@ -16,8 +16,8 @@ from llmtrain.cli.plan import number
 from llmtrain.config.loading import load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
-from llmtrain.planning.estimate import Plan, estimate
-from llmtrain.planning.machine import Options
+from llmtrain.planning.estimate import CostEstimate, estimate
+from llmtrain.planning.machine import HardwareOptions
 from llmtrain.planning.memory import device_memory, peak
 
 Build = Callable[..., RunConfig]
@@ -26,35 +26,40 @@ REPOSITORY = Path(__file__).parents[2]
 SMALL = REPOSITORY / "configs" / "gpt2-small.yaml"
 
 
-def small(options: Options, *overrides: str) -> Plan:
+def small(options: HardwareOptions, *overrides: str) -> CostEstimate:
     return estimate(load_config(SMALL, list(overrides)), options)
 
 
 def test_hours_are_flops_over_the_peak_and_the_mfu() -> None:
-    plan = small(Options(devices=8, mfu=0.5))
+    plan = small(HardwareOptions(devices=8, mfu=0.5))
     assert plan.flops == 27_525_120_000 * plan.architecture.flops_per_token()
     assert plan.hours == pytest.approx(plan.flops / (8 * 0.5 * 989e12) / 3600)
-    assert small(Options(devices=8, flops=1e15, mfu=0.989 / 2)).hours == pytest.approx(plan.hours)
-    measured = small(Options(devices=8, tokens_per_second=plan.tokens_per_second))
+    assert small(HardwareOptions(devices=8, flops=1e15, mfu=0.989 / 2)).hours == pytest.approx(
+        plan.hours
+    )
+    measured = small(HardwareOptions(devices=8, tokens_per_second=plan.tokens_per_second))
     assert measured.hours == pytest.approx(plan.hours)
     assert measured.machine.mfu == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("device", ["cpu", "other"])
 def test_nothing_is_guessed_of_an_unknown_device(device: str) -> None:
-    plan = small(Options(devices=8, device=device), "train.precision=float32")
+    plan = small(HardwareOptions(devices=8, device=device), "train.precision=float32")
     assert plan.communication is not None
     assert (plan.hours, plan.tokens_per_second, plan.machine.memory) == (None, None, None)
     assert (plan.communication.seconds, plan.communication.hidden) == (None, None)
-    assert small(Options(device=device, flops=1e12)).hours is not None
+    assert small(HardwareOptions(device=device, flops=1e12)).hours is not None
 
 
 def test_float32_has_no_published_peak() -> None:
-    assert small(Options(), "train.precision=float32").hours is None
+    assert small(HardwareOptions(), "train.precision=float32").hours is None
 
 
 def test_gradients_are_sent_once_a_step_and_what_fsdp_gathers_every_micro_batch() -> None:
-    ddp, fsdp = small(Options(devices=8)), small(Options(devices=8, parallel="fsdp"))
+    ddp, fsdp = (
+        small(HardwareOptions(devices=8)),
+        small(HardwareOptions(devices=8, parallel="fsdp")),
+    )
     assert ddp.communication is not None
     assert fsdp.communication is not None
     numbers = ddp.architecture.parameters * 7 / 8
@@ -62,13 +67,13 @@ def test_gradients_are_sent_once_a_step_and_what_fsdp_gathers_every_micro_batch(
     assert ddp.communication.bytes == pytest.approx(2 * 4 * numbers)
     assert fsdp.communication.bytes == pytest.approx((3 * (2 + 2) + 4) * numbers)
     assert ddp.communication.seconds == pytest.approx(ddp.communication.bytes / 450e9)
-    beyond = small(Options(devices=24))
+    beyond = small(HardwareOptions(devices=24))
     assert beyond.communication is not None
     assert beyond.communication.seconds == pytest.approx(beyond.communication.bytes / 50e9)
 
 
 def test_what_the_backward_pass_cannot_hide_is_told() -> None:
-    options = Options(devices=8, mfu=0.4)
+    options = HardwareOptions(devices=8, mfu=0.4)
     plan = small(options)
     micro = 16 * 1024 * plan.architecture.flops_per_token()
     backward = micro * 2 / 3 / (0.4 * 989e12)
@@ -84,16 +89,16 @@ def test_what_the_backward_pass_cannot_hide_is_told() -> None:
 
 
 def test_shorter_first_sequences_cost_less(planned: Build) -> None:
-    whole = estimate(planned(), Options())
-    short = estimate(planned(data__block_warmup={"start": 8, "steps": 2}), Options())
+    whole = estimate(planned(), HardwareOptions())
+    short = estimate(planned(data__block_warmup={"start": 8, "steps": 2}), HardwareOptions())
     flops = whole.architecture.flops_per_token
     assert whole.tokens - short.tokens == 64 * (64 - 8)
     assert whole.flops - short.flops == 64 * (64 * flops(64) - 8 * flops(8))
 
 
 def test_averaging_reads_each_input_once() -> None:
-    last, whole = small(Options(every=1000, disk_gbps=4.0)).averaging
-    folder = small(Options()).storage.snapshots.bytes_each
+    last, whole = small(HardwareOptions(every=1000, disk_gbps=4.0)).averaging
+    folder = small(HardwareOptions()).storage.snapshots.bytes_each
     assert (last.averages, last.read, last.written) == (1, 5 * folder, folder)
     # Snapshots at 3,000 … 70,000 in steps of 1,000, and those between that --every passes over too.
     assert whole.averages == 340 - 4 * 5
@@ -105,18 +110,18 @@ def test_averaging_reads_each_input_once() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (Options(devices=0), "--devices 0"),
-        (Options(devices=-1), "--devices -1"),
-        (Options(mfu=2), "above 1"),
-        (Options(mfu=float("nan")), "--mfu nan"),
-        (Options(device="tpu"), "'tpu'"),
-        (Options(devices=7), "does not divide over 7"),
-        (Options(devices=48), "micro_batch 16"),
-        (Options(every=300), "no multiple"),
-        (Options(tokens_per_second=1.0, mfu=0.4), "or the other"),
+        (HardwareOptions(devices=0), "--devices 0"),
+        (HardwareOptions(devices=-1), "--devices -1"),
+        (HardwareOptions(mfu=2), "above 1"),
+        (HardwareOptions(mfu=float("nan")), "--mfu nan"),
+        (HardwareOptions(device="tpu"), "'tpu'"),
+        (HardwareOptions(devices=7), "does not divide over 7"),
+        (HardwareOptions(devices=48), "micro_batch 16"),
+        (HardwareOptions(every=300), "no multiple"),
+        (HardwareOptions(tokens_per_second=1.0, mfu=0.4), "or the other"),
     ],
 )
-def test_bad_options(options: Options, message: str) -> None:
+def test_bad_options(options: HardwareOptions, message: str) -> None:
     with pytest.raises(UserError) as raised:
         small(options)
     assert message in f"{raised.value} {raised.value.hint}"
@@ -125,7 +130,7 @@ def test_bad_options(options: Options, message: str) -> None:
 @pytest.mark.parametrize(("devices", "share"), [(1, 384), (8, 48)])
 def test_auto_is_the_largest_micro_batch_that_fits(devices: int, share: int) -> None:
     config = load_config(SMALL, ["train.micro_batch=auto"])
-    plan = estimate(config, Options(devices=devices))
+    plan = estimate(config, HardwareOptions(devices=devices))
     layout, sizes = plan.machine.layout, [size for size in range(1, share + 1) if share % size == 0]
     totals = {
         size: peak(device_memory(config.with_micro_batch(size), layout)).total for size in sizes
@@ -136,7 +141,7 @@ def test_auto_is_the_largest_micro_batch_that_fits(devices: int, share: int) -> 
     assert any(
         f"auto is taken for {largest}, the largest" in line for line in plan.machine.assumptions
     )
-    unknown = estimate(config, Options(devices=devices, device="other")).machine
+    unknown = estimate(config, HardwareOptions(devices=devices, device="other")).machine
     assert unknown.micro_batch == 16
     assert any("memory is not known" in line for line in unknown.assumptions)
 
@@ -148,7 +153,7 @@ def test_the_command(llmtrain: Command, tmp_path: Path) -> None:
     assert "124,373,760" in shown.stdout
     printed = llmtrain("plan", "--config", SMALL, "--devices", "8", "--json", cwd=tmp_path)
     document = json.loads(printed.stdout)
-    assert document["time"]["hours"] == pytest.approx(small(Options(devices=8)).hours)
+    assert document["time"]["hours"] == pytest.approx(small(HardwareOptions(devices=8)).hours)
     refused = llmtrain("plan", "--config", SMALL, "--device", "tpu", cwd=tmp_path)
     assert refused.returncode == 2
     assert len(refused.stderr.splitlines()) == 2
@@ -166,7 +171,7 @@ def test_the_readme_says_what_the_plan_says(interconnect: float | None) -> None:
         config, *words = shlex.split(text)
         more = [value for word, value in pairwise(words) if word == "--set"]
         run = load_config(REPOSITORY / "configs" / f"{config}.yaml", [*common, *more])
-        options = Options(parallel="fsdp" if "fsdp" in words else "ddp")
+        options = HardwareOptions(parallel="fsdp" if "fsdp" in words else "ddp")
         eight, *beyond = (
             estimate(
                 run, replace(options, devices=n, interconnect_gbps=interconnect if n > 8 else None)

@@ -7,7 +7,7 @@ import pytest
 
 from llmtrain.config.schema import RunConfig
 from llmtrain.planning.storage import run_storage
-from llmtrain.training import state_writer
+from llmtrain.training import checkpoint_writer as state_writer
 from llmtrain.training.run import pretrain
 
 Build = Callable[..., RunConfig]

@@ -18,7 +18,7 @@ from tiny_runs import model_at, write_checkpoint
 
 from llmtrain.averaging.average import average
 from llmtrain.averaging.inspection import inspect_path
-from llmtrain.averaging.plan import Request, make_plans
+from llmtrain.averaging.request import AverageRequest, make_specs
 from llmtrain.checkpoints.gpt2_folder import load_model, load_origin
 from llmtrain.checkpoints.series import folder_series, run_series
 from llmtrain.checkpoints.targets import targets_of
@@ -28,11 +28,11 @@ from llmtrain.data.shards import open_data
 from llmtrain.data.verify import verify_below
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.report.rows import loss_curves, newest_rows
-from llmtrain.evaluation.results import Settings, measure
+from llmtrain.evaluation.results import EvalOptions, measure
 from llmtrain.model import tokenizer
 from llmtrain.storage.run_folder import RunFolder
+from llmtrain.training.checkpoint import load_state, read_tensors
 from llmtrain.training.run import pretrain
-from llmtrain.training.state import load_state, read_tensors
 
 LENGTHS, BITS = 100, 200
 
@@ -56,7 +56,7 @@ def workplace(
         resume=place / "run" / "state" / "step-00000004",
         say=lambda line: None,
     )
-    measure(targets_of(place / "run", every_snapshot=False), Settings(), lambda *progress: None)
+    measure(targets_of(place / "run", every_snapshot=False), EvalOptions(), lambda *progress: None)
     for step in (10, 20):
         write_checkpoint(place / "shards" / f"step{step}", small(step), shards=2)
         (place / "pt").mkdir(exist_ok=True)
@@ -81,7 +81,7 @@ def folder_contents(folder: Path) -> dict[str, bytes]:
 def lawa(place: Path) -> object:
     """The average of the run's snapshots, which is kept when it is there already."""
     series = run_series(RunFolder(place / "run"))
-    average(series, make_plans(series, Request(every=2, window=2)))
+    average(series, make_specs(series, AverageRequest(every=2, window=2)))
     return folder_contents(place / "run" / "averages" / "lawa-2x2" / "step-00000008")
 
 
@@ -91,7 +91,7 @@ def anew(series_of: Callable[[Path], Any], **request: Any) -> Read:
     def read(place: Path) -> object:
         shutil.rmtree(place / "out", ignore_errors=True)
         series = series_of(place)
-        average(series, make_plans(series, Request(out=place / "out", **request)))
+        average(series, make_specs(series, AverageRequest(out=place / "out", **request)))
         return folder_contents(place / "out")
 
     return read

@@ -32,7 +32,7 @@ from llmtrain.errors import UserError
 from llmtrain.evaluation.report.page import page
 from llmtrain.evaluation.report.run_charts import charts
 from llmtrain.evaluation.report.tables import read_records, savings
-from llmtrain.evaluation.results import Settings, measure
+from llmtrain.evaluation.results import EvalOptions, measure
 from llmtrain.model.tokenizer import well_formed
 from llmtrain.runtime.signals import OUT_OF_TIME
 from llmtrain.storage.run_folder import RunFolder
@@ -124,7 +124,9 @@ def trained(
         patch.chdir(place)
         pretrain(config, Path("runs/run"), say=lambda line: None)
         measure(
-            targets_of(Path("runs/run"), every_snapshot=False), Settings(), lambda *progress: None
+            targets_of(Path("runs/run"), every_snapshot=False),
+            EvalOptions(),
+            lambda *progress: None,
         )
     return place
 

@@ -31,7 +31,7 @@ from test_hub_series import write_series
 
 from llmtrain.config.loading import dump_config
 from llmtrain.config.schema import RunConfig
-from llmtrain.storage.files import is_held
+from llmtrain.storage.files import is_locked
 from llmtrain.storage.run_folder import RunFolder, step_folders
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -196,7 +196,7 @@ def test_a_signal_ends_the_commands_that_run_with_their_state_saved(
             2,
         )
     stopper.join()
-    assert step_folders(run.states) and not is_held(run.path)
+    assert step_folders(run.states) and not is_locked(run.path)
     assert not (tmp_path / "never.log").exists()
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed
-from llmtrain.storage.disk import require_room, writing
+from llmtrain.storage.disk import disk_errors, require_room
 from llmtrain.storage.files import staged_folder, write_atomically
 from llmtrain.training.run import pretrain
 
@@ -121,7 +121,7 @@ def test_room_is_asked_for_before_anything_is_written(tmp_path: Path) -> None:
 def test_only_refusals_of_the_target_are_told(tmp_path: Path) -> None:
     """A file elsewhere that may not be read is not a disk that cannot be written to."""
     for filename, kind in (("inputs/model", PermissionError), (".tmp-t/model", RunFailed)):
-        with pytest.raises(kind), writing(tmp_path / "t"):
+        with pytest.raises(kind), disk_errors(tmp_path / "t"):
             raise PermissionError(13, os.strerror(13), str(tmp_path / filename))
 
 

@@ -15,7 +15,7 @@ from llmtrain.errors import UserError
 from llmtrain.storage import files
 from llmtrain.storage.events import read_json_lines
 from llmtrain.storage.files import (
-    exclusive,
+    locked_folder,
     remove_folder,
     remove_leftovers,
     staged_folder,
@@ -246,11 +246,11 @@ def test_the_lock_is_exclusive_and_dies_with_its_process(tmp_path: Path) -> None
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match=f"pid {holder.pid}"), exclusive(tmp_path):
+    with pytest.raises(UserError, match=f"pid {holder.pid}"), locked_folder(tmp_path):
         pass
     holder.kill()
     holder.communicate()
-    with exclusive(tmp_path):
+    with locked_folder(tmp_path):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
 
 

@@ -15,13 +15,13 @@ from worlds import in_processes, train, train_together
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed, UserError, WriteFailed
 from llmtrain.model.gpt import GPT
-from llmtrain.runtime.distributed import World, join
+from llmtrain.runtime.distributed import World, init_distributed
 from llmtrain.runtime.sharded import local, whole
 from llmtrain.storage.integrity import integrity_problems
 from llmtrain.storage.run_folder import RunFolder, step_folders
+from llmtrain.training.checkpoint import read_tensors
 from llmtrain.training.parallel import build_model, resolve_parallel
 from llmtrain.training.run import pretrain
-from llmtrain.training.state import read_tensors
 
 SPREADS = [
     ("ddp", 2, 1),
@@ -181,7 +181,7 @@ def test_cuda_graphs_are_of_one_process(tiny: Build, tmp_path: Path) -> None:
 
 
 def first_weights(config: RunConfig) -> dict[str, npt.NDArray[np.float32]]:
-    with join(CPU, spread=True) as (world, device):
+    with init_distributed(CPU, spread=True) as (world, device):
         model = build_model(config, "fsdp", world, device, "float32")
         parameters = dict(model.named_parameters())
         assert all(local(p).numel() < p.numel() for p in parameters.values())
@@ -267,14 +267,14 @@ def test_spread_otherwise_a_state_keeps_every_bit(forty_steps: RunConfig, tmp_pa
 
 
 def read_from_a_bad_disk(state: Path) -> str:
-    import llmtrain.training.state as module
+    import llmtrain.training.checkpoint as module
 
     def bad(*arguments: Any, **options: Any) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     if os.environ["RANK"] == "1":
         module.HuggingFaceStorageReader.read_data = bad
-    with join(CPU, spread=False):
+    with init_distributed(CPU, spread=False):
         try:
             read_tensors(state, {})
         except OSError as error:
@@ -334,7 +334,7 @@ def test_interrupted_while_an_average_is_evaluated_shards_hold_their_own_weights
 
 
 def train_on_a_full_disk(config: RunConfig, folder: Path) -> str:
-    import llmtrain.training.state_writer as module
+    import llmtrain.training.checkpoint_writer as module
 
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -363,7 +363,7 @@ def join_after_restarts() -> list[float]:
         "TORCHELASTIC_MAX_RESTARTS": "2",
         "TORCHELASTIC_RESTART_COUNT": os.environ["RANK"],
     }
-    with join(CPU, spread=False) as (world, _):
+    with init_distributed(CPU, spread=False) as (world, _):
         return world.sums([1.0])
 
 
@@ -377,7 +377,7 @@ def join_unreachable(patience: float) -> str:
     module._SECONDS_TO_BE_ENDED = patience
     os.environ |= {"GLOO_SOCKET_IFNAME": "no-such-card", "TORCHELASTIC_RUN_ID": "ours"}
     try:
-        with join(CPU, spread=False):
+        with init_distributed(CPU, spread=False):
             return "joined"
     except RunFailed as error:
         return str(error)

@@ -16,7 +16,7 @@ from llmtrain.errors import UserError
 from llmtrain.model.gpt import GPT
 from llmtrain.storage.events import read_events
 from llmtrain.storage.run_folder import RunFolder
-from llmtrain.training.initial import begin_with, open_weights
+from llmtrain.training.initial import load_initial_weights, open_weights
 
 
 def biased(tiny: Build, **overrides: Any) -> RunConfig:
@@ -28,7 +28,7 @@ def biased(tiny: Build, **overrides: Any) -> RunConfig:
 
 def begun(source: Path, config: RunConfig) -> GPT:
     model = GPT(config.model, config.data.block_size, config.seed)
-    begin_with(open_weights(str(source)), model, config)
+    load_initial_weights(open_weights(str(source)), model, config)
     return model
 
 

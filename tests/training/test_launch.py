@@ -15,7 +15,7 @@ from tiny_training import Build, events
 
 from llmtrain.config.loading import dump_config
 from llmtrain.storage.run_folder import RunFolder, step_folders
-from llmtrain.training.state import read_tensors
+from llmtrain.training.checkpoint import read_tensors
 
 BIN = Path(sys.executable).parent
 LONG = {"train__max_steps": 100_000, "train__micro_batch": 2, "log": {"every": 10}}

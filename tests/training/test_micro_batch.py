@@ -18,11 +18,11 @@ from worlds import in_processes, train_together
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.mixture import open_training_data
 from llmtrain.errors import RunFailed
-from llmtrain.runtime.distributed import join
+from llmtrain.runtime.distributed import init_distributed
 from llmtrain.storage.run_folder import RunFolder, step_folders
-from llmtrain.training.micro_batch import choose
+from llmtrain.training.checkpoint import load_state
+from llmtrain.training.micro_batch import find_micro_batch
 from llmtrain.training.run import pretrain
-from llmtrain.training.state import load_state
 from llmtrain.training.trainer import Trainer
 
 ROOM = 64 << 20
@@ -94,11 +94,11 @@ def test_another_number_of_processes_tries_again(tiny: Build, tmp_path: Path) ->
 
 def chosen(config: RunConfig, folder: Path) -> int:
     """The micro-batch of this process; the second one is short of memory."""
-    with join(torch.device("cpu"), spread=False) as (world, device):
+    with init_distributed(torch.device("cpu"), spread=False) as (world, device):
         data = open_training_data(config.data)
         trainer = Trainer(config, RunFolder(folder), data, world, device, lambda line: None)
         with nullcontext() if world.first else no_more_than(ROOM):
-            choose(trainer, lambda line: None)
+            find_micro_batch(trainer, lambda line: None)
         assert all(parameter.grad is None for parameter in trainer.model.parameters())
         return trainer.progress.micro_batch
 

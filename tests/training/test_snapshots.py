@@ -18,7 +18,8 @@ from llmtrain.errors import WriteFailed
 from llmtrain.model.gpt import GPT
 from llmtrain.runtime.distributed import World
 from llmtrain.storage.run_folder import RunFolder, step_folders
-from llmtrain.training import snapshots, state_writer
+from llmtrain.training import checkpoint_writer as state_writer
+from llmtrain.training import snapshots
 from llmtrain.training.snapshots import SnapshotWriter
 
 staged_folder = snapshots.staged_folder

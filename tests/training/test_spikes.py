@@ -197,8 +197,8 @@ def test_a_crash_within_a_rewind_changes_nothing(
 ) -> None:
     """As if the process were killed before each of a rewind's three writes."""
     import llmtrain.training.trainer as trainer_module
+    from llmtrain.training.checkpoint_writer import StateWriter
     from llmtrain.training.metrics import MetricsLog
-    from llmtrain.training.state_writer import StateWriter
 
     poison(50.0)
     config = run_config(tiny, "rewind")

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed
-from llmtrain.training.stability import MAX_HELD_IN_A_ROW, Watch, robust_z
+from llmtrain.training.spikes import MAX_HELD_IN_A_ROW, SpikeDetector, robust_z
 
 WINDOW = 8
 
 
-def watch(action: str = "log", on_nonfinite: str = "skip") -> Watch:
+def watch(action: str = "log", on_nonfinite: str = "skip") -> SpikeDetector:
     config = RunConfig.model_validate(
         {
             "name": "x",
@@ -25,10 +25,10 @@ def watch(action: str = "log", on_nonfinite: str = "skip") -> Watch:
             "spikes": {"action": action, "window": WINDOW, "threshold": 6.0},
         }
     )
-    return Watch(config, torch.device("cpu"))
+    return SpikeDetector(config, torch.device("cpu"))
 
 
-def feed(watched: Watch, values: list[tuple[float, float]], first: int = 1) -> list[bool]:
+def feed(watched: SpikeDetector, values: list[tuple[float, float]], first: int = 1) -> list[bool]:
     return [
         bool(watched.judge(first + i, torch.tensor(loss), torch.tensor(norm)))
         for i, (loss, norm) in enumerate(values)

@@ -22,7 +22,7 @@ from llmtrain import __version__
 from llmtrain.errors import UserError
 from llmtrain.evaluation.report.charts import Drawing, brief, draw, duration, inline
 from llmtrain.evaluation.report.run_charts import LOSS_CHARTS, charts
-from llmtrain.evaluation.report.tables import Record, Saving, gains, read_records, savings
+from llmtrain.evaluation.report.tables import RunRecord, Saving, gains, read_records, savings
 from llmtrain.model.tokenizer import well_formed
 from llmtrain.storage.files import write_atomically
 from llmtrain.storage.run_folder import RAW, RunFolder
@@ -42,7 +42,7 @@ class Report:
     page: Path
     plot: Path
     """Validation loss against steps, as a PNG."""
-    records: list[Record]
+    records: list[RunRecord]
     savings: list[Saving]
     """Of all runs, lowest loss first."""
 
@@ -72,7 +72,7 @@ def write_report(runs: Sequence[RunFolder], folder: Path) -> Report:
     return Report(folder / PAGE, folder / f"{LOSS_CHARTS['steps']}.png", records, saved)
 
 
-def page(records: Sequence[Record], saved: Sequence[Saving], drawings: Sequence[Drawing]) -> str:
+def page(records: Sequence[RunRecord], saved: Sequence[Saving], drawings: Sequence[Drawing]) -> str:
     """The whole page; text of runs is escaped by the template."""
     templates = Environment(
         loader=PackageLoader("llmtrain.evaluation.report", "page"),
@@ -123,7 +123,7 @@ def _figure(drawing: Drawing) -> dict[str, Any]:
     return {"name": name, "axis": axis, "title": drawing.chart.title, "svg": svg}
 
 
-def _lead(record: Record) -> str:
+def _lead(record: RunRecord) -> str:
     """`900 of 900 steps, 3.69M tokens, 0.05 hours`."""
     words = [f"{record.step:,} of {record.config['train.max_steps']:,} steps"]
     if (tokens := record.clock.tokens_at(record.step)) is not None:
@@ -167,13 +167,13 @@ def _saving_cells(row: Saving) -> list[str]:
     ]
 
 
-def _unlike(records: Sequence[Record]) -> list[str]:
+def _unlike(records: Sequence[RunRecord]) -> list[str]:
     """The settings by which the validation losses of the runs are no measure of each other."""
     deciding = ("data.path", "data.block_size", "eval.tokens")
     return [key for key in deciding if len({str(record.config[key]) for record in records}) > 1]
 
 
-def _numbers(records: Sequence[Record]) -> dict[str, Any]:
+def _numbers(records: Sequence[RunRecord]) -> dict[str, Any]:
     """Validation losses by step: a column for each line of the chart."""
     columns = [
         (f"{record.name}: {label}" if len(records) > 1 else label, dict(curve))
@@ -188,7 +188,7 @@ def _numbers(records: Sequence[Record]) -> dict[str, Any]:
     return {"names": [name for name, _ in columns], "rows": rows}
 
 
-def _samples(record: Record, *, several: bool) -> list[dict[str, str]]:
+def _samples(record: RunRecord, *, several: bool) -> list[dict[str, str]]:
     last = len(record.samples) - 1
     chosen = (
         sorted({round(index * last / (_SAMPLES - 1)) for index in range(_SAMPLES)})
@@ -202,7 +202,7 @@ def _samples(record: Record, *, several: bool) -> list[dict[str, str]]:
     ]
 
 
-def _averages(record: Record, *, several: bool) -> list[dict[str, Any]]:
+def _averages(record: RunRecord, *, several: bool) -> list[dict[str, Any]]:
     """What each average is made of, for its newest step."""
     found = []
     for label, about in record.provenance.items():
@@ -229,7 +229,7 @@ def _input(entry: object) -> list[str]:
 
 
 def _settings(
-    records: Sequence[Record], documents: Sequence[Mapping[str, Any]], *, differing: bool = False
+    records: Sequence[RunRecord], documents: Sequence[Mapping[str, Any]], *, differing: bool = False
 ) -> dict[str, Any]:
     """A row for each key, a column for each run."""
     keys = list(dict.fromkeys(key for document in documents for key in document))
@@ -252,7 +252,7 @@ def _setting(value: object) -> str:
 # --- tables ------------------------------------------------------------------------------------
 
 
-def _tables(records: Sequence[Record], saved: Sequence[Saving]) -> dict[str, list[list[Any]]]:
+def _tables(records: Sequence[RunRecord], saved: Sequence[Saving]) -> dict[str, list[list[Any]]]:
     """Name → rows of a CSV file, the first with the names of the columns."""
     losses: list[list[Any]] = [["run", "weights", "step", "tokens", "hours", "loss", "gain"]]
     training: list[list[Any]] = [["run", *_TRAINING_COLUMNS]]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from llmtrain.evaluation.report.charts import Chart, Line, is_drawable
 from llmtrain.evaluation.report.rows import Curve
-from llmtrain.evaluation.report.tables import Record, gains
+from llmtrain.evaluation.report.tables import RunRecord, gains
 from llmtrain.model.tokenizer import well_formed
 
 LOSS_AXES = {"steps": "step", "tokens": "tokens", "hours": "hours of training"}
@@ -33,13 +33,13 @@ _NOT_FROM_ZERO = ("training-loss", "gradient-norm")
 _LEFT_OUT_AT_ZERO = ("skipped",)
 
 
-def charts(records: Sequence[Record]) -> list[Chart]:
+def charts(records: Sequence[RunRecord]) -> list[Chart]:
     """Every chart for which there are numbers, validation loss first."""
     drawn = [*loss_charts(records), gain_chart(records), *training_charts(records)]
     return [chart for chart in drawn if any(line.x for line in chart.lines)]
 
 
-def loss_charts(records: Sequence[Record]) -> list[Chart]:
+def loss_charts(records: Sequence[RunRecord]) -> list[Chart]:
     """Validation loss against steps, tokens and hours."""
     found = []
     for axis, x_label in LOSS_AXES.items():
@@ -53,7 +53,7 @@ def loss_charts(records: Sequence[Record]) -> list[Chart]:
     return found
 
 
-def gain_chart(records: Sequence[Record]) -> Chart:
+def gain_chart(records: Sequence[RunRecord]) -> Chart:
     """The raw loss minus that of each average, at the same step."""
     title = "Gain over raw at the same step (up is better)"
     lines = _lines(records, gains, _scale("steps"))
@@ -62,7 +62,7 @@ def gain_chart(records: Sequence[Record]) -> Chart:
     )
 
 
-def training_charts(records: Sequence[Record]) -> list[Chart]:
+def training_charts(records: Sequence[RunRecord]) -> list[Chart]:
     """One line a run: what training logged."""
     found = []
     for name, key, title, y_label in _TRAINING:
@@ -90,10 +90,10 @@ def training_charts(records: Sequence[Record]) -> list[Chart]:
     return found
 
 
-def _scale(axis: str) -> Callable[[Record, int], float | None]:
+def _scale(axis: str) -> Callable[[RunRecord, int], float | None]:
     """How far along the axis a step of a run lies; None where the run's log does not tell."""
 
-    def place(record: Record, step: int) -> float | None:
+    def place(record: RunRecord, step: int) -> float | None:
         if axis == "steps":
             return step
         return record.clock.tokens_at(step) if axis == "tokens" else record.clock.hours_at(step)
@@ -102,9 +102,9 @@ def _scale(axis: str) -> Callable[[Record, int], float | None]:
 
 
 def _lines(
-    records: Sequence[Record],
-    curves_of: Callable[[Record], dict[str, Curve]],
-    place: Callable[[Record, int], float | None],
+    records: Sequence[RunRecord],
+    curves_of: Callable[[RunRecord], dict[str, Curve]],
+    place: Callable[[RunRecord, int], float | None],
 ) -> list[Line]:
     """A line for each kind of weights of each run; a kind looks the same in every chart."""
     kinds = list(dict.fromkeys(label for record in records for label in record.curves))

@@ -15,7 +15,7 @@ from llmtrain.config.loading import load_config
 from llmtrain.errors import UserError
 from llmtrain.evaluation.report.rows import Curve, loss_curves
 from llmtrain.storage.events import read_events
-from llmtrain.storage.files import is_held
+from llmtrain.storage.files import is_locked
 from llmtrain.storage.run_folder import RAW, RunFolder, is_run
 
 
@@ -93,7 +93,7 @@ def _entry(run: RunFolder) -> Entry:
 def _state(
     run: RunFolder, step: int | None, max_steps: int | None, problem: str | None
 ) -> Literal["running", "finished", "interrupted", "damaged"]:
-    if is_held(run.path):
+    if is_locked(run.path):
         return "running"
     if problem is not None or step is None or max_steps is None:
         return "damaged"

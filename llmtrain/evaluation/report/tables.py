@@ -39,7 +39,7 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """One run."""
 
     name: str
@@ -90,7 +90,7 @@ class Saving:
     hours_saved: float | None
 
 
-def read_records(runs: Sequence[RunFolder]) -> list[Record]:
+def read_records(runs: Sequence[RunFolder]) -> list[RunRecord]:
     """The runs in the order given, each with a name of its own.
 
     Raises:
@@ -104,7 +104,7 @@ def read_records(runs: Sequence[RunFolder]) -> list[Record]:
     ]
 
 
-def read_record(run: RunFolder, name: str) -> Record:
+def read_record(run: RunFolder, name: str) -> RunRecord:
     """Everything that the files of a run tell of it.
 
     Raises:
@@ -116,7 +116,7 @@ def read_record(run: RunFolder, name: str) -> Record:
         e for e in training if math.isfinite(e.get("seconds", math.nan) + e.get("tokens", math.nan))
     ]
     start = [0] if timed else []
-    return Record(
+    return RunRecord(
         name=name,
         run=run,
         config=flatten(load_config(run.config)),
@@ -134,7 +134,7 @@ def read_record(run: RunFolder, name: str) -> Record:
     )
 
 
-def savings(record: Record) -> list[Saving]:
+def savings(record: RunRecord) -> list[Saving]:
     """A row for raw and each average, lowest loss first."""
     raw = record.curves.get(RAW, [])
     raw_step, raw_loss = min(raw, key=lambda point: point[1]) if raw else (None, None)
@@ -147,7 +147,7 @@ def savings(record: Record) -> list[Saving]:
 
 
 def _saving(
-    record: Record, label: str, curve: Curve, raw_step: int | None, raw_loss: float | None
+    record: RunRecord, label: str, curve: Curve, raw_step: int | None, raw_loss: float | None
 ) -> Saving:
     step, loss = min(curve, key=lambda point: point[1])
     reached = None
@@ -175,7 +175,7 @@ def _difference(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
 
 
-def gains(record: Record) -> dict[str, Curve]:
+def gains(record: RunRecord) -> dict[str, Curve]:
     """For each average, by step: the raw loss of the same step minus its own; positive is better."""
     raw = dict(record.curves.get(RAW, []))
     curves = {

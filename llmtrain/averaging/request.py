@@ -3,7 +3,7 @@
 Why: which checkpoints, which weights, which name and which folder are decided here, before anything
 is read; an option that a method does not take is an error and never ignored.
 
-    plans = make_plans(series, Request(method="lawa", every=1000, window=5))
+    plans = make_specs(series, Request(method="lawa", every=1000, window=5))
 """
 
 import re
@@ -42,7 +42,7 @@ METHODS = tuple(OPTIONS)
 
 
 @dataclass(frozen=True)
-class Request:
+class AverageRequest:
     """What was asked for; None: not said."""
 
     method: str = "lawa"
@@ -82,7 +82,7 @@ class Request:
         return int(at)
 
 
-def make_plans(series: Series, request: Request) -> list[AverageSpec]:
+def make_specs(series: Series, request: AverageRequest) -> list[AverageSpec]:
     """The averages that a request means, ascending by step.
 
     Raises:
@@ -103,7 +103,7 @@ def make_plans(series: Series, request: Request) -> list[AverageSpec]:
     return [_finished(plan, series, request) for plan in plans]
 
 
-def _check_options(request: Request) -> None:
+def _check_options(request: AverageRequest) -> None:
     if request.method not in OPTIONS:
         raise UserError(
             f"--method {request.method!r} is unknown", hint=f"one of {', '.join(METHODS)}"
@@ -139,7 +139,7 @@ def _check_options(request: Request) -> None:
         )
 
 
-def _every(series: Series, request: Request, size: int) -> int:
+def _every(series: Series, request: AverageRequest, size: int) -> int:
     if request.every is not None:
         return request.every
     spacings = possible_spacings(series.steps, size)
@@ -151,7 +151,7 @@ def _every(series: Series, request: Request, size: int) -> int:
     )
 
 
-def _windows(series: Series, request: Request) -> list[AverageSpec]:
+def _windows(series: Series, request: AverageRequest) -> list[AverageSpec]:
     """Windows of a fixed size: lawa, linear, decay, and ema with --window."""
     if request.start is not None:
         raise UserError(
@@ -177,7 +177,7 @@ def _windows(series: Series, request: Request) -> list[AverageSpec]:
     ]
 
 
-def _growing(series: Series, request: Request) -> list[AverageSpec]:
+def _growing(series: Series, request: AverageRequest) -> list[AverageSpec]:
     """Everything from a step on: swa, and ema without --window.
 
     The checkpoints are counted back from the one the average stands for, `every` apart, to the
@@ -225,7 +225,7 @@ def _growing(series: Series, request: Request) -> list[AverageSpec]:
 
 
 def _weights(
-    request: Request, count: int, every: int
+    request: AverageRequest, count: int, every: int
 ) -> tuple[list[float], list[float] | None, str, dict[str, Any]]:
     """Weights, decays of a float32 recursion if that is wanted, start of the label, options."""
     options: dict[str, Any] = {"every": every}
@@ -247,7 +247,7 @@ def _weights(
 
 
 def _ema_weights(
-    request: Request, count: int, every: int, options: dict[str, Any]
+    request: AverageRequest, count: int, every: int, options: dict[str, Any]
 ) -> tuple[list[float], list[float] | None, str, dict[str, Any]]:
     if (request.decay is None) == (request.half_life is None):
         raise UserError(
@@ -274,7 +274,7 @@ def _ema_weights(
     return coefficients.exponential(count, decay), None, name, options
 
 
-def _custom(series: Series, request: Request) -> list[AverageSpec]:
+def _custom(series: Series, request: AverageRequest) -> list[AverageSpec]:
     """Weights from a file: of certain steps, or of the places in a window."""
     if request.weights is None:
         raise UserError(
@@ -305,7 +305,7 @@ def _custom(series: Series, request: Request) -> list[AverageSpec]:
 
 def _plan(
     series: Series,
-    request: Request,
+    request: AverageRequest,
     label: str,
     steps: Sequence[int],
     weights: list[float],
@@ -326,7 +326,7 @@ def _plan(
     )
 
 
-def _finished(plan: AverageSpec, series: Series, request: Request) -> AverageSpec:
+def _finished(plan: AverageSpec, series: Series, request: AverageRequest) -> AverageSpec:
     """The plan with its final label and folder."""
     label = request.label or plan.label
     if request.out is None:

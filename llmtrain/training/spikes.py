@@ -5,7 +5,7 @@ for the device, and every rank, seeing the same reduced loss and norm, decides a
 of it when it reads numbers anyway (`drain`); where a policy stops or rewinds, every step after the
 incident is held back until then, so the weights stay those of the step before it.
 
-    watch = Watch(config, device); hold = watch.judge(step, loss, norm); incidents = watch.drain()
+    watch = SpikeDetector(config, device); hold = watch.judge(step, loss, norm); incidents = watch.drain()
 """
 
 import math
@@ -29,7 +29,7 @@ _FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
-class Incident:
+class SpikeEvent:
     """A step whose numbers were not finite, or far above those before it."""
 
     step: int
@@ -81,7 +81,7 @@ def robust_z(values: Tensor, history: Tensor) -> Tensor:
     return (values - median) / torch.maximum(_SCALE * deviation, _FLOOR * median.abs())
 
 
-class Watch:
+class SpikeDetector:
     """Looks at each step's loss and gradient norm, holds steps back, and remembers what the host must know."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
@@ -124,7 +124,7 @@ class Watch:
         self._pending.append((step, torch.cat([values, z, seen])))
         return hold
 
-    def drain(self) -> list[Incident]:
+    def drain(self) -> list[SpikeEvent]:
         """What happened since the last call, in order, up to the first that stops or rewinds.
 
         Raises:
@@ -144,7 +144,7 @@ class Watch:
             if action == "ignore":
                 continue
             kind: Literal["nonfinite", "spike"] = "nonfinite" if nonfinite else "spike"
-            incidents.append(Incident(step, kind, loss, norm, z_loss, z_norm, action))
+            incidents.append(SpikeEvent(step, kind, loss, norm, z_loss, z_norm, action))
             if action in ("stop", "rewind"):
                 return incidents
         if self._held_in_a_row >= MAX_HELD_IN_A_ROW:

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from llmtrain.errors import RunFailed
 from llmtrain.training.micro_batch import is_out_of_memory, one_pass
-from llmtrain.training.parallel import exchanging, wrapped
+from llmtrain.training.parallel import grad_sync, wrap_parallel
 
 if TYPE_CHECKING:
     from llmtrain.training.trainer import Trainer
 
 
-def compiled(trainer: "Trainer", warn: Callable[[str], None]) -> nn.Module:
+def compile_model(trainer: "Trainer", warn: Callable[[str], None]) -> nn.Module:
     """The module to call in training; in evaluation mode the same model runs uncompiled.
 
     Args:
@@ -36,13 +36,13 @@ def compiled(trainer: "Trainer", warn: Callable[[str], None]) -> nn.Module:
     Raises:
         RunFailed: compiling fails where other processes cannot be told.
     """
-    module = wrapped(trainer.model, trainer.parallel, trainer.device)
+    module = wrap_parallel(trainer.model, trainer.parallel, trainer.device)
     if trainer.to_compile:
         _compile(trainer, module, warn)
     return module
 
 
-def gradients_of_their_own(model: nn.Module) -> None:
+def allocate_grads(model: nn.Module) -> None:
     """Let every parameter have a gradient, of zeros, for a backward pass to add to.
 
     Where there is none, torch takes over what the pass gives; of a CUDA graph that is memory which its next
@@ -97,8 +97,8 @@ def _failure(trainer: "Trainer", module: nn.Module) -> str | None:
     try:
         for _ in range(3 if trainer.replays else 1):
             if trainer.replays:
-                gradients_of_their_own(trainer.model)
-            with exchanging(module, trainer.parallel != "ddp"):
+                allocate_grads(trainer.model)
+            with grad_sync(module, trainer.parallel != "ddp"):
                 one_pass(trainer, module, trainer.progress.micro_batch)
     except Exception as error:  # torch.compile fails with the exceptions of any of its back ends
         # Too little memory is no failure of it: the first step meets that too, and lowers the micro-batch.

@@ -33,7 +33,13 @@ from llmtrain.runtime.distributed import World
 from llmtrain.runtime.sharded import local
 from llmtrain.storage.files import remove_folder, remove_leftovers, staged_folder
 from llmtrain.storage.run_folder import RunFolder, step_folders
-from llmtrain.training.state import FACTS_FILE, FORMAT_VERSION, TENSORS_FILE, Progress, regular
+from llmtrain.training.checkpoint import (
+    FACTS_FILE,
+    FORMAT_VERSION,
+    TENSORS_FILE,
+    TrainingProgress,
+    regular,
+)
 
 T = TypeVar("T")
 
@@ -60,7 +66,7 @@ class StateWriter:
 
     def save(
         self,
-        progress: Progress,
+        progress: TrainingProgress,
         updates: dict[str, int],
         tensors: dict[str, Tensor],
         *,

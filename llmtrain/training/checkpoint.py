@@ -31,7 +31,7 @@ from llmtrain.runtime.sharded import local, overwrite, part_of
 from llmtrain.storage.integrity import integrity_problems
 from llmtrain.storage.json_files import read_json
 from llmtrain.storage.run_folder import RunFolder, step_folders
-from llmtrain.training.stability import Watch
+from llmtrain.training.spikes import SpikeDetector
 
 FORMAT_VERSION = 2
 TENSORS_FILE = "tensors.safetensors"
@@ -44,7 +44,7 @@ class OtherVersion(UserError):
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """What a run has done so far, apart from its weights."""
 
     step: int = 0
@@ -67,11 +67,11 @@ class Progress:
 
 
 @dataclass
-class State:
+class TrainingCheckpoint:
     """What decides how training goes on: the tensors are read from its folder when they are needed."""
 
     folder: Path
-    progress: Progress
+    progress: TrainingProgress
     average_updates: dict[str, int]
     """Updates each online average has seen, by label."""
 
@@ -80,7 +80,7 @@ def gather(
     model: nn.Module,
     optimizer: Optimizer,
     averages: Sequence[OnlineAverage],
-    watch: Watch,
+    watch: SpikeDetector,
     *,
     copy: bool = False,
 ) -> dict[str, Tensor]:
@@ -110,11 +110,11 @@ def gather(
 
 
 def restore(
-    state: State,
+    state: TrainingCheckpoint,
     model: nn.Module,
     optimizer: Optimizer,
     averages: Sequence[OnlineAverage],
-    watch: Watch,
+    watch: SpikeDetector,
 ) -> None:
     """Put everything that `gather` took back into its place, of whatever number of processes it was.
 
@@ -190,7 +190,7 @@ def regular(steps: Sequence[int], every: int) -> list[int]:
     return [step for step in steps if step % every == 0 or step == steps[0]]
 
 
-def load_state(folder: Path) -> State:
+def load_state(folder: Path) -> TrainingCheckpoint:
     """A state, its hashes checked.
 
     Raises:
@@ -208,7 +208,9 @@ def load_state(folder: Path) -> State:
             hint="use the version of llmtrain that wrote it",
         )
     try:
-        return State(folder, Progress(**facts["progress"]), facts["average_updates"])
+        return TrainingCheckpoint(
+            folder, TrainingProgress(**facts["progress"]), facts["average_updates"]
+        )
     except (TypeError, KeyError) as error:
         raise UserError(
             f"the state {folder} cannot be read: {error}", hint="move it away"
@@ -217,7 +219,7 @@ def load_state(folder: Path) -> State:
 
 def newest_state(
     run: RunFolder, warn: Callable[[str], None], among: Collection[int] | None = None
-) -> State | None:
+) -> TrainingCheckpoint | None:
     """The newest state that is whole (of the steps `among`, if given); None while the run has saved none.
 
     A damaged one is told, kept beside the others as `step-…-damaged`, and passed over.
