@@ -57,7 +57,7 @@ def export(
 
     The model card tells data, recipe, losses and averaging as the run recorded them, and names no local folder.
     """
-    from llmtrain.evaluation.selection import choose_weights
+    from llmtrain.evaluation.results import choose_weights
     from llmtrain.export import formats as library
 
     weights, _ = choose_weights(target)

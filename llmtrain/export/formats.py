@@ -29,7 +29,7 @@ from llmtrain.checkpoints.gpt2_folder import (
 from llmtrain.checkpoints.targets import Target
 from llmtrain.errors import UserError
 from llmtrain.evaluation.generation import tokenizer_of
-from llmtrain.evaluation.results import stored_rows
+from llmtrain.evaluation.results import stored_results
 from llmtrain.export.model_card import model_card
 from llmtrain.model.gpt import GPT
 from llmtrain.model.tokenizer import Tokenizer
@@ -169,7 +169,7 @@ def _new_optimizer(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _loss(target: Target) -> float:
     """The loss that `eval` measured of these weights; nanoGPT's 1e9 where it has not."""
-    rows = stored_rows(target.run) if target.run else []
+    rows = stored_results(target.run) if target.run else []
     losses = [
         r.loss for r in rows if (r.label, r.step, r.split) == (target.label, target.step, "val")
     ]

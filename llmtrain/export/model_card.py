@@ -20,7 +20,7 @@ from llmtrain.checkpoints.weights_folder import PROVENANCE_FILE, load_origin
 from llmtrain.config.loading import dump_config, load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.manifest import MANIFEST_FILE, Manifest, read_manifest
-from llmtrain.evaluation.results import Row, stored_rows
+from llmtrain.evaluation.results import EvalResult, stored_results
 from llmtrain.model.tokenizer import Tokenizer
 from llmtrain.planning.architecture import Architecture
 from llmtrain.storage.json_files import read_json
@@ -135,14 +135,14 @@ def _data(manifests: Sequence[Manifest]) -> str:
     return f"## Data\n\n{table}\n\nSHA-256 of what `llmtrain prepare` recorded: {hashes}."
 
 
-def _rows(target: Target) -> list[Row]:
+def _rows(target: Target) -> list[EvalResult]:
     """What was measured of these weights and of the others of their step."""
     if target.run is None:
         return []
-    return [row for row in stored_rows(target.run) if row.step == target.step]
+    return [row for row in stored_results(target.run) if row.step == target.step]
 
 
-def _losses(rows: Sequence[Row]) -> str:
+def _losses(rows: Sequence[EvalResult]) -> str:
     lines = [
         (
             row.label,

@@ -27,8 +27,9 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.data.shards import open_data
 from llmtrain.data.verify import verify_below
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.evaluation.report.rows import loss_curves, newest_rows
-from llmtrain.evaluation.results import EvalOptions, measure
+from llmtrain.evaluation.loss import measure_losses
+from llmtrain.evaluation.options import EvalOptions
+from llmtrain.evaluation.report.records import loss_curves, newest_results
 from llmtrain.model import tokenizer
 from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.checkpoint import load_state, read_tensors
@@ -56,7 +57,7 @@ def workplace(
         resume=place / "run" / "state" / "step-00000004",
         say=lambda line: None,
     )
-    measure(targets_of(place / "run", every_snapshot=False), EvalOptions(), lambda *progress: None)
+    measure_losses(targets_of(place / "run", every_snapshot=False), EvalOptions(), lambda *progress: None)
     for step in (10, 20):
         write_checkpoint(place / "shards" / f"step{step}", small(step), shards=2)
         (place / "pt").mkdir(exist_ok=True)
@@ -136,7 +137,7 @@ def resumed(place: Path) -> object:
 
 
 def report(place: Path) -> object:
-    return len(newest_rows(RunFolder(place / "run"))), sorted(loss_curves(RunFolder(place / "run")))
+    return len(newest_results(RunFolder(place / "run"))), sorted(loss_curves(RunFolder(place / "run")))
 
 
 def ranks(place: Path) -> object:
