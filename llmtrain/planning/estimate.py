@@ -39,7 +39,7 @@ from llmtrain.planning.sizes import (
     snapshot_bytes,
     snapshot_steps,
 )
-from llmtrain.runtime.device import Precision, Published, published, resolve_precision
+from llmtrain.runtime.device import Datasheet, Precision, datasheet, resolve_precision
 
 DEFAULT_MICRO_BATCH = 16
 """Upper limit of an `auto` micro-batch if the device's memory is unknown."""
@@ -166,7 +166,7 @@ def resolve_machine(config: RunConfig, options: HardwareOptions, flops_per_token
     """
     options.check()
     device = options.device.lower()
-    sheet = Published(0.0, None) if device in ("cpu", "other") else published(device)
+    sheet = Datasheet(0.0, None) if device in ("cpu", "other") else datasheet(device)
     precision, precision_note = _precision(config, device)
     item = 2 if precision == "bfloat16" else 4
     layout = Layout(options.devices, _parallel(config, options), item, cuda=device != "cpu")
@@ -338,7 +338,7 @@ def _speed(
     return dense * mfu, f"speed: {mfu:.0%} (--mfu) of {peak}, published dense bfloat16 peak"
 
 
-def _link(options: HardwareOptions, sheet: Published) -> tuple[float | None, str | None]:
+def _link(options: HardwareOptions, sheet: Datasheet) -> tuple[float | None, str | None]:
     """Return the bytes/s of one device in each direction."""
     if options.devices == 1:
         return None, None
