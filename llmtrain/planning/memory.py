@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from llmtrain.config.averages import AverageConfig, LawaConfig, RunningMeanConfig, SwaConfig
 from llmtrain.config.schema import RunConfig
+from llmtrain.config.sections import AverageConfig, LawaConfig, RunningMeanConfig, SwaConfig
 from llmtrain.planning.activations import FLOAT, Activations
 from llmtrain.planning.architecture import Architecture
 

@@ -8,14 +8,14 @@ the headers of their files and the JSON beside them are a few kilobytes a folder
 
 from dataclasses import dataclass
 
-from llmtrain.config.averages import (
+from llmtrain.config.schema import RunConfig
+from llmtrain.config.sections import (
     AverageConfig,
     EmaConfig,
     LawaConfig,
     PowerEmaConfig,
     RunningMeanConfig,
 )
-from llmtrain.config.schema import RunConfig
 from llmtrain.planning.activations import FLOAT
 from llmtrain.planning.architecture import Architecture
 from llmtrain.planning.memory import bytes_held, moments
@@ -77,7 +77,7 @@ def run_storage(config: RunConfig) -> Storage:
     model = Architecture(config.model, config.data.block_size)
     state = FLOAT * (model.parameters + moments(config, model))
     # One that may go back saves where it began.
-    states = len(_multiples(config.checkpoint.state_every, config)) + config.rewinds
+    states = len(_multiples(config.checkpoint.state_every, config)) + config.may_rewind
     state += sum(bytes_held(each) for each in config.averages) * model.parameters
     return Storage(
         snapshots=Saved("snapshots", len(snapshot_steps(config)), snapshot_bytes(config)),
@@ -95,20 +95,10 @@ def _multiples(every: int, config: RunConfig) -> list[int]:
 
 def _saved(average: AverageConfig, config: RunConfig) -> Saved:
     """The folders of one online average: saved with a snapshot, once there is an average."""
-    grid = set(_multiples(_save_every(average, config), config))
+    grid = set(_multiples(config.save_every(average), config))
     steps = [s for s in snapshot_steps(config) if s in grid and _ready(average, s, config)]
     files = 2 if isinstance(average, RunningMeanConfig) else 1  # and what the mean lost by rounding
     return Saved(f"averages/{average.label}", len(steps), files * snapshot_bytes(config))
-
-
-def _save_every(average: AverageConfig, config: RunConfig) -> int:
-    """Steps between two saves, as `Trainer` has them."""
-    snapshot, state = config.checkpoint.snapshot_every, config.checkpoint.state_every
-    if average.save_every is not None:
-        return average.save_every
-    if isinstance(average, RunningMeanConfig | PowerEmaConfig):
-        return snapshot
-    return -(-state // snapshot) * snapshot
 
 
 def _ready(average: AverageConfig, step: int, config: RunConfig) -> bool:

@@ -304,7 +304,7 @@ def test_the_gpu_plan_costs_what_its_header_says_and_queues_branches_after_their
     done = subprocess.run(wrong, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (
         done.returncode == 2
-        and "there is no such key" in done.stderr
+        and "unknown key" in done.stderr
         and "Traceback" not in done.stderr
     )
     rows = {
