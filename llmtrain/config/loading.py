@@ -83,9 +83,7 @@ def load_config(file: Path, overrides: list[str] | None = None) -> RunConfig:
         ) from None
     values, node = _parse_yaml(text, str(file))
     if not isinstance(values, dict):
-        raise UserError(
-            f"{file} contains no keys", hint="print an example: llmtrain recipes demo"
-        )
+        raise UserError(f"{file} contains no keys", hint="print an example: llmtrain recipes demo")
     for override in overrides or []:
         _override(values, override)
     values.setdefault("name", file.stem)

@@ -1,6 +1,6 @@
 """The configurations in `configs/`, which are part of the installed package.
 
-    for recipe in list_recipes(): print(recipe.name, recipe.summary)
+for recipe in list_recipes(): print(recipe.name, recipe.summary)
 """
 
 import difflib

@@ -1,6 +1,6 @@
 """The typed configuration of a run: every key, its type, its default and the checks between keys.
 
-    RunConfig.model_validate({"name": "x", "data": {"path": "x"}, "train": {"batch_sequences": 8}})
+RunConfig.model_validate({"name": "x", "data": {"path": "x"}, "train": {"batch_sequences": 8}})
 """
 
 import math

@@ -1,6 +1,6 @@
 """Sections of the configuration that are usable without the whole: data, schedules, averages.
 
-    DataConfig(path="data/openwebtext", mix=[MixConfig(path="data/old", weight=0.05)])
+DataConfig(path="data/openwebtext", mix=[MixConfig(path="data/old", weight=0.05)])
 """
 
 from typing import Annotated, Literal

@@ -82,8 +82,14 @@ def test_scientific_notation_is_a_number_and_the_name_is_the_files(tmp_path: Pat
             "schedule.warmup: unknown key; did you mean warmup_steps?",
         ),
         (GOOD.replace("cosine", "cosin"), "line 6: schedule: name 'cosin' is not one of"),
-        (GOOD.replace("min_lr: 6e-4", "min_lr: 1"), "min_lr must not exceed the peak, optimizer.lr (0.006)"),
-        (GOOD.replace("warmup_steps: 10", "warmup_steps: 100"), "warmup_steps (100) must be smaller than train.max_steps (100)"),
+        (
+            GOOD.replace("min_lr: 6e-4", "min_lr: 1"),
+            "min_lr must not exceed the peak, optimizer.lr (0.006)",
+        ),
+        (
+            GOOD.replace("warmup_steps: 10", "warmup_steps: 100"),
+            "warmup_steps (100) must be smaller than train.max_steps (100)",
+        ),
         (
             GOOD.replace("micro_batch: 16", "micro_batch: 12"),
             "micro_batch (12) must divide the 32 sequences of a step, for example 8",

@@ -43,8 +43,7 @@ from llmtrain.evaluation.generation import (
 )
 from llmtrain.evaluation.selection import choose_weights
 from llmtrain.model.gpt import GPT
-from llmtrain.model.tokenizer import load_tokenizer
-from llmtrain.model.tokenizer_files import tokenizer_files
+from llmtrain.model.tokenizer import load_tokenizer, tokenizer_files
 from llmtrain.storage.hub import hub_errors
 from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.run import pretrain
