@@ -33,7 +33,7 @@ from llmtrain.evaluation.results import stored_rows
 from llmtrain.export.model_card import model_card
 from llmtrain.model.gpt import GPT
 from llmtrain.model.tokenizer import Tokenizer, tokenizer_files
-from llmtrain.storage.files import staged_folder
+from llmtrain.storage.commit import staged_folder
 
 Form = Literal["hf", "nanogpt"]
 
