@@ -17,8 +17,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from llmtrain.config.averages import AverageConfig, LawaConfig, RunningMeanConfig, SwaConfig
 from llmtrain.config.schema import RunConfig
+from llmtrain.config.sections import AverageConfig, LawaConfig, RunningMeanConfig, SwaConfig
 from llmtrain.errors import UserError
 from llmtrain.planning.hardware import Parallel
 from llmtrain.planning.sizes import (

@@ -18,7 +18,8 @@ formulas hold for the uncompiled model; torch.compile saves less because it reco
 
 from dataclasses import dataclass
 
-from llmtrain.config.averages import (
+from llmtrain.config.schema import ModelConfig, RunConfig
+from llmtrain.config.sections import (
     AverageConfig,
     EmaConfig,
     LawaConfig,
@@ -26,7 +27,6 @@ from llmtrain.config.averages import (
     RunningMeanConfig,
     SwaConfig,
 )
-from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.model.sizes import (
     SHORT,
     rows_in_cache,
@@ -230,7 +230,7 @@ def disk_usage(config: RunConfig) -> DiskUsage:
     held = sum(bytes_held(each) for each in config.averages) * model.parameters
     state = FLOAT * (model.parameters + moments(config, model)) + held
     # A run that may rewind also saves its first state.
-    states = len(_multiples(config.checkpoint.state_every, config)) + config.rewinds
+    states = len(_multiples(config.checkpoint.state_every, config)) + config.may_rewind
     snapshots = SavedFolders("snapshots", len(snapshot_steps(config)), snapshot_bytes(config))
     return DiskUsage(
         snapshots=snapshots,
@@ -275,20 +275,10 @@ def snapshot_bytes(config: RunConfig) -> int:
 
 def _saved_average(average: AverageConfig, config: RunConfig) -> SavedFolders:
     """Return the folders of one online average, saved with snapshots."""
-    grid = set(_multiples(_save_every(average, config), config))
+    grid = set(_multiples(config.save_every(average), config))
     steps = [s for s in snapshot_steps(config) if s in grid and _ready(average, s, config)]
     files = 2 if isinstance(average, RunningMeanConfig) else 1  # with the mean's residual
     return SavedFolders(f"averages/{average.label}", len(steps), files * snapshot_bytes(config))
-
-
-def _save_every(average: AverageConfig, config: RunConfig) -> int:
-    """Return the steps between two saves, as in training."""
-    snapshot, state = config.checkpoint.snapshot_every, config.checkpoint.state_every
-    if average.save_every is not None:
-        return average.save_every
-    if isinstance(average, RunningMeanConfig | PowerEmaConfig):
-        return snapshot
-    return -(-state // snapshot) * snapshot
 
 
 def _ready(average: AverageConfig, step: int, config: RunConfig) -> bool:
