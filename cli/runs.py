@@ -10,8 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Column, Table
 
-from .common import console, notes, print_json, warn
-from .plan import size
+from .common import console, format_bytes, notes, print_json, warn
 
 if TYPE_CHECKING:
     from llmtrain.evaluation.report.run_list import BestLoss, RunEntry
@@ -65,7 +64,7 @@ def _table(entries: "list[RunEntry]") -> Table:
             _loss(entry.raw),
             _loss(entry.average),
             _age(time.time() - entry.modified),
-            size(entry.bytes),
+            format_bytes(entry.bytes),
             "" if entry.average is None else escape(entry.average.label),
         )
     return table

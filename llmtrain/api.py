@@ -20,7 +20,7 @@ from llmtrain.evaluation.generation import generate_text, load_generator
 from llmtrain.evaluation.loss import measure_losses
 from llmtrain.evaluation.options import EvalOptions, Sampling
 from llmtrain.evaluation.results import EvalResult, choose_weights
-from llmtrain.export.formats import export as export_weights
+from llmtrain.export.publish import export as export_weights
 from llmtrain.training.run import pretrain
 
 __all__ = [

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from llmtrain.checkpoints.targets import Target
 from llmtrain.checkpoints.weights_folder import weights_files
 from llmtrain.errors import UserError, WriteFailed
-from llmtrain.storage.files import write_atomically
+from llmtrain.storage.commit import write_atomically
 from llmtrain.storage.integrity import INTEGRITY_FILE, read_integrity, sha256_of
 from llmtrain.storage.json_files import read_json
 from llmtrain.storage.run_folder import step_name

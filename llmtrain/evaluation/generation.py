@@ -21,8 +21,7 @@ from llmtrain.checkpoints.gpt2_folder import Shape, load_model, load_shape
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.options import Sampling
 from llmtrain.model.gpt import GPT, Attention, Block
-from llmtrain.model.tokenizer import Tokenizer, load_tokenizer, tokenizer_ending_with
-from llmtrain.model.tokenizer_files import is_spoken
+from llmtrain.model.tokenizer import Tokenizer, has_same_ids, load_tokenizer, tokenizer_for_eot
 from llmtrain.runtime.device import resolve_device
 
 
@@ -156,14 +155,14 @@ def tokenizer_of(folder: Path, shape: Shape, name: str | None = None) -> Tokeniz
     Raises:
         UserError: it is not one of our tokenizers, or has more ids than the model.
     """
-    tokenizer = load_tokenizer(name) if name else tokenizer_ending_with(shape.eot, folder)
+    tokenizer = load_tokenizer(name) if name else tokenizer_for_eot(shape.eot, folder)
     if tokenizer.vocab_size > shape.model.vocab_size:
         raise UserError(
             f"{folder} has {shape.model.vocab_size:,} rows of embeddings, "
             f"the {tokenizer.name} tokenizer {tokenizer.vocab_size:,} ids",
             hint="pass the tokenizer of the model: --tokenizer gpt2 or --tokenizer byte",
         )
-    if name is None and not is_spoken(folder, tokenizer):
+    if name is None and not has_same_ids(folder, tokenizer):
         raise UserError(
             f"the tokenizer files in {folder} produce other ids than our {tokenizer.name} tokenizer",
             hint="to use ours anyway, pass --tokenizer gpt2 or --tokenizer byte",

@@ -28,8 +28,7 @@ from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.hf_models import load_transformers, own_tokenizer
 from llmtrain.evaluation.options import TaskDefinition, TaskOptions
 from llmtrain.evaluation.results import Score, TaskResult
-from llmtrain.model.tokenizer import tokenizer_ending_with
-from llmtrain.model.tokenizer_files import fast_tokenizer
+from llmtrain.model.tokenizer import fast_tokenizer, tokenizer_for_eot
 from llmtrain.runtime.device import resolve_device
 
 CPU_BATCH = 8
@@ -91,7 +90,7 @@ class _Model(HFLM):  # type: ignore[misc]  # lm-eval has no types
         super().__init__(
             pretrained=model.to(device),
             tokenizer=tokenizer
-            or fast_tokenizer(tokenizer_ending_with(load_shape(folder).eot, folder)),
+            or fast_tokenizer(tokenizer_for_eot(load_shape(folder).eot, folder)),
             backend="causal",
             batch_size=CPU_BATCH
             if options.batch == "auto" and device.type == "cpu"

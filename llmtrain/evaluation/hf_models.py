@@ -20,8 +20,7 @@ from llmtrain.checkpoints.weights_folder import CONFIG_FILE
 from llmtrain.data.shards import TokenData
 from llmtrain.errors import UserError
 from llmtrain.model.gpt import GPT, IGNORE
-from llmtrain.model.tokenizer import load_tokenizer, tokenizer_ending_with
-from llmtrain.model.tokenizer_files import is_spoken
+from llmtrain.model.tokenizer import has_same_ids, load_tokenizer, tokenizer_for_eot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -191,7 +190,7 @@ def encoding_of(folder: Path) -> Encoding:
     """
     own = own_tokenizer(folder)
     if own is None:
-        ours = tokenizer_ending_with(load_shape(folder).eot, folder)
+        ours = tokenizer_for_eot(load_shape(folder).eot, folder)
         return Encoding(lambda text: ours.encode(text).astype(np.int64), ours.eot)
     eot = own.eos_token_id if own.eos_token_id is not None else own.bos_token_id
     if not isinstance(eot, int):
@@ -213,7 +212,7 @@ def reencode(folder: Path, data: TokenData, split: str, limit: int) -> Reencoded
     GPT-2, comparing the files and the end-of-text id is enough; transformers is not needed.
     """
     ours = load_tokenizer(data.tokenizer)
-    same = not is_hf(folder) and load_shape(folder).eot == ours.eot and is_spoken(folder, ours)
+    same = not is_hf(folder) and load_shape(folder).eot == ours.eot and has_same_ids(folder, ours)
     if same or load_tokenizer_files(folder) is None:
         return None
     encoding, reader = encoding_of(folder), data.reader(split)

@@ -32,9 +32,9 @@ from llmtrain.runtime.device import (
     Precision,
     autocast,
     keep_freed_memory,
-    on_device,
     resolve_device,
     resolve_precision,
+    to_device,
 )
 from llmtrain.runtime.distributed import World
 from llmtrain.storage.run_folder import RAW
@@ -118,7 +118,7 @@ def evaluate(
                 # FSDP's forward is collective, so ranks without windows repeat the first one.
                 some = windows[mine : mine + batch] or windows[:1]
                 tokens, targets = _fill(reader, some, block_size)
-                loss = model(on_device(tokens, device), on_device(targets, device))
+                loss = model(to_device(tokens, device), to_device(targets, device))
                 if mine < len(windows):
                     counted = targets[targets != IGNORE]
                     losses.append(loss)  # read at the end, to avoid a GPU sync per batch

@@ -28,7 +28,7 @@ from llmtrain.evaluation.report.charts import (
 )
 from llmtrain.evaluation.report.records import RunRecord, Saving, gains, read_records, savings
 from llmtrain.model.tokenizer import well_formed
-from llmtrain.storage.files import write_atomically
+from llmtrain.storage.commit import write_atomically
 from llmtrain.storage.run_folder import RAW, RunFolder
 
 PAGE = "report.html"

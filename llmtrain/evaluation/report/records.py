@@ -16,8 +16,7 @@ from llmtrain.checkpoints.weights_folder import PROVENANCE_FILE
 from llmtrain.config.loading import load_config
 from llmtrain.config.schema import flatten
 from llmtrain.evaluation.results import EvalResult, stored_results
-from llmtrain.storage.events import read_events
-from llmtrain.storage.json_files import read_json
+from llmtrain.storage.json_files import read_events, read_json
 from llmtrain.storage.run_folder import RAW, RunFolder, step_folders
 
 Curve = list[tuple[int, float]]
