@@ -24,7 +24,7 @@ from types import FrameType
 LLMTRAIN = Path(sys.executable).parent / "llmtrain"
 _FAILED_RUN, _REFUSED = 1, 2
 """How llmtrain ends where a run failed, and where the input is not what it should be."""
-_DIVERGED = "not taken"
+_DIVERGED = "skipped"
 """What it says where loss or gradients were not finite: of what a run fails with, this alone is its own doing."""
 _OF_THE_HUB = re.compile("the hub (refuses|wants to know|has no)|40[134] Client Error")
 """What it says where the name is wrong, or another token is wanted: nothing that was measured, and soon mended."""
