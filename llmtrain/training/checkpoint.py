@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from llmtrain.averaging.online import OnlineAverage
 from llmtrain.errors import UserError
-from llmtrain.runtime.sharded import local, overwrite, part_of
+from llmtrain.runtime.sharded import from_local, load_shards, to_local
 from llmtrain.storage.integrity import integrity_problems
 from llmtrain.storage.json_files import read_json
 from llmtrain.storage.run_folder import RunFolder, step_folders
@@ -105,10 +105,10 @@ def collect_tensors(
     tensors |= {f"watch/{name}": tensor for name, tensor in spikes.state().items()}
     collected = {}
     for key, tensor in tensors.items():
-        part = local(tensor.detach()).to("cpu", copy=copy).contiguous()
+        part = to_local(tensor.detach()).to("cpu", copy=copy).contiguous()
         parameter = parameters.get(_parameter_name(key))
-        if parameter is not None and part.shape == local(parameter).shape:
-            part = part_of(parameter, part)
+        if parameter is not None and part.shape == to_local(parameter).shape:
+            part = from_local(parameter, part)
         collected[key] = part
     return collected
 
@@ -132,7 +132,7 @@ def restore_tensors(
         weights = _with_prefix("model/", tensors)
         if weights.keys() != parameters.keys():
             raise KeyError(f"weights of {', '.join(sorted(weights.keys() ^ parameters.keys()))}")
-        overwrite(model, weights)
+        load_shards(model, weights)
         moments: dict[int, dict[str, Tensor]] = {}
         saved = _with_prefix("optimizer/", tensors)
         for index, name in enumerate(_optimized_names(model, optimizer)):
@@ -171,7 +171,9 @@ def read_tensors(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Te
         assert isinstance(metadata, TensorStorageMetadata)
         parameter, dtype = parameters.get(_parameter_name(key)), metadata.properties.dtype
         if parameter is not None and metadata.size == parameter.shape:
-            tensors[key] = part_of(parameter, torch.empty(local(parameter).shape, dtype=dtype))
+            tensors[key] = from_local(
+                parameter, torch.empty(to_local(parameter).shape, dtype=dtype)
+            )
         else:
             tensors[key] = torch.empty(metadata.size, dtype=dtype)
     with warnings.catch_warnings():
@@ -182,7 +184,7 @@ def read_tensors(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Te
             load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
         except CheckpointException as error:  # a BaseException, which no caller expects
             raise next(iter(error.failures.values()))[0] from error
-    return {key: local(tensor) for key, tensor in tensors.items()}
+    return {key: to_local(tensor) for key, tensor in tensors.items()}
 
 
 def _parameter_name(key: str) -> str:
@@ -191,9 +193,9 @@ def _parameter_name(key: str) -> str:
 
 
 def _shard_like(parameter: Tensor, value: Tensor) -> Tensor:
-    if value.shape != local(parameter).shape:
+    if value.shape != to_local(parameter).shape:
         return value
-    return part_of(parameter, value.to(parameter.device))
+    return from_local(parameter, value.to(parameter.device))
 
 
 def _optimized_names(model: nn.Module, optimizer: Optimizer) -> list[str]:

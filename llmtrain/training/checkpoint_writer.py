@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from llmtrain.checkpoints.gpt2_folder import bytes_of
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.runtime.distributed import World
-from llmtrain.runtime.sharded import local
-from llmtrain.storage.files import remove_folder, remove_leftovers, staged_folder
+from llmtrain.runtime.sharded import to_local
+from llmtrain.storage.commit import remove_folder, remove_leftovers, staged_folder
 from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training.checkpoint import (
     FACTS_FILE,
@@ -114,7 +114,7 @@ class CheckpointWriter:
         remove_leftovers(target.parent)
         if replace or not target.exists():
             with staged_folder(target, replace=replace, needed=bytes_of(tensors)) as folder:
-                whole = {key: local(tensor) for key, tensor in tensors.items()}
+                whole = {key: to_local(tensor) for key, tensor in tensors.items()}
                 save_file(whole, folder / TENSORS_FILE)
                 (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
         self._remove_old(target)
@@ -123,7 +123,7 @@ class CheckpointWriter:
         self, target: Path, facts: dict[str, Any], tensors: dict[str, Tensor], replace: bool
     ) -> None:
         """Create and rename the folder on rank 0; in between, every process writes its part."""
-        if not self._world.first:
+        if not self._world.is_rank_zero:
             folder = self._broadcast(None)
             if folder is not None:
                 with suppress(CheckpointException):  # rank 0 raises it too, and broadcasts it

@@ -16,10 +16,9 @@ from llmtrain.config.loading import load_config
 from llmtrain.config.schema import RunConfig, flatten
 from llmtrain.data.shards import TokenData
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.storage.events import read_events
-from llmtrain.storage.files import remove_folder, remove_leftovers, write_atomically
+from llmtrain.storage.commit import remove_folder, remove_leftovers, write_atomically
 from llmtrain.storage.integrity import INTEGRITY_FILE
-from llmtrain.storage.json_files import read_json
+from llmtrain.storage.json_files import read_events, read_json
 from llmtrain.storage.run_folder import RunFolder, is_run, require_run, step_folders
 from llmtrain.training.checkpoint import (
     TrainingCheckpoint,

@@ -20,7 +20,7 @@ from llmtrain.errors import UserError
 from llmtrain.runtime.device import environment, keep_freed_memory, resolve_device
 from llmtrain.runtime.distributed import init_distributed
 from llmtrain.runtime.signals import Interrupt
-from llmtrain.storage.files import locked_folder, write_atomically
+from llmtrain.storage.commit import locked_folder, write_atomically
 from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.initial import load_initial_weights, open_weights
 from llmtrain.training.metrics import MetricsLog
@@ -70,15 +70,17 @@ def pretrain(
         world,
         device,
     ):
-        if not world.first:
+        if not world.is_rank_zero:
             log = warn = _discard
         world.on_rank_zero(lambda: refuse_other_files(folder))
-        data = world.first_on_machine(lambda: open_training_data(config.data))
+        data = world.local_rank_zero_first(lambda: open_training_data(config.data))
         _check_vocabulary(config, data)
         run = RunFolder(folder)
-        interrupt = Interrupt(max_seconds, quiet=not world.first, agree=world.agreement())
+        interrupt = Interrupt(
+            max_seconds, quiet=not world.is_rank_zero, agree=world.exit_code_agreement()
+        )
         log, warn = partial(_print, interrupt, log), partial(_print, interrupt, warn)
-        lock = world.held_by_first(_lock(run.path))
+        lock = world.enter_on_rank_zero(_lock(run.path))
         with lock, interrupt, explain_oom(device), keep_freed_memory(device):
             start = world.on_rank_zero(lambda: find_start(config, run, data, resume, warn))
             if start.finished and start.checkpoint is not None:
@@ -91,14 +93,14 @@ def pretrain(
                 how = "branched off" if start.branched else "resumed"
                 log(f"{how} at step {trainer.progress.step:,}")
             elif config.init_from is not None:
-                initial = world.first_on_machine(partial(open_weights, config.init_from))
+                initial = world.local_rank_zero_first(partial(open_weights, config.init_from))
                 load_initial_weights(initial, worker.model, config)
                 log(f"starting from the weights of {initial.location}")
             world.on_rank_zero(lambda: _write_config(worker, run))
             find_micro_batch(worker, trainer.progress, log)
             worker.forward = compile_model(worker, trainer.progress.micro_batch)
             with MetricsLog(
-                run.metrics if world.first else None,
+                run.metrics if world.is_rank_zero else None,
                 config,
                 resumed_step=trainer.progress.step,
                 wandb_id=trainer.progress.wandb_id,

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from llmtrain.checkpoints.checkpoint import RESIDUAL_FILE
 from llmtrain.checkpoints.gpt2_folder import Origin, Shape, bytes_of, save_tensors, save_weights
 from llmtrain.runtime.distributed import World
-from llmtrain.runtime.sharded import local, whole
-from llmtrain.storage.files import staged_folder
+from llmtrain.runtime.sharded import gather_on_rank_zero, to_local
+from llmtrain.storage.commit import staged_folder
 
 
 class SnapshotWriter:
@@ -69,7 +69,7 @@ class SnapshotWriter:
                 if rounding is not None:
                     save_tensors(folder / RESIDUAL_FILE, rounding, self._shape)
 
-        self._writing = self._pool.submit(write if self._world.first else lambda: None)
+        self._writing = self._pool.submit(write if self._world.is_rank_zero else lambda: None)
 
     def wait(self) -> None:
         """Block until the last folder is durable, and raise WriteFailed if it could not be written."""
@@ -88,10 +88,10 @@ class SnapshotWriter:
 
     def _copy_whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return copies of the whole tensors in host memory; on rank 0 only."""
-        gathered = whole(
-            self._parameters, {name: local(part.detach()) for name, part in parts.items()}
+        gathered = gather_on_rank_zero(
+            self._parameters, {name: to_local(part.detach()) for name, part in parts.items()}
         )
-        if not self._world.first:
+        if not self._world.is_rank_zero:
             return {}
         # Tensors gathered from shards are copies already.
         return {n: t if isinstance(parts[n], DTensor) else _copy(t) for n, t in gathered.items()}

@@ -8,7 +8,6 @@
     trainer.train(metrics, interrupt)
 """
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from llmtrain.averaging.online import OnlineAverage, build_average, swapped_in
 from llmtrain.checkpoints.gpt2_folder import Origin, Shape
-from llmtrain.config.averages import PowerEmaConfig, RunningMeanConfig
 from llmtrain.config.schedules import block_size, learning_rate
 from llmtrain.data.batches import Batches
 from llmtrain.data.shards import TokenData
@@ -29,7 +27,7 @@ from llmtrain.errors import RunFailed, WriteFailed
 from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.model.gpt import GPT
 from llmtrain.model.tokenizer import load_tokenizer
-from llmtrain.runtime.device import on_device, peak_flops, peak_memory
+from llmtrain.runtime.device import peak_flops, peak_memory, to_device
 from llmtrain.runtime.signals import Interrupt, Interrupted
 from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training.checkpoint import (
@@ -73,7 +71,7 @@ class Trainer:
             run,
             world,
             keep=config.checkpoint.keep_states,
-            every=config.checkpoint.state_every if config.rewinds else 1,
+            every=config.checkpoint.state_every if config.may_rewind else 1,
             background=world.size > 1 or worker.device.type != "cpu",
         )
         self._peak = (peak_flops(worker.device, worker.precision) or 0.0) * world.size
@@ -119,7 +117,7 @@ class Trainer:
         loss = torch.zeros((), device=worker.device)
         for index, part in enumerate(parts):
             interrupt.check()
-            windows = on_device(part, worker.device)
+            windows = to_device(part, worker.device)
             with grad_sync(worker.forward, index == n_micro - 1):
                 loss += worker.backward(worker.forward, windows, n_micro)
         return loss
@@ -167,7 +165,7 @@ class Trainer:
         if rewinds and rewinds[-1]["step"] == self.progress.step:
             self._finish_rewind(metrics)
         is_first = self.world.on_rank_zero(lambda: not step_folders(self.run.states))
-        if is_first and (self.config.rewinds or self.progress.step > 0):
+        if is_first and (self.config.may_rewind or self.progress.step > 0):
             self.save_checkpoint(metrics)
         self._restart_timing()
         self._after_step(metrics, interrupt, fresh=False)
@@ -281,7 +279,7 @@ class Trainer:
         for average in filter(lambda each: each.ready, self.averages):
             with swapped_in(self.model, average.weights()):
                 event[f"val/loss/{average.config.label}"] = self._validation_loss(interrupt).loss
-        if self.config.log.sample_tokens and self.world.first and not self.worker.is_sharded:
+        if self.config.log.sample_tokens and self.world.is_rank_zero and not self.worker.is_sharded:
             event["sample"] = sample(self.model, self.data, self.config.log.sample_tokens)
         return event
 
@@ -308,21 +306,13 @@ class Trainer:
             self.save_snapshot()
         for average in self.averages:
             target = self.run.average(average.config.label, self.progress.step)
-            due = average.ready and self._due(self._save_every(average))
+            due = average.ready and self._due(self.config.save_every(average.config))
             if due and (fresh or not self._exists(target)):
                 self._finish_snapshots(metrics)
                 self.save_average(average)
 
     def _exists(self, path: Path) -> bool:
         return self.world.on_rank_zero(path.exists)
-
-    def _save_every(self, average: OnlineAverage) -> int:
-        snapshot, state = self.config.checkpoint.snapshot_every, self.config.checkpoint.state_every
-        if average.config.save_every is not None:
-            return average.config.save_every
-        if isinstance(average.config, RunningMeanConfig | PowerEmaConfig):
-            return snapshot  # `llmtrain average` computes others from these at snapshot steps
-        return math.ceil(state / snapshot) * snapshot
 
     def save_snapshot(self) -> None:
         """Start to write the weights as a Hugging Face folder."""

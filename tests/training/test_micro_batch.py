@@ -95,7 +95,7 @@ def chosen(config: RunConfig) -> int:
     """The micro-batch of this process; the second one is short of memory."""
     with init_distributed(torch.device("cpu"), spread=False) as (world, device):
         worker, progress = make_worker(config, world, device, lambda line: None), TrainingProgress()
-        with nullcontext() if world.first else no_more_than(ROOM):
+        with nullcontext() if world.is_rank_zero else no_more_than(ROOM):
             find_micro_batch(worker, progress, lambda line: None)
         assert all(parameter.grad is None for parameter in worker.model.parameters())
         return progress.micro_batch

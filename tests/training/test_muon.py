@@ -17,8 +17,8 @@ from llmtrain.errors import UserError
 from llmtrain.model.gpt import GPT
 from llmtrain.runtime.signals import Interrupted
 from llmtrain.storage.run_folder import RunFolder
-from llmtrain.training.optimizers.muon import Muon, orthogonalize
 from llmtrain.training.optimizers import build_optimizer
+from llmtrain.training.optimizers.muon import Muon, orthogonalize
 
 REDUCTION = 1e-4
 """Relative: where a sum in another order is rounded otherwise to bfloat16, 16 steps long."""
@@ -206,9 +206,9 @@ def test_a_branch_keeps_its_kind_of_moments(tiny: Build, tmp_path: Path, alone: 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"muon": {"momentum": 0.9}}, "the keys under muon do nothing with name: adamw"),
-        ({"name": "spam", "muon": {}}, "the keys under muon do nothing with name: spam"),
-        ({"name": "muon", "spam": {}}, "the keys under spam do nothing with name: muon"),
+        ({"muon": {"momentum": 0.9}}, "the section muon has no effect with name: adamw"),
+        ({"name": "spam", "muon": {}}, "the section muon has no effect with name: spam"),
+        ({"name": "muon", "spam": {}}, "the section spam has no effect with name: muon"),
         ({"name": "muon", "muon": {"momentum": 1.0}}, "less than 1"),
         ({"name": "muon", "muon": {"steps": 5}}, "Extra inputs"),
     ],

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llmtrain.config.schema import OptimizerConfig
-from llmtrain.runtime.sharded import local
+from llmtrain.runtime.sharded import to_local
 
 _NO_FUSED_SCALING = ("mps",)
 """Devices whose fused AdamW ignores `grad_scale` and `found_inf` (pytorch/pytorch#186360)."""
@@ -52,7 +52,7 @@ class AdamW(torch.optim.AdamW):
         unfused = norm.device.type in _NO_FUSED_SCALING
         if divisor is not None and (unfused or not self.fused_scaling):
             for gradient in self._gradients():
-                local(gradient).div_(divisor)
+                to_local(gradient).div_(divisor)
             divisor = None
         self.grad_scale = divisor
         if unfused and skip:

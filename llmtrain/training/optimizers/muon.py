@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from llmtrain.config.schema import MuonConfig, OptimizerConfig
 from llmtrain.runtime.device import resolve_precision
-from llmtrain.runtime.sharded import cut, local, made_whole
+from llmtrain.runtime.sharded import full_tensor, shard_like, to_local
 from llmtrain.training.optimizers.adamw import AdamW, decayed_parameters
 
 UPDATE_RMS = 0.2
@@ -86,13 +86,13 @@ class Muon(AdamW):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         tensors = (parameter.grad, state["momentum_buffer"], parameter)
-        gradient, momentum, weight = map(local, tensors)
+        gradient, momentum, weight = map(to_local, tensors)
         beta = self.muon.momentum
         self._assign(momentum, momentum.lerp(gradient, 1 - beta))
         update = gradient.lerp(momentum, beta) if self.muon.nesterov else momentum
         # Rounding to bfloat16 before the gather halves the traffic without changing the result.
-        matrices = made_whole(parameter, update.to(self.precision)).chunk(stacked)
-        direction = cut(parameter, torch.cat([orthogonalize(matrix) for matrix in matrices]))
+        matrices = full_tensor(parameter, update.to(self.precision)).chunk(stacked)
+        direction = shard_like(parameter, torch.cat([orthogonalize(matrix) for matrix in matrices]))
         rows, columns = parameter.shape
         scale = UPDATE_RMS * math.sqrt(max(rows // stacked, columns))
         self._assign(weight, (weight * (1 - lr * weight_decay)).add_(direction, alpha=-lr * scale))

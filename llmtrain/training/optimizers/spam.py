@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.schedules import reset_factor
 from llmtrain.config.schema import OptimizerConfig, SpamConfig
-from llmtrain.runtime.sharded import local
+from llmtrain.runtime.sharded import to_local
 from llmtrain.training.optimizers.adamw import AdamW, decay_groups
 
 SETTLE_STEPS = 20
@@ -38,14 +38,14 @@ class Spam(AdamW):
         """Before step `step` (from 1), reset the moments if a reset is due, else clip spikes."""
         since = (step - 1) % self.spam.reset_every
         for parameter, moments in self.state.items():
-            second = local(moments["exp_avg_sq"])
+            second = to_local(moments["exp_avg_sq"])
             if since == 0:
                 for moment in (moments["step"], moments["exp_avg"], moments["exp_avg_sq"]):
                     moment.zero_()
             elif since >= SETTLE_STEPS and parameter.grad is not None:
                 # A second moment of zero has had no gradient yet, so it sets no limit.
                 limit = torch.where(second > 0, (self.spam.threshold * second).sqrt(), torch.inf)
-                local(parameter.grad).clamp_(-limit, limit)
+                to_local(parameter.grad).clamp_(-limit, limit)
 
 
 def build(model: nn.Module, config: OptimizerConfig) -> Spam:
