@@ -18,7 +18,6 @@ from benchmarks import (
     prepare,
     profile,
     shapes,
-    train,
 )
 from benchmarks.measure import Figures, Row
 from torch import Tensor

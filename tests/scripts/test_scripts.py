@@ -37,7 +37,8 @@ def test_a_slurm_job_saves_and_is_requeued(tiny: Build, tmp_path: Path) -> None:
     config.write_text(dump_config(tiny(name="run", train__max_steps=100_000)))
     tools = {
         "srun": '"$@" &\n'
-        "while kill -0 $! 2> /dev/null && ! compgen -G 'runs/run/snapshots/step-*'; do sleep 0.1; done\n"
+        "while kill -0 $! 2> /dev/null && ! compgen -G 'runs/run/snapshots/step-*'\n"
+        "do sleep 0.1; done\n"
         "kill -USR1 $! 2> /dev/null\nwait $!",
         "scontrol": 'echo "$@" > calls',
         "llmtrain": f'exec {Path(sys.executable).parent / "llmtrain"} "$@"',
