@@ -28,8 +28,8 @@ from llmtrain.checkpoints.series import Input, Series, require_same_tensors
 from llmtrain.checkpoints.tensors import FLOATS, TensorSpec
 from llmtrain.checkpoints.writer import WeightsWriter, layout_bytes
 from llmtrain.errors import UserError
+from llmtrain.storage.commit import staged_folder
 from llmtrain.storage.disk import disk_errors
-from llmtrain.storage.files import staged_folder
 
 
 def fold(

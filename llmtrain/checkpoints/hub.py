@@ -25,7 +25,7 @@ from llmtrain.checkpoints.checkpoint import (
 from llmtrain.checkpoints.open import open_checkpoint
 from llmtrain.checkpoints.series import Input, Series
 from llmtrain.errors import UserError
-from llmtrain.storage.files import TEMPORARY_PREFIX
+from llmtrain.storage.commit import TEMPORARY_PREFIX
 from llmtrain.storage.hub import hub_errors
 
 DEFAULT_PATTERN = "step{N}"

@@ -26,7 +26,7 @@ from llmtrain.checkpoints.checkpoint import (
 )
 from llmtrain.checkpoints.tensors import ITEM_BYTES, STORED_DTYPES, StoredArray, TensorSpec
 from llmtrain.errors import UserError
-from llmtrain.storage.hashing import PassingHash
+from llmtrain.storage.integrity import SequentialHash
 
 MAX_HEADER_BYTES = 100_000_000
 """Limit of the reference implementation."""
@@ -177,7 +177,7 @@ class SafetensorsReader:
     def __init__(self, places: Mapping[str, tuple[Path, StoredTensor]]) -> None:
         self._places = places
         self._descriptors: dict[Path, int] = {}
-        self._hashes: dict[Path, PassingHash] = {}
+        self._hashes: dict[Path, SequentialHash] = {}
 
     def __enter__(self) -> "SafetensorsReader":
         for path in {path for path, _ in self._places.values()}:
@@ -201,7 +201,7 @@ class SafetensorsReader:
                 raise UserError(f"{path} was truncated during the read", hint="restore the file")
             done += count
         if path in self._hashes:
-            self._hashes[path].add(position, target.data)
+            self._hashes[path].update(position, target.data)
         raw: StoredArray = target.view(STORED_DTYPES[tensor.dtype])
         return raw
 
@@ -209,11 +209,11 @@ class SafetensorsReader:
         """Hash the headers now and the tensors as `read` returns them."""
         for path in self._descriptors:
             start = min(tensor.start for file, tensor in self._places.values() if file == path)
-            self._hashes[path] = PassingHash()
-            self._hashes[path].add(0, os.pread(self._descriptors[path], start, 0))
+            self._hashes[path] = SequentialHash()
+            self._hashes[path].update(0, os.pread(self._descriptors[path], start, 0))
 
     def hashes(self) -> dict[Path, str]:
         """See `Reader.hashes`."""
         sizes = {path: os.fstat(self._descriptors[path]).st_size for path in self._hashes}
-        found = {path: passing.of(sizes[path]) for path, passing in self._hashes.items()}
+        found = {path: digest.hexdigest(sizes[path]) for path, digest in self._hashes.items()}
         return {path: digest for path, digest in found.items() if digest is not None}

@@ -26,7 +26,7 @@ from llmtrain.checkpoints.checkpoint import (
 from llmtrain.checkpoints.safetensors_files import StoredTensor, encode_header
 from llmtrain.checkpoints.tensors import FLOATS, ITEM_BYTES, StoredArray, TensorSpec
 from llmtrain.errors import UserError
-from llmtrain.storage.hashing import PassingHash
+from llmtrain.storage.integrity import SequentialHash
 from llmtrain.storage.json_files import read_json, write_json
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -103,7 +103,7 @@ def copy_companions(newest: Checkpoint, target: Path, dtype: str | None) -> None
 class _OpenFile:
     name: str
     size: int
-    hash: PassingHash
+    hash: SequentialHash
 
 
 class WeightsWriter:
@@ -147,7 +147,7 @@ class WeightsWriter:
         while self._open:
             descriptor, file = self._open.popitem()
             os.close(descriptor)
-            digest = file.hash.of(file.size)
+            digest = file.hash.hexdigest(file.size)
             if digest is not None:
                 self._hashes[file.name] = digest
 
@@ -155,13 +155,13 @@ class WeightsWriter:
         header, stored = encode_header(specs, self._metadata)
         size = len(header) + sum(spec.bytes for spec in specs.values())
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        file = self._open[descriptor] = _OpenFile(path.name, size, PassingHash())
+        file = self._open[descriptor] = _OpenFile(path.name, size, SequentialHash())
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, size)
         else:  # macOS cannot reserve space: the disk may fill up later
             os.ftruncate(descriptor, size)
         os.pwrite(descriptor, header, 0)
-        file.hash.add(0, header)
+        file.hash.update(0, header)
         self._places |= {name: (descriptor, tensor) for name, tensor in stored.items()}
 
     def _write_index(self) -> None:
@@ -174,7 +174,7 @@ class WeightsWriter:
         descriptor, tensor = self._places[name]
         position = tensor.start + start * ITEM_BYTES[tensor.dtype]
         remaining = raw.data.cast("B")
-        self._open[descriptor].hash.add(position, remaining)
+        self._open[descriptor].hash.update(position, remaining)
         while remaining:
             count = os.pwrite(descriptor, remaining, position)
             if sys.platform == "linux":  # start writing to disk without waiting for it
