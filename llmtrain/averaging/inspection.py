@@ -19,12 +19,7 @@ from llmtrain.averaging.merge import Norms, merge
 from llmtrain.averaging.provenance import hashes_of
 from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint, load_origin
 from llmtrain.checkpoints.resolve import Weights, resolve
-from llmtrain.checkpoints.series import (
-    Input,
-    folder_series,
-    local_input,
-    require_same_tensors,
-)
+from llmtrain.checkpoints.series import Input, folder_series, local_input, require_same_tensors
 from llmtrain.errors import UserError
 from llmtrain.storage.json_files import read_json
 from llmtrain.storage.run_folder import RunFolder, step_folders
