@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from llmtrain.checkpoints.gpt2_folder import bytes_of
+from llmtrain.checkpoints.gpt2_folder import tensor_bytes
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.runtime.distributed import World
 from llmtrain.runtime.sharded import to_local
@@ -113,7 +113,7 @@ class CheckpointWriter:
     ) -> None:
         remove_leftovers(target.parent)
         if replace or not target.exists():
-            with staged_folder(target, replace=replace, needed=bytes_of(tensors)) as folder:
+            with staged_folder(target, replace=replace, needed=tensor_bytes(tensors)) as folder:
                 whole = {key: to_local(tensor) for key, tensor in tensors.items()}
                 save_file(whole, folder / TENSORS_FILE)
                 (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
@@ -136,7 +136,7 @@ class CheckpointWriter:
             remove_leftovers(target.parent)
             if replace or not target.exists():
                 # `needed` is rank 0's part; the other processes need as much again.
-                with staged_folder(target, replace=replace, needed=bytes_of(tensors)) as folder:
+                with staged_folder(target, replace=replace, needed=tensor_bytes(tensors)) as folder:
                     shared = self._broadcast(folder) is not None
                     self._write_all_parts(folder, tensors)
                     (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from llmtrain.averaging.online import OnlineAverage, build_average, swapped_in
-from llmtrain.checkpoints.gpt2_folder import Origin, Shape
+from llmtrain.checkpoints.checkpoint import Origin
+from llmtrain.checkpoints.gpt2_folder import Shape
 from llmtrain.config.schedules import block_size, learning_rate
 from llmtrain.data.batches import Batches
 from llmtrain.data.shards import TokenData
