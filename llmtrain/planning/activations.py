@@ -25,12 +25,12 @@ fuses, and saves less.
 
 from dataclasses import dataclass
 
-from llmtrain.model.sizes import (
-    SHORT,
+from llmtrain.model.chunk_sizes import (
+    MAX_MATERIALIZED_LENGTH,
     rows_in_cache,
     rows_per_chunk,
     rows_per_slab,
-    sequences_at_a_time,
+    sequences_per_chunk,
 )
 from llmtrain.planning.architecture import Architecture
 
@@ -59,7 +59,7 @@ class Activations:
     @property
     def by_products(self) -> bool:
         """Whether attention keeps its weights: `materialized_attention` of `llmtrain/model.py`."""
-        return not self.cuda and self.item != FLOAT and self.architecture.block_size <= SHORT
+        return not self.cuda and self.item != FLOAT and self.architecture.block_size <= MAX_MATERIALIZED_LENGTH
 
     @property
     def block(self) -> int:
@@ -132,7 +132,7 @@ class Activations:
         tokens = batch * length
         head = tokens * (FLOAT + self._cast) * self.architecture.model.n_embd
         weight = self._cast * self.architecture.token_embedding
-        few = min(sequences_at_a_time(length * self._weights), batch)
+        few = min(sequences_per_chunk(length * self._weights), batch)
         attention = tokens * self._in_attention + 2 * few * length * self._weights
         block = max(tokens * self._in_mlp, attention if self.by_products else 0)
         probabilities = FLOAT * self._at_a_time(tokens) * self.architecture.model.vocab_size
@@ -157,14 +157,14 @@ class Activations:
     def _logits(self, tokens: int, slab: int) -> int:
         """A chunk of logits, and what is made of it: first gradients, in float32, then `slab` bytes of products."""
         vocabulary = self.architecture.model.vocab_size
-        rows = rows_per_chunk(tokens, vocabulary, item=self.item, kind=self._kind)
+        rows = rows_per_chunk(tokens, vocabulary, itemsize=self.item, device_type=self._kind)
         in_float32 = FLOAT * self._at_a_time(tokens) * vocabulary if self._cast else 0
         return self.item * rows * vocabulary + max(in_float32, slab)
 
     def _at_a_time(self, tokens: int) -> int:
         """Rows of logits whose softmax is computed together."""
         vocabulary = self.architecture.model.vocab_size
-        rows = rows_per_chunk(tokens, vocabulary, item=self.item, kind=self._kind)
+        rows = rows_per_chunk(tokens, vocabulary, itemsize=self.item, device_type=self._kind)
         return rows if self.cuda else min(rows, rows_in_cache(vocabulary))
 
     @property

@@ -1,7 +1,7 @@
 """Attention alone, in the two forms that the model has: whole products, and torch's fused kernel.
 
-Why: on a CPU the model takes one or the other by length and precision (`SHORT` in llmtrain/sizes.py). This
-shows on the processor at hand up to which length whole products are the faster form; and, with more --tokens,
+Why: on a CPU the model selects one by length and precision (`MAX_MATERIALIZED_LENGTH` in
+llmtrain/model/chunk_sizes.py). This shows on the processor at hand up to which length whole products are the faster form; and, with more --tokens,
 that it depends on the bytes of their weights too, which an allocator may give back to the system each time.
 
     publish(measure([256, 1024], width=384, tokens=2048, rounds=7), None)
