@@ -19,9 +19,9 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
+from llmtrain.model.chunk_sizes import rows_per_chunk
 from llmtrain.model.cross_entropy import linear_cross_entropy
 from llmtrain.model.gpt import IGNORE
-from llmtrain.model.chunk_sizes import rows_per_chunk
 from llmtrain.runtime.device import Precision, resolve_device
 
 from .loops import VOCABULARY
