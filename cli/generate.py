@@ -20,7 +20,7 @@ from .common import WeightsArgument, console, discard_stdout, err_console, inter
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from llmtrain.checkpoints.targets import Target
+    from llmtrain.checkpoints.resolve import Target
     from llmtrain.evaluation.generation import Sampling
     from llmtrain.runtime.signals import Interrupt
 

@@ -96,7 +96,7 @@ def test_the_four_commands_work_as_they_stand(workplace: Path, llmtrain: Command
         (["eval"], 2, "there is no run under runs/"),
         (["average", "--every", "2"], 2, "there is no run under runs/"),
         (["report", "nowhere"], 2, "not a run"),
-        (["eval", "nowhere"], 2, "neither a run nor a folder of weights"),
+        (["eval", "nowhere"], 2, "nowhere does not exist"),
         (["pretrain", "--config", "none.yaml"], 2, "cannot read the config none.yaml"),
         (["pretrain", "--config", "tiny.yaml"], 2, "data/documents"),
         (

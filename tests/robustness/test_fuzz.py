@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from in_process import Outcome, invoke
 
-from llmtrain.checkpoints.header import read_header
-from llmtrain.checkpoints.targets import targets_of
+from llmtrain.checkpoints.resolve import find_targets
+from llmtrain.checkpoints.safetensors_files import read_header
 from llmtrain.config.loading import dump_config, load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.manifest import Manifest
@@ -124,7 +124,7 @@ def trained(
         patch.chdir(place)
         pretrain(config, Path("runs/run"), say=lambda line: None)
         measure(
-            targets_of(Path("runs/run"), every_snapshot=False),
+            find_targets(Path("runs/run"), every_snapshot=False),
             EvalOptions(),
             lambda *progress: None,
         )
