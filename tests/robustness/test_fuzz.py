@@ -86,7 +86,7 @@ def run(*arguments: str | Path, cwd: Path) -> Outcome:
         outcome
     )
     assert "Traceback" not in outcome.stderr
-    assert "this should not happen" not in outcome.stderr, outcome
+    assert "this is a bug" not in outcome.stderr, outcome
     if outcome.code:
         assert outcome.stderr.strip() or "damaged" in outcome.stdout, outcome
     return outcome
