@@ -16,10 +16,10 @@ from rich.table import Column, Table
 
 from llmtrain.evaluation.options import EvalOptions, TaskOptions, TextOptions
 
-from .common import console, help_of, interruptible, print_json, progress_line, warn
+from .common import ProgressLine, console, help_of, interruptible, print_json, warn
 
 if TYPE_CHECKING:
-    from llmtrain.checkpoints.targets import Target
+    from llmtrain.checkpoints.resolve import Target
     from llmtrain.evaluation.results import EvalResult, TaskResult
     from llmtrain.evaluation.text import TextResult
     from llmtrain.runtime.signals import Interrupt
@@ -111,8 +111,7 @@ def evaluate(
     are cached under the run's evals/ by the content of weights and data. --text and --tasks add
     their measures to the table, with standard errors if available.
     """
-    from llmtrain.checkpoints.targets import targets_named
-    from llmtrain.storage.run_folder import newest_run
+    from llmtrain.checkpoints.resolve import find_targets
 
     _require_companion("--stride", stride, "--text", text)
     _require_companion("--limit", limit, "--tasks", tasks)
@@ -131,11 +130,11 @@ def evaluate(
     # Two averages of a step share their raw weights: measure and show those once.
     found = {
         target.path.resolve(): target
-        for name in targets or [str(newest_run().path)]
-        for target in targets_named(name, every_snapshot=every_snapshot)
+        for name in targets or [None]
+        for target in find_targets(name, every_snapshot=every_snapshot)
     }
     outcome = "run the same command again to continue from the cached results"
-    with interruptible(outcome) as interrupt, progress_line("evaluating") as line:
+    with interruptible(outcome) as interrupt, ProgressLine("evaluating") as line:
         with redirect_stdout(sys.stderr):  # lm-eval prints to standard output
             measure = _Measurement(list(found.values()), options, interrupt, line)
             measured = measure.run(text, stride, task_options)

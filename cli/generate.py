@@ -16,24 +16,24 @@ from rich.table import Column, Table
 from llmtrain.evaluation.options import Sampling
 
 from .common import (
-    OneSetOfWeights,
+    WeightsArgument,
     console,
-    discard_output,
+    discard_stdout,
+    err_console,
     help_of,
     interruptible,
-    notes,
     print_json,
 )
 
 if TYPE_CHECKING:
-    from llmtrain.checkpoints.targets import Target
+    from llmtrain.checkpoints.resolve import Target
 
 _help = partial(help_of, Sampling)
 _option = partial(typer.Option, rich_help_panel="Sampling")
 
 
 def generate(
-    target: OneSetOfWeights = None,
+    target: WeightsArgument = None,
     prompt: Annotated[
         str, typer.Option(help="Start of the text.", show_default="a new document")
     ] = "",
@@ -77,7 +77,7 @@ def generate(
         )
     generators: dict[Target, Callable[[Sampling], Iterator[str]]] = {}
     for each in [raw, weights] if compare and raw is not None else [weights]:
-        notes.print(f"{each.label}: {each.path}", markup=False, style="dim", soft_wrap=True)
+        err_console.print(f"{each.label}: {each.path}", markup=False, style="dim", soft_wrap=True)
         loaded = load_generator(each.path, tokenizer=tokenizer, device=device)
         generators[each] = partial(generate_text, *loaded, prompt)
     with interruptible("the text ends here") as interrupt, _closed_pipe_stops():
@@ -144,5 +144,5 @@ def _closed_pipe_stops() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        discard_output()
+        discard_stdout()
         raise typer.Exit(128 + signal.SIGPIPE) from None

@@ -10,7 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Column, Table
 
-from .common import console, format_bytes, notes, print_json, warn
+from .common import console, err_console, format_bytes, print_json, warn
 
 if TYPE_CHECKING:
     from llmtrain.evaluation.report.run_list import BestLoss, RunEntry
@@ -40,7 +40,7 @@ def runs(
     if entries:
         console.print(_table(entries))
     else:
-        notes.print(
+        err_console.print(
             f"{escape(str(folder))}/ contains no runs: start one with "
             "llmtrain pretrain --config FILE"
         )

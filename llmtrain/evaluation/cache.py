@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from llmtrain.checkpoints.targets import Target
-from llmtrain.checkpoints.weights_folder import weights_files
+from llmtrain.checkpoints.checkpoint import weights_files
+from llmtrain.checkpoints.resolve import Target
 from llmtrain.errors import UserError, WriteFailed
 from llmtrain.storage.commit import write_atomically
 from llmtrain.storage.integrity import INTEGRITY_FILE, read_integrity, sha256_of

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from llmtrain.checkpoints.targets import Target
+from llmtrain.checkpoints.resolve import Target
 from llmtrain.config.loading import load_config
 from llmtrain.data.copies import local_folder
 from llmtrain.data.sampler import Tokens, validation_windows

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 from pydantic import FiniteFloat
 
-from llmtrain.checkpoints.targets import Target, targets_named
+from llmtrain.checkpoints.resolve import Target, find_targets
 from llmtrain.evaluation.cache import read_result, weights_sha256
-from llmtrain.storage.run_folder import RAW, RunFolder, newest_run
+from llmtrain.storage.run_folder import RAW, RunFolder
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def choose_weights(name: str | None) -> tuple[Target, Target | None]:
         UserError: the name matches none of these.
         RunFailed: the hub cannot be reached.
     """
-    targets = targets_named(name or str(newest_run().path), every_snapshot=False)
+    targets = find_targets(name)
     last = targets[-1]
     newest = [target for target in targets if target.step == last.step]
     raw = next((target for target in newest if target.label == RAW), None)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from llmtrain.checkpoints.targets import Target
+from llmtrain.checkpoints.resolve import Target
 from llmtrain.errors import UserError
 from llmtrain.evaluation.cache import cached, ignore, weights_sha256
 from llmtrain.evaluation.options import TaskDefinition, TaskOptions

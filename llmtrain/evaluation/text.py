@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from llmtrain.checkpoints.targets import Target
+from llmtrain.checkpoints.resolve import Target
 from llmtrain.config.loading import load_config
 from llmtrain.errors import UserError
 from llmtrain.evaluation.cache import cached, ignore, weights_sha256
