@@ -122,15 +122,16 @@ def evaluate(
     _require_companion("--batch-size", None if number == "auto" else number, "--tasks", tasks)
     task_options = None
     if tasks is not None:
-        names = _parse_tasks(tasks)
+        task_names = _parse_tasks(tasks)
         task_options = TaskOptions(
-            names, limit, number, task_data, task_files, trust_task_files, device
+            task_names, limit, number, task_data, task_files, trust_task_files, device
         )
     options = EvalOptions(data=data, split=split.value, tokens=tokens, batch=batch, device=device)
+    names: list[str | None] = [*targets] if targets else [None]
     # Two averages of a step share their raw weights: measure and show those once.
     found = {
         target.path.resolve(): target
-        for name in targets or [None]
+        for name in names
         for target in find_targets(name, every_snapshot=every_snapshot)
     }
     outcome = "run the same command again to continue from the cached results"
