@@ -24,7 +24,7 @@ from llmtrain.data.manifest import (
     parse_manifest,
     write_manifest,
 )
-from llmtrain.data.token_files import HEADER_BYTES, TOKEN_BYTES
+from llmtrain.data.shards import HEADER_BYTES, TOKEN_BYTES
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.storage import files
 from llmtrain.storage.urls import file_system, is_url, open_url, reading, without_scheme

@@ -3,7 +3,7 @@
 Why a folder around the shards: `.tmp-NAME/shards` becomes `NAME` in one rename, and the journal
 beside it is there until after that; so a kill at any instant leaves something to go on from.
 
-    with staged(Path("data/web"), need) as staging: ...; staging.commit(manifest)
+    with staged(Path("data/web")) as staging: ...; staging.commit(manifest)
 """
 
 import errno
@@ -23,25 +23,22 @@ from llmtrain.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from llmtrain.data.shards import open_data
+from llmtrain.data.token_data import open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.storage import files
 from llmtrain.storage.disk import NO_ROOM
 
 
 @dataclass
-class Need:
-    """About how many bytes are still to be written; None while that is not known."""
+class StagingFolder:
+    """`.tmp-NAME` in the target's parent, locked by this process.
 
-    bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class Staging:
-    """`.tmp-NAME` beside the target, held by this process."""
+    `remaining_bytes` estimates what is still to be written; None if unknown.
+    """
 
     folder: Path
     target: Path
+    remaining_bytes: int | None = None
 
     @property
     def shards(self) -> Path:
@@ -58,7 +55,7 @@ class Staging:
         """What is finished; see `Journal`."""
         return self.folder / JOURNAL_FILE
 
-    def discard(self) -> None:
+    def discard_shards(self) -> None:
         """Of shards that no later start can use, none is kept."""
         shutil.rmtree(self.shards)
 
@@ -71,7 +68,7 @@ class Staging:
 
 
 @contextmanager
-def staged(out: Path, need: Need) -> Iterator[Staging]:
+def staged(out: Path) -> Iterator[StagingFolder]:
     """Hold the folder in which `out` is built. Afterwards only finished shards are kept, to go on from.
 
     Raises:
@@ -79,7 +76,7 @@ def staged(out: Path, need: Need) -> Iterator[Staging]:
         RunFailed: something cannot be written; says how much space there is, and is `need`ed.
     """
     target = out.resolve()
-    staging = Staging(target.parent / f"{files.TEMPORARY_PREFIX}{target.name}", target)
+    staging = StagingFolder(target.parent / f"{files.TEMPORARY_PREFIX}{target.name}", target)
     new = [folder for folder in staging.folder.parents if not folder.exists()]
     try:
         staging.folder.mkdir(parents=True, exist_ok=True)  # here, for an error that names `out`
@@ -95,14 +92,14 @@ def staged(out: Path, need: Need) -> Iterator[Staging]:
                 if not list(staging.shards.glob("[!.]*.bin")):
                     shutil.rmtree(staging.folder, ignore_errors=True)
     except OSError as error:
-        raise _cannot_write(out, staging, error, need) from error
+        raise _cannot_write(out, staging, error) from error
     finally:
         for folder in new:  # made for nothing; one that holds something refuses
             with suppress(OSError):
                 folder.rmdir()
 
 
-def _cannot_write(out: Path, staging: Staging, error: OSError, need: Need) -> RunFailed:
+def _cannot_write(out: Path, staging: StagingFolder, error: OSError) -> RunFailed:
     elsewhere = error.filename and not Path(error.filename).is_relative_to(staging.folder)
     message = f"cannot write {error.filename if elsewhere else out}: {error.strerror or error}"
     hint = "choose another place with --out"
@@ -110,7 +107,11 @@ def _cannot_write(out: Path, staging: Staging, error: OSError, need: Need) -> Ru
         hint = "build it in another place: LLMTRAIN_CACHE=FOLDER"
     if error.errno in NO_ROOM:
         parent = next(path for path in staging.folder.parents if path.is_dir())
-        wanted = "" if need.bytes is None else f"about {_size(need.bytes)} more are needed, "
+        wanted = (
+            ""
+            if staging.remaining_bytes is None
+            else f"about {_size(staging.remaining_bytes)} more are needed, "
+        )
         message += f" ({wanted}{_size(shutil.disk_usage(parent).free)} are free)"
         hint = f"free space, or {hint}"
         if error.errno == errno.EFBIG:
@@ -131,11 +132,9 @@ def _size(size: float) -> str:
 
 # --- the target --------------------------------------------------------------------------------
 
-_ELSEWHERE = "choose another folder with --out, or delete this one"
 
-
-def existing(out: Path, plan: PrepareSpec) -> Manifest | None:
-    """The manifest of `out` if it holds what `plan` would make; None if nothing is there.
+def existing_data(out: Path, spec: PrepareSpec) -> Manifest | None:
+    """The manifest of `out` if it holds what `spec` would make; None if nothing is there.
 
     Raises:
         UserError: something else is there.
@@ -152,34 +151,6 @@ def existing(out: Path, plan: PrepareSpec) -> Manifest | None:
             f"{out} exists and is no prepared data", hint="choose another folder with --out"
         )
     manifest = read_manifest(out)
-    require_same(str(out), manifest, plan)
+    manifest.require_spec(spec, str(out))
     open_data(out)
     return manifest
-
-
-def require_same(place: str, manifest: Manifest, plan: PrepareSpec) -> None:
-    """Check that the data in `place` is what `plan` would make.
-
-    Raises:
-        UserError: it is other data.
-    """
-    differences = _differences(plan.model_dump(), manifest.plan.model_dump())
-    if differences:
-        raise UserError(f"{place} holds other data: {'; '.join(differences[:3])}", hint=_ELSEWHERE)
-
-
-def _differences(
-    wanted: dict[str, object], found: dict[str, object], prefix: str = ""
-) -> list[str]:
-    """`key is X, not Y` for each leaf in which two nested records differ."""
-    differences = []
-    for key, value in wanted.items():
-        other, name = found[key], f"{prefix}{key}"
-        if isinstance(value, dict) and isinstance(other, dict):
-            differences += _differences(value, other, f"{name}.")
-        elif value != other:
-            brief = isinstance(value, (str, int, float)) and isinstance(other, (str, int, float))
-            differences.append(
-                f"{name} is {other!r}, not {value!r}" if brief else f"{name} differ(s)"
-            )
-    return differences

@@ -19,8 +19,7 @@ from typing import Literal
 
 from llmtrain.config.loading import dump_config, load_config
 from llmtrain.config.schema import RunConfig, flatten
-from llmtrain.data.mixture import open_training_data
-from llmtrain.data.shards import TokenData
+from llmtrain.data.token_data import TokenData, open_training_data
 from llmtrain.errors import UserError
 from llmtrain.runtime.device import (
     environment,

@@ -8,7 +8,7 @@ another, and a resumed run must tell the same as one that was not interrupted.
 
 import torch
 
-from llmtrain.data.shards import TokenData
+from llmtrain.data.token_data import TokenData
 from llmtrain.model.gpt import GPT
 from llmtrain.model.tokenizer import load_tokenizer
 

@@ -23,8 +23,8 @@ from llmtrain.checkpoints.gpt2_folder import Origin, Shape
 from llmtrain.config.averages import PowerEmaConfig, RunningMeanConfig
 from llmtrain.config.schedules import block_size, learning_rate, reset_factor
 from llmtrain.config.schema import RunConfig
-from llmtrain.data.batches import Batches
-from llmtrain.data.shards import TokenData
+from llmtrain.data.dataloader import DataLoader
+from llmtrain.data.token_data import TokenData
 from llmtrain.errors import RunFailed
 from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.model.tokenizer import load_tokenizer
@@ -98,7 +98,7 @@ class Trainer:
             for each in config.averages
         ]
         self.watch = SpikeDetector(config, device)
-        self.batches = Batches(config, data, world)
+        self.dataloader = DataLoader(config, data, world)
         self.val_tokens = data.reader("val")
         self.token_bytes = load_tokenizer(data.tokenizer).token_bytes()
         shape = Shape(config.model, config.data.block_size, data.eot)
@@ -150,7 +150,7 @@ class Trainer:
         """Gradients of the whole batch of step `step`, and the mean loss of this process's part, shape ()."""
         config, micro = self.config, self.progress.micro_batch
         _seed_dropout(config.seed, step - 1, self.world.rank)
-        parts = self.batches.of(step, step - 1 + self.progress.passed_batches, micro)
+        parts = self.dataloader.micro_batches(step, step - 1 + self.progress.passed_batches, micro)
         n_micro = config.batch_size // self.world.size // micro
         if self.replays:
             allocate_grads(self.model)
@@ -202,7 +202,7 @@ class Trainer:
             self.state_writer.wait()
             raise
         finally:
-            self.batches.close()
+            self.dataloader.close()
             self.snapshot_writer.close()
             self.state_writer.close()
 

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 from in_process import unmeasured
-from preparations import ARGUMENTS, COMMAND, OPTIONS, contents, identity
+from preparations import ARGUMENTS, COMMAND, OPTIONS, contents, identity, prepare
 
-from llmtrain.data.prepare import prepare
 from llmtrain.errors import RunFailed
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -22,7 +22,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 import datasets
-from llmtrain.data.prepare import prepare
+from preparations import prepare
 from llmtrain.errors import UserError
 
 datasets.disable_progress_bars()
@@ -124,7 +124,7 @@ def test_openwebtext(run: Run, hub: HubServer, tmp_path: Path) -> None:
 STOPPED = """
 import sys
 from pathlib import Path
-from llmtrain.data.prepare import prepare
+from preparations import prepare
 
 def stop(progress):
     if progress.tokens:

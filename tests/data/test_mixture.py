@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from preparations import prepare
 
 from llmtrain.config.data import DataConfig
 from llmtrain.data.mixture import MixtureSampler, open_training_data, shared, train_tokens
-from llmtrain.data.prepare import prepare
 from llmtrain.data.sampler import Sampler
-from llmtrain.data.shards import open_data
+from llmtrain.data.token_data import open_data
 from llmtrain.errors import UserError
 
 SHARES = st.lists(st.integers(1, 300), max_size=4).map(

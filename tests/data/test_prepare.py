@@ -10,10 +10,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from preparations import prepare
 
 from llmtrain.data.build import Build, PrepareProgress, validation_documents
 from llmtrain.data.manifest import Manifest, read_manifest
-from llmtrain.data.prepare import prepare, published_difference
+from llmtrain.data.prepare import openwebtext_mismatch
 from llmtrain.data.shards import data_problems, open_data
 from llmtrain.data.verify import verify_below
 from llmtrain.errors import RunFailed, UserError
@@ -148,7 +149,7 @@ def test_openwebtext_split_size() -> None:
 
 def test_published_totals(source: Path, tmp_path: Path) -> None:
     manifest = prepare(str(source), tmp_path / "out")
-    assert published_difference(manifest) is None
+    assert openwebtext_mismatch(manifest) is None
 
     def openwebtext(train: int, val: int, **changes: object) -> Manifest:
         source = manifest.source.model_copy(update={"id": "hub:Skylion007/openwebtext", **changes})
@@ -158,9 +159,9 @@ def test_published_totals(source: Path, tmp_path: Path) -> None:
             update={"source": source, "train": train_record, "val": val_record}
         )
 
-    assert published_difference(openwebtext(9_035_582_198, 4_434_897)) is None
-    assert "9,035,582,198" in str(published_difference(openwebtext(9_035_582_197, 4_434_897)))
-    assert published_difference(openwebtext(1, 1, limit_documents=10)) is None
+    assert openwebtext_mismatch(openwebtext(9_035_582_198, 4_434_897)) is None
+    assert "9,035,582,198" in str(openwebtext_mismatch(openwebtext(9_035_582_197, 4_434_897)))
+    assert openwebtext_mismatch(openwebtext(1, 1, limit_documents=10)) is None
 
 
 # --- the folder --------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def test_again_is_quick_and_says_so(
     monkeypatch.setattr(Build, "_write", None)
     notes: list[str] = []
     assert (
-        prepare(str(source), tmp_path / "out", tokenizer="byte", workers=2, on_note=notes.append)
+        prepare(str(source), tmp_path / "out", tokenizer="byte", workers=2, log=notes.append)
         == first
     )
     assert "holds this data already" in notes[-1]

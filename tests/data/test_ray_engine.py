@@ -15,9 +15,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from preparations import prepare
 
 from llmtrain.data.build import PrepareProgress
-from llmtrain.data.prepare import prepare
 from llmtrain.errors import RunFailed, UserError
 
 MARK = "LLMTRAIN_TEST_CLUSTER"
@@ -150,7 +150,7 @@ def test_interrupted_here_and_resumed_there(
     source, notes = str(corpora["web.parquet"]), list[str]()
     with pytest.raises(Stop):
         prepare(source, tmp_path / "ray", engine="ray", **OPTIONS, on_progress=stop)
-    prepare(source, tmp_path / "ray", **OPTIONS, on_note=notes.append)
+    prepare(source, tmp_path / "ray", **OPTIONS, log=notes.append)
     assert any(note.startswith("resumed at shard ") for note in notes)
     prepare(source, tmp_path / "local", **OPTIONS)
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")

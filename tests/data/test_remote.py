@@ -13,11 +13,11 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from preparations import prepare
 
 from llmtrain.data import copies
 from llmtrain.data.copies import local_folder, workplace
 from llmtrain.data.manifest import read_manifest
-from llmtrain.data.prepare import prepare
 from llmtrain.data.shards import data_problems, open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.storage.urls import is_url
@@ -78,7 +78,7 @@ def test_input(
 ) -> None:
     monkeypatch.setattr("llmtrain.data.readers.PARTITION_BYTES", 3000)
     notes: list[str] = []
-    manifest = prepare(url, tmp_path / "url", **OPTIONS, on_note=notes.append)
+    manifest = prepare(url, tmp_path / "url", **OPTIONS, log=notes.append)
     here = prepare(str(corpus / path), tmp_path / "here", **OPTIONS)
     assert contents(tmp_path / "url") == contents(tmp_path / "here")
     assert [(f.name, f.bytes) for f in manifest.source.files] == [
@@ -86,7 +86,7 @@ def test_input(
     ]
     assert manifest.source.revision and all(file.sha256 is None for file in manifest.source.files)
     assert ("readme.md" in notes[0]) == (path == ".")
-    prepare(url, tmp_path / "url", **OPTIONS, on_note=notes.append)
+    prepare(url, tmp_path / "url", **OPTIONS, log=notes.append)
     assert "nothing to do" in notes[-1]
 
 
@@ -141,7 +141,7 @@ def test_a_damaged_input_is_named(tmp_path: Path, memory: Any) -> None:
 
 def test_output(corpus: Path, tmp_path: Path, memory: Any, cache: Path) -> None:
     notes: list[str] = []
-    manifest = prepare(str(corpus), "memory://bucket/out", **OPTIONS, on_note=notes.append)
+    manifest = prepare(str(corpus), "memory://bucket/out", **OPTIONS, log=notes.append)
     assert manifest == prepare(str(corpus), tmp_path / "out", **OPTIONS)
     assert contents_of_memory(memory, "/bucket/out") == contents(tmp_path / "out")
     assert (
@@ -150,7 +150,7 @@ def test_output(corpus: Path, tmp_path: Path, memory: Any, cache: Path) -> None:
     )
     assert notes[-1] == "copying the shards to memory://bucket/out"
     assert [path for path in cache.rglob("*") if path.is_file()] == []
-    assert prepare(str(corpus), "memory://bucket/out", **OPTIONS, on_note=notes.append) == manifest
+    assert prepare(str(corpus), "memory://bucket/out", **OPTIONS, log=notes.append) == manifest
     assert notes[-1] == "memory://bucket/out holds this data already: nothing to do"
     with pytest.raises(UserError, match=r"memory://bucket/out holds other data: split\.seed"):
         prepare(str(corpus), "memory://bucket/out", **OPTIONS, seed=3)
@@ -177,7 +177,7 @@ def test_a_copy_that_fails_is_taken_up(
     with pytest.raises(UserError, match="holds no prepared data"):
         local_folder(url)
     notes: list[str] = []
-    manifest = prepare(str(corpus), url, **OPTIONS, on_note=notes.append)
+    manifest = prepare(str(corpus), url, **OPTIONS, log=notes.append)
     assert notes == [f"copying the shards to {url}"]
     assert manifest == prepare(str(corpus), tmp_path / "out", **OPTIONS)
     assert contents_of_memory(memory, "/bucket/out") == contents(tmp_path / "out")

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from preparations import ARGUMENTS, COMMAND, OPTIONS, contents, identity, recorded
+from preparations import ARGUMENTS, COMMAND, OPTIONS, contents, identity, prepare, recorded
 
 from llmtrain.data.journal import JOURNAL_FILE
-from llmtrain.data.prepare import prepare
 
 
 @pytest.fixture
@@ -94,7 +93,7 @@ def test_killed_at_a_moment(undisturbed: tuple[Path, Path], tmp_path: Path, mome
     finished = recorded(tmp_path / ".tmp-out")
     before = identity(tmp_path / ".tmp-out" / "shards")
     notes: list[str] = []
-    manifest = prepare(str(source), tmp_path / "out", **OPTIONS, on_note=notes.append)
+    manifest = prepare(str(source), tmp_path / "out", **OPTIONS, log=notes.append)
     assert contents(tmp_path / "out") == contents(expected)
     after = identity(tmp_path / "out")
     assert {name: after[name] for name in finished} == {name: before[name] for name in finished}
@@ -111,7 +110,7 @@ def test_killed_after_the_rename(undisturbed: tuple[Path, Path], tmp_path: Path)
     assert contents(tmp_path / "out") == contents(expected)
     before = identity(tmp_path / "out")
     notes: list[str] = []
-    prepare(str(source), tmp_path / "out", **OPTIONS, on_note=notes.append)
+    prepare(str(source), tmp_path / "out", **OPTIONS, log=notes.append)
     assert notes == [f"{tmp_path / 'out'} holds this data already: nothing to do"]
     assert identity(tmp_path / "out") == before
     assert not (tmp_path / ".tmp-out").exists()
@@ -181,7 +180,7 @@ def goes_on(
     source, expected = undisturbed
     before = identity(staging / "shards")
     notes: list[str] = []
-    prepare(str(source), staging.parent / "out", **{**OPTIONS, **options}, on_note=notes.append)
+    prepare(str(source), staging.parent / "out", **{**OPTIONS, **options}, log=notes.append)
     if not options:
         assert contents(staging.parent / "out") == contents(expected)
     after = identity(staging.parent / "out")
@@ -251,7 +250,7 @@ def test_a_changed_source_starts_anew(undisturbed: tuple[Path, Path], tmp_path: 
     kill_at(tmp_path, source, APPENDED.format(line=12))
     (source / "b.txt").write_text("other text")
     notes: list[str] = []
-    prepare(str(source), tmp_path / "out", **OPTIONS, on_note=notes.append)
+    prepare(str(source), tmp_path / "out", **OPTIONS, log=notes.append)
     assert any("starting anew" in note for note in notes)
     prepare(str(source), tmp_path / "fresh", **OPTIONS)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")

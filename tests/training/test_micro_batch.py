@@ -16,7 +16,7 @@ from tiny_training import Build, assert_same_run, quiet
 from worlds import in_processes, train_together
 
 from llmtrain.config.schema import RunConfig
-from llmtrain.data.mixture import open_training_data
+from llmtrain.data.token_data import open_training_data
 from llmtrain.errors import RunFailed
 from llmtrain.runtime.distributed import init_distributed
 from llmtrain.storage.run_folder import RunFolder, step_folders
