@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 import typer
 from rich.console import Console
@@ -28,6 +28,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from typing_extensions import Doc
 
 if TYPE_CHECKING:
     from llmtrain.runtime.signals import Interrupt
@@ -70,6 +71,12 @@ OneSetOfWeights = Annotated[
     ),
 ]
 """TARGET of the commands that use weights."""
+
+
+def help_of(cls: type, field: str) -> str:
+    """Return the `Doc` text of a dataclass field, the help of the option that sets it."""
+    hint = get_type_hints(cls, include_extras=True)[field]
+    return next(each.documentation for each in hint.__metadata__ if isinstance(each, Doc))
 
 
 def print_json(document: object) -> None:

@@ -1,7 +1,7 @@
 """`llmtrain prepare`: convert text to token shards.
 
-    llmtrain prepare
-    llmtrain prepare corpus/ --tokenizer byte --val-fraction 0.01
+llmtrain prepare
+llmtrain prepare corpus/ --tokenizer byte --val-fraction 0.01
 """
 
 import time
@@ -45,9 +45,7 @@ def parse_count(value: str | int) -> int:
         number = float(digits) * scale
         rounded = round(number)
     except (ValueError, OverflowError):
-        raise typer.BadParameter(
-            f"{text!r} is not a number such as 100M, 1_000 or 2.5e6"
-        ) from None
+        raise typer.BadParameter(f"{text!r} is not a number such as 100M, 1_000 or 2.5e6") from None
     if rounded != number:
         raise typer.BadParameter(f"{text!r} is not a whole number")
     return rounded
@@ -76,9 +74,7 @@ def prepare(
     val_fraction: Annotated[
         float, typer.Option(help=help_of(PrepareOptions, "val_fraction"))
     ] = PrepareOptions.val_fraction,
-    seed: Annotated[
-        int, typer.Option(help=help_of(PrepareOptions, "seed"))
-    ] = PrepareOptions.seed,
+    seed: Annotated[int, typer.Option(help=help_of(PrepareOptions, "seed"))] = PrepareOptions.seed,
     shard_tokens: Annotated[
         int,
         typer.Option(

@@ -1,6 +1,6 @@
 """`llmtrain verify`: compare every file on disk with its recorded hash.
 
-    llmtrain verify data/openwebtext runs/demo
+llmtrain verify data/openwebtext runs/demo
 """
 
 from pathlib import Path

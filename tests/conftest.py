@@ -128,7 +128,7 @@ def make_run(tmp_path: Path) -> "MakeRun":
     from llmtrain.checkpoints.gpt2_folder import Origin, save_weights
     from llmtrain.config.loading import dump_config
     from llmtrain.config.schema import RunConfig
-    from llmtrain.storage.files import staged_folder
+    from llmtrain.storage.commit import staged_folder
     from llmtrain.storage.run_folder import RunFolder
 
     def make(steps: Sequence[int], *, warmup: int = 0, name: str = "tiny") -> "RunFolder":

@@ -28,8 +28,8 @@ from llmtrain.checkpoints.open import open_safetensors
 from llmtrain.checkpoints.series import Input, Series, check_alike
 from llmtrain.checkpoints.writer import WeightsWriter, layout_bytes
 from llmtrain.errors import UserError
+from llmtrain.storage.commit import staged_folder
 from llmtrain.storage.disk import disk_errors
-from llmtrain.storage.files import staged_folder
 
 
 def fold(

@@ -29,7 +29,7 @@ from llmtrain.config.averages import (
     RunningMeanConfig,
     SwaConfig,
 )
-from llmtrain.runtime.sharded import local, overwrite
+from llmtrain.runtime.sharded import load_shards, to_local
 
 Weights = Mapping[str, Tensor]
 
@@ -104,7 +104,7 @@ class OnlineAverage(ABC):
 
     def _place(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         """A copy where the average lives: on the device, or in host memory."""
-        value = local(parameter.detach())
+        value = to_local(parameter.detach())
         if not self.config.offload:
             return value.to(dtype, copy=True)
         home = torch.empty(value.shape, dtype=dtype, pin_memory=self._pinned)
@@ -112,7 +112,7 @@ class OnlineAverage(ABC):
 
     def _fresh(self) -> list[Tensor]:
         """The model's weights where the average lives; float32."""
-        values = [local(parameter.detach()) for parameter in self._parameters.values()]
+        values = [to_local(parameter.detach()) for parameter in self._parameters.values()]
         return [value.cpu() for value in values] if self.config.offload else values
 
     def _about(self, step: int, **more: Any) -> dict[str, Any]:
@@ -331,12 +331,14 @@ def swapped_in(model: nn.Module, weights: Weights) -> Iterator[None]:
     parameters = dict(model.named_parameters())
     if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
         # FSDP gathers from the shards' own memory: they cannot be exchanged, only written over.
-        kept = {name: local(parameter.detach()).clone() for name, parameter in parameters.items()}
+        kept = {
+            name: to_local(parameter.detach()).clone() for name, parameter in parameters.items()
+        }
         try:
-            overwrite(model, weights)
+            load_shards(model, weights)
             yield
         finally:
-            overwrite(model, kept)
+            load_shards(model, kept)
         return
     own = {name: parameter.data for name, parameter in parameters.items()}
     try:

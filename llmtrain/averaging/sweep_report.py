@@ -15,8 +15,8 @@ import numpy as np
 
 from llmtrain.averaging.sweep import Candidate, SweepResult
 from llmtrain.config.loading import load_config
-from llmtrain.storage.events import read_events
-from llmtrain.storage.files import write_atomically
+from llmtrain.storage.commit import write_atomically
+from llmtrain.storage.json_files import read_events
 from llmtrain.storage.run_folder import RAW, RunFolder
 
 

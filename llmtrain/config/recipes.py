@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrain.errors import UserError
-from llmtrain.storage.files import write_atomically
+from llmtrain.storage.commit import write_atomically
 
 _PACKAGE = Path(__file__).parents[1]
 _FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")

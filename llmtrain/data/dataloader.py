@@ -37,20 +37,17 @@ def read_windows(tokens: Tokens, starts: npt.NDArray[np.int64], block_size: int)
     return windows
 
 
-def training_sampler(config: RunConfig, data: TokenData) -> MixtureSampler:
+def training_sampler(
+    data: TokenData, block_size: int, batch_size: int, seed: int
+) -> MixtureSampler:
     """Return the sampler over `data.train_tokens()`.
 
     Raises:
         UserError: a source is shorter than one window.
     """
-    sources = [data, *(part for part, _ in data.mix)]
-    return MixtureSampler(
-        [source.tokens("train") for source in sources],
-        [share for _, share in data.mix],
-        config.data.block_size,
-        config.batch_size,
-        config.seed,
-    )
+    lengths = [each.tokens("train") for each in (data, *(part for part, _ in data.mix))]
+    shares = [share for _, share in data.mix]
+    return MixtureSampler(lengths, shares, block_size, batch_size, seed)
 
 
 @dataclass(frozen=True)
@@ -75,8 +72,8 @@ class DataLoader:
         self._config = config
         self._rank_batch_size = config.batch_size // world.size
         self._tokens = data.train_tokens()
-        sampler = training_sampler(config, data)
-        self._starts = lru_cache(2)(lambda batch: world.share(sampler.rows(batch)))
+        sampler = training_sampler(data, config.data.block_size, config.batch_size, config.seed)
+        self._starts = lru_cache(2)(lambda batch: world.local_rows(sampler.rows(batch)))
         self._thread = ThreadPoolExecutor(1, "dataloader")
         """The only thread that reads."""
         self._prefetched: tuple[_MicroBatch, Future[Windows]] | None = None

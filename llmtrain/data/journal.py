@@ -16,7 +16,7 @@ from typing import Any
 
 from llmtrain.data.manifest import SPLITS, PrepareSpec, ShardRecord, shard_name
 from llmtrain.data.shards import hash_problem, shard_problem
-from llmtrain.storage import files
+from llmtrain.storage import commit
 
 JOURNAL_FILE = "journal.jsonl"
 _VERSION = 1
@@ -53,7 +53,7 @@ class Journal:
         for each in shards.iterdir():
             if each.name not in valid:
                 each.unlink()
-        files.write_atomically(path, "".join(map(_line, [header, *journal._entries()])))
+        commit.write_atomically(path, "".join(map(_line, [header, *journal._entries()])))
         return journal
 
     @property

@@ -42,7 +42,7 @@ from llmtrain.data.sources import OPENWEBTEXT_HUB, DocumentSource, open_source
 from llmtrain.data.staging import StagingFolder, existing_data, staged
 from llmtrain.data.token_data import tokenizer_record
 from llmtrain.errors import UserError
-from llmtrain.storage.urls import is_url, without_scheme
+from llmtrain.storage.urls import is_url, local_path
 
 PUBLISHED_OPENWEBTEXT = {"train": 9_035_582_198, "val": 4_434_897}
 """Tokens of nanoGPT's preparation of OpenWebText, and of this one with its default options."""
@@ -113,7 +113,7 @@ def prepare(
         RunFailed: the disk is full or failed.
     """
     url = str(out) if is_url(str(out)) else None
-    folder = Path(without_scheme(str(out))) if url is None else workplace(url)
+    folder = Path(local_path(str(out))) if url is None else workplace(url)
     with staged(folder) as staging:
         documents = open_source(
             source, options.text_field, options.limit_documents, staging.documents

@@ -46,7 +46,10 @@ def connect_ray(address: str | None) -> Iterator[Engine]:
     try:
         _check_port(address)
         ray.init(
-            address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR
+            address=address,
+            log_to_driver=False,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from llmtrain.data.manifest import ShardRecord, SplitRecord, shard_name
 from llmtrain.errors import UserError
-from llmtrain.storage import files, integrity
+from llmtrain.storage import commit, integrity
 
 MAGIC = 20240520
 VERSION = 1
@@ -67,7 +67,7 @@ def hash_problem(folder: Path, shard: ShardRecord) -> str | None:
     """Return an error message if the shard's SHA-256 differs from its record, else None."""
     if integrity.sha256_of(folder / shard.name) == shard.sha256:
         return None
-    return f"{folder / shard.name} has another SHA-256 than when it was written"
+    return f"{folder / shard.name} does not have the recorded SHA-256"
 
 
 # --- writing -----------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ class ShardWriter:
 
     @property
     def _temporary(self) -> Path:
-        return self._folder / f"{files.TEMPORARY_PREFIX}{self._name}"
+        return self._folder / f"{commit.TEMPORARY_PREFIX}{self._name}"
 
     def _finish_shard(self) -> None:
         assert self._file is not None
@@ -149,7 +149,7 @@ class ShardWriter:
         self._file.write(header(self._tokens))
         self._file.close()
         self._file = None
-        files.fsync_path(self._temporary)
+        commit.fsync_path(self._temporary)
         record = ShardRecord(
             name=self._name,
             tokens=self._tokens,
@@ -158,7 +158,7 @@ class ShardWriter:
             sha256=integrity.sha256_of(self._temporary),
         )
         self._temporary.replace(self._folder / self._name)
-        files.fsync_path(self._folder)
+        commit.fsync_path(self._folder)
         self._on_shard(record)
         self.shards.append(record)
         self._tokens = self._documents = self._text_bytes = 0

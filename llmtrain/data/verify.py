@@ -11,7 +11,7 @@ import numpy as np
 from llmtrain.data.manifest import MANIFEST_FILE, ShardRecord, TokenizerRecord, read_manifest
 from llmtrain.data.shards import HEADER_BYTES, TOKEN, hash_problem, shard_problem
 from llmtrain.errors import UserError
-from llmtrain.storage import files, integrity, run_folder
+from llmtrain.storage import commit, integrity, run_folder
 
 _READ_BYTES = 1 << 24
 
@@ -53,7 +53,7 @@ def verify_below(path: Path) -> list[FolderCheck]:
 
 
 def _is_temporary(relative: Path) -> bool:
-    return any(part.startswith(files.TEMPORARY_PREFIX) for part in relative.parts)
+    return any(part.startswith(commit.TEMPORARY_PREFIX) for part in relative.parts)
 
 
 def _check(folder: Path) -> FolderCheck:

@@ -34,7 +34,7 @@ from llmtrain.export.model_card import model_card
 from llmtrain.model.gpt import GPT
 from llmtrain.model.tokenizer import Tokenizer
 from llmtrain.model.tokenizer_files import tokenizer_files
-from llmtrain.storage.files import staged_folder
+from llmtrain.storage.commit import staged_folder
 
 Form = Literal["hf", "nanogpt"]
 

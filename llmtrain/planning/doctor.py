@@ -25,7 +25,7 @@ from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.planning.storage import run_storage
 from llmtrain.runtime.device import device_name, resolve_compile, resolve_device, resolve_precision
 from llmtrain.storage.disk import disk_errors, free_bytes
-from llmtrain.storage.hub import reach
+from llmtrain.storage.hub import ping
 from llmtrain.storage.urls import is_url
 
 OLDEST_TORCH = (2, 11)
@@ -71,7 +71,7 @@ def check_up(config: RunConfig | None = None, run: Path | None = None) -> Iterat
     yield _look("disk space", lambda: _disk_space(config, place))
     if config is not None:
         yield _look("data", lambda: _data(config))
-    yield _look("network", lambda: f"{reach(_PATIENCE)} answers", otherwise="note")
+    yield _look("network", lambda: f"{ping(_PATIENCE)} answers", otherwise="note")
 
 
 def _look(

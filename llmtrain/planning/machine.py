@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
 from llmtrain.planning.memory import USABLE, Layout, Parallel, device_memory, divisors, peak
-from llmtrain.runtime.device import Precision, Published, published, resolve_precision
+from llmtrain.runtime.device import Datasheet, Precision, datasheet, resolve_precision
 
 DEVICES_A_MACHINE = 8
 """GPUs that NVLink joins; beyond them the network does."""
@@ -79,7 +79,7 @@ def resolve_machine(config: RunConfig, options: HardwareOptions, flops_per_token
     """
     _check(options)
     device = options.device.lower()
-    sheet = Published(0.0, None) if device in ("cpu", "other") else published(device)
+    sheet = Datasheet(0.0, None) if device in ("cpu", "other") else datasheet(device)
     precision, assumed = _precision(config, device)
     layout = Layout(
         options.devices,
@@ -246,7 +246,7 @@ def _say_memory(layout: Layout) -> str:
     return f"memory: that of tensors, uncompiled{left_out}"
 
 
-def _link(options: HardwareOptions, sheet: Published) -> tuple[float | None, str | None]:
+def _link(options: HardwareOptions, sheet: Datasheet) -> tuple[float | None, str | None]:
     if options.devices == 1:
         return None, None
     if options.interconnect_gbps is not None:

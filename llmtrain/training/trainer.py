@@ -31,11 +31,11 @@ from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.runtime.device import (
     Precision,
     autocast,
-    on_device,
     peak_flops,
     peak_memory,
     resolve_compile,
     resolve_precision,
+    to_device,
 )
 from llmtrain.runtime.distributed import World
 from llmtrain.runtime.signals import Interrupt, Interrupted
@@ -157,7 +157,7 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         for index, part in enumerate(parts):
             interrupt.check()
-            windows = on_device(part, self.device)
+            windows = to_device(part, self.device)
             with grad_sync(self.forward, index == n_micro - 1):
                 with autocast(self.device, self.cast):
                     micro_loss = self.forward(windows[:, :-1], windows[:, 1:]) / n_micro
@@ -351,7 +351,11 @@ class Trainer:
         for average in filter(lambda each: each.ready, self.averages):
             with swapped_in(self.model, average.weights()):
                 event[f"val/loss/{average.config.label}"] = self._validation_loss(interrupt).loss
-        if self.config.log.sample_tokens and self.world.first and self.parallel in (None, "ddp"):
+        if (
+            self.config.log.sample_tokens
+            and self.world.is_rank_zero
+            and self.parallel in (None, "ddp")
+        ):
             event["sample"] = sample(self.model, self.data, self.config.log.sample_tokens)
         return event
 

@@ -15,7 +15,7 @@ from llmtrain.averaging.power_ema import gamma_of
 from llmtrain.averaging.request import AverageRequest, make_specs
 from llmtrain.checkpoints.series import run_series
 from llmtrain.errors import UserError
-from llmtrain.storage.files import staged_folder
+from llmtrain.storage.commit import staged_folder
 from llmtrain.storage.run_folder import RunFolder
 
 STEPS, SIZE, WARM_UP = 60, 40, 10

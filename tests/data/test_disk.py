@@ -36,7 +36,7 @@ def test_a_limit_on_the_size_of_files(undisturbed: tuple[Path, Path], tmp_path: 
     [error] = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     about = r"error: cannot write out: File too large \(about [12]\.\d MB more are needed, [\d.,]+ .B are free\)"
     assert re.fullmatch(about, error)
-    assert "ulimit -f" in result.stderr and "the same command goes on after the" in result.stderr
+    assert "ulimit -f" in result.stderr and "the same command resumes after the" in result.stderr
     assert "Traceback" not in result.stderr
     before = identity(tmp_path / ".tmp-out" / "shards")
     assert before
@@ -130,20 +130,20 @@ def test_no_permission(unprivileged: tuple[Path, Command]) -> None:
 
 
 def test_a_source_that_shrinks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmtrain.data import build
+    from llmtrain.data import prepare as module
     from llmtrain.errors import UserError
 
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n{"text": "two"}\n')
-    real = build.validation_documents
+    real = module.validation_documents
 
     def shrink(*arguments: object) -> object:
         path.write_text('{"text": "one"}\n')
         return real(*arguments)
 
-    monkeypatch.setattr(build, "validation_documents", shrink)
+    monkeypatch.setattr(module, "validation_documents", shrink)
     with pytest.raises(
-        UserError, match=r"a\.jsonl holds fewer documents than when it was first read"
+        UserError, match=r"a\.jsonl contains fewer documents than when it was first read"
     ):
         prepare(str(path), tmp_path / "out", tokenizer="byte", val_fraction=0)
 

@@ -18,7 +18,8 @@ from preparations import prepare
 from llmtrain.data import copies
 from llmtrain.data.copies import local_folder, workplace
 from llmtrain.data.manifest import read_manifest
-from llmtrain.data.shards import data_problems, open_data
+from llmtrain.data.token_data import open_data
+from llmtrain.data.verify import data_problems
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.storage.urls import is_url
 
@@ -94,7 +95,7 @@ def test_a_changed_input_is_other_data(corpus: Path, tmp_path: Path, memory: Any
     prepare("memory://bucket/web/a.jsonl", tmp_path / "out", **OPTIONS)
     content = memory.cat_file("/bucket/web/a.jsonl")
     memory.pipe("/bucket/web/a.jsonl", content.replace(b"Document", b"Dokument"))
-    with pytest.raises(UserError, match=r"holds other data: source\.revision is"):
+    with pytest.raises(UserError, match=r"contains other data: source\.revision is"):
         prepare("memory://bucket/web/a.jsonl", tmp_path / "out", **OPTIONS)
 
 
@@ -115,7 +116,7 @@ def test_file_urls_are_paths(corpus: Path, tmp_path: Path) -> None:
         ("gs://bucket/a.jsonl", "install gcsfs", "pip install gcsfs"),
         ("nowhere://a.jsonl", "Protocol not known: nowhere", "s3://"),
         ("memory://bucket/none", "no such file or folder", "name a file"),
-        ("memory://bucket/web/readme.md", "holds no file of a known kind", "name a file"),
+        ("memory://bucket/web/readme.md", "contains no file of a known kind", "name a file"),
     ],
 )
 def test_inputs_that_are_not_there(
@@ -151,8 +152,8 @@ def test_output(corpus: Path, tmp_path: Path, memory: Any, cache: Path) -> None:
     assert notes[-1] == "copying the shards to memory://bucket/out"
     assert [path for path in cache.rglob("*") if path.is_file()] == []
     assert prepare(str(corpus), "memory://bucket/out", **OPTIONS, log=notes.append) == manifest
-    assert notes[-1] == "memory://bucket/out holds this data already: nothing to do"
-    with pytest.raises(UserError, match=r"memory://bucket/out holds other data: split\.seed"):
+    assert notes[-1] == "memory://bucket/out already contains this data: nothing to do"
+    with pytest.raises(UserError, match=r"memory://bucket/out contains other data: split\.seed"):
         prepare(str(corpus), "memory://bucket/out", **OPTIONS, seed=3)
 
 
@@ -174,7 +175,7 @@ def test_a_copy_that_fails_is_taken_up(
             prepare(str(corpus), url, **OPTIONS)
     assert str(workplace(url)) in caught.value.hint
     assert not memory.exists("/bucket/out/manifest.json")
-    with pytest.raises(UserError, match="holds no prepared data"):
+    with pytest.raises(UserError, match="contains no prepared data"):
         local_folder(url)
     notes: list[str] = []
     manifest = prepare(str(corpus), url, **OPTIONS, log=notes.append)
@@ -250,7 +251,7 @@ def test_no_room_for_the_copy(corpus: Path, memory: Any, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(copies.files, "fsync_path", full)
+    monkeypatch.setattr(copies.commit, "fsync_path", full)
     with pytest.raises(RunFailed, match="No space left on device") as caught:
         local_folder("memory://bucket/out")
     assert "LLMTRAIN_CACHE" in caught.value.hint

@@ -65,12 +65,12 @@ def line(entry):
 journal._line = line"""
 BEFORE_THE_MANIFEST = f"staging.write_manifest = lambda *_: {KILL}"
 BEFORE_THE_RENAME = f"""
-real = staging.files.fsync_path
+real = staging.commit.fsync_path
 def fsync_path(path):
     if path.name == 'shards' and (path / 'manifest.json').exists():
         {KILL}
     real(path)
-staging.files.fsync_path = fsync_path"""
+staging.commit.fsync_path = fsync_path"""
 AFTER_THE_RENAME = f"staging.shutil.rmtree = lambda *_, **__: {KILL}"
 
 
@@ -111,7 +111,7 @@ def test_killed_after_the_rename(undisturbed: tuple[Path, Path], tmp_path: Path)
     before = identity(tmp_path / "out")
     notes: list[str] = []
     prepare(str(source), tmp_path / "out", **OPTIONS, log=notes.append)
-    assert notes == [f"{tmp_path / 'out'} holds this data already: nothing to do"]
+    assert notes == [f"{tmp_path / 'out'} already contains this data: nothing to do"]
     assert identity(tmp_path / "out") == before
     assert not (tmp_path / ".tmp-out").exists()
 
@@ -157,7 +157,7 @@ def test_the_command_ended_by_signals(
         else:
             assert process.returncode == 128 + number
             assert (
-                "out is not complete; the same command goes on after its last finished shard"
+                "out is incomplete; the same command resumes after its last finished shard"
                 in errors
             )
         finished = set(recorded(tmp_path / ".tmp-out"))
@@ -201,7 +201,7 @@ def test_a_damaged_shard(undisturbed: tuple[Path, Path], interrupted: Path, chan
     assert {name for name in kept if name.startswith("train")} == {
         f"train-{i:05}.bin" for i in range(3)
     }
-    assert any("train-00003.bin" in note and "going on from before it" in note for note in notes)
+    assert any("train-00003.bin" in note and "resuming before it" in note for note in notes)
     assert any(note.startswith("resumed at shard") for note in notes)
 
 
@@ -236,9 +236,7 @@ def test_another_request_starts_anew(
 ) -> None:
     notes, kept = goes_on(undisturbed, interrupted, **options)
     assert kept == set()
-    assert (
-        "what an interrupted prepare left is of another request or source: starting anew" in notes
-    )
+    assert "an interrupted prepare had other options or another source: starting over" in notes
     assert not any("resumed" in note for note in notes)
     prepare(str(undisturbed[0]), interrupted.parent / "fresh", **{**OPTIONS, **options})
     assert contents(interrupted.parent / "out") == contents(interrupted.parent / "fresh")
@@ -251,18 +249,18 @@ def test_a_changed_source_starts_anew(undisturbed: tuple[Path, Path], tmp_path: 
     (source / "b.txt").write_text("other text")
     notes: list[str] = []
     prepare(str(source), tmp_path / "out", **OPTIONS, log=notes.append)
-    assert any("starting anew" in note for note in notes)
+    assert any("starting over" in note for note in notes)
     prepare(str(source), tmp_path / "fresh", **OPTIONS)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 def test_only_one_goes_on(undisturbed: tuple[Path, Path], interrupted: Path) -> None:
     from llmtrain.errors import UserError
-    from llmtrain.storage import files
+    from llmtrain.storage import commit
 
     before = identity(interrupted / "shards")
     with (
-        files.locked_folder(interrupted),
+        commit.locked_folder(interrupted),
         pytest.raises(UserError, match="in use by another llmtrain process"),
     ):
         prepare(str(undisturbed[0]), interrupted.parent / "out", **OPTIONS)

@@ -354,7 +354,7 @@ def test_a_record_that_names_other_files(workplace: Path, name: str) -> None:
     document = json.loads(path.read_text())
     document["files"][name] = {"bytes": 1, "sha256": "0" * 64}
     path.write_text(json.dumps(document))
-    said = "it names a file outside its folder"
+    said = "a file name points outside the folder"
     assert said in invoke("verify", path.parent, cwd=workplace).stdout
     refused("average", "run", "--every", "2", "--window", "2", cwd=workplace, said=said)
 
@@ -367,13 +367,13 @@ def test_a_record_that_names_other_files(workplace: Path, name: str) -> None:
         ("17", "line 1: not a JSON object"),
         ('["step"]', "line 1: not a JSON object"),
         ("\ud800", "line 1: not a JSON object"),
-        ("{}", "line 1: no event of a run: its step is None"),
-        ('{"step": "1"}', "its step is '1'"),
-        ('{"step": -1}', "its step is -1"),
-        (f'{{"step": {10**30}}}', "its step is 1000"),
-        ('{"step": true}', "its step is True"),
-        ('{"step": 1, "val/loss": [1]}', "its val/loss is [1]"),
-        ('{"step": 1, "val/loss": "' + "x" * 10_000_000 + '"}', "its val/loss is 'xxx"),
+        ("{}", "line 1: invalid training event: step is None"),
+        ('{"step": "1"}', "step is '1'"),
+        ('{"step": -1}', "step is -1"),
+        (f'{{"step": {10**30}}}', "step is 1000"),
+        ('{"step": true}', "step is True"),
+        ('{"step": 1, "val/loss": [1]}', "val/loss is [1]"),
+        ('{"step": 1, "val/loss": "' + "x" * 10_000_000 + '"}', "val/loss is 'xxx"),
     ],
 )
 def test_lines_of_metrics(workplace: Path, line: str, said: str) -> None:

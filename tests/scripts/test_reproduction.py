@@ -31,7 +31,7 @@ from test_hub_series import write_series
 
 from llmtrain.config.loading import dump_config
 from llmtrain.config.schema import RunConfig
-from llmtrain.storage.files import is_locked
+from llmtrain.storage.commit import is_locked
 from llmtrain.storage.run_folder import RunFolder, step_folders
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

@@ -16,7 +16,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed, UserError, WriteFailed
 from llmtrain.model.gpt import GPT
 from llmtrain.runtime.distributed import World, init_distributed
-from llmtrain.runtime.sharded import local, whole
+from llmtrain.runtime.sharded import gather_on_rank_zero, to_local
 from llmtrain.storage.integrity import integrity_problems
 from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training.checkpoint import read_tensors
@@ -184,8 +184,10 @@ def first_weights(config: RunConfig) -> dict[str, npt.NDArray[np.float32]]:
     with init_distributed(CPU, spread=True) as (world, device):
         model = build_model(config, "fsdp", world, device, "float32")
         parameters = dict(model.named_parameters())
-        assert all(local(p).numel() < p.numel() for p in parameters.values())
-        gathered = whole(parameters, {name: local(p.detach()) for name, p in parameters.items()})
+        assert all(to_local(p).numel() < p.numel() for p in parameters.values())
+        gathered = gather_on_rank_zero(
+            parameters, {name: to_local(p.detach()) for name, p in parameters.items()}
+        )
         return {name: tensor.numpy() for name, tensor in gathered.items()}
 
 
