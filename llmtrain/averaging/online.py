@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from llmtrain.averaging.power_ema import gamma_of
-from llmtrain.config.averages import (
+from llmtrain.config.sections import (
     AverageConfig,
     EmaConfig,
     LawaConfig,

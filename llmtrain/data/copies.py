@@ -113,7 +113,7 @@ def local_folder(path: str, say: Callable[[str], None] = _say) -> Path:
     manifest = published(path)
     if manifest is None:
         raise UserError(
-            f"{path} holds no prepared data ({MANIFEST_FILE} is missing)",
+            f"{path} contains no prepared data ({MANIFEST_FILE} is missing)",
             hint=f"prepare it: llmtrain prepare SOURCE --out {shlex.quote(path)}",
         )
     folder = cache_folder() / "data" / manifest.sha256

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from llmtrain.data.manifest import SPLITS
 from llmtrain.data.readers import Partition, read_partition
 from llmtrain.errors import UserError
-from llmtrain.model.tokenizer import PIECE_BYTES, Tokenizer, cut, load_tokenizer
+from llmtrain.model.tokenizer import CHUNK_BYTES, Tokenizer, load_tokenizer, split_text
 
 _BATCHES_PER_THREAD = 4
 """Batches queued per thread, so that no thread waits until the previous result is written."""
@@ -173,7 +173,7 @@ def _chunks(
             )
         if split_id == WRITTEN:
             continue
-        parts = cut(document)
+        parts = split_text(document)
         part = next(parts)
         for following in parts:
             yield TextChunk(part, SPLITS[split_id], ends_document=False)
@@ -188,7 +188,7 @@ def _batches(chunks: Iterable[TextChunk]) -> Iterator[list[TextChunk]]:
     for chunk in chunks:
         batch.append(chunk)
         size += len(chunk.text)
-        if size >= PIECE_BYTES:
+        if size >= CHUNK_BYTES:
             yield batch
             batch, size = [], 0
     if batch:

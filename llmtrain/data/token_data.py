@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
-from llmtrain.config.data import DataConfig
+from llmtrain.config.sections import DataConfig
 from llmtrain.data.copies import local_folder
 from llmtrain.data.manifest import MANIFEST_FILE, SPLITS, TokenizerRecord, read_manifest
 from llmtrain.data.shards import (

@@ -22,7 +22,7 @@ from llmtrain.config.schema import RunConfig, TrainConfig
 from llmtrain.data.token_data import open_training_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.model.tokenizer import load_tokenizer
-from llmtrain.planning.storage import run_storage
+from llmtrain.planning.sizes import disk_usage
 from llmtrain.runtime.device import device_name, resolve_compile, resolve_device, resolve_precision
 from llmtrain.storage.disk import disk_errors, free_bytes
 from llmtrain.storage.hub import ping
@@ -149,7 +149,7 @@ def _disk_space(config: RunConfig | None, place: Path) -> str:
     free = free_bytes(place)
     if config is None:
         return f"{free / 1e9:,.1f} GB free"
-    needed = run_storage(config).largest
+    needed = disk_usage(config).largest
     if needed > free:
         raise UserError(
             f"the run needs {needed / 1e9:,.1f} GB at its fullest and {free / 1e9:,.1f} GB are free",

@@ -73,7 +73,7 @@ def datasheet(name: str) -> Datasheet:
     if name.lower() not in known:
         raise UserError(
             f"nothing is known of a device {name!r}",
-            hint=f"{', '.join(known)}; or cpu, or other, with --flops or --tokens-per-second",
+            hint=f"{', '.join(known)}; or cpu, or other, with --tokens-per-second",
         )
     return known[name.lower()]
 

@@ -19,8 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
 from llmtrain.model.gpt import GPT
-from llmtrain.planning.machine import check_batch
-from llmtrain.planning.memory import USABLE, Layout, device_memory, peak
+from llmtrain.planning.memory import USABLE, Layout, check_batch, device_memory, peak
 from llmtrain.runtime.device import Precision
 from llmtrain.runtime.distributed import World
 from llmtrain.runtime.sharded import copy_full_tensor

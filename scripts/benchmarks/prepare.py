@@ -19,10 +19,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from llmtrain.data.sources import find_files
 from llmtrain.data.manifest import read_manifest
 from llmtrain.data.readers import partitions_of, read_partition
 from llmtrain.data.shards import TOKEN_BYTES
+from llmtrain.data.sources import find_files
 
 from .commands import LLMTRAIN, run
 from .measure import Figures, Row, Side, Worker, publish, rows, take_turns

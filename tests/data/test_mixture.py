@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from preparations import prepare
 
-from llmtrain.config.data import DataConfig
+from llmtrain.config.sections import DataConfig
 from llmtrain.data.dataloader import training_sampler
 from llmtrain.data.sampler import Sampler, divide_rows
 from llmtrain.data.token_data import open_data, open_training_data

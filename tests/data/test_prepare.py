@@ -96,8 +96,8 @@ def test_workers_change_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     # Small pieces, so that documents are cut and many chunks are in flight.
-    monkeypatch.setattr("llmtrain.data.encode.PIECE_BYTES", 500)
-    monkeypatch.setattr("llmtrain.model.tokenizer.cut.__defaults__", (50,))
+    monkeypatch.setattr("llmtrain.data.encode.CHUNK_BYTES", 500)
+    monkeypatch.setattr("llmtrain.model.tokenizer.split_text.__defaults__", (50,))
     for workers in (1, 3):
         prepare(
             str(source), tmp_path / str(workers), tokenizer=name, shard_tokens=3000, workers=workers
@@ -133,7 +133,7 @@ def test_limit(source: Path, tmp_path: Path) -> None:
 
 
 def test_progress(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmtrain.data.encode.PIECE_BYTES", 2000)
+    monkeypatch.setattr("llmtrain.data.encode.CHUNK_BYTES", 2000)
     seen: list[PrepareProgress] = []
     manifest = prepare(str(source), tmp_path / "out", tokenizer="byte", on_progress=seen.append)
     assert seen.pop(0) == PrepareProgress(500, None, 0, 0)
