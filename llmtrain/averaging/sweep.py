@@ -27,7 +27,7 @@ from llmtrain.checkpoints.series import Input, Series, check_alike, run_series
 from llmtrain.checkpoints.windows import describe_steps
 from llmtrain.config.loading import load_config
 from llmtrain.config.schema import RunConfig
-from llmtrain.data.copies import local_folder
+from llmtrain.data.cache import local_folder
 from llmtrain.data.token_data import open_data
 from llmtrain.errors import UserError
 from llmtrain.evaluation.loss import evaluate

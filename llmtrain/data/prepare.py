@@ -22,7 +22,7 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 
-from llmtrain.data.copies import published, upload, workplace
+from llmtrain.data.cache import build_folder, read_manifest_at
 from llmtrain.data.encode import (
     WRITTEN,
     CountTask,
@@ -34,7 +34,14 @@ from llmtrain.data.encode import (
     run_locally,
 )
 from llmtrain.data.journal import Journal
-from llmtrain.data.manifest import SPLITS, Manifest, PrepareSpec, SplitRecord, SplitRule
+from llmtrain.data.manifest import (
+    MANIFEST_FILE,
+    SPLITS,
+    Manifest,
+    PrepareSpec,
+    SplitRecord,
+    SplitRule,
+)
 from llmtrain.data.options import PrepareOptions
 from llmtrain.data.readers import Partition, partitions_of
 from llmtrain.data.shards import TOKEN_BYTES, ShardWriter
@@ -42,7 +49,7 @@ from llmtrain.data.sources import OPENWEBTEXT_HUB, DocumentSource, open_source
 from llmtrain.data.staging import StagingFolder, existing_data, staged
 from llmtrain.data.token_data import tokenizer_record
 from llmtrain.errors import UserError
-from llmtrain.storage.urls import is_url, local_path
+from llmtrain.storage.urls import is_url, local_path, upload
 
 PUBLISHED_OPENWEBTEXT = {"train": 9_035_582_198, "val": 4_434_897}
 """Tokens of nanoGPT's preparation of OpenWebText, and of this one with its default options."""
@@ -113,7 +120,7 @@ def prepare(
         RunFailed: the disk is full or failed.
     """
     url = str(out) if is_url(str(out)) else None
-    folder = Path(local_path(str(out))) if url is None else workplace(url)
+    folder = Path(local_path(str(out))) if url is None else build_folder(url)
     with staged(folder) as staging:
         documents = open_source(
             source, options.text_field, options.limit_documents, staging.documents
@@ -137,13 +144,13 @@ def prepare(
         if url is not None:
             log(f"copying the shards to {url}")
             complete = PrepareProgress.complete(manifest)
-            upload(folder, url, lambda: on_progress(complete))
+            upload(folder, url, last=MANIFEST_FILE, before_each=lambda: on_progress(complete))
             shutil.rmtree(folder)
     return manifest
 
 
 def _existing_at_url(url: str, spec: PrepareSpec) -> Manifest | None:
-    manifest = published(url)
+    manifest = read_manifest_at(url)
     if manifest is not None:
         manifest.require_spec(spec, url)
     return manifest

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from llmtrain.errors import UserError
 from llmtrain.model.tokenizer import well_formed
-from llmtrain.storage.urls import is_url, local_path, open_url, reading
+from llmtrain.storage.urls import is_url, local_path, open_url, url_errors
 
 PARTITION_BYTES = 1 << 26
 """Approximate input of a partition: seconds of tokenizing. Compressed files are not divided."""
@@ -296,7 +296,7 @@ def _not_text(message: str) -> UserError:
 def read_errors(path: str) -> Iterator[None]:
     """Convert a failure to open or parse a file to a UserError that names it."""
     try:
-        with reading(path) if is_url(path) else nullcontext():
+        with url_errors(path) if is_url(path) else nullcontext():
             yield
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         number = error.errno if isinstance(error, OSError) else None
@@ -304,4 +304,4 @@ def read_errors(path: str) -> Iterator[None]:
         hint = "check that it is complete and of the kind in its name"
         if isinstance(error, PermissionError | FileNotFoundError):
             hint = "keep it in place and readable until the last shard is written"
-        raise UserError(f"{path} cannot be read: {reason}", hint=hint) from error
+        raise UserError(f"cannot read {path}: {reason}", hint=hint) from error

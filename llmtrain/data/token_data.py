@@ -14,7 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from llmtrain.config.sections import DataConfig
-from llmtrain.data.copies import local_folder
+from llmtrain.data.cache import local_folder
 from llmtrain.data.manifest import MANIFEST_FILE, SPLITS, TokenizerRecord, read_manifest
 from llmtrain.data.shards import (
     HEADER_BYTES,

@@ -65,7 +65,7 @@ def _check(folder: Path) -> FolderCheck:
     except UserError as error:
         problems = [str(error)]
     except OSError as error:
-        problems = [f"{folder} cannot be read: {error}"]
+        problems = [f"cannot read {folder}: {error}"]
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     return FolderCheck(folder, len(sizes), sum(sizes), problems)
 

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from llmtrain.checkpoints.targets import Target
 from llmtrain.checkpoints.weights_folder import weights_files
 from llmtrain.config.loading import load_config
-from llmtrain.data.copies import local_folder
+from llmtrain.data.cache import local_folder
 from llmtrain.data.shards import Tokens
 from llmtrain.data.token_data import TokenData, open_data
 from llmtrain.errors import RunFailed, UserError

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 from preparations import prepare
 
-from llmtrain.data import copies
-from llmtrain.data.copies import local_folder, workplace
+from llmtrain.data.cache import build_folder, local_folder
 from llmtrain.data.manifest import read_manifest
 from llmtrain.data.token_data import open_data
 from llmtrain.data.verify import data_problems
 from llmtrain.errors import RunFailed, UserError
+from llmtrain.storage import urls
 from llmtrain.storage.urls import is_url
 
 TEXTS = [f"Document {i} é. " * (i % 17) for i in range(400)]
@@ -133,7 +133,7 @@ def test_a_damaged_input_is_named(tmp_path: Path, memory: Any) -> None:
     with pytest.raises(UserError, match=r"memory:///bucket/a\.jsonl, line 2 is not valid JSON"):
         prepare("memory://bucket/a.jsonl", tmp_path / "out", **OPTIONS)
     memory.pipe("/bucket/a.parquet", b"PAR1 nonsense")
-    with pytest.raises(UserError, match=r"memory:///bucket/a\.parquet cannot be read"):
+    with pytest.raises(UserError, match=r"cannot read memory:///bucket/a\.parquet"):
         prepare("memory://bucket/a.parquet", tmp_path / "out", **OPTIONS)
 
 
@@ -173,7 +173,7 @@ def test_a_copy_that_fails_is_taken_up(
         broken.setattr(type(memory), "put_file", fail)
         with pytest.raises(RunFailed, match=f"cannot write {url}: the bucket is gone") as caught:
             prepare(str(corpus), url, **OPTIONS)
-    assert str(workplace(url)) in caught.value.hint
+    assert str(build_folder(url)) in caught.value.hint
     assert not memory.exists("/bucket/out/manifest.json")
     with pytest.raises(UserError, match="contains no prepared data"):
         local_folder(url)
@@ -186,7 +186,7 @@ def test_a_copy_that_fails_is_taken_up(
 
 def test_what_is_left_of_another_request_is_not_copied(corpus: Path, memory: Any) -> None:
     url = "memory://bucket/out"
-    prepare(str(corpus), workplace(url), **OPTIONS)
+    prepare(str(corpus), build_folder(url), **OPTIONS)
     manifest = prepare(str(corpus), url, **OPTIONS, seed=3)
     assert manifest.split.seed == 3
     assert json.loads(memory.cat_file("/bucket/out/manifest.json")) == manifest.document()
@@ -215,7 +215,7 @@ def test_a_copy_goes_on_with_the_next_file(corpus: Path, memory: Any, cache: Pat
     content = memory.cat_file(third)
     memory.pipe(third, content[:-2] + b"xx")
     with pytest.raises(
-        UserError, match=r"train-00002\.bin has another SHA-256 than its manifest records"
+        UserError, match=r"train-00002\.bin does not have the SHA-256 in its manifest"
     ):
         local_folder("memory://bucket/out")
     staging = cache / "data" / f".tmp-{manifest.sha256}"
@@ -251,7 +251,7 @@ def test_no_room_for_the_copy(corpus: Path, memory: Any, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(copies.commit, "fsync_path", full)
+    monkeypatch.setattr(urls, "fsync_path", full)
     with pytest.raises(RunFailed, match="No space left on device") as caught:
         local_folder("memory://bucket/out")
     assert "LLMTRAIN_CACHE" in caught.value.hint

@@ -221,12 +221,12 @@ BAD_FILES = [
     (
         "a.jsonl.gz",
         gzip.compress(lines("x" * 9999), mtime=0)[:-12],
-        r"a\.jsonl\.gz cannot be read: Truncated",
+        r"cannot read .*a\.jsonl\.gz: Truncated",
     ),
-    ("a.jsonl.gz", lines("x"), r"a\.jsonl\.gz cannot be read"),
-    ("a.jsonl.zst", zstd(lines("x"))[:-2], r"a\.jsonl\.zst cannot be read: Truncated"),
-    ("a.jsonl.zst", b"\0" * 100, r"a\.jsonl\.zst cannot be read"),
-    ("a.parquet", b"PAR1 nonsense", r"a\.parquet cannot be read"),
+    ("a.jsonl.gz", lines("x"), r"cannot read .*a\.jsonl\.gz: "),
+    ("a.jsonl.zst", zstd(lines("x"))[:-2], r"cannot read .*a\.jsonl\.zst: Truncated"),
+    ("a.jsonl.zst", b"\0" * 100, r"cannot read .*a\.jsonl\.zst: "),
+    ("a.parquet", b"PAR1 nonsense", r"cannot read .*a\.parquet: "),
     ("a.csv", b"text\nx\n", r"a\.csv is of an unknown kind"),
 ]
 
