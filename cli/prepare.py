@@ -14,16 +14,7 @@ from rich.table import Table
 
 from llmtrain.data.options import PrepareOptions
 
-from .common import (
-    ProgressLine,
-    console,
-    help_of,
-    interruptible,
-    notes,
-    print_json,
-    progress_line,
-    warn,
-)
+from .common import ProgressLine, console, err_console, help_of, interruptible, print_json, warn
 
 if TYPE_CHECKING:
     from llmtrain.data.manifest import Manifest
@@ -140,7 +131,7 @@ def prepare(
     _disable_library_progress()
     started = time.monotonic()
     outcome = f"{folder} is incomplete; the same command resumes after its last finished shard"
-    with interruptible(outcome) as interrupt, progress_line("documents") as line:
+    with interruptible(outcome) as interrupt, ProgressLine("documents") as line:
         display = _ProgressDisplay(line)
 
         def on_progress(progress: "PrepareProgress") -> None:
@@ -152,7 +143,7 @@ def prepare(
             folder,
             options,
             on_progress=on_progress,
-            log=lambda message: notes.print(escape(message)),
+            log=lambda message: err_console.print(escape(message)),
         )
     seconds = time.monotonic() - started
     if mismatch := openwebtext_mismatch(manifest):
@@ -183,14 +174,14 @@ class _ProgressDisplay:
         detail = f"{progress.tokens / 1e6:,.1f}M tokens, {rate / 1e6:.1f} MB/s"
         done = progress.documents - self._first.documents
         # A terminal's progress bar has its own column for the remaining time.
-        if done > 0 and not notes.is_terminal:
+        if done > 0 and not err_console.is_terminal:
             detail += f", {elapsed * (total - progress.documents) / done:,.0f} s left"
         self._line.update(progress.documents, total, detail)
 
 
 def _disable_library_progress() -> None:
     """Disable the progress bars of `datasets` and the hub's client, except on a terminal."""
-    if notes.is_terminal:
+    if err_console.is_terminal:
         return
     import datasets
     from huggingface_hub.utils.tqdm import disable_progress_bars

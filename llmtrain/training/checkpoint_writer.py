@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from llmtrain.checkpoints.gpt2_folder import bytes_of
+from llmtrain.checkpoints.gpt2_folder import tensor_bytes
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.runtime.distributed import World
 from llmtrain.runtime.sharded import to_local
@@ -123,7 +123,7 @@ class StateWriter:
         """By a process alone."""
         remove_leftovers(target.parent)
         if replace or not target.exists():
-            with staged_folder(target, replace=replace, needed=bytes_of(tensors)) as folder:
+            with staged_folder(target, replace=replace, needed=tensor_bytes(tensors)) as folder:
                 save_file(
                     {key: to_local(tensor) for key, tensor in tensors.items()},
                     folder / TENSORS_FILE,
@@ -148,7 +148,7 @@ class StateWriter:
             remove_leftovers(target.parent)
             if replace or not target.exists():
                 # The others write as much again, each a part of it.
-                with staged_folder(target, replace=replace, needed=bytes_of(tensors)) as folder:
+                with staged_folder(target, replace=replace, needed=tensor_bytes(tensors)) as folder:
                     told = self._tell(folder) is not None
                     self._write_all_parts(folder, tensors)
                     (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from llmtrain.checkpoints.checkpoint import RESIDUAL_FILE
-from llmtrain.checkpoints.gpt2_folder import Origin, Shape, bytes_of, save_tensors, save_weights
+from llmtrain.checkpoints.checkpoint import RESIDUAL_FILE, Origin
+from llmtrain.checkpoints.gpt2_folder import Shape, save_tensors, save_weights, tensor_bytes
 from llmtrain.errors import WriteFailed
 from llmtrain.runtime.distributed import World
 from llmtrain.runtime.sharded import gather_on_rank_zero, to_local
@@ -73,7 +73,7 @@ class SnapshotWriter:
         def write() -> None:
             if copied is not None:
                 copied.synchronize()
-            needed = bytes_of(weights) + bytes_of(lost or {})
+            needed = tensor_bytes(weights) + tensor_bytes(lost or {})
             with staged_folder(target, replace=True, needed=needed) as folder:
                 save_weights(folder, weights, self._shape, origin, provenance)
                 if lost is not None:

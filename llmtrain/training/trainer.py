@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.averaging.online import OnlineAverage, build_average, swapped_in
-from llmtrain.checkpoints.gpt2_folder import Origin, Shape
+from llmtrain.checkpoints.checkpoint import Origin
+from llmtrain.checkpoints.gpt2_folder import Shape
 from llmtrain.config.schedules import block_size, learning_rate, reset_factor
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.dataloader import DataLoader

@@ -13,8 +13,8 @@ from llmtrain.averaging.average import average
 from llmtrain.averaging.request import AverageRequest, make_specs
 from llmtrain.averaging.sweep import Candidate, SweepResult, parse_sweep, sweep
 from llmtrain.averaging.sweep_report import summary, write_csv
+from llmtrain.checkpoints.resolve import Target
 from llmtrain.checkpoints.series import run_series
-from llmtrain.checkpoints.targets import Target
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
 from llmtrain.evaluation.results import EvalOptions, measure

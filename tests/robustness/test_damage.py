@@ -19,9 +19,10 @@ from tiny_runs import model_at, write_checkpoint
 from llmtrain.averaging.average import average
 from llmtrain.averaging.inspection import inspect_path
 from llmtrain.averaging.request import AverageRequest, make_specs
-from llmtrain.checkpoints.gpt2_folder import load_model, load_origin
+from llmtrain.checkpoints.checkpoint import load_origin
+from llmtrain.checkpoints.gpt2_folder import load_model
+from llmtrain.checkpoints.resolve import find_targets
 from llmtrain.checkpoints.series import folder_series, run_series
-from llmtrain.checkpoints.targets import targets_of
 from llmtrain.config.loading import load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.token_data import open_data
@@ -56,7 +57,9 @@ def workplace(
         resume=place / "run" / "state" / "step-00000004",
         say=lambda line: None,
     )
-    measure(targets_of(place / "run", every_snapshot=False), EvalOptions(), lambda *progress: None)
+    measure(
+        find_targets(place / "run", every_snapshot=False), EvalOptions(), lambda *progress: None
+    )
     for step in (10, 20):
         write_checkpoint(place / "shards" / f"step{step}", small(step), shards=2)
         (place / "pt").mkdir(exist_ok=True)
