@@ -99,5 +99,5 @@ def test_another_tokenizer_is_refused(
 
 def test_weights_leave_a_share(data_folder: Path) -> None:
     mix = [{"path": "a", "weight": 0.6}, {"path": "b", "weight": 0.4}]
-    with pytest.raises(ValueError, match="leave nothing"):
+    with pytest.raises(ValueError, match="total weight of 1, which must be below 1"):
         DataConfig(path=str(data_folder), mix=mix)
