@@ -274,7 +274,7 @@ def test_other_files_are_never_touched(workplace: Path, llmtrain: Command) -> No
         "prepare", "documents.jsonl", "--tokenizer", "byte", "--val-fraction", "0.1", cwd=workplace
     )
     (workplace / "mine" / ".tmp-work").mkdir(parents=True)
-    for folder, expected in (("mine", "holds other files"), ("tiny.yaml", "is a file")):
+    for folder, expected in (("mine", "contains other files"), ("tiny.yaml", "is a file")):
         result = llmtrain("pretrain", "--config", "tiny.yaml", "--run-dir", folder, cwd=workplace)
         assert result.returncode == 2
         assert expected in result.stderr

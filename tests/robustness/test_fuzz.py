@@ -122,7 +122,7 @@ def trained(
     (place / "config.yaml").write_text(dump_config(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        pretrain(config, Path("runs/run"), say=lambda line: None)
+        pretrain(config, Path("runs/run"), log=lambda line: None)
         measure(
             find_targets(Path("runs/run"), every_snapshot=False),
             EvalOptions(),
