@@ -27,12 +27,12 @@ from llmtrain.config.sections import (
     RunningMeanConfig,
     SwaConfig,
 )
-from llmtrain.model.sizes import (
-    SHORT,
+from llmtrain.model.chunk_sizes import (
+    MAX_MATERIALIZED_LENGTH,
     rows_in_cache,
     rows_per_chunk,
     rows_per_slab,
-    sequences_at_a_time,
+    sequences_per_chunk,
 )
 
 FLOAT = 4
@@ -93,7 +93,7 @@ class Activations:
         """Bytes of a float32 number cast for a matrix product."""
         self._attention_weights = item * self._model.n_head * self._length
         """Bytes of a token's attention weights, T per head."""
-        self._materialized = not cuda and item != FLOAT and self._length <= SHORT
+        self._materialized = not cuda and item != FLOAT and self._length <= MAX_MATERIALIZED_LENGTH
         """Attention keeps its weights; see `materialized_attention` in llmtrain/model."""
         self._in_mlp = (4 * FLOAT + 8 * item) * width
         """Bytes per token: embedding, stream before and after attention, norm, GELU in and out."""
@@ -131,7 +131,7 @@ class Activations:
         """
         width, vocabulary = self._model.n_embd, self._model.vocab_size
         tokens = batch * self._length
-        few = min(sequences_at_a_time(self._length * self._attention_weights), batch)
+        few = min(sequences_per_chunk(self._length * self._attention_weights), batch)
         weights = 2 * few * self._length * self._attention_weights
         attention = tokens * self._in_attention + weights if self._materialized else 0
         head = tokens * (FLOAT + self._cast) * width + self._cast * vocabulary * width
@@ -175,7 +175,9 @@ class Activations:
         return self._item * self._chunk_rows(tokens) * vocabulary + max(in_float32, slab)
 
     def _chunk_rows(self, tokens: int) -> int:
-        return rows_per_chunk(tokens, self._model.vocab_size, item=self._item, kind=self._kind)
+        return rows_per_chunk(
+            tokens, self._model.vocab_size, itemsize=self._item, device_type=self._kind
+        )
 
     def _softmax_rows(self, tokens: int) -> int:
         """Return how many rows of logits share one softmax call."""
