@@ -17,7 +17,8 @@ from typing import Annotated, Literal
 import torch
 import typer
 
-from llmtrain.checkpoints.gpt2_folder import Origin, Shape, save_weights
+from llmtrain.checkpoints.checkpoint import Origin
+from llmtrain.checkpoints.gpt2_folder import Shape, save_weights
 from llmtrain.config.loading import dump_config
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.model.gpt import GPT

@@ -14,7 +14,8 @@ from typing import Annotated
 import torch
 import typer
 
-from llmtrain.checkpoints.gpt2_folder import Origin, Shape
+from llmtrain.checkpoints.checkpoint import Origin
+from llmtrain.checkpoints.gpt2_folder import Shape
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.gpt import GPT
 from llmtrain.runtime.device import resolve_device
