@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from llmtrain.checkpoints.resolve import Target
 from llmtrain.config.loading import load_config
-from llmtrain.data.copies import local_folder
-from llmtrain.data.sampler import Tokens, validation_windows
-from llmtrain.data.shards import TokenData, open_data
+from llmtrain.data.cache import local_folder
+from llmtrain.data.sampler import validation_windows
+from llmtrain.data.shards import Tokens
+from llmtrain.data.token_data import TokenData, open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.cache import cached, ignore, weights_sha256
 from llmtrain.evaluation.hf_models import HFModel, load_causal, reencode, require_ids
