@@ -11,8 +11,9 @@ from tiny_runs import LARGE, MakeRun, model_at, write_checkpoint
 
 from llmtrain.averaging import audit
 from llmtrain.averaging.average import average
-from llmtrain.averaging.request import AverageRequest, make_specs
-from llmtrain.averaging.spec import Average, MergeOptions
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest, MergeOptions
+from llmtrain.averaging.spec import Average
 from llmtrain.checkpoints.series import folder_series, run_series
 from llmtrain.errors import UserError
 

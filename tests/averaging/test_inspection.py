@@ -10,7 +10,8 @@ from tiny_runs import MakeRun, model_at, write_checkpoint
 
 from llmtrain.averaging.average import average
 from llmtrain.averaging.inspection import inspect_path
-from llmtrain.averaging.request import AverageRequest, make_specs
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest
 from llmtrain.checkpoints.series import run_series
 from llmtrain.errors import UserError
 from llmtrain.storage.integrity import sha256_of

@@ -11,7 +11,8 @@ from tiny_runs import MakeRun
 
 from llmtrain.averaging import average as module
 from llmtrain.averaging.average import average
-from llmtrain.averaging.request import AverageRequest, make_specs
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest
 from llmtrain.checkpoints.series import run_series
 from llmtrain.data.verify import verify_below
 from llmtrain.errors import UserError

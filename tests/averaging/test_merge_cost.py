@@ -12,7 +12,8 @@ from tiny_runs import MakeRun
 
 from llmtrain.averaging import provenance
 from llmtrain.averaging.average import average
-from llmtrain.averaging.request import AverageRequest, make_specs
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest
 from llmtrain.checkpoints.header import TensorSpec, encode_header
 from llmtrain.checkpoints.open import SafetensorsReader
 from llmtrain.checkpoints.series import run_series

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from llmtrain.averaging import coefficients
 from llmtrain.averaging.average import average
+from llmtrain.averaging.make_specs import make_specs
 from llmtrain.averaging.merge import WeightedSum, merge
-from llmtrain.averaging.request import AverageRequest, make_specs
-from llmtrain.averaging.spec import Average, MergeOptions
+from llmtrain.averaging.request import AverageRequest, MergeOptions
+from llmtrain.averaging.spec import Average
 from llmtrain.checkpoints.numbers import round_to, to_float64
 from llmtrain.checkpoints.open import open_folder
 from llmtrain.checkpoints.series import folder_series

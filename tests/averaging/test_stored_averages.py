@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import MakeRun
 
 from llmtrain.averaging.average import average
-from llmtrain.averaging.power_ema import gamma_of
-from llmtrain.averaging.request import AverageRequest, make_specs
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest
+from llmtrain.averaging.stored_averages import gamma_of
 from llmtrain.checkpoints.series import run_series
 from llmtrain.errors import UserError
 from llmtrain.storage.files import staged_folder

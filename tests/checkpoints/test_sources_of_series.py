@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import MakeRun, model_at, write_checkpoint
 
 from llmtrain.averaging.average import average
-from llmtrain.averaging.request import AverageRequest, make_specs
-from llmtrain.averaging.spec import MergeOptions
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest, MergeOptions
 from llmtrain.checkpoints.open import open_folder
 from llmtrain.checkpoints.series import folder_series
 from llmtrain.checkpoints.sources import find_series

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer as FastTokenizer
 
 from llmtrain.averaging.average import average
-from llmtrain.averaging.request import AverageRequest, make_specs
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest
 from llmtrain.checkpoints.gpt2_folder import Origin, Shape, load_model, load_origin, save_weights
 from llmtrain.checkpoints.series import run_series
 from llmtrain.checkpoints.targets import Target, targets_of
