@@ -183,3 +183,21 @@ def parse_duration(text: str) -> float:
         raise typer.BadParameter(f"{text!r} is no time; write 90m, 1h30m or 3600s")
     days, hours, minutes, seconds = (int(group or 0) for group in match.groups())
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def format_bytes(count: float) -> str:
+    """Return bytes with three digits: `498 MB`, `1.99 GB`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 999.5 or unit == "TB":
+            break
+        count /= 1000
+    return f"{format_number(count)} {unit}"
+
+
+def format_number(value: float | None) -> str:
+    """Return a number with three digits; n/a for None."""
+    if value is None:
+        return "n/a"
+    if value >= 100:
+        return f"{round(value, 3 - len(str(int(value)))):,.0f}"
+    return f"{value:.3g}"

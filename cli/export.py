@@ -58,7 +58,7 @@ def export(
     The model card tells data, recipe, losses and averaging as the run recorded them, and names no local folder.
     """
     from llmtrain.evaluation.selection import choose_weights
-    from llmtrain.export import formats as library
+    from llmtrain.export import publish as library
 
     weights, _ = choose_weights(target)
     notes.print(f"{weights.label}: {weights.path}", markup=False, style="dim", soft_wrap=True)

@@ -1,30 +1,30 @@
-"""`llmtrain plan`: what a run will cost, before anything of it exists.
+"""The `llmtrain plan` command."""
 
-llmtrain plan --config configs/gpt2-small.yaml --devices 8 --device h100
-"""
-
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Column, Table
 
-from .common import console, print_json
+from llmtrain.planning.hardware import HardwareOptions, Parallel
+
+from .common import console, format_bytes, format_number, help_of, print_json
 
 if TYPE_CHECKING:
     from llmtrain.planning.estimate import CostEstimate
 
-
-class Parallel(StrEnum):
-    """How a run is spread over several devices."""
-
-    DDP = "ddp"
-    FSDP = "fsdp"
-
-
 _SPEED = "Speed"
-_AVERAGING = "Averaging"
+_PARTS = {
+    "weights": "weights (float32)",
+    "optimizer": "optimizer moments",
+    "averages": "online averages",
+    "gradients": "gradients",
+    "copies": "cast weights",
+    "activations": "activations",
+    "logits": "logits and loss",
+    "buffers": "buffers",
+    "written": "snapshot being written",
+}
 
 
 def plan(
@@ -37,40 +37,22 @@ def plan(
             "--set", metavar="SECTION.KEY=VALUE", help="Override a key of the config; repeatable."
         ),
     ] = None,
-    devices: Annotated[int, typer.Option(help="How many.")] = 1,
-    device: Annotated[
-        str,
-        typer.Option(
-            help="h200, h100, h100-pcie, h100-nvl, a100-80gb, a100-40gb, a100, l40s, l4, a10g, cpu, or other: one of "
-            "which nothing is known."
-        ),
-    ] = "h100",
+    devices: Annotated[int, typer.Option(help=help_of(HardwareOptions, "devices"))] = 1,
+    device: Annotated[str, typer.Option(help=help_of(HardwareOptions, "device"))] = "h100",
     parallel: Annotated[
         Parallel | None,
-        typer.Option(
-            help="ddp: a whole copy on each device. fsdp: sharded.", show_default="train.parallel"
-        ),
+        typer.Option(help=help_of(HardwareOptions, "parallel"), show_default="train.parallel"),
     ] = None,
     mfu: Annotated[
         float | None,
         typer.Option(
-            help="Share of the dense peak that training reaches; an assumption.",
-            show_default="0.4",
-            rich_help_panel=_SPEED,
-        ),
-    ] = None,
-    flops: Annotated[
-        float | None,
-        typer.Option(
-            help="Dense peak of one device in FLOP/s.",
-            show_default="published",
-            rich_help_panel=_SPEED,
+            help=help_of(HardwareOptions, "mfu"), show_default="0.4", rich_help_panel=_SPEED
         ),
     ] = None,
     tokens_per_second: Annotated[
         float | None,
         typer.Option(
-            help="Measured, of all devices; instead of --mfu.",
+            help=help_of(HardwareOptions, "tokens_per_second"),
             show_default=False,
             rich_help_panel=_SPEED,
         ),
@@ -78,24 +60,9 @@ def plan(
     interconnect_gbps: Annotated[
         float | None,
         typer.Option(
-            help="GB/s (gigabytes) of one device in each direction.",
+            help=help_of(HardwareOptions, "interconnect_gbps"),
             show_default="NVLink's up to 8 devices, 50 beyond",
             rich_help_panel=_SPEED,
-        ),
-    ] = None,
-    disk_gbps: Annotated[
-        float,
-        typer.Option(help="GB/s of the disk, both ways together.", rich_help_panel=_AVERAGING),
-    ] = 2.0,
-    window: Annotated[
-        int, typer.Option(help="Checkpoints in a window (LAWA).", rich_help_panel=_AVERAGING)
-    ] = 5,
-    every: Annotated[
-        int | None,
-        typer.Option(
-            help="Training steps between two of them.",
-            show_default="checkpoint.snapshot_every",
-            rich_help_panel=_AVERAGING,
         ),
     ] = None,
     as_json: Annotated[
@@ -103,27 +70,16 @@ def plan(
         typer.Option("--json", help="Print one JSON document and nothing else; sizes in bytes."),
     ] = False,
 ) -> None:
-    """Show what a run will cost, from its configuration alone: no data, no GPU, nothing written.
+    """Estimate the cost of a run from its configuration, without data or a GPU.
 
-    Parameters and FLOPs, memory of one device at its peak, hours, communication, disk, averaging. The model
-    is taken uncompiled; torch.compile needs less memory. Assumptions are printed; what is not known is n/a.
+    Prints parameters, FLOPs, peak memory of one device, hours, communication, disk and averaging.
+    The model is uncompiled; torch.compile needs less memory. Lists its assumptions; unknown values
+    are n/a.
     """
     from llmtrain.config.loading import load_config
     from llmtrain.planning.estimate import estimate
-    from llmtrain.planning.machine import HardwareOptions
 
-    options = HardwareOptions(
-        devices=devices,
-        device=device,
-        parallel=parallel.value if parallel else None,
-        mfu=mfu,
-        flops=flops,
-        tokens_per_second=tokens_per_second,
-        interconnect_gbps=interconnect_gbps,
-        disk_gbps=disk_gbps,
-        window=window,
-        every=every,
-    )
+    options = HardwareOptions(devices, device, parallel, mfu, tokens_per_second, interconnect_gbps)
     result = estimate(load_config(config, settings or []), options)
     if as_json:
         print_json(_document(result))
@@ -137,10 +93,9 @@ def plan(
 
 
 def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right") -> Table:
-    named = [Column(name, justify=justify, no_wrap=True) for name in columns]
     return Table(
         Column(min_width=24),
-        *named,
+        *(Column(name, justify=justify, no_wrap=True) for name in columns),
         title=title,
         title_justify="left",
         title_style="bold",
@@ -151,89 +106,62 @@ def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right
 
 def _run(plan: "CostEstimate") -> Table:
     model, layout = plan.architecture, plan.machine.layout
+    tokens = f"{plan.tokens_per_step:,} per step × {plan.steps:,} = {plan.tokens:,}"
+    spread = f", {layout.parallel}" if layout.devices > 1 else ""
+    sequences = f"{plan.machine.micro_batch:,} sequences of {model.block_size:,}"
     table = _table("Model and run", "", justify="left")
-    sequences = (
-        f"{plan.tokens_per_step // model.block_size // layout.devices // plan.micro_batches:,}"
-    )
     table.add_row("parameters", f"{model.parameters:,}")
     table.add_row("  without embeddings", f"{model.without_embeddings:,}")
-    table.add_row(
-        "tokens", f"{plan.tokens_per_step:,} a step, {plan.steps:,} steps, {plan.tokens:,} in all"
-    )
-    table.add_row("FLOPs", f"{model.flops_per_token():.3g} a token, {plan.flops:.3g} in all")
-    table.add_row("devices", f"{layout.devices:,} × {plan.machine.device}" + _spread(plan))
-    table.add_row(
-        "a device's step", f"{plan.micro_batches} × {sequences} sequences of {model.block_size:,}"
-    )
+    table.add_row("tokens", tokens)
+    table.add_row("FLOPs", f"{model.flops_per_token():.3g} per token, {plan.flops:.3g} in total")
+    table.add_row("devices", f"{layout.devices:,} × {plan.machine.device}{spread}")
+    table.add_row("step of one device", f"{plan.micro_batches} × {sequences}")
     table.add_row("precision", plan.machine.precision)
     return table
 
 
-def _spread(plan: "CostEstimate") -> str:
-    return f", {plan.machine.layout.parallel}" if plan.machine.layout.devices > 1 else ""
-
-
-_NAMES = {
-    "weights": "weights (float32)",
-    "optimizer": "the optimizer's moments",
-    "averages": "online averages",
-    "gradients": "gradients",
-    "copies": "weights as multiplied",
-    "activations": "activations",
-    "logits": "logits and loss",
-    "buffers": "buffers",
-    "written": "copy that is written",
-}
-
-
 def _memory(plan: "CostEstimate") -> Table:
-    """Each part at the peak and at most: what is large is not all there at once."""
+    """Show each part at the peak and at its own maximum, which can be another moment."""
     from llmtrain.planning.memory import peak
 
     top = peak(plan.usages)
     table = _table("Memory of one device", "at the peak", "at most")
-    for part, name in _NAMES.items():
+    for part, name in _PARTS.items():
         most = max(getattr(usage, part) for usage in plan.usages)
         if most:
-            table.add_row(name, size(getattr(top, part)), size(most))
-    table.add_row("peak", size(top.total), "", style="bold")
+            table.add_row(name, format_bytes(getattr(top, part)), format_bytes(most))
+    table.add_row("peak", format_bytes(top.total), "", style="bold")
     table.add_row(f"  {top.moment}")
-    table.add_row("fits", _fits(plan, top.total))
+    table.add_row("fits", _fits(plan.machine.memory, top.total))
     if plan.machine.layout.cuda:
-        table.add_row("host, saving a state", size(plan.host_memory))
+        table.add_row("host, saving a state", format_bytes(plan.host_memory))
     return table
 
 
-def _fits(plan: "CostEstimate", used: int) -> str:
-    """The rest must hold what is not counted."""
-    if plan.machine.memory is None:
+def _fits(memory: float | None, used: int) -> str:
+    if memory is None:
         return "n/a"
-    rest = plan.machine.memory - used
-    return (
-        f"{'yes, ' if rest >= 0 else 'no, '}{size(abs(rest))} {'left' if rest >= 0 else 'too much'}"
-    )
+    difference = format_bytes(abs(memory - used))
+    return f"yes, {difference} left" if used <= memory else f"no, {difference} too much"
 
 
 def _time(plan: "CostEstimate") -> Table:
     table = _table("Time and communication", "")
     devices, sent = plan.machine.layout.devices, plan.communication
-    table.add_row("tokens/s", number(plan.tokens_per_second))
-    table.add_row("a step", seconds(plan.step_seconds))
-    table.add_row(
-        "hours", number(plan.hours) if plan.hours else "n/a without --flops or --tokens-per-second"
-    )
-    table.add_row("device-hours", number(plan.hours and plan.hours * devices))
-    if sent is not None and sent.hidden is False:
-        table.add_row("hours, exposed added", number(plan.hours_exposed))
-    if sent is not None:
-        table.add_row("sent by a device a step", size(sent.bytes))
-        table.add_row("  takes", seconds(sent.seconds))
-        hidden = {
-            None: "n/a",
-            True: "yes",
-            False: f"no, {seconds(sent.exposed_seconds)} a step are not",
-        }
-        table.add_row("  hidden by computation", hidden[sent.hidden])
+    table.add_row("tokens/s", format_number(plan.tokens_per_second))
+    table.add_row("time per step", _seconds(plan.step_seconds))
+    hours = format_number(plan.hours) if plan.hours else "n/a without --tokens-per-second"
+    table.add_row("hours", hours)
+    table.add_row("device-hours", format_number(plan.hours and plan.hours * devices))
+    if sent is None:
+        return table
+    if sent.hidden is False:
+        table.add_row("hours, exposed added", format_number(plan.hours_exposed))
+    table.add_row("sent per device and step", format_bytes(sent.bytes))
+    table.add_row("  takes", _seconds(sent.seconds))
+    exposed = f"no, {_seconds(sent.exposed_seconds)} per step are exposed"
+    overlap = {None: "n/a", True: "yes", False: exposed}[sent.hidden]
+    table.add_row("  hidden by computation", overlap)
     return table
 
 
@@ -241,63 +169,39 @@ def _disk(plan: "CostEstimate") -> Table:
     storage = plan.storage
     table = _table("Disk at the end of the run", "folders", "each", "together")
     for saved in (storage.snapshots, *storage.averages, storage.states):
-        table.add_row(saved.label, f"{saved.count:,}", size(saved.bytes_each), size(saved.bytes))
-    table.add_row("total", "", "", size(storage.total), style="bold")
-    table.add_row("  at its fullest", "", "", size(storage.largest))
+        sizes = map(format_bytes, (saved.bytes_each, saved.bytes))
+        table.add_row(saved.label, f"{saved.count:,}", *sizes)
+    table.add_row("total", "", "", format_bytes(storage.total), style="bold")
+    table.add_row("  maximum during the run", "", "", format_bytes(storage.largest))
     return table
 
 
 def _averaging(plan: "CostEstimate") -> Table:
-    table = _table(
-        "Averaging with llmtrain average", "averages", "read", "written", "buffers", "takes"
-    )
+    columns = ("averages", "read", "written", "buffers", "takes")
+    table = _table("Averaging with llmtrain average", *columns)
     for work in plan.averaging:
-        table.add_row(
-            work.label, f"{work.averages:,}", size(work.read), size(work.written), size(work.memory),
-            seconds(work.seconds),
-        )  # fmt: skip  # one line of cells
+        sizes = map(format_bytes, (work.read, work.written, work.memory))
+        table.add_row(work.label, f"{work.averages:,}", *sizes, _seconds(work.seconds))
     if not plan.averaging:
         table.add_row("no complete window")
     return table
 
 
-def size(count: float) -> str:
-    """Bytes in three digits: `498 MB`, `1.99 GB`."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 999.5 or unit == "TB":
-            break
-        count /= 1000
-    return f"{_three(count)} {unit}"
-
-
-def seconds(value: float | None) -> str:
-    """Three digits with the unit a person would choose; None is n/a."""
+def _seconds(value: float | None) -> str:
     if value is None:
         return "n/a"
     if value >= 7200:
-        return f"{_three(value / 3600)} h"
-    return f"{_three(value)} s" if value >= 1 else f"{_three(value * 1000)} ms"
-
-
-def number(value: float | None) -> str:
-    """Three digits; None is n/a."""
-    return "n/a" if value is None else _three(value)
-
-
-def _three(value: float) -> str:
-    if value >= 100:
-        return f"{round(value, 3 - len(str(int(value)))):,.0f}"
-    return f"{value:.3g}"
+        return f"{format_number(value / 3600)} h"
+    return f"{format_number(value)} s" if value >= 1 else f"{format_number(value * 1000)} ms"
 
 
 def _document(plan: "CostEstimate") -> dict[str, Any]:
-    """The plan as JSON; what is not known is null."""
+    """Return the estimate as JSON; unknown values are null."""
     from dataclasses import asdict
 
     from llmtrain.planning.memory import peak
 
-    top, model = peak(plan.usages), plan.architecture
-    fits = None if plan.machine.memory is None else top.total <= plan.machine.memory
+    top, model, memory = peak(plan.usages), plan.architecture, plan.machine.memory
     storage = plan.storage
     return {
         "parameters": model.parameters,
@@ -311,7 +215,7 @@ def _document(plan: "CostEstimate") -> dict[str, Any]:
         "memory": {
             "peak": asdict(top) | {"total": top.total},
             "moments": [asdict(usage) | {"total": usage.total} for usage in plan.usages],
-            "fits": fits,
+            "fits": None if memory is None else top.total <= memory,
             "host": plan.host_memory,
         },
         "time": {

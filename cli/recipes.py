@@ -39,7 +39,7 @@ def recipes(
             raise UserError(
                 "--to copies one recipe, and none is named", hint="llmtrain recipes lists them"
             )
-        found = library.recipes()
+        found = library.list_recipes()
         if as_json:
             print_json(
                 [
@@ -60,7 +60,7 @@ def recipes(
             "--json goes with the list, not with one recipe", hint="leave out NAME or --json"
         )
     elif to is None:
-        typer.echo(library.recipe(name).text, nl=False)
+        typer.echo(library.find_recipe(name).text, nl=False)
     else:
         library.copy_recipe(name, to)
         next_command = f"llmtrain pretrain --config {shlex.quote(str(to))}"

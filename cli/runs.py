@@ -13,8 +13,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Column, Table
 
-from .common import console, notes, print_json, warn
-from .plan import size
+from .common import console, format_bytes, notes, print_json, warn
 
 if TYPE_CHECKING:
     from llmtrain.evaluation.report.run_list import BestLoss, Entry
@@ -71,7 +70,7 @@ def _table(entries: "list[Entry]") -> Table:
             _loss(entry.raw),
             _loss(entry.average),
             _age(time.time() - entry.modified),
-            size(entry.bytes),
+            format_bytes(entry.bytes),
             "" if entry.average is None else escape(entry.average.label),
         )
     return table

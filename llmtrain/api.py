@@ -20,7 +20,7 @@ from llmtrain.config.loading import load_config
 from llmtrain.evaluation.generation import Sampling, generate_text, load_generator
 from llmtrain.evaluation.results import EvalOptions, Row, measure
 from llmtrain.evaluation.selection import choose_weights
-from llmtrain.export.formats import export as export_weights
+from llmtrain.export.publish import export as export_weights
 from llmtrain.training.run import pretrain
 
 __all__ = [

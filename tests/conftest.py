@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from places import REPOSITORY
+from places import REPOSITORY, SHARED_DATA
 
 if TYPE_CHECKING:
     from tiny_runs import MakeRun
@@ -50,6 +50,21 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = [text[start : start + size] for start in range(0, len(text) - size, size)][:40]
     path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     return path
+
+
+@pytest.fixture(scope="session")
+def real_texts() -> list[str]:
+    """752 documents (2.3 MB) of real English, in order."""
+    import io
+    import json
+
+    import pyarrow as pa
+
+    path = SHARED_DATA / "webmix-val.jsonl.zst"
+    if not path.exists():
+        pytest.skip(f"{path} does not exist")
+    with pa.input_stream(str(path), compression="zstd") as stream:
+        return [json.loads(line)["text"] for line in io.BufferedReader(stream)]
 
 
 @pytest.fixture(scope="session")
@@ -128,7 +143,7 @@ def make_run(tmp_path: Path) -> "MakeRun":
     from llmtrain.checkpoints.gpt2_folder import Origin, save_weights
     from llmtrain.config.loading import dump_config
     from llmtrain.config.schema import RunConfig
-    from llmtrain.storage.files import staged_folder
+    from llmtrain.storage.commit import staged_folder
     from llmtrain.storage.run_folder import RunFolder
 
     def make(steps: Sequence[int], *, warmup: int = 0, name: str = "tiny") -> "RunFolder":

@@ -32,8 +32,8 @@ from llmtrain.checkpoints.series import Input, Series, check_alike
 from llmtrain.checkpoints.weights_folder import PROVENANCE_FILE
 from llmtrain.checkpoints.writer import WeightsWriter, carry_over, layout_bytes, output_layout
 from llmtrain.errors import UserError
+from llmtrain.storage.commit import locked_folder, remove_abandoned, remove_leftovers, staged_folder
 from llmtrain.storage.disk import disk_errors, require_room
-from llmtrain.storage.files import locked_folder, remove_abandoned, remove_leftovers, staged_folder
 from llmtrain.storage.json_files import write_json
 
 MAX_GROUP = 64

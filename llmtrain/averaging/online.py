@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from llmtrain.averaging.stored_averages import gamma_of
-from llmtrain.config.averages import (
+from llmtrain.config.sections import (
     AverageConfig,
     EmaConfig,
     LawaConfig,
@@ -29,7 +29,7 @@ from llmtrain.config.averages import (
     RunningMeanConfig,
     SwaConfig,
 )
-from llmtrain.runtime.sharded import local, overwrite
+from llmtrain.runtime.sharded import load_shards, to_local
 
 Weights = Mapping[str, Tensor]
 
@@ -105,7 +105,7 @@ class OnlineAverage(ABC):
 
     def _copy(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         """Copy a parameter to the memory of the average: the device or the host."""
-        value = local(parameter.detach())
+        value = to_local(parameter.detach())
         if not self.config.offload:
             return value.to(dtype, copy=True)
         home = torch.empty(value.shape, dtype=dtype, pin_memory=self._pinned)
@@ -113,7 +113,7 @@ class OnlineAverage(ABC):
 
     def _current(self) -> list[Tensor]:
         """Return the current float32 weights in the memory of the average."""
-        values = [local(parameter.detach()) for parameter in self._parameters.values()]
+        values = [to_local(parameter.detach()) for parameter in self._parameters.values()]
         return [value.cpu() for value in values] if self.config.offload else values
 
     def _provenance(self, step: int, **more: Any) -> dict[str, Any]:
@@ -311,13 +311,13 @@ def swapped_in(model: nn.Module, weights: Weights) -> Iterator[None]:
     if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
         # FSDP gathers from the memory of the shards, so they must be overwritten in place.
         own_shards = {
-            name: local(parameter.detach()).clone() for name, parameter in parameters.items()
+            name: to_local(parameter.detach()).clone() for name, parameter in parameters.items()
         }
         try:
-            overwrite(model, weights)
+            load_shards(model, weights)
             yield
         finally:
-            overwrite(model, own_shards)
+            load_shards(model, own_shards)
         return
     own = {name: parameter.data for name, parameter in parameters.items()}
     try:

@@ -37,8 +37,8 @@ from llmtrain.evaluation.loss import evaluate
 from llmtrain.model.gpt import GPT
 from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.runtime.device import keep_freed_memory, resolve_device, resolve_precision
-from llmtrain.storage.events import read_events
-from llmtrain.storage.files import write_atomically
+from llmtrain.storage.commit import write_atomically
+from llmtrain.storage.json_files import read_events
 from llmtrain.storage.run_folder import RAW, RunFolder
 
 MEMORY = 4 << 30

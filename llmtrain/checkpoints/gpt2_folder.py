@@ -30,8 +30,8 @@ from llmtrain.checkpoints.weights_folder import (
     load_origin,
     weights_files,
 )
-from llmtrain.config.data import DataConfig
 from llmtrain.config.schema import ModelConfig
+from llmtrain.config.sections import DataConfig
 from llmtrain.errors import UserError
 from llmtrain.model.gpt import GPT
 from llmtrain.storage.json_files import read_json, write_json

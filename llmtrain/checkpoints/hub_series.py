@@ -22,7 +22,7 @@ from llmtrain.checkpoints.series import Input, Series
 from llmtrain.checkpoints.weights_folder import WEIGHTS_FILE
 from llmtrain.checkpoints.writer import CARRIED_OVER
 from llmtrain.errors import UserError
-from llmtrain.storage.files import TEMPORARY_PREFIX
+from llmtrain.storage.commit import TEMPORARY_PREFIX
 from llmtrain.storage.hub import hub_errors
 
 DEFAULT_PATTERN = "step{N}"

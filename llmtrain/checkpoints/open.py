@@ -20,7 +20,7 @@ from llmtrain.checkpoints.header import ITEM_BYTES, StoredTensor, TensorSpec, re
 from llmtrain.checkpoints.numbers import STORED_DTYPES, StoredArray
 from llmtrain.checkpoints.weights_folder import WEIGHTS_FILE
 from llmtrain.errors import UserError
-from llmtrain.storage.hashing import PassingHash
+from llmtrain.storage.integrity import SequentialHash
 from llmtrain.storage.json_files import read_json
 
 
@@ -149,7 +149,7 @@ class SafetensorsReader:
     def __init__(self, places: Mapping[str, tuple[Path, StoredTensor]]) -> None:
         self._places = places
         self._descriptors: dict[Path, int] = {}
-        self._hashes: dict[Path, PassingHash] = {}
+        self._hashes: dict[Path, SequentialHash] = {}
 
     def __enter__(self) -> "SafetensorsReader":
         for path in {path for path, _ in self._places.values()}:
@@ -173,7 +173,7 @@ class SafetensorsReader:
                 raise UserError(f"{path} was cut short while it was read", hint="restore the file")
             got += count
         if path in self._hashes:
-            self._hashes[path].add(tensor.start + start * width, target.data)
+            self._hashes[path].update(tensor.start + start * width, target.data)
         raw: StoredArray = target.view(STORED_DTYPES[tensor.dtype])
         return raw
 
@@ -183,11 +183,11 @@ class SafetensorsReader:
         for path, tensor in self._places.values():
             starts[path] = min(tensor.start, starts.get(path, tensor.start))
         for path, start in starts.items():
-            self._hashes[path] = PassingHash()
-            self._hashes[path].add(0, os.pread(self._descriptors[path], start, 0))
+            self._hashes[path] = SequentialHash()
+            self._hashes[path].update(0, os.pread(self._descriptors[path], start, 0))
 
     def hashes(self) -> dict[Path, str]:
         """See `Reader.hashes`."""
         sizes = {path: os.fstat(self._descriptors[path]).st_size for path in self._hashes}
-        found = {path: passing.of(sizes[path]) for path, passing in self._hashes.items()}
+        found = {path: passing.hexdigest(sizes[path]) for path, passing in self._hashes.items()}
         return {path: digest for path, digest in found.items() if digest is not None}

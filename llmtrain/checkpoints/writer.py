@@ -20,7 +20,7 @@ from llmtrain.checkpoints.numbers import StoredArray
 from llmtrain.checkpoints.open import refuse_links_out
 from llmtrain.checkpoints.weights_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 from llmtrain.errors import UserError
-from llmtrain.storage.hashing import PassingHash
+from llmtrain.storage.integrity import SequentialHash
 from llmtrain.storage.json_files import read_json, write_json
 
 CARRIED_OVER = (
@@ -109,7 +109,7 @@ class _Written:
 
     name: str
     size: int
-    hash: PassingHash
+    hash: SequentialHash
 
 
 class WeightsWriter:
@@ -153,7 +153,7 @@ class WeightsWriter:
         while self._written:
             descriptor, file = self._written.popitem()
             os.close(descriptor)
-            digest = file.hash.of(file.size)
+            digest = file.hash.hexdigest(file.size)
             if digest is not None:
                 self._hashes[file.name] = digest
 
@@ -161,13 +161,13 @@ class WeightsWriter:
         header, stored = encode_header(specs, self._metadata)
         size = len(header) + sum(spec.bytes for spec in specs.values())
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        written = self._written[descriptor] = _Written(path.name, size, PassingHash())
+        written = self._written[descriptor] = _Written(path.name, size, SequentialHash())
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, size)
         else:  # macOS: the disk may turn out to be full later
             os.ftruncate(descriptor, size)
         os.pwrite(descriptor, header, 0)
-        written.hash.add(0, header)
+        written.hash.update(0, header)
         self._places |= {name: (descriptor, tensor) for name, tensor in stored.items()}
 
     def _write_index(self) -> None:
@@ -184,7 +184,7 @@ class WeightsWriter:
         descriptor, tensor = self._places[name]
         position = tensor.start + start * ITEM_BYTES[tensor.dtype]
         remaining = raw.data.cast("B")
-        self._written[descriptor].hash.add(position, remaining)
+        self._written[descriptor].hash.update(position, remaining)
         while remaining:
             count = os.pwrite(descriptor, remaining, position)
             if (

@@ -1,7 +1,6 @@
-"""A configuration read from its file: defaults, then the YAML, then each `--set a.b=c`, in that order.
+"""Load a configuration: defaults, then the YAML file, then each `--set a.b=c`.
 
-Why apart from `config.py`: what is right is one idea, and what a person is told when it is wrong
-another. A mistake names the file, the line, the key and the nearest right name; all are told at once.
+All errors are reported at once, each with file, line, key and the nearest valid key.
 
     config = load_config(Path("configs/demo.yaml"), overrides=["optimizer.lr=6e-3"])
 """
@@ -14,25 +13,15 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
-from llmtrain.config.averages import AverageConfig
-from llmtrain.config.base import Section
-from llmtrain.config.recipes import recipes
-from llmtrain.config.schema import RunConfig, ScheduleConfig
+from llmtrain.config.recipes import list_recipes
+from llmtrain.config.schema import RunConfig
+from llmtrain.config.sections import Section
 from llmtrain.errors import UserError
 
-_UNIONS: dict[str, Any] = {"schedule": ScheduleConfig, "averages": AverageConfig}
-"""Keys whose section is one of several, told apart by a name in it."""
-_TAGS = {"schedule": "name", "averages": "kind"}
-
-_PLAIN = {
-    "model_type": "should be a section of keys",
-    "tuple_type": "should be a list of numbers",
-    "list_type": "should be a list",
-    "string_pattern_mismatch": "should be letters, digits, '.', '_' and '-', beginning with a letter or digit",
-}
-"""What pydantic says with words of Python, said plainly."""
-
+_MAX_VALUES = 100_000
+"""Limit of values in a file after alias expansion, against "billion laughs" attacks."""
 
 _INTEGER = re.compile(r"[-+]?\d[\d_]*$")
 _FLOAT = re.compile(
@@ -40,13 +29,18 @@ _FLOAT = re.compile(
     r"|\.(nan|NaN|NAN)$"
 )
 
-
-_MOST_NODES = 100_000
-"""Values in a configuration, far beyond any that a person writes."""
+_MESSAGES = {
+    "model_type": "must be a section with keys",
+    "tuple_type": "must be a list of numbers",
+    "list_type": "must be a list",
+    "string_pattern_mismatch": "must start with a letter or digit and contain only letters, "
+    "digits, '.', '_' and '-'",
+}
+"""Messages for pydantic's error types that name Python types."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML 1.1 in which `6e-4` is a number and a key that stands twice is an error."""
+    """Safe YAML 1.1 that reads `6e-4` as a number and rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -56,13 +50,13 @@ class _Loader(yaml.SafeLoader):
             key = str(self.construct_object(key_node, deep=True))
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} stands twice", key_node.start_mark
+                    None, None, f"duplicate key {key!r}", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 reads 1:30 as ninety, in base 60; to a person it is no number.
+# YAML 1.1 reads 1:30 as the number 90 (base 60); keep it a string.
 _Loader.yaml_implicit_resolvers = {
     first: [
         (tag, _INTEGER if tag.endswith(":int") else regexp)
@@ -74,17 +68,56 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
-def parse_yaml(text: str, source: str) -> tuple[Any, yaml.Node | None]:
-    """The value of a YAML text and its node tree (for line numbers).
+def load_config(file: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML configuration and apply `section.key=value` overrides.
 
     Raises:
-        UserError: not YAML, an object tag, a repeated key; with the line.
+        UserError: the file is unreadable, or a key, a type or a combination is invalid.
     """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(
+            f"cannot read the config {file}: {reason}", hint=_hint_for_unreadable(file, error)
+        ) from None
+    values, node = _parse_yaml(text, str(file))
+    if not isinstance(values, dict):
+        raise UserError(f"{file} contains no keys", hint="print an example: llmtrain recipes demo")
+    for override in overrides or []:
+        _override(values, override)
+    values.setdefault("name", file.stem)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as invalid:
+        raise UserError(
+            "\n".join(
+                _describe(error, values, file, node, overrides or []) for error in invalid.errors()
+            ),
+            hint="every key is explained in the demo configuration: llmtrain recipes demo",
+        ) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """Return the resolved configuration as YAML that `load_config` reads back unchanged."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def _hint_for_unreadable(file: Path, error: Exception) -> str:
+    known = {recipe.name for recipe in list_recipes()}
+    if not isinstance(error, FileNotFoundError) or file.stem not in known:
+        return "list and copy the included configurations: llmtrain recipes"
+    to = shlex.quote(str(file.with_suffix(".yaml")))
+    return f"copy the included one: llmtrain recipes {file.stem} --to {to}"
+
+
+def _parse_yaml(text: str, source: str) -> tuple[Any, yaml.Node | None]:
+    """Return the value of a YAML text and its node tree, which has the line numbers."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        if node is not None and _expanded(node, {}) > _MOST_NODES:
-            raise ValueError("its aliases stand for too many values")
+        if node is not None and _count_values(node, {}) > _MAX_VALUES:
+            raise ValueError("its aliases expand to too many values")
         return (loader.construct_document(node) if node is not None else None), node
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -96,133 +129,117 @@ def parse_yaml(text: str, source: str) -> tuple[Any, yaml.Node | None]:
         ) from None
 
 
-def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node stands for once every alias in it is written out: nested ones multiply."""
-    if id(node) not in known:
-        known[id(node)] = _MOST_NODES  # for an alias to what it is in
+def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
+    """Return the number of values in a node after the expansion of all aliases."""
+    if id(node) not in counts:
+        counts[id(node)] = _MAX_VALUES  # the count of an alias to an enclosing node
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
         if isinstance(node, yaml.MappingNode):
-            inner = [each for pair in node.value for each in pair]
-        else:
-            inner = node.value if isinstance(node, yaml.SequenceNode) else []
-        known[id(node)] = 1 + sum(_expanded(each, known) for each in inner)
-    return known[id(node)]
+            children = [child for pair in children for child in pair]
+        counts[id(node)] = 1 + sum(_count_values(child, counts) for child in children)
+    return counts[id(node)]
 
 
-def _where_from(file: Path, error: Exception) -> str:
-    """What to do about a file that cannot be read: it may be a recipe's name in a folder without them."""
-    if not isinstance(error, FileNotFoundError) or file.stem not in {
-        each.name for each in recipes()
-    }:
-        return "llmtrain recipes lists the shipped ones and copies them"
-    to = shlex.quote(str(file.with_suffix(".yaml")))
-    return f"copy the shipped one: llmtrain recipes {file.stem} --to {to}"
-
-
-def load_config(file: Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a YAML configuration and apply `section.key=value` overrides.
-
-    Raises:
-        UserError: the file cannot be read, or a key, a type or a combination is wrong.
-    """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise UserError(
-            f"cannot read the config {file}: {reason}", hint=_where_from(file, error)
-        ) from None
-    values, node = parse_yaml(text, str(file))
-    if not isinstance(values, dict):
-        raise UserError(
-            f"{file} holds no keys", hint="llmtrain recipes demo prints one that explains itself"
-        )
-    for override in overrides or []:
-        _apply(values, override)
-    values.setdefault("name", file.stem)
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise UserError(
-            "\n".join(
-                _describe(dict(e), values, file, node, overrides or []) for e in error.errors()
-            ),
-            hint="llmtrain recipes demo prints a configuration that explains every key",
-        ) from None
-
-
-def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
+def _override(values: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path.strip("."):
         raise UserError(
-            f"--set {override!r} is not section.key=value",
-            hint="for example --set optimizer.lr=6e-3",
+            f"--set {override!r}: not of the form SECTION.KEY=VALUE",
+            hint="write it like --set optimizer.lr=6e-3",
         )
-    value, _ = parse_yaml(text, f"--set {path}")
+    value, _ = _parse_yaml(text, f"--set {path}")
     *parents, last = path.strip().split(".")
     place: Any = values
-    for part in parents:
-        if isinstance(place, dict) and place.get(part) is None:
-            place[part] = {}
-        if isinstance(place, list) and part.isdecimal() and int(part) < len(place):
-            place = place[int(part)]
-        elif isinstance(place, dict):
-            place = place[part]
-        else:
-            place = None
-    if isinstance(place, list) and last.isdecimal() and int(last) < len(place):
-        place[int(last)] = value
-    elif isinstance(place, dict):
-        place[last] = value
-    else:
+    try:
+        for part in parents:
+            if isinstance(place, dict) and place.get(part) is None:
+                place[part] = {}
+            place = place[_key(place, part)]
+        place[_key(place, last)] = value
+    except (IndexError, TypeError, ValueError):
         raise UserError(
-            f"--set {path}: there is no such place in the config",
-            hint="see `llmtrain pretrain --help`",
-        )
+            f"--set {path}: the config has no such section or list item",
+            hint="print all keys: llmtrain config FILE",
+        ) from None
+
+
+def _key(place: Any, part: str) -> str | int:
+    return int(part) if isinstance(place, list) and part.isdecimal() else part
 
 
 def _describe(
-    error: dict[str, Any],
+    error: ErrorDetails,
     values: dict[str, Any],
     file: Path,
     node: yaml.Node | None,
     overrides: list[str],
 ) -> str:
-    """One pydantic error as `file, line n: key: what is wrong`."""
+    """Return a pydantic error as `file, line n: key: problem`."""
     location = _location(error, values)
     key = ".".join(location)
-    if any(_touches(override.partition("=")[0].strip(), key) for override in overrides):
+    place = str(file)
+    if any(_overlap(override.partition("=")[0].strip(), key) for override in overrides):
         place = "--set"
-    else:
-        line = _line_of(node, location)
-        place = f"{file}, line {line}" if line else str(file)
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        message = "there is no such key" + _nearest(location, values)
-    elif error["type"] == "missing":
-        message = "this key is required"
-    elif error["type"] == "union_tag_not_found":
-        message = f"the key {error['ctx']['discriminator']} is required"
-    elif error["type"] == "union_tag_invalid":
-        known = error["ctx"]["expected_tags"].replace("'", "").split(", ")
-        near = difflib.get_close_matches(str(error["ctx"]["tag"]), known, n=1)
-        message = (
-            f"{error['ctx']['discriminator'].strip(chr(39))} {error['ctx']['tag']!r} is not one of "
-            f"{', '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
-        )
-    elif error["type"] in _PLAIN:
-        message = f"{_PLAIN[error['type']]} (got {error['input']!r})"
-    elif error["type"] != "value_error":
-        message = f"{message} (got {error['input']!r})"
-    return f"{place}: {key}: {message}" if key else f"{place}: {message}"
+    elif line := _line_of(node, location):
+        place = f"{file}, line {line}"
+    return ": ".join(part for part in (place, key, _message(error)) if part)
 
 
-def _location(error: dict[str, Any], values: dict[str, Any]) -> list[str]:
-    """Where in the file the error is: pydantic's path without the names of union members in it."""
+def _message(error: ErrorDetails) -> str:
+    match error["type"]:
+        case "extra_forbidden":
+            return "unknown key" + _suggest_key(error["loc"])
+        case "missing":
+            return "required key is missing"
+        case "union_tag_not_found":
+            return f"required key {error['ctx']['discriminator']} is missing"
+        case "union_tag_invalid":
+            return _invalid_tag(**error["ctx"])
+        case "value_error":
+            return error["msg"].removeprefix("Value error, ")
+        case kind:
+            return f"{_MESSAGES.get(kind, error['msg'])} (got {error['input']!r})"
+
+
+def _invalid_tag(discriminator: str, tag: str, expected_tags: str) -> str:
+    known = expected_tags.replace("'", "").split(", ")
+    near = difflib.get_close_matches(str(tag), known, n=1)
+    return f"{discriminator.strip(chr(39))} {tag!r} is not one of {', '.join(known)}" + (
+        f"; did you mean {near[0]}?" if near else ""
+    )
+
+
+def _suggest_key(location: tuple[int | str, ...]) -> str:
+    """Return the rest of the message for an unknown key: the nearest valid key, or all of them."""
+    *parents, key = map(str, location)
+    sections: list[type[Section]] = [RunConfig]
+    kinds: list[type[Section]] = []
+    for part in parents:
+        field = next((s.model_fields[part] for s in sections if part in s.model_fields), None)
+        if field is not None:
+            sections, kinds = _sections_in(field.annotation), []
+        elif not part.isdecimal():  # pydantic adds the kind after a section with several kinds
+            sections, kinds = [s for s in sections if _kind(s) == part], sections
+    if owners := [_kind(section) for section in kinds if key in section.model_fields]:
+        return f" for {parents[-1]}, valid only for {', '.join(owners)}"
+    known = list(sections[0].model_fields)
+    near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; valid keys are {', '.join(known)}"
+
+
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for inner in get_args(annotation) for section in _sections_in(inner)]
+
+
+def _kind(section: type[Section]) -> str:
+    field = section.model_fields.get("kind") or section.model_fields["name"]
+    return str(get_args(field.annotation)[0])
+
+
+def _location(error: ErrorDetails, values: dict[str, Any]) -> list[str]:
+    """Return the path of the error in the file: pydantic's path without the kinds in it."""
     location: list[str] = []
     place: Any = values
     for part in error["loc"]:
@@ -235,46 +252,13 @@ def _location(error: dict[str, Any], values: dict[str, Any]) -> list[str]:
     return location
 
 
-def _touches(override: str, key: str) -> bool:
-    """Whether `--set override=…` wrote `key`, or a part of it, or the section it is in."""
-    return override == key or override.startswith(f"{key}.") or key.startswith(f"{override}.")
-
-
-def _fields(location: list[str], values: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
-    """Keys of the section that holds the last part of `location`; of a union also those of each kind."""
-    fields: dict[str, Any] = dict(RunConfig.model_fields)
-    place: Any = values
-    for part in location[:-1]:
-        place = place[int(part)] if isinstance(place, list) else place[part]
-        if part in _UNIONS:
-            members = get_args(get_args(_UNIONS[part])[0])
-            kinds = {
-                get_args(m.model_fields[_TAGS[part]].annotation)[0]: list(m.model_fields)
-                for m in members
-            }
-            if isinstance(place, list):
-                place = place[int(location[1])]
-            return kinds.get(place.get(_TAGS[part]), []), kinds
-        annotation = fields[part].annotation if part in fields else None  # none: a place in a list
-        for each in (
-            annotation,
-            *get_args(annotation),
-        ):  # a section, one that may be null, or a list of them
-            if isinstance(each, type) and issubclass(each, Section):
-                fields = dict(each.model_fields)
-    return list(fields), {}
-
-
-def _nearest(location: list[str], values: dict[str, Any]) -> str:
-    known, kinds = _fields(location, values)
-    if owners := [kind for kind, keys in kinds.items() if location[-1] in keys]:
-        return f" for this kind, only for {', '.join(owners)}"
-    matches = difflib.get_close_matches(location[-1].lower(), known, n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]}?" if matches else f"; there are {', '.join(known)}"
+def _overlap(one: str, other: str) -> bool:
+    """Return True if two dotted keys are equal or one contains the other."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _line_of(node: yaml.Node | None, location: list[str]) -> int | None:
-    """Line (from 1) of the deepest part of `location` that the file holds."""
+    """Return the line (from 1) of the deepest part of `location` that the file contains."""
     line = None
     for part in location:
         if isinstance(node, yaml.MappingNode):

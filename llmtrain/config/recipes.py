@@ -1,9 +1,6 @@
-"""The configurations that come with the package, so that an installed one needs no checkout.
+"""The configurations in `configs/`, which are part of the installed package.
 
-Why two places: a wheel has them inside the package, a checkout (whose package is installed as it lies
-there) beside it.
-
-    for recipe in recipes(): print(recipe.name, recipe.summary)
+for recipe in list_recipes(): print(recipe.name, recipe.summary)
 """
 
 import difflib
@@ -11,62 +8,52 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrain.errors import UserError
-from llmtrain.storage.files import write_atomically
+from llmtrain.storage.commit import write_atomically
 
 _PACKAGE = Path(__file__).parents[1]
 _FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+"""Folders in a wheel and in a checkout."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One configuration."""
+    """An included configuration."""
 
     name: str
     path: Path
 
     @property
     def text(self) -> str:
-        """The whole file, its header with command, hardware and expected loss included."""
+        """Content of the file, whose header has commands, hardware and expected loss."""
         return self.path.read_text(encoding="utf-8")
 
     @property
     def summary(self) -> str:
-        """The first line of its header."""
+        """First line of the header."""
         return self.text.partition("\n")[0].removeprefix("#").strip()
 
 
-def recipes() -> list[Recipe]:
-    """All of them, by name."""
+def list_recipes() -> list[Recipe]:
+    """Return all recipes, sorted by name."""
     folder = next(folder for folder in _FOLDERS if folder.is_dir())
-    return sorted(
-        (Recipe(path.stem, path) for path in folder.glob("*.yaml")), key=lambda each: each.name
-    )
+    return [Recipe(path.stem, path) for path in sorted(folder.glob("*.yaml"), key=lambda p: p.stem)]
 
 
-def recipe(name: str) -> Recipe:
-    """The one called `name`.
-
-    Raises:
-        UserError: there is none.
-    """
-    known = {each.name: each for each in recipes()}
+def find_recipe(name: str) -> Recipe:
+    """Return the recipe `name`, or raise a UserError."""
+    known = {recipe.name: recipe for recipe in list_recipes()}
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         raise UserError(
-            f"there is no recipe {name!r}" + (f"; did you mean {near[0]}?" if near else ""),
-            hint=f"there are {', '.join(known)}",
+            f"unknown recipe {name!r}" + (f"; did you mean {near[0]}?" if near else ""),
+            hint=f"choose one of {', '.join(known)}",
         )
     return known[name]
 
 
 def copy_recipe(name: str, to: Path) -> None:
-    """Write a recipe to a new file.
-
-    Raises:
-        UserError: there is none of that name, or the file exists.
-        WriteFailed: the disk is full or cannot be written to.
-    """
-    found = recipe(name)
+    """Copy a recipe to the new file `to`; raise a UserError if it exists."""
+    recipe = find_recipe(name)
     if to.exists():
-        raise UserError(f"{to} exists already", hint="name a new file: --to FILE")
-    write_atomically(to, found.text)
+        raise UserError(f"{to} already exists", hint="choose a new file: --to FILE")
+    write_atomically(to, recipe.text)

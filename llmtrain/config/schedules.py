@@ -1,7 +1,6 @@
-"""The learning rate and the block size as pure functions of the step.
+"""Learning rate and block size as pure functions of the step.
 
-Why pure: a resumed run, a plot and a plan must all see the rate that training saw, from the
-configuration alone. No state, no torch.
+Why pure: a resumed run, a plot and an estimate need the values of a step from the configuration.
 
     learning_rate(1000, config.schedule, peak=6e-3, max_steps=70_000)
 """
@@ -9,40 +8,34 @@ configuration alone. No state, no torch.
 import math
 from collections.abc import Callable
 
-from llmtrain.config.data import DataConfig
-from llmtrain.config.schema import (
+from llmtrain.config.schema import RunConfig, SpamConfig
+from llmtrain.config.sections import (
     ConstantSchedule,
     CosineSchedule,
     CyclicSchedule,
+    DataConfig,
     InverseSqrtSchedule,
     LinearSchedule,
-    RunConfig,
     ScheduleConfig,
-    SpamConfig,
     WsdSchedule,
 )
 
-SHAPES: dict[str, Callable[[float], float]] = {
+DECAY_SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1.0 - x,
     "cosine": lambda x: 0.5 * (1.0 + math.cos(math.pi * x)),
     "1-sqrt": lambda x: 1.0 - math.sqrt(x),
 }
-"""Share of the peak that is left after the fraction x of a decay; 1 at x = 0, 0 at x = 1.
+"""Remaining share of the peak after the fraction x of a decay: 1 at x = 0, 0 at x = 1.
 
 1-sqrt: Hägele et al. 2024 (arXiv 2405.18392). cosine: Loshchilov and Hutter 2017 (arXiv 1608.03983).
 """
 
 
 def learning_rate(step: int, schedule: ScheduleConfig, peak: float, max_steps: int) -> float:
-    """Learning rate of the update that makes step `step` out of step `step - 1`.
+    """Return the learning rate of update `step` (from 1).
 
-    Steps count from 1. Warm-up is linear and ends at exactly `peak` in step `warmup_steps`.
-
-    Args:
-        step: 1 for the first update.
-        schedule: the shape.
-        peak: the largest rate.
-        max_steps: the end of the decay where the schedule names no horizon.
+    Linear warm-up ends with exactly `peak` at step `warmup_steps`. A decay ends at the schedule's
+    horizon, or at `max_steps` without one.
     """
     assert step >= 1, f"steps count from 1, not {step}"
     warmup = schedule.warmup_steps
@@ -51,37 +44,25 @@ def learning_rate(step: int, schedule: ScheduleConfig, peak: float, max_steps: i
     match schedule:
         case ConstantSchedule():
             return peak
-        case CosineSchedule():
-            return _decay(
-                step, warmup, schedule.horizon or max_steps, "cosine", peak, schedule.min_lr
-            )
-        case LinearSchedule():
-            return _decay(
-                step, warmup, schedule.horizon or max_steps, "linear", peak, schedule.min_lr
-            )
-        case WsdSchedule():
-            end = schedule.horizon or max_steps
-            return _decay(
-                step, end - schedule.decay_steps, end, schedule.shape, peak, schedule.min_lr
-            )
         case InverseSqrtSchedule():
             return max(peak * math.sqrt(max(warmup, 1) / step), schedule.min_lr)
         case CyclicSchedule():
             cycle = schedule.cycle_steps
-            share = ((step - warmup - 1) % cycle) / max(cycle - 1, 1)
-            return schedule.min_lr + (peak - schedule.min_lr) * SHAPES["linear"](share)
-
-
-def _decay(step: int, start: int, end: int, shape: str, peak: float, floor: float) -> float:
-    """`peak` up to step `start`, then down the shape to `floor` at step `end` and after it."""
+            start, end, shape = 0, max(cycle - 1, 1), "linear"
+            step = (step - warmup - 1) % cycle
+        case WsdSchedule():
+            end = schedule.horizon or max_steps
+            start, shape = end - schedule.decay_steps, schedule.shape
+        case CosineSchedule() | LinearSchedule():
+            start, end, shape = warmup, schedule.horizon or max_steps, schedule.name
     share = min(max((step - start) / (end - start), 0.0), 1.0)
-    return floor + (peak - floor) * SHAPES[shape](share)
+    return schedule.min_lr + (peak - schedule.min_lr) * DECAY_SHAPES[shape](share)
 
 
 def reset_factor(step: int, spam: SpamConfig) -> float:
-    """Share of the learning rate in step `step` (from 1): SPAM's half a cosine after each reset.
+    """Return SPAM's factor of the learning rate in step `step` (from 1): a cosine after each reset.
 
-    Source: Huang et al. 2025 (arXiv 2501.06842). The beginning of training is the schedule's own.
+    Source: Huang et al. 2025 (arXiv 2501.06842). The start of training has its own warm-up.
     """
     since = (step - 1) % spam.reset_every
     if step <= spam.reset_every or since >= spam.reset_warmup:
@@ -90,10 +71,10 @@ def reset_factor(step: int, spam: SpamConfig) -> float:
 
 
 def block_size(step: int, data: DataConfig) -> int:
-    """Tokens of context in step `step` (from 1): `data.block_size`, less while it warms up.
+    """Return the context length in tokens of step `step` (from 1).
 
-    Source: the truncating schedule of Li et al. 2021 (arXiv 2108.06084), from `start` in a straight
-    line to the whole at `block_warmup.steps`.
+    Source: the truncating schedule of Li et al. 2021 (arXiv 2108.06084), linear from
+    `block_warmup.start` to `data.block_size` at `block_warmup.steps`.
     """
     assert step >= 1, f"steps count from 1, not {step}"
     warmup = data.block_warmup
@@ -104,7 +85,7 @@ def block_size(step: int, data: DataConfig) -> int:
 
 
 def tokens_until(step: int, config: RunConfig) -> int:
-    """Tokens trained on after `step` steps."""
+    """Return the number of training tokens in the first `step` steps."""
     warmup = config.data.block_warmup
     short = min(step, warmup.steps) if warmup is not None else 0
     lengths = sum(block_size(each, config.data) for each in range(1, short + 1))

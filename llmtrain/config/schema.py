@@ -1,39 +1,39 @@
-"""The typed configuration of a run: every key, its type, its default, and which keys go together.
+"""The typed configuration of a run: every key, its type, its default and the checks between keys.
 
-Why: a run that trained for a week on a default nobody chose is a lost week. Nothing is converted
-silently, nothing unknown is accepted, and the resolved whole is enough to run it again. How it is
-read from a file, and what a mistake is told, is in `config_file.py`.
-
-    RunConfig.model_validate({"name": "x", "data": {"path": "data/x"}, "train": {"batch_sequences": 32}})
+RunConfig.model_validate({"name": "x", "data": {"path": "x"}, "train": {"batch_sequences": 8}})
 """
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from llmtrain.config.averages import AverageConfig
-from llmtrain.config.base import (
-    Betas,
+from llmtrain.config.sections import (
+    AverageConfig,
+    CosineSchedule,
+    DataConfig,
     Fraction,
+    Int,
     Natural,
     NonNegative,
     Positive,
+    PowerEmaConfig,
     Rate,
+    RunningMeanConfig,
+    ScheduleConfig,
     Section,
-    Seed,
-    whole,
+    WsdSchedule,
 )
-from llmtrain.config.data import DataConfig
 
 
 class ModelConfig(Section):
-    """The shape of the GPT-2; defaults: GPT-2 small without biases."""
+    """Shape of the GPT-2 model; default: GPT-2 small without biases."""
 
     n_layer: Positive = 12
     n_head: Positive = 12
     n_embd: Positive = 768
     vocab_size: Positive = 50304
-    """Rows of the embedding; may be padded above the tokenizer's vocabulary for speed."""
+    """Rows of the embedding; may exceed the tokenizer's vocabulary for speed."""
     bias: bool = False
     """Biases in linear layers and layer norms."""
     dropout: Fraction = 0.0
@@ -41,196 +41,132 @@ class ModelConfig(Section):
     """Divide the attention logits of layer i (from 0) by i + 1."""
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> "ModelConfig":
+    def _check_heads(self) -> "ModelConfig":
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         return self
 
 
 class SpamConfig(Section):
-    """What SPAM adds to AdamW (Huang et al. 2025, arXiv 2501.06842), with the values of its paper."""
+    """Additions of SPAM to AdamW (Huang et al. 2025, arXiv 2501.06842); defaults: its paper."""
 
     threshold: Rate = 5000.0
-    """A gradient is cut to √(threshold · second moment) where its square is above threshold times that moment."""
+    """Clip a gradient g to √(threshold · v) if g² > threshold · v, with second moment v."""
     reset_every: Positive = 500
-    """Steps after which both moments begin again at zero."""
+    """Steps between two resets of both moments to zero."""
     reset_warmup: Natural = 150
-    """Steps over which the learning rate comes back after a reset, in half a cosine."""
+    """Steps of the cosine warm-up of the learning rate after a reset."""
 
     @model_validator(mode="after")
-    def _comes_back(self) -> "SpamConfig":
+    def _check_warmup(self) -> "SpamConfig":
         if self.reset_warmup >= self.reset_every:
             raise ValueError(
-                f"reset_warmup {self.reset_warmup} is not below reset_every {self.reset_every}: "
-                "the learning rate would never come back"
+                f"reset_warmup ({self.reset_warmup}) must be below reset_every "
+                f"({self.reset_every}), or the learning rate never recovers"
             )
         return self
 
 
 class MuonConfig(Section):
-    """Momentum of Muon (Jordan et al. 2024), which moves the matrices of the blocks; its keys beside AdamW's."""
+    """Momentum of Muon (Jordan et al. 2024), which updates the matrices of the blocks."""
 
     momentum: Fraction = 0.95
-    """Share of the old in the running mean of gradients."""
+    """Decay of the running mean of the gradients."""
     nesterov: bool = True
-    """Look ahead: mix the gradient of the step into the mean once more."""
 
 
 class OptimizerConfig(Section):
-    """AdamW, SPAM over it, or Muon for matrices and AdamW for the rest. `decay` says what weight decay acts on."""
+    """AdamW, SPAM (an extension of it), or Muon for matrices and AdamW for the rest."""
 
     name: Literal["adamw", "spam", "muon"] = "adamw"
     lr: Rate = 6e-4
     """Peak learning rate."""
-    betas: Betas = (0.9, 0.95)
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
     eps: Rate = 1e-8
     weight_decay: NonNegative = 0.1
     decay: Literal["linear", "matrices"] = "linear"
-    """linear: weights of linear layers only (the paper); matrices: embeddings too (nanoGPT)."""
+    """Weights that decay. linear: linear layers (the paper); matrices: embeddings too (nanoGPT)."""
     grad_clip: NonNegative = 1.0
-    """Largest global gradient norm; 0: no clipping."""
+    """Maximum global gradient norm; 0: no clipping."""
     spam: SpamConfig | None = None
-    """With name: spam only."""
+    """Only with name: spam."""
     muon: MuonConfig | None = None
-    """With name: muon only."""
+    """Only with name: muon."""
 
     @model_validator(mode="before")
     @classmethod
-    def _own_keys_have_defaults(cls, values: Any) -> Any:
+    def _fill_own_section(cls, values: Any) -> Any:
         name = values.get("name") if isinstance(values, dict) else None
         if name in ("spam", "muon") and values.get(name) is None:
             return values | {name: {}}
         return values
 
     @model_validator(mode="after")
-    def _own_keys_are_used(self) -> "OptimizerConfig":
+    def _check_own_section(self) -> "OptimizerConfig":
         for key in ("spam", "muon"):
             if getattr(self, key) is not None and self.name != key:
-                raise ValueError(f"the keys under {key} do nothing with name: {self.name}")
+                raise ValueError(f"the section {key} has no effect with name: {self.name}")
         return self
 
 
-class _Schedule(Section):
-    warmup_steps: Natural = 2000
-    """The learning rate rises linearly from 0 and reaches its peak at this step."""
-
-
-class ConstantSchedule(_Schedule):
-    """The peak learning rate to the end."""
-
-    name: Literal["constant"]
-
-
-class _DecaySchedule(_Schedule):
-    min_lr: NonNegative = 0.0
-    """The learning rate at the end of the decay, and after it."""
-    horizon: Positive | None = None
-    """The step at which the decay ends; default: train.max_steps."""
-
-
-class CosineSchedule(_DecaySchedule):
-    """Half a cosine from the peak to `min_lr`, from the end of warm-up to the horizon."""
-
-    name: Literal["cosine"]
-
-
-class LinearSchedule(_DecaySchedule):
-    """A straight line from the peak to `min_lr`, from the end of warm-up to the horizon."""
-
-    name: Literal["linear"]
-
-
-class InverseSqrtSchedule(_Schedule):
-    """peak · √(warmup_steps / step) after warm-up, not below `min_lr`."""
-
-    name: Literal["inverse-sqrt"]
-    min_lr: NonNegative = 0.0
-
-
-class WsdSchedule(_DecaySchedule):
-    """Warm-up, stable, decay: the peak until `decay_steps` before the horizon, then down to `min_lr`."""
-
-    name: Literal["wsd"]
-    decay_steps: Positive
-    shape: Literal["linear", "cosine", "1-sqrt"] = "1-sqrt"
-
-
-class CyclicSchedule(_Schedule):
-    """From the peak down to `min_lr` in a straight line every `cycle_steps` (for SWA)."""
-
-    name: Literal["cyclic"]
-    cycle_steps: Positive
-    min_lr: NonNegative = 0.0
-
-
-ScheduleConfig = Annotated[
-    ConstantSchedule
-    | CosineSchedule
-    | LinearSchedule
-    | InverseSqrtSchedule
-    | WsdSchedule
-    | CyclicSchedule,
-    Field(discriminator="name"),
-]
-
-
 class TrainConfig(Section):
-    """How long, in what batches, on what."""
+    """Duration, batch size and hardware use."""
 
     max_steps: Positive = 70_000
     batch_tokens: Positive | None = None
-    """Tokens a step over all micro-batches (a multiple of data.block_size), or:"""
+    """Tokens in a step, a multiple of data.block_size. Set this or batch_sequences."""
     batch_sequences: Positive | None = None
-    """Sequences a step over all micro-batches. One of the two is set."""
+    """Sequences in a step."""
     micro_batch: Literal["auto"] | Positive = 16
-    """Sequences in one forward pass on one device. auto: the fastest that fits, found when the run begins."""
+    """Sequences in a forward pass on one device. auto: find the fastest that fits at the start."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of matrix products; weights are float32 always. auto: bfloat16 where it is fast."""
+    """Precision of matrix products; weights are always float32. auto: bfloat16 if it is fast."""
     compile: Literal["auto", "cuda-graphs"] | bool = "auto"
-    """torch.compile. auto: on CUDA; cuda-graphs: and what it makes is replayed as CUDA graphs, on one GPU."""
+    """torch.compile. auto: on CUDA only; cuda-graphs: with CUDA graphs, on one GPU."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
-    """How weights lie on several processes. ddp: whole on each; fsdp: in shards; hsdp: in shards within a
-    machine, the same on each machine. auto: ddp where that fits the GPU, else fsdp."""
+    """Distribution of the weights over processes. ddp: replicated; fsdp: sharded; hsdp: sharded
+    within a machine, replicated across machines. auto: ddp if it fits into GPU memory, else fsdp."""
     activation_checkpointing: bool = False
-    """Compute the blocks again in the backward pass instead of keeping what they computed: less memory."""
+    """Recompute the blocks in the backward pass to save memory."""
     on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
-    """When loss or gradient norm is NaN or infinite; the weights never see it. skip: pass over the
-    step; rewind: as under `spikes`."""
+    """Reaction to a NaN or infinite loss or gradient norm, which never reaches the weights.
+    skip: skip the step; rewind: as in `spikes`."""
 
     @model_validator(mode="after")
-    def _one_batch(self) -> "TrainConfig":
+    def _check_batch(self) -> "TrainConfig":
         if (self.batch_tokens is None) == (self.batch_sequences is None):
             raise ValueError("set exactly one of batch_tokens and batch_sequences")
         return self
 
 
 class CheckpointConfig(Section):
-    """What is saved, and when."""
+    """Intervals of snapshots and training checkpoints."""
 
     snapshot_every: Positive = 200
-    """Steps between two snapshots (weights only, kept for averaging), once warm-up is over."""
+    """Steps between two snapshots (weights only, kept for averaging) after warm-up."""
     state_every: Positive = 1000
-    """Steps between two full training states (for resuming)."""
+    """Steps between two training checkpoints, from which a run resumes."""
     keep_states: Positive = 2
+    """Number of most recent training checkpoints to keep."""
 
 
 class SpikesConfig(Section):
-    """Loss spikes: a loss or gradient norm far above those of the last steps, by a robust z-score."""
+    """Handling of steps with an unusually large loss or gradient norm (robust z-score)."""
 
     action: Literal["ignore", "log", "skip", "rewind"] = "log"
-    """log: say so; skip: leave the update out; rewind: go back to a saved state and pass over the
-    batches since (PaLM, Chowdhery et al. 2022, section 5.1)."""
-    window: Annotated[int, BeforeValidator(whole), Field(ge=8)] = 128
-    """Steps looked back on; nothing is a spike before so many steps were taken."""
+    """log: log it; skip: skip the update; rewind: return to an earlier training checkpoint and skip
+    the batches since then (PaLM, Chowdhery et al. 2022, section 5.1)."""
+    window: Annotated[Int, Field(ge=8)] = 128
+    """Number of previous steps to compare with. Detection starts after that many steps."""
     threshold: Rate = 10.0
-    """Distance above the median, in robust standard deviations (1.4826 times the median deviation)."""
+    """Distance from the median in robust standard deviations (1.4826 · median deviation)."""
     rewind_steps: Positive = 100
-    """A rewind goes back at least so many steps before the spike, or to the beginning: of the run, or of the
-    stretch since the last rewind."""
+    """Minimum distance from the spike to the training checkpoint, unless the run or the previous
+    rewind started later."""
     max_rewinds: Positive = 10
-    """The run stops when it would rewind more often."""
+    """Maximum number of rewinds; the run fails at the next one."""
 
 
 class EvalConfig(Section):
@@ -238,10 +174,10 @@ class EvalConfig(Section):
 
     every: Positive = 1000
     """Steps between two evaluations. The last step is always evaluated."""
-    tokens: Annotated[int, BeforeValidator(whole), Field(ge=2)] | None = None
-    """Use only this many tokens from the start of the val split; default: all of it."""
+    tokens: Annotated[Int, Field(ge=2)] | None = None
+    """Number of tokens from the start of the val split; default: all."""
     batch: Positive = 16
-    """Sequences in one forward pass of an evaluation."""
+    """Sequences in a forward pass."""
 
 
 class WandbConfig(Section):
@@ -252,27 +188,27 @@ class WandbConfig(Section):
 
 
 class LogConfig(Section):
-    """What is told while training."""
+    """Logging during training."""
 
     every: Positive = 10
-    """Steps between two lines of metrics."""
+    """Steps between two log lines."""
     sample_tokens: Natural = 0
-    """Length of a greedy continuation of the beginning of the val split, told at each evaluation."""
+    """Length of the text generated at each evaluation, greedily, from the start of the val split."""
     tensorboard: bool = False
-    """Write tensorboard/ in the run's folder."""
+    """Write TensorBoard events to tensorboard/ in the run folder."""
     wandb: WandbConfig = WandbConfig()
 
 
 class RunConfig(Section):
-    """Everything that decides a run."""
+    """Complete configuration of a run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """The run lies in runs/<name> unless --run-dir says otherwise; default: the file's name."""
-    seed: Seed = 1337
-    """Of the initial weights, the dropout and the data order."""
+    """Name of the run folder, runs/<name>; default: name of the file."""
+    seed: Annotated[Natural, Field(lt=2**63)] = 1337
+    """Random seed for initialization, dropout and data order."""
     init_from: str | None = None
-    """Weights to begin with instead of random ones: a folder of weights, a nanoGPT .pt file, or a public
-    GPT-2 (owner/name or owner/name@revision). The schedule warms up anew."""
+    """Initial weights instead of random ones: a weights folder, a nanoGPT .pt file, or a GPT-2 on
+    the hub (owner/name or owner/name@revision)."""
     data: DataConfig
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -286,94 +222,105 @@ class RunConfig(Section):
 
     @property
     def batch_size(self) -> int:
-        """Sequences in one step."""
+        """Sequences in a step."""
         return self.train.batch_sequences or (self.train.batch_tokens or 0) // self.data.block_size
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens in one step."""
+        """Tokens in a step."""
         return self.batch_size * self.data.block_size
 
+    @property
+    def may_rewind(self) -> bool:
+        """True if training may return to an earlier training checkpoint."""
+        return "rewind" in (self.spikes.action, self.train.on_nonfinite)
+
     def with_micro_batch(self, size: int) -> "RunConfig":
-        """The same run with micro-batches of `size` sequences."""
+        """Return a copy with micro-batches of `size` sequences."""
         return self.model_copy(
             update={"train": self.train.model_copy(update={"micro_batch": size})}
         )
 
+    def save_every(self, average: AverageConfig) -> int:
+        """Return the number of steps between two saves of an online average."""
+        snapshot, state = self.checkpoint.snapshot_every, self.checkpoint.state_every
+        if average.save_every is not None:
+            return average.save_every
+        if isinstance(average, RunningMeanConfig | PowerEmaConfig):
+            return snapshot  # post-hoc averages combine them at the steps of snapshots
+        return math.ceil(state / snapshot) * snapshot
+
     @model_validator(mode="after")
-    def _sizes_fit(self) -> "RunConfig":
+    def _check_batch(self) -> "RunConfig":
         tokens, block, micro = self.train.batch_tokens, self.data.block_size, self.train.micro_batch
         if tokens is not None and tokens % block:
             raise ValueError(
-                f"train.batch_tokens {tokens:,} is not a multiple of data.block_size {block}: "
-                f"{max(tokens // block, 1) * block:,} would be"
+                f"train.batch_tokens ({tokens:,}) must be a multiple of data.block_size ({block}), "
+                f"for example {max(tokens // block, 1) * block:,}"
             )
         if micro != "auto" and self.batch_size % micro:
-            fitting = [n for n in range(1, micro + 1) if self.batch_size % n == 0]
+            divisor = max(n for n in range(1, micro + 1) if self.batch_size % n == 0)
             raise ValueError(
-                f"a step of {self.batch_size} sequences does not divide into train.micro_batch {micro}: "
-                f"{fitting[-1]} would"
+                f"train.micro_batch ({micro}) must divide the {self.batch_size} sequences of a "
+                f"step, for example {divisor}"
             )
         if self.train.compile == "cuda-graphs" and self.data.block_warmup is not None:
             raise ValueError(
-                "train.compile cuda-graphs records one length, data.block_warmup trains at many"
+                "train.compile: cuda-graphs needs a constant block size, "
+                "but data.block_warmup changes it"
             )
         return self
 
     @model_validator(mode="after")
-    def _schedule_fits(self) -> "RunConfig":
+    def _check_schedule(self) -> "RunConfig":
         schedule, steps = self.schedule, self.train.max_steps
         horizon = getattr(schedule, "horizon", None) or steps
-        if schedule.warmup_steps >= min(horizon, steps):
+        warmup = schedule.warmup_steps
+        if warmup >= min(horizon, steps):
+            key = "schedule.horizon" if horizon < steps else "train.max_steps"
             raise ValueError(
-                f"schedule.warmup_steps {schedule.warmup_steps:,} leaves nothing of the {min(horizon, steps):,} steps"
+                f"schedule.warmup_steps ({warmup:,}) must be smaller than {key} "
+                f"({min(horizon, steps):,})"
             )
-        if (
-            isinstance(schedule, WsdSchedule)
-            and schedule.warmup_steps + schedule.decay_steps > horizon
-        ):
+        if isinstance(schedule, WsdSchedule) and warmup + schedule.decay_steps > horizon:
             raise ValueError(
-                f"schedule.warmup_steps + schedule.decay_steps is {schedule.warmup_steps:,} + "
-                f"{schedule.decay_steps:,}, more than the {horizon:,} steps"
+                f"schedule.warmup_steps + schedule.decay_steps ({warmup:,} + "
+                f"{schedule.decay_steps:,}) must not exceed the {horizon:,} steps"
             )
         if getattr(schedule, "min_lr", 0.0) > self.optimizer.lr:
             raise ValueError(
-                f"schedule.min_lr is above the peak, optimizer.lr {self.optimizer.lr:g}"
+                f"schedule.min_lr must not exceed the peak, optimizer.lr ({self.optimizer.lr:g})"
             )
         return self
 
-    @property
-    def rewinds(self) -> bool:
-        """Whether training may go back to an earlier state."""
-        return "rewind" in (self.spikes.action, self.train.on_nonfinite)
-
     @model_validator(mode="after")
-    def _rewind_fits(self) -> "RunConfig":
+    def _check_rewind(self) -> "RunConfig":
         kept = (self.checkpoint.keep_states - 1) * self.checkpoint.state_every
-        if self.rewinds and kept < self.spikes.rewind_steps:
+        if self.may_rewind and kept < self.spikes.rewind_steps:
             raise ValueError(
-                f"a rewind of spikes.rewind_steps {self.spikes.rewind_steps:,} steps needs older states than are "
-                f"kept: (checkpoint.keep_states - 1) · checkpoint.state_every is {kept:,}"
+                f"spikes.rewind_steps ({self.spikes.rewind_steps:,}) must not exceed "
+                f"(checkpoint.keep_states - 1) · checkpoint.state_every ({kept:,}), the age of the "
+                "oldest training checkpoint"
             )
         return self
 
     @model_validator(mode="after")
-    def _averages_fit(self) -> "RunConfig":
+    def _check_averages(self) -> "RunConfig":
         labels = [average.label for average in self.averages]
         if repeated := {label for label in labels if labels.count(label) > 1}:
-            raise ValueError(f"averages holds {', '.join(sorted(repeated))} twice")
+            raise ValueError(f"averages contains {', '.join(sorted(repeated))} twice")
+        every = self.checkpoint.snapshot_every
         for index, average in enumerate(self.averages):
-            every = self.checkpoint.snapshot_every
             if average.save_every is not None and average.save_every % every:
                 raise ValueError(
-                    f"averages.{index}.save_every {average.save_every} is not a multiple of "
-                    f"checkpoint.snapshot_every {every}"
+                    f"averages.{index}.save_every ({average.save_every}) must be a multiple of "
+                    f"checkpoint.snapshot_every ({every})"
                 )
         return self
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
-    """Dotted key → value, in the order of the sections; for tables and comparisons."""
+    """Return the values by dotted key, in the order of the sections."""
     flat: dict[str, Any] = {}
 
     def visit(prefix: str, value: Any) -> None:

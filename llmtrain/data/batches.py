@@ -54,7 +54,7 @@ class Batches:
         self._share = config.batch_size // world.size
         self._tokens = train_tokens(data)
         sampler = MixtureSampler(data, config.data.block_size, config.batch_size, config.seed)
-        self._rows = lru_cache(2)(lambda batch: world.share(sampler.rows(batch)))
+        self._rows = lru_cache(2)(lambda batch: world.local_rows(sampler.rows(batch)))
         self._thread = ThreadPoolExecutor(1, "batches")
         """The only one that reads."""
         self._ahead: tuple[_Place, Future[Windows]] | None = None

@@ -26,8 +26,8 @@ from llmtrain.data.manifest import (
 )
 from llmtrain.data.token_files import HEADER_BYTES, TOKEN_BYTES
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.storage import files
-from llmtrain.storage.urls import file_system, is_url, open_url, reading, without_scheme
+from llmtrain.storage import commit
+from llmtrain.storage.urls import file_system, is_url, local_path, open_url, reading
 
 _COPY_BYTES = 1 << 22
 
@@ -109,7 +109,7 @@ def local_folder(path: str, say: Callable[[str], None] = _say) -> Path:
         RunFailed: there is no room for the copy.
     """
     if not is_url(path):
-        return Path(without_scheme(path))
+        return Path(local_path(path))
     manifest = published(path)
     if manifest is None:
         raise UserError(
@@ -138,7 +138,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def _copy(url: str, manifest: Manifest, folder: Path, say: Callable[[str], None]) -> None:
-    staging = folder.with_name(f"{files.TEMPORARY_PREFIX}{folder.name}")
+    staging = folder.with_name(f"{commit.TEMPORARY_PREFIX}{folder.name}")
     staging.mkdir(exist_ok=True)
     shards = [shard for split in SPLITS for shard in manifest.split_record(split).shards]
     missing = [shard for shard in shards if not (staging / shard.name).exists()]
@@ -147,14 +147,14 @@ def _copy(url: str, manifest: Manifest, folder: Path, say: Callable[[str], None]
     for shard in missing:
         _copy_shard(f"{url.rstrip('/')}/{shard.name}", shard, staging)
     write_manifest(staging, manifest)
-    files.fsync_path(staging)
+    commit.fsync_path(staging)
     staging.rename(folder)
-    files.fsync_path(folder.parent)
+    commit.fsync_path(folder.parent)
 
 
 def _copy_shard(url: str, shard: ShardRecord, folder: Path) -> None:
     """Copy one file; it has its name once it is durable and has the hash that the manifest says."""
-    partial = folder / f"{files.TEMPORARY_PREFIX}{shard.name}"
+    partial = folder / f"{commit.TEMPORARY_PREFIX}{shard.name}"
     digest = hashlib.sha256()
     with partial.open("wb") as target, reading(url), open_url(url) as source:
         while content := source.read(_COPY_BYTES):
@@ -166,5 +166,5 @@ def _copy_shard(url: str, shard: ShardRecord, folder: Path) -> None:
             f"{url} has another SHA-256 than its manifest records",
             hint="copy or prepare it there again",
         )
-    files.fsync_path(partial)
+    commit.fsync_path(partial)
     partial.replace(folder / shard.name)

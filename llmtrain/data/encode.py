@@ -21,7 +21,7 @@ import numpy.typing as npt
 from llmtrain.data.manifest import SPLITS
 from llmtrain.data.readers import Partition, read_partition
 from llmtrain.errors import UserError
-from llmtrain.model.tokenizer import PIECE_BYTES, Tokenizer, cut, load_tokenizer
+from llmtrain.model.tokenizer import CHUNK_BYTES, Tokenizer, load_tokenizer, split_text
 
 _CHUNKS_AHEAD = 4
 """Chunks in flight for each worker: enough that none waits for the one before it to be written."""
@@ -158,7 +158,7 @@ def _pieces(
             )
         if place == WRITTEN:
             continue
-        parts = cut(document)
+        parts = split_text(document)
         part = next(parts)
         for following in parts:
             yield Piece(part, SPLITS[place], ends_document=False)
@@ -173,7 +173,7 @@ def _chunks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     for piece in pieces:
         chunk.append(piece)
         size += len(piece.text)
-        if size >= PIECE_BYTES:
+        if size >= CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
     if chunk:

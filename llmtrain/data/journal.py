@@ -16,7 +16,7 @@ from typing import Any
 
 from llmtrain.data.manifest import SPLITS, PrepareSpec, ShardRecord, shard_name
 from llmtrain.data.token_files import shard_problem
-from llmtrain.storage import files, integrity
+from llmtrain.storage import commit, integrity
 
 JOURNAL_FILE = "journal.jsonl"
 _VERSION = 1
@@ -55,7 +55,7 @@ class Journal:
         for path_there in shards.iterdir():
             if path_there.name not in kept:
                 path_there.unlink()
-        files.write_atomically(path, "".join(map(_line, [request, *journal._entries()])))
+        commit.write_atomically(path, "".join(map(_line, [request, *journal._entries()])))
         return journal
 
     @property

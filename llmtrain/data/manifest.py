@@ -15,7 +15,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmtrain.errors import UserError
-from llmtrain.storage import files
+from llmtrain.storage import commit
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION: Final = 1
@@ -153,7 +153,7 @@ def shard_name(split: str, index: int) -> str:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json`, whole or not at all."""
     content = json.dumps(manifest.document(), indent=1) + "\n"
-    files.write_atomically(folder / MANIFEST_FILE, content)
+    commit.write_atomically(folder / MANIFEST_FILE, content)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmtrain.config.data import DataConfig
+from llmtrain.config.sections import DataConfig
 from llmtrain.data.copies import local_folder
 from llmtrain.data.sampler import Sampler, Tokens
 from llmtrain.data.shards import TokenData, open_data

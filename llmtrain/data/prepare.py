@@ -23,7 +23,7 @@ from llmtrain.data.sources import OPENWEBTEXT_HUB, Source, open_source
 from llmtrain.data.staging import Need, existing, require_same, staged
 from llmtrain.data.token_files import MAX_SHARD_TOKENS
 from llmtrain.errors import UserError
-from llmtrain.storage.urls import is_url, without_scheme
+from llmtrain.storage.urls import is_url, local_path
 
 DEFAULT_VAL_FRACTION = 0.0005
 DEFAULT_SEED = 2357
@@ -79,7 +79,7 @@ def prepare(
     _check_options(val_fraction, seed, shard_tokens, workers, limit_documents)
     _check_engine(engine, workers, ray_address)
     url = str(out) if is_url(str(out)) else None
-    folder = Path(without_scheme(str(out))) if url is None else workplace(url)
+    folder = Path(local_path(str(out))) if url is None else workplace(url)
     need = Need()
     with staged(folder, need) as staging:
         opened = open_source(source, text_field, limit_documents, staging.documents)

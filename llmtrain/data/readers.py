@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from llmtrain.errors import UserError
 from llmtrain.model.tokenizer import well_formed
-from llmtrain.storage.urls import is_url, open_url, reading, without_scheme
+from llmtrain.storage.urls import is_url, local_path, open_url, reading
 
 PARTITION_BYTES = 1 << 26
 """A unit of work is about so much input: seconds of tokenizing. Compressed files are not cut."""
@@ -112,7 +112,7 @@ def open_input(path: str) -> Iterator[Any]:
         with open_url(path) as file:
             yield file
         return
-    with Path(without_scheme(path)).open("rb") as file:
+    with Path(local_path(path)).open("rb") as file:
         yield file
 
 

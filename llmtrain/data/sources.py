@@ -22,7 +22,7 @@ from llmtrain.data.manifest import SourceFile, SourceRecord
 from llmtrain.data.readers import KINDS, Span, damage_named, kind_of, spans_of
 from llmtrain.errors import UserError
 from llmtrain.storage.integrity import sha256_of
-from llmtrain.storage.urls import find_remote, is_url, without_scheme
+from llmtrain.storage.urls import is_url, list_files, local_path
 
 OPENWEBTEXT = "openwebtext"
 OPENWEBTEXT_HUB = "Skylion007/openwebtext"
@@ -85,7 +85,7 @@ def open_source(source: str, text_field: str, limit: int | None, cache: Path) ->
         return _sotu_source(text_field, limit, cache)
     if is_url(source):
         return _remote_source(source, text_field, limit)
-    return _local_source(without_scheme(source), text_field, limit)
+    return _local_source(local_path(source), text_field, limit)
 
 
 def default_name(source: str) -> str:
@@ -138,7 +138,7 @@ def _local_source(source: str, field: str, limit: int | None) -> Source:
 
 
 def _remote_source(source: str, field: str, limit: int | None) -> Source:
-    found = find_remote(source)
+    found = list_files(source)
     known = [file for file in found if kind_of(file.url)]
     if not known:
         raise UserError(

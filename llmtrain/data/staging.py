@@ -25,7 +25,7 @@ from llmtrain.data.manifest import (
 )
 from llmtrain.data.shards import open_data
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.storage import files
+from llmtrain.storage import commit
 from llmtrain.storage.disk import NO_ROOM
 
 
@@ -65,9 +65,9 @@ class Staging:
     def commit(self, manifest: Manifest) -> None:
         """Give the shards their name."""
         write_manifest(self.shards, manifest)
-        files.fsync_path(self.shards)
+        commit.fsync_path(self.shards)
         self.shards.rename(self.target)
-        files.fsync_path(self.target.parent)
+        commit.fsync_path(self.target.parent)
 
 
 @contextmanager
@@ -79,11 +79,11 @@ def staged(out: Path, need: Need) -> Iterator[Staging]:
         RunFailed: something cannot be written; says how much space there is, and is `need`ed.
     """
     target = out.resolve()
-    staging = Staging(target.parent / f"{files.TEMPORARY_PREFIX}{target.name}", target)
+    staging = Staging(target.parent / f"{commit.TEMPORARY_PREFIX}{target.name}", target)
     new = [folder for folder in staging.folder.parents if not folder.exists()]
     try:
         staging.folder.mkdir(parents=True, exist_ok=True)  # here, for an error that names `out`
-        with files.locked_folder(staging.folder):
+        with commit.locked_folder(staging.folder):
             for leftover in staging.folder.iterdir():
                 if leftover.name not in {".lock", staging.shards.name, staging.journal.name}:
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

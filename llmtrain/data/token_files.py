@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from llmtrain.data.manifest import ShardRecord, SplitRecord, TokenizerRecord, shard_name
 from llmtrain.errors import UserError
-from llmtrain.storage import files, integrity
+from llmtrain.storage import commit, integrity
 
 MAGIC = 20240520
 VERSION = 1
@@ -114,7 +114,7 @@ class ShardWriter:
 
     @property
     def _staging(self) -> Path:
-        return self._folder / f"{files.TEMPORARY_PREFIX}{self._name}"
+        return self._folder / f"{commit.TEMPORARY_PREFIX}{self._name}"
 
     def _finish_shard(self) -> None:
         assert self._file is not None
@@ -122,7 +122,7 @@ class ShardWriter:
         self._file.write(header(self._tokens))
         self._file.close()
         self._file = None
-        files.fsync_path(self._staging)
+        commit.fsync_path(self._staging)
         record = ShardRecord(
             name=self._name,
             tokens=self._tokens,
@@ -131,7 +131,7 @@ class ShardWriter:
             sha256=integrity.sha256_of(self._staging),
         )
         self._staging.replace(self._folder / self._name)
-        files.fsync_path(self._folder)
+        commit.fsync_path(self._folder)
         self._on_shard(record)
         self.shards.append(record)
         self._tokens = self._documents = self._text_bytes = 0

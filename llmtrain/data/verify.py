@@ -12,7 +12,7 @@ from pathlib import Path
 from llmtrain.data.manifest import MANIFEST_FILE
 from llmtrain.data.shards import data_problems
 from llmtrain.errors import UserError
-from llmtrain.storage import files, integrity, run_folder
+from llmtrain.storage import commit, integrity, run_folder
 
 
 @dataclass(frozen=True)
@@ -70,4 +70,4 @@ def _check(folder: Path) -> Check:
 
 
 def _temporary(relative: Path) -> bool:
-    return any(part.startswith(files.TEMPORARY_PREFIX) for part in relative.parts)
+    return any(part.startswith(commit.TEMPORARY_PREFIX) for part in relative.parts)

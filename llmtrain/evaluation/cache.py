@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from llmtrain.checkpoints.targets import Target
 from llmtrain.errors import UserError, WriteFailed
-from llmtrain.storage.files import write_atomically
+from llmtrain.storage.commit import write_atomically
 from llmtrain.storage.run_folder import step_name
 
 Result = TypeVar("Result")

@@ -22,8 +22,7 @@ from torch import Tensor
 from llmtrain.checkpoints.gpt2_folder import Shape, load_model, load_shape
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.model.gpt import GPT, Attention, Block
-from llmtrain.model.tokenizer import Tokenizer, load_tokenizer, tokenizer_ending_with
-from llmtrain.model.tokenizer_files import is_spoken
+from llmtrain.model.tokenizer import Tokenizer, has_same_ids, load_tokenizer, tokenizer_for_eot
 from llmtrain.runtime.device import resolve_device
 
 _COLDEST = 1e-6
@@ -204,14 +203,14 @@ def tokenizer_of(folder: Path, shape: Shape, name: str | None = None) -> Tokeniz
     Raises:
         UserError: it is none of ours, or has more ids than the model.
     """
-    tokenizer = load_tokenizer(name) if name else tokenizer_ending_with(shape.eot, folder)
+    tokenizer = load_tokenizer(name) if name else tokenizer_for_eot(shape.eot, folder)
     if tokenizer.vocab_size > shape.model.vocab_size:
         raise UserError(
             f"{folder} has {shape.model.vocab_size:,} rows of embeddings, "
             f"the {tokenizer.name} tokenizer {tokenizer.vocab_size:,} ids",
             hint="name the tokenizer the model was trained with: --tokenizer gpt2 or --tokenizer byte",
         )
-    if name is None and not is_spoken(folder, tokenizer):
+    if name is None and not has_same_ids(folder, tokenizer):
         raise UserError(
             f"the tokenizer files in {folder} give other ids than ours do",
             hint="its text cannot be written here; where ours is meant all the same: --tokenizer gpt2 or byte",

@@ -32,8 +32,7 @@ from llmtrain.checkpoints.gpt2_folder import load_shape
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.hf_models import load_transformers, own_tokenizer
 from llmtrain.evaluation.tasks import Score, TaskSource
-from llmtrain.model.tokenizer import tokenizer_ending_with
-from llmtrain.model.tokenizer_files import fast_tokenizer
+from llmtrain.model.tokenizer import fast_tokenizer, tokenizer_for_eot
 from llmtrain.runtime.device import resolve_device
 
 CPU_BATCH = 8
@@ -56,7 +55,7 @@ class Harness(HFLM):  # type: ignore[misc]  # lm-eval has no types
         super().__init__(
             pretrained=model.to(where),
             tokenizer=tokenizer
-            or fast_tokenizer(tokenizer_ending_with(load_shape(folder).eot, folder)),
+            or fast_tokenizer(tokenizer_for_eot(load_shape(folder).eot, folder)),
             backend="causal",
             batch_size=CPU_BATCH if batch == "auto" and where.type == "cpu" else batch,
         )

@@ -22,8 +22,7 @@ from llmtrain.checkpoints.weights_folder import CONFIG_FILE
 from llmtrain.data.shards import TokenData
 from llmtrain.errors import UserError
 from llmtrain.model.gpt import GPT, IGNORE
-from llmtrain.model.tokenizer import load_tokenizer, tokenizer_ending_with
-from llmtrain.model.tokenizer_files import is_spoken
+from llmtrain.model.tokenizer import has_same_ids, load_tokenizer, tokenizer_for_eot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -195,7 +194,7 @@ def encoding_of(folder: Path) -> Encoding:
     """
     own = own_tokenizer(folder)
     if own is None:
-        ours = tokenizer_ending_with(load_shape(folder).eot, folder)
+        ours = tokenizer_for_eot(load_shape(folder).eot, folder)
         return Encoding(lambda text: ours.encode(text).astype(np.int64), ours.eot)
     eot = own.eos_token_id if own.eos_token_id is not None else own.bos_token_id
     if not isinstance(eot, int):
@@ -219,7 +218,7 @@ def reencoded(folder: Path, data: TokenData, split: str, limit: int) -> Reencode
     """
     ours = load_tokenizer(data.tokenizer)
     alike = (
-        not is_foreign(folder) and load_shape(folder).eot == ours.eot and is_spoken(folder, ours)
+        not is_foreign(folder) and load_shape(folder).eot == ours.eot and has_same_ids(folder, ours)
     )
     if alike or load_tokenizer_files(folder) is None:
         return None

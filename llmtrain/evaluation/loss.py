@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llmtrain.data.sampler import Tokens, validation_windows
 from llmtrain.errors import UserError
 from llmtrain.model.gpt import IGNORE
-from llmtrain.runtime.device import Precision, autocast, on_device
+from llmtrain.runtime.device import Precision, autocast, to_device
 from llmtrain.runtime.distributed import World
 
 
@@ -102,7 +102,7 @@ def evaluate(
                 # Weights may be in shards: who has no windows left computes with the others all the same.
                 some = windows[mine : mine + batch] or windows[:1]
                 tokens, targets = _fill(reader, some, block_size)
-                loss = model(on_device(tokens, device), on_device(targets, device))
+                loss = model(to_device(tokens, device), to_device(targets, device))
                 if mine < len(windows):
                     counted = targets[targets != IGNORE]
                     losses.append(

@@ -22,7 +22,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.data.manifest import MANIFEST_FILE, Manifest, read_manifest
 from llmtrain.evaluation.results import Row, stored_rows
 from llmtrain.model.tokenizer import Tokenizer
-from llmtrain.planning.architecture import Architecture
+from llmtrain.planning.sizes import Architecture
 from llmtrain.storage.json_files import read_json
 from llmtrain.storage.run_folder import RAW
 

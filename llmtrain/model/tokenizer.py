@@ -1,74 +1,88 @@
 """Text to token ids and back: GPT-2's byte-pair encoding, or plain bytes.
 
-Why: a run must not depend on a download, so the GPT-2 ranks are part of the package (and their
-hash is checked); and a demo on two cores wants a vocabulary of 257, which bytes give for free.
-A tokenizer here is a table of the bytes of every id and a way to encode; decoding is a look-up.
+The package contains GPT-2's ranks, so no tokenizer needs the network. The byte tokenizer has a
+vocabulary of 257, small enough for a demo on a CPU.
 
     ids = load_tokenizer("gpt2").encode("Hello world")  # uint16 array [15496, 995]
 """
 
 import base64
 import hashlib
+import json
 import lzma
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llmtrain.errors import RunFailed, UserError
+from llmtrain.storage.json_files import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TOKENIZERS = ("gpt2", "byte")
+END_OF_TEXT = "<|endoftext|>"
+
+CHUNK_BYTES = 1 << 20
+"""Default size of the chunks in which long documents are encoded."""
 
 GPT2_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-"""Of the unpacked rank file; the hash that tiktoken itself demands of its `r50k_base`."""
+"""Hash of the unpacked ranks, the same that tiktoken requires for `r50k_base`."""
 
 _R50K_PATTERN = (
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 )
 
 _WHITESPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-"""The regular expression engine's `\\s` (Unicode White_Space); Python's own has four more."""
+r"""`\s` of tiktoken's regular expressions (Unicode White_Space); Python's has four more."""
 
 _LONG_WHITESPACE = re.compile(rf"[{_WHITESPACE}]{{10000,}}(?=[{_WHITESPACE}][^{_WHITESPACE}])")
 
 _SAFE_CUT = re.compile(rb"[\t-\r ](?=[!-~])")
-"""An ASCII whitespace byte before a visible ASCII one. No token crosses the point before it."""
+"""ASCII whitespace before a visible ASCII character. No token crosses the point before it."""
 
-PIECE_BYTES = 1 << 20
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_CHARACTERS = {byte: chr(byte) for byte in _PRINTABLE} | {
+    byte: chr(256 + n) for n, byte in enumerate(_OTHERS)
+}
+"""GPT-2's printable character for each byte in vocabulary files (Radford et al. 2019)."""
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """An immutable tokenizer; safe to share between threads.
-
-    `pieces[i]` is the text (bytes) of token `i`; the last is end-of-text, which stands for none.
-    """
+    """An immutable tokenizer that threads may share."""
 
     name: str
     sha256: str
-    """Hex hash that identifies the vocabulary: two tokenizers with one hash give the same ids."""
-    pieces: tuple[bytes, ...]
+    """Hex hash of the vocabulary; tokenizers with equal hashes produce equal ids."""
+    vocabulary: tuple[bytes, ...]
+    """Bytes of each token id. The last id is end-of-text, which has none."""
     _encode: Callable[[str], npt.NDArray[np.uint16]]
 
     @property
     def eot(self) -> int:
-        """Id of the end-of-text token, which follows every document and never comes from text."""
-        return len(self.pieces) - 1
+        """Id of the end-of-text token, which terminates documents and never results from text."""
+        return len(self.vocabulary) - 1
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, end-of-text included."""
-        return len(self.pieces)
+        """Number of ids, including end-of-text."""
+        return len(self.vocabulary)
 
     def encode(self, text: str) -> npt.NDArray[np.uint16]:
-        """Token ids of `text`, shape (tokens,), without end-of-text.
+        """Return the token ids of `text`, shape (tokens,), without end-of-text.
 
-        Whatever the text spells (`<|endoftext|>` too) is ordinary text. A lone surrogate, which no
-        UTF-8 file can hold, is encoded as U+FFFD, as tiktoken does.
+        Special tokens in the text (`<|endoftext|>`) are ordinary text. A lone surrogate is encoded
+        as U+FFFD, as in tiktoken.
         """
         try:
             return self._encode(text)
@@ -76,39 +90,32 @@ class Tokenizer:
             return self._encode(well_formed(text))
 
     def decode_bytes(self, ids: npt.ArrayLike) -> bytes:
-        """The bytes that `ids` stand for; end-of-text stands for none.
-
-        Raises:
-            UserError: an id is not in the vocabulary.
-        """
+        """Return the bytes of `ids`; raise a UserError for ids outside the vocabulary."""
         array = np.asarray(ids, dtype=np.int64).reshape(-1)
         wrong = array[(array < 0) | (array > self.eot)]
         if wrong.size:
             raise UserError(
                 f"token id {wrong[0]} is outside the vocabulary of {self.name} (0 to {self.eot})",
-                hint="were these tokens written with another tokenizer?",
+                hint="decode with the tokenizer that produced these tokens",
             )
-        return b"".join(self.pieces[i] for i in array.tolist())
+        return b"".join(self.vocabulary[i] for i in array.tolist())
 
     def decode(self, ids: npt.ArrayLike) -> str:
-        """The text of `ids`; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
+        """Return the text of `ids`, with U+FFFD for incomplete UTF-8 characters."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def token_bytes(self) -> npt.NDArray[np.int64]:
-        """Bytes of text of each id, shape (vocab_size,); 0 for end-of-text.
-
-        `token_bytes()[ids].sum()` is the length in UTF-8 of the text that `ids` were made from.
-        """
-        return np.array([len(piece) for piece in self.pieces], dtype=np.int64)
+        """Return the number of bytes of each id, shape (vocab_size,); 0 for end-of-text."""
+        return np.array([len(token) for token in self.vocabulary], dtype=np.int64)
 
 
 @cache
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`: "gpt2" or "byte". Never reads the network.
+    """Return the tokenizer "gpt2" or "byte", without network access.
 
     Raises:
-        UserError: there is none of that name.
-        RunFailed: the ranks that ship with the package are damaged.
+        UserError: unknown name.
+        RunFailed: the ranks in the package are damaged.
     """
     if name == "gpt2":
         return _gpt2()
@@ -117,14 +124,28 @@ def load_tokenizer(name: str) -> Tokenizer:
     raise UserError(f"unknown tokenizer {name!r}", hint=f"choose one of: {', '.join(TOKENIZERS)}")
 
 
+def tokenizer_for_eot(eot: int, source: object) -> Tokenizer:
+    """Return the tokenizer with this end-of-text id, which is unique; else raise a UserError.
+
+    `source` is the weights folder, for the message.
+    """
+    for name in TOKENIZERS:
+        if load_tokenizer(name).eot == eot:
+            return load_tokenizer(name)
+    raise UserError(
+        f"{source} uses the end-of-text token {eot:,}, which belongs to neither of the tokenizers "
+        f"{', '.join(TOKENIZERS)}",
+        hint="add its tokenizer files (tokenizer.json) to the folder, or set --tokenizer",
+    )
+
+
 def _byte() -> Tokenizer:
     def encode(text: str) -> npt.NDArray[np.uint16]:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint16)
 
-    sha256 = hashlib.sha256(
-        b"byte: ids 0-255 are the bytes of UTF-8, 256 is end-of-text"
-    ).hexdigest()
-    return Tokenizer("byte", sha256, (*(bytes([byte]) for byte in range(256)), b""), encode)
+    definition = b"byte: ids 0-255 are the bytes of UTF-8, 256 is end-of-text"
+    vocabulary = (*(bytes([byte]) for byte in range(256)), b"")
+    return Tokenizer("byte", hashlib.sha256(definition).hexdigest(), vocabulary, encode)
 
 
 def _gpt2() -> Tokenizer:
@@ -135,12 +156,12 @@ def _gpt2() -> Tokenizer:
         "gpt2",
         pat_str=_R50K_PATTERN,
         mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": len(ranks)},
+        special_tokens={END_OF_TEXT: len(ranks)},
         explicit_n_vocab=len(ranks) + 1,
     )
 
     def encode_part(text: str) -> npt.NDArray[np.uint16]:
-        # Releases the GIL, so that threads encode in parallel.
+        # encode_to_numpy releases the GIL, so threads encode in parallel.
         ids = encoding.encode_to_numpy(text, allowed_special=frozenset(), disallowed_special=())
         return ids.astype(np.uint16)
 
@@ -150,12 +171,11 @@ def _gpt2() -> Tokenizer:
         except UnicodeEncodeError:
             raise
         except ValueError:
-            # The regular expression's stack ends at about a million whitespace characters in a row.
-            return np.concatenate([encode_part(part) for part in _cut_long_whitespace(text)])
+            # About a million whitespace characters in a row overflow the regex engine's stack.
+            return np.concatenate([encode_part(part) for part in _split_long_whitespace(text)])
 
-    return Tokenizer(
-        "gpt2", GPT2_RANKS_SHA256, (*sorted(ranks, key=ranks.__getitem__), b""), encode
-    )
+    vocabulary = (*sorted(ranks, key=ranks.__getitem__), b"")
+    return Tokenizer("gpt2", GPT2_RANKS_SHA256, vocabulary, encode)
 
 
 def _gpt2_ranks() -> dict[bytes, int]:
@@ -166,15 +186,15 @@ def _gpt2_ranks() -> dict[bytes, int]:
         content = b""
     if hashlib.sha256(content).hexdigest() != GPT2_RANKS_SHA256:
         raise RunFailed(
-            "llmtrain/data/gpt2.tiktoken.xz is damaged: its hash is not that of the GPT-2 ranks",
-            hint="install llmtrain again",
+            "llmtrain/model/gpt2.tiktoken.xz is damaged: the hash does not match",
+            hint="reinstall llmtrain",
         )
     lines = (line.split() for line in content.splitlines())
     return {base64.b64decode(token): int(rank) for token, rank in lines}
 
 
 def well_formed(text: str) -> str:
-    """`text` with surrogate pairs joined and lone surrogates replaced by U+FFFD: valid in UTF-8."""
+    """Return `text` with surrogate pairs joined and lone surrogates replaced by U+FFFD."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -182,12 +202,11 @@ def well_formed(text: str) -> str:
     return text
 
 
-def cut(text: bytes | memoryview, size: int = PIECE_BYTES) -> Iterator[bytes | memoryview]:
-    """Cut UTF-8 text into pieces of at least `size` bytes whose tokens, joined, are those of the whole.
+def split_text(text: bytes | memoryview, size: int = CHUNK_BYTES) -> Iterator[bytes | memoryview]:
+    """Split UTF-8 text into chunks of at least `size` bytes without changing its tokens.
 
-    Before the last whitespace character of a run GPT-2's pattern always starts a new token, on
-    either side of the cut as in the whole; so one huge document is encoded in bounded memory. Text
-    without such a point in reach (no spaces at all) makes a longer piece.
+    GPT-2's pattern always starts a token before the last whitespace character of a run, so the text
+    is cut there. Chunks without such a point are longer.
     """
     start = 0
     while len(text) - start > size:
@@ -199,7 +218,7 @@ def cut(text: bytes | memoryview, size: int = PIECE_BYTES) -> Iterator[bytes | m
     yield text[start:]
 
 
-def _cut_long_whitespace(text: str) -> Iterator[str]:
+def _split_long_whitespace(text: str) -> Iterator[str]:
     start = 0
     for match in _LONG_WHITESPACE.finditer(text):
         yield text[start : match.end()]
@@ -207,16 +226,130 @@ def _cut_long_whitespace(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def tokenizer_ending_with(eot: int, what: object) -> Tokenizer:
-    """The tokenizer whose end-of-text token is the one that a folder of weights names; no two share one.
+def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
+    """Return the Hugging Face tokenizer files, content by name, for a model of this context length.
+
+    These files encode `<|endoftext|>` in a text as that token, unlike `Tokenizer.encode`.
+    """
+    vocabulary = _spelled_ids(tokenizer) | {END_OF_TEXT: tokenizer.eot}
+    merges = [f"{_spell(left)} {_spell(right)}" for left, right in _merges(tokenizer.vocabulary)]
+    is_gpt2 = tokenizer.name == "gpt2"
+    level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": is_gpt2,
+    }
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    fast = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": tokenizer.eot, "content": END_OF_TEXT, **flags, "special": True},
+        ],
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": None,
+        "decoder": level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": merges,
+        },
+    }
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    settings = {
+        # GPT2Tokenizer would split text into words, which a vocabulary without merges does not need.
+        "tokenizer_class": "GPT2Tokenizer" if is_gpt2 else "PreTrainedTokenizerFast",
+        "model_max_length": block_size,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        **special,
+    }
+    documents = {
+        "tokenizer.json": fast,
+        "tokenizer_config.json": settings,
+        "special_tokens_map.json": special,
+        "vocab.json": vocabulary,
+    }
+    files = {
+        name: json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+        for name, document in documents.items()
+    }
+    return files | {"merges.txt": "\n".join(["#version: 0.2", *merges, ""])}
+
+
+def has_same_ids(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Return True if a weights folder has no tokenizer files, or files with the ids of `tokenizer`.
 
     Raises:
-        UserError: none of ours has it.
+        UserError: a file is damaged.
     """
-    for name in TOKENIZERS:
-        if load_tokenizer(name).eot == eot:
-            return load_tokenizer(name)
-    raise UserError(
-        f"{what} ends a text with token {eot:,}, so its tokenizer is none of {', '.join(TOKENIZERS)}",
-        hint="put the files of its tokenizer (tokenizer.json) beside its weights, or name one of these: --tokenizer",
+    for name in ("tokenizer.json", "vocab.json"):
+        if (folder / name).is_file():
+            document = read_json(folder / name)
+            model = document.get("model") if name == "tokenizer.json" else {"vocab": document}
+            ids = model.get("vocab") if isinstance(model, dict) else None
+            return isinstance(ids, dict) and _spelled_ids(tokenizer).items() <= ids.items()
+    return True
+
+
+@cache
+def fast_tokenizer(tokenizer: Tokenizer) -> "PreTrainedTokenizerFast":
+    """Return the tokenizer for transformers, which must be installed.
+
+    `<|endoftext|>` in a text is ordinary text, as in `Tokenizer.encode`.
+    """
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+    constructor: Any = PreTrainedTokenizerFast  # the class is untyped
+    wrapped: PreTrainedTokenizerFast = constructor(
+        tokenizer_object=Backend.from_str(tokenizer_files(tokenizer, 1)["tokenizer.json"]),
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
     )
+    return wrapped
+
+
+def _merges(vocabulary: tuple[bytes, ...]) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the two tokens that each longer token was merged from, in the order of ids.
+
+    An id is the rank of its merge: encoding its bytes with lower ids only yields these two tokens.
+    """
+    ranks = {token: rank for rank, token in enumerate(vocabulary) if token}
+    for token, rank in ranks.items():
+        if len(token) > 1:
+            left, right = _merge(token, ranks, below=rank)
+            yield left, right
+
+
+def _merge(text: bytes, ranks: dict[bytes, int], *, below: int) -> list[bytes]:
+    """Return the parts of `text` after all merges with a rank under `below`, lowest first."""
+    parts = [text[i : i + 1] for i in range(len(text))]
+    while True:
+        pairs = [ranks.get(left + right, below) for left, right in pairwise(parts)]
+        lowest = min(pairs, default=below)
+        if lowest == below:
+            return parts
+        at = pairs.index(lowest)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+
+
+def _spelled_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Return the id of each token in GPT-2's printable spelling, without end-of-text."""
+    return {_spell(token): id for id, token in enumerate(tokenizer.vocabulary) if token}
+
+
+def _spell(token: bytes) -> str:
+    return "".join(_CHARACTERS[byte] for byte in token)

@@ -22,10 +22,10 @@ from llmtrain.config.schema import RunConfig, TrainConfig
 from llmtrain.data.mixture import open_training_data, train_tokens
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.model.tokenizer import load_tokenizer
-from llmtrain.planning.storage import run_storage
+from llmtrain.planning.sizes import disk_usage
 from llmtrain.runtime.device import device_name, resolve_compile, resolve_device, resolve_precision
 from llmtrain.storage.disk import disk_errors, free_bytes
-from llmtrain.storage.hub import reach
+from llmtrain.storage.hub import ping
 from llmtrain.storage.urls import is_url
 
 OLDEST_TORCH = (2, 11)
@@ -71,7 +71,7 @@ def check_up(config: RunConfig | None = None, run: Path | None = None) -> Iterat
     yield _look("disk space", lambda: _disk_space(config, place))
     if config is not None:
         yield _look("data", lambda: _data(config))
-    yield _look("network", lambda: f"{reach(_PATIENCE)} answers", otherwise="note")
+    yield _look("network", lambda: f"{ping(_PATIENCE)} answers", otherwise="note")
 
 
 def _look(
@@ -149,7 +149,7 @@ def _disk_space(config: RunConfig | None, place: Path) -> str:
     free = free_bytes(place)
     if config is None:
         return f"{free / 1e9:,.1f} GB free"
-    needed = run_storage(config).largest
+    needed = disk_usage(config).largest
     if needed > free:
         raise UserError(
             f"the run needs {needed / 1e9:,.1f} GB at its fullest and {free / 1e9:,.1f} GB are free",

@@ -1,40 +1,42 @@
-"""Bytes on one device at the moments of a step that can be its peak.
+"""Estimate the memory of one device at each moment of a step that can be its peak.
 
-Why moments: what is large is never all alive together. At the loss every activation is and, in the first
-micro-batch on one device, no gradient but the head's; at the end of the backward pass it is the other way round.
+Why moments: the large tensors never coexist. At the loss all activations exist and, in the first
+micro-batch, only the head's gradient; at the end of the backward pass it is the other way round.
 
-    usages = device_memory(config, Layout(devices=8, parallel="fsdp", item=2, cuda=True)); peak(usages)
+DDP keeps weights, optimizer and averages on every device, and gradients in buckets that are never freed
+(`gradient_as_bucket_view=True`). FSDP2 shards float32 weights, gradients, optimizer and averages, but
+keeps whole gradients while micro-batches accumulate. It gathers, in the precision of matrix products, the
+embeddings for the whole step and two blocks: the current and the next one. A block's gradients exist in
+that precision and in float32 while they are reduced. Not counted: the CUDA context, buffers of NCCL and
+cuBLAS, fragmentation, Muon's copies of single matrices.
 
-DDP: weights, optimizer and averages on every device; gradients lie in the buckets (views of them, as with
-`gradient_as_bucket_view=True`), which are never given back. FSDP2: float32 weights, gradients, optimizer
-and averages in shards, but gradients whole while micro-batches add up; gathered in the precision of
-matrix products are the embeddings, for the whole step, and two blocks, the one at work and the next; a
-block's gradients wait in that precision while their float32 copy is reduced. Not counted: the CUDA
-context, NCCL's and cuBLAS's own buffers, fragmentation, the few copies of one matrix that Muon works with.
+    usages = device_memory(config, Layout(8, "fsdp", item=2, cuda=True)); peak(usages)
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
 
-from llmtrain.config.averages import AverageConfig, LawaConfig, RunningMeanConfig, SwaConfig
 from llmtrain.config.schema import RunConfig
-from llmtrain.planning.activations import FLOAT, Activations
-from llmtrain.planning.architecture import Architecture
-
-DOUBLE = 8
-"""Bytes of a float64."""
+from llmtrain.config.sections import AverageConfig, LawaConfig, RunningMeanConfig, SwaConfig
+from llmtrain.errors import UserError
+from llmtrain.planning.hardware import Parallel
+from llmtrain.planning.sizes import (
+    DOUBLE,
+    FLOAT,
+    Activations,
+    Architecture,
+    bytes_held,
+    moments,
+)
 
 USABLE = 0.9
-"""Share of a device's memory that a plan may fill: it does not count the allocator's gaps and CUDA's context."""
-
-Parallel = Literal["ddp", "fsdp"]
+"""Share of a device's memory to fill; the rest is for fragmentation and the CUDA context."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """On what a run is spread."""
+    """Devices, and how a run is spread over them."""
 
     devices: int
     parallel: Parallel
@@ -44,12 +46,12 @@ class Layout:
 
     @property
     def sharded(self) -> bool:
-        """Whether weights, gradients and optimizer are divided among the devices."""
+        """Weights, gradients and optimizer are divided among the devices."""
         return self.parallel == "fsdp" and self.devices > 1
 
     @property
     def replicated(self) -> bool:
-        """Whether every device holds all of them, and gradients in buckets."""
+        """Every device has whole weights, and gradients in buckets."""
         return self.parallel == "ddp" and self.devices > 1
 
 
@@ -63,37 +65,28 @@ class Usage:
     averages: int = 0
     gradients: int = 0
     copies: int = 0
-    """Of weights in the precision of matrix products: autocast's, or what FSDP gathered."""
+    """Weights in the precision of matrix products: autocast's copies, or gathered by FSDP."""
     activations: int = 0
     logits: int = 0
-    """Of a chunk, and what the loss makes of them."""
+    """A chunk of logits and what the loss computes from it."""
     buffers: int = 0
-    """FSDP's, for reducing gradients."""
+    """FSDP's buffers for reducing gradients."""
     written: int = 0
-    """The copy of weights that is written while training goes on; on a GPU's host, not here."""
+    """The copy of weights that is written during training; on a GPU's host, not here."""
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return sum(getattr(self, name) for name in PARTS)
-
-
-PARTS = tuple(field.name for field in fields(Usage) if field.name != "moment")
-"""What a usage is made of."""
+        """Sum of all parts."""
+        return sum(getattr(self, field.name) for field in fields(self) if field.name != "moment")
 
 
 def peak(usages: Sequence[Usage]) -> Usage:
-    """The moment at which most is used."""
+    """Return the moment with the highest total."""
     return max(usages, key=lambda usage: usage.total)
 
 
 def device_memory(config: RunConfig, layout: Layout) -> list[Usage]:
-    """What is used at each moment that can be the peak.
-
-    Args:
-        config: the run.
-        layout: devices, and how the run is spread over them.
-    """
+    """Return the usage at each moment that can be the peak."""
     run = _Run(config, layout)
     return [
         run.loss(),
@@ -107,133 +100,109 @@ def device_memory(config: RunConfig, layout: Layout) -> list[Usage]:
 
 
 def host_memory(config: RunConfig, layout: Layout) -> int:
-    """Host memory for a process with a GPU: averages kept there, and the copies of what is being saved.
+    """Return the host bytes of a GPU's process: offloaded averages and copies being saved.
 
-    Those are a state, and on the first process whole weights, with what a running mean lost by rounding.
+    The copies are a training checkpoint and, on the first process, whole weights with a running mean's
+    residual.
     """
     run = _Run(config, layout)
     offloaded = sum(bytes_held(each) for each in config.averages if each.offload)
     return offloaded * run.share + run.resident.total + run.written
 
 
+def check_batch(config: RunConfig, processes: int) -> None:
+    """Raise UserError unless sequences divide among the processes, and each share into micro-batches."""
+    sequences, micro = config.batch_size, config.train.micro_batch
+    share, rest = divmod(sequences, processes)
+    if rest:
+        key, unit = "batch_sequences", 1
+        if config.train.batch_tokens is not None:
+            key, unit = "batch_tokens", config.data.block_size
+        valid = [n * processes * unit for n in (share, share + 1) if n]
+        suggestion = " or ".join(f"{n:,}" for n in valid)
+        raise UserError(
+            f"train.{key} {sequences * unit:,} is not divisible by {processes:,} processes: "
+            f"try {suggestion}",
+            hint=f"--set train.{key}={valid[-1]}, or another number of processes",
+        )
+    if micro != "auto" and share % micro:
+        fitting = next(n for n in range(min(micro, share), 0, -1) if share % n == 0)
+        raise UserError(
+            f"a step has {share:,} sequences for each of {processes:,} processes, "
+            f"not divisible by train.micro_batch {micro}: try {fitting}",
+            hint=f"--set train.micro_batch={fitting}",
+        )
+
+
 def micro_batch(config: RunConfig) -> int:
-    """Sequences in one forward pass; of a config that says it."""
+    """Return the sequences in one forward pass; the config must not leave them to `auto`."""
     size = config.train.micro_batch
-    assert size != "auto", "a plan is of one number: RunConfig.with_micro_batch"
+    assert size != "auto", "resolve it first with RunConfig.with_micro_batch"
     return size
 
 
 def micro_batches(config: RunConfig, layout: Layout) -> int:
-    """Forward passes of one device in one step."""
+    """Return the number of forward passes of one device in one step."""
     return config.batch_size // (layout.devices * micro_batch(config))
 
 
 def divisors(number: int) -> list[int]:
-    """Ascending."""
+    """Return all divisors, ascending."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def moments(config: RunConfig, model: Architecture) -> int:
-    """Numbers that the optimizer keeps: AdamW two of each parameter, Muon one of each in the blocks' matrices."""
-    return 2 * model.parameters - (model.matrices if config.optimizer.muon is not None else 0)
-
-
-def bytes_held(average: AverageConfig) -> int:
-    """Bytes that an online average keeps of each parameter (`averaging/online.py`)."""
-    match average:
-        case SwaConfig() | RunningMeanConfig():
-            return DOUBLE
-        case LawaConfig():
-            return FLOAT * average.window
-        case _:
-            return FLOAT
-
-
 def _bytes_made(average: AverageConfig) -> int:
-    """Bytes of each parameter that exist only while an average is updated or saved.
+    """Return the temporary bytes per parameter while an average is updated or saved.
 
-    A recursion scales a copy of the weights, a queue takes its newest before it drops its oldest, a mean is
-    divided out; a running mean and what it lost by rounding are float32, both from a float64 quotient.
+    Recursions scale a copy of the weights, queues add before they drop, and means are divided out.
+    A running mean and its residual are float32 results of a float64 quotient.
     """
     return 2 * FLOAT + DOUBLE if isinstance(average, RunningMeanConfig) else FLOAT
 
 
 class _Run:
-    """The sizes of which the moments are made; each method is one moment."""
+    """Sizes that the moments share; each public method is one moment."""
 
     def __init__(self, config: RunConfig, layout: Layout) -> None:
         self.config, self.layout = config, layout
         self.model = Architecture(config.model, config.data.block_size)
-        self.saved = Activations(
-            self.model,
-            micro_batch(config),
-            layout.item,
-            layout.cuda,
-            config.train.activation_checkpointing,
-        )
+        self.saved = Activations(config, micro_batch(config), layout.item, cuda=layout.cuda)
         self.here = [each for each in config.averages if not (layout.cuda and each.offload)]
         self.share = self._sharded(self.model.parameters)
-        """Parameters whose float32 weights lie on one device."""
+        """Parameters whose float32 weights are on one device."""
+        residual = any(isinstance(each, RunningMeanConfig) for each in config.averages)
+        self.written = (2 if residual else 1) * FLOAT * self.model.parameters
+        """Bytes of the copy that the first process writes: weights and a running mean's residual."""
         self.resident = Usage(
             "",
             weights=FLOAT * self.share,
             optimizer=FLOAT * self._sharded(moments(config, self.model)),
             averages=sum(map(bytes_held, self.here)) * self.share,
+            written=self.written if self._writes_while_training() else 0,
         )
-        residual = any(isinstance(each, RunningMeanConfig) for each in config.averages)
-        self.written = (2 if residual else 1) * FLOAT * self.model.parameters
-        """Copy of what the first process writes: whole weights, with what a running mean lost by rounding."""
-        last_before_end = (config.train.max_steps - 1) // config.checkpoint.snapshot_every
-        if (
-            not layout.cuda
-            and last_before_end * config.checkpoint.snapshot_every > config.schedule.warmup_steps
-        ):
-            self.resident = replace(
-                self.resident, written=self.written
-            )  # steps are taken while it is written
-        accumulating = micro_batches(config, layout) > 1
-        # FSDP exchanges gradients once a step: until then each process adds up whole ones.
-        accumulated = FLOAT * self.model.parameters if accumulating else 0
+        # FSDP exchanges gradients once a step: until then each process accumulates whole ones.
+        accumulates = micro_batches(config, layout) > 1
+        accumulated = FLOAT * self.model.parameters if accumulates else 0
         self.held_gradients = FLOAT * self.share if layout.replicated else accumulated
-        """Gradients that are there before the backward pass begins."""
+        """Bytes of gradients that exist before the backward pass begins."""
         self.tied = (layout.item if layout.sharded else FLOAT) * self.model.token_embedding
-        """The head's gradient of the tied matrix, which waits for the embedding's: float32 until it is returned."""
-
-    def _sharded(self, parameters: int) -> int:
-        return math.ceil(parameters / self.layout.devices) if self.layout.sharded else parameters
-
-    def _copies(self, *, forward: bool) -> int:
-        """Copies of the weights that the blocks hold: autocast's, or what FSDP gathered."""
-        if self.layout.sharded:
-            gathered = self.model.root + min(2, self.model.model.n_layer) * self.model.block
-            return self.layout.item * gathered
-        if self.layout.item == FLOAT:
-            return 0
-        model = self.model.model
-        # Autocast keeps them to the end of the forward pass, checkpointing none after it but of the block at work.
-        keeps = forward or not self.saved.checkpointing
-        dropped = 0 if keeps else (model.n_layer - 1) * 12 * model.n_embd**2
-        return self.layout.item * (self.model.multiplied - dropped)
-
-    def _reduced(self, parameters: int) -> int:
-        """FSDP's gradients of a gathered group, as they came and as they are reduced."""
-        return (self.layout.item + FLOAT) * parameters if self.layout.sharded else 0
+        """Bytes of the head's gradient of the tied matrix, kept until the embedding's is added."""
 
     def loss(self) -> Usage:
-        """All that is saved for the backward pass, while the head forms its gradients."""
+        """Everything saved for the backward pass, while the head computes its gradients."""
         cast = self.layout.item * self.model.token_embedding
+        casts = not self.layout.sharded and self.layout.item != FLOAT
         return replace(
             self.resident,
             moment="at the loss",
             gradients=self.held_gradients + FLOAT * self.model.token_embedding,
-            copies=self._copies(forward=True)
-            + (0 if self.layout.sharded or self.layout.item == FLOAT else cast),
+            copies=self._copies(forward=True) + (cast if casts else 0),
             activations=self.saved.blocks + self.saved.head,
             logits=self.saved.loss,
         )
 
     def forward(self) -> Usage:
-        """Before the loss: of what the last block works with, most is not kept where it is computed again."""
+        """The last block's forward pass; with checkpointing, most of its tensors are not saved."""
         return replace(
             self.resident,
             moment="in the last block's forward",
@@ -243,7 +212,7 @@ class _Run:
         )
 
     def last_block(self) -> Usage:
-        """The head is through, the activations of all blocks are there."""
+        """The last block's backward pass: the activations of all blocks still exist."""
         return replace(
             self.resident,
             moment="in the last block's backward",
@@ -254,7 +223,7 @@ class _Run:
         )
 
     def first_block(self) -> Usage:
-        """All gradients but its own and the embeddings' are there, and autocast's copies are gone."""
+        """The first block's backward pass: all gradients but its own and the embeddings' exist."""
         above = FLOAT * self._sharded(self.model.without_embeddings - self.model.block)
         own = self.layout.item * self.model.block if self.layout.item != FLOAT else 0
         return replace(
@@ -267,9 +236,9 @@ class _Run:
         )
 
     def end(self) -> Usage:
-        """The tied matrix has two gradients, the second of which becomes their sum.
+        """The two gradients of the tied matrix, the second of which becomes their sum.
 
-        On a CPU it has one and a sparse one, whose values are the gradient of the stream; their sum is new.
+        On a CPU the second is sparse, with the stream's gradient as values, and the sum is new.
         """
         others = FLOAT * self._sharded(self.model.parameters - self.model.token_embedding)
         return replace(
@@ -282,22 +251,20 @@ class _Run:
         )
 
     def averaging(self) -> Usage:
-        """Averages are updated or saved; linear weights are turned round one by one, each in place of its copy."""
+        """Updating or saving averages; saving transposes linear weights one by one, in place."""
+        made = max(map(_bytes_made, self.here), default=0) * self.share
         return replace(
             self.resident,
             moment="when averages or weights are saved",
-            averages=self.resident.averages
-            + max(map(_bytes_made, self.here), default=0) * self.share,
+            averages=self.resident.averages + made,
             gradients=self._buckets,
             written=0 if self.layout.cuda else self.written,
         )
 
     def evaluating(self) -> Usage:
-        """A forward pass of the validation data; a mean is divided out for it, and FSDP's shards put aside."""
-        means = any(
-            isinstance(each, SwaConfig | RunningMeanConfig | LawaConfig)
-            for each in self.config.averages
-        )
+        """A forward pass over validation data, with means divided out and FSDP's shards set aside."""
+        kinds = SwaConfig | RunningMeanConfig | LawaConfig
+        means = any(isinstance(each, kinds) for each in self.config.averages)
         aside = self.layout.sharded and bool(self.config.averages)
         return replace(
             self.resident,
@@ -308,7 +275,32 @@ class _Run:
             activations=self.saved.evaluation(self.config.eval.batch),
         )
 
+    def _sharded(self, parameters: int) -> int:
+        return math.ceil(parameters / self.layout.devices) if self.layout.sharded else parameters
+
+    def _writes_while_training(self) -> bool:
+        """Return whether a CPU takes steps while it writes a snapshot."""
+        every = self.config.checkpoint.snapshot_every
+        newest_before_end = (self.config.train.max_steps - 1) // every * every
+        return not self.layout.cuda and newest_before_end > self.config.schedule.warmup_steps
+
+    def _copies(self, *, forward: bool) -> int:
+        """Return the bytes of weight copies for the blocks: autocast's, or gathered by FSDP."""
+        model, item = self.model.model, self.layout.item
+        if self.layout.sharded:
+            return item * (self.model.root + min(2, model.n_layer) * self.model.block)
+        if item == FLOAT:
+            return 0
+        if forward or not self.config.train.activation_checkpointing:
+            return item * self.model.autocast
+        # With checkpointing, only the current block's copies outlive the forward pass.
+        return item * (self.model.autocast - (model.n_layer - 1) * 12 * model.n_embd**2)
+
+    def _reduced(self, parameters: int) -> int:
+        """Return the bytes of a gathered group's gradients before and after FSDP's reduction."""
+        return (self.layout.item + FLOAT) * parameters if self.layout.sharded else 0
+
     @property
     def _buckets(self) -> int:
-        """Gradients between two steps: only what DDP never gives back."""
+        """Bytes of gradients between two steps: DDP's buckets."""
         return FLOAT * self.share if self.layout.replicated else 0

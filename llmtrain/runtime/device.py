@@ -33,7 +33,7 @@ Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
-class Published:
+class Datasheet:
     """What NVIDIA's data sheet says of a device."""
 
     flops: float
@@ -50,20 +50,20 @@ _LARGE_BLOCK = 32 << 20
 """Bytes from which on glibc gives a block back at once, however often it was needed before."""
 
 _PUBLISHED = {
-    "H200": Published(989e12, 141e9, 450e9),
-    "H100 PCIe": Published(756e12, 80e9),
-    "H100 NVL": Published(835e12, 94e9),
-    "H100": Published(989e12, 80e9, 450e9),
-    "A100 40GB": Published(312e12, 40e9),
-    "A100 80GB": Published(312e12, 80e9),
-    "A100": Published(312e12, None),
-    "L40S": Published(362e12, 48e9),
-    "L4": Published(121e12, 24e9),
-    "A10G": Published(70e12, 24e9),
+    "H200": Datasheet(989e12, 141e9, 450e9),
+    "H100 PCIe": Datasheet(756e12, 80e9),
+    "H100 NVL": Datasheet(835e12, 94e9),
+    "H100": Datasheet(989e12, 80e9, 450e9),
+    "A100 40GB": Datasheet(312e12, 40e9),
+    "A100 80GB": Datasheet(312e12, 80e9),
+    "A100": Datasheet(312e12, None),
+    "L40S": Datasheet(362e12, 48e9),
+    "L4": Datasheet(121e12, 24e9),
+    "A10G": Datasheet(70e12, 24e9),
 }
 
 
-def published(name: str) -> Published:
+def datasheet(name: str) -> Datasheet:
     """The data sheet of a device by its short name, such as `h100` or `a100-80gb`.
 
     Raises:
@@ -73,7 +73,7 @@ def published(name: str) -> Published:
     if name.lower() not in known:
         raise UserError(
             f"nothing is known of a device {name!r}",
-            hint=f"{', '.join(known)}; or cpu, or other, with --flops or --tokens-per-second",
+            hint=f"{', '.join(known)}; or cpu, or other, with --tokens-per-second",
         )
     return known[name.lower()]
 
@@ -194,7 +194,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     return torch.autocast(device_type=device.type, dtype=torch.bfloat16)
 
 
-def on_device(array: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
+def to_device(array: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
     """The array there; a GPU fetches it while the host goes on, which it can from pinned memory alone."""
     import torch
 
@@ -282,7 +282,7 @@ def _processor() -> str:
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float | None:
-    """Published dense peak in FLOP/s, or None where none is known for the device and the precision."""
+    """Datasheet dense peak in FLOP/s, or None where none is known for the device and the precision."""
     if device.type != "cuda" or precision != "bfloat16":
         return None
     name = device_name(device)

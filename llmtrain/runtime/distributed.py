@@ -48,11 +48,11 @@ class World:
     """The same processes a second time, for states that are saved while training goes on."""
 
     @property
-    def first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this is the process that prints and commits."""
         return self.rank == 0
 
-    def share(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def local_rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """This process's part of the rows of a batch, which divides."""
         each = len(rows) // self.size
         return rows[self.rank * each : (self.rank + 1) * each]
@@ -77,7 +77,7 @@ class World:
         if self.size == 1:
             return function()
         outcome: list[T | Exception | None] = [None, None]
-        if self.first:
+        if self.is_rank_zero:
             try:
                 outcome[0] = function()
             except (UserError, RunFailed, OSError) as error:
@@ -87,7 +87,7 @@ class World:
             raise outcome[1]
         return outcome[0]  # type: ignore[return-value]  # what `function` returned
 
-    def first_on_machine(self, function: Callable[[], T]) -> T:
+    def local_rank_zero_first(self, function: Callable[[], T]) -> T:
         """Call `function` on one process of each machine, and once it is done there on the others.
 
         What it raises on purpose anywhere, every process does.
@@ -107,13 +107,13 @@ class World:
         return function()
 
     @contextmanager
-    def held_by_first(self, context: AbstractContextManager[None]) -> Iterator[None]:
+    def enter_on_rank_zero(self, context: AbstractContextManager[None]) -> Iterator[None]:
         """Enter `context` on rank 0 alone; where it cannot be entered, no process goes on."""
         with ExitStack() as stack:
             self.on_rank_zero(lambda: stack.enter_context(context))
             yield
 
-    def agreement(self) -> Callable[[int], int]:
+    def exit_code_agreement(self) -> Callable[[int], int]:
         """A function of an exit code that says, on all processes alike, with which one to leave now (0: stay)."""
         return _Agreement() if self.size > 1 else lambda code: code
 

@@ -1,10 +1,8 @@
-"""Tensors that are spread over the processes of a run, seen from one of them.
+"""Sharded tensors (DTensor): access one rank's shard, gather full tensors, copy full tensors back.
 
-Why: what a process does with its own part (averaging, copying, saving) is ordinary arithmetic on an
-ordinary tensor. Only where a whole is wanted, in a snapshot or for another number of processes, does
-it matter that it is a part; here, and nowhere else.
+Why: averaging, copying and saving work on plain local tensors; only this module handles placement.
 
-    mine = local(parameter); weights = whole(dict(model.named_parameters()), {"wte": mine})
+    shard = to_local(parameter); weights = gather_on_rank_zero(parameters, {"wte": shard})
 """
 
 import functools
@@ -16,99 +14,93 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, in the same memory; the tensor itself where it is not spread."""
+def to_local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard without a copy, or `tensor` itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def part_of(like: Tensor, mine: Tensor) -> Tensor:
-    """`mine` as this process's part of a tensor that is spread as `like` is.
+def from_local(like: Tensor, shard: Tensor) -> Tensor:
+    """Return a tensor sharded like `like` whose local shard is `shard`.
 
     Args:
-        like: a tensor, spread or not.
-        mine: a part of the shape of `local(like)`, on the device of `like` or on the CPU.
+        like: a tensor, sharded or not.
+        shard: shape of `to_local(like)`; on the device of `like` or on the CPU.
     """
     if not isinstance(like, DTensor):
-        return mine
-    mesh = (
-        like.device_mesh
-        if mine.device.type == like.device_mesh.device_type
-        else _on_cpu(like.device_mesh)
-    )
+        return shard
+    mesh = like.device_mesh
+    if shard.device.type != mesh.device_type:
+        mesh = _cpu_mesh(mesh)
     return DTensor.from_local(
-        mine, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        shard, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
 
 
-def whole(parameters: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of which `parts` are this process's; all processes call it together.
-
-    Where nothing is spread these are the same tensors. Else they are gathered one after the other and
-    kept in host memory by rank 0; the others get an empty dict.
+def full_tensor(like: Tensor, shard: Tensor) -> Tensor:
+    """Gather the full tensor on each rank (a collective call).
 
     Args:
-        parameters: by name, says how each is spread.
-        parts: by name, of the shapes of `local(parameters[name])`.
+        like: a tensor with the same placement.
+        shard: this rank's shard: shape and device of `to_local(like)`.
+    """
+    tensor = from_local(like, shard)
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_on_rank_zero(
+    parameters: Mapping[str, Tensor], shards: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Gather full tensors in the host memory of rank 0, one at a time (a collective call).
+
+    Args:
+        parameters: tensors with the placement, by name.
+        shards: this rank's shards by name, each with the shape of `to_local(parameters[name])`.
+
+    Returns:
+        The full tensors; an empty dictionary on other ranks. Unsharded tensors are returned as is.
     """
     gathered = {}
-    for name, mine in parts.items():
+    for name, shard in shards.items():
         like = parameters[name]
         if not isinstance(like, DTensor):
-            gathered[name] = mine
+            gathered[name] = shard
             continue
-        full = made_whole(like, mine.detach().to(like.device))
+        full = full_tensor(like, shard.detach().to(like.device))
         if torch.distributed.get_rank() == 0:
             gathered[name] = full.cpu()
     return gathered
 
 
-def made_whole(like: Tensor, mine: Tensor) -> Tensor:
-    """The whole tensor on every process; all of them call it together.
-
-    Args:
-        like: says how it is spread, if it is.
-        mine: this process's part, of the shape of `local(like)` and on its device.
-    """
-    spread = part_of(like, mine)
-    return spread.full_tensor() if isinstance(spread, DTensor) else spread
-
-
-def cut(like: Tensor, full: Tensor) -> Tensor:
-    """This process's part, spread as `like` is, of a whole tensor which every process holds."""
+def shard_like(like: Tensor, full: Tensor) -> Tensor:
+    """Return this rank's shard of a full tensor that each rank has, sharded like `like`."""
     if not isinstance(like, DTensor):
         return full
-    # No source: each process cuts its part from its own copy.
-    return local(
-        distribute_tensor(
-            full.to(like.device), like.device_mesh, like.placements, src_data_rank=None
-        )
+    # Without a source rank, each rank slices its own copy and nothing is sent.
+    sharded = distribute_tensor(
+        full.to(like.device), like.device_mesh, like.placements, src_data_rank=None
     )
-
-
-def scatter(into: Tensor, full: Tensor) -> None:
-    """Copy a whole tensor, which every process holds, into the parts of `into`."""
-    with torch.no_grad():
-        local(into).copy_(cut(into, full))
+    return to_local(sharded)
 
 
 @torch.no_grad()
-def overwrite(model: nn.Module, parts: Mapping[str, Tensor]) -> None:
-    """Copy new weights into a model in place.
+def copy_full_tensor(target: Tensor, full: Tensor) -> None:
+    """Copy a full tensor that each rank has into the shards of `target`."""
+    to_local(target).copy_(shard_like(target, full))
 
-    Args:
-        model: spread or not.
-        parts: by parameter name, of the shapes of `local(parameter)`.
-    """
+
+@torch.no_grad()
+def load_shards(model: nn.Module, shards: Mapping[str, Tensor]) -> None:
+    """Copy shards by parameter name into a model in place; each has its parameter's local shape."""
     for name, parameter in model.named_parameters():
-        mine, new = local(parameter), parts[name]
-        if mine.shape != new.shape:
+        target, source = to_local(parameter), shards[name]
+        if target.shape != source.shape:
             raise ValueError(
-                f"{name} has the shape {tuple(new.shape)} there and {tuple(mine.shape)} here"
+                f"{name} has shape {tuple(source.shape)}, expected {tuple(target.shape)}"
             )
-        mine.copy_(new)
+        target.copy_(source)
 
 
 @functools.cache
-def _on_cpu(mesh: DeviceMesh) -> DeviceMesh:
-    """The same mesh for tensors in host memory; made by all processes together, once."""
+def _cpu_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """Create the same mesh for host memory, once (a collective call)."""
     return init_device_mesh("cpu", tuple(mesh.shape), mesh_dim_names=mesh.mesh_dim_names)

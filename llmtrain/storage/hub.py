@@ -50,7 +50,7 @@ def push(folder: Path, repository: str) -> str:
     return str(made)
 
 
-def reach(seconds: float) -> str:
+def ping(seconds: float) -> str:
     """The hub's address, which answered within `seconds`.
 
     Raises:

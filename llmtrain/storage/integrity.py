@@ -1,7 +1,6 @@
-"""Size and SHA-256 of what lies in a committed folder, recorded when it was written and compared ever after.
+"""SHA-256 hashes, and the record of sizes and hashes in each committed folder.
 
-Why a record of its own: a disk, a copy or a person may change a file that was whole, and nothing in its bytes
-would say so.
+Why: a disk, a copy or a person can change a complete file without a visible trace.
 
     write_integrity(folder); ...; assert not integrity_problems(folder)
 """
@@ -14,17 +13,38 @@ from pathlib import Path
 from llmtrain.errors import UserError
 
 INTEGRITY_FILE = "integrity.json"
-"""Name, size and SHA-256 of every other file of a committed folder; written last, before the rename."""
+"""Name, size and SHA-256 of each other file in a committed folder; written last."""
+
+
+class SequentialHash:
+    """SHA-256 of a file that is read or written sequentially; out-of-order data is ignored.
+
+    Why: a merge hashes gigabytes in the pass that reads or writes them, so each byte is read once.
+    """
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+        self._position = 0
+
+    def update(self, position: int, data: bytes | memoryview) -> None:
+        """Add the bytes at `position` of the file."""
+        if position == self._position:
+            self._sha256.update(data)
+            self._position += len(data)
+
+    def hexdigest(self, size: int) -> str | None:
+        """Return the hash if all `size` bytes of the file were added."""
+        return self._sha256.hexdigest() if self._position == size else None
 
 
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes, read in pieces so that memory does not grow with the file."""
+    """Return the hexadecimal SHA-256 of a file, read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_integrity(folder: Path, hashes: Mapping[str, str] | None = None) -> None:
-    """Record size (bytes) and SHA-256 (where not in `hashes`) of every file below `folder`."""
+    """Record the size and SHA-256 of each file below `folder`; compute those not in `hashes`."""
     known, files = hashes or {}, {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != INTEGRITY_FILE:
@@ -37,10 +57,10 @@ def write_integrity(folder: Path, hashes: Mapping[str, str] | None = None) -> No
 
 
 def read_integrity(folder: Path) -> dict[str, dict[str, int | str]]:
-    """Size and SHA-256 of each file as recorded when the folder was committed.
+    """Return the recorded size and SHA-256 of each file.
 
     Raises:
-        UserError: the record is missing or cannot be read.
+        UserError: the record is missing or damaged.
     """
     path = folder / INTEGRITY_FILE
     try:
@@ -48,35 +68,24 @@ def read_integrity(folder: Path) -> dict[str, dict[str, int | str]]:
         if any(
             Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name for name in files
         ):
-            raise ValueError("it names a file outside its folder")
+            raise ValueError("a file name points outside the folder")
         return {
-            name: {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])}
-            for name, f in files.items()
+            name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+            for name, entry in files.items()
         }
     except FileNotFoundError:
         raise UserError(
-            f"{path} is missing, so nothing in the folder can be checked",
-            hint="the folder was not written by llmtrain, or was copied in part",
+            f"cannot verify {folder}: {INTEGRITY_FILE} is missing",
+            hint="llmtrain did not write this folder, or the copy is incomplete",
         ) from None
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise UserError(
-            f"{path} cannot be read ({error})",
-            hint="the folder is damaged: restore it or delete it",
-        ) from error
+            f"cannot read {path}: {e}", hint="the folder is damaged: restore it or delete it"
+        ) from e
 
 
 def integrity_problems(folder: Path, *, hashes: bool = True) -> list[str]:
-    """What differs between a committed folder and its record; empty when all is as written.
-
-    Sizes are always compared, contents when `hashes` is true.
-    """
+    """Return the differences between a folder and its record; compare contents if `hashes`."""
     problems = []
     for name, expected in read_integrity(folder).items():
         path = folder / name
@@ -87,5 +96,5 @@ def integrity_problems(folder: Path, *, hashes: bool = True) -> list[str]:
                 f"{path} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
             )
         elif hashes and sha256_of(path) != expected["sha256"]:
-            problems.append(f"{path} has another SHA-256 than when it was written")
+            problems.append(f"{path} does not have the recorded SHA-256")
     return problems

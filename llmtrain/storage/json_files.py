@@ -1,6 +1,6 @@
-"""JSON files that hold one object.
+"""JSON documents, and JSON Lines files such as a run's `metrics.jsonl`.
 
-document = read_json(folder / "config.json")
+losses = [event["loss"] for event in read_events(run.metrics) if "loss" in event]
 """
 
 import json
@@ -9,26 +9,85 @@ from typing import Any
 
 from llmtrain.errors import UserError
 
+_COUNTS = ("seconds", "tokens", "skipped", "memory")
+_MEASUREMENTS = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")
+"""Keys that may also be null: not finite or unknown."""
+
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """Return the object in a JSON file.
 
     Raises:
-        UserError: missing, or not such a file.
+        UserError: the file is missing, is not JSON, or contains another type.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"cannot read {path}: {error}", hint="is it a complete folder of weights?"
+            f"cannot read {path}: {error}", hint="check that the weights folder is complete"
         ) from None
     if not isinstance(document, dict):
         raise UserError(
-            f"{path} does not hold a JSON object", hint="the file is damaged: restore it"
+            f"{path} does not contain a JSON object", hint="the file is damaged: restore it"
         )
     return document
 
 
 def write_json(path: Path, document: object) -> None:
-    """Write JSON, indented, with a newline at the end."""
+    """Write indented JSON with a final newline."""
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of an append-only file, without a last line that a kill truncated.
+
+    Raises:
+        UserError: an earlier line is not a JSON object.
+    """
+    if not path.exists():
+        return []
+    *lines, _ = path.read_bytes().split(b"\n")
+    objects = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = json.loads(line.decode())
+            if not isinstance(value, dict):
+                raise TypeError(f"found a {type(value).__name__}")
+            objects.append(value)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{path}, line {number}: not a JSON object ({error})",
+                hint="the file is damaged: restore it or fix the line",
+            ) from None
+    return objects
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Return the events of a `metrics.jsonl` in file order, each with a valid `step`.
+
+    Raises:
+        UserError: a line is not a JSON object, has no step, or has a value of the wrong type.
+    """
+    events = read_json_lines(path)
+    for number, event in enumerate(events, start=1):
+        for key, value in event.items():
+            nullable = key in _MEASUREMENTS or key.startswith("val/")
+            if (nullable or key in _COUNTS) and not _is_number(value, nullable=nullable):
+                raise _invalid_event(path, number, key, value)
+        step = event.get("step")
+        if type(step) is not int or not 0 <= step < 2**63:
+            raise _invalid_event(path, number, "step", step)
+    return events
+
+
+def _is_number(value: object, *, nullable: bool) -> bool:
+    if type(value) is int:
+        return abs(value) < 2**63
+    return type(value) is float or (nullable and value is None)
+
+
+def _invalid_event(path: Path, number: int, key: str, value: object) -> UserError:
+    return UserError(
+        f"{path}, line {number}: invalid training event: {key} is {value!r:.40}",
+        hint="the file is damaged: restore it or delete the line",
+    )

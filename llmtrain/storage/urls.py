@@ -27,7 +27,7 @@ def is_url(path: str) -> bool:
     return "://" in path and not path.startswith("file://")
 
 
-def without_scheme(path: str) -> str:
+def local_path(path: str) -> str:
     """`path`, or for `file://…` the path that it stands for."""
     return path.removeprefix("file://")
 
@@ -97,7 +97,7 @@ class RemoteFile:
     version: str
 
 
-def find_remote(url: str) -> list[RemoteFile]:
+def list_files(url: str) -> list[RemoteFile]:
     """What the URL of a file, a folder or a glob means, in the order of paths; hidden files are left out.
 
     Raises:

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from llmtrain.averaging.online import OnlineAverage
 from llmtrain.errors import UserError
-from llmtrain.runtime.sharded import local, overwrite, part_of
+from llmtrain.runtime.sharded import from_local, load_shards, to_local
 from llmtrain.storage.integrity import integrity_problems
 from llmtrain.storage.json_files import read_json
 from llmtrain.storage.run_folder import RunFolder, step_folders
@@ -102,10 +102,10 @@ def gather(
     tensors |= {f"watch/{name}": tensor for name, tensor in watch.state().items()}
     gathered = {}
     for key, tensor in tensors.items():
-        mine = local(tensor.detach()).to("cpu", copy=copy).contiguous()
+        mine = to_local(tensor.detach()).to("cpu", copy=copy).contiguous()
         parameter = parameters.get(_parameter_name(key))
-        fits = parameter is not None and mine.shape == local(parameter).shape
-        gathered[key] = part_of(parameter, mine) if parameter is not None and fits else mine
+        fits = parameter is not None and mine.shape == to_local(parameter).shape
+        gathered[key] = from_local(parameter, mine) if parameter is not None and fits else mine
     return gathered
 
 
@@ -127,7 +127,7 @@ def restore(
         weights = _under("model/", tensors)
         if weights.keys() != parameters.keys():
             raise KeyError(f"weights of {', '.join(sorted(weights.keys() ^ parameters.keys()))}")
-        overwrite(model, weights)
+        load_shards(model, weights)
         moments: dict[int, dict[str, Tensor]] = {}
         saved = _under("optimizer/", tensors)
         for index, name in enumerate(_optimized_names(model, optimizer)):
@@ -166,8 +166,8 @@ def read_tensors(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Te
         assert isinstance(about, TensorStorageMetadata)
         parameter = parameters.get(_parameter_name(key))
         if parameter is not None and about.size == parameter.shape:
-            part = torch.empty(local(parameter).shape, dtype=about.properties.dtype)
-            spread[key] = part_of(parameter, part)
+            part = torch.empty(to_local(parameter).shape, dtype=about.properties.dtype)
+            spread[key] = from_local(parameter, part)
         else:
             spread[key] = torch.empty(about.size, dtype=about.properties.dtype)
     alone = not torch.distributed.is_initialized()
@@ -179,7 +179,7 @@ def read_tensors(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Te
             load(spread, storage_reader=reader, no_dist=alone)
         except CheckpointException as error:  # no Exception: nothing above would tell it
             raise next(iter(error.failures.values()))[0] from error
-    return {key: local(tensor) for key, tensor in spread.items()}
+    return {key: to_local(tensor) for key, tensor in spread.items()}
 
 
 def regular(steps: Sequence[int], every: int) -> list[int]:
@@ -269,9 +269,9 @@ def _parameter_name(key: str) -> str:
 
 def _beside(parameter: Tensor, value: Tensor) -> Tensor:
     """`value` as the optimizer keeps it: on the parameter's device and spread as it is, if it has its shape."""
-    if value.shape != local(parameter).shape:
+    if value.shape != to_local(parameter).shape:
         return value
-    return part_of(parameter, value.to(parameter.device))
+    return from_local(parameter, value.to(parameter.device))
 
 
 def _optimized_names(model: nn.Module, optimizer: Optimizer) -> list[str]:

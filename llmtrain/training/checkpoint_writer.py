@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from llmtrain.checkpoints.gpt2_folder import bytes_of
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.runtime.distributed import World
-from llmtrain.runtime.sharded import local
-from llmtrain.storage.files import remove_folder, remove_leftovers, staged_folder
+from llmtrain.runtime.sharded import to_local
+from llmtrain.storage.commit import remove_folder, remove_leftovers, staged_folder
 from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training.checkpoint import (
     FACTS_FILE,
@@ -125,7 +125,8 @@ class StateWriter:
         if replace or not target.exists():
             with staged_folder(target, replace=replace, needed=bytes_of(tensors)) as folder:
                 save_file(
-                    {key: local(tensor) for key, tensor in tensors.items()}, folder / TENSORS_FILE
+                    {key: to_local(tensor) for key, tensor in tensors.items()},
+                    folder / TENSORS_FILE,
                 )
                 (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
         self._retire(target)
@@ -134,7 +135,7 @@ class StateWriter:
         self, target: Path, facts: dict[str, Any], tensors: dict[str, Tensor], replace: bool
     ) -> None:
         """Rank 0 makes the folder and gives it its name; in between all write their parts into it."""
-        if not self._world.first:
+        if not self._world.is_rank_zero:
             folder = self._tell(None)
             if folder is not None:
                 with suppress(CheckpointException):  # rank 0 meets it too, and tells

@@ -23,7 +23,7 @@ from llmtrain.checkpoints.torch_files import MASKS, open_training_file
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
 from llmtrain.model.gpt import GPT
-from llmtrain.runtime.sharded import scatter
+from llmtrain.runtime.sharded import copy_full_tensor
 from llmtrain.storage.run_folder import is_run
 
 _EMBEDDINGS = ("wte.weight", "wpe.weight")
@@ -95,7 +95,7 @@ def load_initial_weights(source: Checkpoint, model: GPT, config: RunConfig) -> N
             stored = names.pop(name.removeprefix("transformer."), None)
             if stored is None:
                 raise UserError(f"{source.location} holds no {name}", hint="is it a whole GPT-2?")
-            scatter(
+            copy_full_tensor(
                 parameters[name],
                 _fitted(_read(reader, source, stored), fresh, source.location, name),
             )

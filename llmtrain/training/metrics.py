@@ -16,9 +16,9 @@ from types import TracebackType
 
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import WriteFailed
+from llmtrain.storage.commit import write_atomically
 from llmtrain.storage.disk import disk_errors
-from llmtrain.storage.events import read_events
-from llmtrain.storage.files import write_atomically
+from llmtrain.storage.json_files import read_events
 from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.dashboards import Dashboards, Event
 from llmtrain.training.spikes import SpikeEvent

@@ -19,11 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
 from llmtrain.model.gpt import GPT
-from llmtrain.planning.machine import check_batch
-from llmtrain.planning.memory import USABLE, Layout, device_memory, peak
+from llmtrain.planning.memory import USABLE, Layout, check_batch, device_memory, peak
 from llmtrain.runtime.device import Precision
 from llmtrain.runtime.distributed import World
-from llmtrain.runtime.sharded import scatter
+from llmtrain.runtime.sharded import copy_full_tensor
 
 Parallel = Literal["ddp", "fsdp", "hsdp"]
 
@@ -82,7 +81,7 @@ def build_model(
         model.to_empty(device=device)
         parameters = dict(model.named_parameters())
         for name, value in model.initial_weights(config.seed):
-            scatter(parameters[name], value)
+            copy_full_tensor(parameters[name], value)
     for block in model.transformer.h:
         block.recompute = config.train.activation_checkpointing  # type: ignore[assignment]  # it is a Block
     return model

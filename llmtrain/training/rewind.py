@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed
-from llmtrain.storage.files import remove_folder
+from llmtrain.storage.commit import remove_folder
 from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training.checkpoint import (
     TrainingCheckpoint,

@@ -30,10 +30,9 @@ from llmtrain.runtime.device import (
 )
 from llmtrain.runtime.distributed import init_distributed
 from llmtrain.runtime.signals import Interrupt
-from llmtrain.storage.events import read_events
-from llmtrain.storage.files import locked_folder, remove_leftovers, write_atomically
+from llmtrain.storage.commit import locked_folder, remove_leftovers, write_atomically
 from llmtrain.storage.integrity import INTEGRITY_FILE
-from llmtrain.storage.json_files import read_json
+from llmtrain.storage.json_files import read_events, read_json
 from llmtrain.storage.run_folder import RunFolder, is_run, require_run, step_folders
 from llmtrain.training.checkpoint import TrainingCheckpoint, load_state, newest_state
 from llmtrain.training.compile import compile_model
@@ -103,15 +102,17 @@ def pretrain(
         world,
         device,
     ):
-        if not world.first:
+        if not world.is_rank_zero:
             say = warn = _say_nothing
         world.on_rank_zero(lambda: _refuse_other_files(folder))
-        data = world.first_on_machine(lambda: open_training_data(config.data))
+        data = world.local_rank_zero_first(lambda: open_training_data(config.data))
         _check_vocabulary(config, data)
         run = RunFolder(folder)
-        interrupt = Interrupt(max_seconds, quiet=not world.first, agree=world.agreement())
+        interrupt = Interrupt(
+            max_seconds, quiet=not world.is_rank_zero, agree=world.exit_code_agreement()
+        )
         say, warn = partial(_tell, interrupt, say), partial(_tell, interrupt, warn)
-        held = world.held_by_first(_held(run.path))
+        held = world.enter_on_rank_zero(_held(run.path))
         with held, interrupt, explain_oom(device), keep_freed_memory(device):
             start = world.on_rank_zero(lambda: _start(config, run, data, resume, warn))
             if start.finished and start.state is not None:
@@ -123,7 +124,7 @@ def pretrain(
                 how = "branched off" if start.branched else "resumed"
                 say(f"{how} at step {start.state.progress.step:,}")
             elif config.init_from is not None:
-                initial = world.first_on_machine(partial(open_weights, config.init_from))
+                initial = world.local_rank_zero_first(partial(open_weights, config.init_from))
                 load_initial_weights(initial, trainer.model, config)
                 say(f"begins with the weights of {initial.location}")
             world.on_rank_zero(lambda: _write_down(trainer))
@@ -208,7 +209,7 @@ def _open_log(trainer: Trainer, say: Callable[[str], None]) -> MetricsLog:
     """The log of this process: of the first one, as the others have nothing to tell."""
     progress = trainer.progress
     return MetricsLog(
-        trainer.run.metrics if trainer.world.first else None,
+        trainer.run.metrics if trainer.world.is_rank_zero else None,
         trainer.config,
         resumed_step=progress.step,
         wandb_id=progress.wandb_id,

@@ -20,8 +20,8 @@ from llmtrain.checkpoints.checkpoint import RESIDUAL_FILE
 from llmtrain.checkpoints.gpt2_folder import Origin, Shape, bytes_of, save_tensors, save_weights
 from llmtrain.errors import WriteFailed
 from llmtrain.runtime.distributed import World
-from llmtrain.runtime.sharded import local, whole
-from llmtrain.storage.files import staged_folder
+from llmtrain.runtime.sharded import gather_on_rank_zero, to_local
+from llmtrain.storage.commit import staged_folder
 from llmtrain.training.metrics import MetricsLog
 
 
@@ -79,7 +79,7 @@ class SnapshotWriter:
                 if lost is not None:
                     save_tensors(folder / RESIDUAL_FILE, lost, self._shape)
 
-        self._writing = self._pool.submit(write if self._world.first else lambda: None)
+        self._writing = self._pool.submit(write if self._world.is_rank_zero else lambda: None)
 
     def wait(self) -> None:
         """Return once what was begun is durable.
@@ -119,10 +119,10 @@ class SnapshotWriter:
 
     def _copies(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors in host memory on the first process, which training does not change."""
-        gathered = whole(
-            self._parameters, {name: local(part.detach()) for name, part in parts.items()}
+        gathered = gather_on_rank_zero(
+            self._parameters, {name: to_local(part.detach()) for name, part in parts.items()}
         )
-        if not self._world.first:
+        if not self._world.is_rank_zero:
             return {}
         # What was gathered from shards is a copy already.
         return {n: t if isinstance(parts[n], DTensor) else _copy(t) for n, t in gathered.items()}

@@ -8,7 +8,6 @@ is decided in `run.py`.
     trainer.train(log, interrupt)
 """
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 from llmtrain.averaging.online import OnlineAverage, build_average, swapped_in
 from llmtrain.checkpoints.gpt2_folder import Origin, Shape
-from llmtrain.config.averages import PowerEmaConfig, RunningMeanConfig
 from llmtrain.config.schedules import block_size, learning_rate, reset_factor
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.batches import Batches
@@ -31,11 +29,11 @@ from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.runtime.device import (
     Precision,
     autocast,
-    on_device,
     peak_flops,
     peak_memory,
     resolve_compile,
     resolve_precision,
+    to_device,
 )
 from llmtrain.runtime.distributed import World
 from llmtrain.runtime.signals import Interrupt, Interrupted
@@ -108,7 +106,7 @@ class Trainer:
             run,
             world,
             keep=config.checkpoint.keep_states,
-            every=config.checkpoint.state_every if config.rewinds else 1,
+            every=config.checkpoint.state_every if config.may_rewind else 1,
             background=world.size > 1 or device.type != "cpu",
         )
         self._peak = (peak_flops(device, precision) or 0.0) * world.size
@@ -157,7 +155,7 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         for index, part in enumerate(parts):
             interrupt.check()
-            windows = on_device(part, self.device)
+            windows = to_device(part, self.device)
             with grad_sync(self.forward, index == n_micro - 1):
                 with autocast(self.device, self.cast):
                     micro_loss = self.forward(windows[:, :-1], windows[:, 1:]) / n_micro
@@ -212,7 +210,7 @@ class Trainer:
         if rewinds and rewinds[-1]["step"] == self.progress.step:
             self._finish_rewind(log)
         begins = self.world.on_rank_zero(lambda: not step_folders(self.run.states))
-        if begins and (self.config.rewinds or self.progress.step > 0):
+        if begins and (self.config.may_rewind or self.progress.step > 0):
             self.save_state(log)
         self._logged = (self.progress.step, self.progress.tokens)
         self._after_step(log, interrupt, fresh=False)
@@ -272,21 +270,13 @@ class Trainer:
             self.save_snapshot()
         for average in self.averages:
             target = self.run.average(average.config.label, self.progress.step)
-            due = average.ready and self._due(self._save_every(average))
+            due = average.ready and self._due(self.config.save_every(average.config))
             if due and (fresh or not self._exists(target)):
                 self.snapshot_writer.finish(log, self.warn, self.progress.step)
                 self.save_average(average)
 
     def _exists(self, path: Path) -> bool:
         return self.world.on_rank_zero(path.exists)
-
-    def _save_every(self, average: OnlineAverage) -> int:
-        snapshot, state = self.config.checkpoint.snapshot_every, self.config.checkpoint.state_every
-        if average.config.save_every is not None:
-            return average.config.save_every
-        if isinstance(average.config, RunningMeanConfig | PowerEmaConfig):
-            return snapshot  # others are made from these, at the steps of snapshots
-        return math.ceil(state / snapshot) * snapshot
 
     # --- what the watch saw --------------------------------------------------------------------
 
@@ -351,7 +341,11 @@ class Trainer:
         for average in filter(lambda each: each.ready, self.averages):
             with swapped_in(self.model, average.weights()):
                 event[f"val/loss/{average.config.label}"] = self._validation_loss(interrupt).loss
-        if self.config.log.sample_tokens and self.world.first and self.parallel in (None, "ddp"):
+        if (
+            self.config.log.sample_tokens
+            and self.world.is_rank_zero
+            and self.parallel in (None, "ddp")
+        ):
             event["sample"] = sample(self.model, self.data, self.config.log.sample_tokens)
         return event
 

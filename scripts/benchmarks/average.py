@@ -21,7 +21,7 @@ from llmtrain.checkpoints.gpt2_folder import Origin, Shape, save_weights
 from llmtrain.config.loading import dump_config
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.model.gpt import GPT
-from llmtrain.storage.files import staged_folder
+from llmtrain.storage.commit import staged_folder
 from llmtrain.storage.run_folder import RunFolder
 
 from .commands import LLMTRAIN, run

@@ -23,7 +23,7 @@ PROCESSES = os.cpu_count() or 1
 
 def encoding() -> tiktoken.Encoding:
     """tiktoken's own "gpt2"."""
-    *pieces, _ = load_tokenizer("gpt2").pieces
+    *pieces, _ = load_tokenizer("gpt2").vocabulary
     ranks = {piece: rank for rank, piece in enumerate(pieces)}
     special = {"<|endoftext|>": len(ranks)}
     return tiktoken.Encoding(

@@ -8,7 +8,7 @@ Why a rule: a rate picked by eye could be picked for its outcome.
 import math
 from pathlib import Path
 
-from llmtrain.storage.events import read_events
+from llmtrain.storage.json_files import read_events
 from llmtrain.storage.run_folder import RAW, RunFolder
 from reproduction.execute import failure
 from reproduction.plan import Plan, Training

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.config.loading import load_config
-from llmtrain.storage.events import read_events
+from llmtrain.storage.json_files import read_events
 from llmtrain.storage.run_folder import RunFolder
 from reproduction.choice import missing, validation
 from reproduction.execute import Job

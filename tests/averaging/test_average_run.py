@@ -23,7 +23,7 @@ from llmtrain.checkpoints.gpt2_folder import load_model, load_weights
 from llmtrain.checkpoints.series import run_series
 from llmtrain.checkpoints.writer import WeightsWriter
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.storage.files import locked_folder
+from llmtrain.storage.commit import locked_folder
 from llmtrain.storage.integrity import integrity_problems
 from llmtrain.storage.run_folder import RunFolder
 

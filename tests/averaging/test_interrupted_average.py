@@ -16,7 +16,7 @@ from llmtrain.averaging.request import AverageRequest
 from llmtrain.checkpoints.series import run_series
 from llmtrain.data.verify import verify_below
 from llmtrain.errors import UserError
-from llmtrain.storage.files import staged_folder
+from llmtrain.storage.commit import staged_folder
 from llmtrain.storage.run_folder import RunFolder
 
 # Two averages a pass; SIGKILL just before the n-th time that a file or folder is made, renamed or removed.

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from llmtrain.averaging.online import OnlineAverage, build_average, swapped_in
 from llmtrain.averaging.stored_averages import gamma_of
-from llmtrain.config.averages import AverageConfig
+from llmtrain.config.sections import AverageConfig
 
 CONFIG: TypeAdapter[AverageConfig] = TypeAdapter(AverageConfig)
 KINDS: list[dict[str, Any]] = [

@@ -16,7 +16,7 @@ from llmtrain.averaging.request import AverageRequest
 from llmtrain.averaging.stored_averages import gamma_of
 from llmtrain.checkpoints.series import run_series
 from llmtrain.errors import UserError
-from llmtrain.storage.files import staged_folder
+from llmtrain.storage.commit import staged_folder
 from llmtrain.storage.run_folder import RunFolder
 
 STEPS, SIZE, WARM_UP = 60, 40, 10

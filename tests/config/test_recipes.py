@@ -14,7 +14,7 @@ import pytest
 
 from llmtrain import __version__
 from llmtrain.config.loading import load_config
-from llmtrain.config.recipes import copy_recipe, recipe, recipes
+from llmtrain.config.recipes import copy_recipe, find_recipe, list_recipes
 from llmtrain.errors import UserError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -22,10 +22,10 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def test_every_recipe_is_listed_copied_and_sound(tmp_path: Path) -> None:
-    assert {each.path.name for each in recipes()} == {
+    assert {each.path.name for each in list_recipes()} == {
         path.name for path in (REPOSITORY / "configs").iterdir()
     }
-    for each in recipes():
+    for each in list_recipes():
         assert each.summary.endswith(".")
         copy_recipe(each.name, tmp_path / "new" / f"{each.name}.yaml")
         copied = load_config(tmp_path / "new" / f"{each.name}.yaml")
@@ -34,9 +34,9 @@ def test_every_recipe_is_listed_copied_and_sound(tmp_path: Path) -> None:
 
 def test_a_recipe_that_is_not_there_and_a_file_that_is(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean gpt2-small"):
-        recipe("gpt2-smal")
+        find_recipe("gpt2-smal")
     (tmp_path / "mine.yaml").write_text("name: mine\n")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         copy_recipe("demo", tmp_path / "mine.yaml")
     assert (tmp_path / "mine.yaml").read_text() == "name: mine\n"
 
@@ -73,7 +73,7 @@ def test_a_wheel_holds_the_recipes_and_finds_them(tmp_path: Path) -> None:
         shutil.copy(REPOSITORY / name, copy)
     subprocess.run([*build, "--wheel-dir", tmp_path, copy], check=True)
     zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(tmp_path / "site")
-    code = "from llmtrain import recipes; print(recipes.__file__, recipes.recipe('demo').path)"
+    code = "from llmtrain.config import recipes; print(recipes.__file__, recipes.find_recipe('demo').path)"
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run(
         [sys.executable, "-S", "-c", code],  # without the packages of this environment
@@ -85,7 +85,7 @@ def test_a_wheel_holds_the_recipes_and_finds_them(tmp_path: Path) -> None:
     )
     package = tmp_path / "site" / "llmtrain"
     assert done.stdout.split() == [
-        str(package / "recipes.py"),
+        str(package / "config" / "recipes.py"),
         str(package / "configs" / "demo.yaml"),
     ]
 

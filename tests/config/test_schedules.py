@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from llmtrain.config.schedules import block_size, learning_rate, reset_factor, tokens_until
-from llmtrain.config.schema import RunConfig, ScheduleConfig, SpamConfig
+from llmtrain.config.schema import RunConfig, SpamConfig
+from llmtrain.config.sections import ScheduleConfig
 
 SCHEDULE: TypeAdapter[ScheduleConfig] = TypeAdapter(ScheduleConfig)
 

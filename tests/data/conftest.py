@@ -1,24 +1,9 @@
-"""What the data tests share: real text where the checkout has it, and a cache that leaks nothing."""
+"""Fixtures of the data tests."""
 
-import io
-import json
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 from preparations import OPTIONS, write_source
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
-
-
-@pytest.fixture(scope="session")
-def real_texts() -> list[str]:
-    """752 documents (2.3 MB) of real English, in order."""
-    path = SHARED / "webmix-val.jsonl.zst"
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    with pa.input_stream(str(path), compression="zstd") as stream:
-        return [json.loads(line)["text"] for line in io.BufferedReader(stream)]
 
 
 @pytest.fixture(autouse=True)

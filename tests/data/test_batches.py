@@ -32,7 +32,7 @@ def expected(config: RunConfig, world: World, step: int, number: int) -> np.ndar
     data = open_training_data(config.data)
     sampler = MixtureSampler(data, config.data.block_size, config.batch_size, config.seed)
     return batch(
-        train_tokens(data), world.share(sampler.rows(number)), block_size(step, config.data)
+        train_tokens(data), world.local_rows(sampler.rows(number)), block_size(step, config.data)
     )
 
 

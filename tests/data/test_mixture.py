@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtrain.config.data import DataConfig
+from llmtrain.config.sections import DataConfig
 from llmtrain.data.mixture import MixtureSampler, open_training_data, shared, train_tokens
 from llmtrain.data.prepare import prepare
 from llmtrain.data.sampler import Sampler

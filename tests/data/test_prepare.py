@@ -95,8 +95,8 @@ def test_workers_change_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     # Small pieces, so that documents are cut and many chunks are in flight.
-    monkeypatch.setattr("llmtrain.data.encode.PIECE_BYTES", 500)
-    monkeypatch.setattr("llmtrain.model.tokenizer.cut.__defaults__", (50,))
+    monkeypatch.setattr("llmtrain.data.encode.CHUNK_BYTES", 500)
+    monkeypatch.setattr("llmtrain.model.tokenizer.split_text.__defaults__", (50,))
     for workers in (1, 3):
         prepare(
             str(source), tmp_path / str(workers), tokenizer=name, shard_tokens=3000, workers=workers
@@ -132,7 +132,7 @@ def test_limit(source: Path, tmp_path: Path) -> None:
 
 
 def test_progress(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmtrain.data.encode.PIECE_BYTES", 2000)
+    monkeypatch.setattr("llmtrain.data.encode.CHUNK_BYTES", 2000)
     seen: list[PrepareProgress] = []
     manifest = prepare(str(source), tmp_path / "out", tokenizer="byte", on_progress=seen.append)
     assert seen.pop(0) == PrepareProgress(500, None, 0, 0)
@@ -252,7 +252,7 @@ def test_a_failing_disk(source: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llmtrain.data.token_files.files.fsync_path", full)
+    monkeypatch.setattr("llmtrain.data.token_files.commit.fsync_path", full)
     with pytest.raises(RunFailed, match="No space left on device"):
         prepare(str(source), tmp_path / "out", tokenizer="byte")
     assert not (tmp_path / "out").exists()
@@ -312,12 +312,13 @@ def test_empty_sources(tmp_path: Path, content: str, message: str) -> None:
 
 
 def test_verify_below(source: Path, tmp_path: Path) -> None:
-    from llmtrain.storage import files
+    from llmtrain.storage.commit import staged_folder
+    from llmtrain.storage.run_folder import RunFolder
 
     prepare(str(source), tmp_path / "all" / "data", tokenizer="byte")
-    run = files.RunFolder(tmp_path / "all" / "run")
+    run = RunFolder(tmp_path / "all" / "run")
     for step in (1, 2):
-        with files.staged_folder(run.snapshot(step)) as folder:
+        with staged_folder(run.snapshot(step)) as folder:
             (folder / "weights").write_text(str(step))
     (tmp_path / "all" / ".tmp-data").mkdir()
     (tmp_path / "all" / ".tmp-data" / "manifest.json").write_text("half")
@@ -336,7 +337,7 @@ def test_verify_below(source: Path, tmp_path: Path) -> None:
     problems = [problem for check in verify_below(tmp_path / "all") for problem in check.problems]
     assert len(problems) == 3
     for problem, words in zip(
-        problems, ["has format None", "another SHA-256", "is missing"], strict=True
+        problems, ["has format None", "the recorded SHA-256", "is missing"], strict=True
     ):
         assert words in problem
 

@@ -250,7 +250,7 @@ def test_no_room_for_the_copy(corpus: Path, memory: Any, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(copies.files, "fsync_path", full)
+    monkeypatch.setattr(copies.commit, "fsync_path", full)
     with pytest.raises(RunFailed, match="No space left on device") as caught:
         local_folder("memory://bucket/out")
     assert "LLMTRAIN_CACHE" in caught.value.hint

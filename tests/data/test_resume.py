@@ -66,12 +66,12 @@ def line(entry):
 journal._line = line"""
 BEFORE_THE_MANIFEST = f"staging.write_manifest = lambda *_: {KILL}"
 BEFORE_THE_RENAME = f"""
-real = staging.files.fsync_path
+real = staging.commit.fsync_path
 def fsync_path(path):
     if path.name == 'shards' and (path / 'manifest.json').exists():
         {KILL}
     real(path)
-staging.files.fsync_path = fsync_path"""
+staging.commit.fsync_path = fsync_path"""
 AFTER_THE_RENAME = f"staging.shutil.rmtree = lambda *_, **__: {KILL}"
 
 
@@ -259,11 +259,11 @@ def test_a_changed_source_starts_anew(undisturbed: tuple[Path, Path], tmp_path: 
 
 def test_only_one_goes_on(undisturbed: tuple[Path, Path], interrupted: Path) -> None:
     from llmtrain.errors import UserError
-    from llmtrain.storage import files
+    from llmtrain.storage import commit
 
     before = identity(interrupted / "shards")
     with (
-        files.locked_folder(interrupted),
+        commit.locked_folder(interrupted),
         pytest.raises(UserError, match="in use by another llmtrain process"),
     ):
         prepare(str(undisturbed[0]), interrupted.parent / "out", **OPTIONS)

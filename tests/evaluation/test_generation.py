@@ -44,8 +44,7 @@ from llmtrain.evaluation.generation import (
 )
 from llmtrain.evaluation.selection import choose_weights
 from llmtrain.model.gpt import GPT
-from llmtrain.model.tokenizer import load_tokenizer
-from llmtrain.model.tokenizer_files import tokenizer_files
+from llmtrain.model.tokenizer import load_tokenizer, tokenizer_files
 from llmtrain.storage.hub import hub_errors
 from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.run import pretrain
@@ -176,7 +175,7 @@ def test_the_tokenizer_is_the_one_whose_end_of_text_the_folder_names(tmp_path: P
     with pytest.raises(UserError, match="264 rows of embeddings, the gpt2 tokenizer"):
         load_generator(tmp_path / "bytes", tokenizer="gpt2")
     write_folder(tmp_path / "other", bias=False, scaled=True)
-    with pytest.raises(UserError, match="ends a text with token 99"):
+    with pytest.raises(UserError, match="uses the end-of-text token 99"):
         load_generator(tmp_path / "other")
     files = tokenizer_files(load_tokenizer("byte"), 24)
     (tmp_path / "bytes" / "vocab.json").write_text(files["vocab.json"])

@@ -10,7 +10,7 @@ import pytest
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
 from llmtrain.evaluation.report.run_list import list_runs
-from llmtrain.storage.files import is_locked, locked_folder
+from llmtrain.storage.commit import is_locked, locked_folder
 from llmtrain.training.run import pretrain
 
 

@@ -27,11 +27,10 @@ from llmtrain.errors import UserError
 from llmtrain.evaluation.generation import Sampling, generate_text, load_generator
 from llmtrain.evaluation.results import EvalOptions, measure
 from llmtrain.evaluation.selection import choose_weights
-from llmtrain.export.formats import export
 from llmtrain.export.model_card import model_card
+from llmtrain.export.publish import export
 from llmtrain.model.gpt import GPT
-from llmtrain.model.tokenizer import load_tokenizer
-from llmtrain.model.tokenizer_files import tokenizer_files
+from llmtrain.model.tokenizer import load_tokenizer, tokenizer_files
 from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.run import pretrain
 

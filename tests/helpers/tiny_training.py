@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import llmtrain.training.run as module
 from llmtrain.config.schema import RunConfig
-from llmtrain.storage.events import read_json_lines
+from llmtrain.storage.json_files import read_json_lines
 from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training.run import pretrain
 

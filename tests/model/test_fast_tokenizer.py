@@ -5,8 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtrain.errors import UserError
-from llmtrain.model.tokenizer import TOKENIZERS, load_tokenizer, tokenizer_ending_with
-from llmtrain.model.tokenizer_files import fast_tokenizer
+from llmtrain.model.tokenizer import TOKENIZERS, fast_tokenizer, load_tokenizer, tokenizer_for_eot
 
 PIECES = st.sampled_from(
     ["the", " don't", "'LL", " 12345", "\n\n", "  ", "\t", "<|endoftext|>", "é", "😀", "　"]
@@ -29,6 +28,6 @@ def test_the_same_ids_and_text(name: str, text: str) -> None:
 def test_the_end_of_text(name: str) -> None:
     ours = load_tokenizer(name)
     assert fast_tokenizer(ours).eos_token_id == fast_tokenizer(ours).bos_token_id == ours.eot
-    assert tokenizer_ending_with(ours.eot, "a folder") is ours
-    with pytest.raises(UserError, match="none of gpt2, byte"):
-        tokenizer_ending_with(7, "a folder")
+    assert tokenizer_for_eot(ours.eot, "a folder") is ours
+    with pytest.raises(UserError, match="neither of the tokenizers gpt2, byte"):
+        tokenizer_for_eot(7, "a folder")

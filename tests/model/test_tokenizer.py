@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.model import tokenizer as module
-from llmtrain.model.tokenizer import cut, load_tokenizer
+from llmtrain.model.tokenizer import load_tokenizer, split_text
 
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 """As OpenAI published it in 2019; not the one that tiktoken uses."""
@@ -104,7 +104,7 @@ def test_very_long_whitespace() -> None:
     text = "a" + " " * 1_500_000 + "b\n\n" + "\n" * 1_500_000 + " c"
     assert gpt2.decode(gpt2.encode(text)) == text
     short = "a" + " " * 30_000 + "b\n\n" + "\u3000" * 30_000 + "\u3000\u4e2d"
-    parts = [gpt2.encode(part) for part in module._cut_long_whitespace(short)]
+    parts = [gpt2.encode(part) for part in module._split_long_whitespace(short)]
     assert len(parts) == 3
     assert np.concatenate(parts).tolist() == gpt2.encode(short).tolist()
 
@@ -113,14 +113,14 @@ def test_very_long_whitespace() -> None:
 @given(text=st.text(alphabet=" \n\tab'12.,é中\u3000\xa0\x1c"), size=st.integers(1, 8))
 def test_cutting_never_changes_tokens(text: str, size: int) -> None:
     gpt2 = load_tokenizer("gpt2")
-    parts = [bytes(part).decode() for part in cut(text.encode(), size)]
+    parts = [bytes(part).decode() for part in split_text(text.encode(), size)]
     assert "".join(parts) == text
     assert [i for part in parts for i in gpt2.encode(part)] == gpt2.encode(text).tolist()
 
 
 def test_cutting_real_text(real_texts: list[str]) -> None:
     text = "\n".join(real_texts[:40])
-    parts = list(cut(text.encode(), 1000))
+    parts = list(split_text(text.encode(), 1000))
     assert len(parts) > 50
     gpt2 = load_tokenizer("gpt2")
     ids = np.concatenate([gpt2.encode(bytes(part).decode()) for part in parts])

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.gpt import GPT
-from llmtrain.planning.architecture import Architecture
+from llmtrain.planning.sizes import Architecture
 
 
 @settings(max_examples=25)

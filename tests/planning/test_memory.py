@@ -134,7 +134,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.training import run, snapshots
 from llmtrain.training.run import pretrain
 
-run.keeping_freed_memory = lambda device: nullcontext()  # the plan is of what is needed, not of what is kept beside it
+run.keep_freed_memory = lambda device: nullcontext()  # the plan is of what is needed, not of what is kept beside it
 
 # A disk so slow that a copy of weights is there until somebody waits for it.
 waited, wait, staged_folder = threading.Event(), snapshots.SnapshotWriter.wait, snapshots.staged_folder

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain.config.schema import RunConfig
-from llmtrain.planning.storage import run_storage
+from llmtrain.planning.sizes import disk_usage
 from llmtrain.training import checkpoint_writer as state_writer
 from llmtrain.training.run import pretrain
 
@@ -60,7 +60,7 @@ def test_a_run_writes_what_was_planned(
 
     monkeypatch.setattr(state_writer, "remove_folder", measuring)
     pretrain(config, tmp_path / "run", say=lambda line: None)
-    storage = run_storage(config)
+    storage = disk_usage(config)
     for saved in (storage.snapshots, *storage.averages, storage.states):
         folder = tmp_path / "run" / ("state" if saved.label == "states" else saved.label)
         assert len(list(folder.glob("step-*"))) == saved.count, saved.label
@@ -72,6 +72,6 @@ def test_a_run_writes_what_was_planned(
 def test_a_run_that_may_go_back_saves_where_it_began(planned: Build) -> None:
     checkpoint = {"state_every": 400, "keep_states": 2}
     steady = planned(checkpoint=checkpoint)
-    assert run_storage(steady).largest == run_storage(steady).total
+    assert disk_usage(steady).largest == disk_usage(steady).total
     rewinding = planned(checkpoint=checkpoint, train__on_nonfinite="rewind")
-    assert run_storage(rewinding).states.count == 2
+    assert disk_usage(rewinding).states.count == 2

@@ -139,10 +139,13 @@ RIGHT = [
 def fitting(command: str, option: str) -> list[str]:
     """Values of the type that an option takes."""
     hint = HINTS[command].get(option, str)
-    kinds = typing.get_args(hint) or (hint,)
-    if issubclass(kinds[0], enum.Enum):
-        return [each.value for each in kinds[0]]
-    return NUMBERS if kinds[0] in (int, float) else VALUES
+    kinds = [hint, *typing.get_args(hint)]
+    for kind in kinds:
+        if typing.get_origin(kind) is typing.Literal:
+            return [str(choice) for choice in typing.get_args(kind)]
+        if isinstance(kind, type) and issubclass(kind, enum.Enum):
+            return [each.value for each in kind]
+    return NUMBERS if int in kinds or float in kinds else VALUES
 
 
 @st.composite

@@ -271,7 +271,7 @@ def test_a_loss_that_is_no_number(workplace: Path) -> None:
         ({"n_positions": "16"}, "block_size: Input should be a valid integer"),
         ({"n_positions": -16}, "block_size: Input should be greater than 0"),
         ({"n_head": 0}, "n_head: Input should be greater than 0"),
-        ({"n_head": 3}, "is not a multiple of n_head"),
+        ({"n_head": 3}, "must be a multiple of n_head"),
         ({"llmtrain": [1]}, "is no GPT-2 config"),
         ({"activation_function": ["gelu"]}, "activation_function ['gelu'] is not GPT-2"),
     ],
@@ -315,11 +315,11 @@ MERGES = "a: &a {x: 1}\n" + "".join(
         ),
         ("!!python/object/new:os.system ['touch pwned']", "could not determine a constructor"),
         ("name: !!python/name:os.system", "could not determine a constructor"),
-        (LAUGHS + "name: *i", "aliases stand for too many values"),
-        (LAUGHS + "averages: *i", "aliases stand for too many values"),
-        (LAUGHS + "? *i\n: 1", "aliases stand for too many values"),
-        (MERGES, "aliases stand for too many values"),
-        ("a: &a [*a]", "aliases stand for too many values"),
+        (LAUGHS + "name: *i", "aliases expand to too many values"),
+        (LAUGHS + "averages: *i", "aliases expand to too many values"),
+        (LAUGHS + "? *i\n: 1", "aliases expand to too many values"),
+        (MERGES, "aliases expand to too many values"),
+        ("a: &a [*a]", "aliases expand to too many values"),
         ("a: " + "[" * 50_000, "not valid YAML"),
         ("- " * 20_000, "not valid YAML"),
         ("seed: " + "9" * 5_000, "not valid YAML"),
@@ -354,7 +354,7 @@ def test_a_record_that_names_other_files(workplace: Path, name: str) -> None:
     document = json.loads(path.read_text())
     document["files"][name] = {"bytes": 1, "sha256": "0" * 64}
     path.write_text(json.dumps(document))
-    said = "it names a file outside its folder"
+    said = "a file name points outside the folder"
     assert said in invoke("verify", path.parent, cwd=workplace).stdout
     refused("average", "run", "--every", "2", "--window", "2", cwd=workplace, said=said)
 
@@ -367,13 +367,13 @@ def test_a_record_that_names_other_files(workplace: Path, name: str) -> None:
         ("17", "line 1: not a JSON object"),
         ('["step"]', "line 1: not a JSON object"),
         ("\ud800", "line 1: not a JSON object"),
-        ("{}", "line 1: no event of a run: its step is None"),
-        ('{"step": "1"}', "its step is '1'"),
-        ('{"step": -1}', "its step is -1"),
-        (f'{{"step": {10**30}}}', "its step is 1000"),
-        ('{"step": true}', "its step is True"),
-        ('{"step": 1, "val/loss": [1]}', "its val/loss is [1]"),
-        ('{"step": 1, "val/loss": "' + "x" * 10_000_000 + '"}', "its val/loss is 'xxx"),
+        ("{}", "line 1: invalid training event: step is None"),
+        ('{"step": "1"}', "step is '1'"),
+        ('{"step": -1}', "step is -1"),
+        (f'{{"step": {10**30}}}', "step is 1000"),
+        ('{"step": true}', "step is True"),
+        ('{"step": 1, "val/loss": [1]}', "val/loss is [1]"),
+        ('{"step": 1, "val/loss": "' + "x" * 10_000_000 + '"}', "val/loss is 'xxx"),
     ],
 )
 def test_lines_of_metrics(workplace: Path, line: str, said: str) -> None:

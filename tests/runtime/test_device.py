@@ -83,7 +83,7 @@ def test_what_is_freed_is_kept_within_the_block_and_given_back_after_it() -> Non
     """MB that a process holds more than at its start, whenever it has made and freed a tensor of 200."""
     code = """
 import torch
-from llmtrain.runtime.device import keeping_freed_memory
+from llmtrain.runtime.device import keep_freed_memory
 def held():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) // 1000
 def used_and_freed():
@@ -93,7 +93,7 @@ def used_and_freed():
     return held() - start
 start = held()
 print(used_and_freed())
-with keeping_freed_memory(torch.device("cpu")):
+with keep_freed_memory(torch.device("cpu")):
     print(used_and_freed())
 print(held() - start)
 print(used_and_freed())

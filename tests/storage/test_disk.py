@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed
+from llmtrain.storage.commit import staged_folder, write_atomically
 from llmtrain.storage.disk import disk_errors, require_room
-from llmtrain.storage.files import staged_folder, write_atomically
 from llmtrain.training.run import pretrain
 
 CAN_MOUNT = (
@@ -52,7 +52,7 @@ STAGE = """
 import torch
 from pathlib import Path
 from safetensors.torch import save_file
-from llmtrain.storage.files import staged_folder, write_atomically
+from llmtrain.storage.commit import staged_folder, write_atomically
 from llmtrain.training.run import pretrain
 """
 KEEP = """

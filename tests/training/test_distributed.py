@@ -16,7 +16,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed, UserError, WriteFailed
 from llmtrain.model.gpt import GPT
 from llmtrain.runtime.distributed import World, init_distributed
-from llmtrain.runtime.sharded import local, whole
+from llmtrain.runtime.sharded import gather_on_rank_zero, to_local
 from llmtrain.storage.integrity import integrity_problems
 from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training.checkpoint import read_tensors
@@ -184,8 +184,10 @@ def first_weights(config: RunConfig) -> dict[str, npt.NDArray[np.float32]]:
     with init_distributed(CPU, spread=True) as (world, device):
         model = build_model(config, "fsdp", world, device, "float32")
         parameters = dict(model.named_parameters())
-        assert all(local(p).numel() < p.numel() for p in parameters.values())
-        gathered = whole(parameters, {name: local(p.detach()) for name, p in parameters.items()})
+        assert all(to_local(p).numel() < p.numel() for p in parameters.values())
+        gathered = gather_on_rank_zero(
+            parameters, {name: to_local(p.detach()) for name, p in parameters.items()}
+        )
         return {name: tensor.numpy() for name, tensor in gathered.items()}
 
 
@@ -212,12 +214,12 @@ def test_activation_checkpointing_changes_no_bit(
 @pytest.mark.parametrize(
     ("changes", "size", "message", "hint"),
     [
-        ({}, 3, "batch_sequences 8 does not divide over 3 processes: 6 or 9 would", "batch_sequences=9"),
-        ({}, 16, "batch_sequences 8 does not divide over 16 processes: 16 would", "batch_sequences=16"),
-        ({}, 4, "leaves 2 for each of 4 processes, which does not divide into train.micro_batch 4: 2 would",
+        ({}, 3, "batch_sequences 8 is not divisible by 3 processes: try 6 or 9", "batch_sequences=9"),
+        ({}, 16, "batch_sequences 8 is not divisible by 16 processes: try 16", "batch_sequences=16"),
+        ({}, 4, "a step has 2 sequences for each of 4 processes, not divisible by train.micro_batch 4: try 2",
          "micro_batch=2"),
-        ({"batch_sequences": None, "batch_tokens": 128}, 5, "batch_tokens 128 does not divide over 5 "
-         "processes: 80 or 160 would", "batch_tokens=160"),
+        ({"batch_sequences": None, "batch_tokens": 128}, 5, "batch_tokens 128 is not divisible by 5 "
+         "processes: try 80 or 160", "batch_tokens=160"),
     ],
 )  # fmt: skip
 def test_a_batch_that_does_not_divide(

@@ -14,7 +14,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.data.prepare import prepare
 from llmtrain.errors import UserError
 from llmtrain.model.gpt import GPT
-from llmtrain.storage.events import read_events
+from llmtrain.storage.json_files import read_events
 from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.initial import load_initial_weights, open_weights
 

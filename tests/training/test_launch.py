@@ -176,7 +176,7 @@ def test_an_error_is_told_once(tiny: Build, tmp_path: Path, started: Any) -> Non
     run = started(BIN / "llmtrain", "pretrain", "--config", written(tiny, tmp_path), "--nproc", "3")
     assert run.ended() == 2
     assert run.err.read_text().splitlines() == [
-        "error: train.batch_sequences 8 does not divide over 3 processes: 6 or 9 would",
+        "error: train.batch_sequences 8 is not divisible by 3 processes: try 6 or 9",
         "hint: --set train.batch_sequences=9, or another number of processes",
     ]
     assert not (tmp_path / "runs/run").exists()

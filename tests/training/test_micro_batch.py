@@ -97,7 +97,7 @@ def chosen(config: RunConfig, folder: Path) -> int:
     with init_distributed(torch.device("cpu"), spread=False) as (world, device):
         data = open_training_data(config.data)
         trainer = Trainer(config, RunFolder(folder), data, world, device, lambda line: None)
-        with nullcontext() if world.first else no_more_than(ROOM):
+        with nullcontext() if world.is_rank_zero else no_more_than(ROOM):
             find_micro_batch(trainer, lambda line: None)
         assert all(parameter.grad is None for parameter in trainer.model.parameters())
         return trainer.progress.micro_batch

@@ -206,9 +206,9 @@ def test_a_branch_keeps_its_kind_of_moments(tiny: Build, tmp_path: Path, alone: 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"muon": {"momentum": 0.9}}, "the keys under muon do nothing with name: adamw"),
-        ({"name": "spam", "muon": {}}, "the keys under muon do nothing with name: spam"),
-        ({"name": "muon", "spam": {}}, "the keys under spam do nothing with name: muon"),
+        ({"muon": {"momentum": 0.9}}, "the section muon has no effect with name: adamw"),
+        ({"name": "spam", "muon": {}}, "the section muon has no effect with name: spam"),
+        ({"name": "muon", "spam": {}}, "the section spam has no effect with name: muon"),
         ({"name": "muon", "muon": {"momentum": 1.0}}, "less than 1"),
         ({"name": "muon", "muon": {"steps": 5}}, "Extra inputs"),
     ],

@@ -19,8 +19,8 @@ from llmtrain.errors import RunFailed, UserError
 from llmtrain.model.gpt import GPT
 from llmtrain.runtime.signals import Interrupted
 from llmtrain.storage import integrity
-from llmtrain.storage.events import read_json_lines
 from llmtrain.storage.integrity import integrity_problems
+from llmtrain.storage.json_files import read_json_lines
 from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training.run import pretrain
 
@@ -252,7 +252,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(
     damage(run.state(12) / "tensors.safetensors")
     warnings: list[str] = []
     quiet(tiny(), run.path, warn=warnings.append)
-    assert "another SHA-256" in warnings[0]
+    assert "does not have the recorded SHA-256" in warnings[0]
     assert (run.states / "step-00000012-damaged" / "tensors.safetensors").is_file()
     assert_same_run(whole, run)
     # Once more, by a sector that cannot be read: the first one stays as well.

@@ -24,7 +24,7 @@ from llmtrain.evaluation.report.charts import Drawing, brief, draw, duration, in
 from llmtrain.evaluation.report.run_charts import LOSS_CHARTS, charts
 from llmtrain.evaluation.report.tables import RunRecord, Saving, gains, read_records, savings
 from llmtrain.model.tokenizer import well_formed
-from llmtrain.storage.files import write_atomically
+from llmtrain.storage.commit import write_atomically
 from llmtrain.storage.run_folder import RAW, RunFolder
 
 PAGE = "report.html"

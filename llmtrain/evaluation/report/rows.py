@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmtrain.evaluation.results import Row, stored_rows
-from llmtrain.storage.events import read_events
+from llmtrain.storage.json_files import read_events
 from llmtrain.storage.run_folder import RAW, RunFolder
 
 Curve = list[tuple[int, float]]

@@ -16,8 +16,7 @@ from llmtrain.checkpoints.weights_folder import PROVENANCE_FILE
 from llmtrain.config.loading import load_config
 from llmtrain.config.schema import flatten
 from llmtrain.evaluation.report.rows import Curve, Interventions, interventions, loss_curves
-from llmtrain.storage.events import read_events
-from llmtrain.storage.json_files import read_json
+from llmtrain.storage.json_files import read_events, read_json
 from llmtrain.storage.run_folder import RAW, RunFolder, step_folders
 
 

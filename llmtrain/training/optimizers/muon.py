@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from llmtrain.config.schema import MuonConfig, OptimizerConfig
 from llmtrain.runtime.device import resolve_precision
-from llmtrain.runtime.sharded import cut, local, made_whole
+from llmtrain.runtime.sharded import full_tensor, shard_like, to_local
 
 UPDATE_RMS = 0.2
 """Root mean square of an update at a learning rate of 1, as AdamW's is in practice (arXiv 2502.16982, 2.2)."""
@@ -91,7 +91,7 @@ class Muon(AdamW):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         gradient, momentum, weight = map(
-            local, (parameter.grad, state["momentum_buffer"], parameter)
+            to_local, (parameter.grad, state["momentum_buffer"], parameter)
         )
         beta = self.muon.momentum
         self._put(momentum, momentum.lerp(gradient, 1 - beta))
@@ -99,8 +99,10 @@ class Muon(AdamW):
             self.precision
         )
         # In bfloat16 half as much is sent, of what would be rounded to it anyway.
-        matrices = made_whole(parameter, update).chunk(stacked)
-        direction = cut(parameter, torch.cat([orthogonalized(matrix) for matrix in matrices]))
+        matrices = full_tensor(parameter, update).chunk(stacked)
+        direction = shard_like(
+            parameter, torch.cat([orthogonalized(matrix) for matrix in matrices])
+        )
         rows, columns = parameter.shape
         scale = UPDATE_RMS * math.sqrt(max(rows // stacked, columns))
         self._put(weight, (weight * (1 - lr * weight_decay)).add_(direction, alpha=-lr * scale))

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from llmtrain.config.schema import OptimizerConfig, SpamConfig
-from llmtrain.runtime.sharded import local
+from llmtrain.runtime.sharded import to_local
 from llmtrain.training.optimizers.muon import Muon
 
 _BLIND = ("mps",)
@@ -51,14 +51,14 @@ class Spam(AdamW):
         """Before step `step` (from 1): reset the moments where that is due, else cut spiking gradients."""
         since = (step - 1) % self.spam.reset_every
         for parameter, moments in self.state.items():
-            second = local(moments["exp_avg_sq"])
+            second = to_local(moments["exp_avg_sq"])
             if since == 0:
                 for moment in (moments["step"], moments["exp_avg"], moments["exp_avg_sq"]):
                     moment.zero_()
             elif since >= SPAM_SETTLE_STEPS and parameter.grad is not None:
                 # A second moment of zero has seen no gradient yet: nothing to compare with.
                 limit = torch.where(second > 0, (self.spam.threshold * second).sqrt(), torch.inf)
-                local(parameter.grad).clamp_(-limit, limit)
+                to_local(parameter.grad).clamp_(-limit, limit)
 
 
 def decayed_parameters(model: nn.Module, rule: str) -> set[str]:
@@ -143,7 +143,7 @@ def update(optimizer: AdamW, step: int, norm: Tensor, *, clip: float, hold: Tens
     blind = norm.device.type in _BLIND
     if divisor is not None and (blind or isinstance(optimizer, Muon)):
         for gradient in _gradients(optimizer):
-            local(gradient).div_(divisor)
+            to_local(gradient).div_(divisor)
         divisor = None
     optimizer.grad_scale = divisor  # type: ignore[attr-defined]  # optional as well
     if blind and hold:

@@ -12,9 +12,8 @@ from typing import IO
 import pytest
 
 from llmtrain.errors import UserError
-from llmtrain.storage import files
-from llmtrain.storage.events import read_json_lines
-from llmtrain.storage.files import (
+from llmtrain.storage import commit
+from llmtrain.storage.commit import (
     locked_folder,
     remove_folder,
     remove_leftovers,
@@ -22,10 +21,11 @@ from llmtrain.storage.files import (
     write_atomically,
 )
 from llmtrain.storage.integrity import integrity_problems
+from llmtrain.storage.json_files import read_json_lines
 from llmtrain.storage.run_folder import RunFolder, newest_run, require_run, step_folders
 
 
-def commit(target: Path, content: str = "x") -> None:
+def write_folder(target: Path, content: str = "x") -> None:
     with staged_folder(target) as folder:
         (folder / "a.txt").write_text(content)
         (folder / "sub").mkdir()
@@ -34,7 +34,7 @@ def commit(target: Path, content: str = "x") -> None:
 
 def test_a_committed_folder_is_whole_and_checked(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "step-00000001"
-    commit(target)
+    write_folder(target)
     assert sorted(p.name for p in target.iterdir()) == ["a.txt", "integrity.json", "sub"]
     assert integrity_problems(target) == []
     assert not list(target.parent.glob(".tmp-*"))
@@ -49,9 +49,9 @@ def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_a_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
     target = tmp_path / "t"
-    commit(target, "old")
+    write_folder(target, "old")
     with pytest.raises(FileExistsError):
-        commit(target, "new")
+        write_folder(target, "new")
     with staged_folder(target, replace=True) as folder:
         (folder / "a.txt").write_text("new")
     assert (target / "a.txt").read_text() == "new"
@@ -61,7 +61,7 @@ def test_a_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
 
 def test_a_killed_commit_is_ignored_and_cleaned_up(tmp_path: Path) -> None:
     code = (
-        "import os,sys; from pathlib import Path; from llmtrain.storage.files import staged_folder\n"
+        "import os,sys; from pathlib import Path; from llmtrain.storage.commit import staged_folder\n"
         "with staged_folder(Path(sys.argv[1])) as f:\n"
         "    (f/'a').write_text('x'); os.kill(os.getpid(), 9)"
     )
@@ -76,13 +76,13 @@ def test_a_killed_commit_is_ignored_and_cleaned_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda f: (f / "a.txt").write_text("y"), "another SHA-256"),
+        (lambda f: (f / "a.txt").write_text("y"), "does not have the recorded SHA-256"),
         (lambda f: (f / "a.txt").write_text("longer"), "has 6 bytes instead of 1"),
         (lambda f: (f / "sub" / "b.txt").unlink(), "is missing"),
     ],
 )
 def test_damage_is_found(tmp_path: Path, damage: object, expected: str) -> None:
-    commit(tmp_path / "t")
+    write_folder(tmp_path / "t")
     damage(tmp_path / "t")  # type: ignore[operator]  # pytest's parameters are objects
     (problem,) = integrity_problems(tmp_path / "t")
     assert expected in problem
@@ -90,7 +90,7 @@ def test_damage_is_found(tmp_path: Path, damage: object, expected: str) -> None:
 
 @pytest.mark.parametrize("content", ["", "[]", '{"files": {"a": 1}}', "\x00"])
 def test_a_damaged_record_is_an_error(tmp_path: Path, content: str) -> None:
-    commit(tmp_path / "t")
+    write_folder(tmp_path / "t")
     (tmp_path / "t" / "integrity.json").write_text(content)
     with pytest.raises(UserError, match="integrity"):
         integrity_problems(tmp_path / "t")
@@ -109,7 +109,7 @@ def test_write_atomically_replaces(tmp_path: Path) -> None:
 STOPPED = """
 import os, sys
 from pathlib import Path
-from llmtrain.storage import files
+from llmtrain.storage import commit
 
 def stop(path, target):
     print("written", flush=True)
@@ -117,7 +117,7 @@ def stop(path, target):
     os.rename(path, target)
 
 Path.replace = stop
-files.write_atomically(Path(sys.argv[1]), "whole")
+commit.write_atomically(Path(sys.argv[1]), "whole")
 """
 
 
@@ -152,7 +152,7 @@ def test_what_others_have_under_such_names_stays(tmp_path: Path) -> None:
     """In a folder that is not ours alone, such as that of a config."""
     for name in (".tmp-2024-notes", ".tmp-cache.lock"):
         (tmp_path / name).write_text("mine")
-    commit(tmp_path / ".tmp-cache")
+    write_folder(tmp_path / ".tmp-cache")
     before = set(tmp_path.rglob("*"))
     write_atomically(tmp_path / "new.yaml", "one")
     assert set(tmp_path.rglob("*")) == before | {tmp_path / "new.yaml"}
@@ -161,7 +161,7 @@ def test_what_others_have_under_such_names_stays(tmp_path: Path) -> None:
 def test_a_process_of_the_same_number_on_another_machine_loses_nothing(tmp_path: Path) -> None:
     target, staging = tmp_path / "f", tmp_path / f".tmp-{os.getpid()}-f"
     with ThreadPoolExecutor(1) as pool:
-        with files._held_open(staging) as theirs:
+        with commit._held_open(staging) as theirs:
             theirs.write(b"theirs")
             theirs.flush()
             ours = pool.submit(write_atomically, target, "ours")
@@ -187,7 +187,7 @@ def test_what_is_cleaned_away_is_what_was_locked(
             staging.write_text("second")
         lock(file, operation)
 
-    monkeypatch.setattr(files.fcntl, "flock", later)
+    monkeypatch.setattr(commit.fcntl, "flock", later)
     remove_leftovers(tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         "f": "first",
@@ -201,7 +201,7 @@ def test_a_file_system_without_locks_is_written_to(
     def no_locks(file: object, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    monkeypatch.setattr(commit.fcntl, "flock", no_locks)
     for content in ("one", "two"):
         write_atomically(tmp_path / "f", content)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["two"]
@@ -210,7 +210,7 @@ def test_a_file_system_without_locks_is_written_to(
 AGAIN = """
 import sys
 from pathlib import Path
-from llmtrain.storage.files import write_atomically
+from llmtrain.storage.commit import write_atomically
 
 for number in range(100):
     write_atomically(Path(sys.argv[1]), str(number))
@@ -228,15 +228,15 @@ def test_processes_that_write_in_one_folder_leave_each_other_alone(tmp_path: Pat
 
 
 def test_removed_folders_never_look_damaged(tmp_path: Path) -> None:
-    commit(tmp_path / "step-00000003")
+    write_folder(tmp_path / "step-00000003")
     remove_folder(tmp_path / "step-00000003")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_lock_is_exclusive_and_dies_with_its_process(tmp_path: Path) -> None:
     code = (
-        "import sys,os; from pathlib import Path; from llmtrain.storage.files import exclusive\n"
-        "with exclusive(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
+        "import sys,os; from pathlib import Path; from llmtrain.storage.commit import locked_folder\n"
+        "with locked_folder(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", code, tmp_path],
@@ -289,9 +289,9 @@ def test_names_and_the_newest_run(tmp_path: Path) -> None:
 
 def test_a_replacement_that_was_killed_gives_the_old_folder_back(tmp_path: Path) -> None:
     """What is on disk between the two renames of a replacement."""
-    commit(tmp_path / "t", "old")
+    write_folder(tmp_path / "t", "old")
     (tmp_path / "t").rename(tmp_path / ".tmp-replaced-t")
-    commit(tmp_path / ".tmp-t", "new")
+    write_folder(tmp_path / ".tmp-t", "new")
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
     assert (tmp_path / "t" / "a.txt").read_text() == "old"

@@ -32,9 +32,8 @@ from llmtrain.evaluation.generation import tokenizer_of
 from llmtrain.evaluation.results import stored_rows
 from llmtrain.export.model_card import model_card
 from llmtrain.model.gpt import GPT
-from llmtrain.model.tokenizer import Tokenizer
-from llmtrain.model.tokenizer_files import tokenizer_files
-from llmtrain.storage.files import staged_folder
+from llmtrain.model.tokenizer import Tokenizer, tokenizer_files
+from llmtrain.storage.commit import staged_folder
 
 Form = Literal["hf", "nanogpt"]
 

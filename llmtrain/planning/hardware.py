@@ -1,0 +1,70 @@
+"""Options that describe the hardware of an estimate. Imports nothing heavy, for `--help`."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from typing_extensions import Doc
+
+from llmtrain.errors import UserError
+
+Parallel = Literal["ddp", "fsdp"]
+
+MFU = 0.4
+"""Assumed model FLOPs utilization: share of the dense peak."""
+DEVICES_PER_MACHINE = 8
+"""GPUs that NVLink connects; beyond them the network does."""
+NETWORK = 50e9
+"""Bytes/s of a GPU in each direction: NDR InfiniBand, 400 Gb/s, one card per GPU.
+
+Conservative: rings over all eight cards of a machine leave most traffic to NVLink and can come near
+eight times this.
+"""
+DISK = 2e9
+"""Assumed bytes/s of the disk, reading and writing together."""
+
+
+@dataclass(frozen=True)
+class HardwareOptions:
+    """Hardware of an estimate."""
+
+    devices: Annotated[int, Doc("Number of devices.")] = 1
+    device: Annotated[
+        str,
+        Doc(
+            "h200, h100, h100-pcie, h100-nvl, a100-80gb, a100-40gb, a100, l40s, l4, a10g, cpu, or "
+            "other for an unlisted device."
+        ),
+    ] = "h100"
+    parallel: Annotated[
+        Parallel | None, Doc("ddp: replicated on each device. fsdp: sharded over the devices.")
+    ] = None
+    mfu: Annotated[
+        float | None,
+        Doc("Assumed utilization (MFU): share of the dense peak that training reaches."),
+    ] = None
+    tokens_per_second: Annotated[
+        float | None, Doc("Measured speed of all devices together, instead of --mfu.")
+    ] = None
+    interconnect_gbps: Annotated[
+        float | None, Doc("GB/s (gigabytes) of one device in each direction.")
+    ] = None
+
+    def check(self) -> None:
+        """Raise UserError unless the values are in range and compatible."""
+        for name in ("devices", "mfu", "tokens_per_second", "interconnect_gbps"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(
+                    f"{option} {value:g} is not a number above 0",
+                    hint=f"see llmtrain plan --help for {option}",
+                )
+        if self.mfu is not None and self.mfu > 1:
+            raise UserError(
+                f"--mfu {self.mfu:g} is above 1, the device's peak", hint="try --mfu 0.4"
+            )
+        if self.tokens_per_second is not None and self.mfu is not None:
+            raise UserError(
+                "--tokens-per-second is a measured speed, and --mfu an assumed one",
+                hint="pass only one of them",
+            )
