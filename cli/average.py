@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import click
 import typer
 from typer.models import OptionInfo
 
@@ -55,7 +54,7 @@ def average(
         str,
         typer.Option(
             help=" ".join(f"{name}: {each.help}." for name, each in METHODS.items()),
-            click_type=click.Choice(list(METHODS)),
+            metavar="METHOD",
             rich_help_panel=_METHOD,
         ),
     ] = "lawa",

@@ -156,16 +156,16 @@ def _dense(series: Series, stored: dict[int, _Stored], start: int, end: int) -> 
             f"it has {describe_steps(list(stored))}",
             hint=f"use one of those steps, or --from {began}",
         )
-    first, last = (int(stored[s].value) if s in stored else 0 for s in (start, end))
-    if first >= last:
+    before, until = (int(stored[s].value) if s in stored else 0 for s in (start, end))
+    if before >= until:
         raise UserError(
-            f"the running means at {start:,} and {end:,} have {first:,} and {last:,} updates",
+            f"the running means at {start:,} and {end:,} have {before:,} and {until:,} updates",
             hint="choose a longer span, with updates in between",
         )
     used, weights = [stored[end]], [1.0]
-    if first > 0:
-        used, weights = [stored[start], stored[end]], span(first, last)
-    options = {"from": start, "to": end, "updates": last - first, "every": stored[end].every}
+    if before > 0:
+        used, weights = [stored[start], stored[end]], span(before, until)
+    options = {"from": start, "to": end, "updates": until - before, "every": stored[end].every}
     return _spec(series, "dense", f"dense-{start}-{end}", used, weights, options)
 
 
@@ -185,7 +185,11 @@ def _stored(folder: Path, method: str, value: str) -> list[_Stored]:
             continue
         for key in ("start", value):
             number = document.get(key)
-            if type(number) not in (int, float) or not 0 <= number < 2**63:
+            if (
+                not isinstance(number, int | float)
+                or isinstance(number, bool)
+                or not 0 <= number < 2**63
+            ):
                 raise UserError(
                     f"{path / PROVENANCE_FILE}: {key} is {number!r:.40}, not a valid number",
                     hint="restore the damaged file, or delete the folder",

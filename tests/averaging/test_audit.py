@@ -44,7 +44,7 @@ def replace_tensor(root: Path, step: int, name: str, tensor: torch.Tensor) -> No
 
 def test_an_honest_series_passes_without_a_word(root: Path) -> None:
     (result,), warnings = run(root, strict=True)
-    assert not result.kept
+    assert not result.cached
     assert warnings == []
 
 
@@ -110,7 +110,7 @@ def test_a_number_that_is_none_is_located(root: Path, value: float) -> None:
     tensor = model_at(30)["embed.weight"]
     tensor[300, 5] = value
     replace_tensor(root, 30, "embed.weight", tensor)
-    with pytest.raises(UserError, match=r"step30: embed\.weight holds .* at \[300, 5\]"):
+    with pytest.raises(UserError, match=r"step30: embed\.weight contains .* at \[300, 5\]"):
         run(root)
 
 

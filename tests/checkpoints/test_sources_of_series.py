@@ -214,9 +214,9 @@ def test_a_gutted_average_is_not_kept(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         write_checkpoint(tmp_path / "s" / f"step{step}", model_at(step))
     target = run(tmp_path / "s").spec.target
-    assert run(tmp_path / "s").kept
+    assert run(tmp_path / "s").cached
     with pytest.raises(UserError, match="is not the average"):
-        run(tmp_path / "s", MergeOptions(max_shard=1000))
+        run(tmp_path / "s", MergeOptions(dtype="F64"))
     (target / "model.safetensors").unlink()
     with pytest.raises(UserError, match="is damaged"):
         run(tmp_path / "s")
