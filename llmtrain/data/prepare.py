@@ -15,15 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llmtrain.data.build import Build, PrepareProgress
-from llmtrain.data.copies import published, upload, workplace
+from llmtrain.data.copies import published, workplace
 from llmtrain.data.encode import Engine, locally
-from llmtrain.data.manifest import SPLITS, Manifest, PrepareSpec, SplitRule
+from llmtrain.data.manifest import MANIFEST_FILE, SPLITS, Manifest, PrepareSpec, SplitRule
 from llmtrain.data.shards import tokenizer_record
 from llmtrain.data.sources import OPENWEBTEXT_HUB, Source, open_source
 from llmtrain.data.staging import Need, existing, require_same, staged
 from llmtrain.data.token_files import MAX_SHARD_TOKENS
 from llmtrain.errors import UserError
-from llmtrain.storage.urls import is_url, local_path
+from llmtrain.storage.urls import is_url, local_path, upload
 
 DEFAULT_VAL_FRACTION = 0.0005
 DEFAULT_SEED = 2357
@@ -106,7 +106,12 @@ def prepare(
         if url is not None:
             on_note(f"copying the shards to {url}")
             written = manifest
-            upload(folder, url, lambda: on_progress(PrepareProgress.whole(written)))
+            upload(
+                folder,
+                url,
+                last=MANIFEST_FILE,
+                before_each=lambda: on_progress(PrepareProgress.whole(written)),
+            )
             shutil.rmtree(folder)
     return manifest
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from llmtrain.errors import UserError
 from llmtrain.model.tokenizer import well_formed
-from llmtrain.storage.urls import is_url, local_path, open_url, reading
+from llmtrain.storage.urls import is_url, local_path, open_url, url_errors
 
 PARTITION_BYTES = 1 << 26
 """A unit of work is about so much input: seconds of tokenizing. Compressed files are not cut."""
@@ -290,7 +290,7 @@ def damage_named(path: str) -> Iterator[None]:
         UserError: the file cannot be opened or read, or is not of its kind.
     """
     try:
-        with reading(path) if is_url(path) else nullcontext():
+        with url_errors(path) if is_url(path) else nullcontext():
             yield
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         reason = (

@@ -25,8 +25,8 @@ from llmtrain.data.manifest import (
 )
 from llmtrain.data.shards import open_data
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.storage import commit
-from llmtrain.storage.disk import NO_ROOM
+from llmtrain.storage.commit import commit_folder, temporary_folder, temporary_path
+from llmtrain.storage.disk import NO_ROOM, concerns
 
 
 @dataclass
@@ -65,9 +65,7 @@ class Staging:
     def commit(self, manifest: Manifest) -> None:
         """Give the shards their name."""
         write_manifest(self.shards, manifest)
-        commit.fsync_path(self.shards)
-        self.shards.rename(self.target)
-        commit.fsync_path(self.target.parent)
+        commit_folder(self.shards, self.target)
 
 
 @contextmanager
@@ -79,13 +77,12 @@ def staged(out: Path, need: Need) -> Iterator[Staging]:
         RunFailed: something cannot be written; says how much space there is, and is `need`ed.
     """
     target = out.resolve()
-    staging = Staging(target.parent / f"{commit.TEMPORARY_PREFIX}{target.name}", target)
-    new = [folder for folder in staging.folder.parents if not folder.exists()]
+    staging = Staging(temporary_path(target), target)
+    new = [folder for folder in target.parents if not folder.exists()]
     try:
-        staging.folder.mkdir(parents=True, exist_ok=True)  # here, for an error that names `out`
-        with commit.locked_folder(staging.folder):
+        with temporary_folder(target, resumable=True):
             for leftover in staging.folder.iterdir():
-                if leftover.name not in {".lock", staging.shards.name, staging.journal.name}:
+                if leftover.name not in {staging.shards.name, staging.journal.name}:
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             staging.shards.mkdir(exist_ok=True)
             try:
@@ -103,7 +100,7 @@ def staged(out: Path, need: Need) -> Iterator[Staging]:
 
 
 def _cannot_write(out: Path, staging: Staging, error: OSError, need: Need) -> RunFailed:
-    elsewhere = error.filename and not Path(error.filename).is_relative_to(staging.folder)
+    elsewhere = error.filename and not concerns(staging.target, error.filename)
     message = f"cannot write {error.filename if elsewhere else out}: {error.strerror or error}"
     hint = "choose another place with --out"
     if staging.folder.is_relative_to(cache_folder().resolve()):

@@ -1,8 +1,8 @@
-"""Files that are either whole or not there: atomic commit, the lock and the names in a run.
+"""Atomic commits of files and folders: write under a temporary name, flush, rename. Also locks.
 
-Why: a run must survive a kill between any two system calls. Whatever carries its final name is
-complete and durable; what was being written carries a name that starts with `.tmp-` and is
-removed by the next command that writes there.
+Why: a run must survive a kill between any two system calls. Anything with its final name is
+complete and durable. Temporary names start with `.tmp-`; the next command that writes there
+removes or resumes what a killed process left.
 
     with staged_folder(run.snapshot(1000)) as folder: save_weights(model, folder)
 """
@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 from llmtrain.errors import UserError
 from llmtrain.storage.disk import disk_errors
@@ -25,21 +25,11 @@ from llmtrain.storage.integrity import INTEGRITY_FILE, write_integrity
 TEMPORARY_PREFIX = ".tmp-"
 _REPLACED_PREFIX = f"{TEMPORARY_PREFIX}replaced-"
 _LOCK = ".lock"
-"""After a temporary name: held while a process builds what has that name."""
-_NOT_LOCKED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESTALE)
-"""The file system knows no locks, and so nothing of others is removed from it; or (NFS) the file is gone."""
+_LOCKS_UNAVAILABLE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESTALE)
+"""The file system has no locks, or (NFS) the file was removed."""
 
 
-# --- commit ------------------------------------------------------------------------------------
-
-
-def fsync_path(path: Path) -> None:
-    """Flush a file or a folder (its list of names) to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+# --- folders -----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -50,21 +40,20 @@ def staged_folder(
     needed: int | None = None,
     hashes: Mapping[str, str] | None = None,
 ) -> Iterator[Path]:
-    """Give a temporary folder beside `target`; when the block ends well, make it `target` at once.
+    """Yield a temporary folder; at the end add its `integrity.json` and rename it to `target`.
 
-    The folder gets its `integrity.json`, is flushed, renamed, and its parent flushed. When the
-    block raises, the temporary folder is removed and `target` is as it was.
+    If the block raises, the temporary folder is removed and `target` is unchanged.
 
     Args:
-        target: the final name.
-        replace: whether a folder of that name gives way once the new one is durable.
-        needed: bytes that will be written, if known.
-        hashes: SHA-256 of files by name, from whoever wrote them; filled before the block ends.
+        target: final name.
+        replace: replace an existing `target` once the new folder is durable.
+        needed: bytes that will be written, for the message if the disk is full.
+        hashes: known SHA-256 by file name; may be filled until the block ends.
 
     Raises:
-        FileExistsError: `target` exists and is not to be replaced.
-        UserError: its parent is no folder, or another process is writing `target`.
-        WriteFailed: the disk is full or cannot be written to; see `disk.writing`.
+        FileExistsError: `target` exists and `replace` is false.
+        UserError: the parent is not a directory, or another process writes `target`.
+        WriteFailed: the disk is full or not writable.
     """
     if target.exists() and not replace:
         raise FileExistsError(f"{target} exists already")
@@ -73,171 +62,195 @@ def staged_folder(
             target.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
             raise UserError(
-                f"cannot make the folder {target.parent}: {error.strerror}",
-                hint="choose another place to write to",
+                f"cannot create the directory {target.parent}: {error.strerror}",
+                hint="choose another output path",
             ) from None
         remove_abandoned(target.parent)
-        staging = target.parent / f"{TEMPORARY_PREFIX}{target.name}"
-        with _locked(target.parent / f"{staging.name}{_LOCK}", target):
-            yield from _staged(staging, target, hashes)
+        with temporary_folder(target) as folder:
+            yield folder
+            _record_and_flush(folder, hashes)
+            commit_folder(folder, target, replace=replace)
 
 
-def _staged(staging: Path, target: Path, hashes: Mapping[str, str] | None) -> Iterator[Path]:
-    """What `staged_folder` does once no other process can be at it."""
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+@contextlib.contextmanager
+def temporary_folder(
+    target: Path, *, resumable: bool = False, wait: bool = False
+) -> Iterator[Path]:
+    """Lock and yield the temporary folder next to `target`, to be renamed by `commit_folder`.
+
+    Args:
+        target: final name.
+        resumable: keep the content that an earlier process left, and what this one leaves.
+            Otherwise the folder is empty at the start and removed at the end.
+        wait: wait for another process that builds `target`.
+
+    Raises:
+        UserError: another process builds `target`, and `wait` is false.
+    """
+    folder = temporary_path(target)
+    # `remove_abandoned` deletes the folder of any lock that matches `.tmp-*.lock`.
+    lock = target.with_name(f".{target.name}{_LOCK}" if resumable else f"{folder.name}{_LOCK}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(lock, target, wait=wait):
+        if not resumable:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=resumable)
+        try:
+            yield folder
+        finally:
+            if not resumable:
+                shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it is not empty, or it was renamed
+                folder.rmdir()
+
+
+def temporary_path(target: Path) -> Path:
+    """Return the temporary name of `target`."""
+    return target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
+
+
+def commit_folder(folder: Path, target: Path, *, replace: bool = False) -> None:
+    """Rename a folder with flushed files to `target`, durably."""
+    fsync_path(folder)
+    old = target.with_name(f"{_REPLACED_PREFIX}{target.name}")
+    if replace and target.exists():
+        target.rename(old)
+    folder.rename(target)
+    fsync_path(target.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _record_and_flush(folder: Path, hashes: Mapping[str, str] | None) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    with ThreadPoolExecutor(1) as pool:  # flush and hash at the same time
+        flushed = pool.map(fsync_path, files)
+        write_integrity(folder, hashes)
+        list(flushed)
+    record = folder / INTEGRITY_FILE
+    for path in files:
+        path.chmod(record.stat().st_mode)  # safetensors creates files that only their owner reads
+    for path in (record, *(path for path in folder.rglob("*") if path.is_dir())):
+        fsync_path(path)
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file, or the list of names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        yield staging
-        with ThreadPoolExecutor(1) as pool:  # the disk takes in what is being hashed
-            flushed = pool.map(fsync_path, [path for path in staging.rglob("*") if path.is_file()])
-            write_integrity(staging, hashes)
-            list(flushed)
-        for path in staging.rglob("*"):
-            if path.is_file():  # safetensors lets nobody but its owner read what it writes
-                path.chmod((staging / INTEGRITY_FILE).stat().st_mode)
-        for path in [
-            staging / INTEGRITY_FILE,
-            *(p for p in staging.rglob("*") if p.is_dir()),
-            staging,
-        ]:
-            fsync_path(path)
-        old = target.with_name(f"{_REPLACED_PREFIX}{target.name}")
-        if target.exists():
-            target.rename(old)
-        staging.rename(target)
-        fsync_path(target.parent)
-        if old.exists():
-            shutil.rmtree(old)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- files -------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace (or create) one file so that a reader sees the old content or the new, never a part.
+    """Create or replace one file; a reader sees the old content or the new.
 
     Raises:
-        WriteFailed: the disk is full or cannot be written to; see `disk.writing`.
+        WriteFailed: the disk is full or not writable.
     """
     encoded = content.encode() if isinstance(content, str) else content
-    # Two processes may write the same file: each under a name of its own, and the last one stays.
-    staging = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}"
+    # Two processes may write the same file: each has its own temporary name, the last one wins.
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
     with disk_errors(path, needed=len(encoded)):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned_files(path.parent, re.escape(path.name))
-        with _held_open(staging) as file:
+        with _open_locked(temporary, wait=True, optional=True) as file:
+            file.truncate(0)  # a process with this number on another machine may have written it
             try:
                 file.write(encoded)
                 file.flush()
                 os.fsync(file.fileno())
-                staging.replace(path)
+                temporary.replace(path)
                 fsync_path(path.parent)
             except BaseException:
                 with contextlib.suppress(OSError):
-                    staging.unlink()
+                    temporary.unlink()
                 raise
-
-
-def _held_open(staging: Path) -> BinaryIO:
-    """An empty file to write to; that it is locked until it is closed says that it is not abandoned."""
-    while True:
-        file = staging.open("ab")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in _NOT_LOCKED:
-                raise
-        if _is_named(file, staging):
-            file.truncate(0)
-            return file
-        file.close()  # removed, or what a process of the same number on another machine has written
-
-
-def _is_named(file: IO[Any], path: Path) -> bool:
-    """Whether an open file still has the name under which it was opened."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except OSError:
-        return False
 
 
 def _remove_abandoned_files(parent: Path, name: str = ".+") -> None:
-    """Delete what `write_atomically` wrote directly in `parent`, to be `name` (a pattern), when it was killed."""
+    """Delete temporary files of killed `write_atomically` calls for `name` (a pattern)."""
     for path in parent.glob(f"{TEMPORARY_PREFIX}*"):
-        if _is_for_a_file(path, name):
-            with (
-                contextlib.suppress(OSError),
-                path.open("r+b") as file,
-            ):  # else it lives, or is not ours
+        if _is_temporary_file(path, name):
+            # An error means that its writer lives, or that the file is not ours.
+            with contextlib.suppress(OSError), path.open("r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_named(file, path):
+                if _still_named(file, path):
                     path.unlink()
 
 
-def _is_for_a_file(path: Path, name: str = ".+") -> bool:
-    """Whether a path is named as `write_atomically` names what is to be `name` (a pattern)."""
-    named = re.fullmatch(rf"{re.escape(TEMPORARY_PREFIX)}\d+-{name}", path.name)
-    return named is not None and path.suffix != _LOCK and path.is_file()
+def _is_temporary_file(path: Path, name: str = ".+") -> bool:
+    match = re.fullmatch(rf"{re.escape(TEMPORARY_PREFIX)}\d+-{name}", path.name)
+    return match is not None and path.suffix != _LOCK and path.is_file()
+
+
+# --- clean-up ----------------------------------------------------------------------------------
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a committed folder: renamed first, so that a kill half-way leaves no damaged one."""
-    doomed = folder.parent / f"{TEMPORARY_PREFIX}deleted-{folder.name}"
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    """Delete a committed folder; if this is interrupted, no incomplete folder has its name."""
+    deleted = folder.with_name(f"{TEMPORARY_PREFIX}deleted-{folder.name}")
+    shutil.rmtree(deleted, ignore_errors=True)
+    folder.rename(deleted)
+    shutil.rmtree(deleted)
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Delete what an earlier, killed process left under a temporary name directly in `parent`.
+    """Delete everything with a temporary name in `parent`, except what a living process builds.
 
-    A folder that was about to be replaced, and whose successor did not get its name, comes back.
-    What a living process is building stays.
+    A folder whose replacement was not committed gets its name back.
     """
     remove_abandoned(parent)
     _remove_abandoned_files(parent)
-    live = {lock.name.removesuffix(_LOCK) for lock in parent.glob(f"{TEMPORARY_PREFIX}*{_LOCK}")}
+    locks = parent.glob(f"{TEMPORARY_PREFIX}*{_LOCK}")
+    live = {lock.name.removesuffix(_LOCK) for lock in locks}
     for path in parent.glob(f"{_REPLACED_PREFIX}*"):
         target = parent / path.name.removeprefix(_REPLACED_PREFIX)
         if not target.exists():
             path.rename(target)
     for path in parent.glob(f"{TEMPORARY_PREFIX}*"):
-        if path.name.removesuffix(_LOCK) in live or _is_for_a_file(path):
+        if path.name.removesuffix(_LOCK) in live or _is_temporary_file(path):
             continue
         if path.is_dir():
             shutil.rmtree(path)
         else:
-            path.unlink(missing_ok=True)  # it may have been a file that has its name now
+            path.unlink(missing_ok=True)  # its writer may have renamed it
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Delete what `staged_folder` built directly in `parent` when its process was killed, and nothing else."""
+    """Delete only the temporary folders in `parent` whose lock a killed `staged_folder` left."""
     for lock in parent.glob(f"{TEMPORARY_PREFIX}*{_LOCK}"):
-        with (
-            contextlib.suppress(UserError, OSError),
-            _locked(lock, lock),
-        ):  # else it lives, or is not ours
+        # An error means that its process lives, or that the lock is not ours.
+        with contextlib.suppress(UserError, OSError), _locked(lock, lock):
             shutil.rmtree(parent / lock.name.removesuffix(_LOCK), ignore_errors=True)
+
+
+# --- locks -------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone. The kernel drops the lock however the process ends.
+    """Lock `folder`, created if missing. The kernel drops the lock however the process ends.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process has locked it.
     """
+    lock = folder / _LOCK
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".lock").touch()
-    with _locked(folder / ".lock", folder, keep=True):
+        lock.touch()
+    with _locked(lock, folder, keep=True):
         yield
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a living process holds `folder` as `exclusive` does."""
+    """Return whether a living process is inside `locked_folder(folder)`."""
     try:
-        with (folder / ".lock").open() as file:
+        with (folder / _LOCK).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -247,27 +260,52 @@ def is_locked(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(lock: Path, what: Path, *, keep: bool = False) -> Iterator[None]:
-    """Hold the file `lock`, which is removed afterwards unless it is to be kept."""
-    with lock.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its last holder may have removed it since it was opened, and another made one of that name.
-            if not _is_named(file, lock):
-                raise BlockingIOError
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                f"{what} is in use by another llmtrain process (pid {file.read().strip() or 'unknown'})",
-                hint="wait for it, stop it, or choose another folder",
-            ) from None
+def _locked(lock: Path, what: Path, *, keep: bool = False, wait: bool = False) -> Iterator[None]:
+    """Hold the lock file `lock`; remove it afterwards unless `keep`."""
+    try:
+        file = _open_locked(lock, wait=wait)
+    except BlockingIOError:
+        holder = lock.read_text().strip() if lock.exists() else ""
+        raise UserError(
+            f"{what} is in use by another llmtrain process (pid {holder or 'unknown'})",
+            hint="wait for it, stop it, or choose another folder",
+        ) from None
+    with file:
         with disk_errors(what):
             file.truncate(0)
-            os.write(
-                file.fileno(), str(os.getpid()).encode()
-            )  # unbuffered: closing must not fail again
+            # Unbuffered, so that closing the file cannot fail a second time.
+            os.write(file.fileno(), str(os.getpid()).encode())
         try:
             yield
         finally:
             if not keep:
                 lock.unlink(missing_ok=True)
+
+
+def _open_locked(path: Path, *, wait: bool, optional: bool = False) -> IO[bytes]:
+    """Open or create a file and lock it until it is closed.
+
+    Args:
+        path: the file.
+        wait: wait for another process that has locked it; otherwise raise BlockingIOError.
+        optional: continue without a lock if the file system has none.
+    """
+    while True:
+        file = path.open("a+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if not optional or error.errno not in _LOCKS_UNAVAILABLE:
+                file.close()
+                raise
+        if _still_named(file, path):
+            return file
+        file.close()  # renamed or removed by the process that held the lock: open the new file
+
+
+def _still_named(file: IO[Any], path: Path) -> bool:
+    """Return whether an open file still has the name under which it was opened."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False

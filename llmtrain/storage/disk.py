@@ -1,9 +1,9 @@
-"""A disk that is full, limited or not to be written to: one line with what was needed and what is free.
+"""Disks that are full, over quota or read-only: one error with the bytes needed and available.
 
-Why one place: every writer can meet such a disk, at a `mkdir` as well as at the last byte, and each has
-its own exception for it (Python's an `errno`, Rust's libraries a text). The answer is always the same.
+Why one place: any writer can fail this way, from `mkdir` to the last byte, and each library raises
+its own exception (Python an `errno`, Rust a text).
 
-    with writing(target, needed=model_bytes): save_file(tensors, target)
+    with disk_errors(target, needed=model_bytes): save_file(tensors, target)
 """
 
 import contextlib
@@ -17,27 +17,27 @@ from pathlib import Path
 from llmtrain.errors import WriteFailed
 
 NO_ROOM = {
-    errno.ENOSPC: "make room there, or write elsewhere",
-    errno.EDQUOT: "make room in your quota there, or write elsewhere",
-    errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or write elsewhere",
+    errno.ENOSPC: "free space there, or write elsewhere",
+    errno.EDQUOT: "free space in your quota, or write elsewhere",
+    errno.EFBIG: "raise the file size limit (ulimit -f), or write elsewhere",
 }
-"""What the errors of writing mean (no space, no quota, a file beyond the limit on its size) and what to do."""
+"""Hints by error number: no space, over quota, beyond the limit on file sizes."""
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 
 
 @contextlib.contextmanager
 def disk_errors(target: Path, *, needed: int | None = None) -> Iterator[None]:
-    """Say in one line that `target` could not be written because of its disk; let other errors through.
+    """Replace disk errors by a WriteFailed that names `target`; pass other exceptions through.
 
-    Wrap it around the clean-up of a failed write, so that what is called free is free for the next try.
+    The clean-up of a failed write belongs inside the block, so that its bytes count as free.
 
     Args:
-        target: the final name of what is written; the block writes it, or under temporary names beside it.
-        needed: bytes in all, where they are known.
+        target: final name; the block writes it or temporary names next to it.
+        needed: total bytes, if known.
 
     Raises:
-        WriteFailed: the disk is full, over quota, limited, or not to be written to.
+        WriteFailed: the disk is full, over quota or not writable.
     """
     try:
         yield
@@ -45,52 +45,46 @@ def disk_errors(target: Path, *, needed: int | None = None) -> Iterator[None]:
         number = _errno(error)
         if number in NO_ROOM:
             hint = NO_ROOM[number]
-        elif number in _FORBIDDEN and _concerns(target, getattr(error, "filename", None)):
+        elif number in _FORBIDDEN and concerns(target, getattr(error, "filename", None)):
             hint = "make that folder writable, or write elsewhere"
         else:
             raise
+        room = "" if needed is None else f"{needed:,} bytes needed, "
+        room += f"{free_bytes(target):,} bytes free"
         raise WriteFailed(
-            f"cannot write {target}: {os.strerror(number)} ({_room(target, needed)})",
-            hint=f"{hint}; what is complete is kept, and the same command goes on from there",
+            f"cannot write {target}: {os.strerror(number)} ({room})",
+            hint=f"{hint}; completed work is kept, and the same command resumes from it",
         ) from error
 
 
 def require_room(target: Path, needed: int) -> None:
-    """Raise a WriteFailed when the disk of `target` has fewer than `needed` bytes free."""
+    """Raise WriteFailed if the disk of `target` has fewer than `needed` bytes free."""
     if free_bytes(target) < needed:
         with disk_errors(target, needed=needed):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def free_bytes(target: Path) -> int:
-    """Bytes that can be written where `target` lies, or would."""
-    return shutil.disk_usage(
-        next(path for path in (target, *target.absolute().parents) if path.exists())
-    ).free
+    """Return the free bytes on the disk of `target`, which need not exist."""
+    existing = next(path for path in (target, *target.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
-def _errno(error: Exception) -> int | None:
-    if isinstance(error, OSError):
-        return error.errno
-    if isinstance(
-        error.__context__, OSError
-    ):  # torch fails once more in closing a file, and tells only that
-        return error.__context__.errno
-    match = _RUST_ERRNO.search(str(error))
-    return int(match[1]) if match else None
-
-
-def _concerns(target: Path, filename: str | None) -> bool:
-    """Whether a path that was refused is `target`, above or below it, or at a temporary name of it."""
+def concerns(target: Path, filename: str | None) -> bool:
+    """Return whether a path is `target`, above or below it, or a temporary name of it."""
     if filename is None:
         return False
     path, target = Path(filename).absolute(), target.absolute()
     if path == target or path in target.parents or target in path.parents:
         return True
-    beside = path.relative_to(target.parent).parts if target.parent in path.parents else ()
-    return bool(beside) and beside[0].startswith(".") and target.name in beside[0]
+    below_parent = path.relative_to(target.parent).parts if target.parent in path.parents else ()
+    return bool(below_parent) and below_parent[0].startswith(".") and target.name in below_parent[0]
 
 
-def _room(target: Path, needed: int | None) -> str:
-    free = f"{free_bytes(target):,} bytes free"
-    return free if needed is None else f"{needed:,} bytes needed, {free}"
+def _errno(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    if isinstance(error.__context__, OSError):  # torch raises a second error when it closes a file
+        return error.__context__.errno
+    match = _RUST_ERRNO.search(str(error))
+    return int(match[1]) if match else None

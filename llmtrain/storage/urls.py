@@ -1,7 +1,6 @@
-"""Files behind URLs (`s3://`, `gs://`, `hf://`, `memory://`, …), read through fsspec.
+"""Files behind URLs (`s3://`, `gs://`, `hf://`, `memory://`, …) through fsspec.
 
-Why: a corpus in a bucket need not be copied to be tokenized, and on a cluster there is often no other
-disk to share. `file://` is a path of this machine like any other.
+`file://` means a local path.
 
     with open_url("s3://bucket/web.jsonl") as file: ...
 """
@@ -9,58 +8,56 @@ disk to share. `file://` is a path of this machine like any other.
 import hashlib
 import io
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import has_magic
+from pathlib import Path
 from typing import Any
 
 import fsspec
 from fsspec.registry import known_implementations
 
 from llmtrain.errors import RunFailed, UserError
+from llmtrain.storage.commit import fsync_path, temporary_path
 from llmtrain.storage.disk import NO_ROOM
+
+_CHUNK_BYTES = 1 << 22
 
 
 def is_url(path: str) -> bool:
-    """Whether `path` names something that is not a path of this machine."""
+    """Return whether `path` is a URL other than `file://…`."""
     return "://" in path and not path.startswith("file://")
 
 
 def local_path(path: str) -> str:
-    """`path`, or for `file://…` the path that it stands for."""
+    """Return `path` without a `file://` prefix."""
     return path.removeprefix("file://")
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and the path in it.
+    """Return fsspec's file system for a URL, and the path in it.
 
     Raises:
-        UserError: fsspec knows no such scheme, or the package for it is not installed.
+        UserError: the scheme is unknown, or its package is not installed.
     """
     scheme = url.partition("://")[0]
     try:
         system, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
         package = known_implementations[scheme]["class"].partition(".")[0]
-        raise UserError(
-            f"{url} cannot be read or written: {error}", hint=f"pip install {package}"
-        ) from None
+        raise UserError(f"cannot open {url}: {error}", hint=f"pip install {package}") from None
     except ValueError as error:
         raise UserError(
-            f"{url}: {error}",
-            hint="s3://, gs://, hf:// and file:// are usual; see fsspec for others",
+            f"cannot open {url}: {error}",
+            hint="use s3://, gs://, hf:// or file://; fsspec's documentation lists others",
         ) from None
     return system, path
 
 
 @contextmanager
-def reading(url: str) -> Iterator[None]:
-    """What goes wrong while a URL is read becomes an error that names it; every store has errors of its own.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+def url_errors(url: str) -> Iterator[None]:
+    """Replace an exception of any storage backend by a UserError that names the URL."""
     try:
         yield
     except (UserError, RunFailed):
@@ -69,14 +66,14 @@ def reading(url: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             raise
         raise UserError(
-            f"{url} cannot be read: {str(error) or type(error).__name__}",
-            hint="is it there, and do the credentials of this machine allow to read it?",
+            f"cannot read {url}: {str(error) or type(error).__name__}",
+            hint="check that it exists and that this machine has credentials to read it",
         ) from error
 
 
 @contextmanager
 def open_url(url: str) -> Iterator[Any]:
-    """The bytes of a file behind a URL, with `seek` and `readline`."""
+    """Open the file at a URL as a binary stream with `seek` and `readline`."""
     system, path = file_system(url)
     with system.open(path, "rb") as file, io.BufferedReader(file) as buffered:
         yield buffered
@@ -87,8 +84,8 @@ class RemoteFile:
     """A file behind a URL.
 
     Attributes:
-        name: relative to the folder that was asked for.
-        version: hex hash of what the store says of it (its times and tags), which changes with the content.
+        name: path relative to the requested folder.
+        version: hexadecimal hash of the store's metadata (times, tags); changes with the content.
     """
 
     url: str
@@ -98,13 +95,13 @@ class RemoteFile:
 
 
 def list_files(url: str) -> list[RemoteFile]:
-    """What the URL of a file, a folder or a glob means, in the order of paths; hidden files are left out.
+    """Return the files that a file, folder or glob URL matches, sorted, without hidden files.
 
     Raises:
-        UserError: nothing is there, or it cannot be read.
+        UserError: nothing matches, or the URL cannot be read.
     """
     system, path = file_system(url)
-    with reading(url):
+    with url_errors(url):
         listed = (
             system.glob(path, detail=True) if has_magic(path) else system.find(path, detail=True)
         )
@@ -127,3 +124,61 @@ def list_files(url: str) -> list[RemoteFile]:
             f"{url}: no such file or folder", hint="name a file, a folder or a glob in quotes"
         )
     return found
+
+
+def download(url: str, path: Path, *, sha256: str) -> None:
+    """Copy the file at `url` to `path`, durably, and verify its SHA-256 before it gets its name.
+
+    Raises:
+        UserError: the file cannot be read, or its hash differs.
+    """
+    partial, digest = temporary_path(path), hashlib.sha256()
+    with partial.open("wb") as target, url_errors(url), open_url(url) as source:
+        while chunk := source.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            target.write(chunk)
+    if digest.hexdigest() != sha256:
+        partial.unlink()
+        raise UserError(
+            f"{url} does not have the SHA-256 in its manifest", hint="upload or prepare it again"
+        )
+    fsync_path(partial)
+    partial.replace(path)
+
+
+def upload(
+    folder: Path, url: str, *, last: str, before_each: Callable[[], None] = lambda: None
+) -> None:
+    """Copy the files of `folder` to `url`, the file named `last` after all others.
+
+    Args:
+        folder: local folder without subfolders.
+        url: target folder; existing files are overwritten.
+        last: file whose presence marks the upload as complete.
+        before_each: called before each file; may raise to stop.
+
+    Raises:
+        RunFailed: the target is not writable.
+    """
+    system, base = file_system(url)
+    names = sorted(path.name for path in folder.iterdir() if path.name != last)
+    with _upload_errors(url, folder):
+        system.makedirs(base, exist_ok=True)
+    for name in [*names, last]:
+        before_each()
+        with _upload_errors(url, folder):
+            size, target = (folder / name).stat().st_size, f"{base.rstrip('/')}/{name}"
+            system.put_file(str(folder / name), target)
+            if system.size(target) != size:
+                raise OSError(f"{name} has {system.size(target):,} bytes instead of {size:,}")
+
+
+@contextmanager
+def _upload_errors(url: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise RunFailed(
+            f"cannot write {url}: {str(error) or type(error).__name__}",
+            hint=f"the files are complete in {folder}: run the same command again to upload them",
+        ) from error

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llmtrain.data import copies
 from llmtrain.data.copies import local_folder, workplace
 from llmtrain.data.manifest import read_manifest
 from llmtrain.data.prepare import prepare
 from llmtrain.data.shards import data_problems, open_data
 from llmtrain.errors import RunFailed, UserError
+from llmtrain.storage import urls
 from llmtrain.storage.urls import is_url
 
 TEXTS = [f"Document {i} é. " * (i % 17) for i in range(400)]
@@ -132,7 +132,7 @@ def test_a_damaged_input_is_named(tmp_path: Path, memory: Any) -> None:
     with pytest.raises(UserError, match=r"memory:///bucket/a\.jsonl, line 2 is not valid JSON"):
         prepare("memory://bucket/a.jsonl", tmp_path / "out", **OPTIONS)
     memory.pipe("/bucket/a.parquet", b"PAR1 nonsense")
-    with pytest.raises(UserError, match=r"memory:///bucket/a\.parquet cannot be read"):
+    with pytest.raises(UserError, match=r"cannot read memory:///bucket/a\.parquet"):
         prepare("memory://bucket/a.parquet", tmp_path / "out", **OPTIONS)
 
 
@@ -214,7 +214,7 @@ def test_a_copy_goes_on_with_the_next_file(corpus: Path, memory: Any, cache: Pat
     content = memory.cat_file(third)
     memory.pipe(third, content[:-2] + b"xx")
     with pytest.raises(
-        UserError, match=r"train-00002\.bin has another SHA-256 than its manifest records"
+        UserError, match=r"train-00002\.bin does not have the SHA-256 in its manifest"
     ):
         local_folder("memory://bucket/out")
     staging = cache / "data" / f".tmp-{manifest.sha256}"
@@ -250,7 +250,7 @@ def test_no_room_for_the_copy(corpus: Path, memory: Any, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(copies.commit, "fsync_path", full)
+    monkeypatch.setattr(urls, "fsync_path", full)
     with pytest.raises(RunFailed, match="No space left on device") as caught:
         local_folder("memory://bucket/out")
     assert "LLMTRAIN_CACHE" in caught.value.hint

@@ -28,7 +28,7 @@ def interrupted(undisturbed: tuple[Path, Path], tmp_path: Path) -> Path:
 
 def kill_at(folder: Path, source: Path, moment: str) -> None:
     """Run the command with `moment`, Python that kills it, run before; until it dies of SIGKILL."""
-    program = f"import os, signal\nfrom llmtrain.data import journal, staging\n{moment}\n"
+    program = f"import os, signal\nfrom llmtrain.data import journal, staging\nfrom llmtrain.storage import commit\n{moment}\n"
     program += "from llmtrain.cli.main import main\nmain()"
     command = [sys.executable, "-c", program, "prepare", str(source), "--out", "out", *ARGUMENTS]
     process = subprocess.run(
@@ -66,12 +66,12 @@ def line(entry):
 journal._line = line"""
 BEFORE_THE_MANIFEST = f"staging.write_manifest = lambda *_: {KILL}"
 BEFORE_THE_RENAME = f"""
-real = staging.commit.fsync_path
+real = commit.fsync_path
 def fsync_path(path):
     if path.name == 'shards' and (path / 'manifest.json').exists():
         {KILL}
     real(path)
-staging.commit.fsync_path = fsync_path"""
+commit.fsync_path = fsync_path"""
 AFTER_THE_RENAME = f"staging.shutil.rmtree = lambda *_, **__: {KILL}"
 
 
@@ -259,11 +259,11 @@ def test_a_changed_source_starts_anew(undisturbed: tuple[Path, Path], tmp_path: 
 
 def test_only_one_goes_on(undisturbed: tuple[Path, Path], interrupted: Path) -> None:
     from llmtrain.errors import UserError
-    from llmtrain.storage import commit
+    from llmtrain.storage.commit import temporary_folder
 
     before = identity(interrupted / "shards")
     with (
-        commit.locked_folder(interrupted),
+        temporary_folder(interrupted.parent / "out", resumable=True),
         pytest.raises(UserError, match="in use by another llmtrain process"),
     ):
         prepare(str(undisturbed[0]), interrupted.parent / "out", **OPTIONS)

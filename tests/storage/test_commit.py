@@ -161,7 +161,7 @@ def test_what_others_have_under_such_names_stays(tmp_path: Path) -> None:
 def test_a_process_of_the_same_number_on_another_machine_loses_nothing(tmp_path: Path) -> None:
     target, staging = tmp_path / "f", tmp_path / f".tmp-{os.getpid()}-f"
     with ThreadPoolExecutor(1) as pool:
-        with commit._held_open(staging) as theirs:
+        with commit._open_locked(staging, wait=True) as theirs:
             theirs.write(b"theirs")
             theirs.flush()
             ours = pool.submit(write_atomically, target, "ours")
@@ -310,7 +310,7 @@ def test_two_processes_do_not_build_the_same_folder(tmp_path: Path) -> None:
 def test_a_place_where_no_folder_can_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with (
-        pytest.raises(UserError, match="cannot make the folder"),
+        pytest.raises(UserError, match="cannot create the directory"),
         staged_folder(tmp_path / "file" / "t"),
     ):
         pass
