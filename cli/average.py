@@ -18,7 +18,7 @@ from llmtrain.averaging.request import (
 )
 from llmtrain.errors import UserError
 
-from .common import help_of, print_json, warn
+from .common import help_of, warn
 
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
 

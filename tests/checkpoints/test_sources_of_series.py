@@ -151,7 +151,7 @@ def test_buffers_that_only_some_have_are_listed(tmp_path: Path) -> None:
 def test_a_value_too_large_for_the_output_dtype_is_an_error(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         write_checkpoint(tmp_path / "s" / f"step{step}", {"w": torch.full((4,), 1e6 + step)})
-    with pytest.raises(UserError, match="F16 cannot hold"):
+    with pytest.raises(UserError, match="F16 cannot represent"):
         run(tmp_path / "s", MergeOptions(dtype="F16"))
     with np.errstate(all="raise"):
         run(tmp_path / "s", MergeOptions(dtype="BF16"))
@@ -204,7 +204,7 @@ def test_an_overflow_in_the_inputs_own_dtype_is_an_error(tmp_path: Path) -> None
         write_checkpoint(tmp_path / "s" / f"step{step}", {"a": tensor, "b": torch.rand(4)})
     (tmp_path / "w.json").write_text('{"10": -1, "20": 1, "30": 1}')
     series = find_series(str(tmp_path / "s"))
-    with pytest.raises(UserError, match="F16 cannot hold"):
+    with pytest.raises(UserError, match="F16 cannot represent"):
         average(
             series, make_specs(series, AverageRequest(method="custom", weights=tmp_path / "w.json"))
         )
