@@ -12,12 +12,12 @@ from llmtrain.averaging.average import average
 from llmtrain.averaging.make_specs import make_specs
 from llmtrain.averaging.request import AverageRequest, MergeOptions
 from llmtrain.averaging.spec import Average, AverageSpec
+from llmtrain.checkpoints.resolve import find_series
 from llmtrain.checkpoints.series import Series, run_series
-from llmtrain.checkpoints.sources import find_series
 from llmtrain.errors import UserError
 from llmtrain.storage.run_folder import newest_run, require_run
 
-from .common import console, interruptible, notes, print_json, progress_line, warn
+from .common import ProgressLine, console, err_console, interruptible, print_json, warn
 
 if TYPE_CHECKING:
     from llmtrain.averaging.sweep import SummaryRow  # imports torch
@@ -65,7 +65,7 @@ def _average(series: Series, specs: Sequence[AverageSpec], options: MergeOptions
     """Average with a progress line."""
     with (
         interruptible("finished averages are kept") as interrupt,
-        progress_line("averaging") as line,
+        ProgressLine("averaging") as line,
     ):
 
         def on_progress(done: int, total: int) -> None:
@@ -85,7 +85,7 @@ def _print_averages(results: Sequence[Average]) -> None:
         table.add_row(str(spec.step), spec.label, " ".join(steps), escape(str(spec.target)))
     console.print(table)
     if cached := sum(result.cached for result in results):
-        notes.print(f"kept {cached} of {len(results)}, which existed with the same inputs")
+        err_console.print(f"kept {cached} of {len(results)}, which existed with the same inputs")
 
 
 def _print_weights(specs: Sequence[AverageSpec], as_json: bool) -> None:
@@ -127,7 +127,7 @@ def evaluate_sweep(
         )
     run = require_run(Path(source)) if source is not None else newest_run()
     requests, at = parse_sweep(text), None if request.at is None else request.at_step
-    with interruptible("nothing was written") as interrupt, progress_line("evaluating") as line:
+    with interruptible("nothing was written") as interrupt, ProgressLine("evaluating") as line:
 
         def on_progress(done: int, total: int) -> None:
             interrupt.check()

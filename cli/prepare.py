@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .common import ProgressLine, console, interruptible, notes, print_json, progress_line, warn
+from .common import ProgressLine, console, err_console, interruptible, print_json, warn
 
 if TYPE_CHECKING:
     from llmtrain.data.build import PrepareProgress
@@ -130,7 +130,7 @@ def prepare(
     _quiet_unless_terminal()
     started = time.monotonic()
     unfinished = f"{folder} is not complete; the same command goes on after its last finished shard"
-    with interruptible(unfinished) as interrupt, progress_line("documents") as line:
+    with interruptible(unfinished) as interrupt, ProgressLine("documents") as line:
         rate = _Rate(line)
 
         def on_progress(progress: "PrepareProgress") -> None:
@@ -150,7 +150,7 @@ def prepare(
             text_field=text_field,
             limit_documents=limit_documents,
             on_progress=on_progress,
-            on_note=lambda note: notes.print(escape(note)),
+            on_note=lambda note: err_console.print(escape(note)),
         )
     seconds = time.monotonic() - started
     difference = published_difference(manifest)
@@ -182,7 +182,7 @@ class _Rate:
         rate = (progress.text_bytes - text_bytes) / elapsed
         detail = f"{progress.tokens / 1e6:,.1f}M tokens, {rate / 1e6:.1f} MB/s"
         # On a terminal the bar has a column for the time left.
-        if progress.documents > documents and not notes.is_terminal:
+        if progress.documents > documents and not err_console.is_terminal:
             left = (progress.total_documents - progress.documents) / (
                 progress.documents - documents
             )
@@ -192,7 +192,7 @@ class _Rate:
 
 def _quiet_unless_terminal() -> None:
     # The two libraries draw bars of their own for downloads; a pipe gets none of their noise.
-    if notes.is_terminal:
+    if err_console.is_terminal:
         return
     import datasets
     from huggingface_hub.utils.tqdm import disable_progress_bars

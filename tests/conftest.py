@@ -140,7 +140,8 @@ def make_run(tmp_path: Path) -> "MakeRun":
 
     from tiny_runs import SHAPE, weights_at
 
-    from llmtrain.checkpoints.gpt2_folder import Origin, save_weights
+    from llmtrain.checkpoints.checkpoint import Origin
+    from llmtrain.checkpoints.gpt2_folder import save_weights
     from llmtrain.config.loading import dump_config
     from llmtrain.config.schema import RunConfig
     from llmtrain.storage.commit import staged_folder

@@ -25,12 +25,11 @@ from llmtrain.averaging.spec import (
     require_same,
     unique_inputs,
 )
-from llmtrain.checkpoints.checkpoint import Checkpoint
-from llmtrain.checkpoints.header import FLOATS, TensorSpec
-from llmtrain.checkpoints.open import open_safetensors
-from llmtrain.checkpoints.series import Input, Series, check_alike
-from llmtrain.checkpoints.weights_folder import PROVENANCE_FILE
-from llmtrain.checkpoints.writer import WeightsWriter, carry_over, layout_bytes, output_layout
+from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint
+from llmtrain.checkpoints.safetensors_files import open_safetensors
+from llmtrain.checkpoints.series import Input, Series, require_same_tensors
+from llmtrain.checkpoints.tensors import FLOATS, TensorSpec
+from llmtrain.checkpoints.writer import WeightsWriter, copy_companions, layout_bytes, output_layout
 from llmtrain.errors import UserError
 from llmtrain.storage.commit import locked_folder, remove_abandoned, remove_leftovers, staged_folder
 from llmtrain.storage.disk import disk_errors, require_room
@@ -80,7 +79,7 @@ def average(
     if options.discard_inputs:
         return [_average_in_turn(series, specs[0], options, progress)]
     checkpoints = _open(inputs, progress)
-    check_alike(list(checkpoints.values()))
+    require_same_tensors(list(checkpoints.values()))
     hashes = audit.input_hashes(checkpoints, compute=not series.trusted, progress=progress)
     audit.check_hashes(series, hashes, options, audited=audited)
     verify = series.trusted and options.verify
@@ -179,7 +178,7 @@ def _prepare(
     hashes: dict[str, str] | None = None,
 ) -> WeightsWriter:
     """Write everything but the weights into a new folder; return the writer of the weights."""
-    carry_over(newest, folder, options.dtype)
+    copy_companions(newest, folder, options.dtype)
     write_json(folder / PROVENANCE_FILE, document)
     layout = output_layout(newest, dtype=options.dtype, max_shard=None)
     return WeightsWriter(folder, layout, newest.metadata, hashes)
@@ -234,7 +233,7 @@ def _average_in_turn(
     with staged_folder(spec.target) as folder:
         for number, source in enumerate(spec.inputs):
             checkpoint = opened[source] = source.open()
-            check_alike(list(opened.values()))
+            require_same_tensors(list(opened.values()))
             hashes[source] = audit.hashes_of(source, checkpoint, compute=True)
             audit.check_hashes(series, hashes, options, audited=spec.audited)
             total = _add(folder, number, total, checkpoint, factors[number], options)
@@ -283,4 +282,4 @@ def _add(
         merge(inputs, [added], [writer.write], dtypes=dtypes, integers=options.integers)
     for old in total.files if total is not None else ():
         old.unlink()
-    return open_safetensors(folder, {path: None}, checkpoint.step, checkpoint.location)
+    return open_safetensors(path, checkpoint.step, checkpoint.location)

@@ -17,19 +17,12 @@ from numpy.typing import NDArray
 
 from llmtrain.averaging import audit
 from llmtrain.averaging.merge import merge
-from llmtrain.checkpoints.checkpoint import Checkpoint
-from llmtrain.checkpoints.series import (
-    Input,
-    check_alike,
-    folder_series,
-    is_checkpoint,
-    own_input,
-    path_input,
-)
-from llmtrain.checkpoints.weights_folder import PROVENANCE_FILE, load_origin
+from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint, load_origin
+from llmtrain.checkpoints.resolve import Weights, resolve
+from llmtrain.checkpoints.series import Input, folder_series, local_input, require_same_tensors
 from llmtrain.errors import UserError
 from llmtrain.storage.json_files import read_json
-from llmtrain.storage.run_folder import RunFolder, is_run, step_folders
+from llmtrain.storage.run_folder import RunFolder, step_folders
 
 Progress = Callable[[int, int], None]
 
@@ -112,13 +105,14 @@ def inspect_path(
 
 
 def _inputs(path: Path) -> list[Input]:
-    if is_run(path):
-        snapshots = step_folders(RunFolder(path).snapshots)
+    found = resolve(str(path))
+    if isinstance(found, RunFolder):
+        snapshots = step_folders(found.snapshots)
         if not snapshots:
             raise UserError(f"{path} has no snapshot yet", hint="continue training")
-        return [own_input(step, folder) for step, folder in snapshots.items()]
-    if path.is_file() or is_checkpoint(path):
-        return [path_input(_step_of(path), path)]
+        return [local_input(step, folder) for step, folder in snapshots.items()]
+    if isinstance(found, Weights):
+        return [local_input(_step_of(path), path)]
     return list(folder_series(path).inputs.values())
 
 
@@ -136,7 +130,7 @@ def _step_of(path: Path) -> int:
 def _measure(opened: Sequence[Checkpoint], progress: Progress | None) -> list[_Measured]:
     """Measure the checkpoints together; one by one if they differ or one is damaged."""
     try:
-        check_alike(opened)
+        require_same_tensors(opened)
         norms = merge(opened, [], [], integers="last", progress=progress).norms
     except UserError as error:
         if len(opened) == 1:

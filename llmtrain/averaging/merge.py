@@ -24,8 +24,15 @@ from numpy.typing import NDArray
 
 from llmtrain.averaging.request import Integers
 from llmtrain.checkpoints.checkpoint import Checkpoint
-from llmtrain.checkpoints.header import FLOATS, TensorSpec
-from llmtrain.checkpoints.numbers import Float64s, StoredArray, overflows, round_to, to_float64
+from llmtrain.checkpoints.tensors import (
+    FLOATS,
+    Float64s,
+    StoredArray,
+    TensorSpec,
+    overflows,
+    round_to,
+    to_float64,
+)
 from llmtrain.errors import UserError
 
 CHUNK = 131_072
@@ -117,7 +124,7 @@ def merge(
     """Compute every sum in one pass over the checkpoints.
 
     Args:
-        checkpoints: in the order of addition, alike (`check_alike`).
+        checkpoints: in the order of addition, alike (`require_same_tensors`).
         sums: the averages.
         writes: one for each sum; called in stored order, from several threads but one at a time.
         dtypes: dtype of each output tensor; default: that of the inputs.

@@ -13,9 +13,8 @@ from typing import Any
 from llmtrain import __version__
 from llmtrain.averaging.audit import InputHashes
 from llmtrain.averaging.request import MergeOptions
-from llmtrain.checkpoints.checkpoint import Checkpoint
+from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint
 from llmtrain.checkpoints.series import Input
-from llmtrain.checkpoints.weights_folder import PROVENANCE_FILE
 from llmtrain.errors import UserError
 from llmtrain.storage.integrity import integrity_problems
 from llmtrain.storage.json_files import read_json

@@ -23,10 +23,9 @@ import numpy as np
 
 from llmtrain.averaging.coefficients import span
 from llmtrain.averaging.spec import AverageSpec
-from llmtrain.checkpoints.checkpoint import Checkpoint
-from llmtrain.checkpoints.open import open_folder, with_residual
+from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint
+from llmtrain.checkpoints.open import open_checkpoint, with_residual
 from llmtrain.checkpoints.series import Input, Series, recorded_hashes
-from llmtrain.checkpoints.weights_folder import PROVENANCE_FILE
 from llmtrain.checkpoints.windows import describe_steps
 from llmtrain.errors import UserError
 from llmtrain.storage.json_files import read_json
@@ -233,6 +232,6 @@ def _spec(
 
 def _input(step: int, folder: Path) -> Input:
     def opened() -> Checkpoint:
-        return with_residual(open_folder(folder, step=step))
+        return with_residual(open_checkpoint(folder, step=step))
 
     return Input(step, str(folder), opened, partial(recorded_hashes, folder))

@@ -24,9 +24,9 @@ from llmtrain.averaging.merge import WeightedSum, Write, merge
 from llmtrain.averaging.request import METHODS, AverageRequest, MergeOptions
 from llmtrain.averaging.spec import AverageSpec, unique_inputs
 from llmtrain.checkpoints.checkpoint import Checkpoint
-from llmtrain.checkpoints.gpt2_folder import load_model
-from llmtrain.checkpoints.numbers import StoredArray
-from llmtrain.checkpoints.series import Input, Series, check_alike, run_series
+from llmtrain.checkpoints.gpt2_folder import load_model, transpose_conv1d
+from llmtrain.checkpoints.series import Input, Series, require_same_tensors, run_series
+from llmtrain.checkpoints.tensors import StoredArray
 from llmtrain.checkpoints.windows import describe_steps
 from llmtrain.config.loading import load_config
 from llmtrain.config.schema import RunConfig
@@ -254,7 +254,7 @@ def _averages(jobs: Sequence[AverageSpec]) -> Iterator[tuple[AverageSpec, _Weigh
         inputs = unique_inputs(group)
         opened = {source: opened.get(source) or source.open() for source in inputs}
         checkpoints = [opened[source] for source in inputs]
-        check_alike(checkpoints)
+        require_same_tensors(checkpoints)
         index = {source: i for i, source in enumerate(inputs)}
         sums = [WeightedSum(tuple(index[i] for i in job.inputs), job.weights) for job in group]
         shapes = {name: spec.shape for name, spec in checkpoints[-1].tensors.items()}
@@ -292,8 +292,7 @@ class _Evaluator:
                 held = torch.from_numpy(
                     weights[name if name in weights else name.removeprefix("transformer.")]
                 )
-                conv1d = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-                parameter.copy_(held.t() if conv1d else held)
+                parameter.copy_(transpose_conv1d(name, held))
         with keep_freed_memory(self._device):
             result = evaluate(
                 self._model,

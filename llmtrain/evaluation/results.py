@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from llmtrain.checkpoints.targets import Target
-from llmtrain.checkpoints.weights_folder import weights_files
+from llmtrain.checkpoints.checkpoint import weights_files
+from llmtrain.checkpoints.resolve import Target
 from llmtrain.config.loading import load_config
 from llmtrain.data.copies import local_folder
 from llmtrain.data.sampler import Tokens

@@ -11,7 +11,7 @@ from llmtrain.averaging.average import average
 from llmtrain.averaging.make_specs import make_specs
 from llmtrain.averaging.request import AverageRequest, MergeOptions
 from llmtrain.averaging.spec import Average
-from llmtrain.checkpoints.sources import find_series
+from llmtrain.checkpoints.resolve import find_series
 
 
 def run(root: Path, settings: MergeOptions | None = None, window: int = 3) -> Average:

@@ -101,7 +101,7 @@ def test_what_is_no_weights(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a run") as caught:
         open_weights(str(tmp_path))
     assert "averages/" in caught.value.hint
-    with pytest.raises(UserError, match="there is no nowhere"):
+    with pytest.raises(UserError, match="nowhere does not exist"):
         open_weights("nowhere")
 
 

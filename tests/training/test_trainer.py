@@ -202,8 +202,8 @@ def test_snapshots_load_in_transformers(tiny: Build, tmp_path: Path) -> None:
 def test_a_finished_run_says_so_and_a_longer_one_goes_on(tiny: Build, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     quiet(tiny(), folder)
-    assert pretrain(tiny(), folder, say=lambda line: None).already_finished
-    outcome = pretrain(tiny(train__max_steps=14), folder, say=lambda line: None)
+    assert pretrain(tiny(), folder, log=lambda line: None).already_finished
+    outcome = pretrain(tiny(train__max_steps=14), folder, log=lambda line: None)
     assert (outcome.step, outcome.already_finished) == (14, False)
 
 
@@ -276,7 +276,7 @@ def test_no_whole_state_is_an_error(tiny: Build, tmp_path: Path) -> None:
     for folder in step_folders(run.states).values():
         damage(folder / "tensors.safetensors")
     for _ in range(2):
-        with pytest.raises(UserError, match=r"every state of .* is damaged"):
+        with pytest.raises(UserError, match=r"every training checkpoint of .* is damaged"):
             quiet(tiny(), run.path, warn=lambda message: None)
 
 
@@ -284,7 +284,7 @@ def test_lost_states_are_not_a_new_run(tiny: Build, tmp_path: Path) -> None:
     run = quiet(tiny(), tmp_path / "run")
     before = run.metrics.read_text()
     shutil.rmtree(run.states)
-    with pytest.raises(UserError, match="its states are gone"):
+    with pytest.raises(UserError, match="its training checkpoints are missing"):
         quiet(tiny(), run.path)
     assert run.metrics.read_text() == before
 
@@ -300,7 +300,7 @@ def test_a_non_finite_loss_stops_before_the_weights(tiny: Build, tmp_path: Path)
     """A learning rate that overflows float32 after some steps; the states before it stay whole."""
     every_step = {"snapshot_every": 1, "state_every": 1}
     config = tiny(optimizer={"lr": 1e30, "grad_clip": 0.0}, checkpoint=every_step)
-    with pytest.raises(RunFailed, match=r"step \d+ was not taken: its loss is") as caught:
+    with pytest.raises(RunFailed, match=r"stopped at step \d+, update skipped: loss ") as caught:
         quiet(config, tmp_path / "run")
     assert "--branch NAME --from STEP" in caught.value.hint
     states = step_folders(RunFolder(tmp_path / "run").states)
