@@ -151,7 +151,7 @@ def pretrain(
     console.print(table)
     try:
         outcome = train(
-            resolved, folder, resume=start, max_seconds=max_time, say=_print_line, warn=_warn
+            resolved, folder, resume=start, max_seconds=max_time, log=_print_line, warn=_warn
         )
     except Interrupted as interrupted:
         nobody_reads = interrupted.exit_code == 128 + signal.SIGPIPE

@@ -48,7 +48,7 @@ sys.stdout.buffer.write(write("The", do_sample=False)[0]["generated_text"].encod
 def run(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunConfig]) -> RunFolder:
     """A run with an average made afterwards, both measured."""
     folder = tmp_path_factory.mktemp("exports") / "runs" / "tiny"
-    trained = pretrain(tiny(averages=[]), folder, say=lambda line: None).run
+    trained = pretrain(tiny(averages=[]), folder, log=lambda line: None).run
     series = run_series(trained)
     average(series, make_specs(series, AverageRequest(method="lawa", every=2, window=3)))
     measure(find_targets(folder, every_snapshot=False), EvalOptions(), lambda *progress: None)
