@@ -111,9 +111,9 @@ def generation_config(shape: Shape, tokenizer: Tokenizer) -> dict[str, Any]:
 def nanogpt_checkpoint(model: GPT, target: Target, dtype: torch.dtype) -> dict[str, Any]:
     """Return a checkpoint for nanoGPT's `sample.py` and `train.py --init_from=resume`.
 
-    nanoGPT cannot divide the attention logits of layer i by i + 1, so the query weights are divided.
-    Its exact GELU, instead of the tanh approximation, changes the logits by about 0.001. The
-    optimizer state is that of a new optimizer.
+    nanoGPT cannot divide the attention logits of layer i by i + 1, so the query weights are
+    divided. Its exact GELU, instead of the tanh approximation, changes the logits by about 0.001.
+    The optimizer state is that of a new optimizer.
     """
     config = model.config
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
