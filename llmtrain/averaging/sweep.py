@@ -30,8 +30,8 @@ from llmtrain.checkpoints.tensors import StoredArray
 from llmtrain.checkpoints.windows import describe_steps
 from llmtrain.config.loading import load_config
 from llmtrain.config.schema import RunConfig
-from llmtrain.data.copies import local_folder
-from llmtrain.data.shards import open_data
+from llmtrain.data.cache import local_folder
+from llmtrain.data.token_data import open_data
 from llmtrain.errors import UserError
 from llmtrain.evaluation.loss import evaluate
 from llmtrain.model.gpt import GPT

@@ -101,7 +101,7 @@ def test_other_tokens_or_another_split_are_measured_anew(run: RunFolder) -> None
 
 def test_data_that_the_user_named_and_is_not_there(run: RunFolder, tmp_path: Path) -> None:
     targets = find_targets(run.snapshot(12), every_snapshot=False)
-    with pytest.raises(UserError, match="nowhere holds no prepared data"):
+    with pytest.raises(UserError, match="nowhere contains no prepared data"):
         measure_all(targets, EvalOptions(data=tmp_path / "nowhere"))
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from llmtrain.checkpoints.resolve import Target, find_targets
 from llmtrain.config.schema import RunConfig
-from llmtrain.data.shards import open_data
+from llmtrain.data.token_data import open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.results import EvalOptions, measure
 from llmtrain.evaluation.text import TextOptions, TextResult, measure_text

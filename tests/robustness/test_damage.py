@@ -26,7 +26,7 @@ from llmtrain.checkpoints.resolve import find_targets
 from llmtrain.checkpoints.series import folder_series, run_series
 from llmtrain.config.loading import load_config
 from llmtrain.config.schema import RunConfig
-from llmtrain.data.shards import open_data
+from llmtrain.data.token_data import open_data
 from llmtrain.data.verify import verify_below
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.report.rows import loss_curves, newest_rows

@@ -26,7 +26,7 @@ from llmtrain.checkpoints.safetensors_files import read_header
 from llmtrain.config.loading import dump_config, load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.manifest import Manifest
-from llmtrain.data.shards import open_data
+from llmtrain.data.token_data import open_data
 from llmtrain.data.verify import verify_below
 from llmtrain.errors import UserError
 from llmtrain.evaluation.report.page import page
