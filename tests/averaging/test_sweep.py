@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from llmtrain.averaging.average import average
-from llmtrain.averaging.request import AverageRequest, make_specs
-from llmtrain.averaging.sweep import Candidate, SweepResult, parse_sweep, sweep
-from llmtrain.averaging.sweep_report import summary, write_csv
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest
+from llmtrain.averaging.sweep import Candidate, SweepResult, parse_sweep, summary, sweep, write_csv
 from llmtrain.checkpoints.resolve import Target
 from llmtrain.checkpoints.series import run_series
 from llmtrain.config.schema import RunConfig

@@ -18,7 +18,8 @@ from tiny_runs import model_at, write_checkpoint
 
 from llmtrain.averaging.average import average
 from llmtrain.averaging.inspection import inspect_path
-from llmtrain.averaging.request import AverageRequest, make_specs
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest
 from llmtrain.checkpoints.checkpoint import load_origin
 from llmtrain.checkpoints.gpt2_folder import load_model
 from llmtrain.checkpoints.resolve import find_targets

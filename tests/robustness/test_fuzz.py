@@ -360,7 +360,7 @@ AFTER = [
     ["runs"],
     ["eval", "runs/run", "--tokens", "40"],
     ["average", "runs/run", "--every", "2", "--window", "2", "--out", "out"],
-    ["average", "runs/run", "--method", "dense", "--from", "4", "--to", "8"],
+    ["average", "runs/run", "--method", "dense", "--from", "4", "--at", "8"],
     ["inspect", "runs/run/averages/running-mean"],
     ["verify", "runs/run"],
 ]
