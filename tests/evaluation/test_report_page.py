@@ -176,7 +176,7 @@ def test_a_run_that_did_not_log_something_has_no_line_of_it(runs: list[RunFolder
 
 
 def test_a_run_without_losses_has_no_page(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no validation loss"):
+    with pytest.raises(UserError, match="does not contain validation losses"):
         write_report([invented(tmp_path / "run", {})], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
