@@ -24,6 +24,7 @@ from llmtrain.averaging.spec import (
     require_declared,
     require_same,
     unique_inputs,
+    weighted_sums,
 )
 from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint
 from llmtrain.checkpoints.safetensors_files import open_safetensors
@@ -140,8 +141,7 @@ def _merge_group(
     `verify` are the inputs to hash while reading and to compare with their recorded hashes.
     """
     opened = list(checkpoints.values())
-    index = {source: i for i, source in enumerate(checkpoints)}
-    sums = [WeightedSum(tuple(index[i] for i in spec.inputs), spec.weights) for spec, _ in group]
+    sums = weighted_sums([spec for spec, _ in group], list(checkpoints))
     sizes = [_output_bytes(checkpoints[spec.inputs[-1]], options) for spec, _ in group]
     require_room(group[0][0].target, sum(sizes))
     with ExitStack() as commits, ExitStack() as files:
