@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from llmtrain.runtime import ranks
+from llmtrain.runtime import launcher
 
 from .common import console, discard_output, parse_duration, say_at_the_end, warn
 
@@ -125,13 +125,11 @@ def pretrain(
         folder = folder.parent / branch
         resolved = load_config(config, [*(settings or []), f"name={json.dumps(branch)}"])
     if nproc is not None:
-        if ranks.is_member():
+        if launcher.is_worker():
             raise UserError(
                 "--nproc starts processes, and this is one of several", hint="leave it out here"
             )
-        from llmtrain.runtime.launcher import launch
-
-        raise typer.Exit(launch(_without_nproc(sys.argv[1:]), nproc))
+        raise typer.Exit(launcher.launch(_without_nproc(sys.argv[1:]), nproc))
 
     from llmtrain.config.schedules import tokens_until
     from llmtrain.config.schema import flatten

@@ -8,6 +8,7 @@ that order alone. Only this process writes.
 """
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -112,7 +113,7 @@ class Build:
         ) as batches:
             records = self._write(batches, journal, len(places))
         if not sum(record.text_bytes for record in records.values()):
-            self.staging.discard()
+            shutil.rmtree(self.staging.shards)
             raise UserError(
                 "the source holds no text: every document is empty", hint="is it the right field?"
             )

@@ -1,8 +1,7 @@
-"""Prepared data behind a URL: written there, and copied here to be read.
+"""Prepared data behind a URL: local copies for training, and the manifest there.
 
-Why copies: training reads at random, and a preparation must be able to stop half-way, so both work on
-local folders and whole files travel. Behind a URL, too, a folder with a manifest is complete: the
-manifest is the last to be written.
+Why copies: training reads in random order. The manifest is uploaded last, so a URL with a manifest
+is complete.
 
     folder = local_folder("s3://bucket/openwebtext")
 """
@@ -22,26 +21,27 @@ from llmtrain.data.manifest import (
     write_manifest,
 )
 from llmtrain.data.token_files import HEADER_BYTES, TOKEN_BYTES
-from llmtrain.errors import RunFailed, UserError
+from llmtrain.errors import UserError
 from llmtrain.storage.commit import commit_folder, temporary_folder
+from llmtrain.storage.disk import disk_errors
 from llmtrain.storage.urls import download, file_system, is_url, local_path, url_errors
 
 
 def cache_folder() -> Path:
-    """Where copies are kept: $LLMTRAIN_CACHE, else `~/.cache/llmtrain`."""
+    """Return the cache for copies: $LLMTRAIN_CACHE, or `~/.cache/llmtrain`."""
     return Path(os.environ.get("LLMTRAIN_CACHE") or Path.home() / ".cache" / "llmtrain")
 
 
 def workplace(url: str) -> Path:
-    """The local folder in which the data is built that is to be copied to `url`."""
+    """Return the local folder in which data for `url` is built."""
     return cache_folder() / "prepare" / hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
 def published(url: str) -> Manifest | None:
-    """The manifest of the folder behind `url`; None where there is none.
+    """Return the manifest at `url`; None if it is missing.
 
     Raises:
-        UserError: it cannot be read, or is damaged.
+        UserError: the manifest cannot be read or is damaged.
     """
     place = f"{url.rstrip('/')}/{MANIFEST_FILE}"
     system, path = file_system(place)
@@ -50,23 +50,22 @@ def published(url: str) -> Manifest | None:
     return None if content is None else parse_manifest(content, place)
 
 
-def _say(line: str) -> None:
+def _print_note(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 
-def local_folder(path: str, say: Callable[[str], None] = _say) -> Path:
-    """A local folder with the data that `path` names: itself, or for a URL a checked copy in the cache.
+def local_folder(path: str, log: Callable[[str], None] = _print_note) -> Path:
+    """Return a local folder with the prepared data of `path`; for a URL, a verified cached copy.
 
-    A copy that was interrupted goes on with the next file. Processes that ask for the same data wait
-    for the one that copies.
+    An interrupted copy resumes with the next file. Other processes wait for the one that copies.
 
     Args:
         path: a folder or a URL, as in `data.path`.
-        say: told once what is copied, and how much.
+        log: receives one line if something is copied.
 
     Raises:
-        UserError: there is no prepared data behind the URL, or it is not what its manifest says.
-        RunFailed: there is no room for the copy.
+        UserError: the URL has no prepared data, or it does not match its manifest.
+        RunFailed: the copy cannot be written.
     """
     if not is_url(path):
         return Path(local_path(path))
@@ -77,27 +76,23 @@ def local_folder(path: str, say: Callable[[str], None] = _say) -> Path:
             hint=f"prepare it: llmtrain prepare SOURCE --out {shlex.quote(path)}",
         )
     folder = cache_folder() / "data" / manifest.sha256
-    if folder.exists():
-        return folder
-    try:
-        with temporary_folder(folder, resumable=True, wait=True) as partial:
+    if not folder.exists():
+        with (
+            disk_errors(folder, elsewhere="set LLMTRAIN_CACHE=FOLDER"),
+            temporary_folder(folder, resumable=True, wait=True) as partial,
+        ):
             if not folder.exists():
-                _copy(path, manifest, partial, folder, say)
-    except OSError as error:
-        raise RunFailed(
-            f"cannot write {folder}: {error.strerror or error}",
-            hint="free space, or name another folder for copies: LLMTRAIN_CACHE=FOLDER",
-        ) from error
+                _copy(path, manifest, partial, folder, log)
     return folder
 
 
 def _copy(
-    url: str, manifest: Manifest, partial: Path, folder: Path, say: Callable[[str], None]
+    url: str, manifest: Manifest, partial: Path, folder: Path, log: Callable[[str], None]
 ) -> None:
     shards = [shard for split in SPLITS for shard in manifest.split_record(split).shards]
     missing = [shard for shard in shards if not (partial / shard.name).exists()]
     size = sum(HEADER_BYTES + TOKEN_BYTES * shard.tokens for shard in missing)
-    say(f"copying {url} to {folder}: {len(missing):,} file(s), {size / 1e6:,.1f} MB")
+    log(f"copying {url} to {folder}: {len(missing):,} file(s), {size / 1e6:,.1f} MB")
     for shard in missing:
         download(f"{url.rstrip('/')}/{shard.name}", partial / shard.name, sha256=shard.sha256)
     write_manifest(partial, manifest)

@@ -1,12 +1,11 @@
-"""The folder in which data is built, and the step that gives it its name.
+"""The temporary folder in which data is built, and the checks of an existing target.
 
 Why a folder around the shards: `.tmp-NAME/shards` becomes `NAME` in one rename, and the journal
-beside it is there until after that; so a kill at any instant leaves something to go on from.
+next to it remains until then, so a kill at any moment leaves something to resume.
 
     with staged(Path("data/web"), need) as staging: ...; staging.commit(manifest)
 """
 
-import errno
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -26,61 +25,62 @@ from llmtrain.data.manifest import (
 from llmtrain.data.shards import open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.storage.commit import commit_folder, temporary_folder, temporary_path
-from llmtrain.storage.disk import NO_ROOM, concerns
+from llmtrain.storage.disk import disk_errors
 
 
 @dataclass
 class Need:
-    """About how many bytes are still to be written; None while that is not known."""
+    """Estimate of the bytes still to be written; None if unknown."""
 
     bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Staging:
-    """`.tmp-NAME` beside the target, held by this process."""
+    """The temporary folder `.tmp-NAME`, locked by this process."""
 
     folder: Path
     target: Path
 
     @property
     def shards(self) -> Path:
-        """What becomes the target."""
+        """Folder that becomes the target."""
         return self.folder / "shards"
 
     @property
     def documents(self) -> Path:
-        """Text that had to be written before it can be read in parts; of no use to the next process."""
+        """Text that must be written before it can be read in parts; not resumable."""
         return self.folder / "documents"
 
     @property
     def journal(self) -> Path:
-        """What is finished; see `Journal`."""
+        """Record of the finished shards; see `Journal`."""
         return self.folder / JOURNAL_FILE
 
-    def discard(self) -> None:
-        """Of shards that no later start can use, none is kept."""
-        shutil.rmtree(self.shards)
-
     def commit(self, manifest: Manifest) -> None:
-        """Give the shards their name."""
+        """Add the manifest and give the shards their final name."""
         write_manifest(self.shards, manifest)
         commit_folder(self.shards, self.target)
 
 
 @contextmanager
 def staged(out: Path, need: Need) -> Iterator[Staging]:
-    """Hold the folder in which `out` is built. Afterwards only finished shards are kept, to go on from.
+    """Lock the temporary folder of `out`; afterwards keep only finished shards and the journal.
 
     Raises:
         UserError: another process builds `out`.
-        RunFailed: something cannot be written; says how much space there is, and is `need`ed.
+        RunFailed: something cannot be written.
     """
     target = out.resolve()
     staging = Staging(temporary_path(target), target)
     new = [folder for folder in target.parents if not folder.exists()]
+    in_cache = target.is_relative_to(cache_folder().resolve())
+    elsewhere = "set LLMTRAIN_CACHE=FOLDER" if in_cache else "choose another folder with --out"
     try:
-        with temporary_folder(target, resumable=True):
+        with (
+            disk_errors(out, needed=lambda: need.bytes, elsewhere=elsewhere),
+            temporary_folder(target, resumable=True),
+        ):
             for leftover in staging.folder.iterdir():
                 if leftover.name not in {staging.shards.name, staging.journal.name}:
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -92,38 +92,13 @@ def staged(out: Path, need: Need) -> Iterator[Staging]:
                 if not list(staging.shards.glob("[!.]*.bin")):
                     shutil.rmtree(staging.folder, ignore_errors=True)
     except OSError as error:
-        raise _cannot_write(out, staging, error, need) from error
+        raise RunFailed(
+            f"cannot write {error.filename or out}: {error.strerror or error}", hint=elsewhere
+        ) from error
     finally:
-        for folder in new:  # made for nothing; one that holds something refuses
-            with suppress(OSError):
+        for folder in new:
+            with suppress(OSError):  # it is not empty
                 folder.rmdir()
-
-
-def _cannot_write(out: Path, staging: Staging, error: OSError, need: Need) -> RunFailed:
-    elsewhere = error.filename and not concerns(staging.target, error.filename)
-    message = f"cannot write {error.filename if elsewhere else out}: {error.strerror or error}"
-    hint = "choose another place with --out"
-    if staging.folder.is_relative_to(cache_folder().resolve()):
-        hint = "build it in another place: LLMTRAIN_CACHE=FOLDER"
-    if error.errno in NO_ROOM:
-        parent = next(path for path in staging.folder.parents if path.is_dir())
-        wanted = "" if need.bytes is None else f"about {_size(need.bytes)} more are needed, "
-        message += f" ({wanted}{_size(shutil.disk_usage(parent).free)} are free)"
-        hint = f"free space, or {hint}"
-        if error.errno == errno.EFBIG:
-            hint = (
-                "the shell limits the size of a file (ulimit -f): raise it, or lower --shard-tokens"
-            )
-    finished = 0
-    with suppress(OSError):  # of a name that is too long, say
-        finished = len(list(staging.shards.glob("[!.]*.bin")))
-    if finished:
-        hint += f"; the same command goes on after the {finished:,} finished shard(s)"
-    return RunFailed(message, hint=hint)
-
-
-def _size(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 # --- the target --------------------------------------------------------------------------------
@@ -132,10 +107,10 @@ _ELSEWHERE = "choose another folder with --out, or delete this one"
 
 
 def existing(out: Path, plan: PrepareSpec) -> Manifest | None:
-    """The manifest of `out` if it holds what `plan` would make; None if nothing is there.
+    """Return the manifest of `out` if it was made by `plan`; None if `out` is empty or missing.
 
     Raises:
-        UserError: something else is there.
+        UserError: `out` has other content.
     """
     if out.resolve().is_mount():
         raise UserError(
@@ -146,7 +121,7 @@ def existing(out: Path, plan: PrepareSpec) -> Manifest | None:
         return None
     if not (out / MANIFEST_FILE).is_file():
         raise UserError(
-            f"{out} exists and is no prepared data", hint="choose another folder with --out"
+            f"{out} exists and is not prepared data", hint="choose another folder with --out"
         )
     manifest = read_manifest(out)
     require_same(str(out), manifest, plan)
@@ -155,11 +130,7 @@ def existing(out: Path, plan: PrepareSpec) -> Manifest | None:
 
 
 def require_same(place: str, manifest: Manifest, plan: PrepareSpec) -> None:
-    """Check that the data in `place` is what `plan` would make.
-
-    Raises:
-        UserError: it is other data.
-    """
+    """Raise UserError unless the data in `place` was made by `plan`."""
     differences = _differences(plan.model_dump(), manifest.plan.model_dump())
     if differences:
         raise UserError(f"{place} holds other data: {'; '.join(differences[:3])}", hint=_ELSEWHERE)
@@ -168,7 +139,7 @@ def require_same(place: str, manifest: Manifest, plan: PrepareSpec) -> None:
 def _differences(
     wanted: dict[str, object], found: dict[str, object], prefix: str = ""
 ) -> list[str]:
-    """`key is X, not Y` for each leaf in which two nested records differ."""
+    """Return `key is X, not Y` for each leaf that differs between two nested records."""
     differences = []
     for key, value in wanted.items():
         other, name = found[key], f"{prefix}{key}"

@@ -11,15 +11,15 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llmtrain.errors import WriteFailed
 
 NO_ROOM = {
-    errno.ENOSPC: "free space there, or write elsewhere",
-    errno.EDQUOT: "free space in your quota, or write elsewhere",
-    errno.EFBIG: "raise the file size limit (ulimit -f), or write elsewhere",
+    errno.ENOSPC: "free space there",
+    errno.EDQUOT: "free space in your quota",
+    errno.EFBIG: "raise the file size limit (ulimit -f)",
 }
 """Hints by error number: no space, over quota, beyond the limit on file sizes."""
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -27,14 +27,20 @@ _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 
 
 @contextlib.contextmanager
-def disk_errors(target: Path, *, needed: int | None = None) -> Iterator[None]:
+def disk_errors(
+    target: Path,
+    *,
+    needed: int | Callable[[], int | None] | None = None,
+    elsewhere: str = "write elsewhere",
+) -> Iterator[None]:
     """Replace disk errors by a WriteFailed that names `target`; pass other exceptions through.
 
     The clean-up of a failed write belongs inside the block, so that its bytes count as free.
 
     Args:
         target: final name; the block writes it or temporary names next to it.
-        needed: total bytes, if known.
+        needed: bytes still to be written, if known.
+        elsewhere: second half of the hint.
 
     Raises:
         WriteFailed: the disk is full, over quota or not writable.
@@ -42,18 +48,20 @@ def disk_errors(target: Path, *, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        number = _errno(error)
+        number, filename = _errno(error), getattr(error, "filename", None)
+        place = target if filename is None or _concerns(target, filename) else Path(filename)
         if number in NO_ROOM:
             hint = NO_ROOM[number]
-        elif number in _FORBIDDEN and concerns(target, getattr(error, "filename", None)):
-            hint = "make that folder writable, or write elsewhere"
+        elif number in _FORBIDDEN and filename is not None and place == target:
+            hint = "make that folder writable"
         else:
             raise
-        room = "" if needed is None else f"{needed:,} bytes needed, "
-        room += f"{free_bytes(target):,} bytes free"
+        missing = needed() if callable(needed) else needed
+        room = "" if missing is None else f"{missing:,} bytes needed, "
+        room += f"{free_bytes(place):,} bytes free"
         raise WriteFailed(
-            f"cannot write {target}: {os.strerror(number)} ({room})",
-            hint=f"{hint}; completed work is kept, and the same command resumes from it",
+            f"cannot write {place}: {os.strerror(number)} ({room})",
+            hint=f"{hint}, or {elsewhere}; the same command resumes from completed work",
         ) from error
 
 
@@ -70,10 +78,8 @@ def free_bytes(target: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def concerns(target: Path, filename: str | None) -> bool:
+def _concerns(target: Path, filename: str) -> bool:
     """Return whether a path is `target`, above or below it, or a temporary name of it."""
-    if filename is None:
-        return False
     path, target = Path(filename).absolute(), target.absolute()
     if path == target or path in target.parents or target in path.parents:
         return True

@@ -93,8 +93,8 @@ def test_the_four_commands_work_as_they_stand(workplace: Path, llmtrain: Command
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [
-        (["eval"], 2, "there is no run under runs/"),
-        (["average", "--every", "2"], 2, "there is no run under runs/"),
+        (["eval"], 2, "no run in runs/"),
+        (["average", "--every", "2"], 2, "no run in runs/"),
         (["report", "nowhere"], 2, "not a run"),
         (["eval", "nowhere"], 2, "neither a run nor a folder of weights"),
         (["pretrain", "--config", "none.yaml"], 2, "cannot read the config none.yaml"),
@@ -104,7 +104,7 @@ def test_the_four_commands_work_as_they_stand(workplace: Path, llmtrain: Command
             2,
             "data/documents",
         ),
-        (["pretrain", "--config", "tiny.yaml", "--set", "train.device=gpu"], 2, "is no device"),
+        (["pretrain", "--config", "tiny.yaml", "--set", "train.device=gpu"], 2, "is not a device"),
         (
             ["pretrain", "--config", "tiny.yaml", "--set", "train.device=cuda:9"],
             2,

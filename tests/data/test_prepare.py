@@ -215,11 +215,11 @@ def test_a_foreign_folder_is_kept(source: Path, tmp_path: Path) -> None:
     prepare(str(source), tmp_path / "out", tokenizer="byte")  # an empty folder is as good as none
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="exists and is no prepared data") as caught:
+    with pytest.raises(UserError, match="exists and is not prepared data") as caught:
         prepare(str(source), tmp_path / "mine", tokenizer="byte")
     assert caught.value.hint is not None and "delete" not in caught.value.hint
     assert (tmp_path / "mine" / "thesis.tex").exists()
-    with pytest.raises(UserError, match="exists and is no prepared data"):
+    with pytest.raises(UserError, match="exists and is not prepared data"):
         prepare(str(source), tmp_path / "mine" / "thesis.tex", tokenizer="byte")
 
 

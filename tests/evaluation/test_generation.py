@@ -273,7 +273,7 @@ def test_weights_on_the_hub(tmp_path: Path) -> None:
 def test_a_hub_that_is_not_there_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with (
-        pytest.raises(RunFailed, match="the hub cannot be reached for a look"),
+        pytest.raises(RunFailed, match="cannot reach the hub for a look"),
         hub_errors("a look"),
     ):
         get_session().head("http://127.0.0.1:9", timeout=5)
