@@ -286,8 +286,8 @@ def average(
     """
     from llmtrain.averaging.request import AverageRequest, make_specs
     from llmtrain.averaging.spec import MergeOptions
-    from llmtrain.checkpoints.sources import find_series
-    from llmtrain.checkpoints.writer import DTYPES, bytes_of
+    from llmtrain.checkpoints.resolve import find_series
+    from llmtrain.checkpoints.writer import DTYPES, parse_size
     from llmtrain.errors import UserError
 
     from .average_output import evaluate_sweep, print_averages, print_weights, run_plans
@@ -313,7 +313,7 @@ def average(
     )
     settings = MergeOptions(
         dtype=DTYPES[dtype.value] if dtype else None,
-        max_shard=bytes_of(max_shard_size) if max_shard_size else None,
+        max_shard=parse_size(max_shard_size) if max_shard_size else None,
         integers=integers.value,
         verify=verify,
         strict=strict,

@@ -20,7 +20,7 @@ from llmtrain.checkpoints.series import Series, run_series
 from llmtrain.errors import UserError
 from llmtrain.storage.run_folder import newest_run, require_run
 
-from .common import console, interruptible, notes, print_json, progress_line, warn
+from .common import ProgressLine, console, err_console, interruptible, print_json, warn
 
 if TYPE_CHECKING:
     from llmtrain.averaging.sweep_report import SummaryRow  # which imports torch
@@ -30,7 +30,7 @@ def run_plans(
     series: Series, plans: Sequence[AverageSpec], settings: MergeOptions
 ) -> list[Average]:
     """Average with a progress line."""
-    with interruptible("what is complete is kept") as interrupt, progress_line("averaging") as line:
+    with interruptible("what is complete is kept") as interrupt, ProgressLine("averaging") as line:
 
         def on_progress(done: int, total: int) -> None:
             interrupt.check()
@@ -59,7 +59,7 @@ def print_averages(results: Sequence[Average]) -> None:
         )
     console.print(table)
     if kept := sum(result.kept for result in results):
-        notes.print(
+        err_console.print(
             f"{kept} of {len(results)} existed already, of the same checkpoints and weights, and were kept"
         )
 
@@ -110,7 +110,7 @@ def evaluate_sweep(
         )
     run = require_run(Path(source)) if source is not None else newest_run()
     candidates, at = parse_sweep(text), None if request.at is None else request.at_step
-    with interruptible("nothing was written") as interrupt, progress_line("evaluating") as line:
+    with interruptible("nothing was written") as interrupt, ProgressLine("evaluating") as line:
 
         def on_progress(done: int, total: int) -> None:
             interrupt.check()

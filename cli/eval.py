@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import console, interruptible, print_json, progress_line, warn
+from .common import ProgressLine, console, interruptible, print_json, warn
 from .eval_table import Measured, explanations, json_of, loss_table, measures_table
 
 if TYPE_CHECKING:
-    from llmtrain.checkpoints.targets import Target
+    from llmtrain.checkpoints.resolve import Target
     from llmtrain.evaluation.results import EvalOptions, Row
     from llmtrain.evaluation.tasks import TaskOptions
     from llmtrain.runtime.signals import Interrupt
@@ -143,7 +143,7 @@ def evaluate(
     kept under the run's evals/ and not computed twice for the same weights and data. --text and --tasks
     join the same table, with standard errors where they are known.
     """
-    from llmtrain.checkpoints.targets import targets_named
+    from llmtrain.checkpoints.resolve import find_targets
     from llmtrain.evaluation.results import EvalOptions
     from llmtrain.storage.run_folder import newest_run
 
@@ -155,11 +155,11 @@ def evaluate(
     found = {
         target.path.resolve(): target
         for name in targets or [str(newest_run().path)]
-        for target in targets_named(name, every_snapshot=every_snapshot)
+        for target in find_targets(name, every_snapshot=every_snapshot)
     }
     settings = EvalOptions(data=data, split=split.value, tokens=tokens, batch=batch, device=device)
     kept = "the same command goes on from the results that a run keeps"
-    with interruptible(kept) as interrupt, progress_line("evaluating") as line:
+    with interruptible(kept) as interrupt, ProgressLine("evaluating") as line:
         work = _Work(list(found.values()), interrupt, line)
         everything = work.all_of(settings, text, stride, asked)
     _print(everything, as_json=as_json, losses_only=text is None and asked is None)

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
-    from llmtrain.checkpoints.targets import Target
+    from llmtrain.checkpoints.resolve import Target
     from llmtrain.evaluation.results import Row
     from llmtrain.evaluation.tasks import TaskResult
     from llmtrain.evaluation.text import TextResult

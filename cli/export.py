@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .common import OneSetOfWeights, console, notes, print_json
+from .common import WeightsArgument, console, err_console, print_json
 
 
 class Dtype(StrEnum):
@@ -29,7 +29,7 @@ class Form(StrEnum):
 
 def export(
     to: Annotated[Path, typer.Option(metavar="DIR", help="New folder to write.")],
-    target: OneSetOfWeights = None,
+    target: WeightsArgument = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the exported weights.")] = Dtype.FP32,
     form: Annotated[
         Form,
@@ -61,12 +61,12 @@ def export(
     from llmtrain.export import publish as library
 
     weights, _ = choose_weights(target)
-    notes.print(f"{weights.label}: {weights.path}", markup=False, style="dim", soft_wrap=True)
+    err_console.print(f"{weights.label}: {weights.path}", markup=False, style="dim", soft_wrap=True)
     library.export(
         weights, to, dtype=dtype.value, form=form.value, name=push or str(to), tokenizer=tokenizer
     )
     if form is Form.NANOGPT:
-        notes.print(
+        err_console.print(
             "nanoGPT computes GELU exactly, GPT-2 by its tanh form: logits differ by some thousandths"
         )
     url = None

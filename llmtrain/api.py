@@ -13,8 +13,7 @@ from pathlib import Path
 from llmtrain.averaging.average import average as average_series
 from llmtrain.averaging.request import AverageRequest, make_specs
 from llmtrain.averaging.spec import Average
-from llmtrain.checkpoints.sources import find_series
-from llmtrain.checkpoints.targets import targets_named
+from llmtrain.checkpoints.resolve import find_series, find_targets
 from llmtrain.config.loading import load_config
 from llmtrain.evaluation.generation import Sampling, generate_text, load_generator
 from llmtrain.evaluation.results import EvalOptions, Row, measure
@@ -56,7 +55,7 @@ def evaluate(target: str | Path, settings: EvalOptions | None = None) -> list[Ro
         UserError: there is no such target, or its data is not known.
         RunFailed: a loss is not finite, or the hub cannot be reached.
     """
-    targets = targets_named(str(target), every_snapshot=False)
+    targets = find_targets(str(target), every_snapshot=False)
     return measure(targets, settings or EvalOptions(), lambda target, done, total: None)
 
 

@@ -22,11 +22,10 @@ from llmtrain.averaging.provenance import (
     require_same,
 )
 from llmtrain.averaging.spec import Average, AverageSpec, MergeOptions
-from llmtrain.checkpoints.checkpoint import Checkpoint
-from llmtrain.checkpoints.header import FLOATS
-from llmtrain.checkpoints.series import Input, Series, check_alike
-from llmtrain.checkpoints.weights_folder import PROVENANCE_FILE
-from llmtrain.checkpoints.writer import WeightsWriter, carry_over, layout_bytes, output_layout
+from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint
+from llmtrain.checkpoints.series import Input, Series, require_same_tensors
+from llmtrain.checkpoints.tensors import FLOATS
+from llmtrain.checkpoints.writer import WeightsWriter, copy_companions, layout_bytes, output_layout
 from llmtrain.errors import UserError
 from llmtrain.storage.commit import locked_folder, remove_abandoned, remove_leftovers, staged_folder
 from llmtrain.storage.disk import require_room
@@ -84,7 +83,7 @@ def average(
         if progress is not None:
             progress(done, len(inputs))  # opening may be a download
         checkpoints[source] = source.open()
-    check_alike(list(checkpoints.values()))
+    require_same_tensors(list(checkpoints.values()))
     hashes = input_hashes(checkpoints, compute=not series.trusted, progress=progress)
     if not settings.allow_duplicates and all(plan.audited for plan in plans):
         audit.refuse_duplicates(
@@ -259,7 +258,7 @@ def prepare_folder(
     hashes: dict[str, str] | None = None,
 ) -> WeightsWriter:
     """Everything but the numbers of an average; they, and the hashes, go through the writer."""
-    carry_over(newest, folder, settings.dtype)
+    copy_companions(newest, folder, settings.dtype)
     write_json(folder / PROVENANCE_FILE, document)
     layout = output_layout(newest, dtype=settings.dtype, max_shard=settings.max_shard)
     return WeightsWriter(folder, layout, newest.metadata, hashes)

@@ -23,9 +23,9 @@ from llmtrain.averaging.merge import WeightedSum, merge
 from llmtrain.averaging.provenance import KnownHashes, hashes_of, provenance, require_same
 from llmtrain.averaging.spec import Average, AverageSpec, MergeOptions
 from llmtrain.checkpoints.checkpoint import Checkpoint
-from llmtrain.checkpoints.header import FLOATS, TensorSpec
-from llmtrain.checkpoints.open import open_safetensors
-from llmtrain.checkpoints.series import Input, Series, check_alike
+from llmtrain.checkpoints.safetensors_files import open_safetensors
+from llmtrain.checkpoints.series import Input, Series, require_same_tensors
+from llmtrain.checkpoints.tensors import FLOATS, TensorSpec
 from llmtrain.checkpoints.writer import WeightsWriter, layout_bytes
 from llmtrain.errors import UserError
 from llmtrain.storage.commit import staged_folder
@@ -101,7 +101,7 @@ def _check(
 ) -> None:
     """Compare the newest opened input with those before it, and hash it."""
     source = list(opened)[-1]
-    check_alike(list(opened.values()))
+    require_same_tensors(list(opened.values()))
     hashes[source] = hashes_of(source, opened[source], compute=True)
     if not settings.allow_duplicates:
         refuse_duplicates(
@@ -135,7 +135,7 @@ def _add(
         merge(inputs, [mixture], [writer.write], dtypes=dtypes, integers=settings.integers)
     for old in total.files if total is not None else ():
         old.unlink()
-    return open_safetensors(folder, {path: None}, checkpoint.step, checkpoint.location)
+    return open_safetensors(path, checkpoint.step, checkpoint.location)
 
 
 def _require_declared(plan: AverageSpec, settings: MergeOptions) -> None:

@@ -17,20 +17,12 @@ from typing import Any
 from llmtrain.averaging import audit
 from llmtrain.averaging.merge import Norms, merge
 from llmtrain.averaging.provenance import hashes_of
-from llmtrain.checkpoints.checkpoint import Checkpoint
-from llmtrain.checkpoints.series import (
-    Input,
-    Series,
-    check_alike,
-    folder_series,
-    is_checkpoint,
-    own_input,
-    path_input,
-)
-from llmtrain.checkpoints.weights_folder import PROVENANCE_FILE, load_origin
+from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint, load_origin
+from llmtrain.checkpoints.resolve import Weights, resolve
+from llmtrain.checkpoints.series import Input, folder_series, local_input, require_same_tensors
 from llmtrain.errors import UserError
 from llmtrain.storage.json_files import read_json
-from llmtrain.storage.run_folder import RunFolder, is_run, step_folders
+from llmtrain.storage.run_folder import RunFolder, step_folders
 
 
 @dataclass(frozen=True)
@@ -116,18 +108,15 @@ def inspect_path(
 
 
 def _inputs(path: Path) -> list[Input]:
-    if is_run(path):
-        inputs = [
-            own_input(step, folder)
-            for step, folder in step_folders(RunFolder(path).snapshots).items()
-        ]
-        if not inputs:
-            raise UserError(f"{path} has no snapshot yet", hint="train on")
-        return inputs
-    if path.is_file() or is_checkpoint(path):
-        return [path_input(_step_of(path), path)]
-    series: Series = folder_series(path)
-    return list(series.inputs.values())
+    found = resolve(str(path))
+    if isinstance(found, RunFolder):
+        snapshots = step_folders(found.snapshots)
+        if not snapshots:
+            raise UserError(f"{path} has no snapshot yet", hint="continue training")
+        return [local_input(step, folder) for step, folder in snapshots.items()]
+    if isinstance(found, Weights):
+        return [local_input(_step_of(path), path)]
+    return list(folder_series(path).inputs.values())
 
 
 def _step_of(path: Path) -> int:
@@ -146,7 +135,7 @@ def _norms(
     """Norms of each checkpoint, and what is wrong with each."""
     problems: list[list[str]] = [[] for _ in opened]
     try:
-        check_alike(opened)
+        require_same_tensors(opened)
         norms = merge(opened, [], [], integers="last", progress=progress)
     except UserError as error:
         if len(opened) == 1:

@@ -23,8 +23,15 @@ from numpy.typing import NDArray
 
 from llmtrain.averaging.turns import OrderedAccess, in_threads
 from llmtrain.checkpoints.checkpoint import Checkpoint
-from llmtrain.checkpoints.header import FLOATS, TensorSpec
-from llmtrain.checkpoints.numbers import Float64s, StoredArray, overflows, round_to, to_float64
+from llmtrain.checkpoints.tensors import (
+    FLOATS,
+    Float64s,
+    StoredArray,
+    TensorSpec,
+    overflows,
+    round_to,
+    to_float64,
+)
 from llmtrain.errors import UserError
 
 CHUNK = 131_072

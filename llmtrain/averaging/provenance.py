@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtrain import __version__
-from llmtrain.checkpoints.checkpoint import Checkpoint
+from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint
 from llmtrain.checkpoints.series import Input
-from llmtrain.checkpoints.weights_folder import PROVENANCE_FILE
 from llmtrain.errors import UserError
 from llmtrain.storage.integrity import integrity_problems, sha256_of
 from llmtrain.storage.json_files import read_json

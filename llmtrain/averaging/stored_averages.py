@@ -14,10 +14,9 @@ from typing import Any
 from llmtrain.averaging.coefficients import span
 from llmtrain.averaging.power_ema import WIDEST, gamma_of, reconstruct
 from llmtrain.averaging.spec import AverageSpec
-from llmtrain.checkpoints.checkpoint import Checkpoint
-from llmtrain.checkpoints.open import open_folder, with_residual
+from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint
+from llmtrain.checkpoints.open import open_checkpoint, with_residual
 from llmtrain.checkpoints.series import Input, Series, recorded_hashes
-from llmtrain.checkpoints.weights_folder import PROVENANCE_FILE
 from llmtrain.checkpoints.windows import describe_steps
 from llmtrain.errors import UserError
 from llmtrain.storage.json_files import read_json
@@ -159,6 +158,6 @@ def _require_numbers(folder: Path, about: dict[str, Any], keys: Sequence[str]) -
 
 def _input(step: int, folder: Path) -> Input:
     def opened() -> Checkpoint:
-        return with_residual(open_folder(folder, step=step))
+        return with_residual(open_checkpoint(folder, step=step))
 
     return Input(step, str(folder), opened, partial(recorded_hashes, folder))

@@ -21,14 +21,14 @@ from llmtrain.averaging.merge import WeightedSum, Write, merge
 from llmtrain.averaging.request import OPTIONS, AverageRequest, make_specs
 from llmtrain.averaging.spec import AverageSpec, MergeOptions
 from llmtrain.checkpoints.checkpoint import Checkpoint
-from llmtrain.checkpoints.gpt2_folder import load_model
-from llmtrain.checkpoints.numbers import StoredArray
-from llmtrain.checkpoints.series import Input, Series, check_alike, run_series
+from llmtrain.checkpoints.gpt2_folder import load_model, transpose_conv1d
+from llmtrain.checkpoints.series import Input, Series, require_same_tensors, run_series
+from llmtrain.checkpoints.tensors import StoredArray
 from llmtrain.checkpoints.windows import describe_steps
 from llmtrain.config.loading import load_config
 from llmtrain.config.schema import RunConfig
-from llmtrain.data.copies import local_folder
-from llmtrain.data.shards import open_data
+from llmtrain.data.cache import local_folder
+from llmtrain.data.token_data import open_data
 from llmtrain.errors import UserError
 from llmtrain.evaluation.loss import evaluate
 from llmtrain.model.gpt import GPT
@@ -228,7 +228,7 @@ def _averages(jobs: Sequence[AverageSpec]) -> Iterator[tuple[AverageSpec, _Weigh
         inputs = unique_inputs(group)
         opened = {source: opened.get(source) or source.open() for source in inputs}
         checkpoints = [opened[source] for source in inputs]
-        check_alike(checkpoints)
+        require_same_tensors(checkpoints)
         index = {source: i for i, source in enumerate(inputs)}
         results: list[_Weights] = [
             {
@@ -274,12 +274,7 @@ class _Evaluator:
                 held = torch.from_numpy(
                     weights[name if name in weights else name.removeprefix("transformer.")]
                 )
-                # Hugging Face's Conv1D is (in, out); square ones are told by their names.
-                parameter.copy_(
-                    held.t()
-                    if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-                    else held
-                )
+                parameter.copy_(transpose_conv1d(name, held))
         with keep_freed_memory(self._device):
             result = evaluate(
                 self._model,

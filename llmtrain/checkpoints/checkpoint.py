@@ -1,15 +1,11 @@
-"""One checkpoint: which tensors it holds, in which files, and how their numbers are read.
+"""One checkpoint on disk, independent of its format: tensors, files, and a reader of byte ranges.
 
-Why: the merge should not know whether numbers come from one safetensors file, from many shards, or
-from a file of torch. It asks a checkpoint for names and specs, and a reader for ranges of numbers.
-
-    checkpoint = open_folder(Path("step1000"), step=1000)
-    with checkpoint.reader() as reader: reader.read("lm_head.weight", 0, 10, buffer)
-
-Shards are read from the names in the index, which are bare file names inside the folder: an index
-is input, and must not be able to make us read anything else.
+checkpoint = open_checkpoint(Path("step1000"), step=1000)
+with checkpoint.reader() as reader:
+    reader.read("lm_head.weight", 0, 10, buffer)
 """
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -19,32 +15,74 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtrain.checkpoints.header import TensorSpec
-from llmtrain.checkpoints.numbers import StoredArray
-from llmtrain.checkpoints.weights_folder import Origin, load_origin
+from llmtrain.checkpoints.tensors import StoredArray, TensorSpec
+from llmtrain.errors import UserError
+from llmtrain.storage.json_files import read_json
 
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 TORCH_WEIGHTS_FILE = "pytorch_model.bin"
 RESIDUAL_FILE = "model.residual.safetensors"
-"""Beside float32 weights: what rounding took from them, so that their sum has some 48 bits."""
+"""Rounding errors of float32 weights: added to the weights, they give about 48 bits of precision."""
+
+CONFIG_FILE = "config.json"
+TRAINING_FILE = "training.json"
+PROVENANCE_FILE = "provenance.json"
+
+COMPANION_FILES = (
+    CONFIG_FILE,
+    "generation_config.json",
+    TRAINING_FILE,
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""Patterns of the files that a model needs next to its weights; never code."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Position in a training run, stored in `training.json`."""
+
+    step: int
+    """Optimizer steps taken."""
+    tokens: int
+    """Tokens trained on so far."""
+    lr: float
+    """Learning rate of the last step."""
+    run: str
+    """Name of the run."""
+
+
+def load_origin(folder: Path) -> Origin | None:
+    """Read `training.json`; return None if it is absent or was written by another program."""
+    path = folder / TRAINING_FILE
+    document = read_json(path) if path.exists() else {}
+    types = {key: type(value) for key, value in document.items()}
+    return Origin(**document) if types == Origin.__annotations__ else None
 
 
 class Reader(Protocol):
     """Open files of one checkpoint."""
 
     def read(self, name: str, start: int, stop: int, buffer: NDArray[np.uint8]) -> StoredArray:
-        """Numbers `start` to `stop` of a tensor, flat, in stored form; they may lie in `buffer`.
+        """Return elements `start` to `stop` of the flattened tensor; the result may use `buffer`.
 
         Raises:
-            UserError: the file ends before them.
+            UserError: the file ends before `stop`.
         """
         ...
 
     def start_hashing(self) -> None:
-        """From now on, hash what is read."""
+        """Hash everything read from now on."""
         ...
 
     def hashes(self) -> dict[Path, str]:
-        """SHA-256 of each file of which every byte was read since `start_hashing`, first to last."""
+        """Return the SHA-256 of each file read completely and in order since `start_hashing`."""
         ...
 
 
@@ -54,21 +92,21 @@ class Checkpoint:
 
     step: int
     location: str
-    """Path, or repository@commit: for messages and the provenance."""
+    """Path or repository@commit, for messages and the provenance."""
     folder: Path
-    """Where the files beside the weights lie."""
+    """Folder of the companion files."""
     layout: Mapping[str, Mapping[str, TensorSpec]]
-    """The tensors by the safetensors file that holds them, or would, in stored order."""
+    """Tensors by the safetensors file that contains them, or would contain them; in stored order."""
     files: tuple[Path, ...]
-    """The weights files."""
+    """Weights files."""
     reader: Callable[[], AbstractContextManager[Reader]] = field(repr=False)
     residual: "Checkpoint | None" = None
-    """Numbers to be added to these."""
+    """Numbers to add to these."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     disposable: bool = False
-    """The folder was downloaded to be deleted once it is summed."""
+    """Downloaded to a temporary folder, to be deleted after use."""
     config: Mapping[str, Any] | None = None
-    """The config.json where the folder has none, but the weights file says what it would be."""
+    """Contents for `config.json`, if the weights file describes its model and the folder does not."""
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
@@ -77,5 +115,65 @@ class Checkpoint:
 
     @property
     def origin(self) -> Origin | None:
-        """What the folder says about where its weights come from."""
+        """Position in the training run, if the folder records it."""
         return load_origin(self.folder)
+
+
+def weights_files(folder: Path, name: str = WEIGHTS_FILE) -> Mapping[Path, set[str] | None]:
+    """Return the weights file `name`, or the shards in its index with their tensors, by name.
+
+    An index is untrusted input: it may only name files in its own folder.
+
+    Raises:
+        UserError: a file is missing, or the index is damaged or names a file elsewhere.
+    """
+    index = folder / f"{name}.index.json"
+    if (folder / name).exists() or not index.exists():
+        shards: dict[Path, set[str]] = {}
+    else:
+        shards = _indexed_shards(index, Path(name).suffix)
+    for path in shards or [folder / name]:
+        if not path.is_file():
+            raise UserError(f"{path} is missing", hint="restore the folder, or download it again")
+    return dict(sorted(shards.items())) or {folder / name: None}
+
+
+def _indexed_shards(index: Path, suffix: str) -> dict[Path, set[str]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map", hint="restore the damaged index")
+    shards: dict[Path, set[str]] = {}
+    for tensor, file in weight_map.items():
+        bare = isinstance(file, str) and file == os.path.basename(file)  # noqa: PTH119  (not a path yet)
+        if not bare or not file.endswith(suffix) or "\\" in file or "\0" in file:
+            raise UserError(
+                f"{index} places {tensor!r} in {file!r}, which is not the name of a {suffix} file",
+                hint="do not trust this folder: an index may only name files of its own folder",
+            )
+        shards.setdefault(index.parent / file, set()).add(tensor)
+    return shards
+
+
+def reject_outside_link(path: Path) -> None:
+    """Raise if `path` links to a file outside its folder and outside the hub cache's blobs."""
+    real, folder = path.resolve(), path.parent.resolve()
+    blobs = folder.parent.parent / "blobs"  # <repo>/snapshots/<commit>/file -> <repo>/blobs/<hash>
+    in_cache = folder.parent.name == "snapshots" and real.parent == blobs
+    if folder not in real.parents and not in_cache:
+        raise UserError(
+            f"{path} is a link to a file outside its folder",
+            hint="do not trust this folder, or replace the link by the file",
+        )
+
+
+def check_shard(path: Path, found: set[str], indexed: set[str] | None) -> None:
+    """Raise unless a shard contains exactly the tensors that its index places in it, if it has one."""
+    if indexed is None or found == indexed:
+        return
+    missing, extra = sorted(indexed - found), sorted(found - indexed)
+    parts = [f"it lacks {', '.join(missing[:4])}"] if missing else []
+    parts += [f"it also contains {', '.join(extra[:4])}"] if extra else []
+    raise UserError(
+        f"{path} is not the shard its index describes: {', '.join(parts)}",
+        hint="shards of different checkpoints were mixed, or a download is incomplete",
+    )

@@ -1,13 +1,11 @@
-"""A folder of weights: written so that Hugging Face reads it, read back as our model.
+"""Hugging Face GPT-2 folders: write and load our models, and convert to this layout.
 
-Why: the average of two checkpoints, an evaluation harness and a serving engine should all take what
-training wrote, with no export in between. So a snapshot *is* a Hugging Face GPT-2 folder, with
-`training.json` beside the weights: step, tokens and learning rate.
+Why: snapshots *are* Hugging Face folders, so transformers, evaluation harnesses and serving engines
+read them without an export. The layout differs from our model in two points: linear weights are
+(in, out), as in GPT-2's Conv1D, and biases always exist (zero for a model without biases).
 
-    with staged_folder(run.snapshot(step)) as folder: save_weights(folder, weights, shape, origin)
-
-In the file, linear weights are (in, out) as GPT-2's Conv1D has them, and a model without biases has
-biases of zero, which Hugging Face's GPT-2 always carries.
+    with staged_folder(run.snapshot(step)) as folder:
+        save_weights(folder, weights, shape, origin)
 """
 
 from collections.abc import Mapping
@@ -21,13 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmtrain.checkpoints.weights_folder import (
+from llmtrain.checkpoints.checkpoint import (
     CONFIG_FILE,
     PROVENANCE_FILE,
     TRAINING_FILE,
     WEIGHTS_FILE,
     Origin,
-    load_origin,
     weights_files,
 )
 from llmtrain.config.schema import ModelConfig
@@ -36,40 +33,25 @@ from llmtrain.errors import UserError
 from llmtrain.model.gpt import GPT
 from llmtrain.storage.json_files import read_json, write_json
 
-__all__ = [
-    "CONFIG_FILE",
-    "PROVENANCE_FILE",
-    "TRAINING_FILE",
-    "WEIGHTS_FILE",
-    "Origin",
-    "Shape",
-    "bytes_of",
-    "hugging_face_config",
-    "load_model",
-    "load_origin",
-    "load_shape",
-    "load_weights",
-    "read_json",
-    "save_weights",
-    "write_json",
-]
+CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")
+"""Buffers in older GPT-2 files."""
 
-_ONLY: dict[str, tuple[object, ...]] = {
+_CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+_LAYER_NORMS = ("ln_1.weight", "ln_2.weight", "ln_f.weight")
+
+_REQUIRED_SETTINGS: dict[str, tuple[object, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "tie_word_embeddings": (True,),
     "add_cross_attention": (False,),
 }
-"""Settings of Hugging Face's GPT-2 that change its logits and have one value here."""
-
-CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-"""Linear weights, which files have as (in, out)."""
+"""Settings of Hugging Face's GPT-2 that change its logits, with the values our model supports."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What is needed, beside the weights, to compute with them."""
+    """Everything needed to compute with weights, except the weights."""
 
     model: ModelConfig
     block_size: int
@@ -77,8 +59,22 @@ class Shape:
     """Id of the end-of-text token."""
 
 
+def transpose_conv1d(name: str, tensor: Tensor) -> Tensor:
+    """Convert a tensor between our layout and Hugging Face's, in either direction."""
+    return tensor.t() if name.endswith(_CONV1D) else tensor
+
+
+def zero_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the biases that Hugging Face's GPT-2 requires, for `tensors` in its layout."""
+    return {
+        name.removesuffix("weight") + "bias": tensor.new_zeros(tensor.shape[-1])
+        for name, tensor in tensors.items()
+        if name.endswith((*_CONV1D, *_LAYER_NORMS))
+    }
+
+
 def hugging_face_config(shape: Shape) -> dict[str, Any]:
-    """The `config.json` of a `GPT2LMHeadModel` with the same logits."""
+    """Return the `config.json` of a `GPT2LMHeadModel` with the same logits."""
     model = shape.model
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -110,14 +106,14 @@ def save_weights(
     origin: Origin,
     provenance: object = None,
 ) -> None:
-    """Write a Hugging Face GPT-2 folder into the (staged) `folder`.
+    """Write a Hugging Face GPT-2 folder into the existing (staged) `folder`.
 
     Args:
-        folder: an existing folder, committed by the caller.
-        weights: the model's parameters by name, float32; emptied, so that no tensor is held twice.
-        shape: the model's shape.
-        origin: goes to `training.json`.
-        provenance: of an average; goes to `provenance.json`.
+        folder: committed by the caller.
+        weights: model parameters by name, float32; emptied to avoid holding tensors twice.
+        shape: shape of the model.
+        origin: contents of `training.json`.
+        provenance: contents of an average's `provenance.json`.
     """
     save_tensors(folder / WEIGHTS_FILE, weights, shape)
     write_json(folder / CONFIG_FILE, hugging_face_config(shape))
@@ -133,95 +129,97 @@ def save_tensors(
     tensors = {}
     for name in list(weights):
         value = weights.pop(name).detach().to("cpu", dtype)
-        tensors[name] = value.t().contiguous() if name.endswith(CONV1D) else value.contiguous()
+        tensors[name] = transpose_conv1d(name, value).contiguous()
     if not shape.model.bias:
-        tensors |= _zero_biases(tensors)
+        tensors |= zero_biases(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def bytes_of(tensors: Mapping[str, Tensor]) -> int:
-    """What tensors take on disk, but for a header."""
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Return the size of `tensors` on disk, without the header."""
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def load_shape(folder: Path) -> Shape:
-    """The shape of the model in a folder of weights.
+    """Read the shape of the model from `config.json`.
 
     Raises:
-        UserError: `config.json` is missing, damaged, or of another architecture.
+        UserError: the file is missing, damaged, or of another architecture.
     """
     return shape_of(read_json(folder / CONFIG_FILE), folder)
 
 
 def shape_of(config: Mapping[str, Any], folder: Path) -> Shape:
-    """The shape that a `config.json`, of `folder`, describes; see `load_shape`."""
+    """Return the shape that `config`, the contents of `config.json` in `folder`, describes."""
     if config.get("model_type") != "gpt2":
         raise UserError(
-            f"{folder} holds a model of type {config.get('model_type')!r}, not gpt2",
-            hint="only GPT-2 folders can be loaded here",
+            f"{folder} contains a model of type {config.get('model_type')!r}, not gpt2",
+            hint="name a folder with a GPT-2",
         )
-    for key, supported in _ONLY.items():
+    for key, supported in _REQUIRED_SETTINGS.items():
         if key in config and config[key] not in supported:
             raise UserError(
-                f"{folder / CONFIG_FILE}: {key} {config[key]!r} is not GPT-2 as it is computed here",
-                hint=f"only {' or '.join(map(repr, supported))}",
+                f"{folder / CONFIG_FILE}: {key} {config[key]!r} is not supported",
+                hint=f"supported: {' or '.join(map(repr, supported))}",
             )
-    own, eot = config.get("llmtrain", {}), config.get("eos_token_id")
     try:
         model = ModelConfig(
             n_layer=config["n_layer"],
             n_head=config["n_head"],
             n_embd=config["n_embd"],
             vocab_size=config["vocab_size"],
-            bias=own.get("bias", True),
+            bias=config.get("llmtrain", {}).get("bias", True),
             scale_attn_by_inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False),
         )
         block_size = DataConfig(path="", block_size=config["n_positions"]).block_size
-    except (KeyError, AttributeError, ValidationError) as error:
-        wrong = error.errors()[0] if isinstance(error, ValidationError) else None
-        what = (
-            f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
-            if wrong
-            else f"{error} is missing or wrong"
-        )
-        raise UserError(
-            f"{folder / CONFIG_FILE} is no GPT-2 config: {what}", hint="restore the file"
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise _invalid_config(
+            folder, f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
         ) from error
-    # Elsewhere there may be several such tokens, or none; what is computed here does not depend on it.
+    except (KeyError, AttributeError) as error:
+        raise _invalid_config(folder, f"{error} is missing or invalid") from error
+    # Public models have several end-of-text tokens or none; the logits do not depend on it.
+    eot = config.get("eos_token_id")
     return Shape(model, block_size, eot if isinstance(eot, int) else model.vocab_size - 1)
 
 
+def _invalid_config(folder: Path, problem: str) -> UserError:
+    return UserError(
+        f"{folder / CONFIG_FILE} is not a valid GPT-2 config: {problem}", hint="restore the file"
+    )
+
+
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a folder by the model's parameter names, on the CPU, in our layout.
+    """Load the weights by our parameter names, on the CPU, in our layout.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: a file is missing or damaged.
     """
     weights = {}
     for path in weights_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
-                    tensor = file.get_tensor(name)
+                for name in file.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
                     full = name if name.startswith("transformer.") else f"transformer.{name}"
-                    weights[full] = tensor.t().contiguous() if name.endswith(CONV1D) else tensor
+                    weights[full] = transpose_conv1d(name, file.get_tensor(name)).contiguous()
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"cannot read {path}: {error}",
-                hint="llmtrain verify PATH tells which files are damaged",
+                hint="run `llmtrain verify PATH` to find damaged files",
             ) from None
     return weights
 
 
 def load_model(folder: Path) -> GPT:
-    """The model in a folder of weights, on the CPU, in evaluation mode.
+    """Load the model of a folder on the CPU, in evaluation mode.
 
     Raises:
-        UserError: files are missing or damaged, or the tensors do not fit the config.
+        UserError: files are missing or damaged, or the tensors do not match the config.
     """
     shape = load_shape(folder)
     weights = load_weights(folder)
-    _require_fit(folder, shape, weights)
+    _check_sizes(folder, shape, weights)
     model = GPT(shape.model, shape.block_size)
     expected = model.state_dict()
     misfits = [
@@ -231,16 +229,17 @@ def load_model(folder: Path) -> GPT:
     ]
     if misfits:
         raise UserError(
-            f"{folder}: {len(misfits)} tensors are missing or of another shape, such as {misfits[0]}",
-            hint="config.json and model.safetensors do not belong together",
+            f"{folder}: {len(misfits)} tensors are missing or have another shape, "
+            f"such as {misfits[0]}",
+            hint="use the config.json and model.safetensors of one model",
         )
-    # What remains unused is the tied head and the biases of a model without biases, which are zero.
+    # Unused tensors are the tied head, and the zero biases of a model without biases.
     model.load_state_dict({name: weights[name] for name in expected})
     return model.eval()
 
 
-def _require_fit(folder: Path, shape: Shape, weights: Mapping[str, Tensor]) -> None:
-    """Raise a UserError unless the sizes of the config are those of the weights: before anything is built."""
+def _check_sizes(folder: Path, shape: Shape, weights: Mapping[str, Tensor]) -> None:
+    """Compare the sizes in the config with the weights before allocating a model."""
     layers = len({name.split(".")[2] for name in weights if name.startswith("transformer.h.")})
     width, vocabulary = shape.model.n_embd, shape.model.vocab_size
     sizes = {"wte": (vocabulary, width), "wpe": (shape.block_size, width)}
@@ -248,16 +247,8 @@ def _require_fit(folder: Path, shape: Shape, weights: Mapping[str, Tensor]) -> N
         tensor = weights.get(f"transformer.{name}.weight")
         if tensor is None or tuple(tensor.shape) != size or layers != shape.model.n_layer:
             raise UserError(
-                f"{folder} holds {layers} layers and {name} of {None if tensor is None else list(tensor.shape)}, "
+                f"{folder} contains {layers} layers and {name} of "
+                f"{None if tensor is None else list(tensor.shape)}, "
                 f"config.json says {shape.model.n_layer:,} and {list(size)}",
-                hint="config.json and model.safetensors do not belong together",
+                hint="use the config.json and model.safetensors of one model",
             )
-
-
-def _zero_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A zero for each bias that Hugging Face's GPT-2 has and a model without biases has not."""
-    return {
-        name.removesuffix("weight") + "bias": tensor.new_zeros(tensor.shape[-1])
-        for name, tensor in tensors.items()
-        if name.endswith((*CONV1D, "ln_1.weight", "ln_2.weight", "ln_f.weight"))
-    }

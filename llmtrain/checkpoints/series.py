@@ -1,7 +1,7 @@
-"""The checkpoints of one training run, by step: of our own runs and of folders on disk.
+"""Checkpoints of one training run by step: our runs, and folders on disk.
 
-Why: which window is wanted is decided on step numbers, before anything is opened. Steps are numbers,
-read from names, never texts or file times.
+Why steps first: a window is chosen by step numbers, before any checkpoint is opened. Steps are read
+from names, never from file times.
 
     series = run_series(RunFolder(Path("runs/demo"))); series.steps
 """
@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from llmtrain.checkpoints.checkpoint import TORCH_WEIGHTS_FILE, Checkpoint
-from llmtrain.checkpoints.open import open_folder, open_safetensors
-from llmtrain.checkpoints.weights_folder import WEIGHTS_FILE
+from llmtrain.checkpoints.checkpoint import Checkpoint
+from llmtrain.checkpoints.open import is_checkpoint, open_checkpoint
 from llmtrain.checkpoints.windows import (
     Window,
     describe_spacings,
@@ -28,13 +27,10 @@ from llmtrain.errors import UserError
 from llmtrain.storage.integrity import INTEGRITY_FILE, read_integrity
 from llmtrain.storage.run_folder import RunFolder, step_folders
 
-_DIFFERENCES_SHOWN = 8
-_STEP_IN_NAME = re.compile(r"(?:^|\D)(\d+)$")
+_MAX_DIFFERENCES = 8
+_STEP = re.compile(r"(?:^|\D)(\d+)$")
+_SHARD = re.compile(r"-\d+-of-\d+$")
 _FINAL_NAMES = ("final", "main")
-
-
-def _nothing_declared() -> dict[str, str]:
-    return {}
 
 
 @dataclass(frozen=True)
@@ -45,11 +41,9 @@ class Input:
     location: str
     """Path, or repository@commit."""
     open: Callable[[], Checkpoint] = field(compare=False, repr=False)
-    """Find its files (download them, for one on the hub) and read their headers."""
-    declared: Callable[[], Mapping[str, str]] = field(
-        compare=False, repr=False, default=_nothing_declared
-    )
-    """SHA-256 by file name as whoever wrote the files recorded it; empty where nobody did."""
+    """Find the files, or download them from the hub, and read their headers."""
+    declared: Callable[[], Mapping[str, str]] = field(compare=False, repr=False, default=dict)
+    """Return SHA-256 by file name as recorded by the writer; empty if not recorded."""
 
 
 @dataclass(frozen=True)
@@ -57,30 +51,30 @@ class Series:
     """Checkpoints that can be averaged."""
 
     name: str
-    """What a person calls it, for messages."""
+    """Name in messages."""
     averages: Path
-    """Folder under which its averages go by default."""
+    """Default parent folder of its averages."""
     inputs: Mapping[int, Input]
     """By step, ascending."""
     final: Input | None = None
-    """The finished model, where the series has one beside its steps."""
+    """Finished model, if stored next to the steps."""
     trusted: bool = False
-    """Its declared hashes are those of our own commit, and need not be computed again."""
+    """Declared hashes come from our own commit and need not be recomputed."""
     repository: str | None = None
-    """On the hub."""
+    """Name on the hub."""
 
     @property
     def steps(self) -> list[int]:
-        """What there is, ascending."""
+        """Steps, ascending."""
         return list(self.inputs)
 
     def windows(
         self, *, every: int, size: int, at: int | str, disjoint: bool = False
     ) -> list[Window]:
-        """The windows that `at` asks for: `last`, `all`, or the one that ends at a step.
+        """Return the windows for `at`: `last`, `all`, or the step at which one window ends.
 
         Raises:
-            UserError: there is none; says which steps there are and which spacings would do.
+            UserError: there is no such window; the message lists the steps and possible spacings.
         """
         find = disjoint_windows if disjoint else sliding_windows
         complete = find(self.steps, every=every, size=size)
@@ -94,161 +88,136 @@ class Series:
         if not chosen:
             ends = describe_steps([window[-1] for window in complete])
             raise UserError(
-                f"no complete {'disjoint ' if disjoint else ''}window of {size} checkpoints every {every:,} "
-                f"steps ends at step {at:,}; {self.name} has {describe_steps(self.steps)}",
+                f"no complete {'disjoint ' if disjoint else ''}window of {size} checkpoints every "
+                f"{every:,} steps ends at step {at:,}; {self.name} has {describe_steps(self.steps)}",
                 hint=f"windows end at {ends}",
             )
         return chosen
 
     def _no_window(self, every: int, size: int) -> UserError:
         spacings = possible_spacings(self.steps, size)
-        message = (
-            f"{self.name} has no {size} checkpoints every {every:,} steps; "
-            f"it has {len(self.steps)}: {describe_steps(self.steps)}"
-        )
         if spacings:
-            return UserError(
-                message, hint=f"--every {describe_spacings(spacings)} gives a window of {size}"
-            )
-        return UserError(message, hint=f"--window {max(len(self.steps), 1)} or less, or train on")
+            hint = f"--every {describe_spacings(spacings)} gives a window of {size}"
+        else:
+            hint = f"use --window {max(len(self.steps), 1)} or less, or continue training"
+        return UserError(
+            f"{self.name} has no {size} checkpoints every {every:,} steps; "
+            f"it has {len(self.steps)}: {describe_steps(self.steps)}",
+            hint=hint,
+        )
 
 
 def run_series(run: RunFolder) -> Series:
-    """The snapshots of a run taken after warm-up.
+    """Return the snapshots of a run after warm-up.
 
-    Averages that reach back into warm-up, or to the initial weights, are worse than the raw weights.
+    Averages that include warm-up or the initial weights are worse than the raw weights.
 
     Raises:
-        UserError: no run, or no snapshot after warm-up.
+        UserError: the run has no config, or no snapshot after warm-up.
     """
     warmup = load_config(run.config).schedule.warmup_steps
-    everything = step_folders(run.snapshots)
-    inputs = {step: own_input(step, path) for step, path in everything.items() if step > warmup}
+    snapshots = step_folders(run.snapshots)
+    inputs = {step: local_input(step, path) for step, path in snapshots.items() if step > warmup}
     if not inputs:
         raise UserError(
             f"{run.path} has no snapshot after its {warmup:,} warm-up steps; "
-            f"it has {describe_steps(list(everything))}",
-            hint="train on; checkpoint.snapshot_every says how often a snapshot is kept",
+            f"it has {describe_steps(list(snapshots))}",
+            hint="continue training; checkpoint.snapshot_every sets the steps between snapshots",
         )
     return Series(str(run.path), run.averages, inputs, trusted=True)
 
 
-def own_input(step: int, folder: Path) -> Input:
-    """A folder that was committed with its hashes."""
-    return Input(
-        step, str(folder), partial(open_folder, folder, step=step), partial(recorded_hashes, folder)
-    )
-
-
-def recorded_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file of a folder as recorded when it was committed; empty without a record.
-
-    Raises:
-        UserError: the record and a file disagree about its size, or the record is damaged.
-    """
-    if not (folder / INTEGRITY_FILE).exists():
-        return {}
-    record = read_integrity(folder)
-    for name, known in record.items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if known["bytes"] != size:
-            found = "is missing" if size is None else f"has {size:,} bytes"
-            raise UserError(
-                f"{path} {found} and was committed with {known['bytes']:,} bytes",
-                hint="the file is damaged: restore it, or average a window without this step",
-            )
-    return {name: str(known["sha256"]) for name, known in record.items()}
-
-
 def folder_series(folder: Path) -> Series:
-    """Checkpoints in a folder: `step1000/`, `checkpoint-1000/` … or `ckpt_1000.pt` …
+    """Return the checkpoints in a folder: `step1000/`, `checkpoint-1000/`, `ckpt_1000.pt`, ….
 
     The step is the number at the end of the name. Step 0 is left out.
 
     Raises:
-        UserError: nothing of the kind in it, or two checkpoints of one step.
+        UserError: the folder has no checkpoints, or two of one step.
     """
     if not folder.is_dir():
         raise UserError(
-            f"{folder} is no folder",
+            f"{folder} is not a directory",
             hint="name a run, a folder of checkpoints, or OWNER/NAME on the hub",
         )
-    found: dict[int, Path] = {}
+    paths: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
-        match = _STEP_IN_NAME.search(path.stem if path.is_file() else path.name)
-        if match is None or not is_checkpoint(path) or not int(match[1]):
+        step = _step_in_name(path)
+        if not step or not is_checkpoint(path):
             continue
-        if int(match[1]) in found:
+        if step in paths:
             raise UserError(
-                f"{found[int(match[1])]} and {path} are both of step {int(match[1]):,}",
+                f"{paths[step]} and {path} both have step {step:,}",
                 hint="keep one of them in the folder",
             )
-        found[int(match[1])] = path
-    if not found:
+        paths[step] = path
+    if not paths:
         raise UserError(
-            f"{folder} holds no checkpoints whose names end in their step",
+            f"{folder} contains no checkpoints whose names end in their step",
             hint="such as step1000/ or checkpoint-1000/ with model.safetensors, or ckpt_1000.pt",
         )
-    inputs = {step: path_input(step, found[step]) for step in sorted(found)}
-    finals = [
-        path_input(max(found), folder / name)
-        for name in _FINAL_NAMES
-        if is_checkpoint(folder / name)
-    ]
-    averages = Path("averages") / folder.resolve().name
-    return Series(str(folder), averages, inputs, final=finals[0] if finals else None)
+    inputs = {step: local_input(step, paths[step]) for step in sorted(paths)}
+    finals = [folder / name for name in _FINAL_NAMES if is_checkpoint(folder / name)]
+    final = local_input(max(paths), finals[0]) if finals else None
+    return Series(str(folder), Path("averages") / folder.resolve().name, inputs, final=final)
 
 
-def path_input(step: int, path: Path) -> Input:
-    """A folder of weights, a safetensors file, or a file of torch, of whatever origin."""
-    if path.is_dir():
-        return own_input(step, path)
-
-    def open_file() -> Checkpoint:
-        if path.suffix == ".safetensors":
-            return open_safetensors(path.parent, {path: None}, step, str(path))
-        from llmtrain.checkpoints.torch_files import (
-            open_training_file,  # torch takes a second to import
-        )
-
-        return open_training_file(path, step=step)
-
-    return Input(step, str(path), open_file)
+def _step_in_name(path: Path) -> int | None:
+    name = path.stem if path.is_file() else path.name
+    match = _STEP.search(name)
+    return int(match[1]) if match and not _SHARD.search(name) else None
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is a folder or a file of weights."""
-    if path.is_dir():
-        names = (WEIGHTS_FILE, TORCH_WEIGHTS_FILE)
-        return any(
-            (path / f"{name}{suffix}").exists() for name in names for suffix in ("", ".index.json")
-        )
-    return path.is_file() and path.suffix in (".pt", ".pth", ".ckpt")
+def local_input(step: int, path: Path) -> Input:
+    """Return the input for a folder or file of weights in any format."""
+    return Input(
+        step, str(path), partial(open_checkpoint, path, step=step), partial(recorded_hashes, path)
+    )
 
 
-def check_alike(checkpoints: Sequence[Checkpoint]) -> None:
-    """Compare names, shapes and dtypes of all tensors of all checkpoints, from headers alone.
+def recorded_hashes(folder: Path) -> dict[str, str]:
+    """Return SHA-256 by file name as recorded when `folder` was committed; empty without a record.
 
     Raises:
-        UserError: they differ; lists the tensors and the steps.
+        UserError: a file differs from the record in size, or the record is damaged.
     """
-    reference = checkpoints[-1]
-    newest = reference.tensors
+    if not (folder / INTEGRITY_FILE).exists():
+        return {}
+    record = read_integrity(folder)
+    for name, expected in record.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if expected["bytes"] != size:
+            found = "is missing" if size is None else f"has {size:,} bytes"
+            raise UserError(
+                f"{path} {found} and was committed with {expected['bytes']:,} bytes",
+                hint="restore the damaged file, or average a window without this step",
+            )
+    return {name: str(expected["sha256"]) for name, expected in record.items()}
+
+
+def require_same_tensors(checkpoints: Sequence[Checkpoint]) -> None:
+    """Compare names, shapes and dtypes of all tensors with the newest checkpoint's, from headers.
+
+    Raises:
+        UserError: they differ; the message lists tensors and steps.
+    """
+    newest = checkpoints[-1]
+    expected = newest.tensors
     differences = []
     for checkpoint in checkpoints[:-1]:
         tensors = checkpoint.tensors
         differences += [
             f"{name}: {tensors.get(name) or 'absent'} at step {checkpoint.step:,}, "
-            f"{newest.get(name) or 'absent'} at step {reference.step:,}"
-            for name in sorted(newest.keys() | tensors.keys())
-            if tensors.get(name) != newest.get(name)
+            f"{expected.get(name) or 'absent'} at step {newest.step:,}"
+            for name in sorted(expected.keys() | tensors.keys())
+            if tensors.get(name) != expected.get(name)
         ]
     if differences:
-        shown = "\n  ".join(differences[:_DIFFERENCES_SHOWN])
-        more = len(differences) - _DIFFERENCES_SHOWN
+        hidden = len(differences) - _MAX_DIFFERENCES
+        shown = differences[:_MAX_DIFFERENCES] + ([f"and {hidden} more"] if hidden > 0 else [])
         raise UserError(
-            f"the checkpoints do not hold the same tensors ({len(differences)} differences):\n  {shown}"
-            + (f"\n  and {more} more" if more > 0 else ""),
-            hint="only checkpoints of one model can be averaged",
+            f"the checkpoints contain different tensors ({len(differences)} differences):\n  "
+            + "\n  ".join(shown),
+            hint="average checkpoints of one model",
         )

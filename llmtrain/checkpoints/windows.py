@@ -1,24 +1,19 @@
-"""Which checkpoints make a window: steps s, s - N, …, s - (k-1)N, all of them present.
+"""Windows of checkpoints: steps s, s - N, …, s - (k-1)N, all present. Arithmetic on step numbers.
 
-Why apart: the rule is arithmetic on step numbers, the same for a run, a folder or a hub series, and
-what cannot be had must be answered with what can.
-
-    sliding_windows([20, 40, 60, 80], every=20, size=3)  # [(20, 40, 60), (40, 60, 80)]
+sliding_windows([20, 40, 60, 80], every=20, size=3)  # [(20, 40, 60), (40, 60, 80)]
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 Window = tuple[int, ...]
-"""Steps, ascending; the last one is the step the average stands for."""
+"""Steps, ascending; the last one is the step of the average."""
 
 
 def sliding_windows(steps: Sequence[int], *, every: int, size: int) -> list[Window]:
-    """Each complete window of `size` steps `every` apart, by its last step (Kaddour's LAWA).
+    """Return each complete window of `size` steps, `every` apart (Kaddour's LAWA).
 
-    Args:
-        steps: what there is, ascending.
-        every: distance between two checkpoints of a window, in training steps.
-        size: checkpoints in a window.
+    `steps` and the windows are in ascending order.
     """
     present = set(steps)
     candidates = (tuple(range(last - (size - 1) * every, last + 1, every)) for last in steps)
@@ -26,9 +21,9 @@ def sliding_windows(steps: Sequence[int], *, every: int, size: int) -> list[Wind
 
 
 def disjoint_windows(steps: Sequence[int], *, every: int, size: int) -> list[Window]:
-    """Complete windows that share no checkpoint, from the oldest on (Sanyal et al.'s script).
+    """Return complete windows that share no checkpoint, oldest first (Sanyal et al.'s script).
 
-    Two neighbours are at least `every` apart, so that they continue one grid where there is one.
+    Consecutive windows are at least `every` apart, so windows of a regular grid stay on it.
     """
     chosen: list[Window] = []
     for window in sliding_windows(steps, every=every, size=size):
@@ -38,7 +33,7 @@ def disjoint_windows(steps: Sequence[int], *, every: int, size: int) -> list[Win
 
 
 def possible_spacings(steps: Sequence[int], size: int) -> list[int]:
-    """Every N, ascending, for which `steps` hold at least one complete window of `size`."""
+    """Return every spacing, ascending, that gives at least one complete window of `size`."""
     if size == 1 or len(steps) < size:
         return []
     longest = (steps[-1] - steps[0]) // (size - 1)
@@ -47,17 +42,16 @@ def possible_spacings(steps: Sequence[int], size: int) -> list[int]:
 
 
 def describe_steps(steps: Sequence[int]) -> str:
-    """Steps as a person would say them: `20 to 900 every 20, 950`."""
+    """Format steps as ranges: `20 to 900 every 20, 950`."""
     parts = []
+    gaps = [after - before for before, after in pairwise(steps)]
     start = 0
     while start < len(steps):
         end = start + 1
-        while (
-            end + 1 < len(steps) and steps[end + 1] - steps[end] == steps[start + 1] - steps[start]
-        ):
+        while end < len(gaps) and gaps[end] == gaps[start]:
             end += 1
         if end - start >= 2:
-            every = steps[start + 1] - steps[start]
+            every = gaps[start]
             parts.append(f"{steps[start]:,} to {steps[end]:,} every {every:,}")
             start = end + 1
         else:
@@ -69,7 +63,7 @@ def describe_steps(steps: Sequence[int]) -> str:
 
 
 def describe_spacings(spacings: Sequence[int]) -> str:
-    """A few of the possible spacings: `20, 40, 60, … 220`."""
+    """Format up to six spacings: `20, 40, 60, 80, … 220`."""
     if len(spacings) <= 6:
         return ", ".join(map(str, spacings))
     return f"{', '.join(map(str, spacings[:4]))}, … {spacings[-1]}"

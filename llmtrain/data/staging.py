@@ -1,11 +1,12 @@
-"""The temporary folder in which data is built, and the checks of an existing target.
+"""Temporary folder of a preparation, and the check of its target.
 
-Why a folder around the shards: `.tmp-NAME/shards` becomes `NAME` in one rename, and the journal
-next to it remains until then, so a kill at any moment leaves something to resume.
+`.tmp-NAME/shards` becomes `NAME` in one rename. The journal next to it remains until then, so a
+preparation killed at any time can resume.
 
-    with staged(Path("data/web"), need) as staging: ...; staging.commit(manifest)
+    with staged(Path("data/web")) as staging: ...; staging.commit(manifest)
 """
 
+import errno
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtrain.data.copies import cache_folder
+from llmtrain.data.cache import cache_folder
 from llmtrain.data.journal import JOURNAL_FILE
 from llmtrain.data.manifest import (
     MANIFEST_FILE,
@@ -22,65 +23,66 @@ from llmtrain.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from llmtrain.data.shards import open_data
+from llmtrain.data.token_data import open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.storage.commit import commit_folder, temporary_folder, temporary_path
-from llmtrain.storage.disk import disk_errors
+from llmtrain.storage.disk import NO_ROOM, concerns, free_bytes
 
 
 @dataclass
-class Need:
-    """Estimate of the bytes still to be written; None if unknown."""
+class StagingFolder:
+    """`.tmp-NAME` in the target's parent, locked by this process.
 
-    bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class Staging:
-    """The temporary folder `.tmp-NAME`, locked by this process."""
+    `remaining_bytes` estimates what is still to be written; None if unknown.
+    """
 
     folder: Path
     target: Path
+    remaining_bytes: int | None = None
 
     @property
     def shards(self) -> Path:
-        """Folder that becomes the target."""
+        """The folder that becomes the target."""
         return self.folder / "shards"
 
     @property
     def documents(self) -> Path:
-        """Text that must be written before it can be read in parts; not resumable."""
+        """Downloaded or extracted text, which is deleted at the end."""
         return self.folder / "documents"
 
     @property
     def journal(self) -> Path:
-        """Record of the finished shards; see `Journal`."""
+        """The journal of finished shards."""
         return self.folder / JOURNAL_FILE
 
+    @property
+    def finished_shards(self) -> list[Path]:
+        """The shards that have their final names."""
+        return list(self.shards.glob("[!.]*.bin"))
+
+    def discard_shards(self) -> None:
+        """Delete the shards, so that nothing is resumed."""
+        shutil.rmtree(self.shards)
+
     def commit(self, manifest: Manifest) -> None:
-        """Add the manifest and give the shards their final name."""
+        """Write the manifest and rename the shards' folder to the target."""
         write_manifest(self.shards, manifest)
         commit_folder(self.shards, self.target)
 
 
 @contextmanager
-def staged(out: Path, need: Need) -> Iterator[Staging]:
-    """Lock the temporary folder of `out`; afterwards keep only finished shards and the journal.
+def staged(out: Path) -> Iterator[StagingFolder]:
+    """Lock and yield the folder in which `out` is built. At the end, keep only finished shards.
 
     Raises:
         UserError: another process builds `out`.
-        RunFailed: something cannot be written.
+        RunFailed: a write failed; the message contains the free and the needed space.
     """
     target = out.resolve()
-    staging = Staging(temporary_path(target), target)
-    new = [folder for folder in target.parents if not folder.exists()]
-    in_cache = target.is_relative_to(cache_folder().resolve())
-    elsewhere = "set LLMTRAIN_CACHE=FOLDER" if in_cache else "choose another folder with --out"
+    staging = StagingFolder(temporary_path(target), target)
+    created = [folder for folder in target.parents if not folder.exists()]
     try:
-        with (
-            disk_errors(out, needed=lambda: need.bytes, elsewhere=elsewhere),
-            temporary_folder(target, resumable=True),
-        ):
+        with temporary_folder(target, resumable=True):
             for leftover in staging.folder.iterdir():
                 if leftover.name not in {staging.shards.name, staging.journal.name}:
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -89,65 +91,62 @@ def staged(out: Path, need: Need) -> Iterator[Staging]:
                 yield staging
             finally:
                 shutil.rmtree(staging.documents, ignore_errors=True)
-                if not list(staging.shards.glob("[!.]*.bin")):
+                if not staging.finished_shards:
                     shutil.rmtree(staging.folder, ignore_errors=True)
     except OSError as error:
-        raise RunFailed(
-            f"cannot write {error.filename or out}: {error.strerror or error}", hint=elsewhere
-        ) from error
+        raise _write_failed(out, staging, error) from error
     finally:
-        for folder in new:
-            with suppress(OSError):  # it is not empty
+        for folder in created:  # only empty ones: rmdir fails on others
+            with suppress(OSError):
                 folder.rmdir()
 
 
-# --- the target --------------------------------------------------------------------------------
+def _write_failed(out: Path, staging: StagingFolder, error: OSError) -> RunFailed:
+    is_elsewhere = error.filename and not concerns(staging.target, error.filename)
+    message = f"cannot write {error.filename if is_elsewhere else out}: {error.strerror or error}"
+    hint = "choose another folder with --out"
+    if staging.folder.is_relative_to(cache_folder().resolve()):
+        hint = "set another folder to build in: LLMTRAIN_CACHE=FOLDER"
+    if error.errno in NO_ROOM:
+        message += f" ({_space(staging)})"
+        hint = f"free space, or {hint}"
+    if error.errno == errno.EFBIG:
+        hint = "raise the shell's limit on file sizes (ulimit -f), or lower --shard-tokens"
+    with suppress(OSError):  # a name that is too long
+        if finished := len(staging.finished_shards):
+            hint += f"; the same command resumes after the {finished:,} finished shard(s)"
+    return RunFailed(message, hint=hint)
 
-_ELSEWHERE = "choose another folder with --out, or delete this one"
+
+def _space(staging: StagingFolder) -> str:
+    free = f"{_size(free_bytes(staging.folder))} are free"
+    if staging.remaining_bytes is None:
+        return free
+    return f"about {_size(staging.remaining_bytes)} more are needed, {free}"
 
 
-def existing(out: Path, plan: PrepareSpec) -> Manifest | None:
-    """Return the manifest of `out` if it was made by `plan`; None if `out` is empty or missing.
+def _size(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def existing_data(out: Path, spec: PrepareSpec) -> Manifest | None:
+    """Return the manifest of `out` if it contains the data of `spec`; None if it is absent or empty.
 
     Raises:
-        UserError: `out` has other content.
+        UserError: `out` contains anything else, or is a mount point.
     """
     if out.resolve().is_mount():
         raise UserError(
             f"{out} is a mount point, which cannot be renamed",
-            hint=f"--out {shlex.quote(str(out / 'NAME'))}",
+            hint=f"choose a folder in it: --out {shlex.quote(str(out / 'NAME'))}",
         )
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST_FILE).is_file():
         raise UserError(
-            f"{out} exists and is not prepared data", hint="choose another folder with --out"
+            f"{out} exists and is not a data folder", hint="choose another folder with --out"
         )
     manifest = read_manifest(out)
-    require_same(str(out), manifest, plan)
+    manifest.require_spec(spec, str(out))
     open_data(out)
     return manifest
-
-
-def require_same(place: str, manifest: Manifest, plan: PrepareSpec) -> None:
-    """Raise UserError unless the data in `place` was made by `plan`."""
-    differences = _differences(plan.model_dump(), manifest.plan.model_dump())
-    if differences:
-        raise UserError(f"{place} holds other data: {'; '.join(differences[:3])}", hint=_ELSEWHERE)
-
-
-def _differences(
-    wanted: dict[str, object], found: dict[str, object], prefix: str = ""
-) -> list[str]:
-    """Return `key is X, not Y` for each leaf that differs between two nested records."""
-    differences = []
-    for key, value in wanted.items():
-        other, name = found[key], f"{prefix}{key}"
-        if isinstance(value, dict) and isinstance(other, dict):
-            differences += _differences(value, other, f"{name}.")
-        elif value != other:
-            brief = isinstance(value, (str, int, float)) and isinstance(other, (str, int, float))
-            differences.append(
-                f"{name} is {other!r}, not {value!r}" if brief else f"{name} differ(s)"
-            )
-    return differences

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from llmtrain.checkpoints.targets import Target
+from llmtrain.checkpoints.resolve import Target
 from llmtrain.errors import UserError, WriteFailed
 from llmtrain.storage.commit import write_atomically
 from llmtrain.storage.run_folder import step_name

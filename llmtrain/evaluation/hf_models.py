@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmtrain.checkpoints.gpt2_folder import load_model, load_shape, read_json
-from llmtrain.checkpoints.weights_folder import CONFIG_FILE
-from llmtrain.data.shards import TokenData
+from llmtrain.checkpoints.checkpoint import CONFIG_FILE
+from llmtrain.checkpoints.gpt2_folder import load_model, load_shape
+from llmtrain.data.token_data import TokenData
 from llmtrain.errors import UserError
 from llmtrain.model.gpt import GPT, IGNORE
 from llmtrain.model.tokenizer import has_same_ids, load_tokenizer, tokenizer_for_eot
+from llmtrain.storage.json_files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,9 +7,9 @@ Why apart from `targets.py`: measuring wants all of a run's weights, using wants
 
 import math
 
-from llmtrain.checkpoints.targets import Target, targets_named
+from llmtrain.checkpoints.resolve import Target, find_targets
 from llmtrain.evaluation.results import stored_rows
-from llmtrain.storage.run_folder import RAW, newest_run
+from llmtrain.storage.run_folder import RAW
 
 
 def choose_weights(name: str | None) -> tuple[Target, Target | None]:
@@ -24,7 +24,7 @@ def choose_weights(name: str | None) -> tuple[Target, Target | None]:
         UserError: it is none of these.
         RunFailed: the hub cannot be reached.
     """
-    return _best(targets_named(name or str(newest_run().path), every_snapshot=False))
+    return _best(find_targets(name))
 
 
 def _best(targets: list[Target]) -> tuple[Target, Target | None]:

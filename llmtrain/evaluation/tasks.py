@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import TypeAdapter
 
-from llmtrain.checkpoints.targets import Target
+from llmtrain.checkpoints.resolve import Target
 from llmtrain.errors import UserError
 from llmtrain.evaluation.cache import cached
 from llmtrain.evaluation.results import weights_sha256

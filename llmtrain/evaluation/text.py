@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from llmtrain.checkpoints.targets import Target
+from llmtrain.checkpoints.resolve import Target
 from llmtrain.config.loading import load_config
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.cache import cached

@@ -14,9 +14,9 @@ from pathlib import Path
 import yaml
 
 from llmtrain import __version__
+from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, load_origin
 from llmtrain.checkpoints.gpt2_folder import Shape
-from llmtrain.checkpoints.targets import Target
-from llmtrain.checkpoints.weights_folder import PROVENANCE_FILE, load_origin
+from llmtrain.checkpoints.resolve import Target
 from llmtrain.config.loading import dump_config, load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.manifest import MANIFEST_FILE, Manifest, read_manifest

@@ -14,19 +14,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llmtrain.checkpoints.checkpoint import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE, load_origin
 from llmtrain.checkpoints.gpt2_folder import (
-    CONFIG_FILE,
-    TRAINING_FILE,
-    WEIGHTS_FILE,
     Shape,
     hugging_face_config,
     load_model,
-    load_origin,
     load_shape,
     save_tensors,
-    write_json,
 )
-from llmtrain.checkpoints.targets import Target
+from llmtrain.checkpoints.resolve import Target
 from llmtrain.errors import UserError
 from llmtrain.evaluation.generation import tokenizer_of
 from llmtrain.evaluation.results import stored_rows
@@ -34,6 +30,7 @@ from llmtrain.export.model_card import model_card
 from llmtrain.model.gpt import GPT
 from llmtrain.model.tokenizer import Tokenizer, tokenizer_files
 from llmtrain.storage.commit import staged_folder
+from llmtrain.storage.json_files import write_json
 
 Form = Literal["hf", "nanogpt"]
 

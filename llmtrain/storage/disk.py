@@ -11,7 +11,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from llmtrain.errors import WriteFailed
@@ -27,20 +27,14 @@ _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 
 
 @contextlib.contextmanager
-def disk_errors(
-    target: Path,
-    *,
-    needed: int | Callable[[], int | None] | None = None,
-    elsewhere: str = "write elsewhere",
-) -> Iterator[None]:
+def disk_errors(target: Path, *, needed: int | None = None) -> Iterator[None]:
     """Replace disk errors by a WriteFailed that names `target`; pass other exceptions through.
 
     The clean-up of a failed write belongs inside the block, so that its bytes count as free.
 
     Args:
         target: final name; the block writes it or temporary names next to it.
-        needed: bytes still to be written, if known.
-        elsewhere: second half of the hint.
+        needed: total bytes, if known.
 
     Raises:
         WriteFailed: the disk is full, over quota or not writable.
@@ -48,20 +42,18 @@ def disk_errors(
     try:
         yield
     except Exception as error:
-        number, filename = _errno(error), getattr(error, "filename", None)
-        place = target if filename is None or _concerns(target, filename) else Path(filename)
+        number = _errno(error)
         if number in NO_ROOM:
             hint = NO_ROOM[number]
-        elif number in _FORBIDDEN and filename is not None and place == target:
+        elif number in _FORBIDDEN and concerns(target, getattr(error, "filename", None)):
             hint = "make that folder writable"
         else:
             raise
-        missing = needed() if callable(needed) else needed
-        room = "" if missing is None else f"{missing:,} bytes needed, "
-        room += f"{free_bytes(place):,} bytes free"
+        room = "" if needed is None else f"{needed:,} bytes needed, "
+        room += f"{free_bytes(target):,} bytes free"
         raise WriteFailed(
-            f"cannot write {place}: {os.strerror(number)} ({room})",
-            hint=f"{hint}, or {elsewhere}; the same command resumes from completed work",
+            f"cannot write {target}: {os.strerror(number)} ({room})",
+            hint=f"{hint}, or write elsewhere; the same command resumes from completed work",
         ) from error
 
 
@@ -78,8 +70,10 @@ def free_bytes(target: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def _concerns(target: Path, filename: str) -> bool:
+def concerns(target: Path, filename: str | None) -> bool:
     """Return whether a path is `target`, above or below it, or a temporary name of it."""
+    if filename is None:
+        return False
     path, target = Path(filename).absolute(), target.absolute()
     if path == target or path in target.parents or target in path.parents:
         return True

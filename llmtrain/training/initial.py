@@ -6,52 +6,39 @@ Why tensor by tensor: weights may be spread over processes, and none needs the w
     load_initial_weights(open_weights("openai-community/gpt2"), model, config)
 """
 
-import re
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from llmtrain.checkpoints.checkpoint import Checkpoint, Reader
-from llmtrain.checkpoints.gpt2_folder import CONV1D, load_shape, shape_of
-from llmtrain.checkpoints.header import ITEM_BYTES
-from llmtrain.checkpoints.hub_series import hub_checkpoint
-from llmtrain.checkpoints.numbers import to_float64
-from llmtrain.checkpoints.open import open_folder
-from llmtrain.checkpoints.torch_files import MASKS, open_training_file
+from llmtrain.checkpoints.gpt2_folder import CAUSAL_MASKS, load_shape, shape_of, transpose_conv1d
+from llmtrain.checkpoints.open import open_checkpoint
+from llmtrain.checkpoints.resolve import Repository, resolve
+from llmtrain.checkpoints.tensors import ITEM_BYTES, to_float64
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
 from llmtrain.model.gpt import GPT
 from llmtrain.runtime.sharded import copy_full_tensor
-from llmtrain.storage.run_folder import is_run
+from llmtrain.storage.run_folder import RunFolder
 
 _EMBEDDINGS = ("wte.weight", "wpe.weight")
 
 
 def open_weights(source: str) -> Checkpoint:
-    """The weights that `init_from` names, known from their headers; downloaded where they are on the hub.
+    """Open the weights that `init_from` names, from headers; download them if they are on the hub.
 
     Raises:
-        UserError: there is no such thing, or it cannot be read.
+        UserError: they do not exist, or cannot be read.
         RunFailed: the hub cannot be reached.
     """
-    path = Path(source)
-    if is_run(path):
+    found = resolve(source, key="init_from")
+    if isinstance(found, RunFolder):
         raise UserError(
-            f"init_from: {source} is a run, which holds many weights",
+            f"init_from: {source} is a run, which contains many weights",
             hint="name one of them: a folder in its snapshots/ or averages/",
         )
-    if path.is_dir():
-        return open_folder(path, step=0)
-    if path.is_file():
-        return open_training_file(path, step=0)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[^@]+)?", source) and not path.parent.exists():
-        repository, _, revision = source.partition("@")
-        return hub_checkpoint(repository, revision or "main")
-    raise UserError(
-        f"init_from: there is no {source}",
-        hint="a folder of weights, a nanoGPT .pt file, or a public model, owner/name",
+    return (
+        found.download() if isinstance(found, Repository) else open_checkpoint(found.path, step=0)
     )
 
 
@@ -102,7 +89,7 @@ def load_initial_weights(source: Checkpoint, model: GPT, config: RunConfig) -> N
         for stored in names.values():
             if (
                 stored.endswith("bias")
-                and not stored.endswith(MASKS)
+                and not stored.endswith(CAUSAL_MASKS)
                 and _read(reader, source, stored).any()
             ):
                 raise UserError(f"{source.location} has biases", hint="--set model.bias=true")
@@ -117,7 +104,7 @@ def _read(reader: Reader, source: Checkpoint, name: str) -> Tensor:
     values = np.empty(spec.count)
     to_float64(raw, spec.dtype, values)
     tensor = torch.from_numpy(values.astype(np.float32)).view(spec.shape)
-    return tensor.t() if name.endswith(CONV1D) else tensor
+    return transpose_conv1d(name, tensor)
 
 
 def _fitted(value: Tensor, fresh: Tensor, location: str, name: str) -> Tensor:

@@ -1,1 +1,1 @@
-"""What `scripts/bench` measures: a module for each of its commands, and how a measurement is made."""
+"""The commands of `scripts/bench`: one module per command, and the measuring itself."""

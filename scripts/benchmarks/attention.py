@@ -1,8 +1,8 @@
-"""Attention alone, in the two forms that the model has: whole products, and torch's fused kernel.
+"""Attention alone, in the model's two forms: materialized, and torch's fused kernel.
 
-Why: on a CPU the model takes one or the other by length and precision (`SHORT` in llmtrain/sizes.py). This
-shows on the processor at hand up to which length whole products are the faster form; and, with more --tokens,
-that it depends on the bytes of their weights too, which an allocator may give back to the system each time.
+On a CPU the model chooses by length and precision (`MAX_MATERIALIZED_LENGTH`). This command shows
+the length up to which the materialized form is faster here. With more --tokens, the size of the
+attention matrix matters too, because the allocator may return such blocks to the system.
 
     publish(measure([256, 1024], width=384, tokens=2048, rounds=7), None)
 
@@ -22,9 +22,9 @@ from llmtrain.runtime.device import Precision, resolve_device
 
 from .measure import Row, Side, Worker, not_measured, publish
 from .piece import PRECISIONS, compare, in_float64, piece, require_precision
-from .train import tokens_of
+from .shapes import tokens_of
 
-PRODUCTS, FUSED = "whole products", "fused"
+PRODUCTS, FUSED = "materialized", "fused"
 LENGTHS = [256, 512, 1024, 2048]
 HEAD = 64
 """Width of a head in every GPT-2."""
@@ -34,21 +34,20 @@ def attention(
     length: Annotated[
         list[int], typer.Option(min=1, help="Tokens in a sequence; repeatable.")
     ] = LENGTHS,
-    width: Annotated[int, typer.Option(min=HEAD, help="Of the model, in heads of 64.")] = 384,
+    width: Annotated[int, typer.Option(min=HEAD, help="Model width, a multiple of 64.")] = 384,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="In a batch.", show_default="2048, on a GPU 16384")
+        int | None,
+        typer.Option(min=1, help="Tokens in a batch.", show_default="2048, on a GPU 16384"),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that are measured.")] = 7,
-    json: Annotated[
-        Path | None, typer.Option(help="Write the figures to this file as well.")
-    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 7,
+    json: Annotated[Path | None, typer.Option(help="Also write the figures to this file.")] = None,
 ) -> None:
-    """Measure attention: time with and without backward, memory that it adds, error to float64."""
+    """Measure attention: time with and without backward, added memory, error vs float64."""
     publish(measure(length, width, tokens or tokens_of("6x384"), rounds=rounds), json)
 
 
 def measure(lengths: list[int], width: int, tokens: int, *, rounds: int) -> list[Row]:
-    """The rows of each precision and length."""
+    """Return the rows of each precision and length."""
     found = []
     for precision in PRECISIONS:
         if reason := require_precision(precision):
@@ -63,7 +62,7 @@ def measure(lengths: list[int], width: int, tokens: int, *, rounds: int) -> list
 
 
 def one_form(name: str, shape: tuple[int, ...], precision: Precision) -> Side:
-    """Queries, keys and values lie in memory as the model has them."""
+    """Build a side with queries, keys and values laid out in memory like the model's."""
     device = resolve_device("auto")
     torch.manual_seed(0)
     qkv = torch.randn(shape, device=device, dtype=getattr(torch, precision)).requires_grad_()

@@ -1,7 +1,7 @@
-"""`llmtrain average`, whole command: five checkpoints of GPT-2 small, or all sliding windows of twenty.
+"""`llmtrain average` as a whole command: five checkpoints of GPT-2 small, or all windows of twenty.
 
-Why the floor beside it: no way of averaging can do with less than reading every input and writing one
-output; `cat` and `cp` do that and nothing else. Files are in the page cache: disks are not measured.
+The lower bound is `cat` and `cp`: any averaging must read every input and write one output. Files
+are in the page cache, so disks are not measured.
 
     average(against="plain")
 """
@@ -17,7 +17,8 @@ from typing import Annotated, Literal
 import torch
 import typer
 
-from llmtrain.checkpoints.gpt2_folder import Origin, Shape, save_weights
+from llmtrain.checkpoints.checkpoint import Origin
+from llmtrain.checkpoints.gpt2_folder import Shape, save_weights
 from llmtrain.config.loading import dump_config
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.model.gpt import GPT
@@ -42,7 +43,7 @@ SIZES = {
         256,
     ),
 }
-"""What --at measures: its name, checkpoints, the model and its block size."""
+"""For each --at: the name, the number of checkpoints, the model and its block size."""
 TARGETS = {
     "last": {("llmtrain", "s"): "≤ 1.2", ("llmtrain", "MB"): "≤ 300"},
     "all": {("llmtrain", "read/inputs"): "≤ 1.1"},
@@ -58,20 +59,18 @@ def average(
         Literal["plain"] | None,
         typer.Option(help="plain: whole state dicts, loaded and added one by one."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Times each is measured.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 7,
     work: Annotated[
-        Path | None, typer.Option(help="Keep the checkpoints here, and use those that are.")
+        Path | None, typer.Option(help="Keep the checkpoints here and reuse existing ones.")
     ] = None,
-    json: Annotated[
-        Path | None, typer.Option(help="Write the figures to this file as well.")
-    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the figures to this file.")] = None,
 ) -> None:
-    """Measure `llmtrain average` of checkpoints that lie in the page cache."""
+    """Measure `llmtrain average` on checkpoints in the page cache."""
     publish(measure(at, against, rounds=rounds, work=work), json)
 
 
 def measure(at: str, against: str | None, *, rounds: int, work: Path | None = None) -> list[Row]:
-    """The rows of one average, or of all windows; see `SIZES`."""
+    """Return the rows of one average, or of all windows; see `SIZES`."""
     what, count, model, block = SIZES[at]
     with ExitStack() as stack:
         folder = (
@@ -94,7 +93,7 @@ def measure(at: str, against: str | None, *, rounds: int, work: Path | None = No
 
 
 def _write_run(series: RunFolder, count: int, shape: Shape) -> None:
-    """Snapshots as the trainer writes them: one model, and a small walk of random numbers from it."""
+    """Write snapshots like the trainer does: a model and a random walk from it."""
     steps = [EVERY * number for number in range(1, count + 1)]
     weights = dict(GPT(shape.model, shape.block_size, seed=1).named_parameters())
     generator = torch.Generator().manual_seed(1)

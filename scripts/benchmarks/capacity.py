@@ -1,8 +1,6 @@
-"""The largest micro-batch of a model that fits a GPU: ours, and that of a path that keeps the logits.
+"""The largest micro-batch that fits a GPU: ours, and that of a loop that keeps the logits.
 
-Why: what the logits of a batch do not take is room for a larger one, or for a larger model.
-
-    measure("gpt2-small")
+measure("gpt2-small")
 """
 
 from collections.abc import Callable
@@ -16,13 +14,14 @@ from llmtrain.model.gpt import GPT
 from llmtrain.runtime.device import resolve_device
 
 from .measure import Figures, Row, Side, Worker, not_measured, require_cuda, rows
-from .train import OURS, Shape, shape_of
+from .shapes import Shape, shape_of
+from .train import OURS
 
 _TARGETS = {(OURS, "sequences"): "≥ 2 × whole logits"}
 
 
 def measure(model: str) -> list[Row]:
-    """The rows of one model; on a CPU, that it was not measured."""
+    """Return the rows of one model; on a CPU, an unmeasured row."""
     what = f"largest micro-batch of {model}"
     if reason := require_cuda():
         return [not_measured(what, OURS, reason)]
@@ -31,12 +30,12 @@ def measure(model: str) -> list[Row]:
     for side, keep_logits in ((OURS, False), ("whole logits", True)):
         worker = Worker(largest, shape, keep_logits)
         taken[side] = [worker()]
-        worker.close()  # the other one needs the whole GPU too
+        worker.close()  # the other side needs the whole GPU
     return rows(what, taken, "whole logits", _TARGETS)
 
 
 def largest(shape: Shape, keep_logits: bool) -> Side:
-    """Sequences of the largest step (with fused AdamW, bfloat16) that fits, to within a sixteenth."""
+    """Build a side that finds the largest fitting step (fused AdamW, bfloat16) to a sixteenth."""
     device = resolve_device("auto")
     config = ModelConfig(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd)
     model = GPT(config, shape.block, seed=0).to(device)
@@ -56,7 +55,7 @@ def largest(shape: Shape, keep_logits: bool) -> Side:
         optimizer.step()
 
     def once() -> Figures:
-        step(1)  # the moments are there from now on
+        step(1)  # allocates the moments
         return {"sequences": float(_search(lambda sequences: _fits(step, sequences, optimizer)))}
 
     return once
@@ -73,7 +72,7 @@ def _fits(step: Callable[[int], None], sequences: int, optimizer: torch.optim.Op
 
 
 def _search(fits: Callable[[int], bool]) -> int:
-    """The largest number that fits: doubled until one does not, then halved towards it."""
+    """Return the largest fitting number: double until one fails, then bisect."""
     low, high = 1, 2
     while fits(high):
         low, high = high, 2 * high

@@ -1,7 +1,7 @@
-"""A whole command as a user starts it: seconds, memory at its peak and bytes read, of it and its children.
+"""Measure a whole command like a user starts it: seconds, peak memory and bytes read.
 
-Why through a process of its own: Linux counts what a process held before it became the command as the
-command's peak. The measuring process has torch in memory; the small one that starts the command has not.
+Why: a separate small process starts the command, because Linux counts memory held before `exec` as
+the command's peak, and the measuring process holds torch.
 
     measured = run([LLMTRAIN, "average", "run", "--every", "10"], cwd=folder)
 """
@@ -17,20 +17,20 @@ LLMTRAIN = str(Path(sys.executable).with_name("llmtrain"))
 
 
 def run(command: list[str], cwd: Path, *, tree: bool = False) -> dict[str, float]:
-    """Run a command; its standard output is thrown away.
+    """Run a command and discard its standard output.
 
     Args:
         command: the program and its arguments.
-        cwd: where.
-        tree: whether it starts others: memory is then the most that all held together.
+        cwd: working directory.
+        tree: include child processes: memory is the largest sum over the tree.
 
     Returns:
-        `s`: seconds until it has ended. `MB`: its peak resident memory; with `tree`, looked at 50 times a second,
-        pages that processes share counted in parts. `MB read`: what its system calls asked files and the page
-        cache for and got (`rchar`: its libraries too, and no page that is only mapped), in its own threads.
+        `s`: seconds until the end. `MB`: peak resident memory; with `tree`, the proportional set
+        size sampled 50 times a second. `MB read`: bytes returned by read calls (`rchar`: includes
+        libraries and page-cache hits, excludes mapped pages).
 
     Raises:
-        RuntimeError: it failed; says how.
+        RuntimeError: the command failed.
     """
     starter = [sys.executable, "-S", str(Path(__file__)), str(int(tree)), *command]
     done = subprocess.run(starter, cwd=cwd, capture_output=True, text=True, check=False)
@@ -47,7 +47,9 @@ def _measure(command: list[str], *, tree: bool) -> dict[str, float]:
     while tree and os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         most = max(most, _held_by_tree(process.pid))
         time.sleep(0.02)
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and still there to be asked
+    os.waitid(
+        os.P_PID, process.pid, os.WEXITED | os.WNOWAIT
+    )  # ended but not reaped: /proc is still readable
     seconds = time.perf_counter() - started
     read = next(
         int(line.split()[1]) for line in _lines(process.pid, "io") if line.startswith("rchar")
@@ -60,9 +62,9 @@ def _measure(command: list[str], *, tree: bool) -> dict[str, float]:
 
 
 def _held_by_tree(root: int) -> int:
-    """Bytes that a process and its descendants hold now."""
+    """Return the bytes that a process and its descendants hold now."""
     children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):  # noqa: PTH208  (pathlib takes longer than this whole look)
+    for entry in os.listdir("/proc"):  # noqa: PTH208  (pathlib is slower than the whole scan)
         if entry.isdecimal() and (stat := _lines(int(entry), "stat")):
             children.setdefault(int(stat[0].rpartition(")")[2].split()[1]), []).append(int(entry))
     held, todo = 0, [root]
@@ -76,7 +78,7 @@ def _held_by_tree(root: int) -> int:
 
 
 def _lines(pid: int, name: str) -> list[str]:
-    """What the kernel tells of a process; nothing where it has just ended."""
+    """Return the lines of a /proc file; none if the process has just ended."""
     try:
         return Path(f"/proc/{pid}/{name}").read_text().splitlines()
     except OSError:

@@ -1,7 +1,6 @@
-"""Evaluation: tokens per second of the loss on a split, beside those of training the same model.
+"""Evaluation: tokens per second of the loss on a split, compared with training the same model.
 
-Why beside training: an evaluation is a forward pass, a third of the work of a step. What is slower than
-that is waste, paid again for every snapshot and every average.
+An evaluation is a forward pass, a third of a training step's work.
 
     evaluate(model="6x384")
 """
@@ -15,7 +14,7 @@ import numpy as np
 import typer
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.data.mixture import open_training_data
+from llmtrain.data.token_data import open_training_data
 from llmtrain.evaluation.loss import evaluate as loss_of_split
 from llmtrain.model.gpt import GPT
 from llmtrain.model.tokenizer import load_tokenizer
@@ -23,24 +22,22 @@ from llmtrain.runtime.device import peak_memory, resolve_device, resolve_precisi
 
 from . import loops
 from .measure import Figures, Row, Side, Worker, publish, rows, take_turns
-from .train import MODELS, Shape, shape_of, write_tokens
+from .shapes import MODELS, Shape, shape_of, write_tokens
 
 _TARGETS = {("eval", "tokens/s"): "≥ 2.8 × training"}
 
 
 def evaluate(
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "6x384",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that are measured.")] = 7,
-    json: Annotated[
-        Path | None, typer.Option(help="Write the figures to this file as well.")
-    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 7,
+    json: Annotated[Path | None, typer.Option(help="Also write the figures to this file.")] = None,
 ) -> None:
-    """Measure evaluation beside training."""
+    """Measure evaluation compared with training."""
     publish(measure(model, rounds=rounds), json)
 
 
 def measure(model: str, *, rounds: int) -> list[Row]:
-    """The rows of one model."""
+    """Return the rows of one model."""
     shape = shape_of(model)
     with tempfile.TemporaryDirectory() as folder:
         write_tokens(Path(folder))
@@ -53,7 +50,7 @@ def measure(model: str, *, rounds: int) -> list[Row]:
 
 
 def evaluation(shape: Shape, data: Path) -> Side:
-    """`llmtrain eval`'s loss on the first tokens of a split, with its defaults."""
+    """Build the side of `llmtrain eval` on the first tokens of a split, with its defaults."""
     device = resolve_device("auto")
     precision = resolve_precision("auto", device)
     config = ModelConfig(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd)

@@ -1,6 +1,6 @@
-"""The benches of commands one after the other, what two cores can do in half an hour, and one table of their rows.
+"""Run the command benchmarks one after the other (half an hour on two cores) and print one table.
 
-Why rows that were not measured are there: a table is read as a claim, and what is left out as one too.
+Unmeasured rows are listed too, because a missing row would read like a claim.
 
     everything(json=Path("figures"))
 """
@@ -34,18 +34,18 @@ def everything(
         typer.Option(
             exists=True,
             file_okay=False,
-            help="A checkout with nanoGPT's model.py, to train beside ours.",
+            help="A checkout with nanoGPT's model.py to compare with.",
         ),
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Times each is measured.", show_default="3 to 11")
+        int | None, typer.Option(min=1, help="Measured rounds.", show_default="3 to 11")
     ] = None,
     json: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Write a file of figures for each command there."),
     ] = None,
 ) -> None:
-    """Measure all but `attention` and `head`; what cannot be measured here is listed with the reason."""
+    """Measure everything except `attention` and `head`; list unmeasurable rows with the reason."""
     if json is not None:
         json.mkdir(parents=True, exist_ok=True)
     found = []
@@ -61,15 +61,16 @@ def everything(
 def _benches(
     source: Path | None, checkout: Path | None, times: int | None
 ) -> dict[str, list[Callable[[], list[Row]]]]:
-    """What is measured, by command."""
+    """Return the measurements by command."""
     others = [
         "plain",
         *(["transformers"] if find_spec("transformers") else []),
         *map(str, filter(None, [checkout])),
     ]
-    # What the ratios are to comes first: on a GPU, nanoGPT's loop where there is one.
+    # The denominator comes first: nanoGPT's loop on a GPU, if given.
     rivals = [*map(str, filter(None, [checkout])), "plain"] if require_cuda() is None else ["plain"]
     training = partial(train.measure, batch=None, settings=[])
+    larger = () if require_cuda() else ("gpt2-medium", "gpt2-large")
     return {
         "startup": [partial(startup.measure, rounds=times or 11)],
         "average": [
@@ -82,8 +83,7 @@ def _benches(
         "train": [
             partial(training, others, "6x384", steps=3, rounds=times or 5),
             partial(training, rivals, "gpt2-small", steps=1, rounds=times or 3),
-            *([partial(training, rivals, model, steps=3, rounds=times or 5) for model in ("gpt2-medium", "gpt2-large")]
-              if require_cuda() is None else []),
+            *(partial(training, rivals, model, steps=3, rounds=times or 5) for model in larger),
             partial(capacity.measure, "gpt2-small"),
             partial(_not_measured_of_training, checkout),
         ],
@@ -104,7 +104,7 @@ def _not_measured_of_training(checkout: Path | None) -> list[Row]:
 
 
 def _tried(name: str, measure: Callable[[], list[Row]]) -> list[Row]:
-    """The rows; where a side failed, what it said in place of them."""
+    """Return the rows, or an unmeasured row with the error of a failed side."""
     try:
         return measure()
     except (UserError, RuntimeError, OSError) as error:

@@ -1,7 +1,7 @@
-"""The output head alone, forward and backward: ours, beside whole logits and the heads of others.
+"""The output head's cross-entropy, forward and backward: ours, whole logits, and libraries.
 
-Why: the head is most of the work of a small GPT-2 and nearly all of its memory, and there are libraries for
-it. Whether one of them has become the better choice is a matter of one command.
+The head is most of a small GPT-2's work and nearly all of its memory. This command shows whether a
+library has become the better choice.
 
     publish(measure(width=768, tokens=1024, vocabulary=50304, rounds=7), None)
 
@@ -19,15 +19,15 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
+from llmtrain.model.chunk_sizes import rows_per_chunk
 from llmtrain.model.cross_entropy import linear_cross_entropy
 from llmtrain.model.gpt import IGNORE
-from llmtrain.model.sizes import rows_per_chunk
 from llmtrain.runtime.device import Precision, resolve_device
 
 from .loops import VOCABULARY
 from .measure import Row, Side, Worker, not_measured, publish, require_cuda
 from .piece import PRECISIONS, compare, in_float64, piece, require_precision
-from .train import tokens_of
+from .shapes import tokens_of
 
 OURS, COMPILED, PLAIN = "llmtrain", "llmtrain, compiled", "whole logits"
 TORCH, ROUNDED = "torch", "torch, rounded sums"
@@ -36,28 +36,27 @@ _ON_CUDA = {
     "liger-kernel": "liger_kernel",
     "cut-cross-entropy": "cut_cross_entropy",
 }
-"""What needs a GPU, and the package that it comes with."""
+"""Sides that need a GPU, with their packages."""
 
 
 def head(
     width: Annotated[
-        int, typer.Option(min=1, help="Of the hidden states; GPT-2 small's is 768.")
+        int, typer.Option(min=1, help="Width of the hidden states; GPT-2 small has 768.")
     ] = 384,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="In a batch.", show_default="2048, on a GPU 16384")
+        int | None,
+        typer.Option(min=1, help="Tokens in a batch.", show_default="2048, on a GPU 16384"),
     ] = None,
-    vocabulary: Annotated[int, typer.Option(min=2, help="Logits a token.")] = VOCABULARY,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that are measured.")] = 7,
-    json: Annotated[
-        Path | None, typer.Option(help="Write the figures to this file as well.")
-    ] = None,
+    vocabulary: Annotated[int, typer.Option(min=2, help="Logits per token.")] = VOCABULARY,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 7,
+    json: Annotated[Path | None, typer.Option(help="Also write the figures to this file.")] = None,
 ) -> None:
-    """Measure the output head: time with and without backward, memory that it adds, error to float64."""
+    """Measure the output head: time with and without backward, added memory, error vs float64."""
     publish(measure(width, tokens or tokens_of("6x384"), vocabulary, rounds=rounds), json)
 
 
 def measure(width: int, tokens: int, vocabulary: int, *, rounds: int) -> list[Row]:
-    """The rows of one shape, in each precision."""
+    """Return the rows of one shape in each precision."""
     shape = f"head {width} × {vocabulary}, {tokens} tokens"
     missing = {name: reason for name in LOSSES if (reason := _missing(name))}
     found = [not_measured(shape, name, reason) for name, reason in missing.items()]
@@ -75,7 +74,7 @@ def measure(width: int, tokens: int, vocabulary: int, *, rounds: int) -> list[Ro
 
 
 def _missing(name: str) -> str | None:
-    """Why a side cannot be measured here."""
+    """Return why a side cannot be measured here, or None."""
     if name in (TORCH, ROUNDED) and not hasattr(nn, "LinearCrossEntropyOptions"):
         return f"torch {torch.__version__} has no linear_cross_entropy in chunks"
     if name not in _ON_CUDA:
@@ -84,7 +83,7 @@ def _missing(name: str) -> str | None:
 
 
 def one_loss(name: str, width: int, tokens: int, vocabulary: int, precision: Precision) -> Side:
-    """Weights in float32, as a model has them; logits with a standard deviation of 2."""
+    """Build a side with float32 weights and logits with a standard deviation of 2."""
     device = resolve_device("auto")
     torch.manual_seed(0)
     hidden_NC = torch.randn(tokens, width, device=device).requires_grad_()
@@ -97,7 +96,7 @@ def one_loss(name: str, width: int, tokens: int, vocabulary: int, precision: Pre
 
 
 def _exact(hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> tuple[Tensor, ...]:
-    """A few rows at a time."""
+    """Compute a few rows at a time."""
     hidden_NC, weight_VC = in_float64(hidden_NC), in_float64(weight_VC)
     total = torch.zeros((), dtype=torch.float64, device=hidden_NC.device)
     for hidden_RC, targets_R in zip(
@@ -117,14 +116,14 @@ def _whole(hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
 def _torch(
     hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, *, rounded: bool = False
 ) -> Tensor:
-    """Sums, softmax and gradients in float32, or `rounded` as the products are."""
+    """Compute sums, softmax and gradients in float32, or `rounded` like the products."""
     hidden_NC, weight_VC = _cast(hidden_NC), _cast(weight_VC)
     kind, item = hidden_NC.device.type, hidden_NC.element_size()
-    # Its own choice for a CPU, 8 rows, takes 3 to 7 times as long.
+    # torch's default for a CPU, 8 rows, takes 3 to 7 times as long.
     rows = (
         None
         if kind != "cpu"
-        else rows_per_chunk(len(hidden_NC), len(weight_VC), item=item, kind=kind)
+        else rows_per_chunk(len(hidden_NC), len(weight_VC), itemsize=item, device_type=kind)
     )
     sums = hidden_NC.dtype if rounded else torch.float32
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, acc_dtype=sums)
@@ -138,14 +137,14 @@ def _liger(hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
 
 
 def _cut(hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
-    """As its authors advise for pre-training: no entry of the weight's gradient is left out for being small."""
+    """Compute with all gradient entries kept, as the authors advise for pre-training."""
     from cut_cross_entropy import linear_cross_entropy as cut
 
     return cut(_cast(hidden_NC), _cast(weight_VC), targets_N, impl="cce_kahan_full_c")
 
 
 def _cast(tensor: Tensor) -> Tensor:
-    """In autocast's type, where it is on: for those that take what they are given."""
+    """Cast to autocast's dtype if it is enabled, for libraries that do not cast."""
     kind = tensor.device.type
     return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
@@ -159,4 +158,4 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "liger-kernel": _liger,
     "cut-cross-entropy": _cut,
 }
-"""Hidden states (N, C), weight (V, C) and targets (N,) to the mean loss, shape ()."""
+"""Function from hidden states (N, C), weight (V, C) and targets (N,) to the mean loss ()."""

@@ -1,7 +1,6 @@
-"""The training loops that are compared: ours, and those of others, each on the same tokens and shape.
+"""The compared training loops: ours and alternatives, on the same tokens and shape.
 
-Why: a loop of others is written as its users write it, in its few lines, so that a reader can judge
-whether it was treated fairly.
+Each alternative is written the way its users write it, so that a reader can judge the comparison.
 
     side = plain(shape, folder, steps=3, name="plain"); side()
 """
@@ -11,7 +10,6 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,27 +18,25 @@ from torch import Tensor, nn
 
 from llmtrain.config.loading import load_config
 from llmtrain.config.schema import ModelConfig, RunConfig
-from llmtrain.data.mixture import open_training_data
+from llmtrain.data.token_data import open_training_data
 from llmtrain.model.gpt import GPT
 from llmtrain.runtime.device import keep_freed_memory, peak_memory, resolve_device
 from llmtrain.runtime.distributed import World
 from llmtrain.runtime.signals import Interrupt
 from llmtrain.storage.run_folder import RunFolder
-from llmtrain.training.compile import compile_model
 from llmtrain.training.micro_batch import find_micro_batch
 from llmtrain.training.trainer import Trainer
+from llmtrain.training.worker import compile_model, make_worker
 
 from .measure import Figures, Side, seconds
-
-if TYPE_CHECKING:
-    from .train import Shape
+from .shapes import Shape
 
 VOCABULARY = 50304
 _RECIPE = Path(__file__).parents[2] / "configs" / "gpt2-small.yaml"
 
 
-def config_of(shape: "Shape", data: Path, settings: list[str]) -> RunConfig:
-    """A run of the shape on the tokens in `data`."""
+def config_of(shape: Shape, data: Path, settings: list[str]) -> RunConfig:
+    """Return the config of a run with the shape on the tokens in `data`."""
     return load_config(
         _RECIPE,
         [
@@ -53,35 +49,34 @@ def config_of(shape: "Shape", data: Path, settings: list[str]) -> RunConfig:
     )
 
 
-def step_of_ours(shape: "Shape", data: Path, settings: list[str]) -> Callable[[], Tensor]:
-    """`Trainer.step`, as `llmtrain pretrain` calls it; its loss."""
+def step_of_ours(shape: Shape, data: Path, settings: list[str]) -> Callable[[], Tensor]:
+    """Return a function that runs `Trainer.step` like `llmtrain pretrain` and returns the loss."""
     config = config_of(shape, data, settings)
     device = resolve_device("auto")
-    trainer = Trainer(
-        config, RunFolder(data / "run"), open_training_data(config.data), World(), device, print
-    )
+    worker = make_worker(config, World(), device, print)
+    trainer = Trainer(worker, RunFolder(data / "run"), open_training_data(config.data))
     keep_memory(device)
-    find_micro_batch(trainer, print)
-    trainer.forward = compile_model(trainer, print)
+    find_micro_batch(worker, trainer.progress, print)
+    worker.forward = compile_model(worker, trainer.progress.micro_batch)
     interrupt = Interrupt(None)
 
     return lambda: trainer.step(interrupt)[0]
 
 
 def keep_memory(device: torch.device) -> None:
-    """As training and evaluation do, until the process of this side ends."""
+    """Keep freed memory like training and evaluation do, until the process ends."""
     stack = ExitStack()
     stack.enter_context(keep_freed_memory(device))
     atexit.register(stack.close)
 
 
-def ours(shape: "Shape", data: Path, steps: int, settings: list[str]) -> Side:
-    """`llmtrain pretrain`."""
+def ours(shape: Shape, data: Path, steps: int, settings: list[str]) -> Side:
+    """Build the side of `llmtrain pretrain`."""
     return _timed(step_of_ours(shape, data, settings), steps, shape)
 
 
-def plain(shape: "Shape", data: Path, steps: int, name: str) -> Side:
-    """The same model eager in float32, whole logits, AdamW as torch has it by default."""
+def plain(shape: Shape, data: Path, steps: int, name: str) -> Side:
+    """Build the same model in eager float32 with whole logits and torch's default AdamW."""
     config = ModelConfig(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd)
     device = resolve_device("auto")
     model = GPT(config, shape.block, seed=0).to(device)
@@ -92,8 +87,8 @@ def plain(shape: "Shape", data: Path, steps: int, name: str) -> Side:
     return _timed(_loop(model, loss, data, shape, device), steps, shape)
 
 
-def transformers(shape: "Shape", data: Path, steps: int, name: str) -> Side:
-    """GPT2LMHeadModel in a plain loop, in float32; its loss shifts the labels by itself."""
+def transformers(shape: Shape, data: Path, steps: int, name: str) -> Side:
+    """Build GPT2LMHeadModel in a plain float32 loop; its loss shifts the labels itself."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     device = resolve_device("auto")
@@ -116,8 +111,8 @@ def transformers(shape: "Shape", data: Path, steps: int, name: str) -> Side:
     return _timed(_loop(model, loss, data, shape, device), steps, shape)
 
 
-def checkout(shape: "Shape", data: Path, steps: int, name: str) -> Side:
-    """nanoGPT's model.py from the folder `name`, with the settings of its train.py for the device."""
+def checkout(shape: Shape, data: Path, steps: int, name: str) -> Side:
+    """Build nanoGPT's model.py from the folder `name` with the settings of its train.py."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", Path(name) / "model.py")
     if spec is None or spec.loader is None:
         raise FileNotFoundError(f"{name} has no model.py")
@@ -141,7 +136,7 @@ def checkout(shape: "Shape", data: Path, steps: int, name: str) -> Side:
     def loss(inputs: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(
             device.type, torch.bfloat16, enabled=cuda
-        ):  # its train.py: float32 on a CPU
+        ):  # nanoGPT's train.py uses float32 on a CPU
             result: Tensor = forward(inputs, targets)[1]
         return result
 
@@ -152,7 +147,7 @@ OTHERS: dict[str, Callable[..., Side]] = {"plain": plain, "transformers": transf
 
 
 def matrix_products() -> Side:
-    """The rate of the device in bfloat16 products of square matrices, the yardstick of a share."""
+    """Build the yardstick: the device's rate of bfloat16 products of square matrices."""
     device = resolve_device("auto")
     size = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
@@ -163,8 +158,8 @@ def matrix_products() -> Side:
     return once
 
 
-def flops_per_token(shape: "Shape") -> int:
-    """Model FLOPs to train on one token, as `llmtrain pretrain` counts them."""
+def flops_per_token(shape: Shape) -> int:
+    """Return the model FLOPs per trained token, counted like `llmtrain pretrain`."""
     config = ModelConfig(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd)
     with torch.device("meta"):
         return GPT(config, shape.block).flops_per_token()
@@ -174,11 +169,11 @@ def _loop(
     model: nn.Module,
     loss_of: Callable[[Tensor, Tensor], Tensor],
     data: Path,
-    shape: "Shape",
+    shape: Shape,
     device: torch.device,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Callable[[], Tensor]:
-    """A step of a plain loop: zero, forward, backward, clip, step."""
+    """Return a step of a plain loop: zero, forward, backward, clip, step."""
     optimizer = optimizer or torch.optim.AdamW(
         model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1
     )
@@ -196,8 +191,8 @@ def _loop(
     return step
 
 
-def _batches(data: Path, shape: "Shape", device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """As nanoGPT draws them: windows at random places."""
+def _batches(data: Path, shape: Shape, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield windows at random positions, like nanoGPT."""
     tokens, generator = np.memmap(data / "train.bin", np.uint16, "r"), np.random.default_rng(0)
     while True:
         starts = generator.integers(len(tokens) - shape.block, size=shape.batch)
@@ -208,8 +203,8 @@ def _batches(data: Path, shape: "Shape", device: torch.device) -> Iterator[tuple
         yield both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
-def _timed(step: Callable[[], Tensor], steps: int, shape: "Shape") -> Side:
-    """Rounds of so many steps: tokens per second and peak memory."""
+def _timed(step: Callable[[], Tensor], steps: int, shape: Shape) -> Side:
+    """Return a side that runs this many steps: tokens per second and peak memory."""
     device = resolve_device("auto")
 
     def once() -> Figures:

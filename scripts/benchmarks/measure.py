@@ -1,10 +1,11 @@
-"""How a measurement is made: sides in turns, medians with quartiles, ratios of the same round.
+"""Measure sides in turns; report medians, quartiles and ratios within a round.
 
-Why: machines are shared and their clocks move. Two sides that take turns see the same machine, so the
-ratio of a round says more than any number of seconds; and what is shown is the middle and the spread
-of many rounds, never the best one.
+Why: machines are shared and their speed changes. Two sides that take turns see the same machine, so
+a ratio within a round is more reliable than seconds. The table shows the median and the spread of
+all rounds, never the best one.
 
-    rounds = take_turns({"ours": once, "plain": other}, rounds=5); publish("eval", rows(rounds, "plain"))
+    taken = take_turns({"ours": once, "plain": other}, rounds=5)
+    publish(rows("eval", taken, "plain", {}), None)
 """
 
 import json
@@ -30,9 +31,9 @@ from torch import Tensor
 from llmtrain.runtime.device import environment, resolve_device
 
 Figures = Mapping[str, float]
-"""What one round of one side gave: figure (with its unit) → value, such as {"tokens/s": 1475.0}."""
+"""Figures of one round of one side, with units in the names: {"tokens/s": 1475.0}."""
 Side = Callable[[], Figures]
-"""Does the work of one round."""
+"""A function that does the work of one round."""
 
 
 @dataclass(frozen=True)
@@ -40,34 +41,34 @@ class Row:
     """One figure of one side."""
 
     what: str
-    """Measured on what: a model, a command."""
+    """The measured model or command."""
     side: str
     figure: str
     median: float | None
-    """None: not measured, for the reason in `note`."""
+    """None: not measured; `note` has the reason."""
     low: float | None = None
     """First quartile of the rounds."""
     high: float | None = None
     """Third quartile."""
     rounds: int = 0
     ratio: float | None = None
-    """Median, over the rounds, of this side's figure by that of the side it is compared with."""
+    """Median over the rounds of this side's figure divided by that of `against`."""
     target: str = ""
-    """What the ratio, or the figure, is meant to be."""
+    """Target of the ratio or the figure."""
     note: str = ""
     against: str = ""
-    """The side that the ratio is to."""
+    """The side in the denominator of the ratio."""
 
 
 class Worker:
-    """A side in a process of its own: its memory is its own, and it computes only in its turn."""
+    """A side in a separate process, so that its memory is measured alone."""
 
     def __init__(self, build: Callable[..., Side], *arguments: Any) -> None:
         """Start the process.
 
         Args:
-            build: a function of a module, called there; what it returns does one round.
-            arguments: for it.
+            build: an importable function; it is called in the process and returns the side.
+            arguments: arguments of `build`.
         """
         here, there = multiprocessing.Pipe()
         self._connection = here
@@ -76,10 +77,10 @@ class Worker:
         self._process.start()
 
     def __call__(self) -> Figures:
-        """One round, there.
+        """Run one round in the process.
 
         Raises:
-            RuntimeError: what went wrong there.
+            RuntimeError: the round failed or the process ended.
         """
         self._connection.send("go")
         while not self._connection.poll(1):
@@ -103,16 +104,16 @@ def _serve(connection: Connection, build: Callable[..., Side], arguments: Sequen
         try:
             side = side or build(*arguments)
             connection.send(dict(side()))
-        except Exception as error:  # whatever it is, the other process tells it
+        except Exception as error:  # the parent process reports it
             connection.send(error)
 
 
 def take_turns(
     sides: Mapping[str, Side], rounds: int, *, unmeasured: int = 1
 ) -> dict[str, list[Figures]]:
-    """Each side once a round, `rounds` times, after some that are not measured (building, compiling, caches).
+    """Run each side once per round, after some unmeasured rounds (building, compiling, caches).
 
-    Sides in processes of their own are ended with it.
+    Workers are closed at the end.
     """
     taken: dict[str, list[Figures]] = {name: [] for name in sides}
     with Console(stderr=True).status("") as status, ExitStack() as workers:
@@ -132,7 +133,7 @@ def take_turns(
 
 
 def seconds(work: Callable[[], Tensor], times: int) -> float:
-    """Of so many calls, until the device has done them."""
+    """Return the seconds of this many calls, until the device has finished."""
     started = time.perf_counter()
     for _ in range(times):
         result = work()
@@ -146,13 +147,13 @@ def rows(
     against: str | None,
     targets: Mapping[tuple[str, str], str],
 ) -> list[Row]:
-    """A row for each side and figure.
+    """Return a row for each side and figure.
 
     Args:
-        what: was measured.
-        taken: what `take_turns` gave.
-        against: the side that the ratios are to; None: no ratios.
-        targets: of (side, figure).
+        what: the measured model or command.
+        taken: the result of `take_turns`.
+        against: the side in the denominator; None: no ratios.
+        targets: by (side, figure).
     """
     return [
         _row(what, side, figure, taken, against, targets.get((side, figure), ""))
@@ -184,7 +185,7 @@ def _row(
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median and third quartile; one value is all three."""
+    """Return first quartile, median and third quartile; one value is all three."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -192,7 +193,7 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def facts() -> dict[str, Any]:
-    """On what, with which versions, and when."""
+    """Return the machine, the versions and the date."""
     return environment(resolve_device("auto")) | {"date": date.today().isoformat()}
 
 
@@ -204,15 +205,16 @@ def publish(found: Sequence[Row], path: Path | None) -> None:
 
 
 def show(found: Sequence[Row]) -> None:
-    """Print a table for each thing that was measured, of at most 80 columns, and below what was not."""
+    """Print a table per measurement, at most 80 columns wide, then the unmeasured rows."""
     console = Console(width=None if sys.stdout.isatty() else 80, highlight=False)
     about = facts()
     console.print(
-        f"{about['processor']}, {about['threads']} threads, {about['device']}, torch {about['torch']}"
+        f"{about['processor']}, {about['threads']} threads, {about['device']}, "
+        f"torch {about['torch']}"
     )
     measured = [row for row in found if row.median is not None]
     for (what, against), group in groupby(measured, lambda row: (row.what, row.against)):
-        console.print(_table(what + (f"; ratio: to {against}" if against else ""), list(group)))
+        console.print(_table(what + (f"; ratio to {against}" if against else ""), list(group)))
     for row in found:
         if row.median is None:
             console.print(
@@ -244,24 +246,24 @@ def _table(title: str, found: Sequence[Row]) -> Table:
 
 
 def _number(value: float | None) -> str:
-    """Three digits, and all of those before the point: 0.0123, 1.23, 1,234."""
+    """Format with three significant digits, or as an integer: 0.0123, 1.23, 1,234."""
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def write(found: Iterable[Row], path: Path) -> None:
-    """Write the rows as JSON with what they were measured on; a file that is there gives way."""
+    """Write the rows and the machine as JSON; an existing file is replaced."""
     path.write_text(
         json.dumps({"on": facts(), "rows": [asdict(row) for row in found]}, indent=2) + "\n"
     )
 
 
 def not_measured(what: str, side: str, why: str) -> Row:
-    """The row of something that cannot be measured here."""
+    """Return the row of a figure that cannot be measured here."""
     return Row(what, side, "", None, note=why)
 
 
 def require_cuda() -> str | None:
-    """Why GPU rows cannot be measured here, or None where they can."""
+    """Return why GPU rows cannot be measured here, or None if they can."""
     return None if torch.cuda.is_available() else "no CUDA device here"

@@ -1,7 +1,6 @@
-"""A piece of the model alone: time of its forward and backward, memory that it adds, its error to float64.
+"""Measure one part of the model: forward and backward time, added memory, error vs float64.
 
-Why the error: rounding more, or leaving terms out, makes anything faster. It is found in the process that
-is measured, once, before any time is taken.
+Why: the error is measured too, because more rounding makes anything faster.
 
     side = piece(forward, [inputs], "bfloat16", exact, times=3); side()
 """
@@ -26,7 +25,7 @@ PRECISIONS: tuple[Precision, ...] = ("bfloat16", "float32")
 
 
 def compare(what: str, sides: Mapping[str, Worker], rounds: int, against: str) -> list[Row]:
-    """The rows of some sides; in place of those of one that fails at once, what it said."""
+    """Return the rows of the sides; a side that fails at once becomes an unmeasured row."""
     running, failed = dict(sides), []
     for name, worker in sides.items():
         try:
@@ -46,15 +45,15 @@ def piece(
     times: int,
     upstream: Tensor | None = None,
 ) -> Side:
-    """A side of it.
+    """Build a side.
 
     Args:
         forward: called within autocast.
-        leaves: whose gradients the backward pass forms.
-        precision: of matrix products.
-        exact: gives, in float64, what `forward` does, and the gradients of the leaves.
-        times: passes in a round.
-        upstream: the gradient of the result; None where that is a loss.
+        leaves: tensors whose gradients are computed.
+        precision: precision of matrix products.
+        exact: returns the result of `forward` and the leaves' gradients in float64.
+        times: passes per round.
+        upstream: gradient of the result; None if the result is a loss.
     """
     device = resolve_device("auto")
 
@@ -74,7 +73,7 @@ def piece(
     held = peak_memory(device)
     training()
     found = training()
-    added = peak_memory(device) - held  # now: the comparison takes far more
+    added = peak_memory(device) - held  # before the comparison, which takes far more memory
     right, *gradients = exact()
     once = {
         "MB added": added / 1e6,
@@ -90,20 +89,20 @@ def piece(
 
 
 def in_float64(tensor: Tensor) -> Tensor:
-    """A copy that wants a gradient of its own; on the CPU where the device has no float64."""
+    """Return a float64 leaf copy, on the CPU if the device lacks float64."""
     place = "cpu" if tensor.device.type == "mps" else tensor.device
     return tensor.detach().to(place).double().requires_grad_()
 
 
 def _relative_error(found: Tensor | None, exact: Tensor) -> float:
-    """The norm of the difference by that of the exact one."""
+    """Return the norm of the difference divided by that of the exact tensor."""
     assert found is not None
     return float((found.to(exact.device).double() - exact).norm() / exact.norm())
 
 
 def require_precision(precision: Precision) -> str | None:
-    """Why matrix products of a precision are not measured here, or None where they are."""
+    """Return why a precision is not measured here, or None if it is."""
     native = (
         precision == "float32" or resolve_precision("auto", resolve_device("auto")) == precision
     )
-    return None if native else f"no {precision} products in this device"
+    return None if native else f"this device has no native {precision} products"

@@ -1,6 +1,6 @@
-"""The mean of windows of five checkpoints as it is usually written: whole state dicts, loaded and added.
+"""Average windows of five checkpoints in the usual way: load and add whole state dicts.
 
-Source: the loop of the code of Sanyal et al. 2023, with safetensors in place of pickles.
+Source: the loop of Sanyal et al. 2023 with safetensors instead of pickles.
 
     python plain_average.py TARGET INPUT INPUT INPUT INPUT INPUT ...
 """
@@ -13,7 +13,7 @@ WINDOW = 5
 
 
 def main(target: str, inputs: list[str]) -> None:
-    """Write every window's mean to `target`, one after the other."""
+    """Write every window's mean to `target` in turn."""
     for first in range(len(inputs) - WINDOW + 1):
         total = load_file(inputs[first])
         for path in inputs[first + 1 : first + WINDOW]:

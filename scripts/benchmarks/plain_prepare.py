@@ -1,7 +1,7 @@
-"""The data preparation of nanoGPT, in its few lines: `datasets.map` with tiktoken, then a memmap.
+"""nanoGPT's data preparation: `datasets.map` with tiktoken, then a memmap.
 
-Source: data/openwebtext/prepare.py of nanoGPT, with a .jsonl file in place of the hub's data set, a process
-a core, and GPT-2's ranks from the package, which need no download.
+Source: nanoGPT's data/openwebtext/prepare.py with a .jsonl file instead of the hub's data set, one
+process per core, and GPT-2's ranks from the package (no download).
 
     python plain_prepare.py SOURCE FOLDER
 """
@@ -22,7 +22,7 @@ PROCESSES = os.cpu_count() or 1
 
 
 def encoding() -> tiktoken.Encoding:
-    """tiktoken's own "gpt2"."""
+    """Return tiktoken's "gpt2" encoding."""
     *pieces, _ = load_tokenizer("gpt2").vocabulary
     ranks = {piece: rank for rank, piece in enumerate(pieces)}
     special = {"<|endoftext|>": len(ranks)}

@@ -1,7 +1,7 @@
-"""`llmtrain prepare`, whole command: the documents of a file to GPT-2's tokens on disk, and half of them.
+"""`llmtrain prepare` as a whole command: a file's documents to GPT-2 tokens, and half of them.
 
-Why the floor beside it: tiktoken does the encoding here as elsewhere, so that no way with it is faster than
-its threads on documents that are in memory already. Half of the documents show what memory depends on.
+The lower bound is tiktoken alone on documents in memory. Half of the documents show whether memory
+grows with the corpus.
 
     publish(measure(Path("texts.jsonl.zst"), "plain", rounds=3), None)
 """
@@ -19,10 +19,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from llmtrain.data.local_files import find_files
 from llmtrain.data.manifest import read_manifest
-from llmtrain.data.readers import partitions_of, read_partition, spans_of
-from llmtrain.data.token_files import TOKEN_BYTES
+from llmtrain.data.readers import partitions_of, read_partition
+from llmtrain.data.shards import TOKEN_BYTES
+from llmtrain.data.sources import find_files
 
 from .commands import LLMTRAIN, run
 from .measure import Figures, Row, Side, Worker, publish, rows, take_turns
@@ -30,9 +30,9 @@ from .plain_prepare import PROCESSES, encoding
 
 OURS, HALF, FLOOR, PLAIN = "llmtrain", "llmtrain, half", "tiktoken alone", "plain"
 TARGETS = {"webmix-train": {(OURS, "s"): "≤ 6", (OURS, "MB"): "≤ 1000, flat"}}
-"""Of a corpus: 43,497 pages of the web, 128 MB."""
+"""Targets by corpus; webmix-train has 43,497 web pages, 128 MB."""
 BATCH = 1000
-"""Documents that tiktoken is given at a time: tokens as Python's integers take 36 bytes each."""
+"""Documents per tiktoken call: tokens as Python integers take 36 bytes each."""
 
 
 def prepare(
@@ -42,24 +42,24 @@ def prepare(
             exists=True,
             dir_okay=False,
             help="Documents: .jsonl (.gz, .zst) with the field text.",
-            show_default="Python's own library",
+            show_default="Python's standard library",
         ),
     ] = None,
     against: Annotated[
         Literal["plain"] | None,
-        typer.Option(help="plain: nanoGPT's way, datasets.map with tiktoken and then a memmap."),
+        typer.Option(
+            help="plain: nanoGPT's preparation, datasets.map with tiktoken, then a memmap."
+        ),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Times each is measured.")] = 5,
-    json: Annotated[
-        Path | None, typer.Option(help="Write the figures to this file as well.")
-    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 5,
+    json: Annotated[Path | None, typer.Option(help="Also write the figures to this file.")] = None,
 ) -> None:
     """Measure `llmtrain prepare` with GPT-2's tokenizer."""
     publish(measure(source, against, rounds=rounds), json)
 
 
 def measure(source: Path | None, against: str | None, *, rounds: int) -> list[Row]:
-    """The rows of one corpus; None: the modules of Python's library, a document each."""
+    """Return the rows of one corpus; None: Python's standard library, one module per document."""
     with tempfile.TemporaryDirectory(prefix="bench-prepare-") as name:
         folder = Path(name)
         path = _library(folder / "python-library.jsonl") if source is None else source.absolute()
@@ -79,7 +79,7 @@ def measure(source: Path | None, against: str | None, *, rounds: int) -> list[Ro
 
 
 def _library(path: Path) -> Path:
-    """Text that every machine has: 30 MB or so."""
+    """Write about 30 MB of text that every machine has."""
     with path.open("w", encoding="utf-8") as lines:
         for module in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
             if "site-packages" not in module.parts:
@@ -90,7 +90,7 @@ def _library(path: Path) -> Path:
 
 def _documents(path: Path) -> Iterator[str]:
     paths, _ = find_files(str(path))
-    for partition in partitions_of(span for each in paths for span in spans_of(str(each))):
+    for partition in partitions_of(map(str, paths)):
         for document in read_partition(partition, "text"):
             yield str(document, "utf-8")
 
@@ -118,7 +118,7 @@ def _figures(measured: Figures, tokens: int) -> Figures:
 
 
 def _tiktoken(source: Path) -> Side:
-    """Documents in memory to tokens in memory; reading and writing are not measured."""
+    """Build a side that encodes documents in memory, without reading or writing."""
     texts, enc = list(_documents(source)), encoding()
 
     def once() -> Figures:

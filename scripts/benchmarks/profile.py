@@ -1,8 +1,6 @@
-"""Where the time of a training step goes, by operation: what stands between it and the products alone.
+"""Profile a training step by operation.
 
-Why: a share of the machine's rate says that something is in the way, and not what. Times are those of an
-operation itself, without what it calls; to look closer takes some time too, so the sum is more than a
-step that nobody looks at.
+Times are self times. The profiler adds overhead, so the sum exceeds an unprofiled step.
 
     profile("6x384")
 """
@@ -21,27 +19,25 @@ from llmtrain.runtime.device import resolve_device
 
 from .loops import step_of_ours
 from .measure import Figures, Row, Side, Worker, publish, rows, take_turns
-from .train import MODELS, Shape, shape_of, write_tokens
+from .shapes import MODELS, Shape, shape_of, write_tokens
 
 OPERATIONS = 15
-"""So many are told by name."""
+"""Number of operations listed by name."""
 _STEP, _REST = "step", "all others"
 
 
 def profile(
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "6x384",
-    rounds: Annotated[int, typer.Option(min=1, help="Steps that are measured.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured steps.")] = 5,
     set_: Annotated[list[str], typer.Option("--set", help="SECTION.KEY=VALUE of our config.")] = [],  # noqa: B006
-    json: Annotated[
-        Path | None, typer.Option(help="Write the figures to this file as well.")
-    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the figures to this file.")] = None,
 ) -> None:
     """Measure the operations of a training step."""
     publish(measure(model, rounds=rounds, settings=set_), json)
 
 
 def measure(model: str, *, rounds: int, settings: list[str]) -> list[Row]:
-    """The rows of one model: its step, and below it the operations that took most."""
+    """Return the rows of one model: the step, then its longest operations."""
     shape = shape_of(model)
     with tempfile.TemporaryDirectory() as folder:
         write_tokens(Path(folder))
@@ -60,7 +56,7 @@ def measure(model: str, *, rounds: int, settings: list[str]) -> list[Row]:
 
 
 def operations(shape: Shape, data: Path, settings: list[str]) -> Side:
-    """Milliseconds of a step under the profiler, and of each operation in it."""
+    """Build a side that returns the milliseconds of a profiled step and of its operations."""
     step, device = step_of_ours(shape, data, settings), resolve_device("auto")
     cuda = device.type == "cuda"
 
@@ -74,8 +70,7 @@ def operations(shape: Shape, data: Path, settings: list[str]) -> Side:
         found = {
             event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3
             for event in seen.key_averages()
-            if event.device_type
-            == DeviceType.CPU  # a kernel's time is that of what launched it, too
+            if event.device_type == DeviceType.CPU  # a kernel's time also counts for its launcher
         }
         return found | {_STEP: 1e3 * seconds}
 

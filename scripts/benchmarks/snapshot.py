@@ -1,6 +1,6 @@
-"""How long the training loop waits for a snapshot of GPT-2 small, beside a save that it waits for to the end.
+"""How long the training loop blocks for a snapshot of GPT-2 small, compared with a blocking save.
 
-Why both in one run: a disk is never as fast twice. The synchronous side is the same save, and its end.
+Both sides run in turns because disk speed varies. The synchronous side waits for the save to end.
 
     snapshot(rounds=7)
 """
@@ -14,7 +14,8 @@ from typing import Annotated
 import torch
 import typer
 
-from llmtrain.checkpoints.gpt2_folder import Origin, Shape
+from llmtrain.checkpoints.checkpoint import Origin
+from llmtrain.checkpoints.gpt2_folder import Shape
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.gpt import GPT
 from llmtrain.runtime.device import resolve_device
@@ -28,17 +29,15 @@ BLOCK = 1024
 
 
 def snapshot(
-    rounds: Annotated[int, typer.Option(min=1, help="Times each is measured.")] = 7,
-    json: Annotated[
-        Path | None, typer.Option(help="Write the figures to this file as well.")
-    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 7,
+    json: Annotated[Path | None, typer.Option(help="Also write the figures to this file.")] = None,
 ) -> None:
-    """Measure how long the loop waits for a snapshot of 124M parameters, on the device at hand."""
+    """Measure how long the loop blocks for a snapshot of 124M parameters on this device."""
     publish(measure(rounds=rounds), json)
 
 
 def measure(*, rounds: int) -> list[Row]:
-    """The rows, with ratios to a save that is waited for."""
+    """Return the rows, with ratios to a blocking save."""
     shape = ModelConfig(n_layer=12, n_head=12, n_embd=768, bias=False)
     model = GPT(shape, BLOCK, seed=1).to(resolve_device("auto"))
     writer = SnapshotWriter(model, World(), Shape(shape, BLOCK, shape.vocab_size - 1))
@@ -52,7 +51,7 @@ def measure(*, rounds: int) -> list[Row]:
 
 
 def _save(writer: SnapshotWriter, model: GPT, run: RunFolder, *, wait: bool) -> Figures:
-    """Seconds until training could go on; the end of what is written then is not measured."""
+    """Return the seconds until training can continue; later writing is not measured."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     started = time.perf_counter()

@@ -1,8 +1,6 @@
-"""What it takes before anything happens: `llmtrain --help` and `import llmtrain`, whole processes.
+"""Start-up time of `llmtrain --help` and `import llmtrain`, as whole processes.
 
-Why: a command that takes a second to say what it does is one that people do not ask.
-
-    startup(rounds=11)
+startup(rounds=11)
 """
 
 import subprocess
@@ -25,17 +23,15 @@ TARGETS = {("llmtrain --help", "s"): "≤ 0.3", ("import llmtrain", "s"): "≤ 0
 
 
 def startup(
-    rounds: Annotated[int, typer.Option(min=1, help="Times each is measured.")] = 11,
-    json: Annotated[
-        Path | None, typer.Option(help="Write the figures to this file as well.")
-    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 11,
+    json: Annotated[Path | None, typer.Option(help="Also write the figures to this file.")] = None,
 ) -> None:
     """Measure `llmtrain --help` and `import llmtrain`."""
     publish(measure(rounds=rounds), json)
 
 
 def measure(*, rounds: int) -> list[Row]:
-    """The rows."""
+    """Return the rows."""
     sides = {name: partial(_seconds, command) for name, command in COMMANDS.items()}
     return rows("startup", take_turns(sides, rounds), "python alone", TARGETS)
 

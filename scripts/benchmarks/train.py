@@ -1,48 +1,27 @@
-"""Training: tokens per second, memory and share of the device's rate, beside other loops on the same tokens.
+"""Training: tokens per second, memory and share of the device's rate, compared with other loops.
 
-Why the real trainer: what is measured is `Trainer.step` of `llmtrain pretrain`, with its schedule, clipping,
-watch and sampler, not a loop written for the measurement.
+The measured code is `Trainer.step` of `llmtrain pretrain`, with schedule, clipping, spike detector
+and sampler, not a loop written for the benchmark.
 
     train(["plain"], model="6x384")
 """
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
 from llmtrain.runtime.device import peak_flops, resolve_device
 
 from . import loops
 from .measure import Row, Side, Worker, publish, rows, take_turns
+from .shapes import MODELS, shape_of, write_tokens
 
-
-@dataclass(frozen=True)
-class Shape:
-    """A GPT-2 and the batch it is trained on; the vocabulary is 50304."""
-
-    n_layer: int
-    n_head: int
-    n_embd: int
-    block: int
-    batch: int
-    """Sequences a step, in one micro-batch."""
-
-
-MODELS = {
-    "6x384": Shape(6, 6, 384, 256, 8),
-    "gpt2-small": Shape(12, 12, 768, 1024, 1),
-    "gpt2-medium": Shape(24, 16, 1024, 1024, 1),
-    "gpt2-large": Shape(36, 20, 1280, 1024, 1),
-}
 OURS, FRUGAL, GRAPHS, MATRIX = "llmtrain", "… recomputing", "… as CUDA graphs", "matrix product"
 _RECOMPUTE, _REPLAY = "train.activation_checkpointing=true", "train.compile=cuda-graphs"
-_ON_GPU = {"6x384": 64, "gpt2-small": 32, "gpt2-medium": 16, "gpt2-large": 8}
-"""Sequences a step on a GPU."""
 _GPU_TARGETS = {"gpt2-small": "≥ 0.50", "gpt2-medium": "≥ 0.55", "gpt2-large": "≥ 0.55"}
 _TARGETS = {
     "6x384": {
@@ -54,46 +33,19 @@ _TARGETS = {
 }
 
 
-def shape_of(model: str) -> Shape:
-    """The shape of a model by its name.
-
-    Raises:
-        BadParameter: there is none of this name.
-    """
-    if model not in MODELS:
-        raise typer.BadParameter(f"{model} is none of {', '.join(MODELS)}", param_hint="--model")
-    shape = MODELS[model]
-    return replace(shape, batch=_ON_GPU[model]) if resolve_device("auto").type == "cuda" else shape
-
-
-def tokens_of(model: str) -> int:
-    """Tokens of a step on the device at hand."""
-    shape = shape_of(model)
-    return shape.batch * shape.block
-
-
-def write_tokens(folder: Path) -> None:
-    """Random tokens of GPT-2's vocabulary, as nanoGPT's data folder."""
-    tokens = np.random.default_rng(0).integers(50257, size=2_000_000, dtype=np.uint16)
-    for split in ("train", "val"):
-        tokens.tofile(folder / f"{split}.bin")
-
-
 def train(
     against: Annotated[
         list[str],
         typer.Option(
             help="plain (eager, float32), transformers, or a checkout with nanoGPT's model.py."
         ),
-    ] = ["plain"],  # noqa: B006  (typer's way)
+    ] = ["plain"],  # noqa: B006  (typer's convention)
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "6x384",
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences a step.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps in a round.")] = 3,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that are measured.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 7,
     set_: Annotated[list[str], typer.Option("--set", help="SECTION.KEY=VALUE of our config.")] = [],  # noqa: B006
-    json: Annotated[
-        Path | None, typer.Option(help="Write the figures to this file as well.")
-    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the figures to this file.")] = None,
 ) -> None:
     """Measure training."""
     publish(measure(against, model, batch=batch, steps=steps, rounds=rounds, settings=set_), json)
@@ -108,7 +60,7 @@ def measure(
     rounds: int,
     settings: list[str],
 ) -> list[Row]:
-    """The rows of one model."""
+    """Return the rows of one model."""
     shape = shape_of(model) if batch is None else replace(shape_of(model), batch=batch)
     with tempfile.TemporaryDirectory() as folder:
         write_tokens(Path(folder))

@@ -1,1 +1,1 @@
-"""The parts of scripts/reproduce_cpu and its like: which commands, how they are run, what is made of their results."""
+"""The parts of the scripts/reproduce_* experiments: their commands, execution and results."""

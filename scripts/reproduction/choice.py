@@ -1,6 +1,6 @@
-"""Which learning rates all seeds are given, decided from the results of the first one.
+"""Choose the learning rates that all seeds train, from the results of the first seed.
 
-Why a rule: a rate picked by eye could be picked for its outcome.
+Why: a fixed rule. A rate picked by eye could be picked for its outcome.
 
     tuned_rate(plan, Path("runs/reproduce"))  # "6e-3"
 """
@@ -16,7 +16,7 @@ from reproduction.results import Losses
 
 
 def validation(run: Path) -> Losses:
-    """Validation loss by weights and step, as training logged it."""
+    """Return the logged validation loss by weights and step."""
     losses: Losses = {}
     for event in read_events(RunFolder(run).metrics):
         for key, loss in event.items():
@@ -27,14 +27,14 @@ def validation(run: Path) -> Losses:
 
 
 def missing(root: Path, training: Training) -> str | None:
-    """Why there is no result of a run, if there is none: it failed, or has not ended."""
+    """Return the reason a run has no result (it failed or has not ended), or None."""
     if training.end in validation(root / training.name).get(RAW, {}):
         return None
     return failure(root, training.name) or "has not ended"
 
 
 def tuned_rate(plan: Plan, root: Path) -> str:
-    """The rate at which the first seed's cosine run ends with the lowest raw validation loss.
+    """Return the rate whose first-seed cosine run ends with the lowest raw validation loss.
 
     Raises:
         SystemExit: no run of it has finished.
@@ -42,29 +42,29 @@ def tuned_rate(plan: Plan, root: Path) -> str:
     ends = {rate: _end(plan.cosine(rate, plan.seeds[0]), root) for rate in plan.rates}
     best = min(ends, key=lambda rate: ends[rate])
     if math.isinf(ends[best]):
-        raise SystemExit(
-            "no cosine run of the first seed has ended: the stage of the runs comes before this one"
-        )
+        raise SystemExit("no cosine run of the first seed has ended: train the runs first")
     return best
 
 
 def largest_rate(plan: Plan, root: Path) -> str:
-    """The largest rate that trains: at which the first seed's constant run ends, raw, with a lower loss
-    than that of the lowest rate has after a fifth of the steps.
+    """Return the largest rate that trains.
+
+    Its first-seed constant run ends with a lower raw loss than the lowest rate after a fifth
+    of the steps.
 
     Raises:
-        SystemExit: that run has not got there.
+        SystemExit: that run has not reached the step.
     """
     lowest = plan.constant(plan.rates[0], plan.seeds[0])
     bound = validation(root / lowest.name).get(RAW, {}).get(plan.steps // 5)
     if bound is None:
         raise SystemExit(
-            f"{lowest.name} has no loss at step {plan.steps // 5:,}: the stage of the runs comes first"
+            f"{lowest.name} has no loss at step {plan.steps // 5:,}: train the runs first"
         )
     ends = {rate: _end(plan.constant(rate, plan.seeds[0]), root) for rate in plan.rates}
     return [rate for rate, loss in ends.items() if loss < bound][-1]
 
 
 def _end(training: Training, root: Path) -> float:
-    """Validation loss of the last step, in nats per token; infinite for a run that failed or has not ended."""
+    """Return the last validation loss (nats per token), or infinity without a result."""
     return validation(root / training.name).get(RAW, {}).get(training.end, math.inf)

@@ -1,9 +1,9 @@
-"""Runs llmtrain commands, several at a time; what is done is not done again.
+"""Run llmtrain commands, several at a time, and skip those that have finished.
 
-Why: an experiment of hours is stopped and started many times. A finished run answers at once, an unfinished
-one goes on, a measurement that is there is kept, a run whose loss was not finite is a result, noted in NAME.failed,
-and a branch waits for its parent. A full disk, say, or a hub that lets nobody in, is no result: the command is
-run again.
+An experiment of hours is stopped and started many times. A finished run returns at once, an
+unfinished one resumes, and existing measurements are kept. A run with a non-finite loss is a
+result, recorded in NAME.failed. A branch starts after its parent. Other failures, such as a full
+disk or a refused hub request, are not results: the next start repeats the command.
 
     run([Job("constant", ("pretrain", "--config", "configs/demo.yaml"))], Path("runs"), workers=2)
 """
@@ -23,11 +23,11 @@ from types import FrameType
 
 LLMTRAIN = Path(sys.executable).parent / "llmtrain"
 _FAILED_RUN, _REFUSED = 1, 2
-"""How llmtrain ends where a run failed, and where the input is not what it should be."""
-_DIVERGED = "not taken"
-"""What it says where loss or gradients were not finite: of what a run fails with, this alone is its own doing."""
+"""llmtrain's exit codes for a failed run and for invalid input."""
+_DIVERGED = "skipped"
+"""Marks a non-finite loss or gradient: the only failure that is a result of the run itself."""
 _OF_THE_HUB = re.compile("the hub (refuses|wants to know|has no)|40[134] Client Error")
-"""What it says where the name is wrong, or another token is wanted: nothing that was measured, and soon mended."""
+"""Marks a wrong repository name or a missing token: a failure that the user can fix."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,17 @@ class Job:
 
     name: str
     arguments: tuple[str, ...]
-    """The words after `llmtrain`."""
+    """Arguments of `llmtrain`."""
     parent: str | None = None
-    """The job that must have ended before."""
+    """The job that must end first."""
     output: Path | None = None
-    """Where what it prints goes; a job whose output is there is done."""
+    """File for the output; a job with an existing output has finished."""
     refusable: bool = False
-    """That llmtrain refuses it is a result as well, noted as a failed run is."""
+    """Record a refusal by llmtrain (exit code 2) as a failed run instead of stopping."""
 
     @property
     def command(self) -> str:
-        """As one would type it."""
+        """Return the command as typed in a shell."""
         return shlex.join(["llmtrain", *self.arguments])
 
 
@@ -54,7 +54,7 @@ _Running = dict[Job, "subprocess.Popen[bytes]"]
 
 
 class Stopped(Exception):
-    """A signal came; the commands that ran have saved what they had."""
+    """A signal arrived; the running commands have saved their work."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -63,33 +63,33 @@ class Stopped(Exception):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Around the work of a script: a signal ends it with one line and, as a command, with 128 + signal.
+    """End a script that receives a signal with one line and exit code 128 + signal.
 
     Raises:
-        SystemExit: it came.
+        SystemExit: a signal arrived.
     """
     try:
         yield
     except (KeyboardInterrupt, Stopped) as stopped:
-        print("stopped, with everything saved; the same command goes on", file=sys.stderr)
+        print("stopped with everything saved; repeat the command to resume", file=sys.stderr)
         number = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
         raise SystemExit(128 + number) from None
 
 
 def failure(root: Path, name: str) -> str | None:
-    """What a job failed with, if it did."""
+    """Return a job's recorded failure, or None."""
     note = root / f"{name}.failed"
     return note.read_text().strip() if note.exists() else None
 
 
 def run(jobs: Sequence[Job], root: Path, workers: int) -> None:
-    """Run each job once, in this order, `workers` at a time, each with its share of the cores.
+    """Run each job once, in order, `workers` at a time, each with its share of the cores.
 
-    What it says goes to NAME.log in `root`.
+    The output of each job goes to NAME.log in `root`.
 
     Raises:
         Stopped: by SIGTERM or SIGHUP, once every command has ended.
-        SystemExit: a command was refused, or ended as none should.
+        SystemExit: a command was refused or ended unexpectedly.
     """
     root.mkdir(parents=True, exist_ok=True)
     waiting = [job for job in dict.fromkeys(jobs) if job.output is None or not job.output.exists()]
@@ -114,7 +114,7 @@ def run(jobs: Sequence[Job], root: Path, workers: int) -> None:
 
 
 def _stopping() -> list[signal.Signals]:
-    """SIGTERM, and SIGHUP of a terminal that closes, unless nohup has it ignored."""
+    """Return SIGTERM, and SIGHUP unless nohup ignores it."""
     heard = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
     return [signal.SIGTERM, signal.SIGHUP] if heard else [signal.SIGTERM]
 
@@ -124,13 +124,13 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _ready(waiting: Sequence[Job], running: _Running) -> list[Job]:
-    """Those whose parent neither waits nor runs."""
+    """Return the jobs whose parent is neither waiting nor running."""
     busy = {job.name for job in (*waiting, *running)}
     return [job for job in waiting if job.parent not in busy]
 
 
 def _failed_already(job: Job, root: Path) -> bool:
-    """Whether it failed, earlier or just now because its parent did."""
+    """Return whether a job failed, earlier or now because its parent failed."""
     if job.parent is not None and failure(root, job.parent) is not None:
         (root / f"{job.name}.failed").write_text(f"{job.parent}, which it needs, failed\n")
     return failure(root, job.name) is not None
@@ -170,14 +170,14 @@ def _ended(job: Job, code: int, root: Path) -> None:
         print(f"{job.name} failed: {' '.join(tail)}", flush=True)
         return
     print("\n".join(tail), file=sys.stderr)
-    raise SystemExit(f"{job.name} ended with {code}: see {log}; the same command goes on")
+    raise SystemExit(f"{job.name} ended with {code}: see {log}; repeat the command to resume")
 
 
 def answer(arguments: Sequence[str]) -> str:
-    """What an llmtrain command prints.
+    """Return the output of an llmtrain command.
 
     Raises:
-        SystemExit: it failed, with its exit code; it has said why.
+        SystemExit: the command failed, with its exit code; it has printed the reason.
     """
     done = subprocess.run([LLMTRAIN, *arguments], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:

@@ -1,8 +1,9 @@
-"""An experiment from its first run to its results, in stages that can each be started again.
+"""Run an experiment from its first run to its results, in resumable stages.
 
-Why here: the CPU's and the GPU's differ in their plan alone.
+The CPU and GPU experiments differ only in their plan.
 
-    Experiment("cpu", title, plan, Path("runs/reproduce"), ("prepare", "sotu"), workers=2).run("all", results)
+    experiment = Experiment("cpu", title, plan, root, ("prepare", "sotu"), workers=2)
+    experiment.run("all", results)
 """
 
 from collections.abc import Callable
@@ -23,21 +24,21 @@ from reproduction.results import Results
 
 @dataclass(frozen=True)
 class Experiment:
-    """One plan, trained, measured and reported."""
+    """A plan that is trained, measured and reported."""
 
     name: str
-    """Of the JSON file of its results."""
+    """Stem of the JSON file with the results."""
     title: str
     plan: Plan
     root: Path
-    """Where the runs lie."""
+    """Folder of the runs."""
     prepare: tuple[str, ...]
-    """The command that makes the data."""
+    """Arguments of the command that prepares the data."""
     workers: int
     """Commands at a time."""
 
     def run(self, stage: str, folder: Path) -> None:
-        """A stage, or for `all` and `runs` several; the results go to `folder`.
+        """Run a stage (`all` and `runs` are several) and write the results to `folder`.
 
         Raises:
             SystemExit: stopped, or a command failed.
@@ -54,15 +55,16 @@ class Experiment:
                 stages[each]()
 
     def first(self) -> None:
-        """Prepare the data, and train every rate with the first seed."""
+        """Prepare the data and train every rate with the first seed."""
         execute.run([Job("prepare", self.prepare)], self.root, 1)
         self._train(first_seed(self.plan))
 
     def seeds(self) -> None:
-        """Train what the first seed's results ask for."""
+        """Train the further seeds at the rates chosen from the first seed."""
         tuned, largest, rates = self.chosen()
         print(
-            f"tuned for cosine: {tuned}; the largest that trains: {largest}; all seeds: {', '.join(rates)}"
+            f"tuned for cosine: {tuned}; largest that trains: {largest}; "
+            f"all seeds: {', '.join(rates)}"
         )
         self._train(further_seeds(self.plan, rates, tuned))
 
@@ -77,7 +79,7 @@ class Experiment:
         print(f"page: {write_page(folder)}")
 
     def chosen(self) -> tuple[str, str, list[str]]:
-        """The tuned rate, the largest that trains, and all that all seeds are given, ascending."""
+        """Return the tuned rate, the largest that trains, and the rates with every seed."""
         tuned, largest = tuned_rate(self.plan, self.root), largest_rate(self.plan, self.root)
         rates = (
             {tuned, largest, text(float(tuned) / 3)} if self.plan.third else set(self.plan.rates)
@@ -85,12 +87,12 @@ class Experiment:
         return tuned, largest, sorted(rates, key=float)
 
     def trainings(self) -> list[Training]:
-        """All of them."""
+        """Return all trainings of the plan."""
         tuned, _, rates = self.chosen()
         return [*first_seed(self.plan), *further_seeds(self.plan, rates, tuned)]
 
     def results(self) -> Results:
-        """What the files of the runs, and of their measurements, tell."""
+        """Read the results from the runs and their measurements."""
         tuned, largest, rates = self.chosen()
         runs = [measure.read_run(self.plan, self.root, training) for training in self.trainings()]
         plan = self.plan
@@ -121,7 +123,7 @@ class Experiment:
         )
 
     def _made(self) -> dict[str, Any]:
-        """The day, what the first run was trained on, and how much of the validation split is looked at."""
+        """Return the date, the first run's machine and the number of validation tokens."""
         about = read_json(self.root / first_seed(self.plan)[0].name / "environment.json")
         keys = ("device", "cores", "llmtrain", "torch", "python", "precision")
         on = {key: about[key] for key in keys}

@@ -1,4 +1,4 @@
-"""Claims 1 to 3: what LAWA gains over the raw weights by step, learning rate, spacing and window; what it saves.
+"""Claims 1 to 3: LAWA's gain over raw weights by step, rate, spacing and window; steps saved.
 
 for section in (by_step(results), by_rate(results), by_window(results), savings(results)): ...
 """
@@ -33,8 +33,11 @@ def by_step(results: Results) -> Section:
         ["schedule, peak", *(f"{share:.0%} ({step})" for share, step in steps.items())],
         rows,
     )
-    text = "LAWA on the trajectory of a run lowers validation loss early and mid-training, at no training cost."
-    return Section("Gain against the step", text, comparisons, [table], [_step_chart(results)])
+    text = (
+        "LAWA on the trajectory of a run lowers validation loss early and mid-training, "
+        "at no training cost."
+    )
+    return Section("Gain by step", text, comparisons, [table], [_step_chart(results)])
 
 
 def _step_chart(results: Results) -> Chart:
@@ -92,7 +95,7 @@ def by_rate(results: Results) -> Section:
     title, x_label = "Gain of LAWA over raw", "peak learning rate"
     chart = Chart("gain-by-rate", title, x_label, _GAIN, lines, log_x=True, baseline=0.0)
     return Section(
-        "Gain against the learning rate",
+        "Gain by learning rate",
         "The gain grows with the learning rate.",
         comparisons,
         [table],
@@ -141,11 +144,11 @@ def by_window(results: Results) -> Section:
         "gain-by-spacing", "Gain of LAWA over raw", "spacing N (steps)", _GAIN, lines, baseline=0.0
     )
     text = "The gain grows with the spacing between the averaged checkpoints, at fixed k."
-    return Section("Gain against the spacing and the window", text, comparisons, [table], [chart])
+    return Section("Gain by spacing and window", text, comparisons, [table], [chart])
 
 
 def savings(results: Results) -> Section:
-    """What LAWA saves on the way to the loss with which the raw weights end."""
+    """Return how much earlier LAWA reaches the final loss of the raw weights."""
     tokens = results.plan["tokens_per_step"]
     rows = []
     for kind in ("constant", "cosine"):
@@ -166,8 +169,9 @@ def savings(results: Results) -> Section:
                 _rounded(estimate([steps * seconds / 60 for steps, seconds in saved]), 1),
             ])  # fmt: skip
     table = Table(
-        "From the first snapshot at which LAWA is as good as raw at the end, to the first at which raw is. Minutes "
-        "are steps times the run's median time of a step, as runs share their machine and are paused",
+        "Steps between the first snapshot at which LAWA reaches the final raw loss and the first "
+        "at which the raw weights reach it. Minutes are steps times the run's median step time, "
+        "because runs share their machine and are paused",
         ["curve"],
         ["schedule, peak", "seeds that reach it", "steps saved", "million tokens", "minutes"],
         rows,
@@ -195,18 +199,18 @@ def _rounded(value: Estimate | None, digits: int) -> str:
 
 
 def step_at(results: Results, share: float) -> int:
-    """The step of the snapshot nearest to this share of the run."""
+    """Return the snapshot step nearest to this share of the run."""
     every, steps = int(results.plan["spacing"]), int(results.plan["steps"])
     return round(share * steps / every) * every
 
 
 def lawa_change(results: Results, kind: str, rate: str, step: int) -> BySeed:
-    """Seed → LAWA's loss minus raw's."""
+    """Return LAWA's loss minus raw's by seed."""
     raw = results.by_seed(kind, rate, RAW, step)
     lawa = results.by_seed(kind, rate, Labels.of(results).lawa, step)
     return {seed: loss - raw[seed] for seed, loss in lawa.items() if seed in raw}
 
 
 def paired_or_none(changes: BySeed) -> Estimate | None:
-    """The mean of differences that are paired already."""
+    """Return the mean of paired differences."""
     return estimate(list(changes.values()))

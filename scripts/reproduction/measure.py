@@ -1,7 +1,7 @@
-"""What is measured of the runs, as `llmtrain eval` and `average --sweep` commands, and what they printed.
+"""Measure runs with `llmtrain eval` and `average --sweep`, and read the printed JSON.
 
-Why JSON files beside the runs: each is the answer of one command, so a measurement is taken once and the
-tables can be made again from the files.
+Each JSON file is the output of one command, so a measurement is taken once and the tables can be
+rebuilt from the files.
 
     execute.run(measurements(plan, root, trainings), root / "measured", workers=2)
 """
@@ -22,17 +22,17 @@ from reproduction.plan import WINDOW, Plan, Training
 from reproduction.results import Losses, Run
 
 WIDTHS = (0.02, 0.03, 0.05, 0.075, 0.1, 0.15)
-"""Widths of post-hoc EMAs, as a share of training."""
+"""Relative widths of post-hoc EMAs."""
 _MEASURED = ("constant", "cosine", "cooldown")
 WINDOWS = (2, 3, 5, 10)
 SPACINGS = (1, 2, 3, 5, 8)
-"""Of a window's checkpoints, in spacings of snapshots."""
+"""Spacings of a window's checkpoints, in snapshots."""
 
 
 def measurements(plan: Plan, root: Path, trainings: Sequence[Training]) -> list[Job]:
-    """The end of every schedule's run, LAWA along the whole ones, windows and methods of the constant ones.
+    """Return the measurements: final losses, LAWA curves, windows and methods.
 
-    What training logged is enough of the others, and there is nothing of those that have not ended.
+    Runs that have not ended are left out. For the rest the training log suffices.
     """
     jobs = []
     for training in trainings:
@@ -43,7 +43,7 @@ def measurements(plan: Plan, root: Path, trainings: Sequence[Training]) -> list[
 
 
 def _end(root: Path, training: Training) -> Job:
-    """Raw weights and all averages that the run kept, at its last step."""
+    """Return the command that evaluates raw weights and all averages at the last step."""
     run = RunFolder(root / training.name)
     last = training.end
     labels = [average.label for average in load_config(run.config).averages]
@@ -60,7 +60,7 @@ def _sweeps(plan: Plan, root: Path, training: Training) -> list[Job]:
 
 
 def sweeps(plan: Plan) -> dict[str, list[str]]:
-    """What is swept → the words after `llmtrain average RUN`."""
+    """Return the arguments of `llmtrain average RUN` for each sweep."""
     every = plan.spacing
     windows, spacings = _listed(WINDOWS), _listed([every * factor for factor in SPACINGS])
     methods = (
@@ -82,7 +82,7 @@ def sweeps(plan: Plan) -> dict[str, list[str]]:
 
 
 def commands(plan: Plan) -> dict[str, str]:
-    """What was measured → its command, for any RUN."""
+    """Return each measurement's command, with RUN as a placeholder."""
     found = {
         what: shlex.join(["llmtrain", "average", "RUN", *words, "--json"])
         for what, words in sweeps(plan).items()
@@ -103,7 +103,7 @@ def _job(root: Path, training: Training, what: str, arguments: Sequence[str]) ->
 
 
 def read_run(plan: Plan, root: Path, training: Training) -> Run:
-    """All that is known of a run: what it logged, and what was measured of it."""
+    """Read a run's log and measurements."""
     folder = RunFolder(root / training.name)
     shown = training.arguments(Path("configs") / plan.config.name, Path("ROOT"))
     known = missing(root, training)
@@ -129,7 +129,7 @@ def read_run(plan: Plan, root: Path, training: Training) -> Run:
 
 
 def _losses(document: Any) -> Losses:
-    """Label → step → loss, of what `eval --json` or `average --sweep --json` printed."""
+    """Parse the output of `eval --json` or `average --sweep --json`: label, step, loss."""
     found: Losses = {}
     if isinstance(document, list):
         for row in document:
@@ -143,7 +143,7 @@ def _losses(document: Any) -> Losses:
 
 
 def _seconds_per_step(run: RunFolder) -> float:
-    """Median over the log, as runs are paused and share their machine."""
+    """Return the median over the log, because runs are paused and share their machine."""
     speeds = [
         event["tokens_per_second"]
         for event in read_events(run.metrics)

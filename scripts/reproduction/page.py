@@ -1,6 +1,6 @@
-"""scripts/results/README.md: every table and figure of every experiment, the verdicts on top.
+"""Write scripts/results/README.md: the verdicts, then every table and figure.
 
-Why generated: a number typed by hand is a number that nobody can make again.
+Why: generated, because a number typed by hand cannot be reproduced.
 
     write_page(Path("scripts/results"))
 """
@@ -27,20 +27,22 @@ EXPERIMENTS = {
     "gpu-short": "scripts/reproduce_gpu --short FILE",
     "gpu": "scripts/reproduce_gpu",
 }
-"""Name of the JSON file → what makes it."""
+"""The command that makes each JSON file."""
 
 _COLUMNS = ("claim", "first against second", "on", "Δ", "seeds", "verdict")
 _HEAD = """# Does averaging pay?
 
-The claims of *Early Weight Averaging meets High Learning Rates for LLM Pre-training* (arXiv 2306.03241) on our own
-runs. Everything here is generated from the JSON files beside it; losses are nats per token on the validation split.
+The claims of *Early Weight Averaging meets High Learning Rates for LLM Pre-training* (arXiv
+2306.03241), tested on our own runs. This page is generated from the JSON files in this folder.
+Losses are nats per token on the validation split.
 
-A difference Δ is the mean over seeds of the first loss minus the second, of the same seed, ± its standard error.
-**Verdict**: *gain* (the first is lower) or *loss* (it is higher) where |Δ| is at least two standard errors, else
-*no difference*; *one seed* where there is no error to compare with. Of what LAWA changes (its loss minus raw's), a
-*gain* is a larger one. Standard errors are those over seeds, on the same validation tokens for all. Two of them are
-a mild rule for few seeds: noise alone passes it in 18% of comparisons with three seeds, in 30% with two. What has no
-± is of one seed: beside means of several, its loss also differs by the seed.
+A difference Δ is the first loss minus the second, averaged over seeds, ± its standard error. Both
+sides of a pair use the same seed and the same validation tokens. **Verdict**: *gain* if the first
+loss is lower by at least two standard errors, *loss* if it is higher by as much, else
+*no difference*. For LAWA's change (its loss minus the raw loss), a *gain* is a larger decrease.
+Two standard errors are a mild rule for few seeds: noise alone passes it in 18% of comparisons with
+three seeds and in 30% with two. A value without ± comes from one seed (verdict *one seed*), so it
+also differs from means of several seeds by the choice of the seed.
 """
 
 
@@ -72,7 +74,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _claims(sections: dict[str, list[Section]]) -> str:
-    """What the numbers of the claims stand for, as a list."""
+    """Return the list of numbered claims."""
     claims = {
         section.comparisons[0].claim: section.text
         for each in sections.values()
@@ -97,14 +99,14 @@ def _verdicts(found: dict[str, Results], sections: dict[str, list[Section]]) -> 
 
 
 def _judged(difference: Estimate | None) -> list[str]:
-    """Δ, seeds and verdict."""
+    """Return the cells Δ, seeds and verdict."""
     if difference is None:
         return ["n/a", "0", "not measured"]
     return [difference.signed, str(difference.seeds), difference.verdict]
 
 
 def _of_public(public: Sequence[Series]) -> list[list[str]]:
-    """The paper's window over each series, halfway."""
+    """Return the comparison of the paper's window halfway through each series."""
     if not public:
         return [["", "`scripts/reproduce_pythia`", "", "", "", "not run yet"]]
     rows = []
@@ -136,8 +138,9 @@ def _public(made: dict[str, Any], public: Sequence[Series]) -> list[str]:
         ]
         parts += [
             f"### {series.name}\n",
-            "Bits per byte of LAWA minus those of the raw weights. Made of `llmtrain average SERIES --every N "
-            "--window k --at STEP --discard-inputs --out FOLDER` and `llmtrain eval FOLDER --json`.\n",
+            "Bits per byte of LAWA minus those of the raw weights. Made by `llmtrain average "
+            "SERIES --every N --window k --at STEP --discard-inputs --out FOLDER` and "
+            "`llmtrain eval FOLDER --json`.\n",
             markdown(["step", "N", *(f"k = {size}" for size in series.sizes)], rows),
         ]
         refused = [each for each in series.measured.values() if each.refused is not None]
@@ -175,9 +178,11 @@ def _experiment(
 def _about(name: str, results: Results) -> str:
     facts = markdown(["", ""], [[key, str(value)] for key, value in results.made.items()])
     choice = (
-        f"The tuned rate is {results.tuned}, that of the first seed's cosine run with the lowest final raw loss. The "
-        f"largest that trains is {results.largest}: its constant run ends, raw, below what the lowest rate has after a "
-        f"fifth of the steps. All seeds: {', '.join(results.rates)}; of the other rates there is one. "
+        f"The tuned rate is {results.tuned}: the first seed's cosine run with the lowest final raw "
+        f"loss. The largest rate that trains is {results.largest}: its constant run ends with a "
+        "lower raw loss than the lowest rate has after a fifth of the steps. All seeds: "
+        f"{', '.join(results.rates)}; "
+        "one seed at the other rates. "
         f"The seed sets initial weights and data order.\n"
     )
     return (
@@ -203,5 +208,5 @@ def _runs(results: Results) -> str:
     table = markdown(
         ["run", "last step", "raw", "LAWA", "matched EMA", "seconds a step (median)"], rows
     )
-    summary = "<details><summary>The commands; ROOT is where the runs lie</summary>"
+    summary = "<details><summary>The commands; ROOT is the folder of the runs</summary>"
     return f"{table}\n{summary}\n\n```\n{commands}\n```\n</details>\n"

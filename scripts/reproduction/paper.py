@@ -1,6 +1,7 @@
-"""What the paper's figure shows, digitised: the curves that are drawn beside ours.
+"""Curves digitised from the paper's figure, drawn next to ours.
 
-Source: Sanyal et al. 2023 (arXiv 2306.03241), validation loss of GPT-2 small on OpenWebText, ±0.002.
+Source: Sanyal et al. 2023 (arXiv 2306.03241), validation loss of GPT-2 small on OpenWebText,
+±0.002.
 
     gain_by_share("6e-3")[0]  # (8.57 % of the run, 0.116 nats)
 """

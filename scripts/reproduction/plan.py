@@ -1,6 +1,6 @@
-"""Which runs are trained: the paper's comparison as `llmtrain pretrain` commands, by one recipe.
+"""List the runs of an experiment: the paper's comparison as `llmtrain pretrain` commands.
 
-Why apart from what runs them: a list of commands can be read, printed and handed to a scheduler.
+A list of commands can be read, printed and handed to a scheduler.
 
     for training in first_seed(plan): print(training.arguments(plan.config, Path("runs")))
 """
@@ -16,7 +16,7 @@ WINDOW = 5
 
 
 _ONE_STATE = "checkpoint.keep_states=1"
-"""Where nothing branches off."""
+"""Value of `checkpoint` for runs without branches."""
 
 
 @dataclass(frozen=True)
@@ -24,28 +24,28 @@ class Training:
     """One `llmtrain pretrain` command."""
 
     name: str
-    """Of the run, and of its folder."""
+    """Name of the run and of its folder."""
     kind: str
     """constant, cosine, cooldown, burst, after or calm."""
     rate: str
-    """The peak learning rate that it is compared by."""
+    """The peak learning rate, as in the name."""
     seed: int
     end: int
-    """Its last step."""
+    """The last step."""
     settings: tuple[str, ...]
-    """What `--set` changes in the recipe."""
+    """Overrides of the recipe (`--set`)."""
     parent: str | None = None
-    """The run that it branches off."""
+    """The run from which it branches."""
     step: int | None = None
     """Where."""
 
     @property
     def steps(self) -> int:
-        """Steps that it takes."""
+        """Number of steps."""
         return self.end - (self.step or 0)
 
     def arguments(self, config: Path, root: Path) -> list[str]:
-        """The words after `llmtrain`."""
+        """Return the arguments of `llmtrain`."""
         words = [
             "pretrain",
             "--config",
@@ -62,22 +62,22 @@ class Training:
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes of an experiment, and the recipe of its runs."""
+    """The sizes of an experiment and the recipe of its runs."""
 
     config: Path
     settings: tuple[str, ...]
-    """Changes to the recipe that all runs have."""
+    """Overrides of the recipe in all runs."""
     steps: int
     warmup: int
     spacing: int
-    """Steps between two snapshots, and between the checkpoints of a window."""
+    """Steps between two snapshots and between the checkpoints of a window."""
     rates: tuple[str, ...]
     """Peak learning rates, ascending."""
     seeds: tuple[int, ...]
     third: bool
-    """All seeds are given a third of the tuned rate, it and the largest that trains; else every rate."""
+    """Train all seeds at a third of the tuned rate, at it and at the largest; else at all rates."""
     fifths: tuple[int, ...]
-    """Fifths of the run after which a cooldown is forecast; the last is 4."""
+    """Fifths of the run after which a cooldown is forecast, ending with 4."""
     tokens_per_step: int
 
     @classmethod
@@ -91,7 +91,7 @@ class Plan:
         third: bool,
         fifths: Sequence[int] = (2, 3, 4),
     ) -> "Plan":
-        """As the recipe, with `settings`, has the steps."""
+        """Create a plan with the steps of the recipe and `settings`."""
         read = load_config(config, list(settings))
         return cls(
             config=config,
@@ -108,26 +108,26 @@ class Plan:
 
     @property
     def cooldown(self) -> int:
-        """The step from which the last fifth cools down."""
+        """First step of the cooldown over the last fifth."""
         return self.steps * 4 // 5
 
     @property
     def forecasts(self) -> tuple[int, ...]:
-        """Steps from which a cooldown of a quarter of the steps so far (a fifth of its run) is trained."""
+        """Steps at which a cooldown of a quarter of the steps so far begins."""
         return tuple(self.steps * fifths // 5 for fifths in self.fifths)
 
     @property
     def swa_early(self) -> int:
-        """Where the paper's early SWA begins: at 7% of the run."""
+        """Start of the paper's early SWA: 7% of the run."""
         return self.steps * 7 // 100
 
     @property
     def swa_late(self) -> int:
-        """Where its late SWA begins: at 75%."""
+        """Start of the paper's late SWA: 75% of the run."""
         return self.steps * 3 // 4
 
     def merged(self, end: int) -> int:
-        """Checkpoints in a merge that stands for the cooldown that ends at step `end`: those of its fifth."""
+        """Return the number of checkpoints in a merge over the last fifth before step `end`."""
         return end // 5 // self.spacing
 
     @property
@@ -136,18 +136,18 @@ class Plan:
         return max(self.steps // 180, 2)
 
     def constant(self, rate: str, seed: int) -> Training:
-        """Warm-up, then the peak to the end."""
+        """Return the schedule with warm-up and a constant rate."""
         return self._training("constant", rate, seed, self._schedule("constant"))
 
     def cosine(self, rate: str, seed: int) -> Training:
-        """From the peak to a tenth of it."""
+        """Return the cosine schedule from the peak to a tenth of it."""
         schedule = self._schedule("cosine", f"min_lr: {text(float(rate) / 10)}")
         return self._training("cosine", rate, seed, schedule, _ONE_STATE)
 
     def cooldown_from(self, step: int, rate: str, seed: int) -> Training:
-        """A 1-sqrt cooldown to 0 off the constant run; it takes a fifth of the steps it ends with.
+        """Return a 1-sqrt cooldown to 0 branched from the constant run, over its last fifth.
 
-        The same steps as those of a run that had this schedule from its beginning, bit for bit.
+        Bitwise equal to a run with this schedule from the beginning.
         """
         end = step + step // 4
         schedule = self._schedule("wsd", f"decay_steps: {end - step}", "shape: 1-sqrt")
@@ -160,9 +160,9 @@ class Plan:
         )
 
     def spike(self, rate: str, seed: int) -> list[Training]:
-        """A burst of ten times the rate off the constant run, what comes after it, and the same without a burst.
+        """Return a burst of ten times the rate, the run after it, and the same run without a burst.
 
-        All are evaluated closely. The third takes the same steps as the constant run, bit for bit.
+        All are evaluated often. The third is bitwise equal to the constant run.
         """
         constant, end = self.constant(rate, seed).name, self.cooldown + self.burst
         close = (self._schedule("constant"), f"eval.every={max(self.spacing // 2, 1)}", _ONE_STATE)
@@ -184,13 +184,13 @@ class Plan:
 
 
 def text(rate: float) -> str:
-    """A learning rate in two digits, as it is written in a name: 0.006 → "6e-3"."""
+    """Format a learning rate as in a run's name: 0.006 → "6e-3"."""
     digits, exponent = f"{rate:.1e}".split("e")
     return f"{digits.removesuffix('.0')}e{int(exponent)}"
 
 
 def three_schedules(plan: Plan, rate: str, seed: int) -> list[Training]:
-    """Constant, cosine, and constant with a cooldown."""
+    """Return the constant, cosine and cooldown runs."""
     return [
         plan.constant(rate, seed),
         plan.cosine(rate, seed),
@@ -199,14 +199,14 @@ def three_schedules(plan: Plan, rate: str, seed: int) -> list[Training]:
 
 
 def first_seed(plan: Plan) -> list[Training]:
-    """Every rate with every schedule, one seed: those that the best rate is looked for among come first."""
+    """Return every rate with every schedule for one seed; the cosine runs come first."""
     seed = plan.seeds[0]
     runs = [three_schedules(plan, rate, seed) for rate in plan.rates]
     return [training for order in zip(*runs, strict=True) for training in order]
 
 
 def further_seeds(plan: Plan, rates: Sequence[str], spiked: str) -> list[Training]:
-    """What the first seed's results ask for: these rates with all seeds, forecasts, and a spike at one rate."""
+    """Return these rates with all seeds, the forecasts, and a spike at one rate."""
     trainings = []
     for seed in plan.seeds:
         for rate in rates:

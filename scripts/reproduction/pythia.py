@@ -1,9 +1,10 @@
-"""Windows over a public series: averaged, evaluated and deleted one by one, so that one machine's disk is enough.
+"""Average, evaluate and delete windows over a public series one by one, to fit one disk.
 
-Why one by one: what a window reads of a 12B series is 24 GB a checkpoint. With `--discard-inputs` the disk holds a
-sum, one input and one average; the price is that windows download what they share again.
+A checkpoint of a 12B series has 24 GB. With `--discard-inputs` the disk holds a sum, one input and
+one average. The price: shared inputs of two windows are downloaded twice.
 
-    for window in windows(["EleutherAI/pythia-1b-deduped"], (36_000,), (5,), (1000,)): measure(window, …)
+    for window in windows(["EleutherAI/pythia-1b-deduped"], (36_000,), (5,), (1000,)):
+        measure(window, ...)
 """
 
 import json
@@ -20,14 +21,14 @@ SERIES = tuple(
     f"EleutherAI/pythia-{size}-deduped" for size in ("1b", "1.4b", "2.8b", "6.9b", "12b")
 )
 STEPS = (36_000, 71_000, 107_000, 143_000)
-"""Quarters of the series, at steps that were published."""
+"""Published steps near the quarters of the series."""
 SIZES = (3, 5, 10)
 SPACINGS = (1000, 2000, 3000)
 
 
 @dataclass(frozen=True)
 class Window:
-    """The checkpoints of one average; of size 1: the raw weights."""
+    """The checkpoints of one average; size 1 is the raw weights."""
 
     series: str
     step: int
@@ -36,26 +37,26 @@ class Window:
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """Stem of its files."""
         return f"{self.series.rpartition('/')[2]}-{self.step}-{self.size}x{self.every}"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a window came to."""
+    """The result of a window."""
 
     window: Window
     loss: float | None
-    """Nats per token, of whatever tokens the model has."""
+    """Nats per token of the model's own tokenizer."""
     bits_per_byte: float | None
     refused: str | None
-    """Why there is no average of it: revisions that are not what they claim, say."""
+    """The reason for a missing average, such as a revision with wrong weights."""
 
 
 def windows(
     series: Sequence[str], steps: Sequence[int], sizes: Sequence[int], spacings: Sequence[int]
 ) -> Iterator[Window]:
-    """Of each series at each step the raw weights, and every size with every spacing."""
+    """Return the raw weights and every size and spacing at each step of each series."""
     for name in series:
         for step in steps:
             yield Window(name, step, 1, spacings[0])
@@ -65,12 +66,12 @@ def windows(
 
 
 def measure(window: Window, root: Path, options: Sequence[str], keep_inputs: bool) -> None:
-    """Average and evaluate a window, unless that was done, and delete the average.
+    """Average and evaluate a window unless its result exists, then delete the average.
 
     Args:
-        window: of which series.
-        root: where measurements are kept, and an average lies for a while.
-        options: further words for `llmtrain eval`: the data.
+        window: the window.
+        root: folder of the measurements and, temporarily, of the average.
+        options: further arguments of `llmtrain eval`, such as the data.
         keep_inputs: leave downloads in the hub's cache, for windows that share them.
     """
     folder, output = root / window.name, root / f"{window.name}.json"
@@ -101,7 +102,7 @@ def measure(window: Window, root: Path, options: Sequence[str], keep_inputs: boo
 
 
 def read(window: Window, root: Path) -> Measured | None:
-    """What was measured; None: nothing yet."""
+    """Return the stored result, or None."""
     output = root / f"{window.name}.json"
     if not output.exists():
         refused = failure(root, window.name)
@@ -111,7 +112,7 @@ def read(window: Window, root: Path) -> Measured | None:
 
 
 def write(measured: Sequence[Measured], made: dict[str, Any], path: Path) -> None:
-    """As JSON."""
+    """Write the result as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         json.dumps({"made": made, "windows": [asdict(each) for each in measured]}, indent=1) + "\n"
@@ -127,21 +128,21 @@ class Series:
 
     @property
     def steps(self) -> list[int]:
-        """At which it was measured."""
+        """Steps of the measurements."""
         return sorted({window.step for window in self.measured})
 
     @property
     def sizes(self) -> list[int]:
-        """Of the windows, but for the raw weights."""
+        """Window sizes, without 1."""
         return sorted({window.size for window in self.measured} - {1})
 
     @property
     def spacings(self) -> list[int]:
-        """Of the windows."""
+        """Window spacings."""
         return sorted({window.every for window in self.measured})
 
     def change(self, step: int, size: int, every: int) -> Estimate | None:
-        """Bits per byte of the average minus those of the raw weights of that step."""
+        """Return the average's bits per byte minus those of the raw weights at that step."""
         raw = self.measured.get(Window(self.name, step, 1, self.spacings[0]))
         ours = self.measured.get(Window(self.name, step, size, every))
         if raw is None or ours is None or raw.bits_per_byte is None or ours.bits_per_byte is None:
@@ -150,7 +151,7 @@ class Series:
 
 
 def read_all(path: Path) -> tuple[dict[str, Any], list[Series]]:
-    """What `write` wrote: how it was made, and each series."""
+    """Read the output of `write`: its origin and each series."""
     document = json.loads(path.read_text())
     found = [
         Measured(**each | {"window": Window(**each["window"])}) for each in document["windows"]

@@ -1,8 +1,9 @@
-"""The results of an experiment: losses of every run by weights and step, and how they came about. JSON.
+"""The results of an experiment as JSON: losses of every run by weights and step, and their origin.
 
-Why one small file: tables and figures can be made anew from it without the runs, and by anyone.
+Tables and figures can be rebuilt from this one file without the runs.
 
-    results = Results.read(Path("scripts/results/cpu.json")); results.by_seed("constant", "6e-3", "raw", 1800)
+    results = Results.read(Path("scripts/results/cpu.json"))
+    results.by_seed("constant", "6e-3", "raw", 1800)
 """
 
 import json
@@ -17,47 +18,47 @@ BySeed = dict[int, float]
 
 @dataclass(frozen=True)
 class Run:
-    """One training run and what was measured of it."""
+    """One training run and its measurements."""
 
     name: str
     kind: str
-    """As `Training.kind`."""
+    """See `Training.kind`."""
     rate: str
-    """Peak learning rate, as in its name."""
+    """Peak learning rate, as in the name."""
     seed: int
     command: str
     measured: list[str]
-    """What was measured of it afterwards; the command of each is in `Results.commands`."""
+    """Later measurements; `Results.commands` has their commands."""
     seconds_per_step: float | None
     failure: str | None
-    """What it failed with, or that it has not ended; then it has no losses."""
+    """The failure, or a note that the run has not ended; then there are no losses."""
     losses: Losses
 
     @property
     def end(self) -> int:
-        """Its last step."""
+        """The last step."""
         return max(self.losses["raw"])
 
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that the tables are made of."""
+    """All data behind the tables."""
 
     title: str
     made: dict[str, Any]
-    """When, and on what."""
+    """Date and machine."""
     plan: dict[str, Any]
-    """The sizes, as `Plan` names them."""
+    """The sizes, with the names of `Plan`."""
     tuned: str
     largest: str
     rates: list[str]
-    """Those that all seeds were given, ascending."""
+    """Rates trained with all seeds, ascending."""
     commands: dict[str, str]
-    """What was measured → the command, for RUN."""
+    """The command of each measurement, with RUN as a placeholder."""
     runs: list[Run]
 
     def write(self, path: Path) -> None:
-        """As JSON, losses to six digits."""
+        """Write JSON with losses rounded to six digits."""
         document = json.loads(
             json.dumps(asdict(self)), parse_float=lambda text: round(float(text), 6)
         )
@@ -66,7 +67,7 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> "Results":
-        """What `write` wrote."""
+        """Read the output of `write`."""
         document = json.loads(path.read_text())
         runs = [
             Run(
@@ -82,7 +83,7 @@ class Results:
         return cls(**document, runs=runs)
 
     def of(self, kind: str, rate: str, end: int | None = None) -> list[Run]:
-        """The runs of a schedule and a rate that trained (to step `end`), by seed."""
+        """Return the runs of a schedule and rate that reached step `end`, by seed."""
         found = [
             run for run in self.runs if (run.kind, run.rate, run.failure) == (kind, rate, None)
         ]
@@ -91,7 +92,7 @@ class Results:
     def by_seed(
         self, kind: str, rate: str, label: str, step: int, end: int | None = None
     ) -> BySeed:
-        """Seed → loss of these weights at this step, of the seeds that have it."""
+        """Return the loss of these weights at this step by seed."""
         runs = self.of(kind, rate, end)
         return {
             run.seed: run.losses[label][step] for run in runs if step in run.losses.get(label, {})

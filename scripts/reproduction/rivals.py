@@ -1,4 +1,4 @@
-"""Claims 4 and 6: LAWA against other averages and a cooldown, and as a forecast of the cooldown.
+"""Claims 4 and 6: LAWA compared with other averages and a cooldown, and as its forecast.
 
 for section in (by_method(results), as_a_decay(results)): ...
 """
@@ -14,11 +14,11 @@ from reproduction.statistics import estimate, paired
 
 _LOSS = "nats per token"
 _DRAWN_WIDTH = " 0.05"
-"""Of post-hoc EMAs, chosen before any result: the best of each rate would be chosen by its outcome."""
+"""Width of the post-hoc EMA, fixed before any result so that the outcome cannot choose it."""
 
 
 def _ends(results: Results) -> dict[str, Callable[[str], BySeed]]:
-    """Method → its losses at the end of a constant run, by rate. All but the last are of the same run."""
+    """Return each method's final losses on the constant run; the last method has its own run."""
     labels, steps = Labels.of(results), results.plan["steps"]
     names = {
         "raw": RAW,
@@ -70,7 +70,7 @@ def by_method(results: Results) -> Section:
     made = ["end", "curve", "methods"]
     tables = [
         Table(
-            "Loss at the end of the constant run, by peak learning rate",
+            "Final loss of the constant run by peak learning rate",
             made,
             ["weights", *rates],
             rows,
@@ -80,7 +80,7 @@ def by_method(results: Results) -> Section:
     drawn = [
         name for name in ends if not name.startswith("post-hoc") or name.endswith(_DRAWN_WIDTH)
     ]
-    drawn.remove("SWA early")  # so high that the others would lie on one another
+    drawn.remove("SWA early")  # so high that the other curves would overlap
     lines = [
         line(name, [(float(rate), ends[name][rate]) for rate in rates], kind)
         for kind, name in enumerate(drawn)
@@ -88,7 +88,7 @@ def by_method(results: Results) -> Section:
     title = "Loss at the end (SWA early: the table)"
     chart = Chart("methods", title, "peak learning rate", _LOSS, lines, log_x=True)
     return Section(
-        "Against other averages and a cooldown",
+        "Compared with other averages and a cooldown",
         "It beats EMA and SWA.",
         comparisons,
         tables,
@@ -97,7 +97,7 @@ def by_method(results: Results) -> Section:
 
 
 def as_a_decay(results: Results) -> Section:
-    """Claim 6: it stands in for a decay of the learning rate, and fades as the rate decays."""
+    """Claim 6: it emulates a learning-rate decay, and its gain fades as the rate decays."""
     rows, series = [], {}
     for rate in results.rates:
         for step in results.plan["forecasts"]:
@@ -117,7 +117,8 @@ def as_a_decay(results: Results) -> Section:
                 series[step] = predicted | {"cooldown (real)": real}
     names = list(_predictions(results, results.tuned, results.plan["forecasts"][0]))
     table = Table(
-        "Loss of the average of the constant run at a step, minus that of the cooldown from there, which trains on a "
+        "Loss of the constant run's average at a step minus that of the cooldown from there, "
+        "which trains on a "
         "quarter more tokens",
         ["log", "curve", f"merge-{results.plan['forecasts'][-1]}"],
         ["peak", "step", "cooldown's loss", *names],
@@ -139,7 +140,7 @@ def as_a_decay(results: Results) -> Section:
 
 
 def _predictions(results: Results, rate: str, step: int) -> dict[str, BySeed]:
-    """What averages of the constant run at `step` say of its cooldown."""
+    """Compare averages of the constant run at `step` with its cooldown."""
     labels = Labels.of(results)
     names = {
         "raw": RAW,

@@ -1,6 +1,6 @@
-"""What a claim comes to on the page: comparisons with a verdict, tables, figures.
+"""A claim's part of the page: comparisons with a verdict, tables and figures.
 
-Why apart from the claims and from the page: the ones compute, the other writes, and both see only this.
+The modules of the claims create sections; `page` writes them.
 
     Section("Against the step", [Comparison(1, "constant, end", estimate)], [], [])
 """
@@ -17,15 +17,15 @@ from reproduction.statistics import Estimate
 
 @dataclass(frozen=True)
 class Comparison:
-    """One question to the data."""
+    """One comparison with its verdict."""
 
     claim: int
     what: str
-    """This against that, where."""
+    """The two sides and the condition."""
     difference: Estimate | None
-    """In nats per token; negative: the first is better. None: not measured."""
+    """Difference in nats per token, negative if the first is better; None: not measured."""
     main: bool = False
-    """Whether it stands in the table on top of the page."""
+    """Show it in the table of verdicts at the top of the page."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Table:
 
     caption: str
     made: Sequence[str]
-    """What of `Results.commands` it is made of; "log": what training logged."""
+    """Keys of `Results.commands` behind it; "log" is the training log."""
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
 
@@ -52,20 +52,20 @@ class Section:
 
 @dataclass(frozen=True)
 class Labels:
-    """What the weights are called that all claims speak of."""
+    """Labels of the weights that all claims use."""
 
     lawa: str
     online_lawa: str
     matched: str
-    """The EMA whose mean age is that of the LAWA window, (k - 1)N/2 steps."""
+    """The EMA with the mean age of the LAWA window, (k - 1)N/2 steps."""
     swa_early: str
     swa_late: str
     merge: str
-    """What stands for a 1-sqrt cooldown over the last fifth."""
+    """The merge that emulates a 1-sqrt cooldown over the last fifth."""
 
     @classmethod
     def of(cls, results: Results) -> "Labels":
-        """By the plan's sizes."""
+        """Create the labels from the plan's sizes."""
         plan = results.plan
         every, age = plan["spacing"], (WINDOW - 1) * plan["spacing"] / 2
         return cls(
@@ -79,20 +79,20 @@ class Labels:
 
 
 def merge_label(results: Results, end: int) -> str:
-    """Label of the merge that stands for the cooldown that ends at step `end`."""
+    """Return the label of the merge that emulates the cooldown ending at step `end`."""
     every = results.plan["spacing"]
     return f"decay-1-sqrt-{end // 5 // every}x{every}"
 
 
 def cell(value: Estimate | None, *, signed: bool = True) -> str:
-    """An estimate in a table."""
+    """Format an estimate for a table."""
     return "n/a" if value is None else value.signed if signed else str(value)
 
 
 def line(
     label: str, points: Sequence[tuple[float, Estimate | None]], kind: int, *, sign: float = 1
 ) -> Line:
-    """Means with their standard errors as bars; `kind` decides colour, dash and marker."""
+    """Return means with standard errors as bars; `kind` selects colour, dash and marker."""
     known = [(x, estimate) for x, estimate in points if estimate is not None]
     errors = [math.nan if estimate.error is None else estimate.error for _, estimate in known]
     return Line(

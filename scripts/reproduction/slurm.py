@@ -1,6 +1,6 @@
-"""A stage as jobs for Slurm: one `sbatch scripts/slurm.sbatch` a run, a branch after its parent.
+"""Print a stage as Slurm jobs: one `sbatch scripts/slurm.sbatch` per run, branches last.
 
-Why lines for a shell: they can be read before they are run, and need no Slurm where they are made.
+The output is shell lines: they can be read before they run, and printing them needs no Slurm.
 
     print(script(first_seed(plan), plan.config, Path("runs/reproduce-gpu")))
 """
@@ -15,7 +15,7 @@ SBATCH = Path(__file__).resolve().parents[1] / "slurm.sbatch"
 
 
 def script(trainings: Sequence[Training], config: Path, root: Path) -> str:
-    """Shell commands that queue the runs; a parent that is not among them has ended before."""
+    """Return shell commands that queue the runs; a parent that is not listed has ended."""
     numbers = {training.name: number for number, training in enumerate(trainings)}
     lines = []
     for number, training in enumerate(trainings):

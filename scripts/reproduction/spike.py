@@ -1,6 +1,6 @@
-"""Claim 5: how much of a spike, made by a burst of ten times the learning rate, shows in raw and in the averages.
+"""Claim 5: the effect of a burst of ten times the learning rate on raw and averaged weights.
 
-Why against a run without the burst: that one takes the same batches, so the difference is the spike's alone.
+The reference run without the burst trains on the same batches, so the difference is the spike.
 
     section = in_a_spike(results)
 """
@@ -15,7 +15,7 @@ from reproduction.section import Comparison, Labels, Section, Table, cell, line
 from reproduction.statistics import estimate, paired
 
 _Excess = dict[int, dict[int, float]]
-"""Seed → step → loss with the burst minus loss without it."""
+"""Loss with the burst minus loss without it, by seed and step."""
 
 
 def in_a_spike(results: Results) -> Section:
@@ -45,7 +45,8 @@ def in_a_spike(results: Results) -> Section:
         if name != "raw"
     ]
     table = Table(
-        f"Loss above that of the same weights without the burst, {where}: largest, mean from the burst to the "
+        f"Loss above that of the same weights without the burst, {where}: largest, "
+        "mean from the burst to the "
         "end of the run, and at its end",
         ["log"],
         ["weights", "largest", "share of raw's", "mean", "at the end"],
@@ -88,7 +89,7 @@ def _chart(results: Results, excess: dict[str, _Excess]) -> Chart:
 
 
 def _excess(results: Results, label: str) -> _Excess:
-    """Of the seeds that have the burst, what came after it, and the run without."""
+    """Return the excess loss for the seeds with a burst, its continuation and the reference."""
     burst, after, calm = (
         {run.seed: run.losses.get(label, {}) for run in results.of(kind, results.tuned)}
         for kind in ("burst", "after", "calm")

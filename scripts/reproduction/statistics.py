@@ -1,7 +1,7 @@
-"""Means with their standard errors over seeds, and the rule for what counts.
+"""Means with standard errors over seeds, and the rule for verdicts.
 
-Why paired: the same seed gives both sides the same initial weights and data, so their difference varies
-far less from seed to seed than either does.
+Differences are paired by seed: both sides share initial weights and data, so their difference
+varies far less between seeds than either side.
 
     paired({1: 1.60, 2: 1.62}, {1: 1.66, 2: 1.69}).verdict  # "gain"
 """
@@ -27,14 +27,14 @@ class Estimate:
 
     @property
     def signed(self) -> str:
-        """As a difference, with its sign."""
+        """The difference with its sign."""
         return ("−" if self.mean < 0 else "+") + str(
             Estimate(abs(self.mean), self.error, self.seeds)
         )
 
     @property
     def verdict(self) -> str:
-        """Of a difference of losses: it counts where it is at least two standard errors."""
+        """The verdict on a loss difference: it counts from two standard errors on."""
         if self.error is None:
             return "one seed"
         if abs(self.mean) < 2 * self.error or self.mean == 0:
@@ -43,7 +43,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
-    """Mean and standard error (sample standard deviation over √n); None of nothing."""
+    """Return mean and standard error (sample standard deviation / √n); None without values."""
     if not values:
         return None
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
@@ -51,5 +51,5 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
-    """The mean of ours minus theirs over the seeds that both have."""
+    """Return the mean of ours minus theirs over the seeds that both have."""
     return estimate([loss - theirs[seed] for seed, loss in ours.items() if seed in theirs])

@@ -73,7 +73,7 @@ def test_models_that_differ_are_inspected_one_by_one(tmp_path: Path) -> None:
     assert second.norm == pytest.approx(math.sqrt(3))
     assert first.norm is not None
     assert second.distance is None
-    assert "do not hold the same tensors" in second.problems[0]
+    assert "contain different tensors" in second.problems[0]
 
 
 def test_nothing_to_inspect_is_said(tmp_path: Path) -> None:

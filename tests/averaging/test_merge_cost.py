@@ -13,9 +13,9 @@ from tiny_runs import MakeRun
 from llmtrain.averaging import provenance
 from llmtrain.averaging.average import average
 from llmtrain.averaging.request import AverageRequest, make_specs
-from llmtrain.checkpoints.header import TensorSpec, encode_header
-from llmtrain.checkpoints.open import SafetensorsReader
+from llmtrain.checkpoints.safetensors_files import SafetensorsReader, encode_header
 from llmtrain.checkpoints.series import run_series
+from llmtrain.checkpoints.tensors import TensorSpec
 from llmtrain.errors import UserError
 from llmtrain.storage import integrity
 from llmtrain.storage.integrity import integrity_problems, sha256_of

@@ -21,9 +21,9 @@ from llmtrain.averaging.average import average
 from llmtrain.averaging.merge import WeightedSum, merge
 from llmtrain.averaging.request import AverageRequest, make_specs
 from llmtrain.averaging.spec import Average, MergeOptions
-from llmtrain.checkpoints.numbers import round_to, to_float64
-from llmtrain.checkpoints.open import open_folder
+from llmtrain.checkpoints.open import open_checkpoint
 from llmtrain.checkpoints.series import folder_series
+from llmtrain.checkpoints.tensors import round_to, to_float64
 from llmtrain.errors import UserError
 
 STEPS = (100, 200, 300, 400, 500, 600)
@@ -122,7 +122,7 @@ def test_dtype_and_shards_of_the_output_can_be_chosen(tmp_path: Path) -> None:
     assert ulps(got["embed.weight"], exact["embed.weight"]) == 0
     assert len(list(result.spec.target.glob("model-*-of-*.safetensors"))) == 3
     assert '"dtype": "bfloat16"' in (result.spec.target / "config.json").read_text()
-    reopened = open_folder(result.spec.target, step=600)
+    reopened = open_checkpoint(result.spec.target, step=600)
     assert reopened.tensors.keys() == got.keys()
 
 
@@ -279,7 +279,7 @@ def mean_of(folder: Path, arrays: Sequence[np.ndarray], weights: Sequence[float]
         path = folder / str(number)
         path.mkdir(exist_ok=True)
         save_file({"w": torch.from_numpy(array.copy())}, path / "model.safetensors")
-        checkpoints.append(open_folder(path, step=number))
+        checkpoints.append(open_checkpoint(path, step=number))
     out = np.zeros_like(arrays[0])
 
     def write(name: str, start: int, raw: np.ndarray) -> None:

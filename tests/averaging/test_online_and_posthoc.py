@@ -37,7 +37,7 @@ def run(tiny: Callable[..., RunConfig], tmp_path: Path, steps: int) -> RunFolder
         train__max_steps=steps,
         checkpoint={"snapshot_every": 1, "state_every": 30},
     )
-    return pretrain(config, tmp_path / "run", say=lambda line: None).run
+    return pretrain(config, tmp_path / "run", log=lambda line: None).run
 
 
 def made(llmtrain: Command, run: RunFolder, *arguments: str) -> dict[str, torch.Tensor]:

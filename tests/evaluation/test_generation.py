@@ -26,7 +26,8 @@ from transformers import (
 
 from llmtrain.averaging.average import average
 from llmtrain.averaging.request import AverageRequest, make_specs
-from llmtrain.checkpoints.gpt2_folder import Origin, Shape, save_weights
+from llmtrain.checkpoints.checkpoint import Origin
+from llmtrain.checkpoints.gpt2_folder import Shape, save_weights
 from llmtrain.checkpoints.series import run_series
 from llmtrain.cli.generate import visible
 from llmtrain.config.schema import ModelConfig, RunConfig
@@ -191,14 +192,14 @@ def test_the_tokenizer_is_the_one_whose_end_of_text_the_folder_names(tmp_path: P
 def run(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunConfig]) -> RunFolder:
     """Twelve steps with an online average and one made afterwards."""
     folder = tmp_path_factory.mktemp("written") / "runs" / "tiny"
-    trained = pretrain(tiny(), folder, say=lambda line: None).run
+    trained = pretrain(tiny(), folder, log=lambda line: None).run
     series = run_series(trained)
     average(series, make_specs(series, AverageRequest(method="lawa", every=2, window=3)))
     return trained
 
 
 def test_a_run_stands_for_the_best_of_its_newest_averages(run: RunFolder) -> None:
-    from llmtrain.checkpoints.targets import targets_of
+    from llmtrain.checkpoints.resolve import find_targets
     from llmtrain.evaluation.results import EvalOptions, measure
 
     before, raw = choose_weights(str(run.path))
@@ -206,7 +207,7 @@ def test_a_run_stands_for_the_best_of_its_newest_averages(run: RunFolder) -> Non
     assert raw is not None
     assert raw.path == run.snapshot(12)
     rows = measure(
-        targets_of(run.path, every_snapshot=False), EvalOptions(), lambda *progress: None
+        find_targets(run.path, every_snapshot=False), EvalOptions(), lambda *progress: None
     )
     best = min(
         (row for row in rows if row.step == 12 and row.label != "raw"), key=lambda row: row.loss

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.checkpoints.targets import Target, targets_named, targets_of
+from llmtrain.checkpoints.resolve import Target, find_targets
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.report.page import write_report
@@ -20,7 +20,7 @@ from llmtrain.training.run import pretrain
 
 @pytest.fixture
 def run(tiny: Callable[..., RunConfig], tmp_path: Path) -> RunFolder:
-    return pretrain(tiny(), tmp_path / "run", say=lambda line: None).run
+    return pretrain(tiny(), tmp_path / "run", log=lambda line: None).run
 
 
 def measure_all(
@@ -37,7 +37,7 @@ def measure_all(
 
 
 def test_a_run_stands_for_its_averages_and_the_matching_snapshots(run: RunFolder) -> None:
-    found = [(t.label, t.step) for t in targets_of(run.path, every_snapshot=False)]
+    found = [(t.label, t.step) for t in find_targets(run.path, every_snapshot=False)]
     assert found == [
         ("raw", 4),
         ("ema-0.9", 4),
@@ -46,35 +46,35 @@ def test_a_run_stands_for_its_averages_and_the_matching_snapshots(run: RunFolder
         ("raw", 12),
         ("ema-0.9", 12),
     ]
-    assert len(targets_of(run.path, every_snapshot=True)) == 5 + 3
+    assert len(find_targets(run.path, every_snapshot=True)) == 5 + 3
 
 
 def test_a_run_without_averages_stands_for_its_newest_snapshot(
     tiny: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    run = pretrain(tiny(averages=[]), tmp_path / "run", say=lambda line: None).run
-    assert [t.step for t in targets_of(run.path, every_snapshot=False)] == [12]
+    run = pretrain(tiny(averages=[]), tmp_path / "run", log=lambda line: None).run
+    assert [t.step for t in find_targets(run.path, every_snapshot=False)] == [12]
 
 
 def test_a_folder_inside_a_run_brings_its_raw_weights(run: RunFolder) -> None:
-    found = [t.label for t in targets_of(run.average("ema-0.9", 8), every_snapshot=False)]
+    found = [t.label for t in find_targets(run.average("ema-0.9", 8), every_snapshot=False)]
     assert found == ["raw", "ema-0.9"]
-    assert [t.label for t in targets_of(run.snapshot(8), every_snapshot=False)] == ["raw"]
+    assert [t.label for t in find_targets(run.snapshot(8), every_snapshot=False)] == ["raw"]
 
 
 def test_what_is_no_target(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
     with pytest.raises(UserError, match="neither a run nor a folder of weights"):
-        targets_of(tmp_path, every_snapshot=False)
+        find_targets(tmp_path, every_snapshot=False)
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(UserError, match="no snapshot yet"):
-        targets_of(tmp_path, every_snapshot=False)
+        find_targets(tmp_path, every_snapshot=False)
     with pytest.raises(RunFailed, match="cannot be reached") as caught:  # the tests have no network
-        targets_named("runz/demo", every_snapshot=False)
-    assert "there is no folder runz/demo here" in caught.value.hint
+        find_targets("runz/demo", every_snapshot=False)
+    assert "the folder runz/demo does not exist" in caught.value.hint
 
 
 def test_losses_are_those_of_training_and_measured_once(run: RunFolder) -> None:
-    targets = targets_of(run.path, every_snapshot=False)
+    targets = find_targets(run.path, every_snapshot=False)
     rows, computed = measure_all(targets)
     logged = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     last = next(e for e in logged if e["step"] == 12 and "val/loss" in e)
@@ -90,7 +90,7 @@ def test_losses_are_those_of_training_and_measured_once(run: RunFolder) -> None:
 
 
 def test_other_tokens_or_another_split_are_measured_anew(run: RunFolder) -> None:
-    targets = targets_of(run.snapshot(12), every_snapshot=False)
+    targets = find_targets(run.snapshot(12), every_snapshot=False)
     losses = {
         measure_all(targets, s)[0][0].loss
         for s in (EvalOptions(), EvalOptions(tokens=50), EvalOptions(split="train"))
@@ -100,13 +100,13 @@ def test_other_tokens_or_another_split_are_measured_anew(run: RunFolder) -> None
 
 
 def test_data_that_the_user_named_and_is_not_there(run: RunFolder, tmp_path: Path) -> None:
-    targets = targets_of(run.snapshot(12), every_snapshot=False)
-    with pytest.raises(UserError, match="nowhere holds no prepared data"):
+    targets = find_targets(run.snapshot(12), every_snapshot=False)
+    with pytest.raises(UserError, match="nowhere contains no prepared data"):
         measure_all(targets, EvalOptions(data=tmp_path / "nowhere"))
 
 
 def test_a_difference_from_raw_is_within_one_precision(run: RunFolder) -> None:
-    targets = targets_of(run.average("ema-0.9", 12), every_snapshot=False)
+    targets = find_targets(run.average("ema-0.9", 12), every_snapshot=False)
     for precision in ("float32", "bfloat16"):
         measure_all(targets, EvalOptions(precision=precision))
     raw = {row.precision: row.loss for row in stored_rows(run) if row.label == "raw"}
@@ -121,7 +121,7 @@ def test_a_folder_outside_a_run_needs_data(
 ) -> None:
     moved = tmp_path / "elsewhere"
     run.snapshot(12).rename(moved)
-    targets = targets_of(moved, every_snapshot=False)
+    targets = find_targets(moved, every_snapshot=False)
     with pytest.raises(UserError, match="belongs to no run"):
         measure_all(targets)
     (row,), _ = measure_all(targets, EvalOptions(data=data_folder))
@@ -131,12 +131,12 @@ def test_a_folder_outside_a_run_needs_data(
 def test_other_numbers_of_tokens_side_by_side_are_told(
     tiny: Callable[..., RunConfig], data_folder: Path, tmp_path: Path
 ) -> None:
-    run = pretrain(tiny(eval__tokens=50), tmp_path / "run", say=lambda line: None).run
+    run = pretrain(tiny(eval__tokens=50), tmp_path / "run", log=lambda line: None).run
     run.snapshot(10).rename(tmp_path / "elsewhere")
     targets = [
         target
         for path in (run.snapshot(12), tmp_path / "elsewhere")
-        for target in targets_of(path, every_snapshot=False)
+        for target in find_targets(path, every_snapshot=False)
     ]
     heard: list[str] = []
     rows = measure(
@@ -159,12 +159,12 @@ def test_weights_that_are_not_finite_have_no_loss(run: RunFolder) -> None:
     tensors["transformer.ln_f.weight"][:] = float("nan")
     save_file(tensors, path)
     with pytest.raises(RunFailed, match="is nan"):
-        measure_all(targets_of(run.snapshot(12), every_snapshot=False))
+        measure_all(find_targets(run.snapshot(12), every_snapshot=False))
 
 
 def test_the_report_holds_each_label_and_draws_a_png(run: RunFolder, tmp_path: Path) -> None:
     assert newest_rows(run) == []
-    measure_all(targets_of(run.path, every_snapshot=False))
+    measure_all(find_targets(run.path, every_snapshot=False))
     assert [(row.label, row.step) for row in newest_rows(run)] == [("raw", 12), ("ema-0.9", 12)]
     curves = loss_curves(run)
     assert list(curves) == ["raw", "ema-0.9"]
@@ -173,10 +173,10 @@ def test_the_report_holds_each_label_and_draws_a_png(run: RunFolder, tmp_path: P
 
 
 def test_weights_changed_after_the_commit_are_measured_anew(run: RunFolder) -> None:
-    before, _ = measure_all(targets_of(run.snapshot(12), every_snapshot=False))
+    before, _ = measure_all(find_targets(run.snapshot(12), every_snapshot=False))
     path = run.snapshot(12) / "model.safetensors"
     path.write_bytes((run.snapshot(4) / "model.safetensors").read_bytes())
-    after, computed = measure_all(targets_of(run.snapshot(12), every_snapshot=False))
+    after, computed = measure_all(find_targets(run.snapshot(12), every_snapshot=False))
     assert computed
     assert after[0].loss != before[0].loss
     assert [row.loss for row in stored_rows(run)] == [after[0].loss]
@@ -185,7 +185,7 @@ def test_weights_changed_after_the_commit_are_measured_anew(run: RunFolder) -> N
 def test_a_result_that_cannot_be_kept_is_told_and_given(run: RunFolder, text_file: Path) -> None:
     shutil.rmtree(run.evals, ignore_errors=True)
     run.evals.write_text("a file where the folder would be")
-    targets, warned = targets_of(run.path, every_snapshot=False)[-1:], list[str]()
+    targets, warned = find_targets(run.path, every_snapshot=False)[-1:], list[str]()
     (row,) = measure(targets, EvalOptions(), lambda *done: None, warn=warned.append)
     (text,) = measure_text(
         targets, text_file, TextOptions(), lambda *done: None, warn=warned.append
@@ -195,24 +195,24 @@ def test_a_result_that_cannot_be_kept_is_told_and_given(run: RunFolder, text_fil
 
 
 def test_a_result_of_another_version_is_measured_anew(run: RunFolder) -> None:
-    measure_all(targets_of(run.snapshot(12), every_snapshot=False))
+    measure_all(find_targets(run.snapshot(12), every_snapshot=False))
     (path,) = run.evals.iterdir()
     document = json.loads(path.read_text())
     del document["run"]
     path.write_text(json.dumps(document))
     assert stored_rows(run) == []
-    _, computed = measure_all(targets_of(run.snapshot(12), every_snapshot=False))
+    _, computed = measure_all(find_targets(run.snapshot(12), every_snapshot=False))
     assert computed
 
 
 def test_the_report_compares_equal_windows_only(run: RunFolder) -> None:
-    measure_all(targets_of(run.path, every_snapshot=False), EvalOptions(tokens=50))
+    measure_all(find_targets(run.path, every_snapshot=False), EvalOptions(tokens=50))
     curves = loss_curves(run)
     assert [step for step, _ in curves["raw"]] == [
         4,
         8,
         12,
     ]  # not step 6, which training measured on more
-    measure_all(targets_of(run.path, every_snapshot=False))
+    measure_all(find_targets(run.path, every_snapshot=False))
     assert {row.tokens for row in newest_rows(run)} != {49}
     assert [step for step, _ in loss_curves(run)["raw"]] == [4, 6, 8, 12]

@@ -20,7 +20,7 @@ from places import SHARED_DATA
 from tiny_models import write_neox, write_ours, write_tokenizer
 
 from llmtrain.checkpoints.gpt2_folder import load_model
-from llmtrain.checkpoints.targets import targets_of
+from llmtrain.checkpoints.resolve import find_targets
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.results import EvalOptions, measure
@@ -50,7 +50,7 @@ PASSAGES = [
 
 def measured(folder: Path, settings: TaskOptions) -> list[TaskResult]:
     (results,) = measure_tasks(
-        targets_of(folder, every_snapshot=False), settings, lambda *progress: None
+        find_targets(folder, every_snapshot=False), settings, lambda *progress: None
     )
     return results
 
@@ -174,7 +174,7 @@ def test_six_tasks_offline_by_the_command(
     llmtrain: Callable[..., subprocess.CompletedProcess[str]],
     tmp_path: Path,
 ) -> None:
-    run = pretrain(tiny(), tmp_path / "run", say=lambda line: None).run
+    run = pretrain(tiny(), tmp_path / "run", log=lambda line: None).run
     command = [
         "eval",
         run.average("ema-0.9", 12),
@@ -345,7 +345,7 @@ def test_a_revision_and_its_task_from_the_hub(data_folder: Path, tmp_path: Path)
     assert (row["label"], row["run"], row["block_size"]) == ("neox@step1000", None, 16)
     assert "a tokenizer of its own" in run.stderr
     (local,) = measure(
-        targets_of(revision, every_snapshot=False),
+        find_targets(revision, every_snapshot=False),
         EvalOptions(data=data_folder),
         lambda *done: None,
     )

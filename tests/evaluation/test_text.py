@@ -11,9 +11,9 @@ import torch
 from tiny_models import CONTEXT, write_neox, write_ours, write_tokenizer
 from transformers import AutoModelForCausalLM
 
-from llmtrain.checkpoints.targets import Target, targets_of
+from llmtrain.checkpoints.resolve import Target, find_targets
 from llmtrain.config.schema import RunConfig
-from llmtrain.data.shards import open_data
+from llmtrain.data.token_data import open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.results import EvalOptions, measure
 from llmtrain.evaluation.text import TextOptions, TextResult, measure_text
@@ -24,7 +24,7 @@ TEXT = "It was the best of times, it was the wörst of times.\r\n\nIt was the ag
 
 
 def targets(folder: Path) -> list[Target]:
-    return targets_of(folder, every_snapshot=False)
+    return find_targets(folder, every_snapshot=False)
 
 
 def measured(
@@ -174,12 +174,12 @@ def save_over(folder: Path, weights: dict[str, torch.Tensor]) -> None:
 def test_a_result_is_kept_with_the_run_and_must_be_whole(
     tiny: Callable[..., RunConfig], text_file: Path, tmp_path: Path
 ) -> None:
-    run = pretrain(tiny(), tmp_path / "run", say=lambda line: None).run
+    run = pretrain(tiny(), tmp_path / "run", log=lambda line: None).run
     progress: list[object] = []
 
     def measure_again(stride: int | None = None) -> list[TextResult]:
         progress.clear()
-        wanted = targets_of(run.average("ema-0.9", 12), every_snapshot=False)
+        wanted = find_targets(run.average("ema-0.9", 12), every_snapshot=False)
         return measure_text(
             wanted, text_file, TextOptions(stride), lambda *done: progress.append(done)
         )

@@ -17,10 +17,11 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from llmtrain.averaging.average import average
 from llmtrain.averaging.request import AverageRequest, make_specs
-from llmtrain.checkpoints.gpt2_folder import Origin, Shape, load_model, load_origin, save_weights
+from llmtrain.checkpoints.checkpoint import Origin, load_origin
+from llmtrain.checkpoints.gpt2_folder import Shape, load_model, save_weights
+from llmtrain.checkpoints.open import open_checkpoint
+from llmtrain.checkpoints.resolve import Target, find_targets
 from llmtrain.checkpoints.series import run_series
-from llmtrain.checkpoints.targets import Target, targets_of
-from llmtrain.checkpoints.torch_files import open_training_file
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.errors import UserError
 from llmtrain.evaluation.generation import Sampling, generate_text, load_generator
@@ -47,10 +48,10 @@ sys.stdout.buffer.write(write("The", do_sample=False)[0]["generated_text"].encod
 def run(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunConfig]) -> RunFolder:
     """A run with an average made afterwards, both measured."""
     folder = tmp_path_factory.mktemp("exports") / "runs" / "tiny"
-    trained = pretrain(tiny(averages=[]), folder, say=lambda line: None).run
+    trained = pretrain(tiny(averages=[]), folder, log=lambda line: None).run
     series = run_series(trained)
     average(series, make_specs(series, AverageRequest(method="lawa", every=2, window=3)))
-    measure(targets_of(folder, every_snapshot=False), EvalOptions(), lambda *progress: None)
+    measure(find_targets(folder, every_snapshot=False), EvalOptions(), lambda *progress: None)
     return trained
 
 
@@ -187,7 +188,7 @@ def test_nanogpt_loads_it(tmp_path: Path, bias: bool) -> None:
     torch.optim.AdamW([{"params": matrices}, {"params": others}]).load_state_dict(
         saved["optimizer"]
     )
-    assert open_training_file(tmp_path / "out" / "ckpt.pt", step=7).config is not None
+    assert open_checkpoint(tmp_path / "out" / "ckpt.pt", step=7).config is not None
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from llmtrain.averaging.average import average
 from llmtrain.averaging.request import AverageRequest, make_specs
 from llmtrain.averaging.spec import Average, MergeOptions
-from llmtrain.checkpoints.sources import find_series
+from llmtrain.checkpoints.resolve import find_series
 
 
 def run(root: Path, settings: MergeOptions | None = None, window: int = 3) -> Average:

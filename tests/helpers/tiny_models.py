@@ -6,7 +6,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from llmtrain.checkpoints.gpt2_folder import Origin, Shape, save_weights
+from llmtrain.checkpoints.checkpoint import Origin
+from llmtrain.checkpoints.gpt2_folder import Shape, save_weights
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.gpt import GPT
 

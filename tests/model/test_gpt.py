@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
-from llmtrain.checkpoints.gpt2_folder import Origin, Shape, load_model, save_weights
+from llmtrain.checkpoints.checkpoint import Origin
+from llmtrain.checkpoints.gpt2_folder import Shape, load_model, save_weights
 from llmtrain.config.schema import ModelConfig
 from llmtrain.errors import UserError
 from llmtrain.model.gpt import GPT, IGNORE
@@ -135,5 +136,5 @@ def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
         assert torch.equal(loaded.state_dict()[name], tensor)
     index = tmp_path / "shards" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"x": "../whole/model.safetensors"}}))
-    with pytest.raises(UserError, match="does not name safetensors files beside it"):
+    with pytest.raises(UserError, match="not the name of a .safetensors file"):
         load_model(tmp_path / "shards")

@@ -21,12 +21,12 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from in_process import Outcome, invoke
 
-from llmtrain.checkpoints.header import read_header
-from llmtrain.checkpoints.targets import targets_of
+from llmtrain.checkpoints.resolve import find_targets
+from llmtrain.checkpoints.safetensors_files import read_header
 from llmtrain.config.loading import dump_config, load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.manifest import Manifest
-from llmtrain.data.shards import open_data
+from llmtrain.data.token_data import open_data
 from llmtrain.data.verify import verify_below
 from llmtrain.errors import UserError
 from llmtrain.evaluation.report.page import page
@@ -86,7 +86,7 @@ def run(*arguments: str | Path, cwd: Path) -> Outcome:
         outcome
     )
     assert "Traceback" not in outcome.stderr
-    assert "this should not happen" not in outcome.stderr, outcome
+    assert "this is a bug" not in outcome.stderr, outcome
     if outcome.code:
         assert outcome.stderr.strip() or "damaged" in outcome.stdout, outcome
     return outcome
@@ -122,9 +122,9 @@ def trained(
     (place / "config.yaml").write_text(dump_config(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        pretrain(config, Path("runs/run"), say=lambda line: None)
+        pretrain(config, Path("runs/run"), log=lambda line: None)
         measure(
-            targets_of(Path("runs/run"), every_snapshot=False),
+            find_targets(Path("runs/run"), every_snapshot=False),
             EvalOptions(),
             lambda *progress: None,
         )

@@ -19,7 +19,8 @@ from in_process import invoke
 from safetensors.torch import save_file
 from tiny_runs import SHAPE, weights_at
 
-from llmtrain.checkpoints.gpt2_folder import Origin, save_weights
+from llmtrain.checkpoints.checkpoint import Origin
+from llmtrain.checkpoints.gpt2_folder import save_weights
 from llmtrain.config.loading import dump_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.manifest import Manifest
@@ -37,7 +38,7 @@ def trained(
     (place / "config.yaml").write_text(dump_config(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        pretrain(config, Path("run"), say=lambda line: None)
+        pretrain(config, Path("run"), log=lambda line: None)
     assert invoke("eval", "run", cwd=place).code == 0
     return place
 
@@ -171,7 +172,7 @@ def test_headers_of_safetensors(tmp_path: Path, data_folder: Path, name: str) ->
     for step in (10, 20):
         (tmp_path / "s" / f"step{step}").mkdir(parents=True)
         (tmp_path / "s" / f"step{step}" / "model.safetensors").write_bytes(SAFETENSORS[name])
-    said = "tensor 'a' has the dtype" if name == "no such dtype" else "is damaged"
+    said = "tensor 'a' has the unsupported dtype" if name == "no such dtype" else "is damaged"
     refused("average", "s", "--every", "10", "--window", "2", cwd=tmp_path, said=said)
     save_weights(tmp_path / "s" / "step10", weights_at(1), SHAPE, Origin(1, 1, 0.1, "x"))
     (tmp_path / "s" / "step10" / "model.safetensors").write_bytes(SAFETENSORS[name])
@@ -195,7 +196,7 @@ def test_an_index_that_leaves_its_folder(tmp_path: Path, data_folder: Path, name
     said = "index.json places" if name != ".." else "not the name of"
     refused("average", "s", "--every", "10", "--window", "2", cwd=tmp_path, said=said)
     refused("inspect", "s", cwd=tmp_path, said=said)
-    said = "does not name safetensors files beside it"
+    said = "not the name of a .safetensors file"
     refused("eval", "s/step10", "--data", data_folder, cwd=tmp_path, said=said)
 
 
@@ -272,8 +273,8 @@ def test_a_loss_that_is_no_number(workplace: Path) -> None:
         ({"n_positions": -16}, "block_size: Input should be greater than 0"),
         ({"n_head": 0}, "n_head: Input should be greater than 0"),
         ({"n_head": 3}, "must be a multiple of n_head"),
-        ({"llmtrain": [1]}, "is no GPT-2 config"),
-        ({"activation_function": ["gelu"]}, "activation_function ['gelu'] is not GPT-2"),
+        ({"llmtrain": [1]}, "is not a valid GPT-2 config"),
+        ({"activation_function": ["gelu"]}, "activation_function ['gelu'] is not supported"),
     ],
 )
 def test_configs_of_foreign_models(workplace: Path, change: dict[str, Any], said: str) -> None:
@@ -290,7 +291,7 @@ def test_configs_that_lack_a_key(workplace: Path, key: str) -> None:
     document = json.loads(path.read_text())
     del document[key]
     path.write_text(json.dumps(document))
-    said = "not gpt2" if key == "model_type" else f"'{key}' is missing"
+    said = "not gpt2" if key == "model_type" else f"'{key}' is missing or invalid"
     refused("eval", path.parent, "--tokens", 50, cwd=workplace, said=said)
 
 

@@ -1,4 +1,4 @@
-"""What `scripts/bench` measures with: memory of a tree of processes, ratios, tables of 80 columns."""
+"""`scripts/bench`: memory of a process tree, ratios, tables of 80 columns, sides that fail."""
 
 import json
 import runpy
@@ -17,7 +17,7 @@ from benchmarks import (
     piece,
     prepare,
     profile,
-    train,
+    shapes,
 )
 from benchmarks.measure import Figures, Row
 from torch import Tensor
@@ -30,28 +30,28 @@ ends = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 started = [subprocess.Popen([sys.executable, "-c", {HOLD!r}], **ends) for _ in "12"]
 for each in started:
     each.stdout.readline()
-time.sleep(1)  # all is held
+time.sleep(1)  # both processes hold their memory
 for each in started:
     each.communicate("go")
 """
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells what processes hold"
-)
-def test_a_tree_holds_what_all_its_processes_hold_together(tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs /proc")
+def test_memory_of_a_process_tree_is_the_sum(tmp_path: Path) -> None:
     together = commands.run([sys.executable, "-c", TWO], tmp_path, tree=True)
     assert 200 < together["MB"] < 260
     assert together["s"] > 1
-    assert commands.run([sys.executable, "-c", TWO], tmp_path)["MB"] < 130  # the largest alone
+    assert (
+        commands.run([sys.executable, "-c", TWO], tmp_path)["MB"] < 130
+    )  # the largest process alone
 
 
-def test_a_command_that_fails_says_why(tmp_path: Path) -> None:
+def test_a_failed_command_reports_its_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no reason"):
         commands.run([sys.executable, "-c", "raise SystemExit('no reason')"], tmp_path, tree=True)
 
 
-def test_ratios_are_of_the_same_round() -> None:
+def test_ratios_compare_the_same_round() -> None:
     taken: dict[str, list[Figures]] = {
         "ours": [{"s": 1.0}, {"s": 10.0}, {"s": 3.0}],
         "theirs": [{"s": 2.0}, {"s": 20.0}, {"s": 3.0}],
@@ -61,7 +61,7 @@ def test_ratios_are_of_the_same_round() -> None:
     assert theirs.ratio is None
 
 
-def test_tables_fit_80_columns_and_name_what_is_not_measured(
+def test_tables_fit_80_columns_and_list_unmeasured_rows(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     long = Row(
@@ -87,7 +87,7 @@ def test_tables_fit_80_columns_and_name_what_is_not_measured(
     ]
 
 
-def test_a_bench_that_fails_is_listed_with_its_reason() -> None:
+def test_a_failed_benchmark_is_listed_with_its_reason() -> None:
     def fails() -> list[Row]:
         raise RuntimeError("no room\n")
 
@@ -95,7 +95,7 @@ def test_a_bench_that_fails_is_listed_with_its_reason() -> None:
     assert (row.what, row.median, row.note) == ("average", None, "no room")
 
 
-def test_all_sides_of_prepare_make_the_same_number_of_tokens(tmp_path: Path) -> None:
+def test_all_sides_of_prepare_count_the_same_tokens(tmp_path: Path) -> None:
     source = tmp_path / "texts.jsonl"
     source.write_text("".join(json.dumps({"text": f"Document {i}."}) + "\n" for i in range(40)))
     sides = [
@@ -106,8 +106,8 @@ def test_all_sides_of_prepare_make_the_same_number_of_tokens(tmp_path: Path) -> 
     assert {round(figures["tokens/s"] * figures["s"]) for figures in sides} == {40 * 4}
 
 
-def test_a_profile_names_what_takes_most_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(train.MODELS, "tiny", train.Shape(1, 2, 32, 32, 2))
+def test_a_profile_lists_the_longest_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(shapes.MODELS, "tiny", shapes.Shape(1, 2, 32, 32, 2))
     step, *operations = profile.measure("tiny", rounds=2, settings=["train.compile=false"])
     assert step.side == "step"
     assert step.median
@@ -117,14 +117,14 @@ def test_a_profile_names_what_takes_most_of_a_step(monkeypatch: pytest.MonkeyPat
     assert all(row.median is not None and row.median >= 0 for row in operations)
 
 
-def test_a_side_that_fails_is_listed_and_the_others_are_measured() -> None:
+def test_a_failed_side_is_listed_and_the_others_are_measured() -> None:
     sides = {"fails": measure.Worker(int, "x"), "works": measure.Worker(partial, dict, {"s": 2.0})}
     works, fails = piece.compare("work", sides, rounds=2, against="fails")
     assert (works.side, works.median, works.rounds, works.ratio) == ("works", 2.0, 2, None)
     assert fails.median is None and fails.note.startswith("ValueError: invalid literal")
 
 
-def test_a_wrong_head_shows_in_its_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_head_has_a_large_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def half(*given: Tensor) -> Tensor:
         return head.LOSSES[head.OURS](*given) / 2
 
@@ -137,11 +137,11 @@ def test_a_wrong_head_shows_in_its_errors(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("bench", "options", "sides"),
     [
-        (attention, ["attention", "--length", "20", "--width", "64"], {"whole products", "fused"}),
+        (attention, ["attention", "--length", "20", "--width", "64"], {"materialized", "fused"}),
         (head, ["head", "--width", "16", "--vocabulary", "97"], {head.OURS, head.PLAIN}),
     ],
 )
-def test_a_piece_of_the_model_is_measured_and_right(
+def test_a_part_of_the_model_is_measured_and_accurate(
     bench: ModuleType,
     options: list[str],
     sides: set[str],
@@ -150,7 +150,7 @@ def test_a_piece_of_the_model_is_measured_and_right(
 ) -> None:
     monkeypatch.setattr(
         bench, "PRECISIONS", ("float32",)
-    )  # fewer processes: each takes seconds to start
+    )  # few processes: each takes seconds to start
     monkeypatch.setattr(
         head, "LOSSES", {name: head.LOSSES[name] for name in (head.OURS, head.PLAIN)}
     )

@@ -1,4 +1,4 @@
-"""The scripts that put the paper's claims to the test: runs and figures are what they are said to be."""
+"""The scripts that test the paper's claims: their runs, statistics, tables and figures."""
 
 import json
 import math
@@ -50,7 +50,7 @@ def test_a_difference_counts_from_two_standard_errors_on(
     assert found.verdict == (("gain" if found.mean < 0 else "loss") if counts else "no difference")
 
 
-def test_what_has_one_seed_or_none_says_so() -> None:
+def test_one_seed_or_none_has_no_verdict() -> None:
     one = paired({1: 1.5}, {1: 1.6, 2: 1.0})
     assert one is not None and (one.signed, one.verdict) == ("−0.1000", "one seed")
     assert estimate([]) is None
@@ -60,13 +60,13 @@ def test_what_has_one_seed_or_none_says_so() -> None:
 @pytest.mark.parametrize(
     ("rate", "written"), [(6e-3, "6e-3"), (1e-2 / 3, "3.3e-3"), (0.2, "2e-1"), (9.96e-4, "1e-3")]
 )
-def test_rates_are_written_in_two_digits(rate: float, written: str) -> None:
+def test_rates_are_formatted_with_two_digits(rate: float, written: str) -> None:
     assert text(rate) == written
 
 
 @pytest.fixture
 def plan(tiny: Callable[..., RunConfig], tmp_path: Path) -> Plan:
-    """A run of 20 steps in which everything has room, of two rates, one of which diverges."""
+    """A plan of 20 steps with every kind of run at two rates, one of which diverges."""
     averages = [{"kind": "ema", "decay": 0.9}, {"kind": "lawa", "window": 5, "every": 1}]
     config = tiny(
         train__max_steps=20,
@@ -87,7 +87,7 @@ def trained(plan: Plan, root: Path, *trainings: Training) -> None:
     execute.run(jobs, root, 2)
 
 
-def test_runs_branch_as_said_fail_as_a_result_and_are_not_run_twice(
+def test_runs_branch_record_failures_and_run_once(
     plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "runs"
@@ -128,12 +128,14 @@ def test_runs_branch_as_said_fail_as_a_result_and_are_not_run_twice(
         execute.run([Job("bad", ("average", "nowhere"))], root, 1)
 
 
-def test_what_a_network_or_a_disk_does_to_a_command_is_no_result(
+def test_network_and_disk_failures_are_not_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     job = Job("lost", ("average", "nobody/nothing", "--every", "1000"), refusable=True)
-    with pytest.raises(SystemExit, match=r"lost ended with 1: see .*; the same command goes on"):
+    with pytest.raises(
+        SystemExit, match=r"lost ended with 1: see .*; repeat the command to resume"
+    ):
         execute.run([job], tmp_path, 1)
     assert execute.failure(tmp_path, "lost") is None
 
@@ -141,7 +143,7 @@ def test_what_a_network_or_a_disk_does_to_a_command_is_no_result(
 @pytest.mark.parametrize(
     ("status", "said"), [(401, "refuses nobody"), (403, "refuses nobody"), (None, "has no nobody")]
 )
-def test_a_hub_that_lets_nobody_in_or_has_no_such_series_is_asked_again(
+def test_a_refused_hub_request_is_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int | None, said: str
 ) -> None:
     job = Job("window", ("average", "nobody/nothing", "--every", "1000"), refusable=True)
@@ -150,7 +152,7 @@ def test_a_hub_that_lets_nobody_in_or_has_no_such_series_is_asked_again(
             monkeypatch.setenv(name, value)
         hub.refuses = status
         with pytest.raises(
-            SystemExit, match=r"window ended with 2: see .*; the same command goes on"
+            SystemExit, match=r"window ended with 2: see .*; repeat the command to resume"
         ):
             execute.run([job], tmp_path, 1)
     assert said in (tmp_path / "window.log").read_text()
@@ -158,9 +160,7 @@ def test_a_hub_that_lets_nobody_in_or_has_no_such_series_is_asked_again(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_script_that_is_stopped_leaves_as_a_command_does(
-    tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_stopped_script_exits_like_a_command(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, SCRIPTS / "reproduce_cpu", "--quick", "--stage", "runs"]
     script = subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -175,9 +175,7 @@ def test_a_script_that_is_stopped_leaves_as_a_command_does(
     assert script.returncode == 128 + number
 
 
-def test_a_signal_ends_the_commands_that_run_with_their_state_saved(
-    plan: Plan, tmp_path: Path
-) -> None:
+def test_a_signal_stops_running_commands_with_a_checkpoint(plan: Plan, tmp_path: Path) -> None:
     training = plan.constant("1e-2", 1)
     words = [*training.arguments(plan.config, tmp_path), "--set", "train.max_steps=100000"]
     run = RunFolder(tmp_path / training.name)
@@ -201,11 +199,12 @@ def test_a_signal_ends_the_commands_that_run_with_their_state_saved(
 
 
 def made_up(seeds: tuple[int, ...], gain: float) -> Results:
-    """Raw loses 0.1 each quarter; LAWA is `gain` lower, a little more with each seed."""
+    """Results in which raw loses 0.1 each quarter and LAWA is lower by `gain`, more per seed."""
     plan: dict[str, Any] = {
-        "steps": 400, "warmup": 10, "spacing": 10, "rates": ["1e-2"], "seeds": list(seeds), "tokens_per_step": 1000,
-        "cooldown": 320, "forecasts": [160, 240, 320], "swa_early": 28, "swa_late": 300, "windows": [3, 5],
-        "spacings": [1, 2], "widths": [0.05], "kept": [],
+        "steps": 400, "warmup": 10, "spacing": 10, "tokens_per_step": 1000,
+        "rates": ["1e-2"], "seeds": list(seeds), "kept": [],
+        "cooldown": 320, "forecasts": [160, 240, 320], "swa_early": 28, "swa_late": 300,
+        "windows": [3, 5], "spacings": [1, 2], "widths": [0.05],
     }  # fmt: skip
     runs = []
     for seed in seeds:
@@ -235,14 +234,15 @@ def made_up(seeds: tuple[int, ...], gain: float) -> Results:
     return Results("Made up", made, plan, "1e-2", "1e-2", ["1e-2"], commands, runs)
 
 
-def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
+def test_the_page_matches_the_numbers(tmp_path: Path) -> None:
     results = made_up((1, 2, 3), gain=0.048)
     results.write(tmp_path / "cpu.json")
     assert Results.read(tmp_path / "cpu.json").runs[0].losses["raw"] == pytest.approx(
         results.runs[0].losses["raw"]
     )
     written = page.write_page(tmp_path).read_text()
-    row = "| 1 | LAWA against raw: constant 1e-2, 100% of the run | cpu: a device | −0.0500 ± 0.0006 | 3 | gain |"
+    claim = "LAWA against raw: constant 1e-2, 100% of the run"
+    row = f"| 1 | {claim} | cpu: a device | −0.0500 ± 0.0006 | 3 | gain |"
     assert row in written
     assert "| cosine-1 |  |  |  |  | diverged |" in written
     assert (
@@ -254,13 +254,13 @@ def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
     assert len(figures) == 6 and all(
         (tmp_path / figure).read_text().rstrip().endswith("</svg>") for figure in figures
     )
-    # 0.049, 0.05 and 0.051 lower, where raw falls by 0.001 a step: 40, 50 and 50 steps, by snapshots.
+    # LAWA is 0.049, 0.05 and 0.051 lower; raw falls by 0.001 per step: 40, 50 and 50 steps.
     (saved,) = [row for row in savings(results).tables[0].rows if row[0] == "constant 1e-2"]
     assert saved[1:] == ["3 of 3", "47 ± 3", "0.05 ± 0.00", "0.4 ± 0.0"]
     assert page.write_page(tmp_path).read_text() == written
 
 
-def test_a_spike_shows_at_its_peak_and_in_what_stays_of_it() -> None:
+def test_a_spike_has_a_peak_and_a_mean_excess() -> None:
     results = made_up((1,), gain=0.0)
     calm = dict.fromkeys((320, 330, 340), 2.0)
     for kind, raw, lawa in (
@@ -282,7 +282,7 @@ def test_a_spike_shows_at_its_peak_and_in_what_stays_of_it() -> None:
     assert rows["LAWA"] == ["+2.0000", "67%", "+1.0000", "+2.0000"]
 
 
-def test_the_gpu_plan_costs_what_its_header_says_and_queues_branches_after_their_parents(
+def test_the_gpu_plan_matches_its_header_and_queues_branches_last(
     tmp_path: Path,
 ) -> None:
     script = SCRIPTS / "reproduce_gpu"
@@ -310,35 +310,34 @@ def test_the_gpu_plan_costs_what_its_header_says_and_queues_branches_after_their
     short = [line.split() for line in answer("--stage", "plan", "--short", "x").splitlines()[1:]]
     runs, hours = (sum(float(row[column]) for row in short) for column in (1, 2))
     assert said["short"].split() == [f"{runs:.0f}", f"{hours:.2g}"]
-    (tmp_path / "sbatch").write_text('#!/bin/bash\necho "$@" >> told\nwc -l < told\n')
+    (tmp_path / "sbatch").write_text('#!/bin/bash\necho "$@" >> calls\nwc -l < calls\n')
     (tmp_path / "sbatch").chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     lines = answer("--stage", "first", "--slurm")
     subprocess.run(
         ["bash", "-eu"], input=lines, cwd=tmp_path, env=environment, text=True, check=True
     )
-    told = (tmp_path / "told").read_text().splitlines()
-    assert len(told) == 6
-    assert "--dependency=afterok:1 --job-name=cooldown-6e-4-to70000-seed1337" in told[4]
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 6
+    assert "--dependency=afterok:1 --job-name=cooldown-6e-4-to70000-seed1337" in calls[4]
     assert (
-        "slurm.sbatch" in told[4]
-        and "--branch cooldown-6e-4-to70000-seed1337 --from 56000" in told[4]
+        "slurm.sbatch" in calls[4]
+        and "--branch cooldown-6e-4-to70000-seed1337 --from 56000" in calls[4]
     )
 
 
-def test_a_public_series_is_averaged_and_measured_window_by_window(
-    data_folder: Path, tmp_path: Path
-) -> None:
+def test_a_public_series_is_measured_window_by_window(data_folder: Path, tmp_path: Path) -> None:
     revisions = write_series(tmp_path / "hub", tied=False, vocab_size=264)
     with HubServer() as hub:
         hub.add("model", "tiny/neox", revisions)
         command = [
-            *(sys.executable, SCRIPTS / "reproduce_pythia", "--data", data_folder, "--series", "tiny/neox"),
+            *(sys.executable, SCRIPTS / "reproduce_pythia", "--data", data_folder),
+            *("--series", "tiny/neox"),
             *("--at", "9000", "--at", "13000", "--window", "3", "--every", "1000"),
             *("--tokens", "500", "--results", "results"),
         ]  # fmt: skip
         environment = os.environ | hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
-        # A revision that holds the weights of another step.
+        # A revision with the weights of another step.
         (revisions["step12000"] / "model.safetensors.index.json").touch()
         hub.repositories["model", "tiny/neox"]["step12000"] = revisions["step11000"]
 
@@ -372,7 +371,7 @@ def test_a_public_series_is_averaged_and_measured_window_by_window(
 
 
 @pytest.mark.slow
-def test_the_quick_run_of_everything_gives_every_table_and_figure(tmp_path: Path) -> None:
+def test_the_quick_run_writes_every_table_and_figure(tmp_path: Path) -> None:
     command = [sys.executable, SCRIPTS / "reproduce_cpu", "--quick"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -384,7 +383,7 @@ def test_the_quick_run_of_everything_gives_every_table_and_figure(tmp_path: Path
         f"| {n}" for n in range(1, 7)
     }
     assert "not measured" not in re.sub(r".*10×32.*", "", written)
-    # What training logged, what `eval` says and what a sweep says of the same weights is the same.
+    # The training log, `eval` and a sweep report the same loss for the same weights.
     (constant,) = document.of("constant", document.tuned)
     (calm,) = document.of("calm", document.tuned)
     assert constant.losses["raw"][300] == pytest.approx(calm.losses["raw"][300], rel=1e-4)

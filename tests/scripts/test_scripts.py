@@ -1,4 +1,4 @@
-"""The scripts that keep a run alive: kill -9 at random moments, and a Slurm job that comes back."""
+"""`scripts/torture` (kill -9 at random moments) and the Slurm script (requeue after a signal)."""
 
 import os
 import re
@@ -17,7 +17,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.mark.slow
-def test_nothing_is_lost_to_kills_at_random_moments() -> None:
+def test_random_kills_lose_nothing() -> None:
     done = subprocess.run(
         [sys.executable, SCRIPTS / "torture", "--kills", "12", "--seed", "7"],
         capture_output=True, text=True, timeout=540, check=False,
@@ -31,15 +31,16 @@ def test_nothing_is_lost_to_kills_at_random_moments() -> None:
     assert done.stdout.endswith("lost: 0\n")
 
 
-def test_a_slurm_job_saves_and_goes_back_into_the_queue(tiny: Build, tmp_path: Path) -> None:
-    """With a `srun` that sends SIGUSR1 as Slurm does, and a `scontrol` that writes down what it is told."""
+def test_a_slurm_job_saves_and_is_requeued(tiny: Build, tmp_path: Path) -> None:
+    """Use an `srun` that sends SIGUSR1 like Slurm, and a `scontrol` that records its arguments."""
     config = tmp_path / "run.yaml"
     config.write_text(dump_config(tiny(name="run", train__max_steps=100_000)))
     tools = {
         "srun": '"$@" &\n'
-        "while kill -0 $! 2> /dev/null && ! compgen -G 'runs/run/snapshots/step-*'; do sleep 0.1; done\n"
+        "while kill -0 $! 2> /dev/null && ! compgen -G 'runs/run/snapshots/step-*'\n"
+        "do sleep 0.1; done\n"
         "kill -USR1 $! 2> /dev/null\nwait $!",
-        "scontrol": 'echo "$@" > told',
+        "scontrol": 'echo "$@" > calls',
         "llmtrain": f'exec {Path(sys.executable).parent / "llmtrain"} "$@"',
     }
     for name, script in tools.items():
@@ -51,9 +52,9 @@ def test_a_slurm_job_saves_and_goes_back_into_the_queue(tiny: Build, tmp_path: P
         command, cwd=tmp_path, env=environment, capture_output=True, timeout=120, check=False
     )
     assert done.returncode == 138
-    assert (tmp_path / "told").read_text() == "requeue 42\n"
+    assert (tmp_path / "calls").read_text() == "requeue 42\n"
     assert step_folders(tmp_path / "runs" / "run" / "state")
-    (tmp_path / "told").unlink()
+    (tmp_path / "calls").unlink()
     shutil.rmtree(tmp_path / "runs")
     wrong = [SCRIPTS / "slurm.sbatch", tmp_path / "none.yaml"]
     assert (
@@ -62,4 +63,4 @@ def test_a_slurm_job_saves_and_goes_back_into_the_queue(tiny: Build, tmp_path: P
         ).returncode
         == 2
     )
-    assert not (tmp_path / "told").exists()
+    assert not (tmp_path / "calls").exists()

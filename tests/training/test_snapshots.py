@@ -12,7 +12,8 @@ import torch
 import wandb
 from tiny_training import Build, assert_same_run, events, quiet
 
-from llmtrain.checkpoints.gpt2_folder import Origin, Shape, load_weights
+from llmtrain.checkpoints.checkpoint import Origin
+from llmtrain.checkpoints.gpt2_folder import Shape, load_weights
 from llmtrain.config.schema import ModelConfig
 from llmtrain.errors import WriteFailed
 from llmtrain.model.gpt import GPT

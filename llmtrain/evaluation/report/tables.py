@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llmtrain.checkpoints.weights_folder import PROVENANCE_FILE
+from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE
 from llmtrain.config.loading import load_config
 from llmtrain.config.schema import flatten
 from llmtrain.evaluation.report.rows import Curve, Interventions, interventions, loss_curves

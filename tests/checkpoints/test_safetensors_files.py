@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from llmtrain.checkpoints.header import TensorSpec, encode_header, read_header
+from llmtrain.checkpoints.safetensors_files import encode_header, read_header
+from llmtrain.checkpoints.tensors import TensorSpec
 from llmtrain.errors import UserError
 
 

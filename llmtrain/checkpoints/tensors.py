@@ -1,19 +1,21 @@
-"""Stored numbers to float64 and back, rounded once: float32, float16, float64 and bfloat16.
+"""Dtype and shape of a stored tensor, and conversion of its numbers to float64 and back.
 
-Why: numpy has no bfloat16, and rounding float64 to it by way of float32 rounds twice, which is wrong
-in one case out of some 65,000. Here each conversion is the correctly rounded one (to nearest, ties to even).
+Why not numpy's casts alone: numpy has no bfloat16. Converting float64 to bfloat16 through float32
+rounds twice, which gives a wrong result about once in 65,000 numbers. `round_to` rounds once.
 
-    widen(raw, "BF16", out); raw = narrow(values, "BF16")
-
-Raw numbers are flat numpy arrays of the dtype in `STORED_DTYPES`; bfloat16 is its 16 bits.
+    to_float64(raw, "BF16", out); raw = round_to(values, "BF16")
 """
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 StoredArray = NDArray[Any]
+"""Flat numbers as stored, in the dtype of `STORED_DTYPES`; bfloat16 as its 16 bits."""
+
 Float64s = NDArray[np.float64]
 
 STORED_DTYPES: dict[str, np.dtype[Any]] = {
@@ -31,11 +33,37 @@ STORED_DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("u1"),
 }
-"""The numpy dtype in which each safetensors dtype is read and written."""
+"""Supported safetensors dtypes, and the numpy dtype to read and write each."""
+
+ITEM_BYTES = {name: dtype.itemsize for name, dtype in STORED_DTYPES.items()}
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Dtype and shape of a tensor."""
+
+    dtype: str
+    """A key of `STORED_DTYPES`."""
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Size in bytes."""
+        return self.count * ITEM_BYTES[self.dtype]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
 
 
 def to_float64(raw: StoredArray, dtype: str, out: Float64s) -> None:
-    """Write the stored floats `raw` into `out` (same length), exactly."""
+    """Convert the stored floats `raw` exactly and write them to `out`, which has the same length."""
     if dtype == "BF16":
         out[...] = (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
     else:
@@ -43,20 +71,20 @@ def to_float64(raw: StoredArray, dtype: str, out: Float64s) -> None:
 
 
 def round_to(values: Float64s, dtype: str) -> StoredArray:
-    """The stored form of float64 `values`, each rounded once; too large ones become infinite."""
+    """Round to nearest even, once, and return the stored form; overflow gives infinity."""
     with np.errstate(over="ignore"):
         return _to_bfloat16(values) if dtype == "BF16" else values.astype(STORED_DTYPES[dtype])
 
 
 def overflows(raw: StoredArray, dtype: str) -> bool:
-    """Whether stored floats hold an infinity or NaN."""
+    """Return whether stored floats contain an infinity or NaN."""
     if dtype == "BF16":
         return bool(np.any((raw & 0x7F80) == 0x7F80))
     return not np.isfinite(raw).all()
 
 
 def _to_bfloat16(values: Float64s) -> NDArray[np.uint16]:
-    """Round to nearest even by way of float32 rounded to odd, which makes the second rounding exact.
+    """Round to float32 with round-to-odd, which makes the second rounding exact.
 
     Source: Boldo & Melquiond 2008, "Emulation of FMA and correctly rounded sums: proved algorithms
     using rounding to odd".

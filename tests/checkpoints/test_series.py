@@ -14,10 +14,10 @@ from tiny_runs import MakeRun, model_at, write_checkpoint
 from llmtrain.averaging.average import average
 from llmtrain.averaging.request import AverageRequest, make_specs
 from llmtrain.averaging.spec import MergeOptions
-from llmtrain.checkpoints.open import open_folder
+from llmtrain.checkpoints.open import open_checkpoint
+from llmtrain.checkpoints.resolve import find_series
 from llmtrain.checkpoints.series import folder_series
-from llmtrain.checkpoints.sources import find_series
-from llmtrain.checkpoints.writer import bytes_of
+from llmtrain.checkpoints.writer import parse_size
 from llmtrain.errors import UserError
 
 
@@ -39,7 +39,7 @@ def test_steps_are_numbers_whatever_the_names_and_file_times(tmp_path: Path) -> 
 def test_two_checkpoints_of_one_step_are_refused(tmp_path: Path) -> None:
     for name in ("step10", "checkpoint-10"):
         write_checkpoint(tmp_path / "s" / name, model_at(10))
-    with pytest.raises(UserError, match="both of step 10"):
+    with pytest.raises(UserError, match="both have step 10"):
         folder_series(tmp_path / "s")
 
 
@@ -68,13 +68,13 @@ def test_options_of_hub_series_are_refused_for_folders(tmp_path: Path) -> None:
     ("text", "size"), [("500MB", 5 * 10**8), ("2GiB", 2 << 30), ("1.5 kb", 1500), ("7", 7)]
 )
 def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
-    assert bytes_of(text) == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1", "5 apples", "0", "1TB"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="is no size"):
-        bytes_of(text)
+    with pytest.raises(UserError, match="is not a size"):
+        parse_size(text)
 
 
 # --- indexes, links, integers, buffers ------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_an_index_may_only_name_files_beside_it(tmp_path: Path, name: object) ->
     index["weight_map"]["embed.weight"] = name
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="not the name of a"):
-        open_folder(folder, step=10)
+        open_checkpoint(folder, step=10)
 
 
 def test_a_link_out_of_the_folder_is_refused_and_the_hubs_cache_is_not(tmp_path: Path) -> None:
@@ -108,24 +108,24 @@ def test_a_link_out_of_the_folder_is_refused_and_the_hubs_cache_is_not(tmp_path:
     folder.mkdir()
     (folder / "model.safetensors").symlink_to(tmp_path / "secret.safetensors")
     with pytest.raises(UserError, match="link to a file outside"):
-        open_folder(folder, step=10)
+        open_checkpoint(folder, step=10)
     cached = tmp_path / "models--a--b" / "snapshots" / "abc"
     blobs = tmp_path / "models--a--b" / "blobs"
     cached.mkdir(parents=True)
     blobs.mkdir()
     (tmp_path / "secret.safetensors").rename(blobs / "123")
     (cached / "model.safetensors").symlink_to("../../blobs/123")
-    assert open_folder(cached, step=10).tensors.keys() == {"w"}
+    assert open_checkpoint(cached, step=10).tensors.keys() == {"w"}
 
 
 def test_a_shard_that_is_not_what_the_index_says_is_refused(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "step10", model_at(10), shards=2)
     save_file({"stranger": torch.ones(2)}, folder / "model-00002-of-00002.safetensors")
     with pytest.raises(UserError, match="is not the shard its index describes"):
-        open_folder(folder, step=10)
+        open_checkpoint(folder, step=10)
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors"):
-        open_folder(folder, step=10)
+        open_checkpoint(folder, step=10)
 
 
 def test_integers_must_agree_or_be_the_last(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_names_that_coincide_without_their_prefixes_are_refused(tmp_path: Path) 
         (tmp_path / "s").mkdir(exist_ok=True)
         weights = {"module.x": torch.rand(3), "x": torch.rand(3)}
         torch.save({"model": weights}, tmp_path / "s" / f"step{step}.pt")
-    with pytest.raises(UserError, match="holds x twice"):
+    with pytest.raises(UserError, match="contains x twice"):
         run(tmp_path / "s", window=2)
 
 
@@ -263,5 +263,5 @@ def test_a_shape_that_is_none_is_told(tmp_path: Path) -> None:
         torch.save(
             {"model": {"x": torch.rand(3)}, "model_args": shape}, tmp_path / "s" / f"step{step}.pt"
         )
-    with pytest.raises(UserError, match="no shape of a GPT-2"):
+    with pytest.raises(UserError, match="not a GPT-2 shape"):
         run(tmp_path / "s", window=2)
