@@ -77,7 +77,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             f"{path} is damaged: {error}",
             hint="restore the file; run `llmtrain verify` to find other damaged files",
         ) from None
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None) or {}
     tensors = {}
     for name, entry in sorted(
         entries.items(), key=lambda item: (*item[1]["data_offsets"], item[0])
