@@ -1,9 +1,6 @@
-"""What every command shares: where output goes, and how an error looks.
+"""Consoles, progress, errors and option types that all commands share.
 
-Why: results go to standard output and everything else to standard error, so that `--json` and
-pipes hold nothing but results; and every failure is one red line and a hint.
-
-    console.print(table); notes.print("reading 12 files")
+Why two consoles: `--json` and pipes may contain nothing but results.
 """
 
 import json
@@ -23,7 +20,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
@@ -34,43 +30,46 @@ if TYPE_CHECKING:
     from llmtrain.runtime.signals import Interrupt
 
 _PIPE_WIDTH = 160
-"""Columns when the output is no terminal: wide enough that no table cell is cut."""
-
+"""Columns if the output is not a terminal; wide enough to keep table cells whole."""
 _PIPE_INTERVAL = 10.0
-"""Seconds between two progress lines when the output is no terminal."""
+"""Seconds between two progress lines if the output is not a terminal."""
 
 
 class _Console(Console):
-    """One that leaves with the exit code of a closed pipe, as every command does."""
+    """Console that exits with the code of a closed pipe."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        discard_output()
+        discard_stdout()
         raise SystemExit(128 + signal.SIGPIPE)
 
 
 def _console(*, stderr: bool) -> Console:
-    probe = Console(stderr=stderr)
-    width = None if probe.is_terminal else _PIPE_WIDTH
-    return _Console(stderr=stderr, width=width, highlight=False, soft_wrap=not probe.is_terminal)
+    terminal = Console(stderr=stderr).is_terminal
+    width = None if terminal else _PIPE_WIDTH
+    return _Console(stderr=stderr, width=width, highlight=False, soft_wrap=not terminal)
 
 
 console = _console(stderr=False)
-"""Results: tables, the log of a run. Standard output."""
+"""Standard output: results."""
+err_console = _console(stderr=True)
+"""Standard error: progress, warnings and errors."""
 
-notes = _console(stderr=True)
-"""Everything about the results: progress, warnings, errors. Standard error."""
-
-
-OneSetOfWeights = Annotated[
+WeightsArgument = Annotated[
     str | None,
     typer.Argument(
-        help="A run (its newest average, of several the one that eval found best), a folder of GPT-2 weights, "
+        help="A run (the average that eval found best, or the newest), a folder of GPT-2 weights, "
         "or OWNER/NAME[@REVISION] on the hub.",
         show_default="the newest run under runs/",
     ),
 ]
-"""TARGET of the commands that use weights."""
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="SECTION.KEY=VALUE", help="Override a key of the config; repeatable."
+    ),
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
 def help_of(cls: type, field: str) -> str:
@@ -80,107 +79,91 @@ def help_of(cls: type, field: str) -> str:
 
 
 def print_json(document: object) -> None:
-    """One JSON document on standard output and nothing else."""
+    """Print one JSON document on standard output."""
     try:
         sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
-        discard_output()
+        discard_stdout()
         raise typer.Exit(128 + signal.SIGPIPE) from None
 
 
-def print_error(error: Exception, hint: str | None) -> None:
-    """One red line and, on a line of its own, what to do next."""
-    notes.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+def print_error(error: object, hint: str) -> None:
+    """Print the error in red and, on the next line, its hint."""
+    err_console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
     if hint:
-        notes.print(f"[bold]hint:[/] {escape(hint)}", soft_wrap=True)
-
-
-def discard_output() -> None:
-    """Once whoever read our output is gone: what is left in the buffer must not fail again at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        err_console.print(f"[bold]hint:[/] {escape(hint)}", soft_wrap=True)
 
 
 def warn(message: str) -> None:
-    """A yellow line for what the user should know and need not act on at once."""
-    notes.print(f"[yellow]warning:[/] {escape(message)}", soft_wrap=True)
+    """Print a warning on standard error."""
+    err_console.print(f"[yellow]warning:[/] {escape(message)}", soft_wrap=True)
 
 
-def say_at_the_end(message: str) -> None:
-    """A line for whoever still reads standard error; the exit code is the same where nobody does."""
-    with suppress(
-        OSError, SystemExit
-    ):  # rich leaves with a code of its own where the pipe is closed
-        notes.print(message, markup=False, soft_wrap=True)
+def print_outcome(message: str) -> None:
+    """Print a last line on standard error; a closed pipe does not change the exit code."""
+    with suppress(OSError, SystemExit):
+        err_console.print(message, markup=False, soft_wrap=True)
+
+
+def discard_stdout() -> None:
+    """Redirect standard output to /dev/null, so that flushing at exit cannot fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
 def interruptible(outcome: str) -> Iterator["Interrupt"]:
-    """A signal ends the block where it calls `check`; then say `outcome` and leave with its exit code."""
+    """Stop the block at its next `check` after a signal, print `outcome` and exit."""
     from llmtrain.runtime.signals import Interrupt, Interrupted
 
     try:
         with Interrupt() as interrupt:
             yield interrupt
     except Interrupted as interrupted:
-        say_at_the_end(f"{interrupted}: {outcome}")
+        print_outcome(f"{interrupted}: {outcome}")
         raise typer.Exit(interrupted.exit_code) from None
 
 
 class ProgressLine:
-    """A progress bar on a terminal, a plain line every ten seconds elsewhere; on standard error."""
+    """Progress on standard error: a bar on a terminal, else a line every ten seconds."""
 
     def __init__(self, description: str) -> None:
         self._description = description
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
         self._last = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeRemainingColumn(),
+            console=err_console,
+            transient=True,
+            disable=not err_console.is_terminal,
+        )
+        self._task = self._bar.add_task(description, total=None, detail="", visible=False)
 
     def __enter__(self) -> "ProgressLine":
-        if notes.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TaskProgressColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[detail]}"),
-                TimeRemainingColumn(),
-                console=notes,
-                transient=True,
-            )
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
     def update(self, done: int, total: int | None, detail: str = "") -> None:
-        """Show `done` of `total` (None: not known) units of work, and `detail` as it stands."""
-        if self._bar is not None:
-            if self._task is None:
-                self._task = self._bar.add_task(self._description, total=total, detail=detail)
-            self._bar.update(self._task, completed=done, total=total, detail=detail)
-        elif time.monotonic() - self._last >= _PIPE_INTERVAL:
+        """Show that `done` of `total` units are complete; None means an unknown total."""
+        self._bar.update(self._task, completed=done, total=total, detail=detail, visible=True)
+        if self._bar.disable and time.monotonic() - self._last >= _PIPE_INTERVAL:
             self._last = time.monotonic()
-            share = (
-                f"{done:,}" if total is None else f"{done:,}/{total:,} ({done / max(total, 1):.0%})"
-            )
-            notes.print(f"{self._description}: {share} {detail}".rstrip())
-
-
-@contextmanager
-def progress_line(description: str) -> Iterator[ProgressLine]:
-    """The progress of one piece of work; see `ProgressLine`."""
-    with ProgressLine(description) as line:
-        yield line
+            share = "" if total is None else f"/{total:,} ({done / max(total, 1):.0%})"
+            err_console.print(f"{self._description}: {done:,}{share} {detail}".rstrip())
 
 
 def parse_duration(text: str) -> float:
-    """Seconds of `1h30m`, `90m`, `45s`, `2d` or a plain number of seconds."""
+    """Return the seconds of `1h30m`, `90m`, `45s`, `2d` or a plain number of seconds."""
     match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
     if not match or not any(match.groups()) or len(text) > 20:
-        raise typer.BadParameter(f"{text!r} is no time; write 90m, 1h30m or 3600s")
+        raise typer.BadParameter(f"{text!r} is not a time; use 90m, 1h30m or 3600s")
     days, hours, minutes, seconds = (int(group or 0) for group in match.groups())
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import console, interruptible, print_json, progress_line, warn
+from .common import ProgressLine, console, interruptible, print_json, warn
 from .eval_table import Measured, explanations, json_of, loss_table, measures_table
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def evaluate(
     }
     settings = EvalOptions(data=data, split=split.value, tokens=tokens, batch=batch, device=device)
     kept = "the same command goes on from the results that a run keeps"
-    with interruptible(kept) as interrupt, progress_line("evaluating") as line:
+    with interruptible(kept) as interrupt, ProgressLine("evaluating") as line:
         work = _Work(list(found.values()), interrupt, line)
         everything = work.all_of(settings, text, stride, asked)
     _print(everything, as_json=as_json, losses_only=text is None and asked is None)

@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from .common import OneSetOfWeights, console, discard_output, interruptible, notes, print_json
+from .common import WeightsArgument, console, discard_stdout, err_console, interruptible, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ _CHOICE = "Choosing tokens"
 
 
 def generate(
-    target: OneSetOfWeights = None,
+    target: WeightsArgument = None,
     prompt: Annotated[
         str, typer.Option(help="Where the text begins.", show_default="a new document")
     ] = "",
@@ -95,7 +95,7 @@ def generate(
         )
     writers: dict[Target, Write] = {}
     for each in [raw, weights] if compare and raw is not None else [weights]:
-        notes.print(f"{each.label}: {each.path}", markup=False, style="dim", soft_wrap=True)
+        err_console.print(f"{each.label}: {each.path}", markup=False, style="dim", soft_wrap=True)
         writers[each] = partial(
             generate_text, *load_generator(each.path, tokenizer=tokenizer, device=device), prompt
         )
@@ -170,5 +170,5 @@ def _reader_may_leave() -> "Iterator[None]":
     try:
         yield
     except BrokenPipeError:
-        discard_output()
+        discard_stdout()
         raise typer.Exit(128 + signal.SIGPIPE) from None

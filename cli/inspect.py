@@ -34,9 +34,9 @@ def inspect(
     """
     from llmtrain.averaging.inspection import inspect_path
 
-    from .common import print_json, progress_line
+    from .common import ProgressLine, print_json
 
-    with progress_line("reading") as line:
+    with ProgressLine("reading") as line:
         found = [
             facts
             for path in paths

@@ -1,9 +1,7 @@
-"""The `llmtrain` command: its sub-commands, and what becomes of an error.
+"""The `llmtrain` command and its exit codes.
 
-Why it is apart: exit codes are a contract (0 done, 1 the run failed, 2 the command line, the
-config or the input is wrong, 128 + signal when a signal ended it) and are decided in one place.
-
-    llmtrain --help
+Why one place: exit codes are a contract. 0 success; 1 the run failed; 2 invalid command line,
+config or input; 128 + N stopped by signal N.
 """
 
 import errno
@@ -39,8 +37,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 the run failed, 2 wrong command line, config or input, "
-    "128 + N ended by signal N with everything saved (130 Ctrl-C, 143 SIGTERM).",
+    epilog="Exit codes: 0 success, 1 the run failed, 2 invalid command line, config or input, "
+    "128 + N stopped by signal N with everything saved (130 Ctrl-C, 143 SIGTERM).",
 )
 app.command()(prepare)
 app.command()(plan)
@@ -60,8 +58,26 @@ app.command()(verify)
 _debug = False
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def main() -> None:
+    """Run one command and exit with its code."""
+    ranks.quiet_unless_first()
+    try:
+        app()
+    except SystemExit as end:
+        sys.exit(ranks.leave(end.code if isinstance(end.code, int) else int(end.code is not None)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        with ranks.telling() as mine:
+            if mine and _debug:
+                raise
+            if mine:
+                _print_exception(error)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"llmtrain {__version__}")
         raise typer.Exit
 
@@ -78,47 +94,24 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """Options that stand before the command."""
+    """Set options that precede the command."""
     global _debug  # noqa: PLW0603  (one process, one command line)
     _debug = debug
 
 
-def main() -> None:
-    """Run one command and leave with its exit code."""
-    ranks.quiet_unless_first()
-    try:
-        app()
-    except SystemExit as end:
-        sys.exit(ranks.leave(end.code if isinstance(end.code, int) else int(end.code is not None)))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        with ranks.telling() as mine:
-            if mine and _debug:
-                raise
-            if mine:
-                _tell(error)
-        sys.exit(2 if isinstance(error, UserError) else 1)
-
-
-def _tell(error: Exception) -> None:
-    """What happened in one red line, and what to do next."""
-    before = error.__context__
-    if isinstance(before, OSError) and before.errno == errno.ELOOP and type(error) is RuntimeError:
-        error = before  # so speaks pathlib of links in a circle, before Python 3.13
+def _print_exception(error: Exception) -> None:
+    """Print an error with a hint; explain errors of the system and unexpected ones."""
+    cause = error.__context__
+    if type(error) is RuntimeError and isinstance(cause, OSError) and cause.errno == errno.ELOOP:
+        error = cause  # pathlib raises RuntimeError for a symlink loop before Python 3.13
     if isinstance(error, UserError | RunFailed):
         print_error(error, error.hint)
-    elif isinstance(
-        error, OSError
-    ):  # of a path that was given, or of the machine: told in plain words
+    elif isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
-        print_error(
-            RunFailed(f"{place}{error.strerror or error}", hint=""),
-            "is the path right, and the disk sound?",
-        )
+        print_error(f"{place}{error.strerror or error}", "check the path and the disk")
     else:
-        described = RunFailed(f"{type(error).__name__}: {error}", hint="")
-        print_error(described, "this should not happen: `llmtrain --debug …` shows where it did")
+        message = f"{type(error).__name__}: {error}"
+        print_error(message, "this is a bug; run `llmtrain --debug …` for the traceback")
 
 
 if __name__ == "__main__":

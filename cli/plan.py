@@ -8,7 +8,7 @@ from rich.table import Column, Table
 
 from llmtrain.planning.hardware import HardwareOptions, Parallel
 
-from .common import console, format_bytes, format_number, help_of, print_json
+from .common import JsonFlag, SetOption, console, format_bytes, format_number, help_of, print_json
 
 if TYPE_CHECKING:
     from llmtrain.planning.estimate import CostEstimate
@@ -31,12 +31,7 @@ def plan(
     config: Annotated[
         Path, typer.Option("--config", "-c", help="YAML file, such as configs/gpt2-small.yaml.")
     ],
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="SECTION.KEY=VALUE", help="Override a key of the config; repeatable."
-        ),
-    ] = None,
+    settings: SetOption = None,
     devices: Annotated[int, typer.Option(help=help_of(HardwareOptions, "devices"))] = 1,
     device: Annotated[str, typer.Option(help=help_of(HardwareOptions, "device"))] = "h100",
     parallel: Annotated[
@@ -65,10 +60,7 @@ def plan(
             rich_help_panel=_SPEED,
         ),
     ] = None,
-    as_json: Annotated[
-        bool,
-        typer.Option("--json", help="Print one JSON document and nothing else; sizes in bytes."),
-    ] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Estimate the cost of a run from its configuration, without data or a GPU.
 

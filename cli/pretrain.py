@@ -15,7 +15,7 @@ from rich.table import Table
 
 from llmtrain.runtime import ranks
 
-from .common import console, discard_output, parse_duration, say_at_the_end, warn
+from .common import console, discard_stdout, parse_duration, print_outcome, warn
 
 
 def _print_line(line: str) -> None:
@@ -151,14 +151,14 @@ def pretrain(
     console.print(table)
     try:
         outcome = train(
-            resolved, folder, resume=start, max_seconds=max_time, say=_print_line, warn=_warn
+            resolved, folder, resume=start, max_seconds=max_time, log=_print_line, warn=_warn
         )
     except Interrupted as interrupted:
         nobody_reads = interrupted.exit_code == 128 + signal.SIGPIPE
         reason = "nobody reads the log" if nobody_reads else str(interrupted)
-        say_at_the_end(f"{reason}: state saved in {folder}; the same command goes on")
+        print_outcome(f"{reason}: state saved in {folder}; the same command goes on")
         if nobody_reads:
-            discard_output()
+            discard_stdout()
         raise typer.Exit(interrupted.exit_code) from None
     if outcome.already_finished:
         message = f"{folder} has finished: it is at step {outcome.step:,}. A larger train.max_steps goes on."

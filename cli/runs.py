@@ -13,7 +13,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Column, Table
 
-from .common import console, format_bytes, notes, print_json, warn
+from .common import console, err_console, format_bytes, print_json, warn
 
 if TYPE_CHECKING:
     from llmtrain.evaluation.report.run_list import BestLoss, Entry
@@ -44,7 +44,7 @@ def runs(
     if entries:
         console.print(_table(entries))
     else:
-        notes.print(
+        err_console.print(
             f"there is no run under {escape(str(folder))}/: llmtrain pretrain --config FILE trains one"
         )
 

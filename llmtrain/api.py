@@ -11,7 +11,8 @@ starts here and goes there for more. Importing this takes torch's second.
 from pathlib import Path
 
 from llmtrain.averaging.average import average as average_series
-from llmtrain.averaging.request import AverageRequest, make_specs
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest
 from llmtrain.averaging.spec import Average
 from llmtrain.checkpoints.resolve import find_series, find_targets
 from llmtrain.config.loading import load_config

@@ -27,7 +27,7 @@ DECAY_SHAPES: dict[str, Callable[[float], float]] = {
 }
 """Remaining share of the peak after the fraction x of a decay: 1 at x = 0, 0 at x = 1.
 
-1-sqrt: Hägele et al. 2024 (arXiv 2405.18392). cosine: Loshchilov and Hutter 2017 (arXiv 1608.03983).
+1-sqrt: Hägele et al. 2024 (arXiv 2405.18392). cosine: Loshchilov, Hutter 2017 (arXiv 1608.03983).
 """
 
 

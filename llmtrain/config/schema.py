@@ -126,8 +126,8 @@ class TrainConfig(Section):
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
-    """Distribution of the weights over processes. ddp: replicated; fsdp: sharded; hsdp: sharded
-    within a machine, replicated across machines. auto: ddp if it fits into GPU memory, else fsdp."""
+    """Distribution of the weights. ddp: replicated; fsdp: sharded; hsdp: sharded in a machine,
+    replicated across machines. auto: ddp if it fits into GPU memory, else fsdp."""
     activation_checkpointing: bool = False
     """Recompute the blocks in the backward pass to save memory."""
     on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
@@ -193,7 +193,7 @@ class LogConfig(Section):
     every: Positive = 10
     """Steps between two log lines."""
     sample_tokens: Natural = 0
-    """Length of the text generated at each evaluation, greedily, from the start of the val split."""
+    """Tokens to generate greedily at each evaluation, from the start of the val split."""
     tensorboard: bool = False
     """Write TensorBoard events to tensorboard/ in the run folder."""
     wandb: WandbConfig = WandbConfig()

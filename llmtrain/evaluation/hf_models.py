@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from llmtrain.checkpoints.checkpoint import CONFIG_FILE
 from llmtrain.checkpoints.gpt2_folder import load_model, load_shape
-from llmtrain.data.shards import TokenData
+from llmtrain.data.token_data import TokenData
 from llmtrain.errors import UserError
 from llmtrain.model.gpt import GPT, IGNORE
 from llmtrain.model.tokenizer import has_same_ids, load_tokenizer, tokenizer_for_eot

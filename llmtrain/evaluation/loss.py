@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from llmtrain.data.sampler import Tokens, validation_windows
+from llmtrain.data.sampler import validation_windows
+from llmtrain.data.shards import Tokens
 from llmtrain.errors import UserError
 from llmtrain.model.gpt import IGNORE
 from llmtrain.runtime.device import Precision, autocast, to_device

@@ -19,9 +19,9 @@ from pydantic import TypeAdapter, ValidationError
 from llmtrain.checkpoints.checkpoint import weights_files
 from llmtrain.checkpoints.resolve import Target
 from llmtrain.config.loading import load_config
-from llmtrain.data.copies import local_folder
-from llmtrain.data.sampler import Tokens
-from llmtrain.data.shards import TokenData, open_data
+from llmtrain.data.cache import local_folder
+from llmtrain.data.shards import Tokens
+from llmtrain.data.token_data import TokenData, open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.cache import store
 from llmtrain.evaluation.hf_models import HFModel, load_causal, reencoded, require_ids

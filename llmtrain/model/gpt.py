@@ -1,12 +1,11 @@
-"""GPT-2: the model of the paper, and nothing that is not GPT-2.
+"""GPT-2 with the parameter names of Hugging Face's `GPT2LMHeadModel`.
 
-Why our own: training wants the fastest attention, weights that are the same on every device for
-one seed, and a loss in float32. Module and parameter names are those of Hugging Face's
-`GPT2LMHeadModel`, so that a checkpoint needs no translation but a transpose.
+Why not transformers: training needs the fastest attention, initial weights that depend only on the
+seed, and a chunked loss in float32.
 
     model = GPT(ModelConfig(), block_size=1024, seed=1337); loss = model(tokens, targets)
 
-Shapes in names: B sequences, T tokens, C width, H heads, D width of a head, V vocabulary.
+Shape suffixes: B sequences, T tokens, C width, H heads, D width of a head, V vocabulary, N = B·T.
 """
 
 import math
@@ -19,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config.schema import ModelConfig
+from llmtrain.model.chunk_sizes import MAX_MATERIALIZED_LENGTH, sequences_per_chunk
 from llmtrain.model.cross_entropy import linear_cross_entropy
-from llmtrain.model.sizes import SHORT, sequences_at_a_time
 
 INIT_STD = 0.02
 IGNORE = -1
-"""A target with this value is not counted in the loss."""
+"""Target value that the loss ignores."""
 
 
 def materialized_attention(
@@ -36,27 +35,27 @@ def materialized_attention(
     is_causal: bool,
     scale: float,
 ) -> Tensor:
-    """What `scaled_dot_product_attention` computes, by whole products of (B, H, T, T) attention weights.
+    """Compute `scaled_dot_product_attention` with materialized attention weights (B, H, T, T).
 
-    Where no gradient is wanted, nobody keeps them: they are computed for a few sequences at a time.
+    Without gradients, process a few sequences at a time to save memory.
     """
     assert is_causal
     H, T = q_BHTD.shape[1:3]
-    few = sequences_at_a_time(q_BHTD.element_size() * H * T * T)
+    few = sequences_per_chunk(q_BHTD.element_size() * H * T * T)
     if not torch.is_grad_enabled() and len(q_BHTD) > few:
-        pieces = zip(*(torch.split(each, few) for each in (q_BHTD, k_BHTD, v_BHTD)), strict=True)
+        chunks = zip(*(torch.split(each, few) for each in (q_BHTD, k_BHTD, v_BHTD)), strict=True)
         attend = partial(
             materialized_attention, dropout_p=dropout_p, is_causal=is_causal, scale=scale
         )
-        return torch.cat([attend(*piece) for piece in pieces])
-    future_TT = torch.full((T, T), -math.inf, dtype=q_BHTD.dtype, device=q_BHTD.device).triu(1)
+        return torch.cat([attend(*chunk) for chunk in chunks])
+    mask_TT = torch.full((T, T), -math.inf, dtype=q_BHTD.dtype, device=q_BHTD.device).triu(1)
     scores_BHTT = (q_BHTD * scale) @ k_BHTD.transpose(2, 3)
-    weights_BHTT = scores_BHTT.add_(future_TT).softmax(-1)  # the product itself is not needed again
+    weights_BHTT = scores_BHTT.add_(mask_TT).softmax(-1)  # backward does not need the scores
     return F.dropout(weights_BHTT, dropout_p) @ v_BHTD
 
 
 class Attention(nn.Module):
-    """Causal self-attention; the logits of layer i may be divided by i + 1 as well."""
+    """Causal self-attention, with logits divided by i + 1 in layer i if configured."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -69,20 +68,24 @@ class Attention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        """(B, T, C) → (B, T, C)."""
+        """Map (B, T, C) to (B, T, C)."""
         B, T, C = x_BTC.shape
         qkv = self.c_attn(x_BTC).view(B, T, 3, self.n_head, C // self.n_head)
         q_BHTD, k_BHTD, v_BHTD = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         dropout = self.dropout if self.training else 0.0
-        short = T <= SHORT and q_BHTD.device.type == "cpu" and q_BHTD.dtype == torch.bfloat16
-        attend = materialized_attention if short else F.scaled_dot_product_attention
+        materialize = (
+            T <= MAX_MATERIALIZED_LENGTH
+            and q_BHTD.device.type == "cpu"
+            and q_BHTD.dtype == torch.bfloat16
+        )
+        attend = materialized_attention if materialize else F.scaled_dot_product_attention
         y_BHTD = attend(q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, is_causal=True, scale=self.scale)
         y: Tensor = self.resid_dropout(self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C)))
         return y
 
 
 class MLP(nn.Module):
-    """Two linear layers around GPT-2's GELU (the tanh form)."""
+    """Two linear layers with GPT-2's GELU (tanh approximation) between them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -91,13 +94,13 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        """(B, T, C) → (B, T, C)."""
+        """Map (B, T, C) to (B, T, C)."""
         y: Tensor = self.dropout(self.c_proj(F.gelu(self.c_fc(x_BTC), approximate="tanh")))
         return y
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a layer norm and beside a residual connection."""
+    """Pre-norm transformer block: attention and MLP with residual connections."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -106,13 +109,13 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
         self.recompute = False
-        """Keep only the input for the backward pass and compute the rest again there."""
+        """Activation checkpointing: save only the input and recompute the rest for backward."""
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        """(B, T, C) → (B, T, C)."""
+        """Map (B, T, C) to (B, T, C)."""
         if self.recompute and self.training:
-            again: Tensor = checkpoint(self._layers, x_BTC, use_reentrant=False)
-            return again
+            y: Tensor = checkpoint(self._layers, x_BTC, use_reentrant=False)
+            return y
         return self._layers(x_BTC)
 
     def _layers(self, x_BTC: Tensor) -> Tensor:
@@ -122,7 +125,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token and position embeddings, the blocks, the last layer norm."""
+    """Token and position embeddings, the blocks and the final layer norm."""
 
     def __init__(self, config: ModelConfig, block_size: int) -> None:
         super().__init__()
@@ -133,11 +136,11 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Token ids (B, T) → hidden states (B, T, C)."""
+        """Map token ids (B, T) to hidden states (B, T, C)."""
         positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        # On a CPU the gradient of the rows that were looked up is added to the head's, not a matrix of zeros with them.
-        few_rows = tokens_BT.device.type == "cpu" and not torch.compiler.is_compiling()
-        embedded_BTC = F.embedding(tokens_BT, self.wte.weight, sparse=few_rows)
+        # On a CPU, a sparse gradient avoids adding a mostly zero matrix to the tied weight's.
+        sparse = tokens_BT.device.type == "cpu" and not torch.compiler.is_compiling()
+        embedded_BTC = F.embedding(tokens_BT, self.wte.weight, sparse=sparse)
         x_BTC = self.drop(embedded_BTC + self.wpe(positions_T))
         for block in self.h:
             x_BTC = block(x_BTC)
@@ -146,21 +149,15 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 with its output head tied to the token embedding."""
+    """GPT-2 with the output layer tied to the token embedding."""
 
     def __init__(self, config: ModelConfig, block_size: int, seed: int | None = None) -> None:
-        """Build the model; with a `seed`, initialise it (the same weights on every device).
-
-        Args:
-            config: the shape.
-            block_size: the longest input, in tokens.
-            seed: of the initial weights. None leaves torch's default values, to be loaded over.
-        """
+        """Build the model; without a `seed`, keep torch's default initialization for loading."""
         super().__init__()
         self.config = config
         self.block_size = block_size
         self.fused_loss = False
-        """Compute the loss with kernels of torch.compile."""
+        """Use torch.compile for the loss."""
         self.transformer = Transformer(config, block_size)
         if seed is not None:
             parameters = dict(self.named_parameters())
@@ -169,9 +166,9 @@ class GPT(nn.Module):
                     parameters[name].copy_(value)
 
     def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's name and first value, whole and on the CPU, wherever and however spread it is.
+        """Yield the name and unsharded initial value, on the CPU, of each parameter.
 
-        N(0, 0.02); residual projections N(0, 0.02/√(2L)); biases 0, norms 1 (GPT-2, Radford et al. 2019).
+        N(0, 0.02²); residual projections N(0, 0.02²/(2L)); biases 0; norms 1 (Radford et al. 2019).
         """
         generator = torch.Generator().manual_seed(seed)
         residual_std = INIT_STD / math.sqrt(2 * self.config.n_layer)
@@ -185,13 +182,13 @@ class GPT(nn.Module):
                 yield name, torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
-        """Token ids (B, T) → logits of the next token (B, T, V)."""
+        """Return the next-token logits (B, T, V) of token ids (B, T)."""
         return F.linear(self.transformer(tokens_BT), self.transformer.wte.weight)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Mean negative log-likelihood of the targets in nats, float32, shape ().
+        """Return the mean cross-entropy of the targets in nats, float32, shape ().
 
-        Targets equal to `IGNORE` are left out of the mean.
+        Targets equal to `IGNORE` do not count.
         """
         hidden_NC = self.transformer(tokens_BT).flatten(0, 1)
         weight_VC = self.transformer.wte.weight
@@ -204,16 +201,14 @@ class GPT(nn.Module):
         )
 
     def n_parameters(self) -> int:
-        """All parameters, the tied matrix counted once."""
+        """Return the number of parameters, counting the tied matrix once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self, length: int | None = None) -> int:
-        """Model FLOPs to train on one token: 6N + 12·L·d·T (PaLM, Chowdhery et al. 2022, appendix B).
+        """Return the training FLOPs per token, 6N + 12·L·C·T (Chowdhery et al. 2022, appendix B).
 
-        N leaves out the position embedding, which multiplies nothing. T is `length`, by default the
-        block size.
+        N excludes the position embedding. T is `length`, or the block size.
         """
         matrices = self.n_parameters() - self.transformer.wpe.weight.numel()
-        return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * (
-            length or self.block_size
-        )
+        T = length or self.block_size
+        return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * T

@@ -267,7 +267,7 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
     }
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
     settings = {
-        # GPT2Tokenizer would split text into words, which a vocabulary without merges does not need.
+        # GPT2Tokenizer splits text into words, which is useless without merges.
         "tokenizer_class": "GPT2Tokenizer" if is_gpt2 else "PreTrainedTokenizerFast",
         "model_max_length": block_size,
         "add_prefix_space": False,

@@ -1,4 +1,4 @@
-"""Estimate the cost of a run from its configuration: compute, memory, communication, disk, averaging.
+"""Estimate the cost of a run from its configuration.
 
 estimate(load_config(Path("configs/gpt2-small.yaml")), HardwareOptions(devices=8)).hours
 """
@@ -224,9 +224,9 @@ def _communication(
 ) -> Communication | None:
     """Return the traffic of a step; None for one device.
 
-    DDP: one float32 ring all-reduce, overlapped with the last micro-batch's backward pass.
-    FSDP, for every micro-batch: an all-gather in the precision of matrix products during the forward
-    pass (a third of the computation) and another during the backward pass. The last backward pass also
+    DDP: a float32 ring all-reduce, overlapped with the last micro-batch's backward pass. FSDP, for
+    every micro-batch: an all-gather in the precision of matrix products during the forward pass (a
+    third of the computation) and another during the backward pass. The last backward pass also
     overlaps a float32 reduce-scatter.
     """
     layout = machine.layout

@@ -3,12 +3,12 @@
 Why moments: the large tensors never coexist. At the loss all activations exist and, in the first
 micro-batch, only the head's gradient; at the end of the backward pass it is the other way round.
 
-DDP keeps weights, optimizer and averages on every device, and gradients in buckets that are never freed
-(`gradient_as_bucket_view=True`). FSDP2 shards float32 weights, gradients, optimizer and averages, but
-keeps whole gradients while micro-batches accumulate. It gathers, in the precision of matrix products, the
-embeddings for the whole step and two blocks: the current and the next one. A block's gradients exist in
-that precision and in float32 while they are reduced. Not counted: the CUDA context, buffers of NCCL and
-cuBLAS, fragmentation, Muon's copies of single matrices.
+DDP keeps weights, optimizer and averages on every device, and gradients in buckets that are never
+freed (`gradient_as_bucket_view=True`). FSDP2 shards float32 weights, gradients, optimizer and
+averages, but keeps whole gradients while micro-batches accumulate. It gathers, in the precision of
+matrix products, the embeddings for the whole step and two blocks: the current and the next one. A
+block's gradients exist in that precision and in float32 while they are reduced. Not counted: the
+CUDA context, buffers of NCCL and cuBLAS, fragmentation, Muon's copies of single matrices.
 
     usages = device_memory(config, Layout(8, "fsdp", item=2, cuda=True)); peak(usages)
 """
@@ -102,8 +102,8 @@ def device_memory(config: RunConfig, layout: Layout) -> list[Usage]:
 def host_memory(config: RunConfig, layout: Layout) -> int:
     """Return the host bytes of a GPU's process: offloaded averages and copies being saved.
 
-    The copies are a training checkpoint and, on the first process, whole weights with a running mean's
-    residual.
+    The copies are a training checkpoint and, on the first process, whole weights and a running
+    mean's residual.
     """
     run = _Run(config, layout)
     offloaded = sum(bytes_held(each) for each in config.averages if each.offload)
@@ -111,7 +111,7 @@ def host_memory(config: RunConfig, layout: Layout) -> int:
 
 
 def check_batch(config: RunConfig, processes: int) -> None:
-    """Raise UserError unless sequences divide among the processes, and each share into micro-batches."""
+    """Raise UserError unless a batch divides among processes, and a share into micro-batches."""
     sequences, micro = config.batch_size, config.train.micro_batch
     share, rest = divmod(sequences, processes)
     if rest:
@@ -172,7 +172,7 @@ class _Run:
         """Parameters whose float32 weights are on one device."""
         residual = any(isinstance(each, RunningMeanConfig) for each in config.averages)
         self.written = (2 if residual else 1) * FLOAT * self.model.parameters
-        """Bytes of the copy that the first process writes: weights and a running mean's residual."""
+        """Bytes that the first process writes: weights and a running mean's residual."""
         self.resident = Usage(
             "",
             weights=FLOAT * self.share,
@@ -262,7 +262,7 @@ class _Run:
         )
 
     def evaluating(self) -> Usage:
-        """A forward pass over validation data, with means divided out and FSDP's shards set aside."""
+        """A forward pass over validation data; means are divided out, FSDP's shards set aside."""
         kinds = SwaConfig | RunningMeanConfig | LawaConfig
         means = any(isinstance(each, kinds) for each in self.config.averages)
         aside = self.layout.sharded and bool(self.config.averages)

@@ -1,8 +1,8 @@
-"""Count the parameters, FLOPs and activation bytes of a GPT-2 without building it.
+"""Count parameters, FLOPs, activation bytes and disk usage without building the model.
 
 Why: constants fitted to measurements hold only for the measured models. These formulas follow what
-autograd saves in each operation. Per token of a block, with e bytes in a matrix product's result (4,
-or 2 in bfloat16), width C, H heads and length T:
+autograd saves in each operation. Per token of a block, with e bytes in a matrix product's result
+(4, or 2 in bfloat16), width C, H heads and length T:
 
     layer norm ×2   float32 input (4·C), mean and 1/std (8)
     c_attn          cast input (e·C)
@@ -11,9 +11,9 @@ or 2 in bfloat16), width C, H heads and length T:
     GELU            input (4·e·C); its result is the input of c_proj (4·e·C)
                                               sum: 2·4·C + 14·e·C + 16 + 4·H
 
-Materialized attention saves q·scale, copies of k and v (3·e·C) and its weights (e·H·T) instead of the
-logsumexp. Under bfloat16 autocast, every linear layer also keeps a 2-byte copy of its weights. The
-formulas hold for the uncompiled model; torch.compile saves less because it recomputes and fuses.
+Materialized attention saves q·scale, copies of k and v (3·e·C) and its weights (e·H·T) instead of
+the logsumexp. Under bfloat16 autocast, every linear layer also keeps a 2-byte copy of its weights.
+The formulas hold for the uncompiled model; torch.compile saves less: it recomputes and fuses.
 """
 
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ from llmtrain.config.sections import (
     RunningMeanConfig,
     SwaConfig,
 )
-from llmtrain.model.sizes import (
-    SHORT,
+from llmtrain.model.chunk_sizes import (
+    MAX_MATERIALIZED_LENGTH,
     rows_in_cache,
     rows_per_chunk,
     rows_per_slab,
-    sequences_at_a_time,
+    sequences_per_chunk,
 )
 
 FLOAT = 4
@@ -93,12 +93,12 @@ class Activations:
         """Bytes of a float32 number cast for a matrix product."""
         self._attention_weights = item * self._model.n_head * self._length
         """Bytes of a token's attention weights, T per head."""
-        self._materialized = not cuda and item != FLOAT and self._length <= SHORT
+        self._materialized = not cuda and item != FLOAT and self._length <= MAX_MATERIALIZED_LENGTH
         """Attention keeps its weights; see `materialized_attention` in llmtrain/model."""
         self._in_mlp = (4 * FLOAT + 8 * item) * width
         """Bytes per token: embedding, stream before and after attention, norm, GELU in and out."""
         self._in_attention = (3 * FLOAT + 5 * item) * width
-        """Bytes per token: embedding, stream, norm, q, k, v, a copy of v, result; without weights."""
+        """Bytes per token: embedding, stream, norm, q, k, v, a copy of v, result."""
 
         self.stream = tokens * FLOAT * width
         """The residual stream, or its gradient."""
@@ -131,7 +131,7 @@ class Activations:
         """
         width, vocabulary = self._model.n_embd, self._model.vocab_size
         tokens = batch * self._length
-        few = min(sequences_at_a_time(self._length * self._attention_weights), batch)
+        few = min(sequences_per_chunk(self._length * self._attention_weights), batch)
         weights = 2 * few * self._length * self._attention_weights
         attention = tokens * self._in_attention + weights if self._materialized else 0
         head = tokens * (FLOAT + self._cast) * width + self._cast * vocabulary * width
@@ -142,8 +142,9 @@ class Activations:
         """Return the larger peak of the MLP's last matrix product and of materialized softmax.
 
         MLP: the gradient of the residual stream, its cast (with dropout also its masked copy), the
-        gradients of GELU's result and of the weights. Softmax: (4·C + 11·e·C) per token are freed; the
-        gradients of stream and v and two tensors of attention-weight size exist (net one with dropout).
+        gradients of GELU's result and of the weights. Softmax: (4·C + 11·e·C) per token are freed;
+        the gradients of stream and v and two tensors of attention-weight size exist (net one with
+        dropout).
         """
         width, e, dropout = self._model.n_embd, self._item, self._model.dropout > 0
         branch = self._cast + (e if dropout else 0)
@@ -154,8 +155,9 @@ class Activations:
     def _dropout(self) -> int:
         """Return the bytes per token that dropout adds to a block: two masks of width C.
 
-        Off CUDA, masks are floats and attention is not fused. It then keeps softmax, mask and product,
-        and q, k, v in float32. Materialized attention keeps them in e bytes, and the softmax anyway.
+        Off CUDA, masks are floats and attention is not fused. It then keeps softmax, mask and
+        product, and q, k, v in float32. Materialized attention keeps them in e bytes, and the
+        softmax anyway.
         """
         width, e = self._model.n_embd, self._item
         if self._cuda:
@@ -173,7 +175,9 @@ class Activations:
         return self._item * self._chunk_rows(tokens) * vocabulary + max(in_float32, slab)
 
     def _chunk_rows(self, tokens: int) -> int:
-        return rows_per_chunk(tokens, self._model.vocab_size, item=self._item, kind=self._kind)
+        return rows_per_chunk(
+            tokens, self._model.vocab_size, itemsize=self._item, device_type=self._kind
+        )
 
     def _softmax_rows(self, tokens: int) -> int:
         """Return how many rows of logits share one softmax call."""
@@ -241,7 +245,7 @@ def disk_usage(config: RunConfig) -> DiskUsage:
 
 
 def moments(config: RunConfig, model: Architecture) -> int:
-    """Return how many numbers the optimizer keeps: two per parameter, one per matrix entry with Muon."""
+    """Return the size of the optimizer's moments: two per parameter, one in Muon's matrices."""
     return 2 * model.parameters - (model.matrices if config.optimizer.muon is not None else 0)
 
 

@@ -1,12 +1,11 @@
-"""The full training state: saved so that a run interrupted at any step goes on as if it had not been.
+"""Training checkpoints: everything that a run needs to resume at any step as if it never stopped.
 
-Why safetensors and JSON: nothing is ever unpickled, and a person can read what a state says. Several
-processes write it together through torch's distributed checkpoint (its safetensors form), so that any
-number of them, with whole weights or shards, can go on from it. The newest states are kept; an older
-one goes only after its successor is durable. There is no RNG in it: the data and the dropout of a step
-are functions of (seed, step).
+Why safetensors and JSON: nothing is unpickled, and `state.json` is readable. Several processes write
+one checkpoint through torch's distributed checkpoint in its safetensors form, so any number of
+processes, with whole or sharded weights, can resume from it. It contains no RNG state: the data and
+the dropout of a step are functions of (seed, step).
 
-    writer.save(progress, updates, gather(...)); saved = newest_state(run, warn=print)
+    writer.save(progress, updates, collect_tensors(...)); checkpoint = newest_checkpoint(run, print)
 """
 
 import errno
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -35,58 +35,61 @@ from llmtrain.training.spikes import SpikeDetector
 
 FORMAT_VERSION = 2
 TENSORS_FILE = "tensors.safetensors"
-"""Of one process; several write a file each, named by torch."""
+"""Written by a single process; several processes write one file each, named by torch."""
 FACTS_FILE = "state.json"
 
 
 class OtherVersion(UserError):
-    """A state that is whole, and written by another version of this program."""
+    """An intact training checkpoint of another format version."""
 
 
 @dataclass
 class TrainingProgress:
-    """What a run has done so far, apart from its weights."""
+    """State of a run apart from its tensors."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    """Seconds of training, over all sessions."""
+    """Training time over all sessions."""
     wandb_id: str | None = None
     data: str = ""
-    """Identity of the data: SHA-256 of its manifest."""
+    """SHA-256 of the data's manifest."""
     skipped: int = 0
-    """Steps whose update was left out, because of a spike or a number that was not finite."""
+    """Steps whose update was skipped because of a spike or a non-finite number."""
     passed_batches: int = 0
-    """Step `s` trains on batch `s + passed_batches`: rewinds pass over the batches of a spike."""
+    """Step `s` trains on batch `s + passed_batches`; each rewind adds the batches that it skips."""
     rewinds: list[dict[str, Any]] = field(default_factory=list)
-    """Each rewind as `metrics.jsonl` tells it, oldest first."""
+    """Records of all rewinds as in `metrics.jsonl`, oldest first."""
     micro_batch: int = 0
-    """Sequences in one forward pass; 0: not chosen yet."""
+    """Sequences in one forward pass; 0: not yet chosen."""
     micro_batch_for: dict[str, Any] = field(default_factory=dict)
-    """What it was chosen for: where that is the same, a resumed run goes on with it."""
+    """Settings and hardware that the micro-batch was chosen for."""
 
 
 @dataclass
 class TrainingCheckpoint:
-    """What decides how training goes on: the tensors are read from its folder when they are needed."""
+    """A training checkpoint whose tensors are still on disk."""
 
     folder: Path
     progress: TrainingProgress
     average_updates: dict[str, int]
-    """Updates each online average has seen, by label."""
+    """Number of updates of each online average, by label."""
 
 
-def gather(
+# --- tensors ------------------------------------------------------------------------------------
+
+
+def collect_tensors(
     model: nn.Module,
     optimizer: Optimizer,
     averages: Sequence[OnlineAverage],
-    watch: SpikeDetector,
+    spikes: SpikeDetector,
     *,
-    copy: bool = False,
+    copy: bool,
 ) -> dict[str, Tensor]:
-    """Every tensor that decides how training goes on, by a name that says what it is, in host memory.
+    """Return all tensors of a training checkpoint by name, in host memory, sharded as the model is.
 
-    What is spread over processes is so here too. With `copy`, training may go on while they are saved.
+    With `copy`, training may continue while they are being saved.
     """
     parameters = dict(model.named_parameters())
     tensors: dict[str, Tensor] = {f"model/{name}": tensor for name, tensor in parameters.items()}
@@ -99,133 +102,159 @@ def gather(
         tensors |= {
             f"average/{average.config.label}/{name}": t for name, t in average.state().items()
         }
-    tensors |= {f"watch/{name}": tensor for name, tensor in watch.state().items()}
-    gathered = {}
+    tensors |= {f"watch/{name}": tensor for name, tensor in spikes.state().items()}
+    collected = {}
     for key, tensor in tensors.items():
-        mine = to_local(tensor.detach()).to("cpu", copy=copy).contiguous()
+        part = to_local(tensor.detach()).to("cpu", copy=copy).contiguous()
         parameter = parameters.get(_parameter_name(key))
-        fits = parameter is not None and mine.shape == to_local(parameter).shape
-        gathered[key] = from_local(parameter, mine) if parameter is not None and fits else mine
-    return gathered
+        if parameter is not None and part.shape == to_local(parameter).shape:
+            part = from_local(parameter, part)
+        collected[key] = part
+    return collected
 
 
-def restore(
-    state: TrainingCheckpoint,
+def restore_tensors(
+    checkpoint: TrainingCheckpoint,
     model: nn.Module,
     optimizer: Optimizer,
     averages: Sequence[OnlineAverage],
-    watch: SpikeDetector,
+    spikes: SpikeDetector,
 ) -> None:
-    """Put everything that `gather` took back into its place, of whatever number of processes it was.
+    """Load a checkpoint into the objects that `collect_tensors` read; any number of processes may.
 
     Raises:
-        UserError: the state is of another model.
+        UserError: the checkpoint belongs to another model.
     """
     parameters = dict(model.named_parameters())
+    step = checkpoint.progress.step
     try:
-        tensors = read_tensors(state.folder, parameters)
-        weights = _under("model/", tensors)
+        tensors = read_tensors(checkpoint.folder, parameters)
+        weights = _with_prefix("model/", tensors)
         if weights.keys() != parameters.keys():
             raise KeyError(f"weights of {', '.join(sorted(weights.keys() ^ parameters.keys()))}")
         load_shards(model, weights)
         moments: dict[int, dict[str, Tensor]] = {}
-        saved = _under("optimizer/", tensors)
+        saved = _with_prefix("optimizer/", tensors)
         for index, name in enumerate(_optimized_names(model, optimizer)):
             keys = [key.removesuffix(f"/{name}") for key in saved if key.endswith(f"/{name}")]
-            parameter = parameters[name]
-            moments[index] = {key: _beside(parameter, saved[f"{key}/{name}"]) for key in keys}
+            moments[index] = {k: _shard_like(parameters[name], saved[f"{k}/{name}"]) for k in keys}
         optimizer.load_state_dict(
             {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
         )
-        watch.load(_under("watch/", tensors))
+        spikes.load(_with_prefix("watch/", tensors))
         for average in averages:
             label = average.config.label
-            if label in state.average_updates:  # in a branch, others begin where it does
-                average.load(_under(f"average/{label}/", tensors), state.average_updates[label])
-            average.go_on_from(state.progress.step)
+            if label in checkpoint.average_updates:  # a branch may add averages, which start here
+                updates = checkpoint.average_updates[label]
+                average.load(_with_prefix(f"average/{label}/", tensors), updates)
+            average.go_on_from(step)
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(
-            f"the state of step {state.progress.step:,} does not fit this config: {error}",
+            f"the training checkpoint of step {step:,} does not fit this config: {error}",
             hint="resume with the config that the run was started with (its config.yaml)",
         ) from error
 
 
 def read_tensors(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a state by name, in host memory; of what is spread, this process's part.
+    """Return the tensors of a checkpoint by name, in host memory; of sharded ones, the local part.
 
     Args:
-        folder: of the state.
-        parameters: of the model, by name: what has the shape of one is spread as it is.
+        folder: of the training checkpoint.
+        parameters: the model's, by name; tensors of the same shape are sharded like them.
 
     Raises:
-        OSError: a file cannot be read; on all processes where one cannot.
+        OSError: a process could not read a file; raised on all of them.
     """
     reader = HuggingFaceStorageReader(str(folder))
-    spread: dict[str, Tensor] = {}
-    for key, about in reader.read_metadata().state_dict_metadata.items():
-        assert isinstance(about, TensorStorageMetadata)
-        parameter = parameters.get(_parameter_name(key))
-        if parameter is not None and about.size == parameter.shape:
-            part = torch.empty(to_local(parameter).shape, dtype=about.properties.dtype)
-            spread[key] = from_local(parameter, part)
+    tensors: dict[str, Tensor] = {}
+    for key, metadata in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(metadata, TensorStorageMetadata)
+        parameter, dtype = parameters.get(_parameter_name(key)), metadata.properties.dtype
+        if parameter is not None and metadata.size == parameter.shape:
+            tensors[key] = from_local(
+                parameter, torch.empty(to_local(parameter).shape, dtype=dtype)
+            )
         else:
-            spread[key] = torch.empty(about.size, dtype=about.properties.dtype)
-    alone = not torch.distributed.is_initialized()
+            tensors[key] = torch.empty(metadata.size, dtype=dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="torch.distributed is disabled", category=UserWarning
         )
         try:
-            load(spread, storage_reader=reader, no_dist=alone)
-        except CheckpointException as error:  # no Exception: nothing above would tell it
+            load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        except CheckpointException as error:  # a BaseException, which no caller expects
             raise next(iter(error.failures.values()))[0] from error
-    return {key: to_local(tensor) for key, tensor in spread.items()}
+    return {key: to_local(tensor) for key, tensor in tensors.items()}
 
 
-def regular(steps: Sequence[int], every: int) -> list[int]:
-    """Of the steps of states, those that a run has however often it was interrupted: a rewind goes to no other.
+def _parameter_name(key: str) -> str:
+    """Return the last part of a key: the parameter's name, if the tensor belongs to one."""
+    return key.rpartition("/")[2]
 
-    They are the multiples of `every`, and the oldest: the run may have begun with it.
+
+def _shard_like(parameter: Tensor, value: Tensor) -> Tensor:
+    if value.shape != to_local(parameter).shape:
+        return value
+    return from_local(parameter, value.to(parameter.device))
+
+
+def _optimized_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """Return the parameter names in the order of the optimizer's state."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+# --- find and load ------------------------------------------------------------------------------
+
+
+def regular_steps(steps: Sequence[int], every: int) -> list[int]:
+    """Return the steps that a run saves however often it is interrupted; rewinds use only these.
+
+    They are the multiples of `every`, and the oldest, at which the run may have started.
     """
     return [step for step in steps if step % every == 0 or step == steps[0]]
 
 
-def load_state(folder: Path) -> TrainingCheckpoint:
-    """A state, its hashes checked.
+def load_checkpoint(folder: Path) -> TrainingCheckpoint:
+    """Check the hashes of a training checkpoint and read its progress.
 
     Raises:
-        UserError: a file is missing or damaged, or the format is of a newer version.
+        UserError: a file is missing or damaged, or the format version differs.
     """
     if problems := integrity_problems(folder):
         raise UserError(
-            f"the state {folder} is damaged: {'; '.join(problems)}",
-            hint="restore it from a copy; the run can go on from the state before it",
+            f"the training checkpoint {folder} is damaged: {'; '.join(problems)}",
+            hint="restore it from a copy; the run can resume from the one before it",
         )
     facts = read_json(folder / FACTS_FILE)
     if facts.get("format_version") != FORMAT_VERSION:
         raise OtherVersion(
-            f"{folder} has format version {facts.get('format_version')}, this is version {FORMAT_VERSION}",
+            f"{folder} has format version {facts.get('format_version')}, "
+            f"but this llmtrain reads version {FORMAT_VERSION}",
             hint="use the version of llmtrain that wrote it",
         )
     try:
-        return TrainingCheckpoint(
-            folder, TrainingProgress(**facts["progress"]), facts["average_updates"]
-        )
+        progress = TrainingProgress(**facts["progress"])
+        return TrainingCheckpoint(folder, progress, facts["average_updates"])
     except (TypeError, KeyError) as error:
         raise UserError(
-            f"the state {folder} cannot be read: {error}", hint="move it away"
+            f"cannot read the training checkpoint {folder}: {error}", hint="move it away"
         ) from error
 
 
-def newest_state(
+def newest_checkpoint(
     run: RunFolder, warn: Callable[[str], None], among: Collection[int] | None = None
 ) -> TrainingCheckpoint | None:
-    """The newest state that is whole (of the steps `among`, if given); None while the run has saved none.
+    """Return the newest intact training checkpoint (of the steps `among`, if given), or None.
 
-    A damaged one is told, kept beside the others as `step-…-damaged`, and passed over.
+    Rename each damaged one to `step-…-damaged` and warn.
 
     Raises:
-        UserError: there are states and all are damaged, or one is of another version.
+        UserError: all of them are damaged, or one has another format version.
     """
     folders = {
         step: path
@@ -234,51 +263,23 @@ def newest_state(
     }
     for folder in reversed(folders.values()):
         try:
-            return load_state(folder)
+            return load_checkpoint(folder)
         except OtherVersion:
             raise
         except (UserError, OSError) as error:
             if isinstance(error, OSError) and error.errno != errno.EIO:
-                raise  # a missing right is mended by whoever started this; a bad sector is damage
-            aside = set_aside(folder, "damaged")
-            warn(
-                f"{error}; it is kept as {aside.name}, and the run goes on from the state before it"
-            )
+                raise  # a bad sector is damage; missing permissions are not
+            kept = set_aside(folder, "damaged")
+            warn(f"{error}; kept as {kept.name}, resuming from the one before it")
     if folders or (among is None and any(run.states.glob("*-damaged*"))):
         raise UserError(
-            f"every state of {run.path} is damaged",
-            hint="restore one from a copy, or train anew in another --run-dir",
+            f"every training checkpoint of {run.path} is damaged",
+            hint="restore one from a copy, or start again in another --run-dir",
         )
     return None
 
 
-def set_aside(folder: Path, why: str) -> Path:
-    """Rename a `step-…` folder to `step-…-WHY`, or, where there is one, to `step-…-WHY-2` and so on.
-
-    Returns:
-        What it is called now: nothing takes it for a step any more.
-    """
-    names = (f"{folder.name}-{why}" + (f"-{number}" if number > 1 else "") for number in count(1))
+def set_aside(folder: Path, reason: str) -> Path:
+    """Rename `step-…` to `step-…-REASON` (or `-REASON-2`, …), which no reader takes for a step."""
+    names = (f"{folder.name}-{reason}" + (f"-{n}" if n > 1 else "") for n in count(1))
     return folder.rename(next(path for path in map(folder.with_name, names) if not path.exists()))
-
-
-def _parameter_name(key: str) -> str:
-    """The last part of a name in a state: that of the parameter it belongs to, if it belongs to one."""
-    return key.rpartition("/")[2]
-
-
-def _beside(parameter: Tensor, value: Tensor) -> Tensor:
-    """`value` as the optimizer keeps it: on the parameter's device and spread as it is, if it has its shape."""
-    if value.shape != to_local(parameter).shape:
-        return value
-    return from_local(parameter, value.to(parameter.device))
-
-
-def _optimized_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """Parameter names in the order in which the optimizer numbers its states."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -1,10 +1,7 @@
-"""Commits training states: one at a time, by all processes together, while training goes on.
+"""Writes training checkpoints, one at a time, by all processes together, during training.
 
-Why apart from what a state holds: a state gets its name only when every process has written its part,
-the write must not hold up a GPU, and an error of one process must reach all. On a CPU alone there is
-nothing to hold up, so the state is written at once and not copied first.
-
-    writer = StateWriter(run, world, keep=2, background=True); writer.save(progress, updates, tensors)
+A checkpoint gets its name only after every process has written its part, and an error of one process
+is raised on all. On a CPU alone, a background write would gain nothing, so it blocks and needs no copy.
 """
 
 import json
@@ -38,30 +35,30 @@ from llmtrain.training.checkpoint import (
     FORMAT_VERSION,
     TENSORS_FILE,
     TrainingProgress,
-    regular,
+    regular_steps,
 )
 
 T = TypeVar("T")
 
 
-class StateWriter:
-    """Saves states one after the other; what fails is raised by the next call, on every process."""
+class CheckpointWriter:
+    """Saves training checkpoints; the next call on every process raises what failed."""
 
     def __init__(
         self, run: RunFolder, world: World, *, keep: int, every: int, background: bool
     ) -> None:
-        """Nothing is written yet.
+        """Create a writer; all processes make the same calls in the same order.
 
         Args:
             run: where to save.
-            world: the processes, which make the same calls in the same order.
-            keep: so many of the newest states stay, and of the `regular` ones of them.
-            every: steps between two regular states.
-            background: let training go on meanwhile; the tensors must be copies then.
+            world: the processes.
+            keep: number of newest checkpoints to keep, and of `regular_steps` among them.
+            every: steps between two regular checkpoints.
+            background: write in a thread; the tensors must be copies.
         """
         self._run, self._world, self._keep, self._every = run, world, keep, every
         self.in_background = background
-        self._pool = ThreadPoolExecutor(1, "state") if background else None
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._saving: Future[None] | None = None
 
     def save(
@@ -72,15 +69,9 @@ class StateWriter:
         *,
         replace: bool,
     ) -> None:
-        """Begin to commit the state of `progress.step`, once the one before is committed.
+        """Start to save the checkpoint of `progress.step` after the previous one is saved.
 
-        One that is there for this step is the same and stays, unless `replace` says otherwise.
-
-        Args:
-            progress: of the run.
-            updates: that each online average has seen, by label.
-            tensors: what `state.gather` gave.
-            replace: whether one that is there gives way.
+        Keep an existing checkpoint of this step, which is the same, unless `replace` is set.
         """
         self.wait()
         facts = {
@@ -96,104 +87,98 @@ class StateWriter:
             self._saving = self._pool.submit(work)
 
     def wait(self) -> None:
-        """Return once the last state is committed.
+        """Block until the last checkpoint is durable.
 
         Raises:
-            WriteFailed: it could not be.
-            RunFailed: the run folder is not the same for all processes.
+            WriteFailed: the disk is full or not writable.
+            RunFailed: the processes do not share the run folder.
         """
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
 
     def check(self) -> None:
-        """Raise what `wait` would, if it would not have to wait."""
+        """Raise the error of the last save if it has finished on all processes."""
         done = self._saving is not None and self._saving.done()
         if self._world.sums([done])[0] == self._world.size:
             self.wait()
 
     def close(self) -> None:
-        """Let what was begun come to its end."""
+        """Wait for the thread to end."""
         if self._pool is not None:
             self._pool.shutdown()
 
     def _commit(
         self, target: Path, facts: dict[str, Any], tensors: dict[str, Tensor], replace: bool
     ) -> None:
-        """By a process alone."""
         remove_leftovers(target.parent)
         if replace or not target.exists():
             with staged_folder(target, replace=replace, needed=tensor_bytes(tensors)) as folder:
-                save_file(
-                    {key: to_local(tensor) for key, tensor in tensors.items()},
-                    folder / TENSORS_FILE,
-                )
+                whole = {key: to_local(tensor) for key, tensor in tensors.items()}
+                save_file(whole, folder / TENSORS_FILE)
                 (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
-        self._retire(target)
+        self._remove_old(target)
 
     def _commit_together(
         self, target: Path, facts: dict[str, Any], tensors: dict[str, Tensor], replace: bool
     ) -> None:
-        """Rank 0 makes the folder and gives it its name; in between all write their parts into it."""
+        """Create and rename the folder on rank 0; in between, every process writes its part."""
         if not self._world.is_rank_zero:
-            folder = self._tell(None)
+            folder = self._broadcast(None)
             if folder is not None:
-                with suppress(CheckpointException):  # rank 0 meets it too, and tells
+                with suppress(CheckpointException):  # rank 0 raises it too, and broadcasts it
                     self._write_part(folder, tensors)
-            if failed := self._tell(None):
+            if failed := self._broadcast(None):
                 raise failed
             return
-        told, outcome = False, None
+        shared, outcome = False, None
         try:
             remove_leftovers(target.parent)
             if replace or not target.exists():
-                # The others write as much again, each a part of it.
+                # `needed` is rank 0's part; the other processes need as much again.
                 with staged_folder(target, replace=replace, needed=tensor_bytes(tensors)) as folder:
-                    told = self._tell(folder) is not None
+                    shared = self._broadcast(folder) is not None
                     self._write_all_parts(folder, tensors)
                     (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
-            self._retire(target)
+            self._remove_old(target)
         except (UserError, RunFailed, OSError) as error:
             outcome = error
-        if not told:
-            self._tell(None)
-        self._tell(outcome)
+        if not shared:
+            self._broadcast(None)
+        self._broadcast(outcome)
         if outcome is not None:
             raise outcome
 
-    def _tell(self, what: T | None) -> T | None:
-        """What rank 0 says, on every process."""
-        said = [what]
-        dist.broadcast_object_list(
-            said, src=0, group=self._world.saving, device=torch.device("cpu")
-        )
-        return said[0]
+    def _broadcast(self, value: T | None) -> T | None:
+        """Return rank 0's value on every process."""
+        values, group = [value], self._world.saving
+        dist.broadcast_object_list(values, src=0, group=group, device=torch.device("cpu"))
+        return values[0]
 
     def _write_part(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         save(tensors, storage_writer=writer, process_group=self._world.saving)
 
     def _write_all_parts(self, folder: Path, tensors: dict[str, Tensor]) -> None:
-        """See that what the processes wrote is a whole."""
+        """Write rank 0's part and check that the parts of all processes arrived."""
         try:
             self._write_part(folder, tensors)
         except CheckpointException as error:
             raise next(iter(error.failures.values()))[0] from error
-        found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        written = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
         for key, tensor in tensors.items():
-            about = found.get(key)
-            chunks = about.chunks if isinstance(about, TensorStorageMetadata) else []
+            metadata = written.get(key)
+            chunks = metadata.chunks if isinstance(metadata, TensorStorageMetadata) else []
             if sum(chunk.sizes.numel() for chunk in chunks) != tensor.numel():
                 raise RunFailed(
-                    f"{folder} does not hold what all processes wrote",
-                    hint="the run folder must be on a disk that all machines share",
+                    f"{folder} lacks parts that other processes wrote",
+                    hint="put the run folder on a disk that all machines share",
                 )
 
-    def _retire(self, target: Path) -> None:
-        """Remove what need not be kept beside the state that was just saved."""
+    def _remove_old(self, target: Path) -> None:
         folders = step_folders(self._run.states)
         steps = list(folders)
-        kept = {*steps[-self._keep :], *regular(steps, self._every)[-self._keep :]}
+        kept = {*steps[-self._keep :], *regular_steps(steps, self._every)[-self._keep :]}
         for step, folder in folders.items():
             if step not in kept and folder != target:
                 remove_folder(folder)

@@ -1,9 +1,10 @@
-"""Weights & Biases and TensorBoard: told what `metrics.jsonl` is told, and never a reason to stop training.
+"""Weights & Biases and TensorBoard: both get the events of `metrics.jsonl` and never stop training.
 
-Why so careful: a run of a week must not wait for an answer at a prompt, nor end because a service that
-draws its curves has gone away. What fails is said once, and training goes on without it.
+A dashboard that fails is reported once and then left out. W&B asks nothing: without an account or
+network it records offline.
 
-    boards = Dashboards(run, config, resumed_step=0, wandb_id=None, warn=print); boards.log(event, "train")
+    boards = Dashboards(run, config, resumed_step=0, wandb_id=None, warn=print)
+    boards.log(event, "train")
 """
 
 from collections.abc import Callable, Mapping
@@ -16,10 +17,11 @@ from llmtrain.errors import UserError
 from llmtrain.storage.run_folder import RunFolder
 
 Event = Mapping[str, float | int | str | None]
+Warn = Callable[[str], None]
 
 
 class Dashboards:
-    """Those that the configuration asks for."""
+    """The dashboards that the configuration selects."""
 
     def __init__(
         self,
@@ -28,33 +30,28 @@ class Dashboards:
         *,
         resumed_step: int,
         wandb_id: str | None,
-        warn: Callable[[str], None],
+        warn: Warn,
     ) -> None:
-        """Open them.
-
-        Args:
-            run: whose they are; TensorBoard's files and W&B's go into its folder.
-            config: which there are, and what W&B is told.
-            resumed_step: what TensorBoard was told after this step is taken back; 0 for a new run.
-            wandb_id: the id of the W&B run to go on with.
-            warn: tells of a dashboard that fails.
+        """Open the dashboards in the run's folder.
 
         Raises:
-            UserError: TensorBoard is asked for and not installed.
+            UserError: TensorBoard is selected but not installed.
         """
         self._run, self._warn = run, warn
         self._boards: list[_Wandb | _TensorBoard] = []
         self.wandb_id: str | None = wandb_id
-        """Id of the W&B run, kept in the training state, also while there is none to tell."""
+        """Id of the W&B run, also while W&B is disabled."""
         if config.log.tensorboard:
             self._boards.append(_TensorBoard(run.path / "tensorboard", resumed_step))
-        started = _start_wandb(run.path, config, wandb_id, warn)
-        if started is not None:
-            self._boards.append(_Wandb(started))
-            self.wandb_id = started.id
+        if config.log.wandb.mode != "disabled":
+            try:
+                self._boards.append(_Wandb(_start_wandb(run.path, config, wandb_id, warn)))
+                self.wandb_id = self._boards[-1].id
+            except Exception as error:  # W&B raises any type of error
+                warn(f"cannot start W&B: {_first_line(error)}; training continues without it")
 
     def log(self, event: Event, group: str) -> None:
-        """Tell an event; its numbers without a `/` in their names are told under `group/`."""
+        """Log an event; names without a `/` get the prefix `group/`."""
         step = int(event["step"] or 0)
         named = {
             key if "/" in key else f"{group}/{key}": value
@@ -62,59 +59,61 @@ class Dashboards:
             if key != "step" and value is not None
         }
         numbers = {key: float(value) for key, value in named.items() if not isinstance(value, str)}
-        texts = {key: value for key, value in named.items() if isinstance(value, str)}
+        texts = {
+            key: f"<pre>{escape(value)}</pre>"
+            for key, value in named.items()
+            if isinstance(value, str)
+        }
         self._each(lambda board: board.log(step, numbers, texts))
 
     def rewind(self, step: int) -> None:
-        """Training goes on from `step`: TensorBoard takes back what it was told after it; W&B shows both."""
-        self._each(lambda board: board.rewind(step) if isinstance(board, _TensorBoard) else None)
+        """Remove the points after `step` from TensorBoard; W&B shows both attempts."""
+        self._each(lambda board: board.rewind(step))
 
     def close(self, *, finished: bool) -> None:
-        """Close them; of a run that has `finished` W&B keeps the report, TensorBoard its figure of the losses."""
-        if finished and self._boards and (page := self._report()) is not None:
-            self._each(lambda board: board.keep(page))
+        """Close the dashboards; add the report of a finished run."""
+        if finished and self._boards and (page := self._write_report()) is not None:
+            self._each(lambda board: board.add_report(page))
         self._each(lambda board: board.close(finished=finished))
 
-    def _report(self) -> Path | None:
+    def _write_report(self) -> Path | None:
         from llmtrain.evaluation.report.page import write_report
 
         try:
             return write_report([self._run], self._run.report).page
-        except Exception as error:  # a run that was trained to its end has not failed
+        except Exception as error:  # the training itself has succeeded
             names = " and ".join(board.name for board in self._boards)
-            self._warn(f"{names} gets no report: {_first_line(error)}")
+            self._warn(f"cannot write the report for {names}: {_first_line(error)}")
             return None
 
-    def _each(self, tell: Callable[["_Wandb | _TensorBoard"], None]) -> None:
+    def _each(self, action: Callable[["_Wandb | _TensorBoard"], None]) -> None:
         for board in list(self._boards):
             try:
-                tell(board)
-            except Exception as error:  # of any library's kind: whatever it is, training goes on
+                action(board)
+            except Exception as error:  # libraries raise any type of error
                 self._boards.remove(board)
-                self._warn(
-                    f"{board.name} fails ({error}): training goes on, and tells it nothing more"
-                )
+                self._warn(f"{board.name} failed ({error}); training continues without it")
 
 
 class _Wandb:
     name = "W&B"
 
     def __init__(self, run: Any) -> None:
-        self._run = run
+        self._run, self.id = run, run.id
 
     def log(self, step: int, numbers: Mapping[str, float], texts: Mapping[str, str]) -> None:
         import wandb
 
-        pages = {
-            key: wandb.Html(f"<pre>{escape(text)}</pre>", inject=False)
-            for key, text in texts.items()
-        }
+        pages = {key: wandb.Html(text, inject=False) for key, text in texts.items()}
         self._run.log({"step": step, **numbers, **pages})
 
-    def keep(self, page: Path) -> None:
+    def rewind(self, step: int) -> None:
+        """Do nothing: W&B keeps both attempts."""
+
+    def add_report(self, page: Path) -> None:
         import wandb
 
-        artifact = wandb.Artifact(f"report-{self._run.id}", type="report")
+        artifact = wandb.Artifact(f"report-{self.id}", type="report")
         artifact.add_file(str(page))
         self._run.log_artifact(artifact)
 
@@ -123,7 +122,7 @@ class _Wandb:
 
 
 class _TensorBoard:
-    name = "TensorBoard"
+    name, id = "TensorBoard", None
 
     def __init__(self, folder: Path, resumed_step: int) -> None:
         self._folder = folder
@@ -134,7 +133,7 @@ class _TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError(
-                f"log.tensorboard is true and TensorBoard is not installed ({error})",
+                f"log.tensorboard is true, but TensorBoard is not installed: {error}",
                 hint="pip install 'llmtrain[tensorboard]', or --set log.tensorboard=false",
             ) from None
         self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
@@ -143,57 +142,40 @@ class _TensorBoard:
         for key, value in numbers.items():
             self._writer.add_scalar(key, value, step)
         for key, text in texts.items():
-            self._writer.add_text(key, f"<pre>{escape(text)}</pre>", step)
+            self._writer.add_text(key, text, step)
         self._writer.flush()
 
     def rewind(self, step: int) -> None:
         self._writer.close()
         self._open(step)
 
-    def keep(self, page: Path) -> None:
+    def add_report(self, page: Path) -> None:
         from matplotlib.image import imread
 
         figure = page.with_name("loss.png")
-        if figure.exists():  # there is none where nothing was validated
+        if figure.exists():  # missing if nothing was evaluated
             self._writer.add_image("report/loss", imread(figure)[..., :3], dataformats="HWC")
 
     def close(self, *, finished: bool) -> None:
         self._writer.close()
 
 
-def _start_wandb(
-    folder: Path, config: RunConfig, run_id: str | None, warn: Callable[[str], None]
-) -> Any:
-    """A W&B run, or None when the config wants none or there cannot be one."""
-    if config.log.wandb.mode == "disabled":
-        return None
-    try:
-        return _wandb_run(folder, config, run_id, warn)
-    except (
-        Exception
-    ) as error:  # of its server process, its settings, its files: training begins all the same
-        warn(f"W&B cannot be started ({_first_line(error)}): training goes on without it")
-        return None
-
-
-def _wandb_run(
-    folder: Path, config: RunConfig, run_id: str | None, warn: Callable[[str], None]
-) -> Any:
-    """A new W&B run, or that of `run_id` again; offline where it must. The import alone takes a third of a second."""
-    import wandb
+def _start_wandb(folder: Path, config: RunConfig, run_id: str | None, warn: Warn) -> Any:
+    """Start a W&B run or resume `run_id`; offline if W&B cannot be reached."""
+    import wandb  # takes a third of a second
 
     def start(mode: str) -> Any:
         run = wandb.init(
             project=config.log.wandb.project,
             name=config.name,
-            mode=mode,  # type: ignore[arg-type]  # one of W&B's, by the config's type
+            mode=mode,  # type: ignore[arg-type]  # W&B's literals
             dir=str(folder),
             id=run_id,
             resume="allow" if run_id is not None else None,
             config=flatten(config),
             settings=wandb.Settings(silent=True),
         )
-        # Its own count of steps must rise: after a rewind, or a resume, it would drop what is told again.
+        # W&B's own step must increase: after a resume or rewind it would drop repeated steps.
         run.define_metric("*", step_metric="step")
         return run
 
@@ -201,12 +183,10 @@ def _wandb_run(
         return start("offline")
     try:
         if not wandb.login(prompt=False):
-            raise wandb.errors.UsageError("no account is known here: wandb login")
+            raise wandb.errors.UsageError("no account is configured; run wandb login")
         return start("online")
     except wandb.Error as error:
-        warn(
-            f"W&B cannot be reached ({_first_line(error)}): the run is kept offline, and `wandb sync` sends it later"
-        )
+        warn(f"cannot reach W&B: {_first_line(error)}; recording offline for `wandb sync`")
         return start("offline")
 
 

@@ -1,11 +1,12 @@
-"""Non-finite numbers and spikes: noticed in the step where they happen, before the weights see them.
+"""Spikes and non-finite numbers: detected within the step, before the weights change.
 
-Why on the device: whether a step is held back is decided by tensors alone, so the loop does not wait
-for the device, and every rank, seeing the same reduced loss and norm, decides alike. The host learns
-of it when it reads numbers anyway (`drain`); where a policy stops or rewinds, every step after the
-incident is held back until then, so the weights stay those of the step before it.
+Why on the device: tensors alone decide whether an update is skipped, so the loop does not wait for
+the device, and every rank, with the same reduced loss and norm, decides the same. The host reads
+events only when it reads numbers anyway (`drain`). If the policy is to stop or rewind, every later
+update is skipped until then, so the weights remain those before the event.
 
-    watch = SpikeDetector(config, device); hold = watch.judge(step, loss, norm); incidents = watch.drain()
+    spikes = SpikeDetector(config, device)
+    skip = spikes.check(step, loss, norm); events = spikes.drain()
 """
 
 import math
@@ -19,62 +20,58 @@ from torch import Tensor
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed
 
-MAX_HELD_IN_A_ROW = 100
-"""So many steps without an update are no accident: the weights themselves give no finite loss any more."""
+MAX_SKIPPED_IN_A_ROW = 100
+"""Skipped updates after which the run fails: the weights no longer give a finite loss."""
+
+LOWER_RATE_HINT = (
+    "resume from a training checkpoint at a lower learning rate: "
+    "--branch NAME --from STEP --set optimizer.lr=RATE"
+)
 
 _SCALE = 1.4826
-"""Median absolute deviation to standard deviation, for a normal distribution."""
+"""Ratio of standard deviation to median absolute deviation in a normal distribution."""
 _FLOOR = 1e-3
-"""Smallest scale as a share of the median: a loss that hardly moves must not make a spike of its noise."""
+"""Smallest scale relative to the median: noise in a flat loss is not a spike."""
 
 
 @dataclass(frozen=True)
 class SpikeEvent:
-    """A step whose numbers were not finite, or far above those before it."""
+    """A step whose loss or gradient norm is not finite, or far above those before it."""
 
     step: int
-    incident: Literal["nonfinite", "spike"]
+    kind: Literal["nonfinite", "spike"]
     loss: float
     grad_norm: float
     z_loss: float
-    """Robust z-score of the loss; NaN while the window is not full."""
+    """Robust z-score of the loss; NaN until the window is full."""
     z_grad_norm: float
     action: Literal["log", "skip", "stop", "rewind"]
 
     def event(self) -> dict[str, Any]:
-        """What `metrics.jsonl` holds of it."""
-        return asdict(self)
+        """Return the event for `metrics.jsonl`."""
+        return {"incident" if key == "kind" else key: v for key, v in asdict(self).items()}
 
     def reason(self) -> dict[str, Any]:
-        """Its numbers, for the record of a rewind; None where they are not finite."""
+        """Return its numbers for the record of a rewind; None for those that are not finite."""
         numbers = {"loss": self.loss, "grad_norm": self.grad_norm}
-        return {"reason": self.incident} | {
-            k: v if math.isfinite(v) else None for k, v in numbers.items()
-        }
+        finite = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
+        return {"reason": self.kind} | finite
 
     def __str__(self) -> str:
+        kind = "non-finite numbers" if self.kind == "nonfinite" else "spike"
         numbers = f"loss {self.loss:.4g}, gradient norm {self.grad_norm:.4g}"
-        if self.incident == "spike":
+        if self.kind == "spike":
             numbers += f", {max(self.z_loss, self.z_grad_norm):.1f} deviations above the median"
-        kind = "is not finite" if self.incident == "nonfinite" else "spikes"
-        done = {
-            "log": "",
-            "skip": ": not taken",
-            "stop": ": not taken",
-            "rewind": ": not taken, going back",
-        }
-        return f"{self.step:>9,}  {kind} ({numbers}){done[self.action]}"
+        skipped = {"log": "", "rewind": ": update skipped, rewinding"}
+        return f"{self.step:>9,}  {kind} ({numbers}){skipped.get(self.action, ': update skipped')}"
 
 
 def robust_z(values: Tensor, history: Tensor) -> Tensor:
-    """Distance of each value above the median of its history in robust standard deviations.
+    """Return the distance of each value above the median of its history, in robust deviations.
 
     Args:
         values: shape (n,).
-        history: shape (n, window); NaN where there is none yet.
-
-    Returns:
-        Shape (n,); NaN for a history with a NaN.
+        history: shape (n, window); a NaN in it, as before it is full, makes the result NaN.
     """
     median = history.median(dim=1).values
     deviation = (history - median[:, None]).abs().median(dim=1).values
@@ -82,27 +79,22 @@ def robust_z(values: Tensor, history: Tensor) -> Tensor:
 
 
 class SpikeDetector:
-    """Looks at each step's loss and gradient norm, holds steps back, and remembers what the host must know."""
+    """Checks the loss and gradient norm of each step, and collects events for the host."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
-        """Begin with an empty history.
-
-        Args:
-            config: `spikes` and `train.on_nonfinite`.
-            device: of the numbers.
-        """
+        """Start with an empty history on the device of the numbers."""
         self._spikes, self._on_nonfinite = config.spikes, config.train.on_nonfinite
         self.history = torch.full((2, config.spikes.window), math.nan, device=device)
-        """The last losses and gradient norms, a ring: shape (2, window)."""
+        """Ring buffer of the last losses and gradient norms: shape (2, window)."""
         self._halted = torch.zeros((), dtype=torch.bool, device=device)
         self._pending: list[tuple[int, Tensor]] = []
-        self._held_in_a_row = 0
+        self._skipped_in_a_row = 0
 
-    def judge(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
-        """Whether step `step` must not change the weights: a bool on the device, shape ().
+    def check(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
+        """Return whether to skip the update of step `step`: a bool on the device, shape ().
 
         Args:
-            step: counts from 1.
+            step: number of the step, from 1.
             loss: mean over the whole batch, shape ().
             norm: of the gradient before clipping, shape ().
         """
@@ -111,62 +103,61 @@ class SpikeDetector:
         z = robust_z(values, self.history)
         nonfinite, spike = ~finite.all(), finite.all() & (z > self._spikes.threshold).any()
         slot = step % self.history.shape[1]
-        # A value that is not finite would blind the median; the one it replaces stays a while longer.
+        # A non-finite value would make the median NaN; keep the value that it would replace.
         self.history[:, slot] = torch.where(finite, values, self.history[:, slot])
         if self._on_nonfinite != "skip":
             self._halted |= nonfinite
         if self._spikes.action == "rewind":
             self._halted |= spike
-        hold = nonfinite | self._halted
+        skip = nonfinite | self._halted
         if self._spikes.action == "skip":
-            hold = hold | spike
-        seen = torch.stack([nonfinite, spike, hold]).float()
-        self._pending.append((step, torch.cat([values, z, seen])))
-        return hold
+            skip = skip | spike
+        flags = torch.stack([nonfinite, spike, skip]).float()
+        self._pending.append((step, torch.cat([values, z, flags])))
+        return skip
 
     def drain(self) -> list[SpikeEvent]:
-        """What happened since the last call, in order, up to the first that stops or rewinds.
+        """Return the events since the last call, in order, up to the first that stops or rewinds.
 
         Raises:
-            RunFailed: no step was taken for too long.
+            RunFailed: too many updates in a row were skipped.
         """
         if not self._pending:
             return []
         steps = [step for step, _ in self._pending]
         rows = torch.stack([row for _, row in self._pending]).tolist()
         self._pending.clear()
-        incidents = []
-        for step, (loss, norm, z_loss, z_norm, nonfinite, spike, hold) in zip(
-            steps, rows, strict=True
-        ):
-            self._held_in_a_row = self._held_in_a_row + 1 if hold else 0
+        events = []
+        for step, row in zip(steps, rows, strict=True):
+            loss, norm, z_loss, z_norm, nonfinite, spike, skip = row
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if skip else 0
             action = self._on_nonfinite if nonfinite else self._spikes.action if spike else "ignore"
             if action == "ignore":
                 continue
             kind: Literal["nonfinite", "spike"] = "nonfinite" if nonfinite else "spike"
-            incidents.append(SpikeEvent(step, kind, loss, norm, z_loss, z_norm, action))
+            events.append(SpikeEvent(step, kind, loss, norm, z_loss, z_norm, action))
             if action in ("stop", "rewind"):
-                return incidents
-        if self._held_in_a_row >= MAX_HELD_IN_A_ROW:
+                return events
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise RunFailed(
-                f"the last {self._held_in_a_row} steps up to {steps[-1]:,} were not taken: none had a finite loss "
-                "and gradient norm without a spike",
-                hint="go on from a saved state at a lower rate: --branch NAME --from STEP --set optimizer.lr=RATE",
+                f"the last {self._skipped_in_a_row} updates up to step {steps[-1]:,} were skipped: "
+                "no step had a finite loss and gradient norm without a spike",
+                hint=LOWER_RATE_HINT,
             )
-        return incidents
+        return events
 
     def state(self) -> dict[str, Tensor]:
-        """Everything from which it can go on, once it is drained."""
-        return {"history": self.history, "held_in_a_row": torch.tensor(self._held_in_a_row)}
+        """Return the tensors of the training checkpoint; call `drain` first."""
+        return {"history": self.history, "held_in_a_row": torch.tensor(self._skipped_in_a_row)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` gave; a branch with another window begins a new history."""
+        """Restore `state`; a branch with another window starts with an empty history."""
         history = state.get("history")
         if history is not None and history.shape == self.history.shape:
             self.history.copy_(history)
-            self._held_in_a_row = int(state["held_in_a_row"])
+            self._skipped_in_a_row = int(state["held_in_a_row"])
         else:
             self.history.fill_(math.nan)
-            self._held_in_a_row = 0
+            self._skipped_in_a_row = 0
         self._halted.zero_()
         self._pending.clear()

@@ -1,6 +1,6 @@
 """Attention alone, in the model's two forms: materialized, and torch's fused kernel.
 
-On a CPU the model chooses by length and precision (`SHORT` in llmtrain/model). This command shows
+On a CPU the model chooses by length and precision (`MAX_MATERIALIZED_LENGTH`). This command shows
 the length up to which the materialized form is faster here. With more --tokens, the size of the
 attention matrix matters too, because the allocator may return such blocks to the system.
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
+from llmtrain.model.chunk_sizes import rows_per_chunk
 from llmtrain.model.cross_entropy import linear_cross_entropy
 from llmtrain.model.gpt import IGNORE
-from llmtrain.model.sizes import rows_per_chunk
 from llmtrain.runtime.device import Precision, resolve_device
 
 from .loops import VOCABULARY
@@ -123,7 +123,7 @@ def _torch(
     rows = (
         None
         if kind != "cpu"
-        else rows_per_chunk(len(hidden_NC), len(weight_VC), item=item, kind=kind)
+        else rows_per_chunk(len(hidden_NC), len(weight_VC), itemsize=item, device_type=kind)
     )
     sums = hidden_NC.dtype if rounded else torch.float32
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, acc_dtype=sums)

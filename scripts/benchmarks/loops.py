@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from llmtrain.config.loading import load_config
 from llmtrain.config.schema import ModelConfig, RunConfig
-from llmtrain.data.mixture import open_training_data
+from llmtrain.data.token_data import open_training_data
 from llmtrain.model.gpt import GPT
 from llmtrain.runtime.device import keep_freed_memory, peak_memory, resolve_device
 from llmtrain.runtime.distributed import World
 from llmtrain.runtime.signals import Interrupt
 from llmtrain.storage.run_folder import RunFolder
-from llmtrain.training.compile import compile_model
 from llmtrain.training.micro_batch import find_micro_batch
 from llmtrain.training.trainer import Trainer
+from llmtrain.training.worker import compile_model, make_worker
 
 from .measure import Figures, Side, seconds
 from .shapes import Shape
@@ -53,12 +53,11 @@ def step_of_ours(shape: Shape, data: Path, settings: list[str]) -> Callable[[], 
     """Return a function that runs `Trainer.step` like `llmtrain pretrain` and returns the loss."""
     config = config_of(shape, data, settings)
     device = resolve_device("auto")
-    trainer = Trainer(
-        config, RunFolder(data / "run"), open_training_data(config.data), World(), device, print
-    )
+    worker = make_worker(config, World(), device, print)
+    trainer = Trainer(worker, RunFolder(data / "run"), open_training_data(config.data))
     keep_memory(device)
-    find_micro_batch(trainer, print)
-    trainer.forward = compile_model(trainer, print)
+    find_micro_batch(worker, trainer.progress, print)
+    worker.forward = compile_model(worker, trainer.progress.micro_batch)
     interrupt = Interrupt(None)
 
     return lambda: trainer.step(interrupt)[0]

@@ -24,7 +24,7 @@ from types import FrameType
 LLMTRAIN = Path(sys.executable).parent / "llmtrain"
 _FAILED_RUN, _REFUSED = 1, 2
 """llmtrain's exit codes for a failed run and for invalid input."""
-_DIVERGED = "not taken"
+_DIVERGED = "skipped"
 """Marks a non-finite loss or gradient: the only failure that is a result of the run itself."""
 _OF_THE_HUB = re.compile("the hub (refuses|wants to know|has no)|40[134] Client Error")
 """Marks a wrong repository name or a missing token: a failure that the user can fix."""

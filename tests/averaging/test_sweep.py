@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from llmtrain.averaging.average import average
-from llmtrain.averaging.request import AverageRequest, make_specs
-from llmtrain.averaging.sweep import Candidate, SweepResult, parse_sweep, sweep
-from llmtrain.averaging.sweep_report import summary, write_csv
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest
+from llmtrain.averaging.sweep import Candidate, SweepResult, parse_sweep, summary, sweep, write_csv
 from llmtrain.checkpoints.resolve import Target
 from llmtrain.checkpoints.series import run_series
 from llmtrain.config.schema import RunConfig
@@ -29,7 +29,7 @@ def run(tiny: Callable[..., RunConfig], tmp_path: Path) -> RunFolder:
     config = tiny(
         averages=[], train__max_steps=14, checkpoint={"snapshot_every": 1, "state_every": 14}
     )
-    return pretrain(config, tmp_path / "runs" / "tiny", say=lambda line: None).run
+    return pretrain(config, tmp_path / "runs" / "tiny", log=lambda line: None).run
 
 
 def test_every_combination_is_a_request_and_none_twice() -> None:
@@ -95,7 +95,7 @@ def test_widths_of_posthoc_emas_are_swept(tiny: Callable[..., RunConfig], tmp_pa
     config = tiny(
         averages=kept, train__max_steps=14, checkpoint={"snapshot_every": 1, "state_every": 14}
     )
-    run = pretrain(config, tmp_path / "tiny", say=lambda line: None).run
+    run = pretrain(config, tmp_path / "tiny", log=lambda line: None).run
     result = sweep(
         run, parse_sweep("method=lawa,posthoc-ema sigma-rel=0.07,0.15 window=2 every=2"), at="last"
     )

@@ -22,7 +22,7 @@ from llmtrain.config.schema import RunConfig
 def test_a_model_in_ten_lines(tiny: Callable[..., RunConfig], tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny().model_dump(mode="json")))
     config = load_config(tmp_path / "tiny.yaml", ["train.max_steps=20", "averages=[]"])
-    run = pretrain(config, tmp_path / "runs" / "tiny", say=lambda line: None).run
+    run = pretrain(config, tmp_path / "runs" / "tiny", log=lambda line: None).run
 
     (made,) = average(run.path, Request(every=2, window=5))
     assert made.spec.label == "lawa-5x2"

@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from llmtrain.averaging.average import average
-from llmtrain.averaging.request import AverageRequest, make_specs
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest
 from llmtrain.checkpoints.checkpoint import Origin
 from llmtrain.checkpoints.gpt2_folder import Shape, save_weights
 from llmtrain.checkpoints.series import run_series
@@ -192,7 +193,7 @@ def test_the_tokenizer_is_the_one_whose_end_of_text_the_folder_names(tmp_path: P
 def run(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunConfig]) -> RunFolder:
     """Twelve steps with an online average and one made afterwards."""
     folder = tmp_path_factory.mktemp("written") / "runs" / "tiny"
-    trained = pretrain(tiny(), folder, say=lambda line: None).run
+    trained = pretrain(tiny(), folder, log=lambda line: None).run
     series = run_series(trained)
     average(series, make_specs(series, AverageRequest(method="lawa", every=2, window=3)))
     return trained

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from llmtrain.checkpoints.checkpoint import Origin
 from llmtrain.checkpoints.gpt2_folder import Shape, load_model, save_weights
 from llmtrain.config.schema import ModelConfig
-from llmtrain.data.shards import open_data
+from llmtrain.data.token_data import open_data
 from llmtrain.errors import UserError
 from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.model.gpt import GPT

@@ -32,7 +32,7 @@ def runs(
 ) -> list[RunFolder]:
     """Two learning rates of one model."""
     place = tmp_path_factory.mktemp("runs")
-    quiet = {"say": lambda line: None, "warn": lambda line: None}
+    quiet = {"log": lambda line: None, "warn": lambda line: None}
     log = {"every": 3, "sample_tokens": 4, "wandb": {"project": "</script><script>alert(1)"}}
     rates = {"slow": 1e-3, "fast<b>&": 1e-2}
     return [

@@ -20,7 +20,7 @@ from llmtrain.training.run import pretrain
 
 @pytest.fixture
 def run(tiny: Callable[..., RunConfig], tmp_path: Path) -> RunFolder:
-    return pretrain(tiny(), tmp_path / "run", say=lambda line: None).run
+    return pretrain(tiny(), tmp_path / "run", log=lambda line: None).run
 
 
 def measure_all(
@@ -52,7 +52,7 @@ def test_a_run_stands_for_its_averages_and_the_matching_snapshots(run: RunFolder
 def test_a_run_without_averages_stands_for_its_newest_snapshot(
     tiny: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    run = pretrain(tiny(averages=[]), tmp_path / "run", say=lambda line: None).run
+    run = pretrain(tiny(averages=[]), tmp_path / "run", log=lambda line: None).run
     assert [t.step for t in find_targets(run.path, every_snapshot=False)] == [12]
 
 
@@ -101,7 +101,7 @@ def test_other_tokens_or_another_split_are_measured_anew(run: RunFolder) -> None
 
 def test_data_that_the_user_named_and_is_not_there(run: RunFolder, tmp_path: Path) -> None:
     targets = find_targets(run.snapshot(12), every_snapshot=False)
-    with pytest.raises(UserError, match="nowhere holds no prepared data"):
+    with pytest.raises(UserError, match="nowhere contains no prepared data"):
         measure_all(targets, EvalOptions(data=tmp_path / "nowhere"))
 
 
@@ -131,7 +131,7 @@ def test_a_folder_outside_a_run_needs_data(
 def test_other_numbers_of_tokens_side_by_side_are_told(
     tiny: Callable[..., RunConfig], data_folder: Path, tmp_path: Path
 ) -> None:
-    run = pretrain(tiny(eval__tokens=50), tmp_path / "run", say=lambda line: None).run
+    run = pretrain(tiny(eval__tokens=50), tmp_path / "run", log=lambda line: None).run
     run.snapshot(10).rename(tmp_path / "elsewhere")
     targets = [
         target

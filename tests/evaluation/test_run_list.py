@@ -20,7 +20,7 @@ def test_the_runs_of_a_folder(
     llmtrain: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     place = tmp_path / "runs"
-    done = pretrain(tiny(), place / "done", say=lambda line: None).run
+    done = pretrain(tiny(), place / "done", log=lambda line: None).run
     half = place / "half"
     half.mkdir()
     (half / "config.yaml").write_text(

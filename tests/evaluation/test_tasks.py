@@ -174,7 +174,7 @@ def test_six_tasks_offline_by_the_command(
     llmtrain: Callable[..., subprocess.CompletedProcess[str]],
     tmp_path: Path,
 ) -> None:
-    run = pretrain(tiny(), tmp_path / "run", say=lambda line: None).run
+    run = pretrain(tiny(), tmp_path / "run", log=lambda line: None).run
     command = [
         "eval",
         run.average("ema-0.9", 12),

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from llmtrain.checkpoints.resolve import Target, find_targets
 from llmtrain.config.schema import RunConfig
-from llmtrain.data.shards import open_data
+from llmtrain.data.token_data import open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.results import EvalOptions, measure
 from llmtrain.evaluation.text import TextOptions, TextResult, measure_text
@@ -174,7 +174,7 @@ def save_over(folder: Path, weights: dict[str, torch.Tensor]) -> None:
 def test_a_result_is_kept_with_the_run_and_must_be_whole(
     tiny: Callable[..., RunConfig], text_file: Path, tmp_path: Path
 ) -> None:
-    run = pretrain(tiny(), tmp_path / "run", say=lambda line: None).run
+    run = pretrain(tiny(), tmp_path / "run", log=lambda line: None).run
     progress: list[object] = []
 
     def measure_again(stride: int | None = None) -> list[TextResult]:

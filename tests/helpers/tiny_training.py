@@ -28,7 +28,7 @@ EVERY_AVERAGE = [
 
 
 def quiet(config: RunConfig, folder: Path, **options: Any) -> RunFolder:
-    return pretrain(config, folder, say=lambda line: None, **options).run
+    return pretrain(config, folder, log=lambda line: None, **options).run
 
 
 def final_state(run: RunFolder) -> dict[str, torch.Tensor]:

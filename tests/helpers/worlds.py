@@ -68,7 +68,7 @@ def train(config: RunConfig, folder: Path, options: dict[str, Any]) -> int:
     from llmtrain.training.run import pretrain
 
     try:
-        return pretrain(config, folder, say=lambda line: None, **options).step
+        return pretrain(config, folder, log=lambda line: None, **options).step
     except Interrupted:
         return max(step_folders(RunFolder(folder).states))
 

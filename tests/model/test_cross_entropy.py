@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtrain.config.schema import ModelConfig
+from llmtrain.model import chunk_sizes
 from llmtrain.model import cross_entropy as head
-from llmtrain.model import sizes
 from llmtrain.model.cross_entropy import linear_cross_entropy
 from llmtrain.model.gpt import GPT, materialized_attention
 
@@ -24,9 +24,9 @@ IGNORE = -1
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A few rows in a chunk, fewer at a time in the cache, few of the weight's gradient in a slab."""
-    monkeypatch.setattr(sizes, "BYTES_OF_CHUNK", {"cpu": 6 * 4 * 97})
-    monkeypatch.setattr(sizes, "BYTES_IN_CACHE", 4 * 4 * 97)
-    monkeypatch.setattr(sizes, "ROWS_OF_SLAB", {"cpu": 20})
+    monkeypatch.setattr(chunk_sizes, "CHUNK_BYTES", {"cpu": 6 * 4 * 97})
+    monkeypatch.setattr(chunk_sizes, "CACHE_BYTES", 4 * 4 * 97)
+    monkeypatch.setattr(chunk_sizes, "SLAB_ROWS", {"cpu": 20})
     yield
 
 
@@ -160,7 +160,7 @@ def test_the_logits_of_a_batch_never_exist_as_a_whole() -> None:
 
 def test_without_gradients_none_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
     formed: list[Any] = []
-    monkeypatch.setattr(head, "_add_products", lambda *given, first: formed.append(first))
+    monkeypatch.setattr(head, "_accumulate_product", lambda *given, first: formed.append(first))
     hidden, weight, targets = case(8)
     with torch.no_grad():
         evaluated = linear_cross_entropy(hidden, weight.requires_grad_(), targets, ignore=IGNORE)
@@ -201,10 +201,10 @@ def test_attention_by_whole_products_is_attention(dtype: torch.dtype, tolerance:
 
 
 @pytest.mark.parametrize("few", [1, 2, 5])
-def test_attention_without_gradients_is_that_of_few_sequences_at_a_time(
+def test_attention_without_gradients_is_that_of_few_sequences_per_chunk(
     monkeypatch: pytest.MonkeyPatch, few: int
 ) -> None:
-    monkeypatch.setattr(sizes, "BYTES_OF_WEIGHTS", few * 4 * 3 * 17**2 + 8)
+    monkeypatch.setattr(chunk_sizes, "ATTENTION_BYTES", few * 4 * 3 * 17**2 + 8)
     q, k, v = torch.randn(
         3, 5, 3, 17, 8, generator=torch.Generator().manual_seed(1)
     ).requires_grad_()

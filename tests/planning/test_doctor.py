@@ -9,13 +9,13 @@ import pytest
 import yaml
 
 from llmtrain.config.schema import RunConfig
-from llmtrain.planning.doctor import Check, check_up
+from llmtrain.planning.doctor import Check, run_checks
 
 Build = Callable[..., RunConfig]
 
 
 def checks(config: RunConfig | None, run: Path) -> dict[str, Check]:
-    return {check.name: check for check in check_up(config, run)}
+    return {check.name: check for check in run_checks(config, run)}
 
 
 def test_a_sound_machine_is_told_so(
@@ -46,8 +46,8 @@ def test_a_sound_machine_is_told_so(
         "doctor", "--config", "tiny.yaml", "--set", "model.vocab_size=100", cwd=tmp_path
     )
     assert wrong.returncode == 1
-    assert "a vocabulary of 257 (byte), the model one of 100" in wrong.stdout
-    assert "not fit for this: data" in wrong.stderr
+    assert "has 257 ids (byte), the model's 100" in wrong.stdout
+    assert "this machine is not ready: data" in wrong.stderr
 
 
 def test_what_is_wrong_is_told_with_what_to_do(
@@ -60,9 +60,9 @@ def test_what_is_wrong_is_told_with_what_to_do(
         tmp_path,
     )
     assert "needs a C++ compiler" in found["compile"].found
-    assert "GB at its fullest" in found["disk space"].found
+    assert "GB are free" in found["disk space"].found
     assert (found["data"].found, found["data"].hint) == (
-        "there is no no data",
+        "no data does not exist",
         "llmtrain prepare SOURCE --out 'no data'",
     )
     assert {found[name].state for name in ("compile", "disk space", "data")} == {"problem"}

@@ -21,8 +21,8 @@ from llmtrain.model.gpt import GPT
 from llmtrain.planning.memory import Layout, device_memory, host_memory, micro_batch, peak
 from llmtrain.runtime.device import autocast
 from llmtrain.runtime.distributed import World
-from llmtrain.training.optimizers.optim import build_optimizer
-from llmtrain.training.parallel import build_model
+from llmtrain.training.optimizers import build_optimizer
+from llmtrain.training.worker import build_model
 
 Build = Callable[..., RunConfig]
 
@@ -154,7 +154,7 @@ def resident(key):  # not ru_maxrss, which a child has from its parent
     return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 def train(name, values):
-    pretrain(RunConfig.model_validate(values), Path(name), say=lambda line: None)
+    pretrain(RunConfig.model_validate(values), Path(name), log=lambda line: None)
 
 values = json.load(sys.stdin)
 small = values | {"model": values["model"] | {"n_layer": 1, "n_embd": 8 * values["model"]["n_head"], "vocab_size": 264}}

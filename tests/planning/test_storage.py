@@ -59,7 +59,7 @@ def test_a_run_writes_what_was_planned(
         remove(folder)
 
     monkeypatch.setattr(state_writer, "remove_folder", measuring)
-    pretrain(config, tmp_path / "run", say=lambda line: None)
+    pretrain(config, tmp_path / "run", log=lambda line: None)
     storage = disk_usage(config)
     for saved in (storage.snapshots, *storage.averages, storage.states):
         folder = tmp_path / "run" / ("state" if saved.label == "states" else saved.label)

@@ -18,21 +18,22 @@ from tiny_runs import model_at, write_checkpoint
 
 from llmtrain.averaging.average import average
 from llmtrain.averaging.inspection import inspect_path
-from llmtrain.averaging.request import AverageRequest, make_specs
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest
 from llmtrain.checkpoints.checkpoint import load_origin
 from llmtrain.checkpoints.gpt2_folder import load_model
 from llmtrain.checkpoints.resolve import find_targets
 from llmtrain.checkpoints.series import folder_series, run_series
 from llmtrain.config.loading import load_config
 from llmtrain.config.schema import RunConfig
-from llmtrain.data.shards import open_data
+from llmtrain.data.token_data import open_data
 from llmtrain.data.verify import verify_below
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.report.rows import loss_curves, newest_rows
 from llmtrain.evaluation.results import EvalOptions, measure
 from llmtrain.model import tokenizer
 from llmtrain.storage.run_folder import RunFolder
-from llmtrain.training.checkpoint import load_state, read_tensors
+from llmtrain.training.checkpoint import load_checkpoint, read_tensors
 from llmtrain.training.run import pretrain
 
 LENGTHS, BITS = 100, 200
@@ -50,12 +51,12 @@ def workplace(
     shutil.copytree(data_folder, place / "data")
     averages = [{"kind": "ema", "decay": 0.9, "save_every": 4}, {"kind": "running-mean"}]
     config = tiny(data__path=str(place / "data"), train__max_steps=8, averages=averages)
-    pretrain(config, place / "run", say=lambda line: None)
+    pretrain(config, place / "run", log=lambda line: None)
     pretrain(
         config,
         place / "branch",
         resume=place / "run" / "state" / "step-00000004",
-        say=lambda line: None,
+        log=lambda line: None,
     )
     measure(
         find_targets(place / "run", every_snapshot=False), EvalOptions(), lambda *progress: None
@@ -117,7 +118,7 @@ def weights(name: str) -> Read:
 
 
 def state(place: Path) -> object:
-    loaded = load_state(place / "run/state/step-00000008")
+    loaded = load_checkpoint(place / "run/state/step-00000008")
     return (
         loaded.progress,
         {name: tensor.tolist() for name, tensor in read_tensors(loaded.folder, {}).items()},
@@ -135,7 +136,7 @@ def resumed(place: Path) -> object:
     """The finished branch, started again with the command that made it."""
     config = load_config(place / "branch" / "config.yaml")
     start = place / "run" / "state" / "step-00000004"
-    return pretrain(config, place / "branch", resume=start, say=lambda line: None).already_finished
+    return pretrain(config, place / "branch", resume=start, log=lambda line: None).already_finished
 
 
 def report(place: Path) -> object:

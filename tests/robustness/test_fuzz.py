@@ -26,7 +26,7 @@ from llmtrain.checkpoints.safetensors_files import read_header
 from llmtrain.config.loading import dump_config, load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.manifest import Manifest
-from llmtrain.data.shards import open_data
+from llmtrain.data.token_data import open_data
 from llmtrain.data.verify import verify_below
 from llmtrain.errors import UserError
 from llmtrain.evaluation.report.page import page
@@ -86,7 +86,7 @@ def run(*arguments: str | Path, cwd: Path) -> Outcome:
         outcome
     )
     assert "Traceback" not in outcome.stderr
-    assert "this should not happen" not in outcome.stderr, outcome
+    assert "this is a bug" not in outcome.stderr, outcome
     if outcome.code:
         assert outcome.stderr.strip() or "damaged" in outcome.stdout, outcome
     return outcome
@@ -122,7 +122,7 @@ def trained(
     (place / "config.yaml").write_text(dump_config(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        pretrain(config, Path("runs/run"), say=lambda line: None)
+        pretrain(config, Path("runs/run"), log=lambda line: None)
         measure(
             find_targets(Path("runs/run"), every_snapshot=False),
             EvalOptions(),
@@ -359,7 +359,7 @@ AFTER = [
     ["runs"],
     ["eval", "runs/run", "--tokens", "40"],
     ["average", "runs/run", "--every", "2", "--window", "2", "--out", "out"],
-    ["average", "runs/run", "--method", "dense", "--from", "4", "--to", "8"],
+    ["average", "runs/run", "--method", "dense", "--from", "4", "--at", "8"],
     ["inspect", "runs/run/averages/running-mean"],
     ["verify", "runs/run"],
 ]

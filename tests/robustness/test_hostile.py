@@ -38,7 +38,7 @@ def trained(
     (place / "config.yaml").write_text(dump_config(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        pretrain(config, Path("run"), say=lambda line: None)
+        pretrain(config, Path("run"), log=lambda line: None)
     assert invoke("eval", "run", cwd=place).code == 0
     return place
 

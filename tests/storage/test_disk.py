@@ -127,7 +127,7 @@ def test_only_refusals_of_the_target_are_told(tmp_path: Path) -> None:
 
 @needs_mount
 def test_average_and_eval_on_a_full_disk(tiny: Callable[..., RunConfig], tmp_path: Path) -> None:
-    pretrain(tiny(train__max_steps=8), tmp_path / "run", say=print)
+    pretrain(tiny(train__max_steps=8), tmp_path / "run", log=print)
     size = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*"))
     result = on_a_disk(
         tmp_path,

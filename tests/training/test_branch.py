@@ -37,14 +37,14 @@ def test_a_branch_begins_with_a_state_and_records_its_parent(tiny: Build, tmp_pa
     ).read_bytes()
     # The same command again goes on with the branch; another beginning is refused.
     assert pretrain(
-        cooldown, branch.path, resume=trunk.state(8), say=lambda line: None
+        cooldown, branch.path, resume=trunk.state(8), log=lambda line: None
     ).already_finished
-    with pytest.raises(UserError, match="did not begin with"):
+    with pytest.raises(UserError, match="did not start from"):
         quiet(cooldown, branch.path, resume=trunk.state(12))
     (tmp_path / "moved").mkdir()
     moved = [each.path.rename(tmp_path / "moved" / each.path.name) for each in (trunk, branch)]
     assert pretrain(
-        cooldown, moved[1], resume=RunFolder(moved[0]).state(8), say=lambda _: None
+        cooldown, moved[1], resume=RunFolder(moved[0]).state(8), log=lambda _: None
     ).already_finished
 
 
@@ -76,7 +76,7 @@ def test_a_branch_that_was_killed_before_its_first_state_is_bitwise_the_other_on
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "save_state", killed)
+        patch.setattr(Trainer, "save_checkpoint", killed)
         with pytest.raises(KeyboardInterrupt):
             quiet(config, tmp_path / "parts", resume=trunk.state(8))
     assert_same_run(whole, quiet(config, tmp_path / "parts"))
@@ -89,15 +89,15 @@ def test_a_branch_that_was_killed_before_its_first_state_is_bitwise_the_other_on
     shutil.rmtree(trunk.path)
     quiet(tiny(optimizer={"lr": 5e-3}, train__max_steps=14), parts.path)
     shutil.rmtree(parts.states)
-    with pytest.raises(UserError, match="step-00000008 is not the folder of a state"):
+    with pytest.raises(UserError, match="step-00000008 is not a training checkpoint"):
         quiet(config, parts.path)
 
 
 def test_a_branch_needs_a_state_of_its_model(tiny: Build, tmp_path: Path) -> None:
     trunk = quiet(tiny(), tmp_path / "trunk")
-    with pytest.raises(UserError, match="is not the folder of a state"):
+    with pytest.raises(UserError, match="is not a training checkpoint"):
         quiet(tiny(), tmp_path / "branch", resume=trunk.state(3))
-    with pytest.raises(UserError, match="is not the folder of a state") as caught:
+    with pytest.raises(UserError, match="is not a training checkpoint") as caught:
         quiet(tiny(), tmp_path / "branch", resume=trunk.path)
     assert caught.value.hint is not None and str(trunk.state(8)) in caught.value.hint
     with pytest.raises(UserError, match=r"another model: model.n_layer"):

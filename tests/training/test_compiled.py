@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_training import Build, assert_same_run, events, interrupt_at, quiet
 
-import llmtrain.training.trainer as trainer
+import llmtrain.training.worker as worker
 from llmtrain.runtime.signals import Interrupted
 
 
@@ -50,7 +50,7 @@ def test_the_way_of_cuda_graphs_changes_nothing_where_there_are_none(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Torch leaves them out on a CPU; what is done for their sake, passes before the first and zeros, stays."""
-    monkeypatch.setattr(trainer, "resolve_compile", lambda setting, device: (True, None))
+    monkeypatch.setattr(worker, "resolve_compile", lambda setting, device: (True, None))
     runs = [
         quiet(tiny(train__compile=c), tmp_path / str(c), warn=pytest.fail)
         for c in (True, "cuda-graphs")

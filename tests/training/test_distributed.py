@@ -20,8 +20,8 @@ from llmtrain.runtime.sharded import gather_on_rank_zero, to_local
 from llmtrain.storage.integrity import integrity_problems
 from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training.checkpoint import read_tensors
-from llmtrain.training.parallel import build_model, resolve_parallel
 from llmtrain.training.run import pretrain
+from llmtrain.training.worker import build_model, resolve_parallel
 
 SPREADS = [
     ("ddp", 2, 1),
@@ -118,7 +118,7 @@ def compiled_graphs(config: RunConfig, folder: Path) -> int:
     """Train; the graphs into which the one that was compiled is divided."""
     from torch._dynamo.utils import counters
 
-    pretrain(config, folder, say=lambda line: None, warn=pytest.fail)
+    pretrain(config, folder, log=lambda line: None, warn=pytest.fail)
     assert counters["stats"]["unique_graphs"] == 1  # the trial's is that of the steps
     return int(counters["aot_autograd"]["total"])
 
@@ -154,7 +154,7 @@ def train_where_the_second_cannot_compile(config: RunConfig, folder: Path) -> li
     warnings: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", compile_here)
-        pretrain(config, folder, say=lambda line: None, warn=warnings.append)
+        pretrain(config, folder, log=lambda line: None, warn=warnings.append)
     return warnings
 
 
@@ -168,14 +168,14 @@ def test_where_one_replica_cannot_compile_all_train_uncompiled(tiny: Build, tmp_
 
 def what_is_said_of_cuda_graphs(config: RunConfig, folder: Path) -> str:
     with pytest.raises(UserError) as caught:
-        pretrain(config, folder, say=lambda line: None)
+        pretrain(config, folder, log=lambda line: None)
     return f"{caught.value}; {caught.value.hint}"
 
 
 def test_cuda_graphs_are_of_one_process(tiny: Build, tmp_path: Path) -> None:
     config = tiny(train__compile="cuda-graphs", train__micro_batch=2)
     said = in_processes(2, what_is_said_of_cuda_graphs, config, tmp_path / "run")
-    expected = "train.compile cuda-graphs is for one process, with its weights whole; --set train.compile=true"
+    expected = "train.compile: cuda-graphs needs a single process with whole weights; --set train.compile=true"
     assert said == [expected] * 2
     assert not (tmp_path / "run").exists()
 

@@ -16,14 +16,13 @@ from tiny_training import Build, assert_same_run, quiet
 from worlds import in_processes, train_together
 
 from llmtrain.config.schema import RunConfig
-from llmtrain.data.mixture import open_training_data
 from llmtrain.errors import RunFailed
 from llmtrain.runtime.distributed import init_distributed
 from llmtrain.storage.run_folder import RunFolder, step_folders
-from llmtrain.training.checkpoint import load_state
+from llmtrain.training.checkpoint import TrainingProgress, load_checkpoint
 from llmtrain.training.micro_batch import find_micro_batch
 from llmtrain.training.run import pretrain
-from llmtrain.training.trainer import Trainer
+from llmtrain.training.worker import make_worker
 
 ROOM = 64 << 20
 """Bytes that a limited process may take beyond those that it has."""
@@ -34,7 +33,7 @@ LIMITED = pytest.mark.skipif(
 
 def kept(run: RunFolder) -> tuple[int, int]:
     """The micro-batch in the newest state, and for how many processes it was chosen."""
-    progress = load_state(list(step_folders(run.states).values())[-1]).progress
+    progress = load_checkpoint(list(step_folders(run.states).values())[-1]).progress
     return progress.micro_batch, progress.micro_batch_for["processes"]
 
 
@@ -68,12 +67,12 @@ def test_auto_trains_as_the_number_it_chose(tiny: Build, tmp_path: Path) -> None
     """Bitwise, with dropout: its trials leave no trace. And so does a run that is resumed, without a trial."""
     said: list[str] = []
     options = {"model__dropout": 0.2, "train__micro_batch": "auto"}
-    pretrain(tiny(**options, train__max_steps=4), tmp_path / "auto", say=said.append)
+    pretrain(tiny(**options, train__max_steps=4), tmp_path / "auto", log=said.append)
     assert sum("the fastest of 1, 2" in line for line in said) == 1
     size, _ = kept(RunFolder(tmp_path / "auto"))
     expected = quiet(tiny(**options | {"train__micro_batch": size}), tmp_path / "explicit")
     said.clear()
-    run = pretrain(tiny(**options, log={"every": 3}), tmp_path / "auto", say=said.append).run
+    run = pretrain(tiny(**options, log={"every": 3}), tmp_path / "auto", log=said.append).run
     assert f"micro-batch: {size}, as before" in said
     assert kept(run)[0] == size
     (run.metrics).write_text(
@@ -92,21 +91,20 @@ def test_another_number_of_processes_tries_again(tiny: Build, tmp_path: Path) ->
     assert 4 % size == 0
 
 
-def chosen(config: RunConfig, folder: Path) -> int:
+def chosen(config: RunConfig) -> int:
     """The micro-batch of this process; the second one is short of memory."""
     with init_distributed(torch.device("cpu"), spread=False) as (world, device):
-        data = open_training_data(config.data)
-        trainer = Trainer(config, RunFolder(folder), data, world, device, lambda line: None)
+        worker, progress = make_worker(config, world, device, lambda line: None), TrainingProgress()
         with nullcontext() if world.is_rank_zero else no_more_than(ROOM):
-            find_micro_batch(trainer, lambda line: None)
-        assert all(parameter.grad is None for parameter in trainer.model.parameters())
-        return trainer.progress.micro_batch
+            find_micro_batch(worker, progress, lambda line: None)
+        assert all(parameter.grad is None for parameter in worker.model.parameters())
+        return progress.micro_batch
 
 
 @LIMITED
 @pytest.mark.parametrize("asked", [61, "auto"])
-def test_processes_agree_on_what_fits_all(tiny: Build, tmp_path: Path, asked: int | str) -> None:
-    assert in_processes(2, chosen, large(tiny, micro_batch=asked), tmp_path) == [1, 1]
+def test_processes_agree_on_what_fits_all(tiny: Build, asked: int | str) -> None:
+    assert in_processes(2, chosen, large(tiny, micro_batch=asked)) == [1, 1]
 
 
 def limited(config: RunConfig, folder: Path, room: int) -> tuple[list[str], str]:
@@ -127,7 +125,7 @@ def limited(config: RunConfig, folder: Path, room: int) -> tuple[list[str], str]
     threading.stack_size(1 << 20)
     try:
         with no_more_than(room):
-            pretrain(config, folder, say=lambda line: None, warn=warn)
+            pretrain(config, folder, log=lambda line: None, warn=warn)
     except RunFailed as error:
         return warnings, f"{error}; {error.hint}"
     return warnings, ""
@@ -140,7 +138,7 @@ def test_out_of_memory_lowers_it_and_the_run_is_that_of_the_lower_one(
     [(warnings, failure)] = in_processes(
         1, limited, large(tiny, micro_batch=61), tmp_path / "limited", ROOM
     )
-    assert (warnings, failure) == (["out of memory at micro-batch 61: going on with 2"], "")
+    assert (warnings, failure) == (["out of memory at micro-batch 61: continuing with 2"], "")
     run = RunFolder(tmp_path / "limited")
     assert kept(run)[0] == 2
     assert_same_run(quiet(large(tiny, micro_batch=2), tmp_path / "explicit"), run)
@@ -174,7 +172,7 @@ def test_a_gpu_goes_up_to_what_fits_and_down_from_what_does_not(
     try:
         warnings: list[str] = []
         lowered = quiet(config.with_micro_batch(4096), tmp_path / "lowered", warn=warnings.append)
-        assert "out of GPU memory at micro-batch 4096: going on with 2048" in warnings
+        assert "out of GPU memory at micro-batch 4096: continuing with 2048" in warnings
         size, _ = kept(lowered)
         assert_same_run(quiet(config.with_micro_batch(size), tmp_path / "lower"), lowered)
     finally:

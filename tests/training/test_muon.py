@@ -17,8 +17,8 @@ from llmtrain.errors import UserError
 from llmtrain.model.gpt import GPT
 from llmtrain.runtime.signals import Interrupted
 from llmtrain.storage.run_folder import RunFolder
-from llmtrain.training.optimizers.muon import Muon, orthogonalized
-from llmtrain.training.optimizers.optim import build_optimizer
+from llmtrain.training.optimizers import build_optimizer
+from llmtrain.training.optimizers.muon import Muon, orthogonalize
 
 REDUCTION = 1e-4
 """Relative: where a sum in another order is rounded otherwise to bfloat16, 16 steps long."""
@@ -49,7 +49,7 @@ def test_what_is_orthogonalized_keeps_its_directions(
     random = torch.Generator().manual_seed(seed)
     u, _, vt = torch.linalg.svd(torch.randn(rows, columns, generator=random), full_matrices=False)
     values = torch.rand(min(rows, columns), generator=random) * 0.9 + 0.1
-    left = u.T @ orthogonalized(size * (u * values) @ vt) @ vt.T
+    left = u.T @ orthogonalize(size * (u * values) @ vt) @ vt.T
     assert (left - left.diag().diag()).abs().max() < 1e-3
     assert left.diag().min() > 0.6
     assert left.diag().max() < 1.3
@@ -199,7 +199,7 @@ def test_a_branch_keeps_its_kind_of_moments(tiny: Build, tmp_path: Path, alone: 
     changed = training(tiny, optimizer={"name": "muon", "lr": 5e-3, "muon": {"momentum": 0.9}})
     assert quiet(changed, tmp_path / "branch", resume=alone.state(12)).snapshot(16).exists()
     for config, state in ((training(tiny), adamw.state(4)), (tiny(), alone.state(12))):
-        with pytest.raises(UserError, match="Muon keeps one of a matrix, and AdamW two"):
+        with pytest.raises(UserError, match="Muon has one moment per matrix, AdamW two"):
             quiet(config, tmp_path / "other", resume=state)
 
 

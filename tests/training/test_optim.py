@@ -8,16 +8,10 @@ import torch
 
 from llmtrain.config.schema import ModelConfig, OptimizerConfig, SpamConfig
 from llmtrain.model.gpt import GPT
-from llmtrain.training.optimizers import optim
+from llmtrain.training.optimizers import adamw, build_optimizer
+from llmtrain.training.optimizers.adamw import decayed_parameters
 from llmtrain.training.optimizers.muon import Muon
-from llmtrain.training.optimizers.optim import (
-    SPAM_SETTLE_STEPS,
-    Spam,
-    build_optimizer,
-    decayed_parameters,
-    gradient_norm,
-    update,
-)
+from llmtrain.training.optimizers.spam import SETTLE_STEPS, Spam
 
 
 def model() -> GPT:
@@ -76,14 +70,14 @@ def test_spam_equals_a_float64_oracle() -> None:
         if since == 0:
             first, second, updates = np.zeros_like(weight), np.zeros_like(weight), 0
         linear.weight.grad = torch.from_numpy(gradient).float()
-        if since >= SPAM_SETTLE_STEPS:
+        if since >= SETTLE_STEPS:
             limit = np.sqrt(50.0 * second)
             gradient = np.clip(gradient, -limit, limit)
         first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient**2
         updates += 1
         scaled = (first / (1 - 0.9**updates)) / (np.sqrt(second / (1 - 0.95**updates)) + 1e-8)
         weight = weight * (1 - 1e-2 * 0.1) - 1e-2 * scaled
-        optimizer.tame(step)
+        optimizer.clip_spikes(step)
         optimizer.step()
     np.testing.assert_allclose(linear.weight.detach().numpy(), weight, rtol=1e-4, atol=1e-5)
 
@@ -96,7 +90,7 @@ def test_spam_leaves_what_it_cannot_judge() -> None:
     linear.weight.grad = torch.tensor([[1.0, 0.0]])
     optimizer.step()
     linear.weight.grad = torch.tensor([[torch.nan, 7.0]])
-    optimizer.tame(SPAM_SETTLE_STEPS + 1)
+    optimizer.clip_spikes(SETTLE_STEPS + 1)
     assert linear.weight.grad[0, 0].isnan()
     assert linear.weight.grad[0, 1] == 7.0
 
@@ -110,7 +104,7 @@ def test_a_step_that_is_held_back_changes_nothing() -> None:
         moments = [{k: v.clone() for k, v in state.items()} for state in optimizer.state.values()]
         for parameter in trained.parameters():
             parameter.grad = torch.full_like(parameter, torch.nan if hold else 1.0)
-        optimizer.found_inf = torch.tensor(hold)  # type: ignore[attr-defined]
+        optimizer.found_inf = torch.tensor(hold)
         optimizer.step()
         after = list(trained.parameters())
         assert all(torch.equal(b, a) == bool(hold) for b, a in zip(before, after, strict=True))
@@ -131,7 +125,7 @@ def filled(trained: GPT, seed: int, size: float) -> None:
 @pytest.fixture(params=[(), ("cpu",)], ids=["the kernel", "the host"])
 def blind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once as everywhere, once as where the kernel overlooks what it is told."""
-    monkeypatch.setattr(optim, "_BLIND", request.param)
+    monkeypatch.setattr(adamw, "_NO_FUSED_SCALING", request.param)
 
 
 @pytest.mark.usefixtures("blind")
@@ -150,11 +144,11 @@ def test_a_clipped_step_is_that_of_torchs_own_clipping(keys: dict[str, Any], cli
     for step in range(1, 41):
         for each in (ours, torchs):
             filled(each, seed=step, size=10.0 ** (step % 5 - 3))
-        norm = gradient_norm(one)
-        update(one, step, norm, clip=clip, hold=torch.tensor(False))
+        norm = one.gradient_norm()
+        one.update(step, norm, clip=clip, skip=torch.tensor(False))
         assert all(parameter.grad is None for parameter in ours.parameters())
         if isinstance(other, Spam):
-            other.tame(step)
+            other.clip_spikes(step)
         before = torch.nn.utils.clip_grad_norm_(torchs.parameters(), clip or torch.inf)
         if not isinstance(other, Spam):
             torch.testing.assert_close(norm, before, rtol=1e-6, atol=0.0)
@@ -175,7 +169,7 @@ def test_a_step_that_is_held_back_leaves_weights_and_moments(
         before = [p.detach().clone() for p in trained.parameters()]
         moments = [{k: v.clone() for k, v in state.items()} for state in optimizer.state.values()]
         filled(trained, seed=step, size=size if hold else 1.0)
-        update(optimizer, step, gradient_norm(optimizer), clip=1.0, hold=torch.tensor(hold))
+        optimizer.update(step, optimizer.gradient_norm(), clip=1.0, skip=torch.tensor(hold))
         after = list(trained.parameters())
         assert all(torch.equal(b, a) == hold for b, a in zip(before, after, strict=True))
     for state, saved in zip(optimizer.state.values(), moments, strict=True):

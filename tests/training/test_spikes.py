@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import llmtrain.training.run as module
 from llmtrain.config.schema import RunConfig
-from llmtrain.data.sampler import Sampler, batch
-from llmtrain.data.shards import open_data
+from llmtrain.data.dataloader import read_windows
+from llmtrain.data.sampler import Sampler
+from llmtrain.data.token_data import open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.runtime.signals import Interrupted
 from llmtrain.storage.integrity import write_integrity
@@ -51,7 +52,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, tiny: Build) -> Poison:
     sampler = Sampler(len(reader), 16, 8, config.seed)
 
     def window(number: int) -> Tensor:
-        return torch.from_numpy(batch(reader, sampler.rows(number)[:1], 16))[0, :-1]
+        return torch.from_numpy(read_windows(reader, sampler.rows(number)[:1], 16))[0, :-1]
 
     def apply(factor: float, *batches: int) -> None:
         def poisoned(model: nn.Module) -> nn.Module:
@@ -59,7 +60,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, tiny: Build) -> Poison:
                 model = Poisoned(model, window(number), factor)
             return model
 
-        monkeypatch.setattr(module, "compiled", lambda trainer, warn: poisoned(trainer.model))
+        monkeypatch.setattr(
+            module, "compile_model", lambda worker, micro_batch: poisoned(worker.model)
+        )
 
     return apply
 
@@ -99,7 +102,7 @@ def test_a_stop_leaves_the_states_and_skip_goes_on(
 ) -> None:
     poison(float("inf"))
     whole = quiet(run_config(tiny, on_nonfinite="skip"), tmp_path / "whole")
-    with pytest.raises(RunFailed, match="step 15 was not taken: its loss is inf") as caught:
+    with pytest.raises(RunFailed, match="stopped at step 15, update skipped: loss inf") as caught:
         quiet(run_config(tiny), tmp_path / "run")
     assert "train.on_nonfinite=skip" in caught.value.hint
     assert_same_run(whole, quiet(run_config(tiny, on_nonfinite="skip"), tmp_path / "run"))
@@ -187,17 +190,17 @@ def test_a_run_whose_log_nobody_reads_any_more_is_bitwise_the_other_one(
             raise BrokenPipeError
 
     with pytest.raises(Interrupted):
-        pretrain(config, tmp_path / "parts", say=say)
+        pretrain(config, tmp_path / "parts", log=say)
     assert_same_run(whole, quiet(config, tmp_path / "parts"))
 
 
-@pytest.mark.parametrize("crash", ["save", "take_back", "rewind"])
+@pytest.mark.parametrize("crash", ["save", "set_aside_after", "rewind"])
 def test_a_crash_within_a_rewind_changes_nothing(
     tiny: Build, tmp_path: Path, poison: Poison, monkeypatch: pytest.MonkeyPatch, crash: str
 ) -> None:
     """As if the process were killed before each of a rewind's three writes."""
     import llmtrain.training.trainer as trainer_module
-    from llmtrain.training.checkpoint_writer import StateWriter
+    from llmtrain.training.checkpoint_writer import CheckpointWriter
     from llmtrain.training.metrics import MetricsLog
 
     poison(50.0)
@@ -213,7 +216,11 @@ def test_a_crash_within_a_rewind_changes_nothing(
         real(*arguments, replace=replace, **options)
 
     with monkeypatch.context() as patch:
-        owner: Any = {"save": StateWriter, "take_back": trainer_module, "rewind": MetricsLog}[crash]
+        owner: Any = {
+            "save": CheckpointWriter,
+            "set_aside_after": trainer_module,
+            "rewind": MetricsLog,
+        }[crash]
         real = getattr(owner, crash)
         patch.setattr(owner, crash, killed)
         with pytest.raises(KilledError):
@@ -278,9 +285,9 @@ def test_what_several_rewinds_set_aside_is_all_kept(
 def test_a_run_that_never_calms_down_ends(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "compiled", lambda trainer, warn: _Nan(trainer.model))
+    monkeypatch.setattr(module, "compile_model", lambda worker, micro_batch: _Nan(worker.model))
     config = run_config(tiny, "rewind", "rewind")
-    with pytest.raises(RunFailed, match="would be rewind 11: the run does not become stable"):
+    with pytest.raises(RunFailed, match="training is unstable: step .* would need rewind 11"):
         quiet(config, tmp_path / "run")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed
-from llmtrain.training.spikes import MAX_HELD_IN_A_ROW, SpikeDetector, robust_z
+from llmtrain.training.spikes import MAX_SKIPPED_IN_A_ROW, SpikeDetector, robust_z
 
 WINDOW = 8
 
@@ -30,7 +30,7 @@ def watch(action: str = "log", on_nonfinite: str = "skip") -> SpikeDetector:
 
 def feed(watched: SpikeDetector, values: list[tuple[float, float]], first: int = 1) -> list[bool]:
     return [
-        bool(watched.judge(first + i, torch.tensor(loss), torch.tensor(norm)))
+        bool(watched.check(first + i, torch.tensor(loss), torch.tensor(norm)))
         for i, (loss, norm) in enumerate(values)
     ]
 
@@ -64,7 +64,7 @@ def test_a_spike_of_either_number_is_told_and_held_back_as_asked(loss: float, no
         assert feed(watched, [(loss, norm), CALM[0]], first=WINDOW + 1) == [held, False]
         incidents = watched.drain()
         told = [] if action == "ignore" else [(WINDOW + 1, "spike", action)]
-        assert [(each.step, each.incident, each.action) for each in incidents] == told
+        assert [(each.step, each.kind, each.action) for each in incidents] == told
         assert watched.drain() == []
 
 
@@ -82,7 +82,7 @@ def test_what_is_not_finite_is_held_back_and_does_not_blind_the_median(
     feed(watched, CALM)
     assert feed(watched, [bad, CALM[0]], first=WINDOW + 1) == [True, False]
     (incident,) = watched.drain()
-    assert (incident.incident, incident.action) == ("nonfinite", "skip")
+    assert (incident.kind, incident.action) == ("nonfinite", "skip")
     assert bool(watched.history.isfinite().all())
     assert feed(watched, [(9.0, 1.0)], first=WINDOW + 3) == [True]
 
@@ -105,12 +105,12 @@ def test_after_a_stop_every_step_is_held_back_until_the_host_knows(policy: str) 
 
 def test_a_run_without_updates_ends() -> None:
     watched = watch("skip")
-    feed(watched, [(math.nan, 1.0)] * (MAX_HELD_IN_A_ROW - 1))
-    assert len(watched.drain()) == MAX_HELD_IN_A_ROW - 1
+    feed(watched, [(math.nan, 1.0)] * (MAX_SKIPPED_IN_A_ROW - 1))
+    assert len(watched.drain()) == MAX_SKIPPED_IN_A_ROW - 1
     resumed = watch("skip")
     resumed.load({name: tensor.clone() for name, tensor in watched.state().items()})
-    feed(resumed, [(math.nan, 1.0)], first=MAX_HELD_IN_A_ROW)
-    with pytest.raises(RunFailed, match="the last 100 steps up to 100 were not taken"):
+    feed(resumed, [(math.nan, 1.0)], first=MAX_SKIPPED_IN_A_ROW)
+    with pytest.raises(RunFailed, match="the last 100 updates up to step 100 were skipped"):
         resumed.drain()
 
 

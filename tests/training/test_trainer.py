@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from llmtrain.checkpoints.gpt2_folder import load_model, load_weights
 from llmtrain.config.loading import load_config
 from llmtrain.config.schedules import learning_rate
-from llmtrain.data.sampler import Sampler, batch
-from llmtrain.data.shards import open_data
+from llmtrain.data.dataloader import read_windows
+from llmtrain.data.sampler import Sampler
+from llmtrain.data.token_data import open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.model.gpt import GPT
 from llmtrain.runtime.signals import Interrupted
@@ -41,7 +42,7 @@ def test_training_equals_a_plain_loop(tiny: Build, tmp_path: Path) -> None:
     )  # fmt: skip
     losses = []
     for step in range(12):
-        windows = torch.from_numpy(batch(reader, sampler.rows(step), 16))
+        windows = torch.from_numpy(read_windows(reader, sampler.rows(step), 16))
         loss = model(windows[:, :-1], windows[:, 1:])
         optimizer.zero_grad()
         loss.backward()
@@ -146,7 +147,7 @@ def test_shorter_first_sequences_equal_a_plain_loop(tiny: Build, tmp_path: Path)
     lengths = [4, 6, 8, 10, 12, 16, 16, 16]  # 4 + 12 · (step - 1) // 5, down to an even number
     for step, length in enumerate(lengths, start=1):
         rows = Sampler(len(reader), 16, 8, config.seed).rows(step - 1)
-        windows = torch.from_numpy(batch(reader, rows, 16))[:, : length + 1]
+        windows = torch.from_numpy(read_windows(reader, rows, 16))[:, : length + 1]
         optimizer.zero_grad()
         model(windows[:, :-1], windows[:, 1:]).backward()
         optimizer.param_groups[0]["lr"] = learning_rate(step, config.schedule, 1e-2, 8)
@@ -202,8 +203,8 @@ def test_snapshots_load_in_transformers(tiny: Build, tmp_path: Path) -> None:
 def test_a_finished_run_says_so_and_a_longer_one_goes_on(tiny: Build, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     quiet(tiny(), folder)
-    assert pretrain(tiny(), folder, say=lambda line: None).already_finished
-    outcome = pretrain(tiny(train__max_steps=14), folder, say=lambda line: None)
+    assert pretrain(tiny(), folder, log=lambda line: None).already_finished
+    outcome = pretrain(tiny(train__max_steps=14), folder, log=lambda line: None)
     assert (outcome.step, outcome.already_finished) == (14, False)
 
 
@@ -226,7 +227,7 @@ def test_another_config_is_refused_with_its_keys(tiny: Build, tmp_path: Path) ->
 def test_other_data_is_refused_but_for_a_branch(
     tiny: Build, tmp_path: Path, text_file: Path
 ) -> None:
-    from llmtrain.data.prepare import prepare
+    from preparations import prepare
 
     run = quiet(tiny(), tmp_path / "run")
     prepare(str(text_file), tmp_path / "other", tokenizer="byte", val_fraction=0.2)
@@ -276,7 +277,7 @@ def test_no_whole_state_is_an_error(tiny: Build, tmp_path: Path) -> None:
     for folder in step_folders(run.states).values():
         damage(folder / "tensors.safetensors")
     for _ in range(2):
-        with pytest.raises(UserError, match=r"every state of .* is damaged"):
+        with pytest.raises(UserError, match=r"every training checkpoint of .* is damaged"):
             quiet(tiny(), run.path, warn=lambda message: None)
 
 
@@ -284,7 +285,7 @@ def test_lost_states_are_not_a_new_run(tiny: Build, tmp_path: Path) -> None:
     run = quiet(tiny(), tmp_path / "run")
     before = run.metrics.read_text()
     shutil.rmtree(run.states)
-    with pytest.raises(UserError, match="its states are gone"):
+    with pytest.raises(UserError, match="its training checkpoints are missing"):
         quiet(tiny(), run.path)
     assert run.metrics.read_text() == before
 
@@ -300,7 +301,7 @@ def test_a_non_finite_loss_stops_before_the_weights(tiny: Build, tmp_path: Path)
     """A learning rate that overflows float32 after some steps; the states before it stay whole."""
     every_step = {"snapshot_every": 1, "state_every": 1}
     config = tiny(optimizer={"lr": 1e30, "grad_clip": 0.0}, checkpoint=every_step)
-    with pytest.raises(RunFailed, match=r"step \d+ was not taken: its loss is") as caught:
+    with pytest.raises(RunFailed, match=r"stopped at step \d+, update skipped: loss ") as caught:
         quiet(config, tmp_path / "run")
     assert "--branch NAME --from STEP" in caught.value.hint
     states = step_folders(RunFolder(tmp_path / "run").states)

@@ -1,1 +1,31 @@
-"""."""
+"""Optimizers: one file each, named like `optimizer.name` in the configuration.
+
+To add an optimizer NAME:
+
+1. Write `NAME.py` with a subclass of `adamw.AdamW` and a function `build(model, config)`.
+2. Add NAME, and a section for its own keys, to `OptimizerConfig` in `llmtrain/config/schema.py`.
+3. Write one test, `tests/training/test_NAME.py`.
+
+The loop, training checkpoints and spike handling need no change. Imports: `config` and `runtime`.
+
+- `adamw.py`: AdamW with clipping, updates skipped on the device, and weight-decay groups
+- `muon.py`: Muon for the matrices of the blocks, AdamW for all other parameters
+- `spam.py`: AdamW that clips spiking gradients and resets its moments
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from llmtrain.config.schema import OptimizerConfig
+
+if TYPE_CHECKING:
+    from llmtrain.training.optimizers.adamw import AdamW
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> "AdamW":
+    """Build the optimizer named in the configuration."""
+    module = importlib.import_module(f"llmtrain.training.optimizers.{config.name}")
+    optimizer: AdamW = module.build(model, config)
+    return optimizer

@@ -1,0 +1,291 @@
+"""Where a run starts: at step 0, at its newest training checkpoint, or at another run's checkpoint.
+
+A run folder is resumed only with an equivalent config and the same data, and is never overwritten.
+This file also finds the checkpoint of a rewind: after a spike, training restarts before it with
+other data (PaLM, Chowdhery et al. 2022, section 5.1), and keeps the weights of the first attempt as
+`step-…-rewound`.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llmtrain.config.loading import load_config
+from llmtrain.config.schema import RunConfig, flatten
+from llmtrain.data.token_data import TokenData
+from llmtrain.errors import RunFailed, UserError
+from llmtrain.storage.commit import remove_folder, remove_leftovers, write_atomically
+from llmtrain.storage.integrity import INTEGRITY_FILE
+from llmtrain.storage.json_files import read_events, read_json
+from llmtrain.storage.run_folder import RunFolder, is_run, require_run, step_folders
+from llmtrain.training.checkpoint import (
+    TrainingCheckpoint,
+    TrainingProgress,
+    load_checkpoint,
+    newest_checkpoint,
+    regular_steps,
+    set_aside,
+)
+from llmtrain.training.spikes import SpikeEvent
+from llmtrain.training.worker import Log
+
+Resume = Literal["auto", "never"] | Path
+
+MAY_CHANGE = (
+    "name",
+    "train.max_steps",
+    "train.micro_batch",
+    "train.compile",
+    "train.device",
+    "train.parallel",
+    "train.activation_checkpointing",
+    "train.on_nonfinite",
+    "spikes.action",
+    "spikes.threshold",
+    "spikes.rewind_steps",
+    "spikes.max_rewinds",
+    "data.path",
+    "checkpoint.",
+    "eval.",
+    "log.",
+)
+"""Keys that may change when a run resumes: they do not affect what was learned so far."""
+
+_STARTED_FILES = re.compile(r"\.lock|parent\.json|\.tmp-\d+-(parent\.json|config\.yaml)")
+"""Files in the folder of a run that ended before its config was written."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts."""
+
+    checkpoint: TrainingCheckpoint | None
+    branched: bool = False
+    """The checkpoint belongs to another run."""
+    finished: bool = False
+    """Nothing is left to do."""
+
+
+def find_start(
+    config: RunConfig, run: RunFolder, data: TokenData, resume: Resume, warn: Log
+) -> Start:
+    """Return where to start, and record the parent of a branch.
+
+    Raises:
+        UserError: the run must not be resumed, or config, data and run folder do not match.
+    """
+    if isinstance(resume, Path) and not is_run(run.path):
+        return Start(_branch(config, run, data, resume), branched=True)
+    checkpoint = _existing_checkpoint(config, run, data, resume, warn)
+    finished = checkpoint is not None and _is_finished(config, run, data, checkpoint.progress.step)
+    return Start(checkpoint, finished=finished)
+
+
+def refuse_other_files(folder: Path) -> None:
+    """Raise a UserError if the folder contains anything other than a run or its first files."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file", hint="choose another --run-dir")
+    if folder.is_dir() and not is_run(folder) and not has_only_started(folder):
+        raise UserError(
+            f"{folder} is not a run and contains other files", hint="choose another --run-dir"
+        )
+
+
+def has_only_started(folder: Path) -> bool:
+    """Return whether a run created this folder and ended before its config was written."""
+    return all(_STARTED_FILES.fullmatch(path.name) for path in folder.iterdir())
+
+
+def _is_finished(config: RunConfig, run: RunFolder, data: TokenData, step: int) -> bool:
+    """Return whether the last step is done, including its evaluation and weights."""
+    if step != config.train.max_steps:
+        return step > config.train.max_steps
+    saved = [run.snapshot(step), *(run.average(average.label, step) for average in config.averages)]
+    evaluated = any(
+        "val/loss" in event and event["step"] == step for event in read_events(run.metrics)
+    )
+    return all(path.exists() for path in saved) and (evaluated or len(data.reader("val")) < 2)
+
+
+# --- resume -------------------------------------------------------------------------------------
+
+
+def _existing_checkpoint(
+    config: RunConfig, run: RunFolder, data: TokenData, resume: Resume, warn: Log
+) -> TrainingCheckpoint | None:
+    if not is_run(run.path):
+        run.parent.unlink(missing_ok=True)  # of a branch killed before its config was written
+        return None
+    for parent in (run.path, run.snapshots, run.states, run.evals, *run.averages.glob("[!.]*")):
+        remove_leftovers(parent)
+    if resume == "never":
+        raise UserError(
+            f"{run.path} already contains a run, and --resume is never",
+            hint="choose another --run-dir, or resume it with --resume auto",
+        )
+    if isinstance(resume, Path) and not _started_from(run, resume.resolve()):
+        raise UserError(
+            f"{run.path} already contains a run that did not start from {resume}",
+            hint="choose another name for the branch",
+        )
+    _refuse_other_config(config, run, warn)
+    checkpoint = newest_checkpoint(run, warn)
+    if checkpoint is None:
+        parent_checkpoint = _parent_checkpoint(run)
+        if parent_checkpoint is not None:
+            checkpoint = _branch(config, run, data, parent_checkpoint)
+        _refuse_lost_checkpoints(run, 0 if checkpoint is None else checkpoint.progress.step, warn)
+    elif checkpoint.progress.data != data.sha256:
+        raise UserError(
+            f"{run.path} was trained on other data than {config.data.path}",
+            hint="set data.path to the original data, or choose another --run-dir",
+        )
+    return checkpoint
+
+
+def _refuse_other_config(config: RunConfig, run: RunFolder, warn: Log) -> None:
+    changed = _changed_keys(load_config(run.config), config)
+    if fixed := {key: values for key, values in changed.items() if not key.startswith(MAY_CHANGE)}:
+        listed = "; ".join(f"{key}: {old} there, {new} here" for key, (old, new) in fixed.items())
+        raise UserError(
+            f"{run.path} was trained with another config ({listed})",
+            hint="choose another --run-dir (or name:), or restore that config",
+        )
+    if "train.max_steps" in changed and getattr(config.schedule, "horizon", 0) is None:
+        old, new = changed["train.max_steps"]
+        warn(
+            f"train.max_steps changed from {old:,} to {new:,} and the {config.schedule.name} schedule ends "
+            "there: the learning rate jumps; set schedule.horizon to keep the schedule"
+        )
+
+
+def _changed_keys(before: RunConfig, now: RunConfig) -> dict[str, list[Any]]:
+    old, new = flatten(before), flatten(now)
+    return {key: [old.get(key), new.get(key)] for key in new | old if old.get(key) != new.get(key)}
+
+
+def _refuse_lost_checkpoints(run: RunFolder, first: int, warn: Log) -> None:
+    """Restart a run without training checkpoints only if it cannot have had one."""
+    steps = [event["step"] for event in read_events(run.metrics)]
+    if steps and max(steps) > first + load_config(run.config).checkpoint.state_every:
+        raise UserError(
+            f"{run.path} was trained to step {max(steps):,}, but its training checkpoints are missing",
+            hint="restore its folder state/, or start again in another --run-dir",
+        )
+    if steps:
+        warn(f"{run.path} ended before its first training checkpoint: restarting at step {first:,}")
+
+
+# --- branch -------------------------------------------------------------------------------------
+
+
+def _branch(config: RunConfig, run: RunFolder, data: TokenData, folder: Path) -> TrainingCheckpoint:
+    """Return another run's checkpoint to start from, and record it in `parent.json`.
+
+    Averages in both runs continue; others start here.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged, or of another model or optimizer.
+    """
+    if not (folder / INTEGRITY_FILE).is_file():
+        found = step_folders(folder.parent) or step_folders(RunFolder(folder).states)
+        raise UserError(
+            f"{folder} is not a training checkpoint",
+            hint=f"existing training checkpoints: {', '.join(map(str, found.values())) or 'none'}",
+        )
+    checkpoint = load_checkpoint(folder)
+    parent = require_run(folder.resolve().parents[1])
+    changed = _changed_keys(load_config(parent.config), config)
+    if other := [key for key in changed if key.startswith(("model.", "data.block_size"))]:
+        raise UserError(
+            f"{folder} belongs to another model: {', '.join(other)} differ",
+            hint="set the model as in the parent's config.yaml",
+        )
+    if "muon" in changed.get("optimizer.name", ()):
+        raise UserError(
+            f"{folder} has the state of another optimizer: Muon has one moment per matrix, AdamW two",
+            hint="keep the optimizer, or take only the weights with init_from: SNAPSHOT",
+        )
+    checkpoint.progress.wandb_id, checkpoint.progress.data = None, data.sha256
+    record = {
+        "run": str(parent.path),
+        "state": folder.name,
+        "step": checkpoint.progress.step,
+        "changed": changed,
+    }
+    write_atomically(run.parent, json.dumps(record, indent=2) + "\n")
+    return checkpoint
+
+
+def _parent_checkpoint(run: RunFolder) -> Path | None:
+    """Return the folder of the checkpoint that a branch started from; None if it is no branch."""
+    if not run.parent.exists():
+        return None
+    record = read_json(run.parent)
+    parent, state = record.get("run"), record.get("state")
+    if not (isinstance(parent, str) and isinstance(state, str)):
+        raise UserError(f"{run.parent} lacks the keys run and state", hint="restore the file")
+    return RunFolder(Path(parent)).states / state
+
+
+def _started_from(run: RunFolder, checkpoint: Path) -> bool:
+    recorded = _parent_checkpoint(run)
+    if recorded is None or recorded == checkpoint:
+        return recorded == checkpoint
+    # On another machine or mount point: the same checkpoint of the same run.
+    return not recorded.parents[1].exists() and recorded.parts[-3:] == checkpoint.parts[-3:]
+
+
+# --- rewind -------------------------------------------------------------------------------------
+
+
+def checkpoint_before(
+    run: RunFolder, event: SpikeEvent, progress: TrainingProgress, config: RunConfig, warn: Log
+) -> TrainingCheckpoint:
+    """Return the newest checkpoint at least `spikes.rewind_steps` before a spike, or the oldest.
+
+    In its progress, the batches from its step to the spike are skipped, and all that a rewind does
+    not undo is as in `progress`.
+
+    Raises:
+        RunFailed: there were too many rewinds, or there is no checkpoint.
+    """
+    spikes = config.spikes
+    if len(progress.rewinds) >= spikes.max_rewinds:
+        raise RunFailed(
+            f"training is unstable: step {event.step:,} would need rewind {spikes.max_rewinds + 1}",
+            hint="lower optimizer.lr, or raise schedule.warmup_steps or spikes.max_rewinds",
+        )
+    steps = regular_steps(list(step_folders(run.states)), config.checkpoint.state_every)
+    old = [step for step in steps if step <= event.step - spikes.rewind_steps]
+    checkpoint = newest_checkpoint(run, warn, among=old or steps[:1])
+    if checkpoint is None:
+        raise RunFailed(
+            f"cannot rewind step {event.step:,}: {run.states} has no training checkpoint",
+            hint="restore the folder, which was emptied during training",
+        )
+    back = checkpoint.progress
+    back.passed_batches = event.step + progress.passed_batches - back.step
+    record = {
+        "step": back.step,
+        "rewound_from": event.step,
+        "passed_batches": back.passed_batches,
+        **event.reason(),
+    }
+    back.rewinds = [*progress.rewinds, record]
+    for kept in ("seconds", "wandb_id", "skipped", "micro_batch", "micro_batch_for"):
+        setattr(back, kept, getattr(progress, kept))
+    return checkpoint
+
+
+def set_aside_after(run: RunFolder, step: int) -> None:
+    """Rename snapshots and averages after `step` to `…-rewound`; remove later checkpoints."""
+    for later, folder in step_folders(run.states).items():
+        if later > step:
+            remove_folder(folder)
+    for parent in (run.snapshots, *run.averages.glob("[!.]*")):
+        for later, folder in step_folders(parent).items():
+            if later > step:
+                set_aside(folder, "rewound")

@@ -1,0 +1,309 @@
+"""One process of a training run: its model, whole or sharded, compiled or not, and its optimizer.
+
+Why not in the trainer: a training step is the same for DDP, FSDP2 and a single process. Only how the
+model is built, wrapped and compiled differs, and when its gradients are reduced: once per step.
+
+    worker = make_worker(config, World(), device, print)
+    worker.forward = compile_model(worker, micro_batch=8)
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from llmtrain.config.schema import RunConfig
+from llmtrain.errors import RunFailed, UserError
+from llmtrain.model.gpt import GPT
+from llmtrain.planning.memory import USABLE, Layout, check_batch, device_memory, peak
+from llmtrain.runtime.device import Precision, autocast, resolve_compile, resolve_precision
+from llmtrain.runtime.distributed import World
+from llmtrain.runtime.sharded import copy_full_tensor
+from llmtrain.training.optimizers import build_optimizer
+from llmtrain.training.optimizers.adamw import AdamW
+
+Log = Callable[[str], None]
+Parallel = Literal["ddp", "fsdp", "hsdp"]
+
+_OOM_MESSAGES = (
+    "can't allocate memory",
+    "can't start new thread",
+    "CUDA error: out of memory",
+    "ALLOC_FAILED",
+    "MPS backend out of memory",
+)
+"""Messages of the out-of-memory errors that have no type of their own."""
+
+
+@dataclass
+class Worker:
+    """The model in this process and everything needed to compute a step with it."""
+
+    config: RunConfig
+    world: World
+    device: torch.device
+    precision: Precision
+    parallel: Parallel | None
+    """None in a single process with whole weights."""
+    to_compile: bool
+    model: GPT
+    optimizer: AdamW
+    forward: nn.Module
+    """The module to call in training: the model, or DDP around it."""
+    warn: Log
+    is_compiled: bool = False
+    uses_cuda_graphs: bool = False
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of every weight."""
+        return self.parallel in ("fsdp", "hsdp")
+
+    @property
+    def autocast_precision(self) -> Precision:
+        """Precision for autocast; FSDP casts the weights itself."""
+        return "float32" if self.is_sharded else self.precision
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of each batch that this process trains on."""
+        return self.config.batch_size // self.world.size
+
+    def backward(self, forward: nn.Module, windows: Tensor, parts: int = 1) -> Tensor:
+        """Add the gradients of a micro-batch, and return its loss, divided by `parts`, shape ()."""
+        with autocast(self.device, self.autocast_precision):
+            loss: Tensor = forward(windows[:, :-1], windows[:, 1:]) / parts
+        loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+        return loss.detach()
+
+    def dummy_pass(self, forward: nn.Module, sequences: int) -> None:
+        """Run a forward and backward pass over made-up tokens, and wait for it."""
+        length = self.config.data.block_size + 1
+        # The memory layout is that of a real batch: another one would be compiled separately.
+        windows = torch.arange(sequences * length, device=self.device).view(sequences, length)
+        self.backward(forward, windows % self.config.model.vocab_size).item()
+
+
+def make_worker(config: RunConfig, world: World, device: torch.device, warn: Log) -> Worker:
+    """Build the model at step 0 and its optimizer.
+
+    Raises:
+        UserError: the batch does not divide over the processes, or the device lacks a feature.
+    """
+    precision = resolve_precision(config.train.precision, device)
+    parallel = resolve_parallel(config, world, device, precision)
+    to_compile, reason = resolve_compile(config.train.compile, device)
+    if reason is not None:
+        warn(reason)
+    model = build_model(config, parallel, world, device, precision)
+    optimizer = build_optimizer(model, config.optimizer)
+    return Worker(
+        config, world, device, precision, parallel, to_compile, model, optimizer, model, warn
+    )
+
+
+# --- whole or sharded ---------------------------------------------------------------------------
+
+
+def resolve_parallel(
+    config: RunConfig, world: World, device: torch.device, precision: Precision
+) -> Parallel | None:
+    """Return how the weights are distributed; None in a single process with whole weights.
+
+    Raises:
+        UserError: the batch does not divide over the processes, or the settings exclude each other.
+    """
+    check_batch(config, world.size)
+    setting = config.train.parallel
+    if config.train.compile == "cuda-graphs" and (world.size > 1 or setting in ("fsdp", "hsdp")):
+        raise UserError(
+            "train.compile: cuda-graphs needs a single process with whole weights",
+            hint="--set train.compile=true",
+        )
+    if setting == "hsdp" and world.sums([world.local_size])[0] != world.local_size * world.size:
+        raise UserError(
+            "train.parallel: hsdp needs the same number of processes on each machine",
+            hint="--set train.parallel=fsdp",
+        )
+    if setting in ("fsdp", "hsdp"):
+        return setting
+    if world.size == 1:
+        return None
+    if setting == "auto" and device.type == "cuda":
+        layout = Layout(world.size, "ddp", 2 if precision == "bfloat16" else 4, cuda=True)
+        room = world.on_rank_zero(lambda: torch.cuda.get_device_properties(device).total_memory)
+        smallest = config.with_micro_batch(1) if config.train.micro_batch == "auto" else config
+        if peak(device_memory(smallest, layout)).total > USABLE * room:
+            return "fsdp"
+    return "ddp"
+
+
+def build_model(
+    config: RunConfig,
+    parallel: Parallel | None,
+    world: World,
+    device: torch.device,
+    precision: Precision,
+) -> GPT:
+    """Build the model at step 0 on `device`, with the same weights for every `parallel`.
+
+    Sharded weights are initialized one parameter at a time; no process holds the whole model.
+    """
+    if parallel in (None, "ddp"):
+        model = GPT(config.model, config.data.block_size, config.seed).to(device)
+    else:
+        with torch.device("meta"):
+            model = GPT(config.model, config.data.block_size)
+        _shard(model, _mesh(parallel, world, device), precision)
+        model.to_empty(device=device)
+        parameters = dict(model.named_parameters())
+        for name, value in model.initial_weights(config.seed):
+            copy_full_tensor(parameters[name], value)
+    for block in model.transformer.h:
+        block.recompute = config.train.activation_checkpointing  # type: ignore[assignment]  # a Block
+    return model
+
+
+def _mesh(parallel: Parallel | None, world: World, device: torch.device) -> DeviceMesh:
+    if parallel == "hsdp":
+        shape = (world.size // world.local_size, world.local_size)
+        return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
+
+
+def _shard(model: GPT, mesh: DeviceMesh, precision: Precision) -> None:
+    """Shard block by block: gather in the compute precision, reduce in float32."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else None
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+@contextmanager
+def grad_sync(forward: nn.Module, enabled: bool) -> Iterator[None]:
+    """Reduce gradients over all processes in the backward passes inside the block, or do not."""
+    if isinstance(forward, DistributedDataParallel) and not enabled:
+        with forward.no_sync():
+            yield
+        return
+    if isinstance(forward, FSDPModule):
+        forward.set_requires_gradient_sync(enabled)
+    yield
+
+
+@contextmanager
+def reshard_after(model: nn.Module) -> Iterator[None]:
+    """Free the weights that FSDP gathered for forward passes without a backward pass."""
+    try:
+        yield
+    finally:
+        if isinstance(model, FSDPModule):
+            model.reshard()
+
+
+# --- compiled -----------------------------------------------------------------------------------
+
+
+def compile_model(worker: Worker, micro_batch: int) -> nn.Module:
+    """Compile the model if asked for, and return the module to call in training.
+
+    Only the transformer body is compiled, as one graph; FSDP's blocks are compiled separately. DDP
+    wraps the model first: torch then splits the graph at gradient buckets, so reduction overlaps
+    the backward pass. CUDA graphs save host time, which limits small models only, and need memory
+    of their own; therefore they are optional.
+
+    Raises:
+        RunFailed: compiling fails in one of several processes with sharded weights.
+    """
+    module: nn.Module = worker.model
+    if worker.parallel == "ddp":
+        # Not `static_graph`: it saves nothing here and fails with several micro-batches.
+        devices = [worker.device] if worker.device.type == "cuda" else None
+        module = DistributedDataParallel(
+            worker.model, device_ids=devices, gradient_as_bucket_view=True
+        )
+    if worker.to_compile:
+        _compile(worker, module, micro_batch)
+    return module
+
+
+def allocate_grads(model: nn.Module) -> None:
+    """Give every parameter a zero gradient for the backward pass to add to.
+
+    Without one, torch adopts the CUDA graph's output buffer as the gradient, and the next replay
+    overwrites it (pytorch/pytorch#96693).
+    """
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+
+def _compile(worker: Worker, module: nn.Module, micro_batch: int) -> None:
+    model = worker.model
+    parts: list[nn.Module] = list(model.transformer.h) if worker.is_sharded else [model.transformer]
+    # One dynamic graph from the start: else the graph of a step depends on the steps before it.
+    dynamic = True if worker.config.data.block_warmup is not None else None
+    worker.uses_cuda_graphs = worker.config.train.compile == "cuda-graphs"
+    mode = "reduce-overhead" if worker.uses_cuda_graphs else None  # torch's name for CUDA graphs
+    for part in parts:
+        compiled = torch.compile(part.forward, dynamic=dynamic, mode=mode)
+        part.forward = _only_in_training(part, compiled)
+    model.fused_loss = worker.device.type == "cuda"  # slower than cache-sized chunks on a CPU
+    worker.is_compiled = True
+    failure = _compile_failure(worker, module, micro_batch)
+    if failure and worker.is_sharded and worker.world.size > 1:
+        raise RunFailed(  # the other processes block in the middle of this pass
+            f"torch.compile failed ({failure})", hint="--set train.compile=false trains without it"
+        )
+    if worker.world.sums([failure is not None])[0]:
+        where = failure or "on another process"
+        worker.warn(f"torch.compile failed ({where}): training uncompiled")
+        model.fused_loss = worker.is_compiled = worker.uses_cuda_graphs = False
+        for part in parts:
+            del part.forward
+
+
+def _only_in_training(
+    part: nn.Module, compiled: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """Run evaluation uncompiled: it has too many shapes to compile each."""
+    eager = part.forward
+
+    def forward(inputs: Tensor) -> Tensor:
+        result: Tensor = compiled(inputs) if part.training else eager(inputs)
+        return result
+
+    return forward
+
+
+def _compile_failure(worker: Worker, module: nn.Module, micro_batch: int) -> str | None:
+    """Return the type of error that compiling raises in a dummy pass, or None.
+
+    DDP reduces nothing in it, so a failure leaves no other process blocked. CUDA graphs are
+    recorded in the second pass and replayed in the third.
+    """
+    try:
+        for _ in range(3 if worker.uses_cuda_graphs else 1):
+            if worker.uses_cuda_graphs:
+                allocate_grads(worker.model)
+            with grad_sync(module, worker.parallel != "ddp"):
+                worker.dummy_pass(module, micro_batch)
+    except Exception as error:  # the backends of torch.compile raise any type of error
+        # Out of memory is not a compile failure: the first step handles it.
+        return None if is_out_of_memory(error) else type(error).__name__
+    finally:
+        worker.model.zero_grad(set_to_none=True)
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a GPU or the host ran out of memory."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        message in str(error) for message in _OOM_MESSAGES
+    )
