@@ -207,7 +207,7 @@ def test_a_signal_saves_the_state_and_the_same_command_goes_on(
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == code
-    assert "state saved" in errors
+    assert "training checkpoint saved" in errors
     (step,) = step_folders(workplace / "runs" / "tiny" / "state")
     again = llmtrain(
         "pretrain", "--config", "tiny.yaml", "--set", f"train.max_steps={step + 5}", cwd=workplace
