@@ -1,66 +1,54 @@
-"""`llmtrain prepare`: text to token shards.
+"""`llmtrain prepare`: convert text to token shards.
 
 llmtrain prepare
 llmtrain prepare corpus/ --tokenizer byte --val-fraction 0.01
 """
 
 import time
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .common import ProgressLine, console, err_console, interruptible, print_json, warn
+from llmtrain.data.options import PrepareOptions
+
+from .common import ProgressLine, console, err_console, help_of, interruptible, print_json, warn
 
 if TYPE_CHECKING:
-    from llmtrain.data.build import PrepareProgress
     from llmtrain.data.manifest import Manifest
+    from llmtrain.data.prepare import PrepareProgress
 
-
-class TokenizerName(StrEnum):
-    """The tokenizers that ship with the package."""
-
-    GPT2 = "gpt2"
-    BYTE = "byte"
-
-
-class EngineName(StrEnum):
-    """Where the tokenizing is done."""
-
-    LOCAL = "local"
-    RAY = "ray"
+_SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 
 
 def parse_count(value: str | int) -> int:
-    """A whole number as people write it: 100M, 1_000, 2.5e6, 10k, 1B. An int is itself (a default)."""
+    """Parse a whole number such as 100M, 1_000, 2.5e6, 10k or 1B. An int (a default) is returned."""
     text = str(value).strip()
-    scale = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}.get(text[-1:].lower(), 1)
+    scale = _SUFFIXES.get(text[-1:].lower(), 1)
     digits = text[:-1] if scale > 1 else text
     try:
-        number = int(digits) * scale
+        return int(digits) * scale
     except ValueError:
-        try:
-            fraction = float(digits) * scale
-            number = round(fraction)
-        except (ValueError, OverflowError):
-            raise typer.BadParameter(
-                f"{text!r} is not a number such as 100M, 1_000 or 2.5e6"
-            ) from None
-        if number != fraction:
-            raise typer.BadParameter(f"{text!r} is not a whole number") from None
-    return number
+        pass
+    try:
+        number = float(digits) * scale
+        rounded = round(number)
+    except (ValueError, OverflowError):
+        raise typer.BadParameter(f"{text!r} is not a number such as 100M, 1_000 or 2.5e6") from None
+    if rounded != number:
+        raise typer.BadParameter(f"{text!r} is not a whole number")
+    return rounded
 
 
 def prepare(
     source: Annotated[
         str,
         typer.Argument(
-            help="openwebtext, hub:NAME[:CONFIG], sotu, or local files: a .txt (one document), .jsonl, "
-            ".jsonl.gz, .jsonl.zst or .parquet file, a folder of them, or a glob in quotes; or a URL of one "
-            "(s3://, gs://, hf://)."
+            help="openwebtext, hub:NAME[:CONFIG], sotu, or a path or URL (s3://, gs://, hf://) of a .txt "
+            "(one document), .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, of a folder, or of a glob "
+            "in quotes."
         ),
     ] = "openwebtext",
     out: Annotated[
@@ -72,43 +60,45 @@ def prepare(
         ),
     ] = None,
     tokenizer: Annotated[
-        TokenizerName, typer.Option(help="GPT-2's BPE (50,257 ids) or bytes (257 ids).")
-    ] = TokenizerName.GPT2,
+        Literal["gpt2", "byte"], typer.Option(help=help_of(PrepareOptions, "tokenizer"))
+    ] = PrepareOptions.tokenizer,
     val_fraction: Annotated[
-        float, typer.Option(help="Share of documents held out for validation; 0 for none.")
-    ] = 0.0005,
-    seed: Annotated[int, typer.Option(help="Which documents are held out.")] = 2357,
+        float, typer.Option(help=help_of(PrepareOptions, "val_fraction"))
+    ] = PrepareOptions.val_fraction,
+    seed: Annotated[int, typer.Option(help=help_of(PrepareOptions, "seed"))] = PrepareOptions.seed,
     shard_tokens: Annotated[
         int,
         typer.Option(
             parser=parse_count,
             metavar="COUNT",
-            help="Tokens in a shard; it ends with the document that reaches them.",
+            help=help_of(PrepareOptions, "shard_tokens"),
             show_default="100M",
         ),
-    ] = 100_000_000,
+    ] = PrepareOptions.shard_tokens,
     workers: Annotated[
         int | None,
-        typer.Option(help="Threads that tokenize; the output is the same.", show_default="cores"),
+        typer.Option(help=help_of(PrepareOptions, "workers"), show_default="one per core"),
     ] = None,
     engine: Annotated[
-        EngineName, typer.Option(help="Threads here, or a Ray cluster; the output is the same.")
-    ] = EngineName.LOCAL,
+        Literal["local", "ray"], typer.Option(help=help_of(PrepareOptions, "engine"))
+    ] = PrepareOptions.engine,
     ray_address: Annotated[
         str | None,
         typer.Option(
             metavar="ADDRESS",
-            help="The cluster: HOST:PORT, or auto for the one that runs here.",
-            show_default="RAY_ADDRESS, else one is started",
+            help=help_of(PrepareOptions, "ray_address"),
+            show_default="RAY_ADDRESS, or start one",
         ),
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
+    text_field: Annotated[
+        str, typer.Option(help=help_of(PrepareOptions, "text_field"))
+    ] = PrepareOptions.text_field,
     limit_documents: Annotated[
         int | None,
         typer.Option(
             parser=parse_count,
             metavar="COUNT",
-            help="Only the first so many documents.",
+            help=help_of(PrepareOptions, "limit_documents"),
             show_default="all",
         ),
     ] = None,
@@ -116,82 +106,81 @@ def prepare(
         bool, typer.Option("--json", help="Print the manifest as JSON and nothing else.")
     ] = False,
 ) -> None:
-    """Turn documents into token shards that pretrain and eval read.
+    """Convert documents to token shards for pretrain and eval.
 
-    Documents keep their order and are each followed by an end-of-text token; those held out are
-    chosen as datasets' train_test_split does. The folder appears when it is complete; interrupted
-    or killed, the same command goes on after the last finished shard.
+    Documents keep their order, and each ends with an end-of-text token. Validation documents are
+    chosen as by datasets' train_test_split. The folder appears when it is complete. After an
+    interruption, the same command resumes after the last finished shard.
     """
+    from llmtrain.data.prepare import openwebtext_mismatch
     from llmtrain.data.prepare import prepare as run
-    from llmtrain.data.prepare import published_difference
     from llmtrain.data.sources import default_name
 
+    options = PrepareOptions(
+        tokenizer=tokenizer,
+        val_fraction=val_fraction,
+        seed=seed,
+        shard_tokens=shard_tokens,
+        workers=workers,
+        engine=engine,
+        ray_address=ray_address,
+        text_field=text_field,
+        limit_documents=limit_documents,
+    )
     folder = out or str(Path("data") / default_name(source))
-    _quiet_unless_terminal()
+    _disable_library_progress()
     started = time.monotonic()
-    unfinished = f"{folder} is not complete; the same command goes on after its last finished shard"
-    with interruptible(unfinished) as interrupt, ProgressLine("documents") as line:
-        rate = _Rate(line)
+    outcome = f"{folder} is incomplete; the same command resumes after its last finished shard"
+    with interruptible(outcome) as interrupt, ProgressLine("documents") as line:
+        display = _ProgressDisplay(line)
 
         def on_progress(progress: "PrepareProgress") -> None:
             interrupt.check()
-            rate.show(progress)
+            display.show(progress)
 
         manifest = run(
             source,
             folder,
-            tokenizer=tokenizer.value,
-            val_fraction=val_fraction,
-            seed=seed,
-            shard_tokens=shard_tokens,
-            workers=workers,
-            engine=engine.value,
-            ray_address=ray_address,
-            text_field=text_field,
-            limit_documents=limit_documents,
+            options,
             on_progress=on_progress,
-            on_note=lambda note: err_console.print(escape(note)),
+            log=lambda message: err_console.print(escape(message)),
         )
     seconds = time.monotonic() - started
-    difference = published_difference(manifest)
-    if difference:
-        warn(difference)
+    if mismatch := openwebtext_mismatch(manifest):
+        warn(mismatch)
     if as_json:
         print_json(manifest.document())
     else:
         _print_summary(folder, manifest, seconds)
 
 
-class _Rate:
-    """Progress with tokens, speed and time left; the clock starts with the first piece of text."""
+class _ProgressDisplay:
+    """Progress with tokens, speed and remaining time, measured from the first written text."""
 
     def __init__(self, line: ProgressLine) -> None:
         self._line = line
         self._started = 0.0
-        self._before = (0, 0)
+        self._first: PrepareProgress | None = None
 
     def show(self, progress: "PrepareProgress") -> None:
-        now = time.monotonic()
-        if progress.total_documents is None:
+        now, total = time.monotonic(), progress.total_documents
+        if total is None:
             self._line.update(progress.documents, None, "read")
             return
-        if not self._started:
-            self._started, self._before = now, (progress.documents, progress.text_bytes)
+        if self._first is None:
+            self._started, self._first = now, progress
         elapsed = max(now - self._started, 1e-9)
-        documents, text_bytes = self._before
-        rate = (progress.text_bytes - text_bytes) / elapsed
+        rate = (progress.text_bytes - self._first.text_bytes) / elapsed
         detail = f"{progress.tokens / 1e6:,.1f}M tokens, {rate / 1e6:.1f} MB/s"
-        # On a terminal the bar has a column for the time left.
-        if progress.documents > documents and not err_console.is_terminal:
-            left = (progress.total_documents - progress.documents) / (
-                progress.documents - documents
-            )
-            detail += f", {elapsed * left:,.0f} s left"
-        self._line.update(progress.documents, progress.total_documents, detail)
+        done = progress.documents - self._first.documents
+        # A terminal's progress bar has its own column for the remaining time.
+        if done > 0 and not err_console.is_terminal:
+            detail += f", {elapsed * (total - progress.documents) / done:,.0f} s left"
+        self._line.update(progress.documents, total, detail)
 
 
-def _quiet_unless_terminal() -> None:
-    # The two libraries draw bars of their own for downloads; a pipe gets none of their noise.
+def _disable_library_progress() -> None:
+    """Disable the progress bars of `datasets` and the hub's client, except on a terminal."""
     if err_console.is_terminal:
         return
     import datasets
@@ -218,5 +207,5 @@ def _print_summary(folder: str, manifest: "Manifest", seconds: float) -> None:
         )
     console.print(table)
     if not manifest.val.documents:
-        console.print("The val split is empty (val fraction 0): there is nothing to evaluate on.")
+        console.print("The val split is empty (val fraction 0): eval needs another data folder.")
     console.print(escape(f"{manifest.tokenizer.name} tokens in {folder}, {seconds:.1f} s"))

@@ -1,4 +1,4 @@
-"""`llmtrain verify`: is every byte on disk as it was written?
+"""`llmtrain verify`: compare every file on disk with its recorded hash.
 
 llmtrain verify data/openwebtext runs/demo
 """
@@ -16,16 +16,16 @@ def verify(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            metavar="PATH", help="Data folders, weights, runs, or any folder that holds some."
+            metavar="PATH", help="Data folders, weights, runs, or any folder that contains some."
         ),
     ],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
 ) -> None:
-    """Hash every file of every committed folder below PATH and compare with what was recorded.
+    """Hash every file of every committed folder below PATH and compare it with its record.
 
-    Prints each folder with its files, bytes and problems. Exit code 1 when anything differs.
+    Prints each folder with its files, bytes and problems. Exits with 1 if a file differs.
     """
     from dataclasses import asdict
 
@@ -37,18 +37,16 @@ def verify(
         print_json([{**asdict(check), "folder": str(check.folder)} for check in checks])
     else:
         for check in checks:
-            verdict = "[red]damaged[/]" if check.problems else "ok"
-            console.print(
-                f"{verdict}  {escape(str(check.folder))}: {check.files:,} files, {check.bytes:,} bytes"
-            )
+            status = "[red]damaged[/]" if check.problems else "ok"
+            size = f"{check.files:,} files, {check.bytes:,} bytes"
+            console.print(f"{status}  {escape(str(check.folder))}: {size}")
             for problem in check.problems:
                 console.print(f"  [red]{escape(problem)}[/]")
-    damaged = sum(bool(check.problems) for check in checks)
-    if damaged:
+    if damaged := sum(bool(check.problems) for check in checks):
         raise RunFailed(
-            f"{damaged} of {len(checks)} folder(s) differ from what was written",
-            hint="restore them from a copy, or delete them and make them again",
+            f"{damaged} of {len(checks)} folder(s) differ from their records",
+            hint="restore them from a copy, or delete them and create them again",
         )
     if not as_json:
         total = sum(check.bytes for check in checks)
-        console.print(f"{len(checks):,} folder(s), {total:,} bytes: all as written")
+        console.print(f"{len(checks):,} folder(s), {total:,} bytes: all match their records")

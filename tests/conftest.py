@@ -70,7 +70,7 @@ def real_texts() -> list[str]:
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """The documents of `text_file` as bytes, a tenth of them in the val split."""
-    from llmtrain.data.prepare import prepare
+    from preparations import prepare
 
     folder = tmp_path_factory.mktemp("data") / "text"
     prepare(str(text_file), folder, tokenizer="byte", val_fraction=0.1)

@@ -1,11 +1,12 @@
-"""Documents to tokens: what is done with one partition of the input, on any machine.
+"""Count and encode the documents of one partition, on any machine.
 
-Why one function of a task: every engine calls it, so what comes out cannot depend on the engine.
-Documents are cut into pieces of about a megabyte, so that a book and a tweet cost the same memory;
-threads encode them (the encoder releases Python's lock), and the results come out in the order the
-documents went in. So the tokens do not depend on the number of workers either.
+Every engine calls these functions, so the output does not depend on the engine. Documents are divided
+into chunks of about a megabyte, so a book needs as much memory as a short text. Threads encode
+the chunks (the encoder releases the GIL), and results are returned in document order, so the output
+does not depend on the number of threads.
 
-    for batch in in_order(encode_partition, [EncodeTask(partition, "text", places, "gpt2", workers=2)]): ...
+    task = EncodeTask(partition, "text", split_ids, "gpt2", threads=2)
+    for batch in run_locally(encode_partition, [task]): ...
 """
 
 from collections import deque
@@ -23,35 +24,43 @@ from llmtrain.data.readers import Partition, read_partition
 from llmtrain.errors import UserError
 from llmtrain.model.tokenizer import CHUNK_BYTES, Tokenizer, load_tokenizer, split_text
 
-_CHUNKS_AHEAD = 4
-"""Chunks in flight for each worker: enough that none waits for the one before it to be written."""
+_BATCHES_PER_THREAD = 4
+"""Batches queued per thread, so that no thread waits until the previous result is written."""
 
-_COUNTED = 1000
-"""Documents between two signs of life while they are only read."""
+_PROGRESS_DOCUMENTS = 1000
+"""Documents between two progress reports while documents are only read."""
 
 WRITTEN = len(SPLITS)
-"""The place of a document that is in a finished shard already; else its split's index in `SPLITS`."""
+"""Split id of a document that a finished shard already contains."""
 
-Tokens = npt.NDArray[np.uint16]
-Task = TypeVar("Task")
-Result = TypeVar("Result")
+TaskT = TypeVar("TaskT")
+ResultT = TypeVar("ResultT")
 
 
 class Engine(Protocol):
-    """Where the work is done: calls a function with each task; what they give, in the order of the tasks."""
+    """An executor: calls a function with each task and yields the results in the order of the tasks."""
 
     def __call__(
-        self, function: Callable[[Task], Iterator[Result]], tasks: Iterable[Task]
-    ) -> Generator[Result, None, None]:
-        """The results of all tasks, one after the other."""
+        self, function: Callable[[TaskT], Iterator[ResultT]], tasks: Iterable[TaskT]
+    ) -> Generator[ResultT, None, None]:
+        """Yield the results of all tasks in order."""
 
 
-def locally(
-    function: Callable[[Task], Iterator[Result]], tasks: Iterable[Task]
-) -> Generator[Result, None, None]:
-    """The engine of one machine: a task at a time, which uses its own threads."""
+def run_locally(
+    function: Callable[[TaskT], Iterator[ResultT]], tasks: Iterable[TaskT]
+) -> Generator[ResultT, None, None]:
+    """Run one task at a time in this process; a task uses its own threads."""
     for task in tasks:
         yield from function(task)
+
+
+def read_documents(partition: Partition, field: str) -> Iterator[bytes | memoryview]:
+    """Yield the documents of a partition that are counted and encoded, as UTF-8.
+
+    Apply data filters here, and disable the shortcut in `count_documents`, which counts without
+    reading.
+    """
+    return read_partition(partition, field)
 
 
 # --- counting ----------------------------------------------------------------------------------
@@ -67,19 +76,26 @@ class CountTask:
 
 
 def count_documents(task: CountTask) -> Iterator[tuple[int, bool]]:
-    """Pairs of more documents read, and whether the partition is done. They are read, and so checked.
+    """Yield pairs: number of further documents, and true for the partition's last pair.
+
+    Documents are read and checked, except where the file's metadata contains their number.
 
     Raises:
         UserError: see `read_partition`.
     """
-    known = [span.documents for span in task.partition if span.documents is not None]
-    if len(known) == len(task.partition):
-        yield sum(known), True
+    recorded = [each.documents for each in task.partition if each.documents is not None]
+    if len(recorded) == len(task.partition):
+        yield sum(recorded), True
         return
-    documents = islice(read_partition(task.partition, task.field), task.limit)
-    while (count := sum(1 for _ in islice(documents, _COUNTED))) == _COUNTED:
+    documents = islice(read_documents(task.partition, task.field), task.limit)
+    while (count := _skip(documents, _PROGRESS_DOCUMENTS)) == _PROGRESS_DOCUMENTS:
         yield count, False
     yield count, True
+
+
+def _skip(documents: Iterator[bytes | memoryview], count: int) -> int:
+    """Read up to `count` documents and return their number."""
+    return sum(1 for _ in islice(documents, count))
 
 
 # --- encoding ----------------------------------------------------------------------------------
@@ -90,21 +106,20 @@ class EncodeTask:
     """Encode the documents of a partition.
 
     Attributes:
-        places: where each goes, shape (documents,): the index of its split in `SPLITS`, or `WRITTEN`.
-        tokenizer: its name.
-        workers: threads.
+        split_ids: for each document the index of its split in `SPLITS`, or `WRITTEN`.
+        tokenizer: name of the tokenizer.
     """
 
     partition: Partition
     field: str
-    places: npt.NDArray[np.uint8]
+    split_ids: npt.NDArray[np.uint8]
     tokenizer: str
-    workers: int
+    threads: int
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A document, or a part of a huge one."""
+class TextChunk:
+    """A document, or a part of a large one."""
 
     text: bytes | memoryview
     split: str
@@ -112,33 +127,33 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """The tokens of a piece, end-of-text after the last one of a document."""
+class EncodedChunk:
+    """The tokens of a chunk, with end-of-text if it ends a document."""
 
-    tokens: Tokens
+    tokens: npt.NDArray[np.uint16]
     split: str
     text_bytes: int
     ends_document: bool
 
 
-def encode_partition(task: EncodeTask) -> Iterator[list[Encoded]]:
-    """The tokens of a partition in order, about a megabyte of text at a time.
+def encode_partition(task: EncodeTask) -> Iterator[list[EncodedChunk]]:
+    """Yield the tokens of a partition in order, in batches of about a megabyte of text.
 
     Raises:
         UserError: see `read_partition`; or a document is not valid UTF-8.
     """
     tokenizer = load_tokenizer(task.tokenizer)
-    documents = read_partition(task.partition, task.field)
-    written = int(np.argmax(task.places != WRITTEN))
-    for done in range(0, written, _COUNTED):
-        deque(islice(documents, min(_COUNTED, written - done)), maxlen=0)
+    documents = read_documents(task.partition, task.field)
+    first = int(np.argmax(task.split_ids != WRITTEN))
+    for done in range(0, first, _PROGRESS_DOCUMENTS):
+        _skip(documents, min(_PROGRESS_DOCUMENTS, first - done))
         yield []
-    pending: deque[Future[list[Encoded]]] = deque()
-    with ThreadPoolExecutor(task.workers, thread_name_prefix="tokenize") as pool:
+    pending: deque[Future[list[EncodedChunk]]] = deque()
+    with ThreadPoolExecutor(task.threads, thread_name_prefix="tokenize") as pool:
         try:
-            for chunk in _chunks(_pieces(documents, task.places[written:], task.partition)):
-                pending.append(pool.submit(_encode_chunk, tokenizer, chunk))
-                if len(pending) >= _CHUNKS_AHEAD * task.workers:
+            for batch in _batches(_chunks(documents, task.split_ids[first:], task.partition)):
+                pending.append(pool.submit(_encode_batch, tokenizer, batch))
+                if len(pending) >= _BATCHES_PER_THREAD * task.threads:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
@@ -146,51 +161,52 @@ def encode_partition(task: EncodeTask) -> Iterator[list[Encoded]]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _pieces(
-    documents: Iterator[bytes | memoryview], places: npt.NDArray[np.uint8], partition: Partition
-) -> Iterator[Piece]:
-    for place in places.tolist():
+def _chunks(
+    documents: Iterator[bytes | memoryview], split_ids: npt.NDArray[np.uint8], partition: Partition
+) -> Iterator[TextChunk]:
+    for split_id in split_ids.tolist():
         document = next(documents, None)
         if document is None:
             raise UserError(
-                f"{partition[-1].path} holds fewer documents than when it was first read",
-                hint="leave the source as it is until the last shard is written",
+                f"{partition[-1].path} contains fewer documents than when it was first read",
+                hint="do not change the source until the last shard is written",
             )
-        if place == WRITTEN:
+        if split_id == WRITTEN:
             continue
         parts = split_text(document)
         part = next(parts)
         for following in parts:
-            yield Piece(part, SPLITS[place], ends_document=False)
+            yield TextChunk(part, SPLITS[split_id], ends_document=False)
             part = following
-        yield Piece(part, SPLITS[place], ends_document=True)
+        yield TextChunk(part, SPLITS[split_id], ends_document=True)
 
 
-def _chunks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Consecutive pieces of about a megabyte together: the unit of work of a thread."""
-    chunk: list[Piece] = []
+def _batches(chunks: Iterable[TextChunk]) -> Iterator[list[TextChunk]]:
+    """Group consecutive chunks to about a megabyte: the unit of work of a thread."""
+    batch: list[TextChunk] = []
     size = 0
-    for piece in pieces:
-        chunk.append(piece)
-        size += len(piece.text)
+    for chunk in chunks:
+        batch.append(chunk)
+        size += len(chunk.text)
         if size >= CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
-def _encode_chunk(tokenizer: Tokenizer, chunk: list[Piece]) -> list[Encoded]:
+def _encode_batch(tokenizer: Tokenizer, batch: list[TextChunk]) -> list[EncodedChunk]:
     results = []
-    for piece in chunk:
+    for chunk in batch:
         try:
-            tokens = tokenizer.encode(str(piece.text, "utf-8"))
+            tokens = tokenizer.encode(str(chunk.text, "utf-8"))
         except UnicodeDecodeError as error:
+            start = bytes(chunk.text[:40])
             raise UserError(
-                f"a document is not valid UTF-8 ({error.reason}, after {bytes(piece.text[:40])!r})",
-                hint="write the source again as UTF-8, or leave that document out",
+                f"a document is not valid UTF-8 ({error.reason}, after {start!r})",
+                hint="convert the source to UTF-8, or remove that document",
             ) from None
-        if piece.ends_document:
+        if chunk.ends_document:
             tokens = np.append(tokens, np.uint16(tokenizer.eot))
-        results.append(Encoded(tokens, piece.split, len(piece.text), piece.ends_document))
+        results.append(EncodedChunk(tokens, chunk.split, len(chunk.text), chunk.ends_document))
     return results

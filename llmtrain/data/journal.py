@@ -1,10 +1,10 @@
-"""What a preparation has finished, so that the next one goes on from there.
+"""Journal of an unfinished preparation: the finished shards, from which the next one resumes.
 
-Why only a list of shards: a shard ends with a document, so how many documents of a split are in its
-finished shards says where that split goes on. A line is appended, and flushed, when what it says is
-durable; each carries its own hash, and nothing after the first bad line is believed.
+A shard ends with a document, so the documents in a split's finished shards determine where that split
+resumes. Each line is appended and flushed after its shard is durable and contains its own hash. Reading
+stops at the first invalid line.
 
-    journal = Journal.open(staging, plan, print); journal.add_shard(record)
+    journal = Journal.open(path, shards, spec, print); journal.add_shard(record)
 """
 
 import hashlib
@@ -15,62 +15,60 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.data.manifest import SPLITS, PrepareSpec, ShardRecord, shard_name
-from llmtrain.data.token_files import shard_problem
-from llmtrain.storage import commit, integrity
+from llmtrain.data.shards import hash_problem, shard_problem
+from llmtrain.storage import commit
 
 JOURNAL_FILE = "journal.jsonl"
 _VERSION = 1
 
 
 class Journal:
-    """The journal of one plan; see `Journal.open`."""
+    """The finished shards and document counts of one spec; see `Journal.open`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.counts: list[int] = []
         """Documents of each partition of the input."""
         self.layout = ""
-        """How the input was cut into partitions when they were counted; empty before."""
+        """Hash of the partitions that were counted; empty before counting."""
         self.shards: dict[str, list[ShardRecord]] = {split: [] for split in SPLITS}
         """The finished shards of each split, in order."""
 
     @classmethod
     def open(
-        cls, path: Path, shards: Path, plan: PrepareSpec, on_note: Callable[[str], None]
+        cls, path: Path, shards: Path, spec: PrepareSpec, log: Callable[[str], None]
     ) -> "Journal":
-        """What is finished of `plan`: what the file `path` says and the folder `shards` confirms.
+        """Read the journal of `spec` and check it against the folder `shards`.
 
-        The file then says just that, and `shards` holds just that.
+        Rewrite the file without invalid entries, and delete all other files in `shards`.
         """
         journal = cls(path)
         entries = _read(path)
-        request = {"journal": _VERSION, "plan": plan.model_dump(mode="json")}
-        if entries[:1] == [request]:
-            journal._believe(entries[1:], shards, on_note)
+        header = {"journal": _VERSION, "plan": spec.model_dump(mode="json")}
+        if entries[:1] == [header]:
+            journal._restore(entries[1:], shards, log)
         elif any(shards.iterdir()):
-            on_note(
-                "what an interrupted prepare left is of another request or source: starting anew"
-            )
-        kept = {record.name for split in SPLITS for record in journal.shards[split]}
-        for path_there in shards.iterdir():
-            if path_there.name not in kept:
-                path_there.unlink()
-        commit.write_atomically(path, "".join(map(_line, [request, *journal._entries()])))
+            log("an interrupted prepare had other options or another source: starting over")
+        valid = {record.name for record in journal.finished}
+        for each in shards.iterdir():
+            if each.name not in valid:
+                each.unlink()
+        commit.write_atomically(path, "".join(map(_line, [header, *journal._entries()])))
         return journal
 
     @property
-    def tokens(self) -> int:
-        """Tokens in finished shards."""
-        return sum(record.tokens for split in SPLITS for record in self.shards[split])
+    def finished(self) -> list[ShardRecord]:
+        """The finished shards of both splits."""
+        return [record for split in SPLITS for record in self.shards[split]]
 
     def set_counts(self, counts: list[int], layout: str) -> None:
-        """Record how many documents each partition of a layout holds."""
+        """Record the number of documents in each partition of a layout."""
         self.counts, self.layout = counts, layout
         self._append({"counts": counts, "layout": layout})
 
     def add_shard(self, record: ShardRecord) -> None:
-        """Record a shard, which must be durable."""
-        self.shards[_split_of(record)].append(record)
+        """Record a durable shard."""
+        self.shards[record.split].append(record)
         self._append({"shard": record.model_dump(mode="json")})
 
     def _append(self, entry: dict[str, Any]) -> None:
@@ -81,40 +79,25 @@ class Journal:
 
     def _entries(self) -> list[dict[str, Any]]:
         counts = [{"counts": self.counts, "layout": self.layout}] if self.layout else []
-        records = [record for split in SPLITS for record in self.shards[split]]
-        return counts + [{"shard": record.model_dump(mode="json")} for record in records]
+        return counts + [{"shard": record.model_dump(mode="json")} for record in self.finished]
 
-    def _believe(
-        self, entries: list[dict[str, Any]], folder: Path, on_note: Callable[[str], None]
+    def _restore(
+        self, entries: list[dict[str, Any]], folder: Path, log: Callable[[str], None]
     ) -> None:
-        """Take in the entries; of each split, the shards before the first that is not as recorded."""
+        """Restore the entries; of each split, only the shards before the first damaged one."""
         damaged = set()
         for entry in entries:
             if "counts" in entry:
                 self.counts, self.layout = entry["counts"], entry["layout"]
                 continue
             record = ShardRecord.model_validate(entry["shard"])
-            split = _split_of(record)
-            problem = _problem(folder, record)
-            if split not in damaged and problem:
-                damaged.add(split)
-                on_note(f"{problem}: going on from before it")
-            if split not in damaged and record.name == shard_name(split, len(self.shards[split])):
-                self.shards[split].append(record)
-
-
-def _split_of(record: ShardRecord) -> str:
-    return record.name.partition("-")[0]
-
-
-def _problem(folder: Path, record: ShardRecord) -> str | None:
-    problem = shard_problem(folder, record)
-    if problem is None and integrity.sha256_of(folder / record.name) != record.sha256:
-        problem = f"{folder / record.name} has another SHA-256 than when it was written"
-    return problem
-
-
-# --- lines -------------------------------------------------------------------------------------
+            if record.split in damaged:
+                continue
+            if problem := shard_problem(folder, record) or hash_problem(folder, record):
+                damaged.add(record.split)
+                log(f"{problem}: resuming before it")
+            elif record.name == shard_name(record.split, len(self.shards[record.split])):
+                self.shards[record.split].append(record)
 
 
 def _line(entry: dict[str, Any]) -> str:
@@ -126,7 +109,7 @@ def _hash(entry: object) -> str:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The entries up to the first line that is torn or damaged."""
+    """Return the entries before the first torn or damaged line."""
     entries = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:

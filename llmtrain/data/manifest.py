@@ -1,7 +1,6 @@
-"""The manifest of a folder of token shards: what the tokens are, where they came from, their hashes.
+"""`manifest.json`: the tokenizer, source, split and shards of a data folder, with their hashes.
 
-Why apart from the shards: the manifest is the contract. It is written last, carries the hash of
-its own content, and everything it says is checked before a token is believed.
+The manifest is written last and contains the hash of its own content.
 
     manifest = read_manifest(Path("data/openwebtext")); manifest.train.tokens
 """
@@ -30,7 +29,7 @@ class _Record(BaseModel):
 
 
 class TokenizerRecord(_Record):
-    """Which tokenizer; `sha256` identifies its vocabulary."""
+    """A tokenizer; `sha256` identifies its vocabulary."""
 
     name: str
     vocab_size: Annotated[int, Field(ge=2, le=65536)]
@@ -39,7 +38,7 @@ class TokenizerRecord(_Record):
 
 
 class SourceFile(_Record):
-    """One input file: name relative to the source, bytes on disk, and its hash where it was read here."""
+    """One input file: name relative to the source, bytes on disk, and hash if the file is local."""
 
     name: str
     bytes: Count
@@ -47,10 +46,10 @@ class SourceFile(_Record):
 
 
 class SourceRecord(_Record):
-    """Where the documents came from, in the order of `files`.
+    """The origin of the documents, in the order of `files`.
 
-    `revision` is the commit on the hub, the version of a package, or of files behind a URL what their
-    store says of their versions (a hash of it).
+    `revision` is a commit on the hub, the version of a package, or a hash of the version metadata
+    that the store of a URL returns.
     """
 
     id: str
@@ -61,20 +60,25 @@ class SourceRecord(_Record):
 
 
 class SplitRule(_Record):
-    """How documents were divided: `datasets`' train_test_split(test_size, seed, shuffle=True)."""
+    """Arguments of `datasets`' train_test_split(test_size, seed, shuffle=True)."""
 
     val_fraction: Annotated[float, Field(ge=0, lt=1)]
     seed: int
 
 
 class ShardRecord(_Record):
-    """One token file. `text_bytes` is the UTF-8 length of its documents, end-of-text not counted."""
+    """One token shard. `text_bytes` is the UTF-8 length of its documents without end-of-text."""
 
     name: str
     tokens: Count
     documents: Count
     text_bytes: Count
     sha256: Sha256
+
+    @property
+    def split(self) -> str:
+        """The split in the shard's name: "train" or "val"."""
+        return self.name.partition("-")[0]
 
 
 class SplitRecord(_Record):
@@ -86,8 +90,8 @@ class SplitRecord(_Record):
     shards: tuple[ShardRecord, ...]
 
     @classmethod
-    def of(cls, shards: list[ShardRecord]) -> Self:
-        """The record of `shards`, with its sums."""
+    def from_shards(cls, shards: list[ShardRecord]) -> Self:
+        """Return the record of `shards` with their sums."""
         return cls(
             tokens=sum(shard.tokens for shard in shards),
             documents=sum(shard.documents for shard in shards),
@@ -97,7 +101,7 @@ class SplitRecord(_Record):
 
 
 class PrepareSpec(_Record):
-    """Everything that decides the tokens; equal plans give byte-identical shards."""
+    """Everything that determines the tokens; equal specs give byte-identical shards."""
 
     format: Literal[1] = FORMAT_VERSION
     tokenizer: TokenizerRecord
@@ -107,15 +111,10 @@ class PrepareSpec(_Record):
 
 
 class Manifest(PrepareSpec):
-    """A plan and what came of it."""
+    """A spec and the shards written for it."""
 
     train: SplitRecord
     val: SplitRecord
-
-    @property
-    def plan(self) -> PrepareSpec:
-        """What was asked for, without the outcome."""
-        return PrepareSpec(**{name: getattr(self, name) for name in PrepareSpec.model_fields})
 
     @property
     def sha256(self) -> str:
@@ -123,71 +122,90 @@ class Manifest(PrepareSpec):
         content = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()
 
+    @property
+    def shards(self) -> list[ShardRecord]:
+        """The shards of both splits."""
+        return [*self.train.shards, *self.val.shards]
+
     def split_record(self, split: str) -> SplitRecord:
-        """The record of "train" or "val"."""
+        """Return the record of "train" or "val"."""
         assert split in SPLITS
         return self.train if split == "train" else self.val
 
     def document(self) -> dict[str, object]:
-        """What is written and printed: the fields, then the hash of them all."""
+        """Return the JSON document that is written and printed: all fields and their hash."""
         return {**self.model_dump(mode="json"), "sha256": self.sha256}
+
+    def require_spec(self, spec: PrepareSpec, location: str) -> None:
+        """Raise a UserError if this manifest, read from `location`, was written for another spec."""
+        found = PrepareSpec(**{name: getattr(self, name) for name in PrepareSpec.model_fields})
+        if differences := _differences(spec.model_dump(), found.model_dump()):
+            raise UserError(
+                f"{location} contains other data: {'; '.join(differences[:3])}",
+                hint="choose another folder with --out, or delete this one",
+            )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for split in SPLITS:
             record = self.split_record(split)
-            if record != SplitRecord.of(list(record.shards)):
-                raise ValueError(f"the sums of {split} are not those of its shards")
-            # Names decide which files are opened: only those that the writer gives.
+            if record != SplitRecord.from_shards(list(record.shards)):
+                raise ValueError(f"the sums of {split} do not match its shards")
+            # Reject other names: they decide which files are opened.
             for index, shard in enumerate(record.shards):
                 if shard.name != shard_name(split, index):
-                    raise ValueError(f"shard {index} of {split} is called {shard.name!r}")
+                    raise ValueError(f"shard {index} of {split} is named {shard.name!r}")
         return self
 
 
 def shard_name(split: str, index: int) -> str:
-    """`train-00000.bin`, `val-00012.bin`."""
+    """Return `train-00000.bin`, `val-00012.bin`, …."""
     return f"{split}-{index:05d}.bin"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`, whole or not at all."""
+    """Write `manifest.json` atomically."""
     content = json.dumps(manifest.document(), indent=1) + "\n"
     commit.write_atomically(folder / MANIFEST_FILE, content)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a data folder. Shards are not looked at: see `shards.open_data`.
+    """Read the manifest of a data folder, without checking the shards (see `open_data`).
 
     Raises:
-        UserError: there is none, it is damaged, or a newer llmtrain wrote it.
+        UserError: the manifest is missing, damaged, or of a newer format.
     """
     path = folder / MANIFEST_FILE
     try:
         return parse_manifest(path.read_bytes(), str(path))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{folder} holds no prepared data ({MANIFEST_FILE} is missing)",
-            hint=f"prepare it: llmtrain prepare SOURCE --out {shlex.quote(str(folder))}",
-        ) from None
+        raise no_data(str(folder)) from None
 
 
-def parse_manifest(content: bytes, place: str) -> Manifest:
-    """The manifest that was read from `place`.
+def no_data(location: str) -> UserError:
+    """Return the error for a folder or URL without a manifest."""
+    return UserError(
+        f"{location} contains no prepared data ({MANIFEST_FILE} is missing)",
+        hint=f"prepare it: llmtrain prepare SOURCE --out {shlex.quote(location)}",
+    )
+
+
+def parse_manifest(content: bytes, location: str) -> Manifest:
+    """Parse the content of a manifest read from `location`.
 
     Raises:
-        UserError: it is damaged, or a newer llmtrain wrote it.
+        UserError: the content is damaged or of a newer format.
     """
     damaged = "it is damaged or was edited: restore it, or delete the folder and prepare it again"
     try:
         document = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is not JSON ({error})", hint=damaged) from None
+        raise UserError(f"{location} is not JSON ({error})", hint=damaged) from None
     if not isinstance(document, dict):
-        raise UserError(f"{place} is not a JSON object", hint=damaged)
-    if document.get("format") != FORMAT_VERSION:
+        raise UserError(f"{location} is not a JSON object", hint=damaged)
+    if (found := document.get("format")) != FORMAT_VERSION:
         raise UserError(
-            f"{place} has format {document.get('format')!r}; this llmtrain reads format {FORMAT_VERSION}",
+            f"{location} has format {found!r}; this llmtrain reads format {FORMAT_VERSION}",
             hint="use the llmtrain that wrote it, or prepare the data again",
         )
     recorded = document.pop("sha256", None)
@@ -195,8 +213,24 @@ def parse_manifest(content: bytes, place: str) -> Manifest:
         manifest = Manifest.model_validate_json(json.dumps(document))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
-        raise UserError(f"{place}: {where}: {first['msg']}", hint=damaged) from None
+        key = ".".join(map(str, first["loc"])) or "manifest"
+        raise UserError(f"{location}: {key}: {first['msg']}", hint=damaged) from None
     if recorded != manifest.sha256:
-        raise UserError(f"{place} does not have the hash that it records", hint=damaged)
+        raise UserError(f"{location} does not match its recorded hash", hint=damaged)
     return manifest
+
+
+def _differences(
+    wanted: dict[str, object], found: dict[str, object], prefix: str = ""
+) -> list[str]:
+    """Return `key is X, not Y` for each leaf that differs between two nested records."""
+    differences = []
+    for key, value in wanted.items():
+        other, name = found[key], f"{prefix}{key}"
+        if isinstance(value, dict) and isinstance(other, dict):
+            differences += _differences(value, other, f"{name}.")
+        elif value != other:
+            short = isinstance(value, str | int | float) and isinstance(other, str | int | float)
+            difference = f"is {other!r}, not {value!r}" if short else "differ(s)"
+            differences.append(f"{name} {difference}")
+    return differences

@@ -1,37 +1,94 @@
-"""Documents to token shards: count, split, tokenize in parallel, write in order, commit at the end.
+"""Prepare token shards: open the source, count, split, encode, write shards, commit.
 
-Why one ordered stream: what is written then depends on the documents and the seed alone, and only
-a few megabytes a worker are in memory. The folder gets its name when the last byte is on disk, so it
-is whole or not there. A prepare that was killed, or found the disk full, goes on when it is started
-again: finished shards are kept, their documents are passed over, and the result is the same.
+One ordered stream of documents is encoded in parallel and written by this process alone. The output
+depends only on the documents, the tokenizer and the seed, and a few megabytes per thread are in
+memory. The folder gets its final name when its last byte is durable. A preparation that was killed or
+ran out of disk space resumes after its last finished shard, with the same result.
 
     manifest = prepare("openwebtext", Path("data/openwebtext"))
 """
 
+import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
+from typing import Self
 
-from llmtrain.data.build import Build, PrepareProgress
-from llmtrain.data.copies import published, workplace
-from llmtrain.data.encode import Engine, locally
-from llmtrain.data.manifest import MANIFEST_FILE, SPLITS, Manifest, PrepareSpec, SplitRule
-from llmtrain.data.shards import tokenizer_record
-from llmtrain.data.sources import OPENWEBTEXT_HUB, Source, open_source
-from llmtrain.data.staging import Need, existing, require_same, staged
-from llmtrain.data.token_files import MAX_SHARD_TOKENS
+import datasets
+import numpy as np
+import numpy.typing as npt
+
+from llmtrain.data.cache import build_folder, read_manifest_at
+from llmtrain.data.encode import (
+    WRITTEN,
+    CountTask,
+    EncodedChunk,
+    EncodeTask,
+    Engine,
+    count_documents,
+    encode_partition,
+    run_locally,
+)
+from llmtrain.data.journal import Journal
+from llmtrain.data.manifest import (
+    MANIFEST_FILE,
+    SPLITS,
+    Manifest,
+    PrepareSpec,
+    SplitRecord,
+    SplitRule,
+)
+from llmtrain.data.options import PrepareOptions
+from llmtrain.data.readers import Partition, partitions_of
+from llmtrain.data.shards import TOKEN_BYTES, ShardWriter
+from llmtrain.data.sources import OPENWEBTEXT_HUB, DocumentSource, open_source
+from llmtrain.data.staging import StagingFolder, existing_data, staged
+from llmtrain.data.token_data import tokenizer_record
 from llmtrain.errors import UserError
 from llmtrain.storage.urls import is_url, local_path, upload
 
-DEFAULT_VAL_FRACTION = 0.0005
-DEFAULT_SEED = 2357
-DEFAULT_SHARD_TOKENS = 100_000_000
-ENGINES = ("local", "ray")
-
 PUBLISHED_OPENWEBTEXT = {"train": 9_035_582_198, "val": 4_434_897}
-"""Tokens that nanoGPT's preparation of OpenWebText gives, and this one with its defaults."""
+"""Tokens of nanoGPT's preparation of OpenWebText, and of this one with its default options."""
+
+_DEFAULT_OPTIONS = PrepareOptions()
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PrepareProgress:
+    """Progress of a preparation.
+
+    Documents are first read, with `total_documents` unknown, then encoded and written. `tokens` and
+    `text_bytes` are those written so far.
+    """
+
+    documents: int
+    total_documents: int | None
+    tokens: int
+    text_bytes: int
+
+    @classmethod
+    def complete(cls, manifest: Manifest) -> Self:
+        """Return the progress of a finished preparation."""
+        total = SplitRecord.from_shards(manifest.shards)
+        return cls(total.documents, total.documents, total.tokens, total.text_bytes)
+
+    def advanced(self, batch: list[EncodedChunk]) -> Self:
+        """Return the progress after one more batch was written."""
+        return replace(
+            self,
+            documents=self.documents + sum(chunk.ends_document for chunk in batch),
+            tokens=self.tokens + sum(len(chunk.tokens) for chunk in batch),
+            text_bytes=self.text_bytes + sum(chunk.text_bytes for chunk in batch),
+        )
+
+
+OnProgress = Callable[[PrepareProgress], None]
 
 
 def _ignore(_: object) -> None:
@@ -41,173 +98,265 @@ def _ignore(_: object) -> None:
 def prepare(
     source: str,
     out: Path | str,
+    options: PrepareOptions = _DEFAULT_OPTIONS,
     *,
-    tokenizer: str = "gpt2",
-    val_fraction: float = DEFAULT_VAL_FRACTION,
-    seed: int = DEFAULT_SEED,
-    shard_tokens: int = DEFAULT_SHARD_TOKENS,
-    workers: int | None = None,
-    engine: str = "local",
-    ray_address: str | None = None,
-    text_field: str = "text",
-    limit_documents: int | None = None,
-    on_progress: Callable[[PrepareProgress], None] = _ignore,
-    on_note: Callable[[str], None] = _ignore,
+    on_progress: OnProgress = _ignore,
+    log: Log = _ignore,
 ) -> Manifest:
-    """Write the tokens of `source` to the folder `out`; its manifest.
+    """Write the tokens of `source` to the folder or URL `out` and return its manifest.
+
+    If `out` already contains this data, nothing is written. The shards of a URL are built in a local
+    folder and then copied.
 
     Args:
         source: see `sources.open_source`.
-        out: the data folder, or a URL; then the shards are built in `copies.workplace` and copied.
-            When it holds this very data already, nothing is done.
-        tokenizer: "gpt2" or "byte".
-        val_fraction: share of documents for the val split, rounded up; 0 for an empty one.
-        seed: of the split.
-        shard_tokens: a shard ends with the document that brings it to so many tokens.
-        workers: threads that tokenize (default: one a core). The output does not depend on it.
-        engine: "local", or "ray" for a cluster's CPUs. The output does not depend on it.
-        ray_address: where that cluster is; see `ray_engine.on_ray`.
-        text_field: the field or column that holds the text.
-        limit_documents: take only so many documents, from the first.
-        on_progress: called every few megabytes.
-        on_note: called with sentences that a person should see.
+        out: the data folder.
+        options: see `PrepareOptions`.
+        on_progress: called every few megabytes; may raise to stop.
+        log: called with messages for the user.
 
     Raises:
-        UserError: the source cannot be read, an option is out of range, or `out` holds other data.
+        UserError: the source cannot be read, or `out` contains other data.
         RunFailed: the disk is full or failed.
     """
-    _check_options(val_fraction, seed, shard_tokens, workers, limit_documents)
-    _check_engine(engine, workers, ray_address)
     url = str(out) if is_url(str(out)) else None
-    folder = Path(local_path(str(out))) if url is None else workplace(url)
-    need = Need()
-    with staged(folder, need) as staging:
-        opened = open_source(source, text_field, limit_documents, staging.documents)
-        plan = PrepareSpec(
-            tokenizer=tokenizer_record(tokenizer),
-            source=opened.record,
-            split=SplitRule(val_fraction=val_fraction, seed=seed),
-            shard_tokens=shard_tokens,
+    folder = Path(local_path(str(out))) if url is None else build_folder(url)
+    with staged(folder) as staging:
+        documents = open_source(
+            source, options.text_field, options.limit_documents, staging.documents
         )
-        manifest = existing(folder, plan) if url is None else _published(url, plan)
+        spec = PrepareSpec(
+            tokenizer=tokenizer_record(options.tokenizer),
+            source=documents.record,
+            split=SplitRule(val_fraction=options.val_fraction, seed=options.seed),
+            shard_tokens=options.shard_tokens,
+        )
+        manifest = existing_data(folder, spec) if url is None else _existing_at_url(url, spec)
         if manifest is not None:
-            on_note(f"{out} holds this data already: nothing to do")
-            shutil.rmtree(staging.shards)
+            log(f"{out} already contains this data: nothing to do")
+            staging.discard_shards()
             return manifest
-        manifest = _left_to_upload(folder, plan) if url else None
+        manifest = _built_earlier(folder, spec) if url else None
         if manifest is None:
-            need.bytes = _announce(source, opened, on_note)
-            threads = 1 if engine == "ray" else workers or _cores()
-            with _engine(engine, ray_address) as run:
-                manifest = Build(
-                    opened, plan, staging, run, threads, need, on_note, on_progress
-                ).run()
+            _log_source(source, documents, log)
+            manifest = _build(documents, spec, options, staging, on_progress, log)
             staging.commit(manifest)
         if url is not None:
-            on_note(f"copying the shards to {url}")
-            written = manifest
-            upload(
-                folder,
-                url,
-                last=MANIFEST_FILE,
-                before_each=lambda: on_progress(PrepareProgress.whole(written)),
-            )
+            log(f"copying the shards to {url}")
+            complete = PrepareProgress.complete(manifest)
+            upload(folder, url, last=MANIFEST_FILE, before_each=lambda: on_progress(complete))
             shutil.rmtree(folder)
     return manifest
 
 
-def _announce(source: str, opened: Source, on_note: Callable[[str], None]) -> int:
-    """Say what will be read; its size in bytes."""
-    if opened.skipped:
-        on_note(
-            f"skipping {len(opened.skipped)} file(s) of other kinds, such as {opened.skipped[0]}"
-        )
-    size = sum(file.bytes for file in opened.record.files)
-    on_note(f"reading {source}: {len(opened.record.files):,} file(s), {size / 1e6:,.1f} MB")
-    return size
-
-
-def _published(url: str, plan: PrepareSpec) -> Manifest | None:
-    manifest = published(url)
+def _existing_at_url(url: str, spec: PrepareSpec) -> Manifest | None:
+    manifest = read_manifest_at(url)
     if manifest is not None:
-        require_same(url, manifest, plan)
+        manifest.require_spec(spec, url)
     return manifest
 
 
-def _left_to_upload(folder: Path, plan: PrepareSpec) -> Manifest | None:
-    """What an earlier command has built and not copied; of another request, it goes."""
+def _built_earlier(folder: Path, spec: PrepareSpec) -> Manifest | None:
+    """Return the manifest of data built earlier but not copied; delete data of another spec."""
     try:
-        return existing(folder, plan)
+        return existing_data(folder, spec)
     except UserError:
         shutil.rmtree(folder)
         return None
 
 
-def published_difference(manifest: Manifest) -> str | None:
-    """What to say when OpenWebText, prepared with the defaults, has not its published token counts."""
-    record = manifest.source
-    with_defaults = (
-        manifest.tokenizer.name == "gpt2"
-        and record.limit_documents is None
-        and manifest.split == SplitRule(val_fraction=DEFAULT_VAL_FRACTION, seed=DEFAULT_SEED)
-    )
-    if record.id != f"hub:{OPENWEBTEXT_HUB}" or not with_defaults:
-        return None
-    found = {split: manifest.split_record(split).tokens for split in SPLITS}
-    if found == PUBLISHED_OPENWEBTEXT:
-        return None
-    return (
-        f"this is not the published OpenWebText: {found['train']:,} train and {found['val']:,} val tokens "
-        f"in place of {PUBLISHED_OPENWEBTEXT['train']:,} and {PUBLISHED_OPENWEBTEXT['val']:,}, "
-        "so losses will not compare"
-    )
+def _log_source(source: str, documents: DocumentSource, log: Log) -> None:
+    if skipped := documents.skipped:
+        log(f"skipping {len(skipped)} file(s) of unknown kinds, such as {skipped[0]}")
+    size = sum(file.bytes for file in documents.record.files)
+    log(f"reading {source}: {len(documents.record.files):,} file(s), {size / 1e6:,.1f} MB")
+
+
+def _build(
+    source: DocumentSource,
+    spec: PrepareSpec,
+    options: PrepareOptions,
+    staging: StagingFolder,
+    on_progress: OnProgress,
+    log: Log,
+) -> Manifest:
+    """Write the shards that are not finished and return the manifest of all shards."""
+
+    def on_read(documents: int) -> None:
+        on_progress(PrepareProgress(documents, None, 0, 0))
+
+    staging.remaining_bytes = sum(file.bytes for file in source.record.files)
+    with _open_engine(options) as engine:
+        journal = Journal.open(staging.journal, staging.shards, spec, log)
+        partitions = partitions_of(source.fetch(on_read))
+        counts = _count(engine, partitions, source, journal, on_read)
+        if not sum(counts):
+            raise UserError("the source contains no documents", hint="name a source with text")
+        is_val = validation_documents(sum(counts), spec.split)
+        if journal.finished:
+            tokens = sum(record.tokens for record in journal.finished)
+            log(f"resumed at shard {len(journal.finished) + 1:,} ({tokens:,} tokens done)")
+        threads = 1 if options.engine == "ray" else options.workers or _cores()
+        tasks = _encode_tasks(
+            partitions, counts, _split_ids(is_val, journal), source, spec, threads
+        )
+        # Close the generator on any exception, so that the engine cancels its queued tasks.
+        with closing(engine(encode_partition, tasks)) as batches:
+            records = _write_shards(batches, spec, staging, journal, len(is_val), on_progress)
+    if not sum(record.text_bytes for record in records.values()):
+        staging.discard_shards()
+        raise UserError(
+            "the source contains no text: every document is empty",
+            hint="check --text-field",
+        )
+    return Manifest(**dict(spec), train=records["train"], val=records["val"])
 
 
 @contextmanager
-def _engine(name: str, ray_address: str | None) -> Iterator[Engine]:
-    if name == "local":
-        yield locally
+def _open_engine(options: PrepareOptions) -> Iterator[Engine]:
+    if options.engine == "local":
+        yield run_locally
         return
-    from llmtrain.data.ray_engine import on_ray  # an extra: not everybody has it
+    from llmtrain.data.ray_engine import connect_ray  # ray is an optional dependency
 
-    with on_ray(ray_address) as engine:
+    with connect_ray(options.ray_address) as engine:
         yield engine
-
-
-# --- options ---------------------------------------------------------------------------------
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _check_engine(engine: str, workers: int | None, ray_address: str | None) -> None:
-    if engine not in ENGINES:
-        raise UserError(f"unknown engine {engine!r}", hint=f"choose one of: {', '.join(ENGINES)}")
-    if engine == "ray" and workers is not None:
-        raise UserError(
-            "--workers counts threads here, not those of a cluster", hint="leave it out"
-        )
-    if engine != "ray" and ray_address is not None:
-        raise UserError("--ray-address needs --engine ray", hint="add it, or leave the address out")
+def _count(
+    engine: Engine,
+    partitions: list[Partition],
+    source: DocumentSource,
+    journal: Journal,
+    on_read: Callable[[int], None],
+) -> list[int]:
+    """Return the documents of each partition, up to the one that reaches the limit."""
+    layout = _layout(partitions)
+    if journal.layout == layout:
+        return journal.counts
+    limit, counts, read = source.record.limit_documents, [0], 0
+    tasks = (CountTask(partition, source.field, limit) for partition in partitions)
+    with closing(engine(count_documents, tasks)) as results:
+        for count, ends_partition in results:
+            counts[-1] += count
+            read += count
+            if limit is not None and read >= limit:
+                counts[-1] -= read - limit
+                break
+            on_read(read)
+            if ends_partition:
+                counts.append(0)
+    journal.set_counts(counts, layout)
+    return counts
 
 
-def _check_options(
-    val_fraction: float, seed: int, shard_tokens: int, workers: int | None, limit: int | None
-) -> None:
-    if not 0 <= val_fraction < 1:
-        raise UserError(
-            f"the val fraction is {val_fraction}, outside 0 <= fraction < 1",
-            hint="0.0005 takes one document in 2,000; 0 takes none",
-        )
-    if not 0 <= seed < 2**32:
-        raise UserError(f"the seed is {seed}, outside 0 to {2**32 - 1}", hint="2357 is nanoGPT's")
-    if not 1 <= shard_tokens <= MAX_SHARD_TOKENS // 2:
-        raise UserError(
-            f"{shard_tokens:,} tokens a shard is outside 1 to {MAX_SHARD_TOKENS // 2:,}",
-            hint="100M is usual",
-        )
-    if workers is not None and workers < 1:
-        raise UserError(f"{workers} workers cannot work", hint="leave --workers out for one a core")
-    if limit is not None and limit < 1:
-        raise UserError(f"a limit of {limit} documents leaves nothing", hint="give at least 1")
+def _layout(partitions: list[Partition]) -> str:
+    """Return a hash of the partitions, for which recorded counts are valid."""
+    described = [
+        [(Path(each.path).name, each.bytes, each.start, each.end) for each in partition]
+        for partition in partitions
+    ]
+    return hashlib.sha256(repr(described).encode()).hexdigest()
+
+
+def validation_documents(documents: int, split: SplitRule) -> npt.NDArray[np.bool_]:
+    """Return which documents `datasets`' train_test_split holds out, shape (documents,).
+
+    Raises:
+        UserError: no document is left for training.
+    """
+    is_val = np.zeros(documents, dtype=np.bool_)
+    if split.val_fraction > 0:
+        index = datasets.Dataset.from_dict({"document": np.arange(documents)})
+        try:
+            parts = index.train_test_split(
+                test_size=split.val_fraction, seed=split.seed, shuffle=True
+            )
+        except ValueError:
+            raise UserError(
+                f"val fraction {split.val_fraction} leaves none of {documents:,} document(s) "
+                "for training",
+                hint="lower it, add documents, or use --val-fraction 0 to train on all of them",
+            ) from None
+        is_val[parts["test"].with_format("numpy")["document"][:]] = True
+    return is_val
+
+
+def _split_ids(is_val: npt.NDArray[np.bool_], journal: Journal) -> npt.NDArray[np.uint8]:
+    """Return the split id of each document: see `EncodeTask`. Finished shards contain the first ones."""
+    split_ids = is_val.astype(np.uint8)
+    for split_id, split in enumerate(SPLITS):
+        finished = sum(record.documents for record in journal.shards[split])
+        split_ids[np.flatnonzero(is_val == split_id)[:finished]] = WRITTEN
+    return split_ids
+
+
+def _encode_tasks(
+    partitions: list[Partition],
+    counts: list[int],
+    split_ids: npt.NDArray[np.uint8],
+    source: DocumentSource,
+    spec: PrepareSpec,
+    threads: int,
+) -> Iterator[EncodeTask]:
+    """Yield a task for each partition with documents that are not written yet."""
+    for partition, count, end in zip(partitions, counts, accumulate(counts), strict=False):
+        part = split_ids[end - count : end]
+        if (part != WRITTEN).any():
+            yield EncodeTask(partition, source.field, part, spec.tokenizer.name, threads)
+
+
+def _write_shards(
+    batches: Iterable[list[EncodedChunk]],
+    spec: PrepareSpec,
+    staging: StagingFolder,
+    journal: Journal,
+    total_documents: int,
+    on_progress: OnProgress,
+) -> dict[str, SplitRecord]:
+    """Write encoded documents to the shards of both splits and return their records."""
+    done = SplitRecord.from_shards(journal.finished)
+    progress = PrepareProgress(done.documents, total_documents, done.tokens, done.text_bytes)
+    with ExitStack() as stack:
+        writers = {}
+        for split in SPLITS:
+            finished, on_shard = journal.shards[split], journal.add_shard
+            writer = ShardWriter(staging.shards, split, spec.shard_tokens, finished, on_shard)
+            stack.callback(writer.abort)
+            writers[split] = writer
+        for batch in batches:
+            for chunk in batch:
+                writers[chunk.split].add(
+                    chunk.tokens, chunk.text_bytes, ends_document=chunk.ends_document
+                )
+            progress = progress.advanced(batch)
+            expected = progress.tokens * total_documents // max(progress.documents, 1)
+            written = sum(record.tokens for record in journal.finished)
+            staging.remaining_bytes = TOKEN_BYTES * (expected - written)
+            on_progress(progress)
+        return {split: writer.close() for split, writer in writers.items()}
+
+
+def openwebtext_mismatch(manifest: Manifest) -> str | None:
+    """Return a warning if OpenWebText, prepared with default options, has unexpected token counts."""
+    record = manifest.source
+    is_default = (
+        record.id == f"hub:{OPENWEBTEXT_HUB}"
+        and record.limit_documents is None
+        and manifest.tokenizer.name == _DEFAULT_OPTIONS.tokenizer
+        and manifest.split.val_fraction == _DEFAULT_OPTIONS.val_fraction
+        and manifest.split.seed == _DEFAULT_OPTIONS.seed
+    )
+    found = {split: manifest.split_record(split).tokens for split in SPLITS}
+    if not is_default or found == PUBLISHED_OPENWEBTEXT:
+        return None
+    expected = PUBLISHED_OPENWEBTEXT
+    return (
+        f"this is not the published OpenWebText: {found['train']:,} train and {found['val']:,} val "
+        f"tokens instead of {expected['train']:,} and {expected['val']:,}, so losses are not "
+        "comparable"
+    )

@@ -1,13 +1,13 @@
-"""The engine that sends partitions to a Ray cluster: `llmtrain prepare --engine ray`.
+"""Engine for a Ray cluster: `llmtrain prepare --engine ray`.
 
-Why Ray: placing tasks, starting them again when a worker dies and moving the results is all done
-there. A task is one partition, read where it runs (files must be reachable from there: a shared disk
-or a URL); its tokens come back a megabyte of text at a time and in order, so this process writes the
-same bytes as without a cluster.
+A task is one partition. The worker reads it, so its files must be on a shared disk or behind a URL.
+Tokens return in order, a megabyte of text at a time, and only this process writes shards. Ray places
+the tasks, and restarts a task when its worker dies.
 
-    with on_ray("auto") as engine: batches = engine(encode_partition, tasks)
+    with connect_ray("auto") as engine: batches = engine(encode_partition, tasks)
 """
 
+import logging
 import os
 import signal
 import socket
@@ -17,60 +17,59 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from llmtrain.data.encode import Engine, Result, Task
+from llmtrain.data.encode import Engine, ResultT, TaskT
 from llmtrain.errors import RunFailed, UserError
 
 _RETRIES = 5
-"""Times that a task is started again because its worker died."""
+"""Restarts of a task after its worker died."""
 
 _TASKS_PER_CPU = 2
-"""Tasks at work or waiting for each CPU: enough that none idles, few enough results to hold."""
+"""Tasks running or queued per CPU: enough to keep it busy, few enough to bound stored results."""
 
 
 @contextmanager
-def on_ray(address: str | None) -> Iterator[Engine]:
-    """Connect to the cluster at `address`; without one to that of RAY_ADDRESS, else start one here.
+def connect_ray(address: str | None) -> Iterator[Engine]:
+    """Connect to the cluster at `address` or RAY_ADDRESS; without either, start a local one.
 
     Raises:
-        UserError: Ray is not installed, or there is no cluster at `address`.
+        UserError: Ray is not installed, or the cluster does not respond.
     """
-    ray = _imported()
+    try:
+        import ray
+    except ImportError:
+        raise UserError("Ray is not installed", hint="pip install 'llmtrain[ray]'") from None
     if ray.is_initialized():
         yield _RayEngine(ray)
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    heard = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(signal.SIGTERM)
     try:
-        _knock(address)
+        _check_port(address)
         ray.init(
-            address=address, log_to_driver=False, include_dashboard=False, logging_level="error"
+            address=address,
+            log_to_driver=False,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
         )
     except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        failure = f"cannot be reached at {address}" if address else "cannot be started here"
         raise UserError(
-            f"no Ray cluster can be {f'reached at {address}' if address else 'started here'} "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
-            hint="start one (ray start --head), or leave --ray-address out to start one for this command",
+            f"a Ray cluster {failure} ({reason})",
+            hint="start one (ray start --head), or omit --ray-address to start one for this command",
         ) from error
-    signal.signal(signal.SIGTERM, heard)  # Ray puts its own handler in place
+    signal.signal(signal.SIGTERM, handler)  # Ray installs its own handler
     try:
         yield _RayEngine(ray)
     finally:
         ray.shutdown()
 
 
-def _knock(address: str | None) -> None:
-    """Ray ends the whole process where nobody answers; so find out before."""
+def _check_port(address: str | None) -> None:
+    """Raise an OSError if nothing listens at `address`: Ray would end the whole process."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if colon:
         socket.create_connection((host, int(port)), timeout=10).close()
-
-
-def _imported() -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise UserError("Ray is not installed", hint="pip install 'llmtrain[ray]'") from None
-    return ray
 
 
 class _RayEngine:
@@ -80,13 +79,13 @@ class _RayEngine:
         self._ray = ray
 
     def __call__(
-        self, function: Callable[[Task], Iterator[Result]], tasks: Iterable[Task]
-    ) -> Generator[Result, None, None]:
-        """The results of all tasks, one after the other.
+        self, function: Callable[[TaskT], Iterator[ResultT]], tasks: Iterable[TaskT]
+    ) -> Generator[ResultT, None, None]:
+        """Yield the results of all tasks in order.
 
         Raises:
-            UserError: what a task raised.
-            RunFailed: a worker died again and again, or the cluster is gone.
+            UserError: a task raised it.
+            RunFailed: a worker died repeatedly, or the cluster is gone.
         """
         ray, waiting = self._ray, iter(tasks)
         remote = ray.remote(num_cpus=1, num_returns="streaming", max_retries=_RETRIES)(function)
@@ -105,7 +104,7 @@ class _RayEngine:
         except ray.exceptions.RayError as error:
             raise RunFailed(
                 f"the Ray cluster failed: {str(error).splitlines()[0]}",
-                hint="look at its logs; the same command goes on after the last finished shard",
+                hint="check its logs; the same command resumes after the last finished shard",
             ) from error
         finally:
             for each in running:

@@ -1,10 +1,11 @@
-"""Documents from spans of files: .txt, .jsonl (also .gz and .zst), .parquet and Arrow streams.
+"""Read the documents of .txt, .jsonl (also .gz and .zst), .parquet and Arrow files.
 
-Why spans: a part of a file that can be read by itself can be read by anyone, at any time: by a thread
-here, by a task elsewhere, or by the command that goes on after a kill. Why readers of our own: an
-error names the file and the line, and what is read is one column in bounded memory.
+Files are divided into ranges, and ranges are grouped into partitions. A partition can be read
+independently: by a thread, by a task on another machine, or by a resumed preparation.
 
-    for span in spans_of("web.jsonl"): texts = list(read_span(span, "text"))
+Why own readers: errors name the file and line, and one column is read in bounded memory.
+
+    for partition in partitions_of(["web.jsonl"]): texts = list(read_partition(partition, "text"))
 """
 
 import io
@@ -25,7 +26,7 @@ from llmtrain.model.tokenizer import well_formed
 from llmtrain.storage.urls import is_url, local_path, open_url, url_errors
 
 PARTITION_BYTES = 1 << 26
-"""A unit of work is about so much input: seconds of tokenizing. Compressed files are not cut."""
+"""Approximate input of a partition: seconds of tokenizing. Compressed files are not divided."""
 
 KINDS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
@@ -35,12 +36,12 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
-class Span:
-    """What is read in one go: bytes `start` to `end` of JSON lines, row groups of parquet, else a whole file.
+class FileRange:
+    """A part of a file: bytes `start` to `end` of JSON lines, row groups of parquet, else all of it.
 
     Attributes:
-        bytes: its size in the file.
-        documents: how many it holds, where the file says so without being read.
+        bytes: size in the file.
+        documents: number of documents, if the file's metadata contains it.
     """
 
     path: str
@@ -50,64 +51,71 @@ class Span:
     documents: int | None = None
 
 
-Partition = tuple[Span, ...]
-"""Consecutive spans of about `PARTITION_BYTES` together: the unit of work of an engine."""
+Partition = tuple[FileRange, ...]
+"""Consecutive file ranges of about `PARTITION_BYTES` together: the unit of work of an engine."""
 
 
 def kind_of(path: str) -> str | None:
-    """The suffix that says how a file is read; None for a file of no known kind."""
+    """Return the suffix that determines how a file is read; None for an unknown kind."""
     name = path.lower()
     return next((kind for kind in KINDS if name.endswith(kind)), None)
 
 
-def spans_of(path: str) -> list[Span]:
-    """A file, cut where it can be: JSON lines at bytes, parquet between row groups.
+def partitions_of(paths: Iterable[str]) -> list[Partition]:
+    """Divide files, in order, into partitions. The same files give the same partitions.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: a file cannot be read.
     """
-    with damage_named(path), open_input(path) as file:
-        if kind_of(path) == ".parquet":
-            return _parquet_spans(path, file)
-        size = file.seek(0, os.SEEK_END)
-    if kind_of(path) != ".jsonl":
-        return [Span(path, size)]
-    starts = range(0, max(size, 1), PARTITION_BYTES)
-    ends = [min(start + PARTITION_BYTES, size) for start in starts]
-    return [Span(path, end - start, start, end) for start, end in zip(starts, ends, strict=True)]
-
-
-def partitions_of(spans: Iterable[Span]) -> list[Partition]:
-    """Spans in order, put together until they are worth a task; the same spans give the same partitions."""
     partitions: list[Partition] = []
-    group: list[Span] = []
+    group: list[FileRange] = []
     size = 0
-    for span in spans:
-        group.append(span)
-        size += span.bytes
+    for file_range in (each for path in paths for each in ranges_of(path)):
+        group.append(file_range)
+        size += file_range.bytes
         if size >= PARTITION_BYTES:
             partitions.append(tuple(group))
             group, size = [], 0
     return [*partitions, tuple(group)] if group else partitions
 
 
-def read_partition(partition: Partition, field: str) -> Iterator[bytes | memoryview]:
-    """The documents of its spans in order, as UTF-8.
-
-    A text file is one document, byte for byte (a byte order mark is dropped, line ends are kept). A
-    lone surrogate, which JSON can spell, becomes U+FFFD.
+def ranges_of(path: str) -> list[FileRange]:
+    """Divide a file if its kind allows it: JSON lines at bytes, parquet between row groups.
 
     Raises:
-        UserError: a file is damaged or no text, a line is not JSON, or `field` is missing or no text.
+        UserError: the file cannot be read.
     """
-    for span in partition:
-        with damage_named(span.path):
-            yield from _READERS[kind_of(span.path) or ".arrow"](span, field)
+    with read_errors(path), _open_input(path) as file:
+        if kind_of(path) == ".parquet":
+            return _parquet_ranges(path, file)
+        size = file.seek(0, os.SEEK_END)
+    if kind_of(path) != ".jsonl":
+        return [FileRange(path, size)]
+    starts = range(0, max(size, 1), PARTITION_BYTES)
+    ends = [min(start + PARTITION_BYTES, size) for start in starts]
+    return [
+        FileRange(path, end - start, start, end) for start, end in zip(starts, ends, strict=True)
+    ]
+
+
+def read_partition(partition: Partition, field: str) -> Iterator[bytes | memoryview]:
+    """Yield the documents of a partition in order, as UTF-8.
+
+    A text file is one document, kept byte for byte without its byte order mark. A lone surrogate in
+    JSON becomes U+FFFD.
+
+    Raises:
+        UserError: a file is damaged or not UTF-8, a line is not JSON, or `field` is missing or not a
+            string.
+    """
+    for file_range in partition:
+        with read_errors(file_range.path):
+            yield from _READERS[kind_of(file_range.path) or ".arrow"](file_range, field)
 
 
 @contextmanager
-def open_input(path: str) -> Iterator[Any]:
-    """A file to read bytes from, with `seek`: a path or a URL."""
+def _open_input(path: str) -> Iterator[Any]:
+    """Open a path or a URL for reading bytes, with `seek`."""
     if is_url(path):
         with open_url(path) as file:
             yield file
@@ -116,132 +124,143 @@ def open_input(path: str) -> Iterator[Any]:
         yield file
 
 
-# --- one reader a kind -------------------------------------------------------------------------
+# --- text and JSON lines -----------------------------------------------------------------------
 
 
-def _read_text(span: Span, field: str) -> Iterator[bytes]:
-    with open_input(span.path) as file:
+def _read_text(file_range: FileRange, field: str) -> Iterator[bytes]:
+    path = file_range.path
+    with _open_input(path) as file:
         content = file.read().removeprefix(_BYTE_ORDER_MARK)
     if b"\0" in content:
-        raise _not_text(f"{span.path} is no text file (zero byte at {content.index(0):,})")
+        raise _not_text(f"{path} is not a text file (zero byte at {content.index(0):,})")
     try:
         content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _not_text(f"{span.path} is not UTF-8 text (byte {error.start:,})") from None
+        raise _not_text(f"{path} is not UTF-8 text (byte {error.start:,})") from None
     yield content
 
 
-def _read_json_lines(span: Span, field: str) -> Iterator[bytes]:
-    for number, line in enumerate(_lines(span), start=1):
-        content = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 and not span.start else line
+def _read_json_lines(file_range: FileRange, field: str) -> Iterator[bytes]:
+    for number, line in enumerate(_lines(file_range), start=1):
+        is_first = number == 1 and not file_range.start
+        content = line.removeprefix(_BYTE_ORDER_MARK) if is_first else line
         if content.strip():
-            yield _text_of_line(content, partial(_place, span, number), field)
+            yield _text_of_line(content, partial(_location, file_range, number), field)
 
 
-def _lines(span: Span) -> Iterator[bytes]:
-    """The lines whose first byte is in the span; the last one may end beyond it."""
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(Path(span.path).suffix.lower())
-    with open_input(span.path) as file:
+def _lines(file_range: FileRange) -> Iterator[bytes]:
+    """Yield the lines that start in the range; the last one may end beyond it."""
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(Path(file_range.path).suffix.lower())
+    start, end = file_range.start, file_range.end
+    with _open_input(file_range.path) as file:
         if compression:
             with pa.input_stream(file, compression=compression) as stream:
                 yield from io.BufferedReader(stream, _READ_BYTES)
             return
-        position = span.start
-        if span.start:
-            file.seek(span.start - 1)
+        position = start
+        if start:
+            file.seek(start - 1)
             position += len(file.readline()) - 1
-        while (span.end is None or position < span.end) and (line := file.readline()):
+        while (end is None or position < end) and (line := file.readline()):
             position += len(line)
             yield line
 
 
-def _place(span: Span, number: int) -> str:
-    """Where a line is in the file; what lies before the span is read to say so."""
-    with open_input(span.path) as file:
-        left = max(span.start - 1, 0)
+def _location(file_range: FileRange, number: int) -> str:
+    """Return the path and line number, counting the lines before the range."""
+    with _open_input(file_range.path) as file:
+        left = max(file_range.start - 1, 0)
         while left and (content := file.read(min(left, _READ_BYTES))):
             number += content.count(b"\n")
             left -= len(content)
-    return f"{span.path}, line {number + (span.start > 0)}"
+    return f"{file_range.path}, line {number + (file_range.start > 0)}"
 
 
-def _text_of_line(line: bytes, where: Callable[[], str], field: str) -> bytes:
+def _text_of_line(line: bytes, location: Callable[[], str], field: str) -> bytes:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
-        raise _not_text(f"{where()} is not UTF-8 text") from None
+        raise _not_text(f"{location()} is not UTF-8 text") from None
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{where()} is not valid JSON: {error}",
+            f"{location()} is not valid JSON: {error}",
             hint="each line must be one JSON object; fix or remove it",
         ) from None
     if not isinstance(row, dict):
         raise UserError(
-            f"{where()} is a JSON {_json_type(row)}, not an object",
+            f"{location()} is a JSON {_json_type(row)}, not an object",
             hint=f'each line is {{"{field}": "…"}}',
         )
     if field not in row:
-        raise missing_field(where(), field, list(row))
+        raise missing_field(location(), field, list(row))
     text = row[field]
     if not isinstance(text, str):
-        raise not_a_string(where(), field, _json_type(text))
+        raise not_a_string(location(), field, _json_type(text))
     return well_formed(text).encode()
 
 
-def _parquet_spans(path: str, file: Any) -> list[Span]:
-    """Row groups, put together until they are worth a task."""
+def _json_type(value: Any) -> str:
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+# --- parquet and Arrow -------------------------------------------------------------------------
+
+
+def _parquet_ranges(path: str, file: Any) -> list[FileRange]:
+    """Group consecutive row groups into ranges of about `PARTITION_BYTES`."""
     with pq.ParquetFile(file) as parquet:
         groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
-    spans: list[Span] = []
+    ranges: list[FileRange] = []
     start = size = rows = 0
     for number, group in enumerate(groups, start=1):
         size += group.total_byte_size
         rows += group.num_rows
         if size >= PARTITION_BYTES or number == len(groups):
-            spans.append(Span(path, size, start, number, rows))
+            ranges.append(FileRange(path, size, start, number, rows))
             start, size, rows = number, 0, 0
-    return spans
+    return ranges
 
 
-def _read_parquet(span: Span, field: str) -> Iterator[bytes]:
-    with open_input(span.path) as file, pq.ParquetFile(file) as parquet:
+def _read_parquet(file_range: FileRange, field: str) -> Iterator[bytes]:
+    path, start = file_range.path, file_range.start
+    with _open_input(path) as file, pq.ParquetFile(file) as parquet:
         names = parquet.schema_arrow.names
         if field not in names:
-            raise missing_field(span.path, field, names)
+            raise missing_field(path, field, names)
         kind = parquet.schema_arrow.field(field).type
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
-        if not (
-            pa.types.is_string(kind)
-            or pa.types.is_large_string(kind)
-            or pa.types.is_string_view(kind)
-        ):
-            raise not_a_string(span.path, field, str(kind))
-        row = sum(parquet.metadata.row_group(i).num_rows for i in range(span.start))
-        groups = list(range(span.start, parquet.num_row_groups if span.end is None else span.end))
-        for rows in parquet.iter_batches(
-            batch_size=_PARQUET_ROWS, columns=[field], row_groups=groups
-        ):
-            for text in rows.column(0).to_pylist():
-                row += 1
-                if text is None:
-                    raise not_a_string(f"{span.path}, row {row:,}", field, "null")
-                yield text.encode()
+        string_types = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+        if not any(is_type(kind) for is_type in string_types):
+            raise not_a_string(path, field, str(kind))
+        row = sum(parquet.metadata.row_group(i).num_rows for i in range(start))
+        end = parquet.num_row_groups if file_range.end is None else file_range.end
+        batches = parquet.iter_batches(
+            batch_size=_PARQUET_ROWS, columns=[field], row_groups=list(range(start, end))
+        )
+        for text in (text for rows in batches for text in rows.column(0).to_pylist()):
+            row += 1
+            if text is None:
+                raise not_a_string(f"{path}, row {row:,}", field, "null")
+            yield text.encode()
 
 
-def _read_arrow(span: Span, field: str) -> Iterator[memoryview]:
-    """Read as a stream and not memory-mapped: mapped pages count as memory, which would grow with the corpus."""
+def _read_arrow(file_range: FileRange, field: str) -> Iterator[memoryview]:
+    """Yield the documents of an Arrow stream.
+
+    Why not memory-mapped: mapped pages count as memory, which would grow with the corpus.
+    """
     number = 0
-    with open_input(span.path) as file, pa.ipc.open_stream(file) as stream:
-        for rows in stream:
-            for text in rows.column(field):
-                number += 1
-                if not text.is_valid:
-                    raise not_a_string(f"document {number:,}", field, "null")
-                yield memoryview(text.as_buffer())
+    with _open_input(file_range.path) as file, pa.ipc.open_stream(file) as stream:
+        for text in (text for rows in stream for text in rows.column(field)):
+            number += 1
+            if not text.is_valid:
+                raise not_a_string(f"document {number:,}", field, "null")
+            yield memoryview(text.as_buffer())
 
 
-_READERS: dict[str, Callable[[Span, str], Iterator[bytes | memoryview]]] = {
+_READERS: dict[str, Callable[[FileRange, str], Iterator[bytes | memoryview]]] = {
     ".txt": _read_text,
     ".jsonl": _read_json_lines,
     ".jsonl.gz": _read_json_lines,
@@ -253,50 +272,36 @@ _READERS: dict[str, Callable[[Span, str], Iterator[bytes | memoryview]]] = {
 
 # --- errors ------------------------------------------------------------------------------------
 
-
-def missing_field(where: str, field: str, present: list[str]) -> UserError:
-    """The error for a document without `field`; names the fields that there are."""
-    return UserError(
-        f"{where} has no field {field!r}; it has: {', '.join(map(str, present)) or 'none'}",
-        hint="name the field that holds the text: --text-field NAME",
-    )
+_FIELD_HINT = "name the field that contains the text: --text-field NAME"
 
 
-def not_a_string(where: str, field: str, kind: str) -> UserError:
-    """The error for a field that holds something other than text."""
-    return UserError(
-        f"{where}: field {field!r} is {kind}, not text",
-        hint="name the field that holds the text: --text-field NAME",
-    )
+def missing_field(location: str, field: str, present: list[str]) -> UserError:
+    """Return the error for a document without `field`."""
+    found = ", ".join(map(str, present)) or "none"
+    return UserError(f"{location} has no field {field!r}; it has: {found}", hint=_FIELD_HINT)
+
+
+def not_a_string(location: str, field: str, kind: str) -> UserError:
+    """Return the error for a field of another type than string."""
+    return UserError(f"{location}: field {field!r} is {kind}, not text", hint=_FIELD_HINT)
 
 
 def _not_text(message: str) -> UserError:
     return UserError(
-        message,
-        hint="only UTF-8 text is read; convert it (iconv -f latin1 -t utf-8) or leave the file out",
+        message, hint="convert it to UTF-8 (iconv -f latin1 -t utf-8) or leave the file out"
     )
 
 
-def _json_type(value: Any) -> str:
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
-
-
 @contextmanager
-def damage_named(path: str) -> Iterator[None]:
-    """A failure to read becomes an error that names the file.
-
-    Raises:
-        UserError: the file cannot be opened or read, or is not of its kind.
-    """
+def read_errors(path: str) -> Iterator[None]:
+    """Convert a failure to open or parse a file to a UserError that names it."""
     try:
         with url_errors(path) if is_url(path) else nullcontext():
             yield
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        reason = (
-            os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        )
-        hint = "is it complete, and really of the kind its name says?"
-        if isinstance(error, (PermissionError, FileNotFoundError)):
-            hint = "it must be there, and readable by you, until the last shard is written"
-        raise UserError(f"{path} cannot be read: {reason}", hint=hint) from error
+        number = error.errno if isinstance(error, OSError) else None
+        reason = os.strerror(number) if number else str(error)
+        hint = "check that it is complete and of the kind in its name"
+        if isinstance(error, PermissionError | FileNotFoundError):
+            hint = "keep it in place and readable until the last shard is written"
+        raise UserError(f"cannot read {path}: {reason}", hint=hint) from error

@@ -1,20 +1,27 @@
-"""Which tokens are in batch `step`: a pure function of (seed, step).
+"""The order of the training data: the windows of batch `step` as a pure function of (seed, step).
 
-Why: when the order of the data is a function and not a state, nothing has to be saved, a resumed
-run sees the very batches it would have seen, and neither ranks nor micro-batches change them.
+No sampler state is saved, a resumed run draws the same batches, and ranks and micro-batches only
+slice a batch.
 
-An epoch is K consecutive windows of `block_size + 1` tokens (neighbours share one token, so that
-each token is predicted once), beginning at a random offset drawn for that epoch, in an order drawn
-for that epoch. K = (n_tokens - block_size) // block_size is the same for every offset below
-`block_size`, so the epoch and the place in it follow from the row by one division. The order is a
-"swap-or-not" shuffle (Hoang, Morris, Rogaway 2012): a keyed permutation of [0, K) computed row by
-row in 64-bit integer arithmetic, with no memory and no dependence on a library's generator.
+An epoch contains K consecutive windows of `block_size + 1` tokens. Neighbours share one token, so each
+token is predicted once. The first window starts at a random offset drawn per epoch, and the windows
+come in an order drawn per epoch. K = (n_tokens - block_size) // block_size is the same for every
+offset below `block_size`, so one division maps a row to its epoch and its position in it. The order is
+a "swap-or-not" shuffle (Hoang, Morris, Rogaway 2012): a keyed permutation of [0, K), computed per row
+in 64-bit integers, without memory and independent of any library's generator.
 
-    windows = batch(reader, Sampler(len(reader), 1024, 384, seed=1337).rows(step), 1024)
+With a mixture (`data.mix`), further source i has share w_i of the rows. Row r belongs to the first
+further source if floor((r + 1)·w) > floor(r·w), as that source's row floor(r·w). The remaining rows are
+renumbered and assigned to the next source by its share of the remainder, and finally to the main one.
+
+    starts = Sampler(n_tokens, block_size=1024, batch_size=384, seed=1337).rows(step)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from fractions import Fraction
+from itertools import accumulate
+from math import floor
 
 import numpy as np
 import numpy.typing as npt
@@ -22,23 +29,11 @@ import numpy.typing as npt
 from llmtrain.errors import UserError
 
 _ROUNDS = 64
-"""After r rounds a row's place is uniform to about K^1.5 * 2^(-r/2): 64 leave no visible trace."""
+"""After r rounds, positions are uniform up to about K^1.5 * 2^(-r/2); 64 rounds leave no trace."""
 
 _U64 = np.uint64
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
-
-
-class Tokens(Protocol):
-    """What a batch is read from; `llmtrain.data.shards.TokenReader` is one."""
-
-    def __len__(self) -> int:
-        """Number of tokens."""
-        ...
-
-    def read(self, start: int, length: int) -> npt.NDArray[np.integer[Any]]:
-        """Tokens `start` to `start + length`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -47,9 +42,9 @@ class Sampler:
 
     Attributes:
         n_tokens: tokens of the split.
-        block_size: tokens that a window predicts; it holds one more.
-        batch_size: windows (sequences) of one step, over all ranks and micro-batches.
-        seed: the order; any integer.
+        block_size: tokens that a window predicts; a window contains one more.
+        batch_size: windows (sequences) per step, over all ranks and micro-batches.
+        seed: any integer.
 
     Raises:
         UserError: the split is shorter than one window.
@@ -64,30 +59,30 @@ class Sampler:
         assert self.block_size > 0 and self.batch_size > 0
         if self.n_tokens < self.block_size + 1:
             raise UserError(
-                f"the data has {self.n_tokens:,} tokens, fewer than one window of {self.block_size + 1:,} "
-                "(block_size + 1)",
+                f"the data has {self.n_tokens:,} tokens, fewer than one window of "
+                f"{self.block_size + 1:,} (block_size + 1)",
                 hint="prepare more text, or lower data.block_size",
             )
 
     @property
     def windows_per_epoch(self) -> int:
-        """K of the module's docstring; 1 for data shorter than two windows."""
+        """K in the module docstring; 1 if the data is shorter than two windows."""
         return max(1, (self.n_tokens - self.block_size) // self.block_size)
 
     def rows(self, step: int) -> npt.NDArray[np.int64]:
-        """First token of each window of batch `step` (from 0), shape (batch_size,).
+        """Return the first token of each window of batch `step` (from 0), shape (batch_size,).
 
-        A batch may begin in one epoch and end in the next, or hold several.
+        A batch may span two or more epochs.
         """
         assert step >= 0
         return self.windows(step * self.batch_size, self.batch_size)
 
     def windows(self, first: int, count: int) -> npt.NDArray[np.int64]:
-        """First token of each of the rows `first` to `first + count` of the endless sequence, shape (count,)."""
+        """Return the first token of rows `first` to `first + count`, shape (count,)."""
         row = first + np.arange(count, dtype=_U64)
         in_epoch = _U64(self.windows_per_epoch)
         epoch_key = _mix(_mix(_U64(self.seed & _MASK)) + row // in_epoch)
-        # Data shorter than two windows has fewer offsets to choose from than block_size.
+        # Data shorter than two windows has fewer possible offsets than block_size.
         offsets = min(self.block_size, self.n_tokens - self.windows_per_epoch * self.block_size)
         window = _shuffle(row % in_epoch, in_epoch, epoch_key)
         start: npt.NDArray[np.uint64] = _mix(epoch_key) % _U64(offsets) + window * _U64(
@@ -96,39 +91,92 @@ class Sampler:
         return start.astype(np.int64)
 
 
-def batch(tokens: Tokens, rows: npt.NDArray[np.int64], block_size: int) -> npt.NDArray[np.int64]:
-    """The windows that begin at `rows`, shape (len(rows), block_size + 1).
+class MixtureSampler:
+    """A sampler over the concatenated tokens of a main source and further sources with fixed shares.
 
-    Inputs are `[:, :-1]`, targets `[:, 1:]`.
+    Without further sources, its rows are those of `Sampler`.
     """
-    windows = np.empty((len(rows), block_size + 1), dtype=np.int64)
-    for i, start in enumerate(rows.tolist()):
-        windows[i] = tokens.read(start, block_size + 1)
-    return windows
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        shares: Sequence[Fraction],
+        block_size: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        """Create one sampler per source.
+
+        Args:
+            lengths: tokens of each source, the main one first.
+            shares: share of each further source.
+            block_size: see `Sampler`.
+            batch_size: see `Sampler`.
+            seed: see `Sampler`.
+
+        Raises:
+            UserError: a source is shorter than one window.
+        """
+        self._batch_size = batch_size
+        self._shares = shares
+        self._samplers = [Sampler(length, block_size, batch_size, seed) for length in lengths]
+        self._offsets = [0, *accumulate(lengths)]
+
+    def rows(self, step: int) -> npt.NDArray[np.int64]:
+        """Return the first token of each window of batch `step` (from 0), shape (batch_size,)."""
+        first = step * self._batch_size
+        ranges = divide_rows(first, first + self._batch_size, self._shares)
+        parts = zip(self._samplers, self._offsets[:-1], ranges, strict=True)
+        return np.concatenate(
+            [
+                sampler.windows(start, stop - start) + offset
+                for sampler, offset, (start, stop) in parts
+            ]
+        )
+
+
+def divide_rows(first: int, last: int, shares: Sequence[Fraction]) -> list[tuple[int, int]]:
+    """Divide rows `first` to `last` of a mixture among its sources.
+
+    Args:
+        first: a row of the mixture.
+        last: one past its last row.
+        shares: share of each source except the main one, which has the remainder.
+
+    Returns:
+        A range of each source's own rows, the main source first.
+    """
+    ranges, remainder = [], Fraction(1)
+    for share in shares:
+        relative = share / remainder
+        start, stop = floor(first * relative), floor(last * relative)
+        ranges.append((start, stop))
+        first, last, remainder = first - start, last - stop, remainder - share
+    return [(first, last), *ranges]
 
 
 def validation_windows(
     n_tokens: int, block_size: int, stride: int | None = None
 ) -> list[tuple[int, int, int]]:
-    """(start, length, predicted) of windows over a split that predict each token but the first once.
+    """Return windows over a split that predict each token but the first exactly once.
 
-    A window of `length` tokens is at most `block_size + 1` and predicts its last `predicted`. Disjoint windows
-    (no `stride`) predict all but their first, and the next one begins with the last token of the one before.
-    With a `stride`, every window after the first predicts so many, with the tokens before them as context.
-    Empty below two tokens.
+    Each window is (start, length, predicted): it has at most `block_size + 1` tokens and predicts its
+    last `predicted` ones. Without `stride`, windows are disjoint except for one shared token and
+    predict all but their first token. With `stride`, every window after the first predicts `stride`
+    tokens and uses the tokens before them as context. Below two tokens there are no windows.
     """
     stride = stride or block_size
     ends = [*range(block_size + 1, n_tokens, stride), n_tokens] if n_tokens > 1 else []
-    before = [1, *ends]
+    previous_ends = [1, *ends]
     windows = []
-    for end, last in zip(ends, before, strict=False):
-        start = max(0, end - block_size - 1) if stride < block_size else last - 1
-        windows.append((start, end - start, end - last))
+    for end, previous in zip(ends, previous_ends, strict=False):
+        start = max(0, end - block_size - 1) if stride < block_size else previous - 1
+        windows.append((start, end - start, end - previous))
     return windows
 
 
 def _mix(x: npt.NDArray[np.uint64] | np.uint64) -> npt.NDArray[np.uint64]:
-    """SplitMix64's output function: 64 bits in, 64 well-mixed bits out; arithmetic wraps on purpose."""
+    """Apply SplitMix64's output function. The arithmetic wraps on purpose."""
     z = np.atleast_1d(np.asarray(x, dtype=_U64)) + _U64(_GOLDEN)
     z = (z ^ (z >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> _U64(27))) * _U64(0x94D049BB133111EB)
@@ -138,10 +186,10 @@ def _mix(x: npt.NDArray[np.uint64] | np.uint64) -> npt.NDArray[np.uint64]:
 def _shuffle(
     index: npt.NDArray[np.uint64], count: np.uint64, key: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.uint64]:
-    """Where `index` goes in the permutation of [0, count) that `key` names, element by element.
+    """Map each `index` by the permutation of [0, count) with the given `key`.
 
-    Each round pairs x with (pivot - x) mod count and swaps the pair, or not, by one bit that both
-    of its members agree on; so every round, and the whole, is a permutation.
+    Each round pairs x with (pivot - x) mod count and swaps the pair if a bit computed from the pair is
+    set. Each round is therefore a permutation.
     """
     x = index
     for round_ in range(1, _ROUNDS + 1):

@@ -1,150 +1,275 @@
-"""A folder of prepared data as a whole: open it, read its splits, check every byte.
+"""Token shards: a header of 1024 bytes, then uint16 tokens; written sequentially, read at random.
 
-Why: training and evaluation see one object that says which tokenizer, how many tokens, and which
-data this is (its hash), whether `llmtrain prepare` wrote the folder or nanoGPT did.
+llm.c and modded-nanogpt use the same layout. With offset 0, `TokenReader` reads nanoGPT's headerless
+files.
 
-    data = open_data(Path("data/openwebtext")); data.reader("train").read(start=0, length=1025)
+Why positioned reads: the pages of a memory map count as memory of the process, and a file truncated
+under a map kills the process instead of raising.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from fractions import Fraction
+import contextlib
+import os
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from typing import Any, BinaryIO, Protocol
 
-from llmtrain.data import nanogpt
-from llmtrain.data.manifest import MANIFEST_FILE, SPLITS, TokenizerRecord, read_manifest
-from llmtrain.data.token_files import (
-    HEADER_BYTES,
-    TokenFile,
-    TokenReader,
-    content_problem,
-    shard_problem,
-)
+import numpy as np
+import numpy.typing as npt
+
+from llmtrain.data.manifest import ShardRecord, SplitRecord, shard_name
 from llmtrain.errors import UserError
-from llmtrain.model.tokenizer import load_tokenizer
+from llmtrain.storage import commit, integrity
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 1024
+MAX_SHARD_TOKENS = 2**31 - 1
+"""Largest token count that fits the header's int32."""
+
+TOKEN = np.dtype("<u2")
+TOKEN_BYTES = TOKEN.itemsize
+_HEADER_INT = np.dtype("<i4")
+
+
+def header(tokens: int) -> bytes:
+    """Return a shard's header: 256 little-endian int32 values, zero after the first three."""
+    values = np.zeros(HEADER_BYTES // 4, dtype=_HEADER_INT)
+    values[:3] = MAGIC, VERSION, tokens
+    return values.tobytes()
+
+
+def shard_bytes(tokens: int) -> int:
+    """Return the file size of a shard."""
+    return HEADER_BYTES + TOKEN_BYTES * tokens
+
+
+def shard_problem(folder: Path, shard: ShardRecord) -> str | None:
+    """Return what is wrong with a shard's size or header, or None. Its tokens are not read."""
+    path = folder / shard.name
+    if not path.is_file():
+        return f"{path} is missing"
+    expected, size = shard_bytes(shard.tokens), path.stat().st_size
+    if size != expected:
+        return f"{path} has {size:,} bytes instead of {expected:,} ({shard.tokens:,} tokens)"
+    with path.open("rb") as file:
+        found = file.read(HEADER_BYTES)
+    if found != header(shard.tokens):
+        values = np.frombuffer(found, dtype=_HEADER_INT)[:3].tolist()
+        return f"{path} has the header {values} instead of {[MAGIC, VERSION, shard.tokens]}"
+    return None
+
+
+def hash_problem(folder: Path, shard: ShardRecord) -> str | None:
+    """Return an error message if the shard's SHA-256 differs from its record, else None."""
+    if integrity.sha256_of(folder / shard.name) == shard.sha256:
+        return None
+    return f"{folder / shard.name} does not have the recorded SHA-256"
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """Writer of one split's documents; a shard ends with the document that fills it.
+
+    Each shard is written under a temporary name, flushed to disk and renamed.
+
+    Args:
+        finished: shards that the folder already contains.
+        on_shard: called with each shard once it is durable.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        shard_tokens: int,
+        finished: Sequence[ShardRecord] = (),
+        on_shard: Callable[[ShardRecord], None] = lambda record: None,
+    ) -> None:
+        self.shards = list(finished)
+        self._on_shard = on_shard
+        self._folder = folder
+        self._split = split
+        self._shard_tokens = shard_tokens
+        self._file: BinaryIO | None = None
+        self._tokens = self._documents = self._text_bytes = 0
+
+    def add(self, tokens: npt.NDArray[np.uint16], text_bytes: int, *, ends_document: bool) -> None:
+        """Append the tokens of a document, or of a part of it.
+
+        Raises:
+            UserError: one document has more tokens than a shard's header can count.
+        """
+        if self._file is None:
+            self._file = self._temporary.open("wb", buffering=1 << 20)
+            self._file.write(bytes(HEADER_BYTES))
+        self._file.write(tokens.astype(TOKEN, copy=False).data)
+        self._tokens += len(tokens)
+        self._text_bytes += text_bytes
+        if self._tokens > MAX_SHARD_TOKENS:
+            raise UserError(
+                f"a document exceeds the {MAX_SHARD_TOKENS:,} tokens of a shard",
+                hint="split the document, or lower --shard-tokens",
+            )
+        if ends_document:
+            self._documents += 1
+            if self._tokens >= self._shard_tokens:
+                self._finish_shard()
+
+    def close(self) -> SplitRecord:
+        """Finish the last shard and return the record of the split."""
+        if self._file is not None:
+            self._finish_shard()
+        return SplitRecord.from_shards(self.shards)
+
+    def abort(self) -> None:
+        """Delete the unfinished shard, which frees space on a full disk."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # flushing the buffer fails again on a full disk
+                self._file.close()
+            self._file = None
+            self._temporary.unlink()
+
+    @property
+    def _name(self) -> str:
+        return shard_name(self._split, len(self.shards))
+
+    @property
+    def _temporary(self) -> Path:
+        return self._folder / f"{commit.TEMPORARY_PREFIX}{self._name}"
+
+    def _finish_shard(self) -> None:
+        assert self._file is not None
+        self._file.seek(0)
+        self._file.write(header(self._tokens))
+        self._file.close()
+        self._file = None
+        commit.fsync_path(self._temporary)
+        record = ShardRecord(
+            name=self._name,
+            tokens=self._tokens,
+            documents=self._documents,
+            text_bytes=self._text_bytes,
+            sha256=integrity.sha256_of(self._temporary),
+        )
+        self._temporary.replace(self._folder / self._name)
+        commit.fsync_path(self._folder)
+        self._on_shard(record)
+        self.shards.append(record)
+        self._tokens = self._documents = self._text_bytes = 0
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+class Tokens(Protocol):
+    """A random-access sequence of tokens, such as a `TokenReader`."""
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        ...
+
+    def read(self, start: int, length: int) -> npt.NDArray[np.integer[Any]]:
+        """Return tokens `start` to `start + length`."""
+        ...
 
 
 @dataclass(frozen=True)
-class TokenData:
-    """A folder of tokens: what they are, how many, and a reader for each split.
+class TokenFile:
+    """A file of uint16 tokens that begin at byte `offset`."""
 
-    Attributes:
-        sha256: identity of the data (of the manifest's content; for nanoGPT's files, of their sizes
-            and of the first and last MiB of each).
-        tokenizer_assumed: nanoGPT's files do not name their tokenizer; GPT-2's is taken for granted.
-    """
-
-    folder: Path
-    tokenizer: str
-    vocab_size: int
-    eot: int
-    sha256: str
-    tokenizer_assumed: bool
-    files: Mapping[str, tuple[TokenFile, ...]]
-    _text_bytes: Mapping[str, int | None] = field(repr=False)
-    mix: "tuple[tuple[TokenData, Fraction], ...]" = ()
-    """Other data to train on beside this, and the share of each in a batch; see `mixture.py`."""
-
-    def tokens(self, split: str) -> int:
-        """Number of tokens of "train" or "val"."""
-        return sum(file.tokens for file in self.files[split])
-
-    def text_bytes(self, split: str) -> int | None:
-        """UTF-8 bytes of the split's documents; None where nothing records it."""
-        return self._text_bytes[split]
-
-    def reader(self, split: str) -> TokenReader:
-        """A reader of "train" or "val"; empty when the split is."""
-        return TokenReader(self.files[split], self.vocab_size)
+    path: Path
+    tokens: int
+    offset: int
 
 
-def open_data(folder: Path) -> TokenData:
-    """The data of a folder that `llmtrain prepare` or nanoGPT wrote; headers and sizes are checked.
+class TokenReader:
+    """The tokens of one split as one array on disk. Thread-safe; keeps no tokens in memory."""
 
-    Raises:
-        UserError: there is no data, or a shard is missing or not what the manifest says.
-    """
-    if not (folder / MANIFEST_FILE).exists() and nanogpt.is_nanogpt(folder):
-        return _open_nanogpt(folder)
-    manifest = read_manifest(folder)
-    for split in SPLITS:
-        for shard in manifest.split_record(split).shards:
-            problem = shard_problem(folder, shard)
-            if problem:
+    def __init__(self, token_files: tuple[TokenFile, ...], vocab_size: int = 1 << 16) -> None:
+        """Open the files of one split, in order. Reading an id of `vocab_size` or more is an error."""
+        self._files = token_files
+        self._vocab_size = vocab_size
+        self._ends = list(accumulate(file.tokens for file in token_files))
+        self._descriptors: list[int] = []
+        self._close = weakref.finalize(self, _close_all, self._descriptors)
+        for file in token_files:
+            self._descriptors.append(os.open(file.path, os.O_RDONLY))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def read(self, start: int, length: int) -> npt.NDArray[np.uint16]:
+        """Return tokens `start` to `start + length`, shape (length,), across shards.
+
+        Raises:
+            IndexError: the range exceeds the split.
+            UserError: a file was truncated after it was opened, or contains an invalid id.
+        """
+        if start < 0 or length < 0 or start + length > len(self):
+            raise IndexError(f"tokens {start} to {start + length} of {len(self)}")
+        tokens = np.empty(length, dtype=TOKEN)
+        done = 0
+        while done < length:
+            index = bisect_right(self._ends, start + done)
+            first = start + done - (self._ends[index] - self._files[index].tokens)
+            count = min(length - done, self._files[index].tokens - first)
+            part = tokens[done : done + count]
+            self._fill(part, index, first)
+            if part.max() >= self._vocab_size:
+                raise self._invalid_id(part, index, first)
+            done += count
+        return tokens
+
+    def _fill(self, target: npt.NDArray[np.uint16], index: int, first: int) -> None:
+        file = self._files[index]
+        position = file.offset + first * TOKEN_BYTES
+        view = target.view(np.uint8).data
+        while view:
+            count = os.preadv(self._descriptors[index], [view], position)
+            if count == 0:
                 raise UserError(
-                    problem, hint=f"restore it, or delete {folder} and prepare it again"
+                    f"{file.path} ends at byte {position:,}, before its last token",
+                    hint="check it with llmtrain verify; restore it or prepare the data again",
                 )
-    _check_tokenizer(folder, manifest.tokenizer)
-    return TokenData(
-        folder=folder,
-        tokenizer=manifest.tokenizer.name,
-        vocab_size=manifest.tokenizer.vocab_size,
-        eot=manifest.tokenizer.eot,
-        sha256=manifest.sha256,
-        tokenizer_assumed=False,
-        files={
-            split: tuple(
-                TokenFile(folder / shard.name, shard.tokens, HEADER_BYTES)
-                for shard in manifest.split_record(split).shards
-            )
-            for split in SPLITS
-        },
-        _text_bytes={split: manifest.split_record(split).text_bytes for split in SPLITS},
-    )
+            view = view[count:]
+            position += count
 
-
-def open_split(folder: Path, split: str) -> TokenReader:
-    """The tokens of one split of a data folder; see `open_data`."""
-    return open_data(folder).reader(split)
-
-
-def _open_nanogpt(folder: Path) -> TokenData:
-    token_files = nanogpt.token_files(folder)
-    tokenizer = load_tokenizer("gpt2")
-    return TokenData(
-        folder=folder,
-        tokenizer=tokenizer.name,
-        vocab_size=tokenizer.vocab_size,
-        eot=tokenizer.eot,
-        sha256=nanogpt.identity(token_files),
-        tokenizer_assumed=True,
-        files=token_files,
-        _text_bytes=dict.fromkeys(SPLITS),
-    )
-
-
-def tokenizer_record(name: str) -> TokenizerRecord:
-    """What the manifest says of the tokenizer called `name`."""
-    tokenizer = load_tokenizer(name)
-    return TokenizerRecord(
-        name=name, vocab_size=tokenizer.vocab_size, eot=tokenizer.eot, sha256=tokenizer.sha256
-    )
-
-
-def _check_tokenizer(folder: Path, record: TokenizerRecord) -> None:
-    if tokenizer_record(record.name) != record:
-        raise UserError(
-            f"{folder} was prepared with another {record.name} tokenizer than this llmtrain has",
-            hint="use the llmtrain that prepared it, or prepare the data again",
+    def _invalid_id(self, part: npt.NDArray[np.uint16], index: int, first: int) -> UserError:
+        position = int((part >= self._vocab_size).argmax())
+        return UserError(
+            f"{self._files[index].path} contains id {part[position]} at token "
+            f"{first + position:,}, beyond the vocabulary of {self._vocab_size:,}",
+            hint="the file is damaged or uses another tokenizer: check it with llmtrain verify, "
+            "or prepare the data again",
         )
 
+    def close(self) -> None:
+        """Close the files. Garbage collection of the reader closes them too."""
+        self._close()
 
-def data_problems(folder: Path) -> list[str]:
-    """Everything that is wrong with prepared data, every byte of it read; empty when all is well.
 
-    Raises:
-        UserError: the manifest itself is missing or damaged.
-    """
-    manifest = read_manifest(folder)
-    problems = []
-    listed = set()
-    for split in SPLITS:
-        for shard in manifest.split_record(split).shards:
-            listed.add(shard.name)
-            problem = shard_problem(folder, shard) or content_problem(
-                folder, shard, manifest.tokenizer
-            )
-            if problem:
-                problems.append(problem)
-    strangers = (path for path in sorted(folder.glob("*.bin")) if path.name not in listed)
-    return problems + [f"{path} is not in the manifest" for path in strangers]
+def _close_all(descriptors: list[int]) -> None:
+    while descriptors:
+        os.close(descriptors.pop())
+
+
+class ConcatenatedTokens:
+    """Several token sequences as one. A read must not cross from one into the next."""
+
+    def __init__(self, parts: Sequence[Tokens]) -> None:
+        self._parts = parts
+        self._offsets = [0, *accumulate(len(part) for part in parts)]
+
+    def __len__(self) -> int:
+        return self._offsets[-1]
+
+    def read(self, start: int, length: int) -> npt.NDArray[np.integer[Any]]:
+        """Return tokens `start` to `start + length`."""
+        index = bisect_right(self._offsets, start) - 1
+        return self._parts[index].read(start - self._offsets[index], length)

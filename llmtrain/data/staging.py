@@ -1,9 +1,9 @@
-"""The folder in which data is built, and the step that gives it its name.
+"""Temporary folder of a preparation, and the check of its target.
 
-Why a folder around the shards: `.tmp-NAME/shards` becomes `NAME` in one rename, and the journal
-beside it is there until after that; so a kill at any instant leaves something to go on from.
+`.tmp-NAME/shards` becomes `NAME` in one rename. The journal next to it remains until then, so a
+preparation killed at any time can resume.
 
-    with staged(Path("data/web"), need) as staging: ...; staging.commit(manifest)
+    with staged(Path("data/web")) as staging: ...; staging.commit(manifest)
 """
 
 import errno
@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtrain.data.copies import cache_folder
+from llmtrain.data.cache import cache_folder
 from llmtrain.data.journal import JOURNAL_FILE
 from llmtrain.data.manifest import (
     MANIFEST_FILE,
@@ -23,62 +23,64 @@ from llmtrain.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from llmtrain.data.shards import open_data
+from llmtrain.data.token_data import open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.storage.commit import commit_folder, temporary_folder, temporary_path
-from llmtrain.storage.disk import NO_ROOM, concerns
+from llmtrain.storage.disk import NO_ROOM, concerns, free_bytes
 
 
 @dataclass
-class Need:
-    """About how many bytes are still to be written; None while that is not known."""
+class StagingFolder:
+    """`.tmp-NAME` in the target's parent, locked by this process.
 
-    bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class Staging:
-    """`.tmp-NAME` beside the target, held by this process."""
+    `remaining_bytes` estimates what is still to be written; None if unknown.
+    """
 
     folder: Path
     target: Path
+    remaining_bytes: int | None = None
 
     @property
     def shards(self) -> Path:
-        """What becomes the target."""
+        """The folder that becomes the target."""
         return self.folder / "shards"
 
     @property
     def documents(self) -> Path:
-        """Text that had to be written before it can be read in parts; of no use to the next process."""
+        """Downloaded or extracted text, which is deleted at the end."""
         return self.folder / "documents"
 
     @property
     def journal(self) -> Path:
-        """What is finished; see `Journal`."""
+        """The journal of finished shards."""
         return self.folder / JOURNAL_FILE
 
-    def discard(self) -> None:
-        """Of shards that no later start can use, none is kept."""
+    @property
+    def finished_shards(self) -> list[Path]:
+        """The shards that have their final names."""
+        return list(self.shards.glob("[!.]*.bin"))
+
+    def discard_shards(self) -> None:
+        """Delete the shards, so that nothing is resumed."""
         shutil.rmtree(self.shards)
 
     def commit(self, manifest: Manifest) -> None:
-        """Give the shards their name."""
+        """Write the manifest and rename the shards' folder to the target."""
         write_manifest(self.shards, manifest)
         commit_folder(self.shards, self.target)
 
 
 @contextmanager
-def staged(out: Path, need: Need) -> Iterator[Staging]:
-    """Hold the folder in which `out` is built. Afterwards only finished shards are kept, to go on from.
+def staged(out: Path) -> Iterator[StagingFolder]:
+    """Lock and yield the folder in which `out` is built. At the end, keep only finished shards.
 
     Raises:
         UserError: another process builds `out`.
-        RunFailed: something cannot be written; says how much space there is, and is `need`ed.
+        RunFailed: a write failed; the message contains the free and the needed space.
     """
     target = out.resolve()
-    staging = Staging(temporary_path(target), target)
-    new = [folder for folder in target.parents if not folder.exists()]
+    staging = StagingFolder(temporary_path(target), target)
+    created = [folder for folder in target.parents if not folder.exists()]
     try:
         with temporary_folder(target, resumable=True):
             for leftover in staging.folder.iterdir():
@@ -89,94 +91,62 @@ def staged(out: Path, need: Need) -> Iterator[Staging]:
                 yield staging
             finally:
                 shutil.rmtree(staging.documents, ignore_errors=True)
-                if not list(staging.shards.glob("[!.]*.bin")):
+                if not staging.finished_shards:
                     shutil.rmtree(staging.folder, ignore_errors=True)
     except OSError as error:
-        raise _cannot_write(out, staging, error, need) from error
+        raise _write_failed(out, staging, error) from error
     finally:
-        for folder in new:  # made for nothing; one that holds something refuses
+        for folder in created:  # only empty ones: rmdir fails on others
             with suppress(OSError):
                 folder.rmdir()
 
 
-def _cannot_write(out: Path, staging: Staging, error: OSError, need: Need) -> RunFailed:
-    elsewhere = error.filename and not concerns(staging.target, error.filename)
-    message = f"cannot write {error.filename if elsewhere else out}: {error.strerror or error}"
-    hint = "choose another place with --out"
+def _write_failed(out: Path, staging: StagingFolder, error: OSError) -> RunFailed:
+    is_elsewhere = error.filename and not concerns(staging.target, error.filename)
+    message = f"cannot write {error.filename if is_elsewhere else out}: {error.strerror or error}"
+    hint = "choose another folder with --out"
     if staging.folder.is_relative_to(cache_folder().resolve()):
-        hint = "build it in another place: LLMTRAIN_CACHE=FOLDER"
+        hint = "set another folder to build in: LLMTRAIN_CACHE=FOLDER"
     if error.errno in NO_ROOM:
-        parent = next(path for path in staging.folder.parents if path.is_dir())
-        wanted = "" if need.bytes is None else f"about {_size(need.bytes)} more are needed, "
-        message += f" ({wanted}{_size(shutil.disk_usage(parent).free)} are free)"
+        message += f" ({_space(staging)})"
         hint = f"free space, or {hint}"
-        if error.errno == errno.EFBIG:
-            hint = (
-                "the shell limits the size of a file (ulimit -f): raise it, or lower --shard-tokens"
-            )
-    finished = 0
-    with suppress(OSError):  # of a name that is too long, say
-        finished = len(list(staging.shards.glob("[!.]*.bin")))
-    if finished:
-        hint += f"; the same command goes on after the {finished:,} finished shard(s)"
+    if error.errno == errno.EFBIG:
+        hint = "raise the shell's limit on file sizes (ulimit -f), or lower --shard-tokens"
+    with suppress(OSError):  # a name that is too long
+        if finished := len(staging.finished_shards):
+            hint += f"; the same command resumes after the {finished:,} finished shard(s)"
     return RunFailed(message, hint=hint)
+
+
+def _space(staging: StagingFolder) -> str:
+    free = f"{_size(free_bytes(staging.folder))} are free"
+    if staging.remaining_bytes is None:
+        return free
+    return f"about {_size(staging.remaining_bytes)} more are needed, {free}"
 
 
 def _size(size: float) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
-# --- the target --------------------------------------------------------------------------------
-
-_ELSEWHERE = "choose another folder with --out, or delete this one"
-
-
-def existing(out: Path, plan: PrepareSpec) -> Manifest | None:
-    """The manifest of `out` if it holds what `plan` would make; None if nothing is there.
+def existing_data(out: Path, spec: PrepareSpec) -> Manifest | None:
+    """Return the manifest of `out` if it contains the data of `spec`; None if it is absent or empty.
 
     Raises:
-        UserError: something else is there.
+        UserError: `out` contains anything else, or is a mount point.
     """
     if out.resolve().is_mount():
         raise UserError(
             f"{out} is a mount point, which cannot be renamed",
-            hint=f"--out {shlex.quote(str(out / 'NAME'))}",
+            hint=f"choose a folder in it: --out {shlex.quote(str(out / 'NAME'))}",
         )
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST_FILE).is_file():
         raise UserError(
-            f"{out} exists and is no prepared data", hint="choose another folder with --out"
+            f"{out} exists and is not a data folder", hint="choose another folder with --out"
         )
     manifest = read_manifest(out)
-    require_same(str(out), manifest, plan)
+    manifest.require_spec(spec, str(out))
     open_data(out)
     return manifest
-
-
-def require_same(place: str, manifest: Manifest, plan: PrepareSpec) -> None:
-    """Check that the data in `place` is what `plan` would make.
-
-    Raises:
-        UserError: it is other data.
-    """
-    differences = _differences(plan.model_dump(), manifest.plan.model_dump())
-    if differences:
-        raise UserError(f"{place} holds other data: {'; '.join(differences[:3])}", hint=_ELSEWHERE)
-
-
-def _differences(
-    wanted: dict[str, object], found: dict[str, object], prefix: str = ""
-) -> list[str]:
-    """`key is X, not Y` for each leaf in which two nested records differ."""
-    differences = []
-    for key, value in wanted.items():
-        other, name = found[key], f"{prefix}{key}"
-        if isinstance(value, dict) and isinstance(other, dict):
-            differences += _differences(value, other, f"{name}.")
-        elif value != other:
-            brief = isinstance(value, (str, int, float)) and isinstance(other, (str, int, float))
-            differences.append(
-                f"{name} is {other!r}, not {value!r}" if brief else f"{name} differ(s)"
-            )
-    return differences

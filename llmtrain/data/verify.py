@@ -1,23 +1,24 @@
-"""Find every committed folder below a path and check every byte of it.
+"""Find the committed folders below a path and check every byte of them.
 
-Why one function for all kinds: data folders record their hashes in a manifest, weights and states
-in `integrity.json`, and whoever wonders about a disk wants both looked at.
-
-    problems = [p for check in verify_below(Path("runs/demo")) for p in check.problems]
+problems = [p for check in verify_below(Path("runs/demo")) for p in check.problems]
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtrain.data.manifest import MANIFEST_FILE
-from llmtrain.data.shards import data_problems
+import numpy as np
+
+from llmtrain.data.manifest import MANIFEST_FILE, ShardRecord, TokenizerRecord, read_manifest
+from llmtrain.data.shards import HEADER_BYTES, TOKEN, hash_problem, shard_problem
 from llmtrain.errors import UserError
 from llmtrain.storage import commit, integrity, run_folder
 
+_READ_BYTES = 1 << 24
+
 
 @dataclass(frozen=True)
-class Check:
-    """What was found in one committed folder."""
+class FolderCheck:
+    """Size and problems of one committed folder."""
 
     folder: Path
     files: int
@@ -25,49 +26,79 @@ class Check:
     problems: list[str]
 
 
-def verify_below(path: Path) -> list[Check]:
-    """Check every committed folder at or below `path`, in the order of their paths.
+def verify_below(path: Path) -> list[FolderCheck]:
+    """Check every committed folder at or below `path`, sorted by path.
 
-    Leftovers of interrupted work (`.tmp-…`) are not committed and not looked at.
+    Folders of unfinished work (`.tmp-…`) are skipped.
 
     Raises:
-        UserError: there is no such folder, or nothing below it records hashes.
+        UserError: `path` is not a directory, or contains no recorded hashes.
     """
     if not path.is_dir():
         raise UserError(
-            f"{path} is no folder", hint="name a data folder, a folder of weights, or a run"
+            f"{path} is not a directory", hint="name a data folder, a weights folder, or a run"
         )
-    found = {
-        record.parent
-        for name in (MANIFEST_FILE, integrity.INTEGRITY_FILE)
-        for record in path.rglob(name)
-    }
-    # A committed step without its record is damage as well.
+    records = (MANIFEST_FILE, integrity.INTEGRITY_FILE)
+    found = {record.parent for name in records for record in path.rglob(name)}
+    # Include step folders without a record: a missing record is damage as well.
     parents = [path, *(each for each in path.rglob("*") if each.is_dir())]
     found.update(step for parent in parents for step in run_folder.step_folders(parent).values())
-    folders = sorted(folder for folder in found if not _temporary(folder.relative_to(path)))
+    folders = sorted(folder for folder in found if not _is_temporary(folder.relative_to(path)))
     if not folders:
         raise UserError(
-            f"nothing at or below {path} records its hashes ({MANIFEST_FILE} or {integrity.INTEGRITY_FILE})",
-            hint="only folders that llmtrain wrote can be verified, and nanoGPT's have no hashes",
+            f"no hashes are recorded at or below {path} ({' or '.join(records)})",
+            hint="verify folders that llmtrain wrote; nanoGPT's folders contain no hashes",
         )
     return [_check(folder) for folder in folders]
 
 
-def _check(folder: Path) -> Check:
-    problems = []
+def _is_temporary(relative: Path) -> bool:
+    return any(part.startswith(commit.TEMPORARY_PREFIX) for part in relative.parts)
+
+
+def _check(folder: Path) -> FolderCheck:
     try:
         if (folder / MANIFEST_FILE).is_file():
-            problems += data_problems(folder)
+            problems = data_problems(folder)
         else:
-            problems += integrity.integrity_problems(folder)
+            problems = integrity.integrity_problems(folder)
     except UserError as error:
-        problems.append(str(error))
+        problems = [str(error)]
     except OSError as error:
-        problems.append(f"{folder} cannot be read: {error}")
+        problems = [f"cannot read {folder}: {error}"]
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-    return Check(folder, len(sizes), sum(sizes), problems)
+    return FolderCheck(folder, len(sizes), sum(sizes), problems)
 
 
-def _temporary(relative: Path) -> bool:
-    return any(part.startswith(commit.TEMPORARY_PREFIX) for part in relative.parts)
+def data_problems(folder: Path) -> list[str]:
+    """Read every shard of a data folder and return all problems.
+
+    Raises:
+        UserError: the manifest is missing or damaged.
+    """
+    manifest = read_manifest(folder)
+    found = (
+        shard_problem(folder, shard)
+        or hash_problem(folder, shard)
+        or _token_problem(folder, shard, manifest.tokenizer)
+        for shard in manifest.shards
+    )
+    listed = {shard.name for shard in manifest.shards}
+    unlisted = (path for path in sorted(folder.glob("*.bin")) if path.name not in listed)
+    return [*filter(None, found), *(f"{path} is not in the manifest" for path in unlisted)]
+
+
+def _token_problem(folder: Path, shard: ShardRecord, tokenizer: TokenizerRecord) -> str | None:
+    path = folder / shard.name
+    largest, documents = 0, 0
+    with path.open("rb") as file:
+        file.seek(HEADER_BYTES)
+        while content := file.read(_READ_BYTES):
+            tokens = np.frombuffer(content, dtype=TOKEN)
+            largest = max(largest, int(tokens.max()))
+            documents += int(np.count_nonzero(tokens == tokenizer.eot))
+    if largest >= tokenizer.vocab_size:
+        return f"{path} contains id {largest}, beyond the vocabulary of {tokenizer.vocab_size:,}"
+    if documents != shard.documents:
+        return f"{path} contains {documents:,} documents instead of {shard.documents:,}"
+    return None

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from llmtrain.config.schema import RunConfig, TrainConfig
-from llmtrain.data.mixture import open_training_data, train_tokens
+from llmtrain.data.token_data import open_training_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.planning.sizes import disk_usage
@@ -172,5 +172,5 @@ def _data(config: RunConfig) -> str:
             f"the model's {config.model.vocab_size:,}",
             hint=f"--set model.vocab_size={data.vocab_size}",
         )
-    train, val = len(train_tokens(data)), data.tokens("val")
+    train, val = len(data.train_tokens()), data.tokens("val")
     return f"{names}: {train:,} training and {val:,} validation tokens, {data.tokenizer}"

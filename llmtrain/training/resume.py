@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from llmtrain.config.loading import load_config
 from llmtrain.config.schema import RunConfig, flatten
-from llmtrain.data.shards import TokenData
+from llmtrain.data.token_data import TokenData
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.storage.commit import remove_folder, remove_leftovers, write_atomically
 from llmtrain.storage.integrity import INTEGRITY_FILE

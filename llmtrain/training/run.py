@@ -14,8 +14,7 @@ from pathlib import Path
 
 from llmtrain.config.loading import dump_config
 from llmtrain.config.schema import RunConfig
-from llmtrain.data.mixture import open_training_data
-from llmtrain.data.shards import TokenData
+from llmtrain.data.token_data import TokenData, open_training_data
 from llmtrain.errors import UserError
 from llmtrain.runtime.device import environment, keep_freed_memory, resolve_device
 from llmtrain.runtime.distributed import init_distributed

@@ -22,8 +22,8 @@ from llmtrain.averaging.online import OnlineAverage, build_average, swapped_in
 from llmtrain.checkpoints.checkpoint import Origin
 from llmtrain.checkpoints.gpt2_folder import Shape
 from llmtrain.config.schedules import block_size, learning_rate
-from llmtrain.data.batches import Batches
-from llmtrain.data.shards import TokenData
+from llmtrain.data.dataloader import DataLoader
+from llmtrain.data.token_data import TokenData
 from llmtrain.errors import RunFailed, WriteFailed
 from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.model.gpt import GPT
@@ -62,7 +62,7 @@ class Trainer:
             for each in config.averages
         ]
         self.spikes = SpikeDetector(config, worker.device)
-        self.batches = Batches(config, data, world)
+        self.dataloader = DataLoader(config, data, world)
         self.val_tokens = data.reader("val")
         self.token_bytes = load_tokenizer(data.tokenizer).token_bytes()
         shape = Shape(config.model, config.data.block_size, data.eot)
@@ -111,7 +111,7 @@ class Trainer:
         """Compute the gradients of a batch; return the mean loss of this process, shape ()."""
         worker, micro = self.worker, self.progress.micro_batch
         _seed_dropout(self.config.seed, step - 1, self.world.rank)
-        parts = self.batches.of(step, step - 1 + self.progress.passed_batches, micro)
+        parts = self.dataloader.micro_batches(step, step - 1 + self.progress.passed_batches, micro)
         n_micro = worker.sequences // micro
         if worker.uses_cuda_graphs:
             allocate_grads(self.model)
@@ -156,7 +156,7 @@ class Trainer:
             self.checkpoint_writer.wait()
             raise
         finally:
-            self.batches.close()
+            self.dataloader.close()
             self.snapshot_writer.close()
             self.checkpoint_writer.close()
 

@@ -14,7 +14,7 @@ import numpy as np
 import typer
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.data.mixture import open_training_data
+from llmtrain.data.token_data import open_training_data
 from llmtrain.evaluation.loss import evaluate as loss_of_split
 from llmtrain.model.gpt import GPT
 from llmtrain.model.tokenizer import load_tokenizer

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.loading import load_config
 from llmtrain.config.schema import ModelConfig, RunConfig
-from llmtrain.data.mixture import open_training_data
+from llmtrain.data.token_data import open_training_data
 from llmtrain.model.gpt import GPT
 from llmtrain.runtime.device import keep_freed_memory, peak_memory, resolve_device
 from llmtrain.runtime.distributed import World

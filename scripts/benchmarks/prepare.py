@@ -19,10 +19,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from llmtrain.data.local_files import find_files
 from llmtrain.data.manifest import read_manifest
-from llmtrain.data.readers import partitions_of, read_partition, spans_of
-from llmtrain.data.token_files import TOKEN_BYTES
+from llmtrain.data.readers import partitions_of, read_partition
+from llmtrain.data.shards import TOKEN_BYTES
+from llmtrain.data.sources import find_files
 
 from .commands import LLMTRAIN, run
 from .measure import Figures, Row, Side, Worker, publish, rows, take_turns
@@ -90,7 +90,7 @@ def _library(path: Path) -> Path:
 
 def _documents(path: Path) -> Iterator[str]:
     paths, _ = find_files(str(path))
-    for partition in partitions_of(span for each in paths for span in spans_of(str(each))):
+    for partition in partitions_of(map(str, paths)):
         for document in read_partition(partition, "text"):
             yield str(document, "utf-8")
 

@@ -22,7 +22,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A source, and the folder that an undisturbed preparation of it writes."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    from llmtrain.data.prepare import prepare
+    from preparations import prepare
 
     source = write_source(folder)
     prepare(str(source), folder / "out", **OPTIONS)

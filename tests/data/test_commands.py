@@ -49,13 +49,13 @@ def test_prepare_and_verify(llmtrain: Command, source: Path, tmp_path: Path) -> 
 
     verified = llmtrain("verify", "data", cwd=tmp_path)
     assert verified.returncode == 0
-    assert "1 folder(s)" in verified.stdout and "all as written" in verified.stdout
+    assert "1 folder(s)" in verified.stdout and "all match their records" in verified.stdout
 
     shard = tmp_path / "data/web/train-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
     damaged = llmtrain("verify", "data/web", cwd=tmp_path)
     assert damaged.returncode == 1
-    assert "train-00000.bin has another SHA-256" in damaged.stdout
+    assert "train-00000.bin does not have the recorded SHA-256" in damaged.stdout
     assert "error: 1 of 1 folder(s) differ" in damaged.stderr and "hint: " in damaged.stderr
     listed = json.loads(llmtrain("verify", "--json", "data/web", cwd=tmp_path).stdout)
     assert listed[0]["folder"] == "data/web" and len(listed[0]["problems"]) == 1
@@ -106,7 +106,7 @@ def test_a_signal_before_the_first_shard_leaves_nothing(
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == code
-    assert "data/big is not complete; the same command goes on" in errors
+    assert "data/big is incomplete; the same command resumes" in errors
     assert not (tmp_path / "data").exists()
 
 

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 from in_process import unmeasured
-from preparations import ARGUMENTS, COMMAND, OPTIONS, contents, identity
+from preparations import ARGUMENTS, COMMAND, OPTIONS, contents, identity, prepare
 
-from llmtrain.data.prepare import prepare
 from llmtrain.errors import RunFailed
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -37,7 +36,7 @@ def test_a_limit_on_the_size_of_files(undisturbed: tuple[Path, Path], tmp_path: 
     [error] = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     about = r"error: cannot write out: File too large \(about [12]\.\d MB more are needed, [\d.,]+ .B are free\)"
     assert re.fullmatch(about, error)
-    assert "ulimit -f" in result.stderr and "the same command goes on after the" in result.stderr
+    assert "ulimit -f" in result.stderr and "resumes after the" in result.stderr
     assert "Traceback" not in result.stderr
     before = identity(tmp_path / ".tmp-out" / "shards")
     assert before
@@ -85,7 +84,7 @@ def test_a_disk_that_may_only_be_read(
     )
     assert result.returncode == 1
     assert f"error: cannot write {small_disk}/out: Read-only file system\n" in result.stderr
-    assert "hint: choose another place with --out\n" in result.stderr
+    assert "hint: choose another folder with --out\n" in result.stderr
 
 
 NOBODY = 65534
@@ -123,28 +122,30 @@ def test_no_permission(unprivileged: tuple[Path, Command]) -> None:
     unwritable = llmtrain("prepare", "a.txt", "--out", "closed/out", "--val-fraction", "0")
     assert unwritable.returncode == 1
     assert "cannot write" in unwritable.stderr and "Permission denied" in unwritable.stderr
-    assert "are free" not in unwritable.stderr and "hint: choose another place" in unwritable.stderr
+    assert (
+        "are free" not in unwritable.stderr and "hint: choose another folder" in unwritable.stderr
+    )
     unreadable = llmtrain("prepare", "secret.txt", "--val-fraction", "0")
     assert unreadable.returncode == 2
-    assert "secret.txt cannot be read: Permission denied" in unreadable.stderr
+    assert "cannot read secret.txt: Permission denied" in unreadable.stderr
     assert "cannot write" not in unreadable.stderr
 
 
 def test_a_source_that_shrinks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmtrain.data import build
+    from llmtrain.data import prepare as module
     from llmtrain.errors import UserError
 
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n{"text": "two"}\n')
-    real = build.validation_documents
+    real = module.validation_documents
 
     def shrink(*arguments: object) -> object:
         path.write_text('{"text": "one"}\n')
         return real(*arguments)
 
-    monkeypatch.setattr(build, "validation_documents", shrink)
+    monkeypatch.setattr(module, "validation_documents", shrink)
     with pytest.raises(
-        UserError, match=r"a\.jsonl holds fewer documents than when it was first read"
+        UserError, match=r"a\.jsonl contains fewer documents than when it was first read"
     ):
         prepare(str(path), tmp_path / "out", tokenizer="byte", val_fraction=0)
 

@@ -23,12 +23,13 @@ import json, sys
 from pathlib import Path
 import datasets
 from llmtrain.data.prepare import prepare
+from llmtrain.data.options import PrepareOptions
 from llmtrain.errors import UserError
 
 datasets.disable_progress_bars()
 source, out, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 try:
-    print(json.dumps(prepare(source, out, tokenizer="byte", **options).document()))
+    print(json.dumps(prepare(source, out, PrepareOptions("byte", **options)).document()))
 except UserError as error:
     print(json.dumps({"error": str(error), "hint": error.hint}))
 """
@@ -124,13 +125,15 @@ def test_openwebtext(run: Run, hub: HubServer, tmp_path: Path) -> None:
 STOPPED = """
 import sys
 from pathlib import Path
+from llmtrain.data.options import PrepareOptions
 from llmtrain.data.prepare import prepare
 
 def stop(progress):
     if progress.tokens:
         raise SystemExit(7)
 
-prepare("openwebtext", Path(sys.argv[1]), tokenizer="byte", shard_tokens=2000, on_progress=stop)
+options = PrepareOptions("byte", shard_tokens=2000)
+prepare("openwebtext", Path(sys.argv[1]), options, on_progress=stop)
 """
 
 
@@ -175,7 +178,7 @@ def test_any_dataset(run: Run, tmp_path: Path) -> None:
         ("hub:who/lines:fr", "'fr' not found. Available: ['default']", "hub:NAME:CONFIG"),
         (
             "hub:who/absent",
-            "there is no dataset 'who/absent' on the hub, or it is private",
+            "the dataset 'who/absent' does not exist on the hub, or is private",
             "check the name",
         ),
         ("hub:who/script", "Dataset scripts are no longer supported", "download its data files"),

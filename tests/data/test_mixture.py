@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from preparations import prepare
 
 from llmtrain.config.sections import DataConfig
-from llmtrain.data.mixture import MixtureSampler, open_training_data, shared, train_tokens
-from llmtrain.data.prepare import prepare
-from llmtrain.data.sampler import Sampler
-from llmtrain.data.shards import open_data
+from llmtrain.data.dataloader import training_sampler
+from llmtrain.data.sampler import Sampler, divide_rows
+from llmtrain.data.token_data import open_data, open_training_data
 from llmtrain.errors import UserError
 
 SHARES = st.lists(st.integers(1, 300), max_size=4).map(
@@ -28,9 +28,9 @@ def test_rows_are_given_out_once_and_in_order(
 ) -> None:
     """However a range of rows is cut, each source gives its own rows without gap or repetition."""
     cuts = [first + sum(counts[:n]) for n in range(len(counts) + 1)]
-    pieces = [shared(a, b, shares) for a, b in itertools.pairwise(cuts)]
+    pieces = [divide_rows(a, b, shares) for a, b in itertools.pairwise(cuts)]
     for (start, stop), parts in zip(
-        shared(cuts[0], cuts[-1], shares), zip(*pieces, strict=True), strict=True
+        divide_rows(cuts[0], cuts[-1], shares), zip(*pieces, strict=True), strict=True
     ):
         assert [start, *(end for _, end in parts)] == [*(begin for begin, _ in parts), stop]
     for piece, count in zip(pieces, counts, strict=True):
@@ -42,7 +42,7 @@ def test_rows_are_given_out_once_and_in_order(
 def test_a_source_has_its_share_to_within_one_row_a_source(
     shares: list[Fraction], rows: int
 ) -> None:
-    for share, (start, stop) in zip(shares, shared(0, rows, shares)[1:], strict=True):
+    for share, (start, stop) in zip(shares, divide_rows(0, rows, shares)[1:], strict=True):
         assert start == 0
         assert abs(stop - rows * share) <= len(shares)
 
@@ -58,8 +58,8 @@ def test_a_batch_holds_windows_of_each_source(data_folder: Path, old: Path) -> N
         path=str(data_folder), block_size=16, mix=[{"path": str(old), "weight": 0.25}]
     )
     data = open_training_data(config)
-    tokens, main = train_tokens(data), open_data(data_folder)
-    sampler = MixtureSampler(data, 16, 8, seed=3)
+    tokens, main = data.train_tokens(), open_data(data_folder)
+    sampler = training_sampler(data, 16, 8, seed=3)
     alone = Sampler(open_data(old).tokens("train"), 16, 8, seed=3)
     for step in range(50):
         rows = sampler.rows(step)
@@ -78,13 +78,13 @@ def test_one_source_is_what_it_was(data_folder: Path) -> None:
     assert data.sha256 == open_data(data_folder).sha256
     for step in (0, 7, 10_000):
         expected = Sampler(data.tokens("train"), 16, 8, seed=3).rows(step)
-        assert np.array_equal(MixtureSampler(data, 16, 8, seed=3).rows(step), expected)
+        assert np.array_equal(training_sampler(data, 16, 8, seed=3).rows(step), expected)
 
 
 def test_another_tokenizer_is_refused(
     data_folder: Path, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import llmtrain.data.mixture as module
+    import llmtrain.data.token_data as module
 
     real = module.open_data
     monkeypatch.setattr(
@@ -93,11 +93,11 @@ def test_another_tokenizer_is_refused(
         lambda path: replace(real(path), tokenizer="gpt2") if path == old else real(path),
     )
     config = DataConfig(path=str(data_folder), mix=[{"path": str(old), "weight": 0.25}])
-    with pytest.raises(UserError, match="holds tokens of gpt2"):
+    with pytest.raises(UserError, match="contains tokens of gpt2"):
         open_training_data(config)
 
 
 def test_weights_leave_a_share(data_folder: Path) -> None:
     mix = [{"path": "a", "weight": 0.6}, {"path": "b", "weight": 0.4}]
-    with pytest.raises(ValueError, match="leave nothing"):
+    with pytest.raises(ValueError, match="total weight of 1, which must be below 1"):
         DataConfig(path=str(data_folder), mix=mix)

@@ -10,12 +10,13 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from preparations import prepare
 
-from llmtrain.data.build import Build, PrepareProgress, validation_documents
-from llmtrain.data.manifest import Manifest, read_manifest
-from llmtrain.data.prepare import prepare, published_difference
-from llmtrain.data.shards import data_problems, open_data
-from llmtrain.data.verify import verify_below
+from llmtrain.data import prepare as module
+from llmtrain.data.manifest import Manifest, SplitRule, read_manifest
+from llmtrain.data.prepare import PrepareProgress, openwebtext_mismatch, validation_documents
+from llmtrain.data.token_data import open_data
+from llmtrain.data.verify import data_problems, verify_below
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.model.tokenizer import load_tokenizer
 
@@ -102,7 +103,7 @@ def test_workers_change_nothing(
             str(source), tmp_path / str(workers), tokenizer=name, shard_tokens=3000, workers=workers
         )
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
-    val = validation_documents(500, 0.0005, 2357)
+    val = validation_documents(500, SplitRule(val_fraction=0.0005, seed=2357))
     documents = [
         text for text, held_out in zip(make_documents(500), val, strict=True) if not held_out
     ]
@@ -143,12 +144,12 @@ def test_progress(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_openwebtext_split_size() -> None:
-    assert validation_documents(8_013_769, 0.0005, 2357).sum() == 4007
+    assert validation_documents(8_013_769, SplitRule(val_fraction=0.0005, seed=2357)).sum() == 4007
 
 
 def test_published_totals(source: Path, tmp_path: Path) -> None:
     manifest = prepare(str(source), tmp_path / "out")
-    assert published_difference(manifest) is None
+    assert openwebtext_mismatch(manifest) is None
 
     def openwebtext(train: int, val: int, **changes: object) -> Manifest:
         source = manifest.source.model_copy(update={"id": "hub:Skylion007/openwebtext", **changes})
@@ -158,9 +159,9 @@ def test_published_totals(source: Path, tmp_path: Path) -> None:
             update={"source": source, "train": train_record, "val": val_record}
         )
 
-    assert published_difference(openwebtext(9_035_582_198, 4_434_897)) is None
-    assert "9,035,582,198" in str(published_difference(openwebtext(9_035_582_197, 4_434_897)))
-    assert published_difference(openwebtext(1, 1, limit_documents=10)) is None
+    assert openwebtext_mismatch(openwebtext(9_035_582_198, 4_434_897)) is None
+    assert "9,035,582,198" in str(openwebtext_mismatch(openwebtext(9_035_582_197, 4_434_897)))
+    assert openwebtext_mismatch(openwebtext(1, 1, limit_documents=10)) is None
 
 
 # --- the folder --------------------------------------------------------------------------------
@@ -171,13 +172,13 @@ def test_again_is_quick_and_says_so(
 ) -> None:
     first = prepare(str(source), tmp_path / "out", tokenizer="byte")
     before = contents(tmp_path / "out")
-    monkeypatch.setattr(Build, "_write", None)
+    monkeypatch.setattr(module, "_write_shards", None)
     notes: list[str] = []
     assert (
-        prepare(str(source), tmp_path / "out", tokenizer="byte", workers=2, on_note=notes.append)
+        prepare(str(source), tmp_path / "out", tokenizer="byte", workers=2, log=notes.append)
         == first
     )
-    assert "holds this data already" in notes[-1]
+    assert "already contains this data" in notes[-1]
     assert contents(tmp_path / "out") == before
     assert not list(tmp_path.glob(".tmp-*"))
 
@@ -197,7 +198,7 @@ def test_other_data_is_kept(
 ) -> None:
     prepare(str(source), tmp_path / "out", tokenizer="byte")
     before = contents(tmp_path / "out")
-    with pytest.raises(UserError, match="holds other data") as caught:
+    with pytest.raises(UserError, match="contains other data") as caught:
         prepare(str(source), tmp_path / "out", **{"tokenizer": "byte", **options})
     assert message in str(caught.value)
     assert contents(tmp_path / "out") == before
@@ -206,7 +207,7 @@ def test_other_data_is_kept(
 def test_a_changed_source_is_other_data(source: Path, tmp_path: Path) -> None:
     prepare(str(source), tmp_path / "out", tokenizer="byte")
     write_lines(source, make_documents(500, seed=1))
-    with pytest.raises(UserError, match=r"holds other data: source\.files differ"):
+    with pytest.raises(UserError, match=r"contains other data: source\.files differ"):
         prepare(str(source), tmp_path / "out", tokenizer="byte")
 
 
@@ -215,11 +216,11 @@ def test_a_foreign_folder_is_kept(source: Path, tmp_path: Path) -> None:
     prepare(str(source), tmp_path / "out", tokenizer="byte")  # an empty folder is as good as none
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="exists and is no prepared data") as caught:
+    with pytest.raises(UserError, match="exists and is not a data folder") as caught:
         prepare(str(source), tmp_path / "mine", tokenizer="byte")
     assert caught.value.hint is not None and "delete" not in caught.value.hint
     assert (tmp_path / "mine" / "thesis.tex").exists()
-    with pytest.raises(UserError, match="exists and is no prepared data"):
+    with pytest.raises(UserError, match="exists and is not a data folder"):
         prepare(str(source), tmp_path / "mine" / "thesis.tex", tokenizer="byte")
 
 
@@ -252,13 +253,10 @@ def test_a_failing_disk(source: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llmtrain.data.token_files.commit.fsync_path", full)
+    monkeypatch.setattr("llmtrain.data.shards.commit.fsync_path", full)
     with pytest.raises(RunFailed, match="No space left on device"):
         prepare(str(source), tmp_path / "out", tokenizer="byte")
     assert not (tmp_path / "out").exists()
-
-
-PREPARE = "import sys; from pathlib import Path; from llmtrain.data.prepare import prepare; "
 
 
 # --- what it refuses ---------------------------------------------------------------------------
@@ -267,13 +265,13 @@ PREPARE = "import sys; from pathlib import Path; from llmtrain.data.prepare impo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"val_fraction": -0.1}, "the val fraction is -0.1"),
-        ({"val_fraction": 1.0}, "the val fraction is 1.0"),
-        ({"val_fraction": float("nan")}, "the val fraction is nan"),
-        ({"val_fraction": 0.999}, r"of 500 document\(s\) none is left to train on"),
-        ({"seed": -1}, "the seed is -1"),
-        ({"shard_tokens": 0}, "0 tokens a shard"),
-        ({"shard_tokens": 2**31}, "tokens a shard is outside"),
+        ({"val_fraction": -0.1}, "val fraction -0.1"),
+        ({"val_fraction": 1.0}, "val fraction 1.0"),
+        ({"val_fraction": float("nan")}, "val fraction nan"),
+        ({"val_fraction": 0.999}, r"leaves none of 500 document\(s\) for training"),
+        ({"seed": -1}, "seed -1"),
+        ({"shard_tokens": 0}, "0 tokens per shard"),
+        ({"shard_tokens": 2**31}, "tokens per shard is outside"),
         ({"workers": 0}, "0 workers"),
         ({"limit_documents": 0}, "a limit of 0 documents"),
         ({"tokenizer": "gpt3"}, "unknown tokenizer 'gpt3'"),
@@ -299,7 +297,7 @@ def test_a_name_that_no_disk_holds(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "holds no documents"), ('{"text": ""}\n', "every document is empty")],
+    [("", "contains no documents"), ('{"text": ""}\n', "every document is empty")],
 )
 def test_empty_sources(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "web.jsonl").write_text(content)
@@ -343,9 +341,9 @@ def test_verify_below(source: Path, tmp_path: Path) -> None:
 
 
 def test_verify_refuses_what_has_no_hashes(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nothing at or below"):
+    with pytest.raises(UserError, match="no hashes are recorded at or below"):
         verify_below(tmp_path)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a directory"):
         verify_below(tmp_path / "absent")
 
 
@@ -367,7 +365,8 @@ def test_webmix_has_the_published_number_of_tokens(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     peaks = []
-    code = f"{PREPARE} import resource; prepare(sys.argv[1], Path(sys.argv[2]), tokenizer='byte'); "
+    code = "import resource, sys; from llmtrain.data import prepare as p; "
+    code += "p.prepare(sys.argv[1], sys.argv[2], p.PrepareOptions('byte')); "
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     for megabytes in (20, 200):
         path = tmp_path / f"{megabytes}.jsonl"

@@ -15,9 +15,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from preparations import prepare
 
-from llmtrain.data.build import PrepareProgress
-from llmtrain.data.prepare import prepare
+from llmtrain.data.prepare import PrepareProgress
 from llmtrain.errors import RunFailed, UserError
 
 MARK = "LLMTRAIN_TEST_CLUSTER"
@@ -150,7 +150,7 @@ def test_interrupted_here_and_resumed_there(
     source, notes = str(corpora["web.parquet"]), list[str]()
     with pytest.raises(Stop):
         prepare(source, tmp_path / "ray", engine="ray", **OPTIONS, on_progress=stop)
-    prepare(source, tmp_path / "ray", **OPTIONS, on_note=notes.append)
+    prepare(source, tmp_path / "ray", **OPTIONS, log=notes.append)
     assert any(note.startswith("resumed at shard ") for note in notes)
     prepare(source, tmp_path / "local", **OPTIONS)
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")
@@ -173,19 +173,19 @@ def test_errors_of_a_task_are_those_of_the_local_engine(
 
 @pytest.mark.slow
 def test_a_worker_that_always_dies_ends_the_command(cluster: str) -> None:
-    from llmtrain.data.ray_engine import on_ray
+    from llmtrain.data.ray_engine import connect_ray
 
     def die(task: int) -> Iterator[int]:
         yield task
         os._exit(1)
 
-    with on_ray(None) as engine, pytest.raises(RunFailed, match="the Ray cluster failed"):
+    with connect_ray(None) as engine, pytest.raises(RunFailed, match="the Ray cluster failed"):
         list(engine(die, [1]))
 
 
 @pytest.mark.slow
 def test_workers_use_no_accelerator(cluster: str) -> None:
-    from llmtrain.data.ray_engine import on_ray
+    from llmtrain.data.ray_engine import connect_ray
 
     def loaded(task: int) -> Iterator[bool]:
         import sys
@@ -194,7 +194,7 @@ def test_workers_use_no_accelerator(cluster: str) -> None:
 
         yield "torch" in sys.modules
 
-    with on_ray(None) as engine:
+    with connect_ray(None) as engine:
         assert list(engine(loaded, [1])) == [False]
 
 
@@ -233,7 +233,7 @@ def test_a_signal_ends_the_command_and_its_tasks(
     process.terminate()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 143
-    assert "ray is not complete; the same command goes on" in errors
+    assert "ray is incomplete; the same command resumes" in errors
     assert [line.split()[0] for line in said(errors)] == ["reading", "stopping", "SIGTERM:"]
     assert list(tmp_path.glob(".tmp-ray/shards/train-*.bin"))
 
@@ -244,7 +244,7 @@ def test_no_cluster_there(corpora: dict[str, Path], tmp_path: Path, llmtrain: Co
     there = ("--engine", "ray", "--ray-address", "127.0.0.1:9")
     result = llmtrain("prepare", corpora["web.jsonl"], "--out", "ray", *there, cwd=tmp_path)
     assert result.returncode == 2
-    assert "no Ray cluster can be reached at 127.0.0.1:9" in result.stderr
+    assert "a Ray cluster cannot be reached at 127.0.0.1:9" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -271,7 +271,7 @@ def test_ray_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ("options", "message"),
     [
         ({"engine": "spark"}, "unknown engine 'spark'"),
-        ({"engine": "ray", "workers": 2}, "--workers counts threads here"),
+        ({"engine": "ray", "workers": 2}, "--workers counts local threads"),
         ({"ray_address": "auto"}, "--ray-address needs --engine ray"),
     ],
 )

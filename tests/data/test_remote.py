@@ -13,11 +13,12 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from preparations import prepare
 
-from llmtrain.data.copies import local_folder, workplace
+from llmtrain.data.cache import build_folder, local_folder
 from llmtrain.data.manifest import read_manifest
-from llmtrain.data.prepare import prepare
-from llmtrain.data.shards import data_problems, open_data
+from llmtrain.data.token_data import open_data
+from llmtrain.data.verify import data_problems
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.storage import urls
 from llmtrain.storage.urls import is_url
@@ -78,7 +79,7 @@ def test_input(
 ) -> None:
     monkeypatch.setattr("llmtrain.data.readers.PARTITION_BYTES", 3000)
     notes: list[str] = []
-    manifest = prepare(url, tmp_path / "url", **OPTIONS, on_note=notes.append)
+    manifest = prepare(url, tmp_path / "url", **OPTIONS, log=notes.append)
     here = prepare(str(corpus / path), tmp_path / "here", **OPTIONS)
     assert contents(tmp_path / "url") == contents(tmp_path / "here")
     assert [(f.name, f.bytes) for f in manifest.source.files] == [
@@ -86,7 +87,7 @@ def test_input(
     ]
     assert manifest.source.revision and all(file.sha256 is None for file in manifest.source.files)
     assert ("readme.md" in notes[0]) == (path == ".")
-    prepare(url, tmp_path / "url", **OPTIONS, on_note=notes.append)
+    prepare(url, tmp_path / "url", **OPTIONS, log=notes.append)
     assert "nothing to do" in notes[-1]
 
 
@@ -94,7 +95,7 @@ def test_a_changed_input_is_other_data(corpus: Path, tmp_path: Path, memory: Any
     prepare("memory://bucket/web/a.jsonl", tmp_path / "out", **OPTIONS)
     content = memory.cat_file("/bucket/web/a.jsonl")
     memory.pipe("/bucket/web/a.jsonl", content.replace(b"Document", b"Dokument"))
-    with pytest.raises(UserError, match=r"holds other data: source\.revision is"):
+    with pytest.raises(UserError, match=r"contains other data: source\.revision is"):
         prepare("memory://bucket/web/a.jsonl", tmp_path / "out", **OPTIONS)
 
 
@@ -115,7 +116,7 @@ def test_file_urls_are_paths(corpus: Path, tmp_path: Path) -> None:
         ("gs://bucket/a.jsonl", "install gcsfs", "pip install gcsfs"),
         ("nowhere://a.jsonl", "Protocol not known: nowhere", "s3://"),
         ("memory://bucket/none", "no such file or folder", "name a file"),
-        ("memory://bucket/web/readme.md", "holds no file of a known kind", "name a file"),
+        ("memory://bucket/web/readme.md", "contains no file of a known kind", "name a file"),
     ],
 )
 def test_inputs_that_are_not_there(
@@ -141,7 +142,7 @@ def test_a_damaged_input_is_named(tmp_path: Path, memory: Any) -> None:
 
 def test_output(corpus: Path, tmp_path: Path, memory: Any, cache: Path) -> None:
     notes: list[str] = []
-    manifest = prepare(str(corpus), "memory://bucket/out", **OPTIONS, on_note=notes.append)
+    manifest = prepare(str(corpus), "memory://bucket/out", **OPTIONS, log=notes.append)
     assert manifest == prepare(str(corpus), tmp_path / "out", **OPTIONS)
     assert contents_of_memory(memory, "/bucket/out") == contents(tmp_path / "out")
     assert (
@@ -150,9 +151,9 @@ def test_output(corpus: Path, tmp_path: Path, memory: Any, cache: Path) -> None:
     )
     assert notes[-1] == "copying the shards to memory://bucket/out"
     assert [path for path in cache.rglob("*") if path.is_file()] == []
-    assert prepare(str(corpus), "memory://bucket/out", **OPTIONS, on_note=notes.append) == manifest
-    assert notes[-1] == "memory://bucket/out holds this data already: nothing to do"
-    with pytest.raises(UserError, match=r"memory://bucket/out holds other data: split\.seed"):
+    assert prepare(str(corpus), "memory://bucket/out", **OPTIONS, log=notes.append) == manifest
+    assert notes[-1] == "memory://bucket/out already contains this data: nothing to do"
+    with pytest.raises(UserError, match=r"memory://bucket/out contains other data: split\.seed"):
         prepare(str(corpus), "memory://bucket/out", **OPTIONS, seed=3)
 
 
@@ -172,12 +173,12 @@ def test_a_copy_that_fails_is_taken_up(
         broken.setattr(type(memory), "put_file", fail)
         with pytest.raises(RunFailed, match=f"cannot write {url}: the bucket is gone") as caught:
             prepare(str(corpus), url, **OPTIONS)
-    assert str(workplace(url)) in caught.value.hint
+    assert str(build_folder(url)) in caught.value.hint
     assert not memory.exists("/bucket/out/manifest.json")
-    with pytest.raises(UserError, match="holds no prepared data"):
+    with pytest.raises(UserError, match="contains no prepared data"):
         local_folder(url)
     notes: list[str] = []
-    manifest = prepare(str(corpus), url, **OPTIONS, on_note=notes.append)
+    manifest = prepare(str(corpus), url, **OPTIONS, log=notes.append)
     assert notes == [f"copying the shards to {url}"]
     assert manifest == prepare(str(corpus), tmp_path / "out", **OPTIONS)
     assert contents_of_memory(memory, "/bucket/out") == contents(tmp_path / "out")
@@ -185,7 +186,7 @@ def test_a_copy_that_fails_is_taken_up(
 
 def test_what_is_left_of_another_request_is_not_copied(corpus: Path, memory: Any) -> None:
     url = "memory://bucket/out"
-    prepare(str(corpus), workplace(url), **OPTIONS)
+    prepare(str(corpus), build_folder(url), **OPTIONS)
     manifest = prepare(str(corpus), url, **OPTIONS, seed=3)
     assert manifest.split.seed == 3
     assert json.loads(memory.cat_file("/bucket/out/manifest.json")) == manifest.document()

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from preparations import ARGUMENTS, COMMAND, OPTIONS, contents, identity, recorded
+from preparations import ARGUMENTS, COMMAND, OPTIONS, contents, identity, prepare, recorded
 
 from llmtrain.data.journal import JOURNAL_FILE
-from llmtrain.data.prepare import prepare
 
 
 @pytest.fixture
@@ -94,7 +93,7 @@ def test_killed_at_a_moment(undisturbed: tuple[Path, Path], tmp_path: Path, mome
     finished = recorded(tmp_path / ".tmp-out")
     before = identity(tmp_path / ".tmp-out" / "shards")
     notes: list[str] = []
-    manifest = prepare(str(source), tmp_path / "out", **OPTIONS, on_note=notes.append)
+    manifest = prepare(str(source), tmp_path / "out", **OPTIONS, log=notes.append)
     assert contents(tmp_path / "out") == contents(expected)
     after = identity(tmp_path / "out")
     assert {name: after[name] for name in finished} == {name: before[name] for name in finished}
@@ -111,8 +110,8 @@ def test_killed_after_the_rename(undisturbed: tuple[Path, Path], tmp_path: Path)
     assert contents(tmp_path / "out") == contents(expected)
     before = identity(tmp_path / "out")
     notes: list[str] = []
-    prepare(str(source), tmp_path / "out", **OPTIONS, on_note=notes.append)
-    assert notes == [f"{tmp_path / 'out'} holds this data already: nothing to do"]
+    prepare(str(source), tmp_path / "out", **OPTIONS, log=notes.append)
+    assert notes == [f"{tmp_path / 'out'} already contains this data: nothing to do"]
     assert identity(tmp_path / "out") == before
     assert not (tmp_path / ".tmp-out").exists()
 
@@ -158,7 +157,7 @@ def test_the_command_ended_by_signals(
         else:
             assert process.returncode == 128 + number
             assert (
-                "out is not complete; the same command goes on after its last finished shard"
+                "out is incomplete; the same command resumes after its last finished shard"
                 in errors
             )
         finished = set(recorded(tmp_path / ".tmp-out"))
@@ -181,7 +180,7 @@ def goes_on(
     source, expected = undisturbed
     before = identity(staging / "shards")
     notes: list[str] = []
-    prepare(str(source), staging.parent / "out", **{**OPTIONS, **options}, on_note=notes.append)
+    prepare(str(source), staging.parent / "out", **{**OPTIONS, **options}, log=notes.append)
     if not options:
         assert contents(staging.parent / "out") == contents(expected)
     after = identity(staging.parent / "out")
@@ -202,7 +201,7 @@ def test_a_damaged_shard(undisturbed: tuple[Path, Path], interrupted: Path, chan
     assert {name for name in kept if name.startswith("train")} == {
         f"train-{i:05}.bin" for i in range(3)
     }
-    assert any("train-00003.bin" in note and "going on from before it" in note for note in notes)
+    assert any("train-00003.bin" in note and "resuming before it" in note for note in notes)
     assert any(note.startswith("resumed at shard") for note in notes)
 
 
@@ -237,9 +236,7 @@ def test_another_request_starts_anew(
 ) -> None:
     notes, kept = goes_on(undisturbed, interrupted, **options)
     assert kept == set()
-    assert (
-        "what an interrupted prepare left is of another request or source: starting anew" in notes
-    )
+    assert "an interrupted prepare had other options or another source: starting over" in notes
     assert not any("resumed" in note for note in notes)
     prepare(str(undisturbed[0]), interrupted.parent / "fresh", **{**OPTIONS, **options})
     assert contents(interrupted.parent / "out") == contents(interrupted.parent / "fresh")
@@ -251,8 +248,8 @@ def test_a_changed_source_starts_anew(undisturbed: tuple[Path, Path], tmp_path: 
     kill_at(tmp_path, source, APPENDED.format(line=12))
     (source / "b.txt").write_text("other text")
     notes: list[str] = []
-    prepare(str(source), tmp_path / "out", **OPTIONS, on_note=notes.append)
-    assert any("starting anew" in note for note in notes)
+    prepare(str(source), tmp_path / "out", **OPTIONS, log=notes.append)
+    assert any("starting over" in note for note in notes)
     prepare(str(source), tmp_path / "fresh", **OPTIONS)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.data.sampler import Sampler, batch, validation_windows
+from llmtrain.data.dataloader import read_windows
+from llmtrain.data.sampler import Sampler, validation_windows
 from llmtrain.errors import UserError
 
 
@@ -150,7 +151,7 @@ def test_smallest_data() -> None:
 
 
 def test_batch_reads_windows() -> None:
-    windows = batch(Counting(100), np.array([0, 50, 93]), 6)
+    windows = read_windows(Counting(100), np.array([0, 50, 93]), 6)
     assert windows.dtype == np.int64
     assert windows.tolist() == [list(range(i, i + 7)) for i in (0, 50, 93)]
 

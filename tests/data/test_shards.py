@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtrain.data.manifest import Manifest, SourceRecord, SplitRule, read_manifest, write_manifest
-from llmtrain.data.shards import data_problems, open_data, open_split, tokenizer_record
-from llmtrain.data.token_files import HEADER_BYTES, ShardWriter, TokenFile, TokenReader
+from llmtrain.data.shards import HEADER_BYTES, ShardWriter, TokenFile, TokenReader
+from llmtrain.data.token_data import open_data, tokenizer_record
+from llmtrain.data.verify import data_problems
 from llmtrain.errors import UserError
 
 
@@ -96,7 +97,7 @@ def test_reading_equals_slicing(
 
 
 def test_range_outside_the_split(folder: Path) -> None:
-    reader = open_split(folder, "train")
+    reader = open_data(folder).reader("train")
     assert reader.read(50, 0).tolist() == []
     for start, length in ((-1, 2), (49, 2), (0, -1), (51, 0)):
         with pytest.raises(IndexError):
@@ -105,12 +106,12 @@ def test_range_outside_the_split(folder: Path) -> None:
 
 def test_a_reader_closes_its_files(folder: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208  (iterdir would hold a descriptor too)
-    reader = open_split(folder, "train")
+    reader = open_data(folder).reader("train")
     assert len(os.listdir("/proc/self/fd")) == before + 3  # noqa: PTH208
     reader.close()
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
     del reader
-    open_split(folder, "train")
+    open_data(folder).reader("train")
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
 
@@ -174,13 +175,13 @@ def test_changed_contents_are_found_by_verify_only(folder: Path) -> None:
     open_data(folder)
     problems = data_problems(folder)
     assert [problem.split(" ", 1)[1] for problem in problems] == [
-        "has another SHA-256 than when it was written",
+        "does not have the recorded SHA-256",
         "is not in the manifest",
     ]
 
 
 def test_a_shard_cut_short_while_open(folder: Path) -> None:
-    reader = open_split(folder, "train")
+    reader = open_data(folder).reader("train")
     os.truncate(folder / "train-00002.bin", HEADER_BYTES)
     with pytest.raises(UserError, match="ends at byte 1,024, before its last token"):
         reader.read(0, 50)
@@ -189,7 +190,7 @@ def test_a_shard_cut_short_while_open(folder: Path) -> None:
 def test_no_data(tmp_path: Path) -> None:
     for missing in (tmp_path, tmp_path / "absent"):
         with pytest.raises(
-            UserError, match=r"holds no prepared data \(manifest.json is missing\)"
+            UserError, match=r"contains no prepared data \(manifest.json is missing\)"
         ) as caught:
             open_data(missing)
         assert f"llmtrain prepare SOURCE --out {missing}" in caught.value.hint
@@ -209,14 +210,14 @@ def edit(folder: Path, change) -> None:
         (lambda d: d.update(surprise=1), "surprise: Extra inputs are not permitted"),
         (lambda d: d.pop("tokenizer"), "tokenizer: Field required"),
         (lambda d: d["train"].update(tokens="50"), "train.tokens: Input should be a valid integer"),
-        (lambda d: d["train"].update(tokens=49), "the sums of train are not those of its shards"),
+        (lambda d: d["train"].update(tokens=49), "the sums of train do not match its shards"),
         (
             lambda d: d["train"]["shards"][0].update(name="../train-00000.bin"),
-            "shard 0 of train is called",
+            "shard 0 of train is named",
         ),
-        (lambda d: d["train"]["shards"].reverse(), "shard 0 of train is called"),
-        (lambda d: d["split"].update(seed=2), "does not have the hash that it records"),
-        (lambda d: d.pop("sha256"), "does not have the hash that it records"),
+        (lambda d: d["train"]["shards"].reverse(), "shard 0 of train is named"),
+        (lambda d: d["split"].update(seed=2), "does not match its recorded hash"),
+        (lambda d: d.pop("sha256"), "does not match its recorded hash"),
     ],
 )
 def test_a_manifest_that_lies(folder: Path, change, message: str) -> None:
@@ -249,20 +250,22 @@ def test_another_tokenizer(folder: Path) -> None:
     manifest = read_manifest(folder)
     other = manifest.tokenizer.model_copy(update={"sha256": "0" * 64})
     write_manifest(folder, manifest.model_copy(update={"tokenizer": other}))
-    with pytest.raises(UserError, match="prepared with another byte tokenizer"):
+    with pytest.raises(UserError, match="prepared with a different byte tokenizer"):
         open_data(folder)
 
 
 def test_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
     write_data(tmp_path, [[1, 2], [300]])
     assert data_problems(tmp_path) == [
-        f"{tmp_path}/train-00000.bin holds token 300, beyond the vocabulary of 257"
+        f"{tmp_path}/train-00000.bin contains id 300, beyond the vocabulary of 257"
     ]
 
 
 def test_documents_are_counted(tmp_path: Path) -> None:
     write_data(tmp_path, [[1, 256], [3]])
-    assert data_problems(tmp_path) == [f"{tmp_path}/train-00000.bin holds 3 documents instead of 2"]
+    assert data_problems(tmp_path) == [
+        f"{tmp_path}/train-00000.bin contains 3 documents instead of 2"
+    ]
 
 
 # --- nanoGPT's files ---------------------------------------------------------------------------
@@ -283,7 +286,7 @@ def test_nanogpt_folder(tmp_path: Path) -> None:
 
 def test_nanogpt_refusals(tmp_path: Path) -> None:
     (tmp_path / "train.bin").write_bytes(b"123")
-    with pytest.raises(UserError, match="3 bytes, which is no whole number of uint16 tokens"):
+    with pytest.raises(UserError, match="3 bytes, which is not a whole number of uint16 tokens"):
         open_data(tmp_path)
     (tmp_path / "meta.pkl").write_bytes(b"")
     with pytest.raises(UserError, match="own vocabulary"):

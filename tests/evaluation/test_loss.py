@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from llmtrain.checkpoints.checkpoint import Origin
 from llmtrain.checkpoints.gpt2_folder import Shape, load_model, save_weights
 from llmtrain.config.schema import ModelConfig
-from llmtrain.data.shards import open_data
+from llmtrain.data.token_data import open_data
 from llmtrain.errors import UserError
 from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.model.gpt import GPT
@@ -98,7 +98,7 @@ def test_weights_that_change_between_two_evaluations_are_cast_anew(
 
 
 def test_too_few_tokens(weights: Path, data_folder: Path) -> None:
-    with pytest.raises(UserError, match="nothing can be predicted"):
+    with pytest.raises(UserError, match="too few to predict any"):
         measured(weights, data_folder, limit=1)
 
 

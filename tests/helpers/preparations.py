@@ -1,18 +1,37 @@
-"""What the tests of interrupted preparations share: a source, the command, and whether shards were kept.
+"""Prepare data in tests: options as keywords, a source of three kinds of files, and kept shards.
 
-assert identity(staging / "shards").items() <= identity(out).items()
+assert shard_identity(staging / "shards").items() <= shard_identity(out).items()
 """
 
 import json
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from llmtrain.data import prepare as library
 from llmtrain.data.journal import JOURNAL_FILE
+from llmtrain.data.manifest import Manifest
+from llmtrain.data.options import PrepareOptions
 
 OPTIONS = {"tokenizer": "byte", "val_fraction": 0.3, "shard_tokens": 20_000}
 ARGUMENTS = ("--tokenizer", "byte", "--val-fraction", "0.3", "--shard-tokens", "20k")
 COMMAND = Path(sys.executable).parent / "llmtrain"
+
+
+def prepare(
+    source: Path | str,
+    out: Path | str,
+    *,
+    on_progress: Callable[[library.PrepareProgress], None] = lambda progress: None,
+    log: Callable[[str], None] = lambda message: None,
+    **options: Any,
+) -> Manifest:
+    """Prepare `source` with options given as keywords."""
+    return library.prepare(
+        str(source), out, PrepareOptions(**options), on_progress=on_progress, log=log
+    )
 
 
 def write_source(folder: Path, seed: int = 0) -> Path:

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from preparations import prepare
 from tiny_training import Build, quiet
 from transformers import GPT2Config, GPT2LMHeadModel
 from worlds import train_together
 
 from llmtrain.checkpoints.gpt2_folder import load_model
 from llmtrain.config.schema import RunConfig
-from llmtrain.data.prepare import prepare
 from llmtrain.errors import UserError
 from llmtrain.model.gpt import GPT
 from llmtrain.storage.json_files import read_events

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import llmtrain.training.run as module
 from llmtrain.config.schema import RunConfig
-from llmtrain.data.sampler import Sampler, batch
-from llmtrain.data.shards import open_data
+from llmtrain.data.dataloader import read_windows
+from llmtrain.data.sampler import Sampler
+from llmtrain.data.token_data import open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.runtime.signals import Interrupted
 from llmtrain.storage.integrity import write_integrity
@@ -51,7 +52,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, tiny: Build) -> Poison:
     sampler = Sampler(len(reader), 16, 8, config.seed)
 
     def window(number: int) -> Tensor:
-        return torch.from_numpy(batch(reader, sampler.rows(number)[:1], 16))[0, :-1]
+        return torch.from_numpy(read_windows(reader, sampler.rows(number)[:1], 16))[0, :-1]
 
     def apply(factor: float, *batches: int) -> None:
         def poisoned(model: nn.Module) -> nn.Module:

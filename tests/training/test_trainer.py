@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from llmtrain.checkpoints.gpt2_folder import load_model, load_weights
 from llmtrain.config.loading import load_config
 from llmtrain.config.schedules import learning_rate
-from llmtrain.data.sampler import Sampler, batch
-from llmtrain.data.shards import open_data
+from llmtrain.data.dataloader import read_windows
+from llmtrain.data.sampler import Sampler
+from llmtrain.data.token_data import open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.model.gpt import GPT
 from llmtrain.runtime.signals import Interrupted
@@ -41,7 +42,7 @@ def test_training_equals_a_plain_loop(tiny: Build, tmp_path: Path) -> None:
     )  # fmt: skip
     losses = []
     for step in range(12):
-        windows = torch.from_numpy(batch(reader, sampler.rows(step), 16))
+        windows = torch.from_numpy(read_windows(reader, sampler.rows(step), 16))
         loss = model(windows[:, :-1], windows[:, 1:])
         optimizer.zero_grad()
         loss.backward()
@@ -146,7 +147,7 @@ def test_shorter_first_sequences_equal_a_plain_loop(tiny: Build, tmp_path: Path)
     lengths = [4, 6, 8, 10, 12, 16, 16, 16]  # 4 + 12 · (step - 1) // 5, down to an even number
     for step, length in enumerate(lengths, start=1):
         rows = Sampler(len(reader), 16, 8, config.seed).rows(step - 1)
-        windows = torch.from_numpy(batch(reader, rows, 16))[:, : length + 1]
+        windows = torch.from_numpy(read_windows(reader, rows, 16))[:, : length + 1]
         optimizer.zero_grad()
         model(windows[:, :-1], windows[:, 1:]).backward()
         optimizer.param_groups[0]["lr"] = learning_rate(step, config.schedule, 1e-2, 8)
@@ -226,7 +227,7 @@ def test_another_config_is_refused_with_its_keys(tiny: Build, tmp_path: Path) ->
 def test_other_data_is_refused_but_for_a_branch(
     tiny: Build, tmp_path: Path, text_file: Path
 ) -> None:
-    from llmtrain.data.prepare import prepare
+    from preparations import prepare
 
     run = quiet(tiny(), tmp_path / "run")
     prepare(str(text_file), tmp_path / "other", tokenizer="byte", val_fraction=0.2)

@@ -1,0 +1,95 @@
+"""Data folders behind URLs: local build folders and local copies.
+
+Training reads at random and a preparation must be resumable, so both use local folders, and whole
+files are transferred. Behind a URL, too, the manifest is written last: a folder that contains a manifest
+is complete.
+
+    folder = local_folder("s3://bucket/openwebtext")
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from llmtrain.data.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    no_data,
+    parse_manifest,
+    write_manifest,
+)
+from llmtrain.data.shards import shard_bytes
+from llmtrain.errors import RunFailed
+from llmtrain.storage.commit import commit_folder, temporary_folder
+from llmtrain.storage.urls import download, file_system, is_url, local_path, url_errors
+
+
+def cache_folder() -> Path:
+    """Return the folder of local copies: $LLMTRAIN_CACHE, else `~/.cache/llmtrain`."""
+    return Path(os.environ.get("LLMTRAIN_CACHE") or Path.home() / ".cache" / "llmtrain")
+
+
+def build_folder(url: str) -> Path:
+    """Return the local folder in which the data of `url` is built before it is uploaded."""
+    return cache_folder() / "prepare" / hashlib.sha256(url.encode()).hexdigest()[:16]
+
+
+def read_manifest_at(url: str) -> Manifest | None:
+    """Read the manifest of the folder at `url`; return None if it does not exist.
+
+    Raises:
+        UserError: the manifest cannot be read or is damaged.
+    """
+    manifest_url = f"{url.rstrip('/')}/{MANIFEST_FILE}"
+    system, path = file_system(manifest_url)
+    with url_errors(manifest_url):
+        content = system.cat_file(path) if system.exists(path) else None
+    return None if content is None else parse_manifest(content, manifest_url)
+
+
+def _log_to_stderr(line: str) -> None:
+    sys.stderr.write(line + "\n")
+
+
+def local_folder(path: str, log: Callable[[str], None] = _log_to_stderr) -> Path:
+    """Return a local folder with the data at `path`: itself, or a verified copy of a URL in the cache.
+
+    An interrupted copy resumes with the next file. Processes that need the same data wait for the one
+    that copies it.
+
+    Raises:
+        UserError: the URL contains no prepared data, or the data differs from its manifest.
+        RunFailed: the disk is full.
+    """
+    if not is_url(path):
+        return Path(local_path(path))
+    manifest = read_manifest_at(path)
+    if manifest is None:
+        raise no_data(path)
+    folder = cache_folder() / "data" / manifest.sha256
+    if folder.exists():
+        return folder
+    try:
+        with temporary_folder(folder, resumable=True, wait=True) as partial:
+            if not folder.exists():
+                _copy(path, manifest, partial, folder, log)
+    except OSError as error:
+        raise RunFailed(
+            f"cannot write {folder}: {error.strerror or error}",
+            hint="free space, or set another folder for copies: LLMTRAIN_CACHE=FOLDER",
+        ) from error
+    return folder
+
+
+def _copy(
+    url: str, manifest: Manifest, partial: Path, folder: Path, log: Callable[[str], None]
+) -> None:
+    missing = [shard for shard in manifest.shards if not (partial / shard.name).exists()]
+    size = sum(shard_bytes(shard.tokens) for shard in missing)
+    log(f"copying {url} to {folder}: {len(missing):,} file(s), {size / 1e6:,.1f} MB")
+    for shard in missing:
+        download(f"{url.rstrip('/')}/{shard.name}", partial / shard.name, sha256=shard.sha256)
+    write_manifest(partial, manifest)
+    commit_folder(partial, folder)

@@ -1,0 +1,185 @@
+"""A folder of prepared data: its tokenizer, its token counts and a reader for each split.
+
+Opens folders written by `llmtrain prepare`, nanoGPT's folders (`train.bin` and `val.bin`, headerless
+uint16 tokens), and the mixture of a training configuration (`data.path` and `data.mix`).
+
+    data = open_data(Path("data/openwebtext")); data.reader("train").read(start=0, length=1025)
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+
+from llmtrain.config.sections import DataConfig
+from llmtrain.data.cache import local_folder
+from llmtrain.data.manifest import MANIFEST_FILE, SPLITS, TokenizerRecord, read_manifest
+from llmtrain.data.shards import (
+    HEADER_BYTES,
+    TOKEN_BYTES,
+    ConcatenatedTokens,
+    TokenFile,
+    TokenReader,
+    Tokens,
+    shard_problem,
+)
+from llmtrain.errors import UserError
+from llmtrain.model.tokenizer import load_tokenizer
+
+_SAMPLE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """The tokens of a data folder.
+
+    Attributes:
+        sha256: identity of the data. For nanoGPT's files, a hash of their sizes and of the first and
+            last MiB of each: hashing all 18 GB on every start would take too long.
+        tokenizer_assumed: true for nanoGPT's files, which do not name their tokenizer.
+        mix: further training data, each with its share of a batch.
+    """
+
+    folder: Path
+    tokenizer: str
+    vocab_size: int
+    eot: int
+    sha256: str
+    tokenizer_assumed: bool
+    files: Mapping[str, tuple[TokenFile, ...]]
+    _text_bytes: Mapping[str, int | None] = field(repr=False)
+    mix: "tuple[tuple[TokenData, Fraction], ...]" = ()
+
+    def tokens(self, split: str) -> int:
+        """Return the number of tokens of "train" or "val", without `mix`."""
+        return sum(file.tokens for file in self.files[split])
+
+    def text_bytes(self, split: str) -> int | None:
+        """Return the UTF-8 bytes of the split's documents; None if not recorded."""
+        return self._text_bytes[split]
+
+    def reader(self, split: str) -> TokenReader:
+        """Return a reader of "train" or "val", which may be empty, without `mix`."""
+        return TokenReader(self.files[split], self.vocab_size)
+
+    def train_tokens(self) -> Tokens:
+        """Return all training tokens: this folder's, then those of `mix` in order."""
+        readers = [data.reader("train") for data in (self, *(part for part, _ in self.mix))]
+        return ConcatenatedTokens(readers) if self.mix else readers[0]
+
+
+def open_training_data(config: DataConfig) -> TokenData:
+    """Open the folders in `data.path` and `data.mix`; copy those behind a URL to the cache first.
+
+    Raises:
+        UserError: a folder contains no data, or tokens of another tokenizer.
+    """
+    data = open_data(local_folder(config.path))
+    if not config.mix:
+        return data
+    parts = []
+    for each in config.mix:
+        part = open_data(local_folder(each.path))
+        if (part.tokenizer, part.vocab_size) != (data.tokenizer, data.vocab_size):
+            raise UserError(
+                f"{each.path} contains tokens of {part.tokenizer}, {config.path} of {data.tokenizer}",
+                hint="prepare both with the same --tokenizer",
+            )
+        parts.append((part, Fraction(str(each.weight))))
+    identity = json.dumps([data.sha256, *([part.sha256, str(share)] for part, share in parts)])
+    return replace(data, sha256=hashlib.sha256(identity.encode()).hexdigest(), mix=tuple(parts))
+
+
+def open_data(folder: Path) -> TokenData:
+    """Open a folder written by `llmtrain prepare` or nanoGPT; check headers and sizes.
+
+    Raises:
+        UserError: the folder contains no data, or a shard differs from the manifest.
+    """
+    if not (folder / MANIFEST_FILE).exists() and any(
+        (folder / f"{split}.bin").is_file() for split in SPLITS
+    ):
+        return _open_nanogpt(folder)
+    manifest = read_manifest(folder)
+    for shard in manifest.shards:
+        if problem := shard_problem(folder, shard):
+            raise UserError(problem, hint=f"restore it, or delete {folder} and prepare it again")
+    if tokenizer_record(manifest.tokenizer.name) != manifest.tokenizer:
+        raise UserError(
+            f"{folder} was prepared with a different {manifest.tokenizer.name} tokenizer",
+            hint="use the llmtrain that prepared it, or prepare the data again",
+        )
+    splits = {split: manifest.split_record(split) for split in SPLITS}
+    return TokenData(
+        folder=folder,
+        tokenizer=manifest.tokenizer.name,
+        vocab_size=manifest.tokenizer.vocab_size,
+        eot=manifest.tokenizer.eot,
+        sha256=manifest.sha256,
+        tokenizer_assumed=False,
+        files={
+            split: tuple(
+                TokenFile(folder / shard.name, shard.tokens, HEADER_BYTES)
+                for shard in record.shards
+            )
+            for split, record in splits.items()
+        },
+        _text_bytes={split: record.text_bytes for split, record in splits.items()},
+    )
+
+
+def tokenizer_record(name: str) -> TokenizerRecord:
+    """Return the manifest's record of a tokenizer."""
+    tokenizer = load_tokenizer(name)
+    return TokenizerRecord(
+        name=name, vocab_size=tokenizer.vocab_size, eot=tokenizer.eot, sha256=tokenizer.sha256
+    )
+
+
+# --- nanoGPT's folders -------------------------------------------------------------------------
+
+
+def _open_nanogpt(folder: Path) -> TokenData:
+    if (folder / "meta.pkl").exists():
+        raise UserError(
+            f"{folder} has its own vocabulary (meta.pkl), and llmtrain does not read pickles",
+            hint="prepare the text itself: llmtrain prepare FILE --tokenizer byte",
+        )
+    token_files = {split: _nanogpt_files(folder / f"{split}.bin") for split in SPLITS}
+    tokenizer = load_tokenizer("gpt2")
+    return TokenData(
+        folder=folder,
+        tokenizer=tokenizer.name,
+        vocab_size=tokenizer.vocab_size,
+        eot=tokenizer.eot,
+        sha256=_sampled_hash(token_files),
+        tokenizer_assumed=True,
+        files=token_files,
+        _text_bytes=dict.fromkeys(SPLITS),
+    )
+
+
+def _nanogpt_files(path: Path) -> tuple[TokenFile, ...]:
+    if not path.is_file():
+        return ()
+    size = path.stat().st_size
+    if size % TOKEN_BYTES:
+        raise UserError(
+            f"{path} has {size:,} bytes, which is not a whole number of uint16 tokens",
+            hint="the file is truncated or not a token file: write it again",
+        )
+    return (TokenFile(path, size // TOKEN_BYTES, 0),)
+
+
+def _sampled_hash(token_files: dict[str, tuple[TokenFile, ...]]) -> str:
+    digest = hashlib.sha256()
+    for split, split_files in token_files.items():
+        for token_file in split_files:
+            digest.update(f"{split} {token_file.tokens} ".encode())
+            with token_file.path.open("rb") as file:
+                digest.update(file.read(_SAMPLE_BYTES))
+                file.seek(max(0, TOKEN_BYTES * token_file.tokens - _SAMPLE_BYTES))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
