@@ -181,7 +181,7 @@ def test_a_signal_saves_the_state_and_the_same_command_resumes(
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == code
-    assert "state saved" in errors
+    assert "training checkpoint saved" in errors
     (step,) = step_folders(prepared / "runs/tiny/state")
     longer = [*PRETRAIN, "--set", f"train.max_steps={step + 5}"]
     again = invoke(*longer, cwd=prepared)
