@@ -180,13 +180,13 @@ def _prepare(
     """Write everything but the weights into a new folder; return the writer of the weights."""
     copy_companions(newest, folder, options.dtype)
     write_json(folder / PROVENANCE_FILE, document)
-    layout = output_layout(newest, dtype=options.dtype, max_shard=None)
+    layout = output_layout(newest, dtype=options.dtype)
     return WeightsWriter(folder, layout, newest.metadata, hashes)
 
 
 def _output_bytes(newest: Checkpoint, options: MergeOptions) -> int:
     """Return the disk space of an average, except a few kilobytes."""
-    return layout_bytes(output_layout(newest, dtype=options.dtype, max_shard=None))
+    return layout_bytes(output_layout(newest, dtype=options.dtype))
 
 
 def _output_dtypes(newest: Checkpoint, options: MergeOptions) -> dict[str, str]:
