@@ -38,7 +38,7 @@ def export(
 
     The model card contains data, recipe, losses and averaging from the run, but no local paths.
     """
-    from llmtrain.evaluation.selection import choose_weights
+    from llmtrain.evaluation.results import choose_weights
     from llmtrain.export.publish import export as export_weights
 
     weights, _ = choose_weights(target)

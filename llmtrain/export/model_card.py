@@ -20,7 +20,7 @@ from llmtrain.checkpoints.resolve import Target
 from llmtrain.config.loading import dump_config, load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.manifest import MANIFEST_FILE, Manifest, read_manifest
-from llmtrain.evaluation.results import stored_rows
+from llmtrain.evaluation.results import stored_results
 from llmtrain.model.tokenizer import Tokenizer
 from llmtrain.planning.sizes import Architecture
 from llmtrain.storage.json_files import read_json
@@ -64,7 +64,7 @@ def model_card(target: Target, shape: Shape, tokenizer: Tokenizer, *, dtype: str
         block_size=shape.block_size,
         tokenizer=tokenizer,
         manifests=manifests,
-        losses=[r for r in stored_rows(target.run) if r.step == target.step] if target.run else [],
+        losses=[r for r in stored_results(target.run) if r.step == target.step] if target.run else [],
         average={key: value for key, value in average.items() if value is not None},
         columns=_INPUT_COLUMNS,
         inputs=inputs if well_formed else [],

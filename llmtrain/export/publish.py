@@ -25,7 +25,7 @@ from llmtrain.checkpoints.gpt2_folder import (
 from llmtrain.checkpoints.resolve import Target
 from llmtrain.errors import UserError
 from llmtrain.evaluation.generation import tokenizer_of
-from llmtrain.evaluation.results import stored_rows
+from llmtrain.evaluation.results import stored_results
 from llmtrain.export.model_card import model_card
 from llmtrain.model.gpt import GPT
 from llmtrain.model.tokenizer import Tokenizer, tokenizer_files
@@ -146,7 +146,7 @@ def _new_optimizer_state(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _best_val_loss(target: Target) -> float:
     """Return the loss that `llmtrain eval` measured, or nanoGPT's initial value 1e9."""
-    rows = stored_rows(target.run) if target.run else []
+    rows = stored_results(target.run) if target.run else []
     wanted = (target.label, target.step, "val")
     return min((r.loss for r in rows if (r.label, r.step, r.split) == wanted), default=1e9)
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer as FastTokenizer
 
 from llmtrain.averaging.average import average
-from llmtrain.averaging.request import AverageRequest, make_specs
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest
 from llmtrain.checkpoints.checkpoint import Origin, load_origin
 from llmtrain.checkpoints.gpt2_folder import Shape, load_model, save_weights
 from llmtrain.checkpoints.open import open_checkpoint
@@ -24,9 +25,10 @@ from llmtrain.checkpoints.resolve import Target, find_targets
 from llmtrain.checkpoints.series import run_series
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.errors import UserError
-from llmtrain.evaluation.generation import Sampling, generate_text, load_generator
-from llmtrain.evaluation.results import EvalOptions, measure
-from llmtrain.evaluation.selection import choose_weights
+from llmtrain.evaluation.generation import generate_text, load_generator
+from llmtrain.evaluation.loss import measure_losses
+from llmtrain.evaluation.options import EvalOptions, Sampling
+from llmtrain.evaluation.results import choose_weights
 from llmtrain.export.model_card import model_card
 from llmtrain.export.publish import export
 from llmtrain.model.gpt import GPT
@@ -51,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunConfig]
     trained = pretrain(tiny(averages=[]), folder, log=lambda line: None).run
     series = run_series(trained)
     average(series, make_specs(series, AverageRequest(method="lawa", every=2, window=3)))
-    measure(find_targets(folder, every_snapshot=False), EvalOptions(), lambda *progress: None)
+    measure_losses(find_targets(folder, every_snapshot=False), EvalOptions(), lambda *progress: None)
     return trained
 
 
@@ -252,5 +254,5 @@ def test_push_sends_the_folder(run: RunFolder, tmp_path: Path) -> None:
         }
         refused = push(hub, "hf_of_someone_else", "again")
     assert refused.returncode == 2
-    assert "the hub refuses me/tiny" in refused.stderr
+    assert "no permission for me/tiny on the hub" in refused.stderr
     assert "again is complete" in refused.stderr
