@@ -163,6 +163,7 @@ SAFETENSORS = {
     ),
     "nothing after zero": encoded({"a": entry([0, 2**40], [0, 0])}),
     "no such dtype": encoded({"a": entry([2], [0, 8], "F31")}),
+    "unsupported dtype": encoded({"a": entry([8], [0, 8], "F8_E4M3")}),
     "no object": encoded([1]),
 }
 
@@ -172,7 +173,7 @@ def test_headers_of_safetensors(tmp_path: Path, data_folder: Path, name: str) ->
     for step in (10, 20):
         (tmp_path / "s" / f"step{step}").mkdir(parents=True)
         (tmp_path / "s" / f"step{step}" / "model.safetensors").write_bytes(SAFETENSORS[name])
-    said = "tensor 'a' has the unsupported dtype" if name == "no such dtype" else "is damaged"
+    said = "tensor 'a' has the unsupported dtype" if name == "unsupported dtype" else "is damaged"
     refused("average", "s", "--every", "10", "--window", "2", cwd=tmp_path, said=said)
     save_weights(tmp_path / "s" / "step10", weights_at(1), SHAPE, Origin(1, 1, 0.1, "x"))
     (tmp_path / "s" / "step10" / "model.safetensors").write_bytes(SAFETENSORS[name])
