@@ -58,7 +58,7 @@ def evaluate(target: str | Path, settings: EvalOptions | None = None) -> list[Ev
         RunFailed: a loss is not finite, or the hub cannot be reached.
     """
     targets = find_targets(str(target), every_snapshot=False)
-    return measure_losses(targets, settings or EvalOptions(), lambda target, done, total: None)
+    return measure_losses(targets, settings or EvalOptions(), lambda *progress: None)
 
 
 def generate(target: str | Path, prompt: str, sampling: Sampling | None = None) -> str:
