@@ -1,9 +1,9 @@
 """Prepare token shards: open the source, count, split, encode, write shards, commit.
 
-One ordered stream of documents is encoded in parallel and written by this process alone. The output
-depends only on the documents, the tokenizer and the seed, and a few megabytes per thread are in
-memory. The folder gets its final name when its last byte is durable. A preparation that was killed or
-ran out of disk space resumes after its last finished shard, with the same result.
+Documents are encoded in parallel, and this process alone writes them, in order. The output depends
+only on the documents, the tokenizer and the seed, and a few megabytes per thread are in memory. The
+folder gets its final name when its last byte is durable. After a kill or on a full disk, the next
+preparation resumes after the last finished shard, with the same result.
 
     manifest = prepare("openwebtext", Path("data/openwebtext"))
 """
@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Self
@@ -25,10 +26,9 @@ import numpy.typing as npt
 from llmtrain.data.cache import build_folder, read_manifest_at
 from llmtrain.data.encode import (
     WRITTEN,
-    CountTask,
     EncodedChunk,
-    EncodeTask,
     Engine,
+    Task,
     count_documents,
     encode_partition,
     run_locally,
@@ -61,10 +61,9 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PrepareProgress:
-    """Progress of a preparation.
+    """Progress of a preparation: documents are counted (`total_documents` is None), then written.
 
-    Documents are first read, with `total_documents` unknown, then encoded and written. `tokens` and
-    `text_bytes` are those written so far.
+    `tokens` and `text_bytes` count what is written.
     """
 
     documents: int
@@ -103,10 +102,10 @@ def prepare(
     on_progress: OnProgress = _ignore,
     log: Log = _ignore,
 ) -> Manifest:
-    """Write the tokens of `source` to the folder or URL `out` and return its manifest.
+    """Write the tokens of `source` to the folder or URL `out` and return the manifest.
 
-    If `out` already contains this data, nothing is written. The shards of a URL are built in a local
-    folder and then copied.
+    If `out` already contains this data, nothing is written. The shards of a URL are built locally,
+    then copied.
 
     Args:
         source: see `sources.open_source`.
@@ -192,22 +191,20 @@ def _build(
         counts = _count(engine, partitions, source, journal, on_read)
         if not sum(counts):
             raise UserError("the source contains no documents", hint="name a source with text")
-        is_val = validation_documents(sum(counts), spec.split)
-        if journal.finished:
-            tokens = sum(record.tokens for record in journal.finished)
-            log(f"resumed at shard {len(journal.finished) + 1:,} ({tokens:,} tokens done)")
+        split_ids = _split_ids(sum(counts), spec.split, journal)
+        if finished := journal.finished:
+            tokens = sum(record.tokens for record in finished)
+            log(f"resumed at shard {len(finished) + 1:,} ({tokens:,} tokens done)")
         threads = 1 if options.engine == "ray" else options.workers or _cores()
-        tasks = _encode_tasks(
-            partitions, counts, _split_ids(is_val, journal), source, spec, threads
+        tasks = (
+            partial(encode_partition, partition, source.field, ids, options.tokenizer, threads)
+            for partition, ids in _unwritten(partitions, counts, split_ids)
         )
-        # Close the generator on any exception, so that the engine cancels its queued tasks.
-        with closing(engine(encode_partition, tasks)) as batches:
-            records = _write_shards(batches, spec, staging, journal, len(is_val), on_progress)
+        records = _write_shards(engine, tasks, spec, staging, journal, len(split_ids), on_progress)
     if not sum(record.text_bytes for record in records.values()):
         staging.discard_shards()
         raise UserError(
-            "the source contains no text: every document is empty",
-            hint="check --text-field",
+            "the source contains no text: every document is empty", hint="check --text-field"
         )
     return Manifest(**dict(spec), train=records["train"], val=records["val"])
 
@@ -235,12 +232,16 @@ def _count(
     on_read: Callable[[int], None],
 ) -> list[int]:
     """Return the documents of each partition, up to the one that reaches the limit."""
-    layout = _layout(partitions)
+    described = [
+        [(Path(each.path).name, each.bytes, each.start, each.end) for each in partition]
+        for partition in partitions
+    ]
+    layout = hashlib.sha256(repr(described).encode()).hexdigest()
     if journal.layout == layout:
         return journal.counts
     limit, counts, read = source.record.limit_documents, [0], 0
-    tasks = (CountTask(partition, source.field, limit) for partition in partitions)
-    with closing(engine(count_documents, tasks)) as results:
+    tasks = (partial(count_documents, each, source.field, limit) for each in partitions)
+    with closing(engine(tasks)) as results:
         for count, ends_partition in results:
             counts[-1] += count
             read += count
@@ -254,28 +255,23 @@ def _count(
     return counts
 
 
-def _layout(partitions: list[Partition]) -> str:
-    """Return a hash of the partitions, for which recorded counts are valid."""
-    described = [
-        [(Path(each.path).name, each.bytes, each.start, each.end) for each in partition]
-        for partition in partitions
-    ]
-    return hashlib.sha256(repr(described).encode()).hexdigest()
+def _split_ids(documents: int, split: SplitRule, journal: Journal) -> npt.NDArray[np.uint8]:
+    """Return the split id of each document; the first ones are in the finished shards."""
+    is_val = validation_documents(documents, split)
+    split_ids = is_val.astype(np.uint8)
+    for split_id, name in enumerate(SPLITS):
+        finished = sum(record.documents for record in journal.shards[name])
+        split_ids[np.flatnonzero(is_val == split_id)[:finished]] = WRITTEN
+    return split_ids
 
 
 def validation_documents(documents: int, split: SplitRule) -> npt.NDArray[np.bool_]:
-    """Return which documents `datasets`' train_test_split holds out, shape (documents,).
-
-    Raises:
-        UserError: no document is left for training.
-    """
+    """Return which documents `datasets`' train_test_split holds out, shape (documents,)."""
     is_val = np.zeros(documents, dtype=np.bool_)
     if split.val_fraction > 0:
         index = datasets.Dataset.from_dict({"document": np.arange(documents)})
         try:
-            parts = index.train_test_split(
-                test_size=split.val_fraction, seed=split.seed, shuffle=True
-            )
+            parts = index.train_test_split(split.val_fraction, seed=split.seed, shuffle=True)
         except ValueError:
             raise UserError(
                 f"val fraction {split.val_fraction} leaves none of {documents:,} document(s) "
@@ -286,49 +282,38 @@ def validation_documents(documents: int, split: SplitRule) -> npt.NDArray[np.boo
     return is_val
 
 
-def _split_ids(is_val: npt.NDArray[np.bool_], journal: Journal) -> npt.NDArray[np.uint8]:
-    """Return the split id of each document: see `EncodeTask`. Finished shards contain the first ones."""
-    split_ids = is_val.astype(np.uint8)
-    for split_id, split in enumerate(SPLITS):
-        finished = sum(record.documents for record in journal.shards[split])
-        split_ids[np.flatnonzero(is_val == split_id)[:finished]] = WRITTEN
-    return split_ids
-
-
-def _encode_tasks(
-    partitions: list[Partition],
-    counts: list[int],
-    split_ids: npt.NDArray[np.uint8],
-    source: DocumentSource,
-    spec: PrepareSpec,
-    threads: int,
-) -> Iterator[EncodeTask]:
-    """Yield a task for each partition with documents that are not written yet."""
+def _unwritten(
+    partitions: list[Partition], counts: list[int], split_ids: npt.NDArray[np.uint8]
+) -> Iterator[tuple[Partition, npt.NDArray[np.uint8]]]:
+    """Yield the partitions with documents that are not written yet, and their split ids."""
     for partition, count, end in zip(partitions, counts, accumulate(counts), strict=False):
-        part = split_ids[end - count : end]
-        if (part != WRITTEN).any():
-            yield EncodeTask(partition, source.field, part, spec.tokenizer.name, threads)
+        ids = split_ids[end - count : end]
+        if (ids != WRITTEN).any():
+            yield partition, ids
 
 
 def _write_shards(
-    batches: Iterable[list[EncodedChunk]],
+    engine: Engine,
+    tasks: Iterable[Task[list[EncodedChunk]]],
     spec: PrepareSpec,
     staging: StagingFolder,
     journal: Journal,
     total_documents: int,
     on_progress: OnProgress,
 ) -> dict[str, SplitRecord]:
-    """Write encoded documents to the shards of both splits and return their records."""
+    """Encode the documents, write them to the shards of both splits, and return the records."""
     done = SplitRecord.from_shards(journal.finished)
     progress = PrepareProgress(done.documents, total_documents, done.tokens, done.text_bytes)
     with ExitStack() as stack:
         writers = {}
         for split in SPLITS:
-            finished, on_shard = journal.shards[split], journal.add_shard
-            writer = ShardWriter(staging.shards, split, spec.shard_tokens, finished, on_shard)
-            stack.callback(writer.abort)
-            writers[split] = writer
-        for batch in batches:
+            finished = journal.shards[split]
+            writers[split] = ShardWriter(
+                staging.shards, split, spec.shard_tokens, finished, journal.add_shard
+            )
+            stack.callback(writers[split].abort)
+        # Close the generator on any exception, so that the engine cancels its queued tasks.
+        for batch in stack.enter_context(closing(engine(tasks))):
             for chunk in batch:
                 writers[chunk.split].add(
                     chunk.tokens, chunk.text_bytes, ends_document=chunk.ends_document
@@ -342,21 +327,19 @@ def _write_shards(
 
 
 def openwebtext_mismatch(manifest: Manifest) -> str | None:
-    """Return a warning if OpenWebText, prepared with default options, has unexpected token counts."""
-    record = manifest.source
+    """Return a warning if OpenWebText with default options has unexpected token counts."""
+    record, default = manifest.source, _DEFAULT_OPTIONS
     is_default = (
         record.id == f"hub:{OPENWEBTEXT_HUB}"
         and record.limit_documents is None
-        and manifest.tokenizer.name == _DEFAULT_OPTIONS.tokenizer
-        and manifest.split.val_fraction == _DEFAULT_OPTIONS.val_fraction
-        and manifest.split.seed == _DEFAULT_OPTIONS.seed
+        and manifest.tokenizer.name == default.tokenizer
+        and manifest.split == SplitRule(val_fraction=default.val_fraction, seed=default.seed)
     )
     found = {split: manifest.split_record(split).tokens for split in SPLITS}
-    if not is_default or found == PUBLISHED_OPENWEBTEXT:
-        return None
     expected = PUBLISHED_OPENWEBTEXT
+    if not is_default or found == expected:
+        return None
     return (
         f"this is not the published OpenWebText: {found['train']:,} train and {found['val']:,} val "
-        f"tokens instead of {expected['train']:,} and {expected['val']:,}, so losses are not "
-        "comparable"
+        f"tokens instead of {expected['train']:,} and {expected['val']:,}, so losses will differ"
     )

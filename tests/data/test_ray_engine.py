@@ -95,7 +95,7 @@ def workers_at_work() -> list[int]:
         except OSError:
             continue  # it ended, or is not ours
         if (
-            b"ray::encode_partition" in command
+            b"ray::run_task" in command
             and f"{MARK}={os.environ[MARK]}".encode() in environment
         ):
             found.append(int(process.name))
@@ -175,19 +175,19 @@ def test_errors_of_a_task_are_those_of_the_local_engine(
 def test_a_worker_that_always_dies_ends_the_command(cluster: str) -> None:
     from llmtrain.data.ray_engine import connect_ray
 
-    def die(task: int) -> Iterator[int]:
-        yield task
+    def die() -> Iterator[int]:
+        yield 1
         os._exit(1)
 
     with connect_ray(None) as engine, pytest.raises(RunFailed, match="the Ray cluster failed"):
-        list(engine(die, [1]))
+        list(engine([die]))
 
 
 @pytest.mark.slow
 def test_workers_use_no_accelerator(cluster: str) -> None:
     from llmtrain.data.ray_engine import connect_ray
 
-    def loaded(task: int) -> Iterator[bool]:
+    def loaded() -> Iterator[bool]:
         import sys
 
         import llmtrain.data.encode  # noqa: F401
@@ -195,7 +195,7 @@ def test_workers_use_no_accelerator(cluster: str) -> None:
         yield "torch" in sys.modules
 
     with connect_ray(None) as engine:
-        assert list(engine(loaded, [1])) == [False]
+        assert list(engine([loaded])) == [False]
 
 
 @pytest.mark.slow
