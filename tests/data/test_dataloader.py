@@ -1,4 +1,4 @@
-"""The data loader returns the sampler's batches for any sequence of steps, and prefetches the next."""
+"""The data loader returns the sampler's batches for any sequence of steps, and prefetches."""
 
 import os
 from collections.abc import Callable
@@ -24,7 +24,7 @@ STEPS = st.lists(
     min_size=1,
     max_size=20,
 )
-"""Unrelated steps, batches skipped before each, micro-batch sizes, and micro-batches to abandon first."""
+"""Unrelated steps, skipped batches, micro-batch sizes, and micro-batches to abandon first."""
 
 
 def expected_part(config: RunConfig, world: World, step: int, batch: int) -> np.ndarray:
