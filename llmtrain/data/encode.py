@@ -84,7 +84,7 @@ class TextChunk:
     """A document, or a part of a large one."""
 
     text: Document
-    split: str
+    split_id: int
     ends_document: bool
 
 
@@ -93,7 +93,7 @@ class EncodedChunk:
     """The tokens of a chunk, with end-of-text if it ends a document."""
 
     tokens: npt.NDArray[np.uint16]
-    split: str
+    split_id: int
     text_bytes: int
     ends_document: bool
 
@@ -140,9 +140,9 @@ def _chunks(
         parts = split_text(document)
         part = next(parts)
         for following in parts:
-            yield TextChunk(part, SPLITS[split_id], ends_document=False)
+            yield TextChunk(part, split_id, ends_document=False)
             part = following
-        yield TextChunk(part, SPLITS[split_id], ends_document=True)
+        yield TextChunk(part, split_id, ends_document=True)
 
 
 def _encode_batch(tokenizer: Tokenizer, batch: list[TextChunk]) -> list[EncodedChunk]:
@@ -158,5 +158,5 @@ def _encode_batch(tokenizer: Tokenizer, batch: list[TextChunk]) -> list[EncodedC
             ) from None
         if chunk.ends_document:
             tokens = np.append(tokens, np.uint16(tokenizer.eot))
-        results.append(EncodedChunk(tokens, chunk.split, len(chunk.text), chunk.ends_document))
+        results.append(EncodedChunk(tokens, chunk.split_id, len(chunk.text), chunk.ends_document))
     return results

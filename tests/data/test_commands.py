@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,6 @@ import typer
 from in_process import invoke
 
 from llmtrain.cli.prepare import parse_count
-
-Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
@@ -26,33 +23,33 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-def test_prepare_and_verify(llmtrain: Command, source: Path, tmp_path: Path) -> None:
-    result = llmtrain(
+def test_prepare_and_verify(source: Path, tmp_path: Path) -> None:
+    result = invoke(
         "prepare", "web.jsonl", "--tokenizer", "byte", "--val-fraction", "0.1", cwd=tmp_path
     )
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.stderr
     assert "180" in result.stdout and "byte tokens in data/web" in result.stdout
     assert "reading web.jsonl: 1 file(s)" in result.stderr
     assert "Generating" not in result.stderr
 
-    again = llmtrain(
+    again = invoke(
         *("prepare", "web.jsonl", "--tokenizer", "byte", "--val-fraction", "0.1", "--json"),
         cwd=tmp_path,
     )
     assert "nothing to do" in again.stderr
     assert json.loads(again.stdout) == json.loads((tmp_path / "data/web/manifest.json").read_text())
 
-    verified = llmtrain("verify", "data", cwd=tmp_path)
-    assert verified.returncode == 0
+    verified = invoke("verify", "data", cwd=tmp_path)
+    assert verified.code == 0
     assert "1 folder(s)" in verified.stdout and "all match their records" in verified.stdout
 
     shard = tmp_path / "data/web/train-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
-    damaged = llmtrain("verify", "data/web", cwd=tmp_path)
-    assert damaged.returncode == 1
+    damaged = invoke("verify", "data/web", cwd=tmp_path)
+    assert damaged.code == 1
     assert "train-00000.bin does not have the recorded SHA-256" in damaged.stdout
     assert "error: 1 of 1 folder(s) differ" in damaged.stderr and "hint: " in damaged.stderr
-    listed = json.loads(llmtrain("verify", "--json", "data/web", cwd=tmp_path).stdout)
+    listed = json.loads(invoke("verify", "--json", "data/web", cwd=tmp_path).stdout)
     assert listed[0]["folder"] == "data/web" and len(listed[0]["problems"]) == 1
 
 

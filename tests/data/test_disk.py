@@ -18,6 +18,7 @@ from llmtrain.errors import RunFailed
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+@pytest.mark.slow
 def test_a_file_size_limit_is_reported_and_shards_are_kept(
     undisturbed: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -62,6 +63,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_reported_and_shards_are_kept(
     undisturbed: tuple[Path, Path], small_disk: Path, llmtrain: Command
 ) -> None:
@@ -79,6 +81,7 @@ def test_a_full_disk_is_reported_and_shards_are_kept(
     assert before.items() <= identity(small_disk / "out").items()
 
 
+@pytest.mark.slow
 def test_a_read_only_disk_is_reported(
     undisturbed: tuple[Path, Path], small_disk: Path, llmtrain: Command
 ) -> None:

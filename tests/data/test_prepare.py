@@ -141,8 +141,18 @@ def test_progress_is_reported(
     assert seen[-1] == PrepareProgress(500, 500, total, total - 500)
 
 
+@pytest.mark.parametrize("documents", [1000, 1001, 4321])
+@pytest.mark.parametrize("fraction", [0.0005, 0.1, 1 / 3])
+def test_the_split_equals_that_of_datasets(documents: int, fraction: float) -> None:
+    whole = datasets.Dataset.from_dict({"i": range(documents)})
+    parts = whole.train_test_split(test_size=fraction, seed=2357, shuffle=True)
+    is_val = validation_documents(documents, SplitRule(val_fraction=fraction, seed=2357))
+    assert np.flatnonzero(is_val).tolist() == sorted(parts["test"]["i"])
+
+
 def test_openwebtext_has_the_published_split_size() -> None:
-    assert validation_documents(8_013_769, SplitRule(val_fraction=0.0005, seed=2357)).sum() == 4007
+    rule = SplitRule(val_fraction=0.0005, seed=2357)
+    assert validation_documents(8_013_769, rule).sum() == 4007
 
 
 def test_unexpected_openwebtext_totals_are_reported(source: Path, tmp_path: Path) -> None:
@@ -170,7 +180,7 @@ def test_existing_data_is_not_written_again(
 ) -> None:
     first = prepare(str(source), tmp_path / "out", tokenizer="byte")
     before = contents(tmp_path / "out")
-    monkeypatch.setattr(module, "_write_shards", None)
+    monkeypatch.setattr(module, "_Build", None)
     messages: list[str] = []
     assert (
         prepare(str(source), tmp_path / "out", tokenizer="byte", workers=2, log=messages.append)
@@ -268,7 +278,7 @@ def test_a_disk_error_is_reported(
         ({"val_fraction": -0.1}, "val fraction -0.1"),
         ({"val_fraction": 1.0}, "val fraction 1.0"),
         ({"val_fraction": float("nan")}, "val fraction nan"),
-        ({"val_fraction": 0.999}, r"leaves none of 500 document\(s\) for training"),
+        ({"val_fraction": 0.999}, r"leaves none of 500 document\(s\) to train on"),
         ({"seed": -1}, "seed -1"),
         ({"shard_tokens": 0}, "0 tokens per shard"),
         ({"shard_tokens": 2**31}, "tokens per shard is outside"),

@@ -277,6 +277,7 @@ def test_training_and_evaluation_behind_a_url(
     assert "copying" not in evaluated.stderr
 
 
+@pytest.mark.slow
 def test_the_command_reads_and_writes_urls(corpus: Path, tmp_path: Path, llmtrain: Command) -> None:
     url = f"local://{tmp_path}/bucket/out"
     arguments = ("--out", url, "--tokenizer", "byte", "--val-fraction", "0.1")

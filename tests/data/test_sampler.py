@@ -125,6 +125,7 @@ def chi_square(counts: np.ndarray) -> float:
     return float((((counts - expected) ** 2 / expected).sum() - freedom) / np.sqrt(2 * freedom))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("windows", [5, 24, 97, 256])
 def test_positions_are_uniform(windows: int) -> None:
     # counts[i, j]: epochs with window j at position i.
