@@ -1,12 +1,12 @@
-"""Averages of the weights that are kept while training.
+"""Online averages: averages of the weights that a run updates while training.
 
-Why here and not in the trainer: an online average and its post-hoc twin must be one arithmetic.
-Each recursion is made of single float32 roundings (no fused multiply-add) and each mean is a sum in
-float64, divided and rounded once, so the same weights give the same bits on every device, after a
-resume, and from stored checkpoints.
+A recursion rounds each operation to float32 (no fused multiply-add). A mean is a float64 sum, divided
+and rounded once. The same weights therefore give the same bits on every device and after a resume,
+and an online LAWA equals the average of stored checkpoints.
 
     average = build_average(EmaConfig(kind="ema", decay=0.9), model, warmup_steps=100)
-    average.update(step=101); average.weights()
+    average.update(step=101)
+    average.weights()
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from llmtrain.averaging.power_ema import gamma_of
+from llmtrain.averaging.stored_averages import gamma_of
 from llmtrain.config.sections import (
     AverageConfig,
     EmaConfig,
@@ -35,33 +35,32 @@ Weights = Mapping[str, Tensor]
 
 
 class OnlineAverage(ABC):
-    """What all online averages share: when they update, and where their state lies."""
+    """One average: its update steps and its state."""
 
     config: AverageConfig
+    _tensors: dict[str, Tensor]
+    """State by parameter name."""
 
     def __init__(self, config: AverageConfig, model: nn.Module, start: int) -> None:
-        """Watch the parameters of `model`.
+        """Average the parameters of `model`, which is on its device.
 
-        Args:
-            config: which average.
-            model: on its device.
-            start: the first step that may be an update.
+        `start` is the default of the first step that may be an update.
         """
         self.config = config
         self.start = config.start if config.start is not None else start
         self.updates = 0
         self._parameters = dict(model.named_parameters())
-        """Of which each process averages its own part, where they are spread."""
+        """Each process averages its own shards."""
         self._pinned = config.offload and any(p.is_cuda for p in self._parameters.values())
 
     def due(self, step: int) -> bool:
-        """Whether the weights of this step are taken in."""
+        """Return whether this step is an update."""
         return step >= self.start and step % self.config.every == 0
 
     def go_on_from(self, step: int) -> None:
-        """At step `step`, after `load` if there was something: begin later where a branch has added the average.
+        """Resume at a step, after `load`; move `start` if a branch added the average after it.
 
-        The updates so far were the last ones due, so their number says which was the first.
+        The updates so far are the last ones due, so their number determines the first.
         """
         every = self.config.every
         first = (step // every - self.updates + 1) * every
@@ -70,12 +69,12 @@ class OnlineAverage(ABC):
 
     @property
     def ready(self) -> bool:
-        """Whether there is an average yet."""
+        """An average exists."""
         return self.updates > 0
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take the model's present weights, those of `step`, into the average."""
+        """Add the current weights, those of `step`."""
         self._update(step)
         self.updates += 1
 
@@ -84,38 +83,40 @@ class OnlineAverage(ABC):
 
     @abstractmethod
     def weights(self) -> Weights:
-        """The average in float32 by parameter name, each process its part; not to be written to."""
+        """Return the average in float32 by parameter name (local shards); do not modify it."""
 
-    @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """Everything, beside the number of updates, from which it can go on."""
+        """Return everything needed to resume, except the number of updates."""
+        return dict(self._tensors)
 
-    @abstractmethod
     def load(self, state: Weights, updates: int) -> None:
-        """Go on from what `state` gave."""
+        """Resume from the result of `state`."""
+        for name, tensor in self._tensors.items():
+            tensor.copy_(state[name])
+        self.updates = updates
 
     @abstractmethod
     def provenance(self, step: int) -> dict[str, Any]:
-        """How the average came about, for the folder in which it is saved."""
+        """Return the content of `provenance.json`."""
 
     def residual(self) -> Weights | None:
-        """What `weights` lost by its rounding to float32, where that is kept."""
+        """Return the rounding error of `weights`, if it is stored."""
         return None
 
-    def _place(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        """A copy where the average lives: on the device, or in host memory."""
+    def _copy(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        """Copy a parameter to the memory of the average: the device or the host."""
         value = to_local(parameter.detach())
         if not self.config.offload:
             return value.to(dtype, copy=True)
         home = torch.empty(value.shape, dtype=dtype, pin_memory=self._pinned)
         return home.copy_(value)
 
-    def _fresh(self) -> list[Tensor]:
-        """The model's weights where the average lives; float32."""
+    def _current(self) -> list[Tensor]:
+        """Return the current float32 weights in the memory of the average."""
         values = [to_local(parameter.detach()) for parameter in self._parameters.values()]
         return [value.cpu() for value in values] if self.config.offload else values
 
-    def _about(self, step: int, **more: Any) -> dict[str, Any]:
+    def _provenance(self, step: int, **more: Any) -> dict[str, Any]:
         return {
             "method": self.config.kind,
             "online": True,
@@ -127,13 +128,11 @@ class OnlineAverage(ABC):
 
 
 class _Recursive(OnlineAverage):
-    """m ← d·m + (1 - d)·θ in float32; what d is says the sub-class. The first update copies."""
+    """m ← d·m + (1 - d)·θ in float32; the first update copies."""
 
     def __init__(self, config: AverageConfig, model: nn.Module, start: int) -> None:
         super().__init__(config, model, start)
-        self._average = {
-            name: self._place(p, torch.float32) for name, p in self._parameters.items()
-        }
+        self._tensors = {name: self._copy(p, torch.float32) for name, p in self._parameters.items()}
 
     @abstractmethod
     def _decay(self, step: int) -> float: ...
@@ -141,28 +140,18 @@ class _Recursive(OnlineAverage):
     @override
     def _update(self, step: int) -> None:
         decay = self._decay(step) if self.updates else 0.0
-        average = list(self._average.values())
-        fresh = torch._foreach_mul(self._fresh(), 1.0 - decay)
+        average = list(self._tensors.values())
+        fresh = torch._foreach_mul(self._current(), 1.0 - decay)
         torch._foreach_mul_(average, decay)
         torch._foreach_add_(average, fresh)
 
     @override
     def weights(self) -> Weights:
-        return self._average
-
-    @override
-    def state(self) -> dict[str, Tensor]:
-        return dict(self._average)
-
-    @override
-    def load(self, state: Weights, updates: int) -> None:
-        for name, tensor in self._average.items():
-            tensor.copy_(state[name])
-        self.updates = updates
+        return self._tensors
 
 
 class OnlineEma(_Recursive):
-    """Exponential moving average; at update n = 0, 1, … the decay is min(decay, 1 - (1 + n)^(-2/3)).
+    """Exponential moving average with decay min(decay, 1 - (1 + n)^(-2/3)) at update n = 0, 1, ….
 
     Source: the code of Sanyal et al. 2023 (arXiv 2306.03241).
     """
@@ -175,15 +164,15 @@ class OnlineEma(_Recursive):
 
     @override
     def provenance(self, step: int) -> dict[str, Any]:
-        return self._about(
+        return self._provenance(
             step, decay=self.config.decay, warmup="min(decay, 1 - (1 + n)^(-2/3))", start=self.start
         )
 
 
 class OnlinePowerEma(_Recursive):
-    """Power-function EMA: at step t the decay is (1 - n/t)^(γ + 1), n being the steps per update.
+    """Power-function EMA with decay (1 - n/t)^(γ + 1) at step t, for n steps per update.
 
-    Source: Karras et al. 2024 (arXiv 2312.02696), equation 4. γ belongs to the width `sigma_rel`.
+    Source: Karras et al. 2024 (arXiv 2312.02696), equation 4. γ follows from `sigma_rel`.
     """
 
     config: PowerEmaConfig
@@ -200,11 +189,13 @@ class OnlinePowerEma(_Recursive):
     @override
     def provenance(self, step: int) -> dict[str, Any]:
         began = max(self.start - 1, 0)
-        return self._about(step, sigma_rel=self.config.sigma_rel, gamma=self.gamma, start=began)
+        return self._provenance(
+            step, sigma_rel=self.config.sigma_rel, gamma=self.gamma, start=began
+        )
 
 
 class OnlineMean(OnlineAverage):
-    """Uniform mean of the weights from a step on, summed in float64: SWA, and the running mean.
+    """Uniform mean of the weights from a step on, summed in float64 (SWA, running mean).
 
     Source: Izmailov et al. 2018 (arXiv 1803.05407) for SWA; icefall for the running mean.
     """
@@ -213,47 +204,37 @@ class OnlineMean(OnlineAverage):
 
     def __init__(self, config: SwaConfig | RunningMeanConfig, model: nn.Module, start: int) -> None:
         super().__init__(config, model, start)
-        self._sum = {
-            name: torch.zeros_like(self._place(p, torch.float64))
+        self._tensors = {
+            name: torch.zeros_like(self._copy(p, torch.float64))
             for name, p in self._parameters.items()
         }
 
     @override
     def _update(self, step: int) -> None:
-        for total, fresh in zip(self._sum.values(), self._fresh(), strict=True):
+        for total, fresh in zip(self._tensors.values(), self._current(), strict=True):
             total.add_(fresh)
 
     @override
     def weights(self) -> Weights:
-        return {name: (total / self.updates).float() for name, total in self._sum.items()}
+        return {name: (total / self.updates).float() for name, total in self._tensors.items()}
 
     @override
     def residual(self) -> Weights | None:
         if isinstance(self.config, SwaConfig):
             return None
-        means = {name: total / self.updates for name, total in self._sum.items()}
+        means = {name: total / self.updates for name, total in self._tensors.items()}
         return {name: (mean - mean.float().double()).float() for name, mean in means.items()}
 
     @override
-    def state(self) -> dict[str, Tensor]:
-        return dict(self._sum)
-
-    @override
-    def load(self, state: Weights, updates: int) -> None:
-        for name, tensor in self._sum.items():
-            tensor.copy_(state[name])
-        self.updates = updates
-
-    @override
     def provenance(self, step: int) -> dict[str, Any]:
-        # The span that the mean covers is (start, step].
-        return self._about(step, start=max(self.start - 1, 0))
+        # The mean covers (start, step].
+        return self._provenance(step, start=max(self.start - 1, 0))
 
 
 class OnlineLawa(OnlineAverage):
-    """Mean of the last k weights, N steps apart, from a bounded queue of copies in host memory.
+    """Mean of the last k weights, N steps apart, from a queue of copies in host memory.
 
-    Source: Kaddour 2022 (arXiv 2209.14981). There is an average once the window is full.
+    Source: Kaddour 2022 (arXiv 2209.14981).
     """
 
     config: LawaConfig
@@ -265,49 +246,49 @@ class OnlineLawa(OnlineAverage):
     @property
     @override
     def ready(self) -> bool:
-        """Whether the window is full."""
+        """The window is full."""
         return len(self._queue) == self.config.window
 
     @override
     def _update(self, step: int) -> None:
-        self._queue.append([self._place(p, torch.float32) for p in self._parameters.values()])
+        self._queue.append([self._copy(p, torch.float32) for p in self._parameters.values()])
 
     @override
     def weights(self) -> Weights:
         means = {}
         for index, name in enumerate(self._parameters):
             total = self._queue[0][index].double()
-            for held in list(self._queue)[1:]:
-                total.add_(held[index])
+            for copies in list(self._queue)[1:]:
+                total.add_(copies[index])
             means[name] = (total / len(self._queue)).float()
         return means
 
     @override
     def state(self) -> dict[str, Tensor]:
         return {
-            f"{place}/{name}": tensor
-            for place, held in enumerate(self._queue)
-            for name, tensor in zip(self._parameters, held, strict=True)
+            f"{position}/{name}": tensor
+            for position, copies in enumerate(self._queue)
+            for name, tensor in zip(self._parameters, copies, strict=True)
         }
 
     @override
     def load(self, state: Weights, updates: int) -> None:
         self._queue.clear()
-        for place in range(len(state) // len(self._parameters)):
-            self._queue.append([state[f"{place}/{name}"].clone() for name in self._parameters])
+        for position in range(len(state) // len(self._parameters)):
+            self._queue.append([state[f"{position}/{name}"].clone() for name in self._parameters])
         self.updates = updates
 
     @override
     def provenance(self, step: int) -> dict[str, Any]:
         last = step - step % self.config.every
         steps = [last - i * self.config.every for i in range(self.config.window)][::-1]
-        return self._about(step, window=self.config.window, inputs=steps)
+        return self._provenance(step, window=self.config.window, inputs=steps)
 
 
 def build_average(config: AverageConfig, model: nn.Module, *, warmup_steps: int) -> OnlineAverage:
-    """The online average that `config` describes, watching `model`.
+    """Return the online average of `model` that `config` describes.
 
-    EMA and power-function EMA begin with the first step, the means once warm-up is over.
+    EMAs start at the first step, means after warm-up, unless the config sets `start`.
     """
     match config:
         case EmaConfig():
@@ -322,23 +303,21 @@ def build_average(config: AverageConfig, model: nn.Module, *, warmup_steps: int)
 
 @contextmanager
 def swapped_in(model: nn.Module, weights: Weights) -> Iterator[None]:
-    """Let `model` compute with `weights` inside the block; its own come back unchanged.
+    """Replace the weights of `model` inside the block, and restore them bitwise after it.
 
-    Args:
-        model: spread over processes or not.
-        weights: by parameter name, each process its part.
+    `weights` are by parameter name; of a sharded model, local shards.
     """
     parameters = dict(model.named_parameters())
     if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
-        # FSDP gathers from the shards' own memory: they cannot be exchanged, only written over.
-        kept = {
+        # FSDP gathers from the memory of the shards, so they must be overwritten in place.
+        own_shards = {
             name: to_local(parameter.detach()).clone() for name, parameter in parameters.items()
         }
         try:
             load_shards(model, weights)
             yield
         finally:
-            load_shards(model, kept)
+            load_shards(model, own_shards)
         return
     own = {name: parameter.data for name, parameter in parameters.items()}
     try:

@@ -12,8 +12,8 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from llmtrain.checkpoints.checkpoint import (
     COMPANION_FILES,
@@ -53,7 +53,10 @@ def output_layout(newest: Checkpoint, *, dtype: str | None, max_shard: int | Non
     A tensor larger than `max_shard` gets its own shard.
     """
     layout = {
-        file: {name: _converted(spec, dtype) for name, spec in specs.items()}
+        file: {
+            name: TensorSpec(dtype, spec.shape) if dtype and spec.dtype in FLOATS else spec
+            for name, spec in specs.items()
+        }
         for file, specs in newest.layout.items()
     }
     if max_shard is not None:
@@ -62,10 +65,6 @@ def output_layout(newest: Checkpoint, *, dtype: str | None, max_shard: int | Non
     if len(layout) == 1:
         return {WEIGHTS_FILE: next(iter(layout.values()))}  # a single file needs no index
     return layout
-
-
-def _converted(spec: TensorSpec, dtype: str | None) -> TensorSpec:
-    return TensorSpec(dtype, spec.shape) if dtype and spec.dtype in FLOATS else spec
 
 
 def _sharded(tensors: Mapping[str, TensorSpec], max_shard: int) -> dict[str, dict[str, TensorSpec]]:
@@ -99,8 +98,7 @@ def copy_companions(newest: Checkpoint, target: Path, dtype: str | None) -> None
         write_json(config, document | {key: torch_name})
 
 
-@dataclass(frozen=True)
-class _OpenFile:
+class _OpenFile(NamedTuple):
     name: str
     size: int
     hash: SequentialHash
@@ -140,15 +138,16 @@ class WeightsWriter:
             self.__exit__()
             raise
         if len(self._layout) > 1:
-            self._write_index()
+            weight_map = {name: file for file, specs in self._layout.items() for name in specs}
+            sizes = {"total_size": layout_bytes(self._layout)}
+            write_json(self._folder / INDEX_FILE, {"metadata": sizes, "weight_map": weight_map})
         return self
 
     def __exit__(self, *exception: object) -> None:
         while self._open:
             descriptor, file = self._open.popitem()
             os.close(descriptor)
-            digest = file.hash.hexdigest(file.size)
-            if digest is not None:
+            if (digest := file.hash.hexdigest(file.size)) is not None:
                 self._hashes[file.name] = digest
 
     def _create(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
@@ -163,11 +162,6 @@ class WeightsWriter:
         os.pwrite(descriptor, header, 0)
         file.hash.update(0, header)
         self._places |= {name: (descriptor, tensor) for name, tensor in stored.items()}
-
-    def _write_index(self) -> None:
-        weight_map = {name: file for file, specs in self._layout.items() for name in specs}
-        sizes = {"total_size": layout_bytes(self._layout)}
-        write_json(self._folder / INDEX_FILE, {"metadata": sizes, "weight_map": weight_map})
 
     def write(self, name: str, start: int, raw: StoredArray) -> None:
         """Write stored numbers at element `start` of a tensor; not thread-safe."""

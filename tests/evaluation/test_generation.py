@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from llmtrain.averaging.average import average
-from llmtrain.averaging.request import AverageRequest, make_specs
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest
 from llmtrain.checkpoints.checkpoint import Origin
 from llmtrain.checkpoints.gpt2_folder import Shape, save_weights
 from llmtrain.checkpoints.series import run_series
@@ -33,16 +34,16 @@ from llmtrain.cli.generate import visible
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.generation import (
-    Cache,
-    Sampling,
+    KVCache,
+    filter_logits,
     generate,
     generate_text,
     load_generator,
-    narrowed,
     next_logits,
-    text_of,
+    stream_text,
 )
-from llmtrain.evaluation.selection import choose_weights
+from llmtrain.evaluation.options import Sampling
+from llmtrain.evaluation.results import choose_weights
 from llmtrain.model.gpt import GPT
 from llmtrain.model.tokenizer import load_tokenizer, tokenizer_files
 from llmtrain.storage.hub import hub_errors
@@ -106,7 +107,7 @@ def test_a_text_beyond_the_block_size_goes_on_with_its_newer_half(tmp_path: Path
 def test_what_is_read_in_pieces_gives_the_logits_of_the_whole(tmp_path: Path) -> None:
     model = write_folder(tmp_path, bias=True, scaled=True)
     tokens = torch.randint(0, 100, (1, 24), generator=torch.Generator().manual_seed(1))
-    cache = Cache(model)
+    cache = KVCache(model)
     read = [next_logits(model, tokens[:, :7], cache)]
     read += [next_logits(model, tokens[:, t : t + 1], cache) for t in range(7, 24)]
     torch.testing.assert_close(torch.stack(read), model.logits(tokens)[0, 6:], atol=1e-4, rtol=0)
@@ -127,7 +128,7 @@ def test_sampling_leaves_out_what_transformers_leaves_out(
         expected = TopKLogitsWarper(top_k)(None, expected)
     if top_p is not None and top_p < 1:
         expected = TopPLogitsWarper(top_p)(None, expected)
-    ours = narrowed(logits[0] / temperature, Sampling(top_k=top_k, top_p=top_p))
+    ours = filter_logits(logits[0] / temperature, Sampling(top_k=top_k, top_p=top_p))
     assert torch.equal(ours.isinf(), expected[0].isinf())
     assert torch.equal(ours[ours.isfinite()], expected[0][expected[0].isfinite()])
 
@@ -136,12 +137,12 @@ def test_sampling_leaves_out_what_transformers_leaves_out(
 def test_streamed_text_is_never_a_broken_character(text: str, name: str, cut: int) -> None:
     tokenizer = load_tokenizer(name)
     ids = tokenizer.encode(text).tolist()
-    assert "".join(text_of(ids, tokenizer)) == tokenizer.decode(ids)
-    assert text.startswith("".join(text_of(ids[:cut], tokenizer)))
+    assert "".join(stream_text(ids, tokenizer)) == tokenizer.decode(ids)
+    assert text.startswith("".join(stream_text(ids[:cut], tokenizer)))
 
 
 def test_bytes_that_are_no_character_are_marked() -> None:
-    assert "".join(text_of([65, 0xFF, 66, 0xC3], load_tokenizer("byte"))) == "A�B"
+    assert "".join(stream_text([65, 0xFF, 66, 0xC3], load_tokenizer("byte"))) == "A�B"
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_the_tokenizer_is_the_one_whose_end_of_text_the_folder_names(tmp_path: P
     (tmp_path / "bytes" / "tokenizer.json").write_text(
         files["tokenizer.json"].replace(": 65,", ": 66,")
     )
-    with pytest.raises(UserError, match="give other ids than ours"):
+    with pytest.raises(UserError, match="produce other ids than our byte"):
         load_generator(tmp_path / "bytes")
     assert load_generator(tmp_path / "bytes", tokenizer="byte")[1].name == "byte"
 
@@ -200,13 +201,14 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunConfig]
 
 def test_a_run_stands_for_the_best_of_its_newest_averages(run: RunFolder) -> None:
     from llmtrain.checkpoints.resolve import find_targets
-    from llmtrain.evaluation.results import EvalOptions, measure
+    from llmtrain.evaluation.loss import measure_losses
+    from llmtrain.evaluation.options import EvalOptions
 
     before, raw = choose_weights(str(run.path))
     assert before.label == "ema-0.9"  # the first by name, while nothing was measured
     assert raw is not None
     assert raw.path == run.snapshot(12)
-    rows = measure(
+    rows = measure_losses(
         find_targets(run.path, every_snapshot=False), EvalOptions(), lambda *progress: None
     )
     best = min(
@@ -239,7 +241,7 @@ def test_a_signal_ends_a_text_that_is_shown_whole(
         os.kill(os.getpid(), signal.SIGINT)
         return generate_text(*arguments)
 
-    monkeypatch.setattr("llmtrain.evaluation.generation.write", interrupted)
+    monkeypatch.setattr("llmtrain.evaluation.generation.generate_text", interrupted)
     ended = invoke("generate", run.path, option, cwd=run.path)
     assert (ended.code, ended.stdout) == (130, "")
     assert "the text ends here" in ended.stderr
@@ -274,7 +276,7 @@ def test_weights_on_the_hub(tmp_path: Path) -> None:
 def test_a_hub_that_is_not_there_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with (
-        pytest.raises(RunFailed, match="the hub cannot be reached for a look"),
+        pytest.raises(RunFailed, match="cannot reach the hub for a look"),
         hub_errors("a look"),
     ):
         get_session().head("http://127.0.0.1:9", timeout=5)

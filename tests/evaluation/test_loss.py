@@ -98,7 +98,7 @@ def test_weights_that_change_between_two_evaluations_are_cast_anew(
 
 
 def test_too_few_tokens(weights: Path, data_folder: Path) -> None:
-    with pytest.raises(UserError, match="nothing can be predicted"):
+    with pytest.raises(UserError, match="too few to predict any"):
         measured(weights, data_folder, limit=1)
 
 

@@ -16,10 +16,9 @@ import pytest
 
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
-from llmtrain.evaluation.report.charts import COLOURS, Chart, Line, draw
+from llmtrain.evaluation.report.charts import COLOURS, Chart, Line, draw, run_charts
 from llmtrain.evaluation.report.page import write_report
-from llmtrain.evaluation.report.run_charts import charts
-from llmtrain.evaluation.report.tables import gains, read_records, savings
+from llmtrain.evaluation.report.records import gains, read_records, savings
 from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.run import pretrain
 
@@ -171,7 +170,7 @@ def test_a_run_that_did_not_log_something_has_no_line_of_it(runs: list[RunFolder
     silent = [
         {key: value for key, value in event.items() if key != "memory"} for event in other.training
     ]
-    drawn = charts([one, replace(other, training=silent)])
+    drawn = run_charts([one, replace(other, training=silent)])
     assert all(line.x for chart in drawn for line in chart.lines)
     assert {chart.name: len(chart.lines) for chart in drawn}["memory"] == 1
 

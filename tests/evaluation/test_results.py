@@ -10,10 +10,12 @@ import pytest
 from llmtrain.checkpoints.resolve import Target, find_targets
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed, UserError
+from llmtrain.evaluation.loss import measure_losses
+from llmtrain.evaluation.options import EvalOptions, TextOptions
 from llmtrain.evaluation.report.page import write_report
-from llmtrain.evaluation.report.rows import loss_curves, newest_rows
-from llmtrain.evaluation.results import EvalOptions, Row, measure, stored_rows
-from llmtrain.evaluation.text import TextOptions, measure_text
+from llmtrain.evaluation.report.records import loss_curves, newest_results
+from llmtrain.evaluation.results import EvalResult, stored_results
+from llmtrain.evaluation.text import measure_text
 from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.run import pretrain
 
@@ -25,10 +27,10 @@ def run(tiny: Callable[..., RunConfig], tmp_path: Path) -> RunFolder:
 
 def measure_all(
     targets: list[Target], settings: EvalOptions | None = None
-) -> tuple[list[Row], set[str]]:
+) -> tuple[list[EvalResult], set[str]]:
     """Rows, and the paths that were really computed."""
     computed: set[str] = set()
-    rows = measure(
+    rows = measure_losses(
         targets,
         settings or EvalOptions(),
         lambda target, done, total: computed.add(str(target.path)),
@@ -96,7 +98,7 @@ def test_other_tokens_or_another_split_are_measured_anew(run: RunFolder) -> None
         for s in (EvalOptions(), EvalOptions(tokens=50), EvalOptions(split="train"))
     }
     assert len(losses) == 3
-    assert len(stored_rows(run)) == 3
+    assert len(stored_results(run)) == 3
 
 
 def test_data_that_the_user_named_and_is_not_there(run: RunFolder, tmp_path: Path) -> None:
@@ -109,9 +111,9 @@ def test_a_difference_from_raw_is_within_one_precision(run: RunFolder) -> None:
     targets = find_targets(run.average("ema-0.9", 12), every_snapshot=False)
     for precision in ("float32", "bfloat16"):
         measure_all(targets, EvalOptions(precision=precision))
-    raw = {row.precision: row.loss for row in stored_rows(run) if row.label == "raw"}
-    deltas = {row.precision: row.delta for row in stored_rows(run) if row.label == "ema-0.9"}
-    losses = {row.precision: row.loss for row in stored_rows(run) if row.label == "ema-0.9"}
+    raw = {row.precision: row.loss for row in stored_results(run) if row.label == "raw"}
+    deltas = {row.precision: row.delta for row in stored_results(run) if row.label == "ema-0.9"}
+    losses = {row.precision: row.loss for row in stored_results(run) if row.label == "ema-0.9"}
     assert len(raw) == 2
     assert deltas == {precision: losses[precision] - raw[precision] for precision in raw}
 
@@ -122,7 +124,7 @@ def test_a_folder_outside_a_run_needs_data(
     moved = tmp_path / "elsewhere"
     run.snapshot(12).rename(moved)
     targets = find_targets(moved, every_snapshot=False)
-    with pytest.raises(UserError, match="belongs to no run"):
+    with pytest.raises(UserError, match="does not belong to a run"):
         measure_all(targets)
     (row,), _ = measure_all(targets, EvalOptions(data=data_folder))
     assert (row.label, row.step, row.delta) == ("elsewhere", 12, None)
@@ -139,13 +141,13 @@ def test_other_numbers_of_tokens_side_by_side_are_told(
         for target in find_targets(path, every_snapshot=False)
     ]
     heard: list[str] = []
-    rows = measure(
+    rows = measure_losses(
         targets, EvalOptions(data=data_folder), lambda *progress: None, warn=heard.append
     )
     assert rows[0].tokens == 49
     assert rows[1].tokens > 49
     assert "--tokens N" in heard[0]
-    measure(
+    measure_losses(
         targets, EvalOptions(data=data_folder, tokens=50), lambda *progress: None, warn=heard.append
     )
     assert len(heard) == 1
@@ -163,9 +165,9 @@ def test_weights_that_are_not_finite_have_no_loss(run: RunFolder) -> None:
 
 
 def test_the_report_holds_each_label_and_draws_a_png(run: RunFolder, tmp_path: Path) -> None:
-    assert newest_rows(run) == []
+    assert newest_results(run) == []
     measure_all(find_targets(run.path, every_snapshot=False))
-    assert [(row.label, row.step) for row in newest_rows(run)] == [("raw", 12), ("ema-0.9", 12)]
+    assert [(row.label, row.step) for row in newest_results(run)] == [("raw", 12), ("ema-0.9", 12)]
     curves = loss_curves(run)
     assert list(curves) == ["raw", "ema-0.9"]
     assert [step for step, _ in curves["raw"]] == [4, 6, 8, 12]
@@ -179,19 +181,19 @@ def test_weights_changed_after_the_commit_are_measured_anew(run: RunFolder) -> N
     after, computed = measure_all(find_targets(run.snapshot(12), every_snapshot=False))
     assert computed
     assert after[0].loss != before[0].loss
-    assert [row.loss for row in stored_rows(run)] == [after[0].loss]
+    assert [row.loss for row in stored_results(run)] == [after[0].loss]
 
 
 def test_a_result_that_cannot_be_kept_is_told_and_given(run: RunFolder, text_file: Path) -> None:
     shutil.rmtree(run.evals, ignore_errors=True)
     run.evals.write_text("a file where the folder would be")
     targets, warned = find_targets(run.path, every_snapshot=False)[-1:], list[str]()
-    (row,) = measure(targets, EvalOptions(), lambda *done: None, warn=warned.append)
+    (row,) = measure_losses(targets, EvalOptions(), lambda *done: None, warn=warned.append)
     (text,) = measure_text(
         targets, text_file, TextOptions(), lambda *done: None, warn=warned.append
     )
     assert row.loss > 0 < text.loss
-    assert len(warned) == 2 and all(line.startswith("measured but not kept: ") for line in warned)
+    assert len(warned) == 2 and all(line.startswith("result not cached: ") for line in warned)
 
 
 def test_a_result_of_another_version_is_measured_anew(run: RunFolder) -> None:
@@ -200,7 +202,7 @@ def test_a_result_of_another_version_is_measured_anew(run: RunFolder) -> None:
     document = json.loads(path.read_text())
     del document["run"]
     path.write_text(json.dumps(document))
-    assert stored_rows(run) == []
+    assert stored_results(run) == []
     _, computed = measure_all(find_targets(run.snapshot(12), every_snapshot=False))
     assert computed
 
@@ -214,5 +216,5 @@ def test_the_report_compares_equal_windows_only(run: RunFolder) -> None:
         12,
     ]  # not step 6, which training measured on more
     measure_all(find_targets(run.path, every_snapshot=False))
-    assert {row.tokens for row in newest_rows(run)} != {49}
+    assert {row.tokens for row in newest_results(run)} != {49}
     assert [step for step, _ in loss_curves(run)["raw"]] == [4, 6, 8, 12]

@@ -68,9 +68,9 @@ def test_the_runs_of_a_folder(
 def test_where_no_run_is(
     tmp_path: Path, llmtrain: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match="is not a directory"):
         list_runs(tmp_path / "runs")
     (tmp_path / "runs").mkdir()
     shown = llmtrain("runs", cwd=tmp_path)
     assert (shown.returncode, shown.stdout) == (0, "")
-    assert "there is no run" in shown.stderr
+    assert "contains no runs" in shown.stderr

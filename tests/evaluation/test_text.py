@@ -15,8 +15,9 @@ from llmtrain.checkpoints.resolve import Target, find_targets
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.token_data import open_data
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.evaluation.results import EvalOptions, measure
-from llmtrain.evaluation.text import TextOptions, TextResult, measure_text
+from llmtrain.evaluation.loss import measure_losses
+from llmtrain.evaluation.options import EvalOptions, TextOptions
+from llmtrain.evaluation.text import TextResult, measure_text
 from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.training.run import pretrain
 
@@ -53,7 +54,7 @@ def nats_by_hand(folder: Path, ids: list[int], stride: int) -> float:
 @pytest.fixture(autouse=True)
 def _in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without this, a CPU that multiplies bfloat16 would do so."""
-    for module in ("results", "text"):
+    for module in ("loss", "text"):
         monkeypatch.setattr(f"llmtrain.evaluation.{module}.resolve_precision", lambda *_: "float32")
 
 
@@ -98,7 +99,7 @@ def test_what_is_no_text(tmp_path: Path) -> None:
 def test_a_model_of_others_without_a_tokenizer(data_folder: Path, tmp_path: Path) -> None:
     """The tokens of the shards are taken as they are; text cannot be encoded."""
     write_neox(tmp_path / "neox")
-    (row,) = measure(
+    (row,) = measure_losses(
         targets(tmp_path / "neox"),
         EvalOptions(data=data_folder, tokens=200),
         lambda *progress: None,
@@ -123,7 +124,7 @@ def test_shards_of_another_tokenizer_are_read_as_text(
     ]
     tokenizer = write_tokenizer(tmp_path / "neox", "".join(documents))
     heard: list[str] = []
-    (row,) = measure(
+    (row,) = measure_losses(
         targets(tmp_path / "neox"),
         EvalOptions(data=data_folder, tokens=1000),
         lambda *progress: None,
@@ -140,7 +141,7 @@ def test_shards_of_another_tokenizer_are_read_as_text(
     assert (row.tokens, row.bytes) == (len(theirs) - 1, n_bytes)
     assert row.loss == pytest.approx(nats / row.tokens, abs=1e-4)
     assert row.bits_per_byte == pytest.approx(nats / n_bytes / math.log(2), rel=1e-4)
-    assert "a tokenizer of its own" in heard[0]
+    assert "has another tokenizer" in heard[0]
 
 
 def test_folders_that_cannot_be_evaluated(data_folder: Path, tmp_path: Path) -> None:
@@ -151,13 +152,17 @@ def test_folders_that_cannot_be_evaluated(data_folder: Path, tmp_path: Path) -> 
         json.dumps(document | {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}})
     )
     (tmp_path / "neox" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(UserError, match="finds no such thing as a causal language model"):
-        measure(targets(tmp_path / "neox"), EvalOptions(data=data_folder), lambda *progress: None)
+    with pytest.raises(UserError, match="could not load a causal language model"):
+        measure_losses(
+            targets(tmp_path / "neox"), EvalOptions(data=data_folder), lambda *progress: None
+        )
     assert not (tmp_path / "ran").exists()
     config.write_text(json.dumps(document))
     (tmp_path / "neox" / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="finds no such thing as a tokenizer"):
-        measure(targets(tmp_path / "neox"), EvalOptions(data=data_folder), lambda *progress: None)
+    with pytest.raises(UserError, match="could not load a tokenizer"):
+        measure_losses(
+            targets(tmp_path / "neox"), EvalOptions(data=data_folder), lambda *progress: None
+        )
     with pytest.raises(RunFailed, match="is nan"):
         broken = write_ours(tmp_path / "nan")
         weights = {name: value * math.nan for name, value in broken.state_dict().items()}
@@ -192,7 +197,7 @@ def test_a_result_is_kept_with_the_run_and_must_be_whole(
     assert measure_again(stride=8)[0].loss != raw.loss
     assert progress
     path = max(run.evals.glob("text/raw-*.json"))
-    path.write_text(path.read_text().replace("loss", "gain"))
-    with pytest.raises(UserError, match=r"loss: Field required") as caught:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"loss": "low"}))
+    with pytest.raises(UserError, match=r"loss: Input should be a valid number") as caught:
         [measure_again(stride) for stride in (None, 8)]
     assert "delete the file" in caught.value.hint

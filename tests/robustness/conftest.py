@@ -9,7 +9,8 @@ import pytest
 from llmtrain.checkpoints.resolve import find_targets
 from llmtrain.config.loading import dump_config
 from llmtrain.config.schema import RunConfig
-from llmtrain.evaluation.results import EvalOptions, measure
+from llmtrain.evaluation.loss import measure_losses
+from llmtrain.evaluation.options import EvalOptions
 from llmtrain.training.run import pretrain
 
 
@@ -29,7 +30,7 @@ def trained(
         patch.chdir(place)
         pretrain(config, Path("runs/run"), log=lambda line: None)
         targets = find_targets(Path("runs/run"), every_snapshot=False)
-        measure(targets, EvalOptions(), lambda *progress: None)
+        measure_losses(targets, EvalOptions(), lambda *progress: None)
     return place
 
 

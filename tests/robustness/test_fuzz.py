@@ -27,9 +27,9 @@ from llmtrain.data.manifest import Manifest
 from llmtrain.data.token_data import open_data
 from llmtrain.data.verify import verify_below
 from llmtrain.errors import UserError
-from llmtrain.evaluation.report.page import page
-from llmtrain.evaluation.report.run_charts import charts
-from llmtrain.evaluation.report.tables import read_records, savings
+from llmtrain.evaluation.report.charts import run_charts
+from llmtrain.evaluation.report.page import render_page
+from llmtrain.evaluation.report.records import read_records, savings
 from llmtrain.model.tokenizer import well_formed
 from llmtrain.runtime.signals import OUT_OF_TIME
 from llmtrain.storage.run_folder import RunFolder
@@ -93,8 +93,8 @@ def reported(folder: Path) -> None:
     records = read_records([RunFolder(folder)])
     saved = [row for record in records for row in savings(record)]
     if saved:
-        assert charts(records)
-        page(records, saved, []).encode()
+        assert run_charts(records)
+        render_page(records, saved, []).encode()
 
 
 def assert_nothing_half_written(place: Path) -> None:
@@ -332,7 +332,7 @@ AFTER = [
     ["runs"],
     ["eval", "runs/run", "--tokens", "40"],
     ["average", "runs/run", "--every", "2", "--window", "2", "--out", "out"],
-    ["average", "runs/run", "--method", "dense", "--from", "4", "--to", "8"],
+    ["average", "runs/run", "--method", "dense", "--from", "4", "--at", "8"],
     ["inspect", "runs/run/averages/running-mean"],
     ["verify", "runs/run"],
 ]
@@ -370,10 +370,10 @@ def test_safetensors_headers(tmp_path: Path, data: st.DataObject) -> None:
         + bytes(24)
     )
     try:
-        read = read_header(path)
+        tensors, _ = read_header(path)
     except UserError as error:
         assert "model.safetensors" in str(error)
     else:
-        assert sum(tensor.bytes for tensor in read.tensors.values()) == 24
+        assert sum(tensor.bytes for tensor in tensors.values()) == 24
     outcome = run("inspect", path, cwd=tmp_path)
     assert outcome.code in (0, 2)

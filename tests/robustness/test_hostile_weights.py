@@ -128,7 +128,9 @@ def test_headers_of_safetensors(tmp_path: Path, data_folder: Path, name: str) ->
     for step in (10, 20):
         (tmp_path / "s" / f"step{step}").mkdir(parents=True)
         (tmp_path / "s" / f"step{step}" / "model.safetensors").write_bytes(SAFETENSORS[name])
-    expected = "tensor 'a' has the unsupported dtype" if name == "no such dtype" else "is damaged"
+    expected = (
+        "tensor 'a' has the unsupported dtype" if name == "unsupported dtype" else "is damaged"
+    )
     refused(*AVERAGE, cwd=tmp_path, expected=expected)
     save_weights(tmp_path / "s" / "step10", weights_at(1), SHAPE, Origin(1, 1, 0.1, "x"))
     (tmp_path / "s" / "step10" / "model.safetensors").write_bytes(SAFETENSORS[name])
@@ -173,7 +175,7 @@ def test_weights_that_are_no_numbers(tmp_path: Path, data_folder: Path, value: f
         weights["transformer.wpe.weight"][3, 5] = value
         (tmp_path / "s" / f"step{step}").mkdir(parents=True)
         save_weights(tmp_path / "s" / f"step{step}", weights, SHAPE, Origin(step, step, 0.1, "x"))
-    expected = f"transformer.wpe.weight holds {value} at [3, 5]"
+    expected = f"transformer.wpe.weight contains {value} at [3, 5]"
     refused(*AVERAGE, cwd=tmp_path, expected=expected)
 
 
@@ -207,7 +209,7 @@ def test_a_loss_that_is_no_number(workplace: Path) -> None:
             },
             "tensors are missing, such as",
         ),
-        ({"model_type": ["gpt2"]}, "no such thing as a causal language model"),
+        ({"model_type": ["gpt2"]}, "could not load a causal language model"),
         ({"n_layer": None}, "n_layer: Input should be a valid integer"),
         ({"n_layer": 10**12}, "config.json says 1,000,000,000,000"),
         ({"n_embd": 2**40}, "config.json says 2 and [264, 1099511627776]"),
