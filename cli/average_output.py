@@ -1,9 +1,4 @@
-"""What `llmtrain average` shows: the averages made, their weights, and the table of a sweep.
-
-Why apart from `average.py`: the options alone fill that file.
-
-    print_averages(run_plans(series, plans, settings))
-"""
+"""Results of `llmtrain average`: averages, weights, and the table of a sweep."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -13,9 +8,11 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Column, Table
 
-from llmtrain.averaging.average import average as make
-from llmtrain.averaging.request import AverageRequest, make_specs
-from llmtrain.averaging.spec import Average, AverageSpec, MergeOptions
+from llmtrain.averaging.average import average
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest, MergeOptions
+from llmtrain.averaging.spec import Average, AverageSpec
+from llmtrain.checkpoints.resolve import find_series
 from llmtrain.checkpoints.series import Series, run_series
 from llmtrain.errors import UserError
 from llmtrain.storage.run_folder import newest_run, require_run
@@ -23,71 +20,92 @@ from llmtrain.storage.run_folder import newest_run, require_run
 from .common import ProgressLine, console, err_console, interruptible, print_json, warn
 
 if TYPE_CHECKING:
-    from llmtrain.averaging.sweep_report import SummaryRow  # which imports torch
+    from llmtrain.averaging.sweep import SummaryRow  # imports torch
 
 
-def run_plans(
-    series: Series, plans: Sequence[AverageSpec], settings: MergeOptions
-) -> list[Average]:
+def average_series(
+    source: str | None,
+    revision_pattern: str | None,
+    request: AverageRequest,
+    options: MergeOptions,
+    show_weights: bool,
+    as_json: bool,
+) -> None:
+    """Make the averages of a request and print them, or only print their weights."""
+    series = find_series(source, revision_pattern=revision_pattern, discard=options.discard_inputs)
+    specs = make_specs(series, request)
+    if show_weights:
+        _print_weights(specs, as_json)
+        return
+    _warn_about(series, specs, request)
+    results = _average(series, specs, options)
+    if as_json:
+        print_json([result.as_json() for result in results])
+    else:
+        _print_averages(results)
+
+
+def _warn_about(series: Series, specs: Sequence[AverageSpec], request: AverageRequest) -> None:
+    newest, last = series.steps[-1], specs[-1].step
+    at_last = request.at_step == "last" and request.method not in ("custom", "dense")
+    if at_last and last < newest:
+        warn(
+            f"no such window ends at the newest checkpoint, step {newest:,}; "
+            f"the average is that of step {last:,}"
+        )
+    for spec in specs:
+        if (error := spec.options.get("profile_error", 0.0)) > 0.1:
+            warn(
+                f"{spec.label} at step {spec.step:,} is {error:.0%} off the requested profile: "
+                "the stored averages are too few, or too far from this width"
+            )
+
+
+def _average(series: Series, specs: Sequence[AverageSpec], options: MergeOptions) -> list[Average]:
     """Average with a progress line."""
-    with interruptible("what is complete is kept") as interrupt, ProgressLine("averaging") as line:
+    with (
+        interruptible("finished averages are kept") as interrupt,
+        ProgressLine("averaging") as line,
+    ):
 
         def on_progress(done: int, total: int) -> None:
             interrupt.check()
             line.update(done, total)
 
-        return make(series, plans, settings, progress=on_progress, warn=warn)
+        return average(series, specs, options, progress=on_progress, warn=warn)
 
 
-def print_averages(results: Sequence[Average]) -> None:
-    """Step, label, inputs and folder of each average."""
-    table = Table(
-        "step",
-        "label",
-        "inputs",
-        Column("written to", overflow="fold"),
-        box=None,
-        header_style="bold",
-    )
+def _print_averages(results: Sequence[Average]) -> None:
+    folder = Column("written to", overflow="fold")
+    table = Table("step", "label", "inputs", folder, box=None, header_style="bold")
     for result in results:
-        steps = [str(source.step) for source in result.spec.inputs]
-        inputs = " ".join(
-            steps if len(steps) <= 8 else [*steps[:3], "…", *steps[-3:], f"({len(steps)})"]
-        )
-        table.add_row(
-            str(result.spec.step), result.spec.label, inputs, escape(str(result.spec.target))
-        )
+        spec, steps = result.spec, [str(source.step) for source in result.spec.inputs]
+        if len(steps) > 8:
+            steps = [*steps[:3], "…", *steps[-3:], f"({len(steps)})"]
+        table.add_row(str(spec.step), spec.label, " ".join(steps), escape(str(spec.target)))
     console.print(table)
-    if kept := sum(result.kept for result in results):
-        err_console.print(
-            f"{kept} of {len(results)} existed already, of the same checkpoints and weights, and were kept"
-        )
+    if cached := sum(result.cached for result in results):
+        err_console.print(f"kept {cached} of {len(results)}, which existed with the same inputs")
 
 
-def print_weights(plans: Sequence[AverageSpec], as_json: bool) -> None:
-    """The coefficients of each planned average, and nothing read or written."""
+def _print_weights(specs: Sequence[AverageSpec], as_json: bool) -> None:
     if as_json:
         print_json(
             [
                 {
-                    "label": plan.label,
-                    "step": plan.step,
-                    "inputs": [source.step for source in plan.inputs],
-                    "weights": list(plan.weights),
+                    "label": spec.label,
+                    "step": spec.step,
+                    "inputs": [source.step for source in spec.inputs],
+                    "weights": list(spec.weights),
                 }
-                for plan in plans
+                for spec in specs
             ]
         )
         return
-    for plan in plans:
-        table = Table(
-            "checkpoint",
-            "weight",
-            box=None,
-            header_style="bold",
-            title=f"{plan.label}, step {plan.step}",
-        )
-        for source, weight in zip(plan.inputs, plan.weights, strict=True):
+    for spec in specs:
+        title = f"{spec.label}, step {spec.step}"
+        table = Table("checkpoint", "weight", box=None, header_style="bold", title=title)
+        for source, weight in zip(spec.inputs, spec.weights, strict=True):
             table.add_row(source.location, f"{weight:.10g}")
         console.print(table)
 
@@ -95,61 +113,54 @@ def print_weights(plans: Sequence[AverageSpec], as_json: bool) -> None:
 def evaluate_sweep(
     source: str | None, text: str, request: AverageRequest, *, write_best: bool, as_json: bool
 ) -> None:
-    """Evaluate candidates; a table, a CSV and a PNG, and if wanted the best one as a folder.
+    """Evaluate candidates, write a CSV and a PNG, print a table, and write the best if requested.
 
     Raises:
-        UserError: the command line says more than --sweep and --at, which would be ignored.
+        UserError: the request sets more than `at`.
     """
-    from llmtrain.averaging.sweep import parse_sweep, sweep
-    from llmtrain.averaging.sweep_report import draw, summary, write_csv
+    from llmtrain.averaging.sweep import draw, parse_sweep, summary, sweep, write_csv
 
     if replace(request, at=None) != AverageRequest():
         raise UserError(
-            "--sweep takes the methods' options in its own text, and of the others only --at",
-            hint='such as --sweep "method=lawa,linear window=3,5 every=200"',
+            "--sweep takes the options of the methods in its text, and apart from it only --at",
+            hint='use --sweep "method=lawa,linear window=3,5 every=200"',
         )
     run = require_run(Path(source)) if source is not None else newest_run()
-    candidates, at = parse_sweep(text), None if request.at is None else request.at_step
+    requests, at = parse_sweep(text), None if request.at is None else request.at_step
     with interruptible("nothing was written") as interrupt, ProgressLine("evaluating") as line:
 
         def on_progress(done: int, total: int) -> None:
             interrupt.check()
             line.update(done, total)
 
-        result = sweep(run, candidates, at=at, progress=on_progress)
+        result = sweep(run, requests, at=at, progress=on_progress)
     for reason in result.skipped:
         warn(reason)
     rows = summary(result, run)
-    write_csv(result, run.report / "sweep.csv")
-    draw(
-        result,
-        run.report / "sweep.png",
-        f"{run.path.name}: averages of {len(result.candidates)} kinds",
-    )
+    table_file, plot_file = run.report / "sweep.csv", run.report / "sweep.png"
+    write_csv(result, table_file)
+    draw(result, plot_file, f"{run.path.name}: averages of {len(result.candidates)} kinds")
     written: Sequence[Average] = []
     if write_best and result.best.request is not None:
         series = run_series(run)
-        written = run_plans(series, make_specs(series, result.best.request), MergeOptions())
+        written = _average(series, make_specs(series, result.best.request), MergeOptions())
     if as_json:
         curves = zip(rows, result.candidates, strict=True)
         print_json(
             {
                 "raw": {"losses": result.raw.losses},
-                "candidates": [
-                    asdict(row) | {"losses": candidate.losses} for row, candidate in curves
-                ],
+                "candidates": [asdict(row) | {"losses": each.losses} for row, each in curves],
                 "tokens": result.tokens,
-                "written": [one.as_json() for one in written],
+                "written": [average.as_json() for average in written],
             }
         )
         return
     console.print(_sweep_table(rows))
-    console.print(
-        f"raw at step {max(result.raw.losses):,}: {result.raw.losses[max(result.raw.losses)]:.4f}"
-    )
-    console.print(f"{run.report / 'sweep.csv'}\n{run.report / 'sweep.png'}", markup=False)
+    last = max(result.raw.losses)
+    console.print(f"raw at step {last:,}: {result.raw.losses[last]:.4f}")
+    console.print(f"{table_file}\n{plot_file}", markup=False)
     if written:
-        print_averages(written)
+        _print_averages(written)
 
 
 def _sweep_table(rows: "Sequence[SummaryRow]") -> Table:

@@ -1,7 +1,4 @@
-"""`llmtrain config`: a configuration, checked and whole.
-
-llmtrain config configs/gpt2-small.yaml --diff configs/gpt2-small-highlr.yaml
-"""
+"""`llmtrain config`: check, complete and compare configurations."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,60 +8,36 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from .common import console, print_json
+from .common import JsonFlag, SetOption, console, print_json
 
 if TYPE_CHECKING:
     from llmtrain.config.schema import RunConfig
 
 
 def config(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="YAML file, or the folder of a run.")
-    ],
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="SECTION.KEY=VALUE", help="Override a key of FILE; repeatable."
-        ),
-    ] = None,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A YAML file or a run folder.")],
+    settings: SetOption = None,
     diff: Annotated[
         Path | None,
         typer.Option(
-            metavar="OTHER",
-            help="Show only what differs from this file or run.",
-            show_default=False,
+            metavar="OTHER", help="Show only differences to this file or run.", show_default=False
         ),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
-    ] = False,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Check a configuration and print all of it: the file, --set, and the defaults of what they leave out.
+    """Check a configuration and print it with --set and all defaults applied.
 
-    What is printed is a configuration again, with the same meaning. Exit code 2 when something is wrong.
+    The output is a configuration with the same meaning. The exit code is 2 if a key is invalid.
     """
     resolved = _load(file, settings or [])
-    if diff is None:
+    if diff is not None:
+        _print_differences(resolved, _load(diff, []), (str(file), str(diff)), as_json=as_json)
+    elif as_json:
+        print_json(resolved.model_dump(mode="json"))
+    else:
         from llmtrain.config.loading import dump_config
 
-        if as_json:
-            print_json(resolved.model_dump(mode="json"))
-        else:
-            typer.echo(dump_config(resolved), nl=False)
-        return
-    differences = _differences(resolved, _load(diff, []))
-    if as_json:
-        print_json(
-            {key: {"here": here, "other": other} for key, (here, other) in differences.items()}
-        )
-        return
-    if not differences:
-        console.print(f"{file} and {diff} mean the same", markup=False)
-        return
-    table = Table("key", escape(str(file)), escape(str(diff)), box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for key, values in differences.items():
-        table.add_row(key, *(escape(_shown(value)) for value in values))
-    console.print(table)
+        typer.echo(dump_config(resolved), nl=False)
 
 
 def _load(path: Path, settings: list[str]) -> "RunConfig":
@@ -74,15 +47,23 @@ def _load(path: Path, settings: list[str]) -> "RunConfig":
     return load_config(require_run(path).config if path.is_dir() else path, settings)
 
 
-def _differences(here: "RunConfig", other: "RunConfig") -> dict[str, tuple[Any, Any]]:
-    """Dotted key → its two values, in the order of the sections; None where a key is not there."""
+def _print_differences(
+    here: "RunConfig", other: "RunConfig", names: tuple[str, str], *, as_json: bool
+) -> None:
     from llmtrain.config.schema import flatten
 
     one, two = flatten(here), flatten(other)
-    return {
-        key: (one.get(key), two.get(key)) for key in {**one, **two} if one.get(key) != two.get(key)
-    }
+    keys = [key for key in one | two if one.get(key) != two.get(key)]
+    if as_json:
+        print_json({key: {"here": one.get(key), "other": two.get(key)} for key in keys})
+    elif not keys:
+        console.print(f"{names[0]} and {names[1]} are equivalent", markup=False)
+    else:
+        table = Table("key", *map(escape, names), box=box.SIMPLE, padding=(0, 1, 0, 0))
+        for key in keys:
+            table.add_row(key, _cell(one.get(key)), _cell(two.get(key)))
+        console.print(table)
 
 
-def _shown(value: Any) -> str:
-    return "" if value is None else str(value)
+def _cell(value: Any) -> str:
+    return "" if value is None else escape(str(value))

@@ -1,36 +1,53 @@
-"""`llmtrain eval`: raw and averaged weights side by side, by loss, by a text, by zero-shot tasks.
+"""`llmtrain eval`: compare raw and averaged weights by loss, on a text, or on zero-shot tasks."""
 
-llmtrain eval runs/demo
-"""
-
-from dataclasses import replace
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Column, Table
 
-from .common import ProgressLine, console, interruptible, print_json, warn
-from .eval_table import Measured, explanations, json_of, loss_table, measures_table
+from llmtrain.errors import UserError
+from llmtrain.evaluation.options import EvalOptions, TaskOptions, TextOptions
+
+from .common import ProgressLine, console, help_of, interruptible, print_json, warn
 
 if TYPE_CHECKING:
     from llmtrain.checkpoints.resolve import Target
-    from llmtrain.evaluation.results import EvalOptions, Row
-    from llmtrain.evaluation.tasks import TaskOptions
-    from llmtrain.runtime.signals import Interrupt
+    from llmtrain.evaluation.results import EvalResult, TaskResult
+    from llmtrain.evaluation.text import TextResult
 
-    from .common import ProgressLine
+    Progress = Callable[[Target, str, int, int], None]
+
+_eval_help = partial(help_of, EvalOptions)
+_task_help = partial(help_of, TaskOptions)
+_task_option = partial(typer.Option, rich_help_panel="Zero-shot tasks (extra: eval)")
+_text_option = partial(typer.Option, rich_help_panel="Text file")
 
 
 class Split(StrEnum):
-    """Which part of the data."""
+    """Part of the data."""
 
     VAL = "val"
     TRAIN = "train"
 
 
-_TEXT = "Any text"
-_TASKS = "Zero-shot tasks (extra: eval)"
+@dataclass(frozen=True)
+class Measured:
+    """Everything measured for one set of weights."""
+
+    target: "Target"
+    loss: "EvalResult | None"
+    """None if no data is known."""
+    text: "TextResult | None" = None
+    tasks: "list[TaskResult]" = field(default_factory=list)
 
 
 def evaluate(
@@ -38,99 +55,50 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="TARGET",
-            help="Runs, folders of weights, OWNER/NAME or OWNER/NAME@REVISION on the hub.",
+            help="Runs, folders of weights, or OWNER/NAME[@REVISION] on the hub.",
             show_default="the newest run under runs/",
         ),
     ] = None,
     data: Annotated[
-        Path | None,
-        typer.Option(help="Folder of token shards.", show_default="the run's data.path"),
+        Path | None, typer.Option(help=_eval_help("data"), show_default="the run's data.path")
     ] = None,
-    split: Annotated[Split, typer.Option(help="Which split.")] = Split.VAL,
+    split: Annotated[Split, typer.Option(help=_eval_help("split"))] = Split.VAL,
     tokens: Annotated[
         int | None,
         typer.Option(
-            min=2,
-            help="Only the first so many tokens.",
-            show_default="the run's eval.tokens, else all",
+            min=2, help=_eval_help("tokens"), show_default="the run's eval.tokens, else all"
         ),
     ] = None,
     batch: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Windows in one forward pass.", show_default="the run's eval.batch"
-        ),
+        typer.Option(min=1, help=_eval_help("batch"), show_default="the run's eval.batch"),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: Annotated[str, typer.Option(help=_eval_help("device"))] = "auto",
     every_snapshot: Annotated[
         bool,
-        typer.Option("--all", help="Every snapshot, not only those whose step has an average."),
+        typer.Option("--all", help="Evaluate every snapshot, not only those with an average."),
     ] = False,
     text: Annotated[
         Path | None,
-        typer.Option(
-            help="Text file: loss, perplexity per word and per byte.",
-            show_default=False,
-            rich_help_panel=_TEXT,
-        ),
+        _text_option(help="Measure loss and perplexity on this text file.", show_default=False),
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Tokens that a window predicts; those before them are context.",
-            show_default="disjoint windows",
-            rich_help_panel=_TEXT,
-        ),
+        _text_option(min=1, help=help_of(TextOptions, "stride"), show_default="disjoint windows"),
     ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            help="Names for lm-eval, with commas; lambada_openai, hellaswag, piqa, arc_easy, sciq and winogrande "
-            "can do without a network.",
-            show_default=False,
-            rich_help_panel=_TASKS,
-        ),
-    ] = None,
+    tasks: Annotated[str | None, _task_option(help=_task_help("tasks"), show_default=False)] = None,
     limit: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Only the first so many documents of a task.",
-            show_default="all",
-            rich_help_panel=_TASKS,
-        ),
+        int | None, _task_option(min=1, help=_task_help("limit"), show_default="all")
     ] = None,
-    batch_size: Annotated[
-        str,
-        typer.Option(
-            help="Requests in one forward pass; auto: what the GPU holds, 8 on a CPU.",
-            rich_help_panel=_TASKS,
-        ),
-    ] = "auto",
+    batch_size: Annotated[str, _task_option(help=_task_help("batch"))] = "auto",
     task_data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder with TASK.jsonl (.zst, .gz) of these six tasks.",
-            show_default="data sets on the hub",
-            rich_help_panel=_TASKS,
-        ),
+        Path | None, _task_option(help=_task_help("data"), show_default="data sets on the hub")
     ] = None,
     task_files: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of lm-eval task files. They are code.",
-            show_default=False,
-            rich_help_panel=_TASKS,
-        ),
+        Path | None, _task_option(help=_task_help("files"), show_default=False)
     ] = None,
     trust_task_files: Annotated[
-        bool,
-        typer.Option(
-            "--trust-task-files",
-            help="Run the code of --task-files: read it first.",
-            rich_help_panel=_TASKS,
-        ),
+        bool, _task_option("--trust-task-files", help=_task_help("trust_files"))
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
@@ -139,147 +107,233 @@ def evaluate(
     """Evaluate weights: loss (nats per token), perplexity, bits per byte, difference from raw.
 
     A run stands for its averages and the raw snapshots of the same steps. The split is read in
-    disjoint windows of the model's block size, each token but the first predicted once. Results are
-    kept under the run's evals/ and not computed twice for the same weights and data. --text and --tasks
-    join the same table, with standard errors where they are known.
+    disjoint windows of the model's block size; each token but the first is predicted once. Results
+    are cached under the run's evals/ by the content of weights and data. --text and --tasks add
+    their measures to the table, with standard errors if available.
     """
     from llmtrain.checkpoints.resolve import find_targets
-    from llmtrain.evaluation.results import EvalOptions
-    from llmtrain.storage.run_folder import newest_run
 
-    asked = _task_settings(
-        tasks, limit, batch_size, task_data, task_files, trust_task_files, device
-    )
     _require_companion("--stride", stride, "--text", text)
-    # Two averages of one step bring the same raw weights: measure and show them once.
+    _require_companion("--limit", limit, "--tasks", tasks)
+    _require_companion("--task-data", task_data, "--tasks", tasks)
+    _require_companion("--task-files", task_files, "--tasks", tasks)
+    _require_companion("--trust-task-files", trust_task_files or None, "--task-files", task_files)
+    number = _parse_batch_size(batch_size)
+    _require_companion("--batch-size", None if number == "auto" else number, "--tasks", tasks)
+    task_options = None
+    if tasks is not None:
+        task_names = _parse_tasks(tasks)
+        task_options = TaskOptions(
+            task_names, limit, number, task_data, task_files, trust_task_files, device
+        )
+    options = EvalOptions(data=data, split=split.value, tokens=tokens, batch=batch, device=device)
+    names: list[str | None] = [*targets] if targets else [None]
+    # Two averages of a step share their raw weights: measure and show those once.
     found = {
         target.path.resolve(): target
-        for name in targets or [str(newest_run().path)]
+        for name in names
         for target in find_targets(name, every_snapshot=every_snapshot)
     }
-    settings = EvalOptions(data=data, split=split.value, tokens=tokens, batch=batch, device=device)
-    kept = "the same command goes on from the results that a run keeps"
-    with interruptible(kept) as interrupt, ProgressLine("evaluating") as line:
-        work = _Work(list(found.values()), interrupt, line)
-        everything = work.all_of(settings, text, stride, asked)
-    _print(everything, as_json=as_json, losses_only=text is None and asked is None)
+    outcome = "run the same command again to continue from the cached results"
+    weights = list(found.values())
+    with (
+        interruptible(outcome) as interrupt,
+        ProgressLine("evaluating") as line,
+        redirect_stdout(sys.stderr),  # lm-eval prints to standard output
+    ):
 
+        def progress(target: "Target", measure: str, done: int, total: int) -> None:
+            interrupt.check()
+            detail = f"{target.path} {measure} {done / max(total, 1):.0%}"
+            line.update(weights.index(target), len(weights), detail)
 
-class _Work:
-    """What is measured of which weights, and how far it is."""
-
-    def __init__(
-        self, wanted: "list[Target]", interrupt: "Interrupt", line: "ProgressLine"
-    ) -> None:
-        self._wanted = wanted
-        self._interrupt = interrupt
-        self._line = line
-
-    def all_of(
-        self,
-        settings: "EvalOptions",
-        text: Path | None,
-        stride: int | None,
-        asked: "TaskOptions | None",
-    ) -> list[Measured]:
-        rows = self._losses(settings, needed=text is None and asked is None)
-        everything = [Measured(target, row) for target, row in zip(self._wanted, rows, strict=True)]
-        if text is not None:
-            from llmtrain.evaluation.text import TextOptions, measure_text
-
-            how = TextOptions(stride=stride, batch=settings.batch or 16, device=settings.device)
-            texts = measure_text(self._wanted, text, how, self._progress, warn=warn)
-            everything = [replace(one, text=t) for one, t in zip(everything, texts, strict=True)]
-        if asked is not None:
-            from llmtrain.evaluation.tasks import measure_tasks
-
-            scores = measure_tasks(self._wanted, asked, self._progress, warn=warn)
-            everything = [replace(one, tasks=s) for one, s in zip(everything, scores, strict=True)]
-        return everything
-
-    def _losses(self, settings: "EvalOptions", *, needed: bool) -> "list[Row | None]":
-        """Losses on token shards; without `needed`, only of weights whose data is there."""
-        from llmtrain.evaluation.results import data_is_known, measure
-
-        known = [target for target in self._wanted if needed or data_is_known(target, settings)]
-        if any(target.run and target not in known for target in self._wanted):
-            warn("the data that the run was trained on is not here: no loss on it (--data FOLDER)")
-        measured = measure(
-            known,
-            settings,
-            lambda target, *done: self._progress(target, settings.split, *done),
-            warn=warn,
-        )
-        rows = dict(zip((target.path for target in known), measured, strict=True))
-        return [rows.get(target.path) for target in self._wanted]
-
-    def _progress(self, target: "Target", what: str, done: int, total: int) -> None:
-        self._interrupt.check()
-        place = self._wanted.index(target)
-        self._line.update(
-            place, len(self._wanted), f"{target.path} {what} {done / max(total, 1):.0%}"
-        )
-
-
-def _print(everything: list[Measured], *, as_json: bool, losses_only: bool) -> None:
+        measured = _measure(weights, options, text, stride, task_options, progress)
     if as_json:
-        print_json([json_of(one) for one in everything])
-    elif losses_only:
-        console.print(loss_table([one.row for one in everything if one.row is not None]))
+        print_json([_as_json(each) for each in measured])
+    elif text is None and tasks is None:
+        console.print(loss_table([each.loss for each in measured if each.loss is not None]))
     else:
-        console.print(measures_table(everything))
-        for line in explanations(everything):
-            console.print(line, markup=False)
-
-
-def _task_settings(
-    tasks: str | None,
-    limit: int | None,
-    batch_size: str,
-    data: Path | None,
-    files: Path | None,
-    trust_files: bool,
-    device: str,
-) -> "TaskOptions | None":
-    """What is asked for; None: no tasks.
-
-    Raises:
-        UserError: a name is empty, the batch size is no number, or an option stands without --tasks.
-    """
-    from llmtrain.errors import UserError
-
-    for option, value in {"--limit": limit, "--task-data": data, "--task-files": files}.items():
-        _require_companion(option, value, "--tasks", tasks)
-    _require_companion("--trust-task-files", trust_files or None, "--task-files", files)
-    if tasks is None:
-        _require_companion(
-            "--batch-size", None if batch_size == "auto" else batch_size, "--tasks", tasks
-        )
-        return None
-    from llmtrain.evaluation.tasks import TaskOptions
-
-    names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",")))
-    if not all(names):
-        raise UserError(
-            f"--tasks {tasks!r} holds an empty name", hint="such as --tasks lambada_openai,piqa"
-        )
-    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) > 0):
-        raise UserError(
-            f"--batch-size {batch_size!r} is no number", hint="auto, or a number from 1 on"
-        )
-    return TaskOptions(
-        names,
-        limit,
-        "auto" if batch_size == "auto" else int(batch_size),
-        data,
-        files,
-        trust_files,
-        device,
-    )
+        console.print(_measures_table(measured))
+        for note in dict.fromkeys(note for each in measured for note in _conditions(each)):
+            console.print(note, markup=False)
 
 
 def _require_companion(option: str, value: object, companion: str, given: object) -> None:
-    from llmtrain.errors import UserError
-
     if value is not None and given is None:
-        raise UserError(f"{option} goes with {companion}", hint="llmtrain eval --help")
+        raise UserError(f"{option} requires {companion}", hint="see llmtrain eval --help")
+
+
+def _parse_batch_size(text: str) -> Any:
+    if text != "auto" and not (text.isdecimal() and int(text) > 0):
+        raise UserError(
+            f"--batch-size {text!r} is not a number", hint="pass auto or a positive number"
+        )
+    return text if text == "auto" else int(text)
+
+
+def _parse_tasks(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    if not all(names):
+        raise UserError(
+            f"--tasks {text!r} contains an empty name",
+            hint="write names with commas: --tasks lambada_openai,piqa",
+        )
+    return names
+
+
+def _measure(
+    targets: "list[Target]",
+    options: EvalOptions,
+    text: Path | None,
+    stride: int | None,
+    tasks: TaskOptions | None,
+    progress: "Progress",
+) -> list[Measured]:
+    losses = _losses(targets, options, progress, needed=text is None and tasks is None)
+    measured = [Measured(*pair) for pair in zip(targets, losses, strict=True)]
+    if text is not None:
+        from llmtrain.evaluation.text import measure_text
+
+        how = TextOptions(stride, options.batch or 16, options.device)
+        texts = measure_text(targets, text, how, progress, warn=warn)
+        measured = [replace(each, text=t) for each, t in zip(measured, texts, strict=True)]
+    if tasks is not None:
+        from llmtrain.evaluation.tasks import measure_tasks
+
+        scores = measure_tasks(targets, tasks, progress, warn=warn)
+        measured = [replace(each, tasks=s) for each, s in zip(measured, scores, strict=True)]
+    return measured
+
+
+def _losses(
+    targets: "list[Target]", options: EvalOptions, progress: "Progress", *, needed: bool
+) -> "list[EvalResult | None]":
+    """Measure losses on token shards; unless `needed`, skip weights without data."""
+    from llmtrain.evaluation.loss import has_data, measure_losses
+
+    known = [target for target in targets if needed or has_data(target, options)]
+    if any(target.run and target not in known for target in targets):
+        warn("the training data of the run is not found: pass --data FOLDER to measure losses")
+    losses = measure_losses(
+        known,
+        options,
+        lambda target, done, total: progress(target, options.split, done, total),
+        warn=warn,
+    )
+    by_path = dict(zip((target.path for target in known), losses, strict=True))
+    return [by_path.get(target.path) for target in targets]
+
+
+def _as_json(measured: Measured) -> dict[str, Any]:
+    """Return one object of `--json`; without data, the fields of the loss are null."""
+    from llmtrain.evaluation.results import EvalResult
+
+    target = measured.target
+    document = dict.fromkeys(EvalResult.__dataclass_fields__) | {
+        "label": target.label,
+        "step": target.step,
+        "path": str(target.path),
+        "run": target.run.path.resolve().name if target.run else None,
+    }
+    document |= asdict(measured.loss) if measured.loss else {}
+    if measured.text is not None:
+        document["text"] = asdict(measured.text)
+    if measured.tasks:
+        document["tasks"] = [asdict(result) for result in measured.tasks]
+    return document
+
+
+def loss_table(results: "list[EvalResult]") -> Table:
+    """Return a table with a line per set of weights, and the run if there are several."""
+    several = len({result.run for result in results}) > 1
+    names = ("step", "loss", "perplexity", "bits/byte", "minus raw", "tokens", "s")
+    columns = [Column(name, justify="right", no_wrap=True) for name in names]
+    table = Table(Column("weights", no_wrap=True), *columns, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for each in results:
+        table.add_row(
+            escape(f"{each.run}: {each.label}" if several and each.run else each.label),
+            "" if each.step is None else f"{each.step:,}",
+            f"{each.loss:.4f}",
+            "inf" if each.perplexity is None else _format(each.perplexity, 3),
+            "n/a" if each.bits_per_byte is None else f"{each.bits_per_byte:.4f}",
+            "n/a" if each.delta is None else f"{each.delta:+.4f}",
+            f"{each.tokens:,}",
+            f"{each.seconds:.1f}",
+        )
+    return table
+
+
+def _measures_table(measured: list[Measured]) -> Table:
+    """Return a table with a line per measure and set of weights, grouped by measure."""
+    several = len({_place(each.target)[0] for each in measured}) > 1
+    columns = [
+        Column(name, justify="right", no_wrap=True) for name in ("step", "value", "±", "minus raw")
+    ]
+    first = (Column("measure", overflow="fold"), Column("weights", overflow="fold"))
+    table = Table(*first, *columns, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    groups: dict[str, list[tuple[Target, float | None, float | None]]] = {}
+    for each in measured:
+        for name, value, stderr in _values(each):
+            groups.setdefault(name, []).append((each.target, value, stderr))
+    for name, lines in groups.items():
+        raw = {_place(target): value for target, value, _ in lines if target.label == "raw"}
+        for i, (target, value, stderr) in enumerate(lines):
+            run, step = _place(target)
+            difference = _difference(value, raw.get((run, step)))
+            table.add_row(
+                escape(name) if i == 0 else "",
+                escape(f"{run.name}: {target.label}" if several and target.run else target.label),
+                "" if step is None else f"{step:,}",
+                "inf" if value is None else _format(value, 4),
+                "" if stderr is None else _format(stderr, 4),
+                "" if target.label == "raw" else difference,
+                end_section=i == len(lines) - 1,
+            )
+    return table
+
+
+def _place(target: "Target") -> tuple[Path, int | None]:
+    """Return the run, or the folder outside a run, and the step."""
+    return (target.run.path if target.run else target.path).resolve(), target.step
+
+
+def _values(measured: Measured) -> "Iterator[tuple[str, float | None, float | None]]":
+    """Yield name, value (None if it overflows) and standard error of each measure."""
+    if loss := measured.loss:
+        yield f"{loss.split}: loss", loss.loss, None
+        yield f"{loss.split}: bits/byte", loss.bits_per_byte, None
+    if text := measured.text:
+        name = text.file.rpartition("/")[2]
+        yield f"{name}: loss", text.loss, None
+        yield f"{name}: word perplexity", text.word_perplexity, None
+        yield f"{name}: byte perplexity", text.byte_perplexity, None
+    for score in (score for result in measured.tasks for score in result.scores):
+        arrow = {True: " ↑", False: " ↓", None: ""}[score.higher_is_better]
+        yield f"{score.task}: {score.metric}{arrow}", score.value, score.stderr
+
+
+def _conditions(measured: Measured) -> "Iterator[str]":
+    """Yield a line for the text and for each task: size, windows and context."""
+    if text := measured.text:
+        strided = f"strided by {text.stride:,}: windows"
+        yield (
+            f"{text.file}: {text.tokens:,} tokens, {text.words:,} words, {text.bytes:,} bytes; "
+            f"{'disjoint windows' if text.windows == 'disjoint' else strided} "
+            f"of {text.context:,} tokens, {text.precision}"
+        )
+    for task in measured.tasks:
+        documents = sum({score.task: score.documents or 0 for score in task.scores}.values())
+        first = "the first " if task.limit else ""
+        cut = f"; {task.truncated:.0%} of the requests were truncated" if task.truncated else ""
+        yield (
+            f"{task.task}: {first}{documents:,} documents from {task.source}, "
+            f"context of {task.context:,} tokens{cut}"
+        )
+
+
+def _difference(value: float | None, raw: float | None) -> str:
+    return "n/a" if value is None or raw is None else _format(value - raw, 4, "+")
+
+
+def _format(value: float, digits: int, sign: str = "") -> str:
+    return f"{value:{sign}.{digits}f}" if abs(value) < 1e5 else f"{value:{sign}.3e}"

@@ -1,93 +1,68 @@
-"""`llmtrain export`: weights as a repository that others run as it is.
+"""`llmtrain export`: write weights in a format that runs without llmtrain."""
 
-llmtrain export runs/demo --to exported/demo --dtype bf16
-"""
-
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from .common import WeightsArgument, console, err_console, print_json
-
-
-class Dtype(StrEnum):
-    """Of the exported weights."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
-
-
-class Form(StrEnum):
-    """Whose format."""
-
-    HF = "hf"
-    NANOGPT = "nanogpt"
+from .common import JsonFlag, WeightsArgument, console, err_console, print_json
 
 
 def export(
     to: Annotated[Path, typer.Option(metavar="DIR", help="New folder to write.")],
     target: WeightsArgument = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the exported weights.")] = Dtype.FP32,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"], typer.Option(help="Number format of the weights.")
+    ] = "fp32",
     form: Annotated[
-        Form,
+        Literal["hf", "nanogpt"],
         typer.Option(
             "--format",
-            help="hf: a Hugging Face repository with tokenizer and model card. nanogpt: its ckpt.pt.",
+            help="hf: Hugging Face repository with tokenizer and model card; nanogpt: ckpt.pt.",
         ),
-    ] = Form.HF,
+    ] = "hf",
     push: Annotated[
         str | None,
         typer.Option(
             metavar="OWNER/NAME",
-            help="Then send the folder to this repository on the hub; a new one is made private.",
+            help="Also upload the folder to this repository on the hub; a new one is private.",
             show_default=False,
         ),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="gpt2 or byte.", show_default="as config.json tells")
+        str | None, typer.Option(help="gpt2 or byte.", show_default="from config.json")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
-    ] = False,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Write weights as a repository that runs elsewhere, without llmtrain.
+    """Write weights as a Hugging Face repository or a nanoGPT checkpoint.
 
-    The model card tells data, recipe, losses and averaging as the run recorded them, and names no local folder.
+    The model card contains data, recipe, losses and averaging from the run, but no local paths.
     """
-    from llmtrain.evaluation.selection import choose_weights
-    from llmtrain.export import publish as library
+    from llmtrain.evaluation.results import choose_weights
+    from llmtrain.export.publish import export as export_weights
 
     weights, _ = choose_weights(target)
     err_console.print(f"{weights.label}: {weights.path}", markup=False, style="dim", soft_wrap=True)
-    library.export(
-        weights, to, dtype=dtype.value, form=form.value, name=push or str(to), tokenizer=tokenizer
-    )
-    if form is Form.NANOGPT:
+    name = push or str(to)
+    export_weights(weights, to, dtype=dtype, form=form, name=name, tokenizer=tokenizer)
+    if form == "nanogpt":
         err_console.print(
-            "nanoGPT computes GELU exactly, GPT-2 by its tanh form: logits differ by some thousandths"
+            "nanoGPT uses exact GELU, GPT-2 its tanh form: logits differ by about 0.001"
         )
-    url = None
-    if push is not None:
-        from llmtrain.errors import RunFailed, UserError
-        from llmtrain.storage.hub import push as send
-
-        try:
-            url = send(to, push)
-        except (UserError, RunFailed) as error:
-            error.hint += f"; {to} is complete, and `hf upload {push} {to}` sends it"
-            raise
+    url = None if push is None else _upload(to, push)
     if as_json:
-        print_json(
-            {
-                "label": weights.label,
-                "step": weights.step,
-                "source": str(weights.path),
-                "path": str(to),
-                "url": url,
-            }
-        )
+        document = {"label": weights.label, "step": weights.step, "source": str(weights.path)}
+        print_json(document | {"path": str(to), "url": url})
     else:
-        console.print(f"{to}: written" + (f", sent to {url}" if url else ""), markup=False)
+        console.print(f"wrote {to}" + (f", uploaded to {url}" if url else ""), markup=False)
+
+
+def _upload(folder: Path, repository: str) -> str:
+    from llmtrain.errors import RunFailed, UserError
+    from llmtrain.storage.hub import push
+
+    try:
+        return push(folder, repository)
+    except (UserError, RunFailed) as error:
+        error.hint += f"; {folder} is complete, upload it with: hf upload {repository} {folder}"
+        raise

@@ -1,4 +1,4 @@
-"""`llmtrain pretrain`: train a model from a configuration, or go on with a run.
+"""`llmtrain pretrain`: train a model from a configuration, or resume a run.
 
 llmtrain pretrain --config configs/demo.yaml --set optimizer.lr=6e-3
 """
@@ -8,70 +8,40 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
 
-from llmtrain.runtime import ranks
+from llmtrain.runtime import launcher
 
-from .common import console, discard_stdout, parse_duration, print_outcome, warn
+from .common import SetOption, console, discard_stdout, parse_duration, print_outcome, warn
 
-
-def _print_line(line: str) -> None:
-    # Not through rich, which exits where the reader is gone; training then saves its state first.
-    try:
-        print(line, flush=True)
-    except OSError as error:  # a terminal that was closed, a full disk under a redirection
-        raise BrokenPipeError(error.errno, error.strerror) from error
-
-
-def _warn(message: str) -> None:
-    try:
-        warn(message)
-    except SystemExit as left:  # how rich says that nobody reads
-        raise BrokenPipeError from left
-
-
-def _without_nproc(words: list[str]) -> list[str]:
-    """The command line of one process."""
-    kept = []
-    rest = iter(words)
-    for word in rest:
-        if word == "--nproc":
-            next(rest)
-        elif not word.startswith("--nproc="):
-            kept.append(word)
-    return kept
+if TYPE_CHECKING:
+    from llmtrain.config.schema import RunConfig
 
 
 def pretrain(
     config: Annotated[
         Path, typer.Option("--config", "-c", help="YAML file, such as configs/demo.yaml.")
     ],
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="SECTION.KEY=VALUE", help="Override a key of the config; repeatable."
-        ),
-    ] = None,
+    settings: SetOption = None,
     run_dir: Annotated[
-        Path | None,
-        typer.Option("--run-dir", help="Folder of the run.", show_default="runs/<name>"),
+        Path | None, typer.Option(help="Run folder.", show_default="runs/<name>")
     ] = None,
     resume: Annotated[
         str,
         typer.Option(
             metavar="auto|never|PATH",
-            help="auto: go on with a run that is there; never: refuse it; PATH: begin a new run with this "
-            "state (RUN/state/step-…).",
+            help="auto: resume an existing run; never: refuse it; PATH: start a new run from this "
+            "training checkpoint (RUN/state/step-…).",
         ),
     ] = "auto",
     branch: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Begin run NAME beside this one, from its state --from STEP.",
+            help="Start run NAME next to this one from its training checkpoint at --from STEP.",
             show_default=False,
         ),
     ] = None,
@@ -83,9 +53,9 @@ def pretrain(
         typer.Option(
             min=1,
             metavar="N",
-            help="Train with N processes on this machine, a GPU each (or a part of the CPU). Across machines: "
-            "torchrun … -m llmtrain pretrain.",
-            show_default="this one",
+            help="Train with N processes on this machine, each with a GPU or a share of the CPU. "
+            "Across machines: torchrun … -m llmtrain pretrain.",
+            show_default="this process",
         ),
     ] = None,
     max_time: Annotated[
@@ -93,7 +63,7 @@ def pretrain(
         typer.Option(
             parser=parse_duration,
             metavar="TIME",
-            help="Stop after this time with the state saved: 90m, 1h30m, 3600s.",
+            help="Save a training checkpoint and stop after this time: 90m, 1h30m, 3600s.",
             show_default="no limit",
         ),
     ] = None,
@@ -101,10 +71,10 @@ def pretrain(
     """Pre-train a GPT-2 model and save its snapshots.
 
     Prints a line every log.every steps: loss (nats per token), learning rate, gradient norm, tokens
-    per second, utilisation of the device's peak (MFU) and time left. Ctrl-C, SIGTERM, SIGUSR1 and
-    --max-time end the run at its next micro-batch with the state of its last step saved (exit codes 130,
-    143, 138 and 124); the same command goes on. A second signal leaves at once. Any number of processes
-    gives the same training, and each can go on from what another saved.
+    per second, utilization of the device's peak (MFU) and time left. Ctrl-C, SIGTERM, SIGUSR1 and
+    --max-time stop the run at the next micro-batch and save a training checkpoint (exit codes 130,
+    143, 138 and 124); the same command resumes it. A second signal stops at once. Any number of
+    processes trains the same model and can resume from the checkpoints of any other.
     """
     from llmtrain.config.loading import load_config
     from llmtrain.errors import UserError
@@ -117,7 +87,7 @@ def pretrain(
     )
     if (branch is None) != (from_step is None) or (branch and resume != "auto"):
         raise UserError(
-            "--branch NAME and --from STEP go together, and without --resume",
+            "--branch NAME needs --from STEP, and neither works with --resume",
             hint="--branch cooldown --from 8000 --set 'schedule={name: wsd, decay_steps: 2000}'",
         )
     if branch is not None and from_step is not None:
@@ -125,44 +95,75 @@ def pretrain(
         folder = folder.parent / branch
         resolved = load_config(config, [*(settings or []), f"name={json.dumps(branch)}"])
     if nproc is not None:
-        if ranks.is_member():
+        if launcher.is_worker():
             raise UserError(
-                "--nproc starts processes, and this is one of several", hint="leave it out here"
+                "--nproc cannot be used in a process that a launcher started", hint="remove --nproc"
             )
-        from llmtrain.runtime.launcher import launch
+        raise typer.Exit(launcher.launch(_without_nproc(sys.argv[1:]), nproc))
 
-        raise typer.Exit(launch(_without_nproc(sys.argv[1:]), nproc))
-
-    from llmtrain.config.schedules import tokens_until
-    from llmtrain.config.schema import flatten
-    from llmtrain.runtime.device import device_name, resolve_device, resolve_precision
     from llmtrain.runtime.signals import Interrupted
     from llmtrain.training.run import pretrain as train
 
-    device = resolve_device(resolved.train.device)
-    table = Table("key", "value", title=f"{config}", title_justify="left")
-    for key, value in flatten(resolved).items():
-        table.add_row(key, "" if value is None else str(value))
-    table.add_section()
-    table.add_row("→ device", device_name(device))
-    table.add_row("→ precision", resolve_precision(resolved.train.precision, device))
-    table.add_row("→ tokens a step", f"{resolved.tokens_per_step:,}")
-    table.add_row("→ tokens in all", f"{tokens_until(resolved.train.max_steps, resolved):,}")
-    console.print(table)
+    _print_config(config, resolved)
     try:
         outcome = train(
             resolved, folder, resume=start, max_seconds=max_time, log=_print_line, warn=_warn
         )
     except Interrupted as interrupted:
-        nobody_reads = interrupted.exit_code == 128 + signal.SIGPIPE
-        reason = "nobody reads the log" if nobody_reads else str(interrupted)
-        print_outcome(f"{reason}: state saved in {folder}; the same command goes on")
-        if nobody_reads:
+        is_pipe_closed = interrupted.exit_code == 128 + signal.SIGPIPE
+        reason = "output closed" if is_pipe_closed else str(interrupted)
+        print_outcome(
+            f"{reason}: training checkpoint saved in {folder}; run the same command to resume"
+        )
+        if is_pipe_closed:
             discard_stdout()
         raise typer.Exit(interrupted.exit_code) from None
     if outcome.already_finished:
-        message = f"{folder} has finished: it is at step {outcome.step:,}. A larger train.max_steps goes on."
+        message = (
+            f"{folder} has finished at step {outcome.step:,}; raise train.max_steps to continue"
+        )
     else:
-        next_command = f"llmtrain average {shlex.quote(str(folder))} --every N"
-        message = f"{folder}: step {outcome.step:,} reached. Next: {next_command}"
+        average = f"llmtrain average {shlex.quote(str(folder))} --every N"
+        message = f"{folder}: step {outcome.step:,} reached. Next: {average}"
     console.print(message, markup=False)
+
+
+def _print_config(path: Path, config: "RunConfig") -> None:
+    """Print a table of the configuration and what it resolves to on this machine."""
+    from llmtrain.config.schedules import tokens_until
+    from llmtrain.config.schema import flatten
+    from llmtrain.runtime.device import device_name, resolve_device, resolve_precision
+
+    device = resolve_device(config.train.device)
+    table = Table("key", "value", title=str(path), title_justify="left")
+    for key, value in flatten(config).items():
+        table.add_row(key, "" if value is None else str(value))
+    table.add_section()
+    table.add_row("→ device", device_name(device))
+    table.add_row("→ precision", resolve_precision(config.train.precision, device))
+    table.add_row("→ tokens per step", f"{config.tokens_per_step:,}")
+    table.add_row("→ tokens in total", f"{tokens_until(config.train.max_steps, config):,}")
+    console.print(table)
+
+
+def _print_line(line: str) -> None:
+    # Not through rich, which exits when the pipe is closed; training saves a checkpoint first.
+    try:
+        print(line, flush=True)
+    except OSError as error:  # a closed terminal, or a full disk under a redirection
+        raise BrokenPipeError(error.errno, error.strerror) from error
+
+
+def _warn(message: str) -> None:
+    try:
+        warn(message)
+    except SystemExit as closed:  # rich's reaction to a closed pipe
+        raise BrokenPipeError from closed
+
+
+def _without_nproc(words: list[str]) -> list[str]:
+    """Return the command line for one of the processes."""
+    while "--nproc" in words:
+        start = words.index("--nproc")
+        words = words[:start] + words[start + 2 :]
+    return [word for word in words if not word.startswith("--nproc=")]

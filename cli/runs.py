@@ -1,7 +1,4 @@
-"""`llmtrain runs`: the runs of a folder, the newest first.
-
-llmtrain runs
-"""
+"""`llmtrain runs`: list the runs of a folder, newest first."""
 
 import time
 from dataclasses import asdict
@@ -16,21 +13,21 @@ from rich.table import Column, Table
 from .common import console, err_console, format_bytes, print_json, warn
 
 if TYPE_CHECKING:
-    from llmtrain.evaluation.report.run_list import BestLoss, Entry
+    from llmtrain.evaluation.report.run_list import BestLoss, RunEntry
 
 _COLOURS = {"running": "green", "finished": "default", "interrupted": "yellow", "damaged": "red"}
 
 
 def runs(
-    folder: Annotated[Path, typer.Argument(help="Where the runs lie.")] = Path("runs"),
+    folder: Annotated[Path, typer.Argument(help="Folder that contains the runs.")] = Path("runs"),
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
 ) -> None:
-    """List runs: state, step, lowest validation loss (nats per token) of raw and averaged weights, age, size.
+    """List runs: state, step, lowest validation loss of raw and averaged weights, age, size.
 
-    A run is *running* while a process holds it, *finished* when its log reaches train.max_steps, else
-    *interrupted*. Age is the time since its log was written last.
+    A run is *running* while a process trains it, *finished* when its log reaches train.max_steps,
+    otherwise *interrupted*. Losses are in nats per token. Age is the time since the last log line.
     """
     from llmtrain.evaluation.report.run_list import list_runs
 
@@ -38,26 +35,23 @@ def runs(
     if as_json:
         print_json([asdict(entry) | {"age": time.time() - entry.modified} for entry in entries])
         return
-    for entry in entries:
-        if entry.problem is not None:
-            warn(entry.problem)
+    for problem in (entry.problem for entry in entries if entry.problem is not None):
+        warn(problem)
     if entries:
         console.print(_table(entries))
     else:
         err_console.print(
-            f"there is no run under {escape(str(folder))}/: llmtrain pretrain --config FILE trains one"
+            f"{escape(str(folder))}/ contains no runs: start one with "
+            "llmtrain pretrain --config FILE"
         )
 
 
-def _table(entries: "list[Entry]") -> Table:
-    columns = [
-        Column(name, justify="right", no_wrap=True)
-        for name in ("step", "raw", "averaged", "age", "size")
-    ]
+def _table(entries: "list[RunEntry]") -> Table:
+    names = ("step", "raw", "averaged", "age", "size")
     table = Table(
         Column("run", overflow="fold"),
         Column("state", no_wrap=True),
-        *columns,
+        *(Column(name, justify="right", no_wrap=True) for name in names),
         Column("by", overflow="fold"),
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
@@ -81,7 +75,7 @@ def _loss(best: "BestLoss | None") -> str:
 
 
 def _age(seconds: float) -> str:
-    """`40s`, `12m`, `3h`, `5d`."""
+    """Format a time as `40s`, `12m`, `3h` or `5d`."""
     for length, unit in ((86400, "d"), (3600, "h"), (60, "m")):
         if seconds >= length:
             return f"{seconds / length:.0f}{unit}"

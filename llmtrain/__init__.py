@@ -1,9 +1,18 @@
-"""llmtrain: pre-train GPT-2 models at high learning rates, then average the checkpoints of the run.
+"""llmtrain: pre-train GPT-2 at high learning rates, then average the checkpoints of the run.
 
-What the commands do can be done from Python with the same names; nothing heavy is imported here.
+The commands are available as functions in `llmtrain.api`. Packages, top layer first:
 
-    from llmtrain.config.loading import load_config
-    from llmtrain.training.run import pretrain
+export       publish weights
+training     train a model
+planning     estimate time, memory and storage before a run
+averaging    average checkpoints
+evaluation   measure losses and tasks, generate text, write reports
+data         prepare token shards and sample batches
+checkpoints  find, read and write weights
+model        GPT-2 and its tokenizer
+config       typed configuration
+runtime      devices and processes
+storage      files, run folders and the hub
 """
 
 __version__ = "0.1.0"

@@ -1,7 +1,4 @@
-"""`python -m llmtrain`: the same command line as the `llmtrain` script.
-
-python -m llmtrain pretrain --config configs/demo.yaml
-"""
+"""Entry point of `python -m llmtrain`, equivalent to the `llmtrain` command."""
 
 from llmtrain.cli.main import main
 

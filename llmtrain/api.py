@@ -11,13 +11,15 @@ starts here and goes there for more. Importing this takes torch's second.
 from pathlib import Path
 
 from llmtrain.averaging.average import average as average_series
-from llmtrain.averaging.request import AverageRequest, make_specs
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest
 from llmtrain.averaging.spec import Average
 from llmtrain.checkpoints.resolve import find_series, find_targets
 from llmtrain.config.loading import load_config
-from llmtrain.evaluation.generation import Sampling, generate_text, load_generator
-from llmtrain.evaluation.results import EvalOptions, Row, measure
-from llmtrain.evaluation.selection import choose_weights
+from llmtrain.evaluation.generation import generate_text, load_generator
+from llmtrain.evaluation.loss import measure_losses
+from llmtrain.evaluation.options import EvalOptions, Sampling
+from llmtrain.evaluation.results import EvalResult, choose_weights
 from llmtrain.export.publish import export as export_weights
 from llmtrain.training.run import pretrain
 
@@ -48,7 +50,7 @@ def average(source: str | Path, request: AverageRequest) -> list[Average]:
     return average_series(series, make_specs(series, request))
 
 
-def evaluate(target: str | Path, settings: EvalOptions | None = None) -> list[Row]:
+def evaluate(target: str | Path, settings: EvalOptions | None = None) -> list[EvalResult]:
     """The losses of a run's averages and of the raw weights of their steps, of a folder of weights, or of OWNER/NAME.
 
     Raises:
@@ -56,7 +58,7 @@ def evaluate(target: str | Path, settings: EvalOptions | None = None) -> list[Ro
         RunFailed: a loss is not finite, or the hub cannot be reached.
     """
     targets = find_targets(str(target), every_snapshot=False)
-    return measure(targets, settings or EvalOptions(), lambda target, done, total: None)
+    return measure_losses(targets, settings or EvalOptions(), lambda target, done, total: None)
 
 
 def generate(target: str | Path, prompt: str, sampling: Sampling | None = None) -> str:

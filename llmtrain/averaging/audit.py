@@ -1,95 +1,238 @@
-"""Are the checkpoints what they claim to be: known-bad revisions, duplicates, and breaks in the trajectory.
+"""Checks of the inputs: hashes, known-bad revisions, duplicates, and breaks in the trajectory.
 
-Why: public series do serve the wrong weights at some steps, and an average of wrong weights loads and
-runs as well as a right one. What is checked comes nearly free: hashes that are recorded anyway, and
-norms from the pass that sums.
+Why: public series contain wrong weights at some steps, and their average loads and runs like a right
+one. The checks are nearly free: they use declared hashes, and norms from the merge.
 
-    refuse_duplicates({1000: {"model.safetensors": "ab…"}, 2000: {"model.safetensors": "ab…"}})
+Three phases: `check_metadata` before a download, `check_hashes` after it, `check_norms` after the merge.
 """
 
+import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 
 from llmtrain.averaging.merge import CHUNK, Norms, chunks
+from llmtrain.averaging.request import MergeOptions
 from llmtrain.checkpoints.checkpoint import Checkpoint
+from llmtrain.checkpoints.series import Input, Series
 from llmtrain.checkpoints.windows import describe_steps
 from llmtrain.errors import UserError
+from llmtrain.storage.integrity import sha256_of
 
 LARGE = 4096
-"""Numbers from which on a tensor that is equal at two steps cannot be so by chance."""
+"""Tensors with at least this many elements cannot match by chance."""
 
 FAR = 5.0
-"""How many times the usual distance from its neighbours makes a checkpoint's tensor an outlier."""
+"""A tensor is an outlier beyond this multiple of the usual distance from its neighbours."""
 
 UNRELATED = 1.2
-"""Distance as a share of the norm beyond which a large tensor is no continuation (√2: independent weights)."""
+"""Distance from a neighbour, as a share of the norm, that no continuation reaches (√2: independent)."""
 
 _SHOWN = 12
+_WEIGHTS = (".safetensors", ".bin", ".pt")
+_SMALL_FILES = (".json", ".txt", ".model")
+
+
+# --- hashes -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InputHashes:
+    """SHA-256 of the weights files of one input."""
+
+    files: Mapping[str, str]
+    """SHA-256 by file name."""
+    source: str
+    """`recorded` when the files were committed, or `computed` now."""
+
+    @classmethod
+    def declared(cls, source: Input) -> "InputHashes":
+        """Return the hashes that were recorded for an input before it is opened; may be empty."""
+        hashes = source.declared()
+        return cls({n: h for n, h in hashes.items() if n.endswith(_WEIGHTS)}, "recorded")
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the only file, or of the sorted lines `<sha256>  <name>` of several."""
+        if len(self.files) == 1:
+            return next(iter(self.files.values()))
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(self.files.items()))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def input_hashes(
+    checkpoints: Mapping[Input, Checkpoint],
+    *,
+    compute: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[Input, InputHashes]:
+    """Return the hashes of every input.
+
+    Args:
+        checkpoints: the opened inputs.
+        compute: hash the files even if hashes are declared, and compare them.
+        progress: called with the inputs done and the total; may raise to stop.
+
+    Raises:
+        UserError: a file differs from its declared hash.
+    """
+    found: dict[Input, InputHashes] = {}
+    with ThreadPoolExecutor(2) as pool:  # hashing releases the GIL
+        known = pool.map(lambda item: hashes_of(*item, compute=compute), checkpoints.items())
+        try:
+            for source, hashes in zip(checkpoints, known, strict=True):
+                found[source] = hashes
+                if progress is not None:
+                    progress(len(found), len(checkpoints))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return found
+
+
+def hashes_of(
+    source: Input, checkpoint: Checkpoint, *, compute: bool, known: Mapping[Path, str] | None = None
+) -> InputHashes:
+    """Return the hashes of one input, or raise a UserError if a file differs from its declared hash.
+
+    `known` are hashes that were computed while reading. If hashes are computed, the small files that
+    an average copies (configuration, tokenizer) are compared too.
+    """
+    declared = source.declared()
+    if not compute and all(path.name in declared for path in checkpoint.files):
+        return InputHashes({p.name: declared[p.name] for p in checkpoint.files}, "recorded")
+    small = [checkpoint.folder / name for name in declared if name.endswith(_SMALL_FILES)]
+    paths = {*checkpoint.files, *(path for path in small if path.is_file())}
+    computed = {path: (known or {}).get(path) or sha256_of(path) for path in paths}
+    for path, digest in computed.items():
+        if declared.get(path.name, digest) != digest:
+            raise UserError(
+                f"{path} has another SHA-256 than when it was written",
+                hint="restore the damaged file, or average a window without this step",
+            )
+    return InputHashes({path.name: computed[path] for path in checkpoint.files}, "computed")
+
+
+# --- phases -------------------------------------------------------------------------------------
+
+
+def check_metadata(
+    series: Series, inputs: Sequence[Input], options: MergeOptions, *, audited: bool
+) -> None:
+    """Raise a UserError for known-bad revisions and for declared duplicates, before a download."""
+    if not options.allow_known_bad:
+        refuse_known_bad(series.repository, [source.step for source in inputs])
+    if audited:
+        declared = {source: InputHashes.declared(source) for source in inputs}
+        _check_duplicates(series, declared, options, compute=False)
+
+
+def check_hashes(
+    series: Series, hashes: Mapping[Input, InputHashes], options: MergeOptions, *, audited: bool
+) -> None:
+    """Raise a UserError if a weights file is identical at two steps."""
+    if audited:
+        _check_duplicates(series, hashes, options, compute=series.repository is None)
+
+
+def check_norms(
+    checkpoints: Sequence[Checkpoint], norms: Norms, options: MergeOptions
+) -> list[str]:
+    """Return one warning for each checkpoint that is off the trajectory.
+
+    Raises:
+        UserError: a large tensor is identical at two steps; with `strict`, an outlier.
+    """
+    if not options.allow_duplicates:
+        refuse_duplicate_tensors(checkpoints, norms)
+    lines = list(outliers(checkpoints, norms).values())
+    if lines and options.strict:
+        raise UserError(
+            "\n  ".join(lines), hint="choose a window without it, or leave out --checks strict"
+        )
+    return lines
+
+
+def _check_duplicates(
+    series: Series, hashes: Mapping[Input, InputHashes], options: MergeOptions, *, compute: bool
+) -> None:
+    if options.allow_duplicates:
+        return
+    final = None
+    if series.final is not None:
+        known = InputHashes.declared(series.final)
+        if compute and not known.files:
+            known = hashes_of(series.final, series.final.open(), compute=True)
+        final = series.final.step, known.files
+    refuse_duplicates({source.step: known.files for source, known in hashes.items()}, final)
+
+
+# --- known-bad revisions and duplicates ---------------------------------------------------------
 
 
 def known_bad(repository: str | None, steps: Sequence[int]) -> dict[int, str]:
-    """Steps of a hub series that are known to hold wrong weights, with what is wrong and who says so."""
+    """Return the steps of a hub series with wrong weights, each with the defect and its source."""
     data = json.loads((files("llmtrain.averaging") / "known_bad.json").read_text())
+    by_name = {name.lower(): entries for name, entries in data.items()}  # as on the hub
     bad: dict[int, str] = {}
-    # The hub's names do not depend on case.
-    named = {name.lower(): entries for name, entries in data.items()}
-    for entry in named.get((repository or "").lower(), []):
+    for entry in by_name.get((repository or "").lower(), []):
         for item in entry["steps"]:
-            which = range(item[0], item[1] + 1, item[2]) if isinstance(item, list) else [item]
-            bad |= {step: f"{entry['what']} ({entry['issue']})" for step in which if step in steps}
+            listed = range(item[0], item[1] + 1, item[2]) if isinstance(item, list) else [item]
+            bad |= {step: f"{entry['what']} ({entry['issue']})" for step in listed if step in steps}
     return bad
 
 
 def refuse_known_bad(repository: str | None, steps: Sequence[int]) -> None:
-    """Raise a UserError when a step is known to hold wrong weights."""
+    """Raise a UserError if a step has known wrong weights."""
     if bad := known_bad(repository, steps):
         lines = "\n  ".join(f"step {step:,} {what}" for step, what in sorted(bad.items())[:_SHOWN])
         raise UserError(
-            f"{repository} has revisions that are known to be wrong:\n  {lines}",
-            hint="choose a window without them, or --allow-known-bad",
+            f"{repository} has revisions with known wrong weights:\n  {lines}",
+            hint="choose a window without them, or add --checks allow-known-bad",
         )
 
 
 def refuse_duplicates(
     hashes: Mapping[int, Mapping[str, str]], final: tuple[int, Mapping[str, str]] | None = None
 ) -> None:
-    """Raise a UserError when a file has the same content at two steps.
+    """Raise a UserError if a file has the same content at two steps.
 
     Args:
         hashes: step → file name → SHA-256.
-        final: the last step and the files of the finished model; to hold one of its files at
-            another step is a duplicate too.
+        final: the last step, and the files of the finished model; another step must have none.
     """
-    where: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    for step, held in hashes.items():
-        for name, digest in held.items():
-            where[digest].append((step, name))
+    holders: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for step, names in hashes.items():
+        for name, digest in names.items():
+            holders[digest].append((step, name))
+    final_step, final_files = final or (0, {})
+    final_names = {digest: name for name, digest in final_files.items()}
     found = []
-    finals = {} if final is None else {digest: name for name, digest in final[1].items()}
-    for digest, holders in where.items():
-        steps = sorted({step for step, _ in holders})
+    for digest, held in holders.items():
+        steps, name, short = sorted({step for step, _ in held}), held[0][1], f"{digest[:16]}…"
         if len(steps) > 1:
+            found.append(f"{name} is the same at steps {describe_steps(steps)} (SHA-256 {short})")
+        if digest in final_names and steps != [final_step]:
+            early = describe_steps([step for step in steps if step != final_step])
             found.append(
-                f"{holders[0][1]} is the same at steps {describe_steps(steps)} (SHA-256 {digest[:16]}…)"
-            )
-        if final is not None and digest in finals and steps != [final[0]]:
-            found.append(
-                f"{holders[0][1]} at {describe_steps([s for s in steps if s != final[0]])} "
-                f"is {finals[digest]} of the finished model (SHA-256 {digest[:16]}…)"
+                f"{name} at {early} is {final_names[digest]} of the finished model (SHA-256 {short})"
             )
     _refuse(found)
 
 
 def refuse_duplicate_tensors(checkpoints: Sequence[Checkpoint], norms: Norms) -> None:
-    """Raise a UserError when a large tensor is the same, bit for bit, at two steps.
+    """Raise a UserError if a large tensor is bitwise identical at two steps.
 
-    Equal norms (in float64, of all its numbers) point out candidates, which are then compared.
-    Tensors of one repeated number, such as biases of zero, do not count.
+    Equal float64 norms select candidates, which are then compared. Constant tensors, such as zero
+    biases, do not count. A tensor that is identical in three or more inputs, and in all of them, is
+    frozen or a buffer and does not count either.
     """
     specs = checkpoints[-1].tensors
     found = []
@@ -99,18 +242,12 @@ def refuse_duplicate_tensors(checkpoints: Sequence[Checkpoint], norms: Norms) ->
         rows: dict[float, list[int]] = defaultdict(list)
         for row, norm in enumerate(norms.norm[:, column]):
             rows[float(norm)].append(row)
-        for candidates in rows.values():
-            if len({checkpoints[row].step for row in candidates}) > 1:
-                same = [
-                    c
-                    for c in candidates
-                    if _equal(checkpoints[candidates[0]], checkpoints[c], name)
-                ]
-                steps = sorted({checkpoints[row].step for row in same})
-                # The same in all of three or more is a frozen tensor or a buffer, such as a mask.
-                frozen = len(same) == len(checkpoints) > 2
-                if len(steps) > 1 and not frozen:
-                    found.append(f"{name} is the same at steps {describe_steps(steps)}")
+        for first, *others in rows.values():
+            same = [row for row in others if _equal(checkpoints[first], checkpoints[row], name)]
+            steps = sorted({checkpoints[row].step for row in (first, *same)})
+            frozen = 1 + len(same) == len(checkpoints) > 2
+            if same and len(steps) > 1 and not frozen:
+                found.append(f"{name} is the same at steps {describe_steps(steps)}")
     _refuse(found)
 
 
@@ -118,20 +255,20 @@ def _refuse(found: Sequence[str]) -> None:
     if found:
         more = f"\n  and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise UserError(
-            "the same content stands at different steps:\n  " + "\n  ".join(found[:_SHOWN]) + more,
-            hint="one of them is not what it claims: choose a window without it, or --allow-duplicates",
+            "different steps have the same content:\n  " + "\n  ".join(found[:_SHOWN]) + more,
+            hint="choose a window without the wrong one, or add --checks allow-duplicates",
         )
 
 
 def _equal(one: Checkpoint, other: Checkpoint, name: str) -> bool:
-    """Whether a tensor has the same bits in both, and not all its numbers are the same."""
+    """Return whether a tensor has the same bits in both checkpoints and is not constant."""
     first, constant = None, True
     buffers = np.empty(CHUNK * 8, np.uint8), np.empty(CHUNK * 8, np.uint8)
     with ExitStack() as stack:
         readers = [stack.enter_context(checkpoint.reader()) for checkpoint in (one, other)]
-        for piece in chunks({name: one.tensors[name]}, CHUNK):
+        for chunk in chunks({name: one.tensors[name]}, CHUNK):
             a, b = (
-                reader.read(name, piece.start, piece.stop, buffer)
+                reader.read(name, chunk.start, chunk.stop, buffer)
                 for reader, buffer in zip(readers, buffers, strict=True)
             )
             if not np.array_equal(a.view(np.uint8), b.view(np.uint8)):
@@ -141,42 +278,40 @@ def _equal(one: Checkpoint, other: Checkpoint, name: str) -> bool:
     return not constant
 
 
-def outliers(checkpoints: Sequence[Checkpoint], norms: Norms) -> list[str]:
-    """Checkpoints that are off the trajectory, tensor by tensor: one line for each, naming the step.
+# --- trajectory ---------------------------------------------------------------------------------
 
-    An inner checkpoint is off when even the nearer of its neighbours is `FAR` times as far as
-    checkpoints otherwise are (the median distance); an outer one when its only neighbour is `FAR`
-    times the largest other distance. Any is off when a large tensor moves by more than `UNRELATED`
-    times its norm, whatever the others do.
+
+def outliers(checkpoints: Sequence[Checkpoint], norms: Norms) -> dict[int, str]:
+    """Return a message for each checkpoint that is off the trajectory, by its index.
+
+    An inner checkpoint is off if its nearer neighbour is `FAR` times the median distance away. An
+    outer one is off if its only neighbour is `FAR` times the largest other distance away. Any is off
+    if a large tensor moves by more than `UNRELATED` times its norm from every neighbour.
     """
     specs = checkpoints[-1].tensors
     found: dict[int, list[str]] = defaultdict(list)
     for column, name in enumerate(norms.names):
-        steps = norms.distance[1:, column]
+        moves = norms.distance[1:, column]
         scale = np.minimum(norms.norm[1:, column], norms.norm[:-1, column])
-        unrelated = (
-            steps > UNRELATED * scale if specs[name].count >= LARGE else np.zeros(len(steps), bool)
-        )
+        unrelated = (moves > UNRELATED * scale) & (specs[name].count >= LARGE)
         for row in range(len(checkpoints)):
-            beside = [i for i in (row - 1, row) if 0 <= i < len(steps)]
-            others = np.delete(steps, beside)
-            if not beside or not len(others):
-                usual = 0.0
-            else:
-                usual = float(np.median(others) if len(beside) == 2 else others.max())
-            nearest = float(steps[beside].min()) if beside else 0.0
-            if (usual > 0.0 and nearest > FAR * usual) or (
-                len(beside) == 2 and unrelated[beside].all()
-            ):
-                far = usual > 0.0 and nearest > FAR * usual
-                times = f"{nearest / usual:.1f} times the usual distance" if far else "unrelated"
-                found[row].append(f"{name} ({times})")
-        if len(steps) == 1 and unrelated[0]:
+            adjacent = [i for i in (row - 1, row) if 0 <= i < len(moves)]
+            others = np.delete(moves, adjacent)
+            usual = 0.0
+            if adjacent and len(others):
+                usual = float(np.median(others) if len(adjacent) == 2 else others.max())
+            nearest = float(moves[adjacent].min()) if adjacent else 0.0
+            if usual > 0.0 and nearest > FAR * usual:
+                found[row].append(f"{name} ({nearest / usual:.1f} times the usual distance)")
+            elif len(adjacent) == 2 and unrelated[adjacent].all():
+                found[row].append(f"{name} (unrelated)")
+        if len(moves) == 1 and unrelated[0]:
             found[1].append(f"{name} (unrelated)")
-    lines = []
-    for row, names in sorted(found.items()):
-        more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
-        lines.append(
-            f"step {checkpoints[row].step:,} is off the trajectory: {', '.join(names[:3])}{more}"
-        )
-    return lines
+    return {
+        row: _off_trajectory(checkpoints[row].step, names) for row, names in sorted(found.items())
+    }
+
+
+def _off_trajectory(step: int, names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+    return f"step {step:,} is off the trajectory: {', '.join(names[:3])}{more}"

@@ -1,276 +1,285 @@
-"""Averages of a series, from the plans to the committed folders.
+"""Averages of a series, from the specs to the committed folders.
 
-Why: one place decides what is read, what is kept because it exists already, which proofs the inputs
-must pass, and what a folder says about them; the numbers are `coefficients.py`, the bytes `merge.py`.
+Phases: `audit.check_metadata`, open and hash the inputs, `audit.check_hashes`, then for each group of
+averages `merge`, `audit.check_norms` and commit.
 
-    average(series, make_plans(series, Request(method="lawa", every=1000)))
+    average(series, make_specs(series, AverageRequest(method="lawa", every=1000)))
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llmtrain.averaging import audit
-from llmtrain.averaging.merge import Norms, WeightedSum, merge
-from llmtrain.averaging.provenance import (
-    Hashes,
-    hashes_of,
-    input_hashes,
+from llmtrain.averaging.merge import WeightedSum, merge
+from llmtrain.averaging.request import MergeOptions
+from llmtrain.averaging.spec import (
+    Average,
+    AverageSpec,
     provenance,
+    require_declared,
     require_same,
+    unique_inputs,
+    weighted_sums,
 )
-from llmtrain.averaging.spec import Average, AverageSpec, MergeOptions
 from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint
+from llmtrain.checkpoints.safetensors_files import open_safetensors
 from llmtrain.checkpoints.series import Input, Series, require_same_tensors
-from llmtrain.checkpoints.tensors import FLOATS
+from llmtrain.checkpoints.tensors import FLOATS, TensorSpec
 from llmtrain.checkpoints.writer import WeightsWriter, copy_companions, layout_bytes, output_layout
 from llmtrain.errors import UserError
 from llmtrain.storage.commit import locked_folder, remove_abandoned, remove_leftovers, staged_folder
-from llmtrain.storage.disk import require_room
+from llmtrain.storage.disk import disk_errors, require_room
 from llmtrain.storage.json_files import write_json
 
-AT_A_TIME = 64
-BYTES_AT_A_TIME = 8 << 30
-"""Averages computed in one pass, and what they may take on disk together: a kill loses at most these, and
-two passes share k - 1 inputs."""
+MAX_GROUP = 64
+"""Averages in one merge. A kill loses at most one group; two groups share k - 1 inputs."""
 
-_WEIGHTS = (".safetensors", ".bin", ".pt")
-
+MAX_GROUP_BYTES = 8 << 30
+"""Disk space of the averages in one merge."""
 
 Progress = Callable[[int, int], None]
-
-_Wanted = tuple[AverageSpec, dict[str, Any]]
-"""An average and its provenance."""
+Documented = tuple[AverageSpec, dict[str, Any]]
+"""A spec and the content of its provenance file."""
 
 
 def average(
     series: Series,
-    plans: Sequence[AverageSpec],
-    settings: MergeOptions | None = None,
+    specs: Sequence[AverageSpec],
+    options: MergeOptions | None = None,
     *,
     progress: Progress | None = None,
     warn: Callable[[str], None] = lambda message: None,
 ) -> list[Average]:
-    """Make every planned average, reading each checkpoint once for up to `AT_A_TIME` of them.
-
-    An average that is there already, of the same inputs and weights, is kept as it is, so that a command that
-    was killed goes on where it was; only inputs of averages that are made are hashed.
+    """Make the averages and commit each to its folder; keep those that exist with the same inputs.
 
     Args:
-        series: where the inputs come from.
-        plans: ascending by step.
-        settings: how; default: `MergeOptions()`.
-        progress: called with what is done and in all: inputs opened, inputs hashed, then the pieces of each
-            pass; may raise to stop.
-        warn: called with what the user should know.
+        series: the source of the inputs.
+        specs: ascending by step.
+        options: default: `MergeOptions()`.
+        progress: called with the work done and the total, for inputs opened, inputs hashed, and the
+            chunks of each merge; may raise to stop.
+        warn: receives warnings.
 
     Raises:
-        UserError: an input is missing, damaged, unlike the others or not what it claims, or a
-            target holds something else.
-        WriteFailed: the disk is full or cannot be written to.
+        UserError: an input is missing, damaged or unlike the others, fails a check, or a target
+            contains something else.
+        WriteFailed: the disk is full or not writable.
     """
-    settings = settings or MergeOptions()
-    for parent in {plan.target.parent for plan in plans}:
+    options = options or MergeOptions()
+    for parent in {spec.target.parent for spec in specs}:
         remove_abandoned(parent)
-    if settings.discard_inputs:
-        return [_fold_one(series, plans, settings, progress)]
-    inputs = unique_inputs(plans)
-    check_claims(series, inputs, settings, audited=all(plan.audited for plan in plans))
+    if options.discard_inputs:
+        _require_one(specs, options)
+    inputs, audited = unique_inputs(specs), all(spec.audited for spec in specs)
+    audit.check_metadata(series, inputs, options, audited=audited)
+    if options.discard_inputs:
+        return [_average_in_turn(series, specs[0], options, progress)]
+    checkpoints = _open(inputs, progress)
+    require_same_tensors(list(checkpoints.values()))
+    hashes = audit.input_hashes(checkpoints, compute=not series.trusted, progress=progress)
+    audit.check_hashes(series, hashes, options, audited=audited)
+    verify = series.trusted and options.verify
+    if verify:  # the merge computes these hashes, and commits only if they agree
+        hashes = {source: replace(known, source="computed") for source, known in hashes.items()}
+    documented = [(spec, provenance(spec, checkpoints, hashes, options)) for spec in specs]
+    for spec, document in documented:
+        if spec.target.exists():
+            require_same(spec.target, document)
+    missing = [(spec, document) for spec, document in documented if not spec.target.exists()]
+    made = {spec.target for spec, _ in missing}
+    unverified = set(inputs) if verify else set()
+    for group in _groups(missing, checkpoints, options):
+        used = unique_inputs([spec for spec, _ in group])
+        opened = {source: checkpoints[source] for source in used}
+        _merge_group(group, opened, options, unverified.intersection(used), progress, warn)
+        unverified.difference_update(used)
+    return [Average(spec, cached=spec.target not in made) for spec in specs]
+
+
+def _open(inputs: Sequence[Input], progress: Progress | None) -> dict[Input, Checkpoint]:
+    """Open the inputs; those on the hub are downloaded."""
     checkpoints = {}
     for done, source in enumerate(inputs):
         if progress is not None:
-            progress(done, len(inputs))  # opening may be a download
+            progress(done, len(inputs))
         checkpoints[source] = source.open()
-    require_same_tensors(list(checkpoints.values()))
-    hashes = input_hashes(checkpoints, compute=not series.trusted, progress=progress)
-    if not settings.allow_duplicates and all(plan.audited for plan in plans):
-        audit.refuse_duplicates(
-            {source.step: known.files for source, known in hashes.items()},
-            final_of(series, compute=True),
-        )
-    recorded = series.trusted and settings.verify
-    if recorded:  # what is written says so, and is committed only if it turns out to be true
-        hashes = {source: replace(known, source="computed") for source, known in hashes.items()}
-    results, missing = {}, []
-    for plan in plans:
-        document = provenance(plan, checkpoints, hashes, settings)
-        if plan.target.exists():
-            require_same(plan.target, document)
-            results[plan.target] = Average(plan, kept=True)
-        else:
-            missing.append((plan, document))
-    unproved = set(checkpoints) if recorded else set()
-    for group in _passes(missing, checkpoints, settings):
-        _make(group, checkpoints, settings, progress, warn, unproved)
-        results |= {plan.target: Average(plan, kept=False) for plan, _ in group}
-    return [results[plan.target] for plan in plans]
+    return checkpoints
 
 
-def _fold_one(
-    series: Series, plans: Sequence[AverageSpec], settings: MergeOptions, progress: Progress | None
-) -> Average:
-    if len(plans) != 1:
-        raise UserError(
-            f"--discard-inputs would download the inputs of {len(plans)} averages several times",
-            hint="one average a command (--at STEP), or keep the inputs",
-        )
-    from llmtrain.averaging.fold import fold  # which needs this module
-
-    return fold(series, plans[0], settings, progress)
-
-
-def unique_inputs(plans: Sequence[AverageSpec]) -> list[Input]:
-    """Every input of every plan once, by step."""
-    return sorted({i for plan in plans for i in plan.inputs}, key=lambda i: (i.step, i.location))
-
-
-def check_claims(
-    series: Series, inputs: Sequence[Input], settings: MergeOptions, *, audited: bool
-) -> None:
-    """What can be known of the inputs before they are opened, or downloaded.
-
-    Raises:
-        UserError: known-bad revisions, or files declared to be the same at two steps.
-    """
-    if not settings.allow_known_bad:
-        audit.refuse_known_bad(series.repository, [source.step for source in inputs])
-    if audited and not settings.allow_duplicates:
-        audit.refuse_duplicates(
-            {i.step: weights_only(i.declared()) for i in inputs}, final_of(series)
-        )
-
-
-def final_of(series: Series, *, compute: bool = False) -> tuple[int, Hashes] | None:
-    """The last step and the finished model's hashes; those that nobody declared can be computed."""
-    if series.final is None:
-        return None
-    hashes: Hashes = weights_only(series.final.declared())
-    if compute and not hashes and series.repository is None:
-        hashes = hashes_of(series.final, series.final.open(), compute=True).files
-    return series.final.step, hashes
-
-
-def weights_only(hashes: Hashes) -> dict[str, str]:
-    """The hashes of weights files among those of all files."""
-    return {name: digest for name, digest in hashes.items() if name.endswith(_WEIGHTS)}
-
-
-def check_trajectory(
-    checkpoints: Sequence[Checkpoint],
-    norms: Norms,
-    settings: MergeOptions,
-    warn: Callable[[str], None],
-) -> None:
-    """What the pass over the numbers has shown.
-
-    Raises:
-        UserError: a large tensor is the same at two steps; with `strict`, an outlier.
-    """
-    if not settings.allow_duplicates:
-        audit.refuse_duplicate_tensors(checkpoints, norms)
-    lines = audit.outliers(checkpoints, norms)
-    if lines and settings.strict:
-        raise UserError(
-            "\n  ".join(lines), hint="choose a window without it, or leave out --strict"
-        )
-    for line in lines:
-        warn(line)
-
-
-def _passes(
-    missing: Sequence[_Wanted], checkpoints: dict[Input, Checkpoint], settings: MergeOptions
-) -> Iterator[list[_Wanted]]:
-    """The averages to be made, in the groups in which they are committed."""
-    group: list[_Wanted] = []
+def _groups(
+    missing: Sequence[Documented], checkpoints: Mapping[Input, Checkpoint], options: MergeOptions
+) -> Iterator[list[Documented]]:
+    """Split the averages into groups that are merged in one pass and committed together."""
+    group: list[Documented] = []
     size = 0
-    for plan, document in missing:
-        needed = output_bytes(checkpoints[plan.inputs[-1]], settings)
-        if group and (len(group) == AT_A_TIME or size + needed > BYTES_AT_A_TIME):
+    for spec, document in missing:
+        needed = _output_bytes(checkpoints[spec.inputs[-1]], options)
+        if group and (len(group) == MAX_GROUP or size + needed > MAX_GROUP_BYTES):
             yield group
             group, size = [], 0
-        group.append((plan, document))
+        group.append((spec, document))
         size += needed
     if group:
         yield group
 
 
-def _make(
-    group: Sequence[_Wanted],
-    checkpoints: dict[Input, Checkpoint],
-    settings: MergeOptions,
+def _merge_group(
+    group: Sequence[Documented],
+    checkpoints: Mapping[Input, Checkpoint],
+    options: MergeOptions,
+    verify: AbstractSet[Input],
     progress: Progress | None,
     warn: Callable[[str], None],
-    unproved: set[Input],
 ) -> None:
-    """One pass: all averages of the group are committed at its end, or none is.
+    """Merge all averages of a group in one pass, check, and commit all or none.
 
-    Those of its inputs that are `unproved`, whose hashes were recorded, are hashed meanwhile and then no more so.
+    `verify` are the inputs to hash while reading and to compare with their recorded hashes.
     """
-    inputs = unique_inputs([plan for plan, _ in group])
-    index = {source: i for i, source in enumerate(inputs)}
-    opened = [checkpoints[source] for source in inputs]
-    mixtures = [
-        WeightedSum(tuple(index[source] for source in plan.inputs), plan.weights, plan.decays)
-        for plan, _ in group
-    ]
-    needed = {
-        plan.target: output_bytes(checkpoints[plan.inputs[-1]], settings) for plan, _ in group
-    }
-    require_room(group[0][0].target, sum(needed.values()))
+    opened = list(checkpoints.values())
+    sums = weighted_sums([spec for spec, _ in group], list(checkpoints))
+    sizes = [_output_bytes(checkpoints[spec.inputs[-1]], options) for spec, _ in group]
+    require_room(group[0][0].target, sum(sizes))
     with ExitStack() as commits, ExitStack() as files:
-        for label in {plan.target.parent for plan, _ in group if plan.is_default}:
-            commits.enter_context(locked_folder(label))
-            remove_leftovers(label)
+        for parent in {spec.target.parent for spec, _ in group if spec.is_default}:
+            commits.enter_context(locked_folder(parent))
+            remove_leftovers(parent)
         writers = []
-        for plan, document in group:
+        for (spec, document), needed in zip(group, sizes, strict=True):
             hashes: dict[str, str] = {}
-            room = needed[plan.target]
-            folder = commits.enter_context(staged_folder(plan.target, needed=room, hashes=hashes))
-            newest = checkpoints[plan.inputs[-1]]
-            writers.append(
-                files.enter_context(prepare_folder(folder, newest, document, settings, hashes))
-            )
-        to_prove = unproved.intersection(inputs)
-        found: dict[Path, str] = {}
-        norms = merge(
+            folder = commits.enter_context(staged_folder(spec.target, needed=needed, hashes=hashes))
+            writer = _prepare(folder, checkpoints[spec.inputs[-1]], document, options, hashes)
+            writers.append(files.enter_context(writer))
+        merged = merge(
             opened,
-            mixtures,
+            sums,
             [writer.write for writer in writers],
-            dtypes=output_dtypes(opened[-1], settings),
-            integers=settings.integers,
+            dtypes=_output_dtypes(opened[-1], options),
+            integers=options.integers,
             progress=progress,
-            hashes=found if to_prove else None,
+            hash_inputs=bool(verify),
         )
-        if all(plan.audited for plan, _ in group):
-            check_trajectory(opened, norms, settings, warn)
-        for source in to_prove:
-            hashes_of(source, checkpoints[source], compute=True, known=found)
-        unproved -= to_prove
+        if all(spec.audited for spec, _ in group):
+            for line in audit.check_norms(opened, merged.norms, options):
+                warn(line)
+        for source in verify:
+            audit.hashes_of(source, checkpoints[source], compute=True, known=merged.hashes)
 
 
-def prepare_folder(
+def _prepare(
     folder: Path,
     newest: Checkpoint,
     document: dict[str, Any],
-    settings: MergeOptions,
+    options: MergeOptions,
     hashes: dict[str, str] | None = None,
 ) -> WeightsWriter:
-    """Everything but the numbers of an average; they, and the hashes, go through the writer."""
-    copy_companions(newest, folder, settings.dtype)
+    """Write everything but the weights into a new folder; return the writer of the weights."""
+    copy_companions(newest, folder, options.dtype)
     write_json(folder / PROVENANCE_FILE, document)
-    layout = output_layout(newest, dtype=settings.dtype, max_shard=settings.max_shard)
+    layout = output_layout(newest, dtype=options.dtype)
     return WeightsWriter(folder, layout, newest.metadata, hashes)
 
 
-def output_bytes(newest: Checkpoint, settings: MergeOptions) -> int:
-    """What an average takes on disk, but for a few kilobytes."""
-    return layout_bytes(output_layout(newest, dtype=settings.dtype, max_shard=settings.max_shard))
+def _output_bytes(newest: Checkpoint, options: MergeOptions) -> int:
+    """Return the disk space of an average, except a few kilobytes."""
+    return layout_bytes(output_layout(newest, dtype=options.dtype))
 
 
-def output_dtypes(newest: Checkpoint, settings: MergeOptions) -> dict[str, str]:
-    """The dtype of each float tensor that is written in another than its own."""
-    if settings.dtype is None:
+def _output_dtypes(newest: Checkpoint, options: MergeOptions) -> dict[str, str]:
+    """Return the dtype of each float tensor that changes it."""
+    if options.dtype is None:
         return {}
-    return {name: settings.dtype for name, spec in newest.tensors.items() if spec.dtype in FLOATS}
+    return {name: options.dtype for name, spec in newest.tensors.items() if spec.dtype in FLOATS}
+
+
+# --- one input on disk at a time ----------------------------------------------------------------
+
+
+def _require_one(specs: Sequence[AverageSpec], options: MergeOptions) -> None:
+    """Raise a UserError if the averages need more than one input on disk."""
+    if len(specs) != 1:
+        raise UserError(
+            f"--discard-inputs would download the inputs of {len(specs)} averages repeatedly",
+            hint="make one average per command with --at STEP, or keep the inputs",
+        )
+    if options.strict:
+        raise UserError(
+            "--discard-inputs keeps one checkpoint on disk, but --checks strict compares two",
+            hint="leave out one of them",
+        )
+
+
+def _average_in_turn(
+    series: Series, spec: AverageSpec, options: MergeOptions, progress: Progress | None
+) -> Average:
+    """Make one average, opening (downloading), adding and deleting its inputs one by one.
+
+    The float64 sum is a file that is rewritten for each input, so the result is bitwise that of one
+    merge. Distances between inputs are not checked.
+
+    Why: five checkpoints of a 12B model take 120 GB.
+    """
+    if spec.target.exists():
+        require_declared(spec, options)
+        return Average(spec, cached=True)
+    factors, divisor = WeightedSum(tuple(range(len(spec.inputs))), spec.weights).factors()
+    opened: dict[Input, Checkpoint] = {}
+    hashes: dict[Input, audit.InputHashes] = {}
+    total: Checkpoint | None = None
+    with staged_folder(spec.target) as folder:
+        for number, source in enumerate(spec.inputs):
+            checkpoint = opened[source] = source.open()
+            require_same_tensors(list(opened.values()))
+            hashes[source] = audit.hashes_of(source, checkpoint, compute=True)
+            audit.check_hashes(series, hashes, options, audited=spec.audited)
+            total = _add(folder, number, total, checkpoint, factors[number], options)
+            if number + 1 == len(spec.inputs):
+                document = provenance(spec, opened, hashes, options)
+                writer = _prepare(folder, checkpoint, document, options)
+            if checkpoint.disposable:
+                shutil.rmtree(checkpoint.folder)
+            if progress is not None:
+                progress(number + 1, len(spec.inputs))
+        assert total is not None, "a spec has at least one input"
+        dtypes = {name: each.dtype for name, each in checkpoint.tensors.items()}
+        dtypes |= _output_dtypes(checkpoint, options)
+        scaled = WeightedSum((0,), (1.0,), divisor=divisor)
+        with writer:
+            merge([total], [scaled], [writer.write], dtypes=dtypes)
+        total.files[0].unlink()
+    if checkpoint.disposable:  # remove what the hub client left there
+        shutil.rmtree(checkpoint.folder.parent, ignore_errors=True)
+    return Average(spec, cached=False)
+
+
+def _add(
+    folder: Path,
+    number: int,
+    total: Checkpoint | None,
+    checkpoint: Checkpoint,
+    factor: float,
+    options: MergeOptions,
+) -> Checkpoint:
+    """Write the float64 sum with one more input to a new file, and delete the previous file."""
+    specs = {
+        name: TensorSpec("F64", spec.shape) if spec.dtype in FLOATS else spec
+        for name, spec in checkpoint.tensors.items()
+    }
+    path = folder / f"sum-{number}.safetensors"
+    inputs = [checkpoint] if total is None else [total, checkpoint]
+    weights = (factor,) if total is None else (1.0, factor)
+    layout = {path.name: specs}
+    with (
+        disk_errors(path, needed=layout_bytes(layout)),
+        WeightsWriter(folder, layout, {}) as writer,
+    ):
+        dtypes = {name: spec.dtype for name, spec in specs.items()}
+        added = WeightedSum(tuple(range(len(inputs))), weights)
+        merge(inputs, [added], [writer.write], dtypes=dtypes, integers=options.integers)
+    for old in total.files if total is not None else ():
+        old.unlink()
+    return open_safetensors(path, checkpoint.step, checkpoint.location)

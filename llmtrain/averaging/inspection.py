@@ -1,28 +1,31 @@
-"""What lies in checkpoints: steps, tensors, parameters, dtypes, hashes, norms, distances, provenance.
+"""Facts about checkpoints for `llmtrain inspect`: tensors, hashes, norms, distances, provenance.
 
-Why: before averaging what somebody else trained, and after averaging anything, one wants to see that
-the files are what they are said to be, without loading a model.
-
-    for checkpoint in inspect_path(Path("runs/demo")): print(checkpoint.step, checkpoint.norm)
+for checkpoint in inspect_path(Path("runs/demo")):
+    print(checkpoint.step, checkpoint.norm)
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from llmtrain.averaging import audit
-from llmtrain.averaging.merge import Norms, merge
-from llmtrain.averaging.provenance import hashes_of
+from llmtrain.averaging.merge import merge
 from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint, load_origin
-from llmtrain.checkpoints.resolve import Weights, resolve
+from llmtrain.checkpoints.open import is_checkpoint
+from llmtrain.checkpoints.resolve import resolve
 from llmtrain.checkpoints.series import Input, folder_series, local_input, require_same_tensors
 from llmtrain.errors import UserError
 from llmtrain.storage.json_files import read_json
 from llmtrain.storage.run_folder import RunFolder, step_folders
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class TensorFacts:
     norm: float | None
     """L2 norm; None for integers."""
     distance: float | None
-    """L2 norm of the difference from the checkpoint before."""
+    """L2 norm of the difference from the previous checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,10 @@ class Facts:
     path: str
     tensors: list[TensorFacts]
     parameters: int
-    """Numbers in all tensors; a tied matrix is stored, and counted, once."""
+    """Elements of all tensors; a tied matrix is stored, and counted, once."""
     bytes: int
     dtypes: dict[str, int]
-    """Tensors of each dtype."""
+    """Number of tensors by dtype."""
     sha256: str
     files: dict[str, str]
     """SHA-256 of each weights file."""
@@ -57,54 +60,49 @@ class Facts:
     """`recorded` or `computed`."""
     lr: float | None
     tokens: int | None
-    """Trained on so far."""
+    """Tokens trained on so far."""
     norm: float | None
-    """Of all float tensors together; None where a number is not finite."""
+    """L2 norm of all float tensors; None if an element is not finite."""
     distance: float | None
+    """L2 norm of the difference from the previous checkpoint."""
     provenance: dict[str, Any] | None
-    """Of an average: its method, weights and inputs."""
+    """Method, weights and inputs of an average."""
+    problems: list[str]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Norms and distances of one checkpoint by tensor, and its problems."""
+
+    norm: Mapping[str, float]
+    distance: Mapping[str, float]
+    """Empty for the first checkpoint."""
     problems: list[str]
 
 
 def inspect_path(
-    path: Path, *, verify: bool = False, progress: Callable[[int, int], None] | None = None
+    path: Path, *, verify: bool = False, progress: Progress | None = None
 ) -> list[Facts]:
-    """Every checkpoint of a run, a folder of checkpoints, or the one that `path` is, by step.
+    """Return facts about every checkpoint of a run or folder, or about a single one, by step.
 
     Args:
-        path: what to look at.
-        verify: compute hashes that were recorded as well.
-        progress: called with pieces done and in all.
+        path: a run, a folder of checkpoints, or a checkpoint.
+        verify: compute hashes even if they were recorded.
+        progress: called with the chunks done and the total.
 
     Raises:
-        UserError: nothing to look at, or a file that cannot be opened.
+        UserError: there is no checkpoint, or a file cannot be opened.
     """
     inputs = _inputs(path)
     opened = [source.open() for source in inputs]
-    norms, problems = _norms(opened, progress)
-    known = [hashes_of(s, c, compute=verify) for s, c in zip(inputs, opened, strict=True)]
-    for line in _duplicates(inputs, [k.files for k in known]):
-        problems[-1].append(line)
-    return [
-        Facts(
-            step=checkpoint.step,
-            path=checkpoint.location,
-            tensors=_tensor_facts(checkpoint, norms[row], row),
-            parameters=sum(spec.count for spec in checkpoint.tensors.values()),
-            bytes=sum(spec.bytes for spec in checkpoint.tensors.values()),
-            dtypes=dict(Counter(spec.dtype for spec in checkpoint.tensors.values())),
-            sha256=hashes.sha256,
-            files=dict(hashes.files),
-            hash_source=hashes.source,
-            lr=checkpoint.origin.lr if checkpoint.origin else None,
-            tokens=checkpoint.origin.tokens if checkpoint.origin else None,
-            norm=_total(norms[row], row, "norm"),
-            distance=_total(norms[row], row, "distance"),
-            provenance=_provenance(checkpoint),
-            problems=problems[row],
-        )
-        for row, (checkpoint, hashes) in enumerate(zip(opened, known, strict=True))
-    ]
+    measured = _measure(opened, progress)
+    hashes = [audit.hashes_of(s, c, compute=verify) for s, c in zip(inputs, opened, strict=True)]
+    try:
+        by_step = {s.step: known.files for s, known in zip(inputs, hashes, strict=True)}
+        audit.refuse_duplicates(by_step)
+    except UserError as error:
+        measured[-1].problems.append(str(error))
+    return [_facts(*each) for each in zip(opened, hashes, measured, strict=True)]
 
 
 def _inputs(path: Path) -> list[Input]:
@@ -114,77 +112,76 @@ def _inputs(path: Path) -> list[Input]:
         if not snapshots:
             raise UserError(f"{path} has no snapshot yet", hint="continue training")
         return [local_input(step, folder) for step, folder in snapshots.items()]
-    if isinstance(found, Weights):
+    if is_checkpoint(path):
         return [local_input(_step_of(path), path)]
     return list(folder_series(path).inputs.values())
 
 
 def _step_of(path: Path) -> int:
-    """The step that one checkpoint says it is of, else the number its name ends in, else 0."""
+    """Return the recorded step of a checkpoint, else the number at the end of its name, else 0."""
     origin = load_origin(path) if path.is_dir() else None
     if origin is not None:
         return origin.step
-    about = read_json(path / PROVENANCE_FILE) if (path / PROVENANCE_FILE).exists() else {}
+    provenance = path / PROVENANCE_FILE
+    recorded = read_json(provenance).get("step") if provenance.exists() else None
     number = re.search(r"(\d+)$", path.stem)
-    return int(about.get("step") or (number[1] if number else 0))
+    return int(recorded or (number[1] if number else 0))
 
 
-def _norms(
-    opened: Sequence[Checkpoint], progress: Callable[[int, int], None] | None
-) -> tuple[list[Norms | None], list[list[str]]]:
-    """Norms of each checkpoint, and what is wrong with each."""
-    problems: list[list[str]] = [[] for _ in opened]
+def _measure(opened: Sequence[Checkpoint], progress: Progress | None) -> list[_Measured]:
+    """Measure the checkpoints together; one by one if they differ or one is damaged."""
     try:
         require_same_tensors(opened)
-        norms = merge(opened, [], [], integers="last", progress=progress)
+        norms = merge(opened, [], [], integers="last", progress=progress).norms
     except UserError as error:
         if len(opened) == 1:
-            return [None], [[str(error)]]
-        alone = [_norms([checkpoint], progress) for checkpoint in opened]
-        found = [facts[1][0] for facts in alone]
-        if not any(found):
-            found[-1] = [str(error)]
-        return [facts[0][0] for facts in alone], found
-    for line in audit.outliers(opened, norms):
-        step = next(row for row, c in enumerate(opened) if line.startswith(f"step {c.step:,} "))
-        problems[step].append(line)
-    return [norms] * len(opened), problems
+            return [_Measured({}, {}, [str(error)])]
+        alone = [_measure([checkpoint], progress)[0] for checkpoint in opened]
+        if not any(each.problems for each in alone):
+            alone[-1].problems.append(str(error))
+        return alone
+    off = audit.outliers(opened, norms)
+
+    def by_name(values: NDArray[np.float64]) -> dict[str, float]:
+        return dict(zip(norms.names, map(float, values), strict=True))
+
+    return [
+        _Measured(
+            by_name(norms.norm[row]),
+            by_name(norms.distance[row]) if row else {},
+            [off[row]] if row in off else [],
+        )
+        for row in range(len(opened))
+    ]
 
 
-def _row(norms: Norms, row: int) -> int:
-    """The row of checkpoint `row`; norms of one checkpoint alone have a single one."""
-    return row if len(norms.norm) > 1 else 0
+def _facts(checkpoint: Checkpoint, hashes: audit.InputHashes, measured: _Measured) -> Facts:
+    origin, provenance = checkpoint.origin, checkpoint.folder / PROVENANCE_FILE
+    specs = checkpoint.tensors
+    return Facts(
+        step=checkpoint.step,
+        path=checkpoint.location,
+        tensors=[
+            TensorFacts(
+                name, spec.dtype, spec.shape, measured.norm.get(name), measured.distance.get(name)
+            )
+            for name, spec in specs.items()
+        ],
+        parameters=sum(spec.count for spec in specs.values()),
+        bytes=sum(spec.bytes for spec in specs.values()),
+        dtypes=dict(Counter(spec.dtype for spec in specs.values())),
+        sha256=hashes.sha256,
+        files=dict(hashes.files),
+        hash_source=hashes.source,
+        lr=origin.lr if origin else None,
+        tokens=origin.tokens if origin else None,
+        norm=_total(measured.norm),
+        distance=_total(measured.distance) if measured.distance else None,
+        provenance=read_json(provenance) if provenance.exists() else None,
+        problems=measured.problems,
+    )
 
 
-def _total(norms: Norms | None, row: int, what: str) -> float | None:
-    if norms is None or (what == "distance" and _row(norms, row) == 0):
-        return None
-    values = norms.norm if what == "norm" else norms.distance
-    total = math.hypot(*values[_row(norms, row)])
-    return total if math.isfinite(total) else None
-
-
-def _tensor_facts(checkpoint: Checkpoint, norms: Norms | None, row: int) -> list[TensorFacts]:
-    column = {name: i for i, name in enumerate(norms.names)} if norms is not None else {}
-    facts = []
-    for name, spec in checkpoint.tensors.items():
-        norm = distance = None
-        if norms is not None and name in column:
-            place = _row(norms, row)
-            norm = float(norms.norm[place, column[name]])
-            distance = float(norms.distance[place, column[name]]) if place else None
-        facts.append(TensorFacts(name, spec.dtype, spec.shape, norm, distance))
-    return facts
-
-
-def _duplicates(inputs: Sequence[Input], files: Sequence[Any]) -> list[str]:
-    try:
-        audit.refuse_duplicates({s.step: f for s, f in zip(inputs, files, strict=True)})
-    except UserError as error:
-        return [str(error)]
-    return []
-
-
-def _provenance(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    path = checkpoint.folder / PROVENANCE_FILE
-    return read_json(path) if path.exists() else None
+def _total(values: Mapping[str, float]) -> float | None:
+    total = math.hypot(*values.values())
+    return total if values and math.isfinite(total) else None

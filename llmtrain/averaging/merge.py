@@ -1,10 +1,11 @@
-"""The streaming merge: weighted sums of checkpoints, a piece of a tensor at a time, each input read once.
+"""The streaming merge: weighted sums of checkpoints, one chunk of a tensor at a time.
 
-Why: a whole model never needs to be in memory, however many inputs and outputs there are. A piece is
-read from every input in the order of the steps, added in float64 to each average that contains it,
-and written, rounded once, when the last of its inputs has been added.
+A chunk is read from every input in order of the steps, added in float64 to each sum that contains the
+input, and written, rounded once, after its last input. Each input is read once for all sums.
 
-    norms = merge(checkpoints, [WeightedSum((0, 1, 2), (1 / 3, 1 / 3, 1 / 3))], [write])
+Why: memory use does not depend on the size of the model or the number of inputs and outputs.
+
+    merge(checkpoints, [WeightedSum((0, 1, 2), (1 / 3, 1 / 3, 1 / 3))], [write])
 """
 
 import itertools
@@ -13,15 +14,15 @@ import os
 import resource
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtrain.averaging.turns import OrderedAccess, in_threads
+from llmtrain.averaging.request import Integers
 from llmtrain.checkpoints.checkpoint import Checkpoint
 from llmtrain.checkpoints.tensors import (
     FLOATS,
@@ -35,41 +36,34 @@ from llmtrain.checkpoints.tensors import (
 from llmtrain.errors import UserError
 
 CHUNK = 131_072
-"""Numbers summed at a time: a thread's float64 buffers stay in the cache, and threads seldom wait for each other."""
+"""Elements summed at a time: float64 buffers fit in the cache, and threads rarely block each other."""
 
 _RUN = 8192
-"""Numbers of which one dot product is computed."""
-
-Integers = Literal["equal", "last"]
-"""What is done with tensors of integers and booleans."""
+"""Elements in one dot product; a longer one would start threads inside BLAS."""
 
 Write = Callable[[str, int, StoredArray], None]
-"""Takes a tensor's name, the index of the first number, and numbers in their stored form."""
+"""Takes a tensor's name, the index of the first element, and elements in stored form."""
 
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """One average: which inputs, and how much of each."""
+    """One average as a sum Σ w_i θ_i over some of the inputs."""
 
     inputs: tuple[int, ...]
     """Indices into the sequence of checkpoints, ascending."""
     weights: tuple[float, ...]
-    """One for each input; the average is Σ w_i θ_i."""
-    decays: tuple[float, ...] | None = None
-    """Instead of the sum: m ← d_i·m + (1 - d_i)·θ_i in float32, as an online average computes it."""
-
+    """One for each input."""
     divisor: float = 1.0
-    """By which the sum is divided at its end."""
+    """Divides the finished sum."""
 
-    def exact(self) -> tuple[dict[int, float], float]:
-        """Factor of each input and the common divisor.
+    def factors(self) -> tuple[dict[int, float], float]:
+        """Return the factor of each input and the divisor.
 
-        Equal weights become 1 and k: sums of float32 numbers are then exact in float64 as long as
-        their exponents differ by less than 29, so that no bit depends on the order.
+        Equal weights become 1 and k: float64 sums of float32 numbers are then exact if their
+        exponents differ by less than 29, so the result does not depend on the order.
         """
         if (
-            self.decays is None
-            and self.divisor == 1.0
+            self.divisor == 1.0
             and len(set(self.weights)) == 1
             and math.isclose(self.weights[0] * len(self.weights), 1.0)
         ):
@@ -79,300 +73,316 @@ class WeightedSum:
 
 @dataclass(frozen=True)
 class Norms:
-    """What the pass saw of the trajectory, in float64; rows are inputs, columns tensors."""
+    """L2 norms of the float tensors, in float64; rows are inputs, columns tensors."""
 
     names: tuple[str, ...]
-    """The float tensors."""
     norm: NDArray[np.float64]
-    """L2 norm of each tensor of each input."""
     distance: NDArray[np.float64]
-    """L2 norm of its difference from the input before; row 0 is 0."""
+    """Norm of the difference from the previous input; row 0 is 0."""
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Merged:
+    """Norms and hashes of the inputs of a merge."""
+
+    norms: Norms
+    hashes: dict[Path, str]
+    """SHA-256 of each file that was read sequentially, if the inputs were hashed."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A range of elements of one tensor."""
+
     name: str
     spec: TensorSpec
     start: int
     stop: int
     number: int
-    """In the order of all pieces."""
+    """Position among all chunks."""
 
 
-def chunks(tensors: dict[str, TensorSpec], size: int) -> Iterator[_Piece]:
-    """All numbers of all tensors in runs of at most `size`."""
+def chunks(tensors: dict[str, TensorSpec], size: int) -> Iterator[Chunk]:
+    """Split all tensors into chunks of at most `size` elements."""
     number = itertools.count()
     for name, spec in tensors.items():
         for start in range(0, spec.count, size):
-            yield _Piece(name, spec, start, min(start + size, spec.count), next(number))
+            yield Chunk(name, spec, start, min(start + size, spec.count), next(number))
 
 
 def merge(
     checkpoints: Sequence[Checkpoint],
-    mixtures: Sequence[WeightedSum],
+    sums: Sequence[WeightedSum],
     writes: Sequence[Write],
     *,
     dtypes: Mapping[str, str] | None = None,
     integers: Integers = "equal",
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-    hashes: dict[Path, str] | None = None,
-) -> Norms:
-    """Compute every mixture in one pass over the checkpoints.
+    hash_inputs: bool = False,
+) -> Merged:
+    """Compute every sum in one pass over the checkpoints.
 
     Args:
-        checkpoints: in the order in which they are added, alike (`check_alike`).
-        mixtures: the averages; float tensors are averaged, others must be equal in all inputs.
-        writes: where the numbers of each mixture go, in the order of the newest input; called from
-            several threads, each by one at a time.
+        checkpoints: in the order of addition, alike (`require_same_tensors`).
+        sums: the averages.
+        writes: one for each sum; called in stored order, from several threads but one at a time.
         dtypes: dtype of each output tensor; default: that of the inputs.
-        integers: tensors that have no mean must be equal in all inputs, or are the last input's.
-        threads: default: the cores this process may use, at most 4.
-        progress: called with the pieces done and in all.
-        hashes: takes the SHA-256 of the input files that were read first to last: those of safetensors that
-            hold their tensors in the order of the newest input.
+        integers: tensors without a mean must agree in all inputs, or are the newest input's.
+        threads: default: the cores of this process, at most 4.
+        progress: called with the chunks done and the total.
+        hash_inputs: hash the input files while reading.
 
     Raises:
-        UserError: a NaN or infinite weight, integers that differ, an input cut short.
+        UserError: a NaN or infinite weight, integers that differ, or a truncated input.
     """
     work = list(chunks(checkpoints[-1].tensors, CHUNK))
-    todo = iter(work)  # shared by the threads: each takes the next piece when it is free
-    stats = np.zeros((len(work), 2, len(checkpoints)))
+    todo = iter(work)  # shared: each thread takes the next chunk when it is free
+    squares = np.zeros((len(work), 2, len(checkpoints)))
     done = itertools.count(1)
-    _allow_open_files()
+    _raise_file_limit()
     stopped = threading.Event()
     with ExitStack() as files:
-        sources = [_Source(checkpoint, files, stopped) for checkpoint in checkpoints]
-        if hashes is not None:
-            for source in sources:
-                source.start_hashing()
-        targets = [_Target(write, stopped) for write in writes]
+        readers = [_OrderedReader(checkpoint, files, stopped) for checkpoint in checkpoints]
+        writers = [_OrderedWriter(write, stopped) for write in writes]
+        if hash_inputs:
+            for reader in readers:
+                reader.start_hashing()
 
         def worker() -> None:
-            summing = _Summing(sources, mixtures, targets, dtypes or {}, integers)
-            for piece in todo:
+            summation = _Summation(readers, sums, writers, dtypes or {}, integers)
+            for chunk in todo:
                 if stopped.is_set():
                     return
-                stats[piece.number] = summing.piece(piece)
+                squares[chunk.number] = summation.add(chunk)
                 if progress is not None:
                     progress(next(done), len(work))
 
-        in_threads(worker, threads or min(_cores(), 4), stopped)
-        if hashes is not None:
-            for source in sources:
-                hashes |= source.hashes()
-    return _norms(work, stats)
+        _run_threads(worker, threads or min(_cores(), 4), stopped)
+        hashes = {path: h for reader in readers for path, h in reader.hashes().items()}
+    return Merged(_norms(work, squares), hashes)
 
 
-def _cores() -> int:
-    """Cores this process may use; not every system tells those from the cores there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _allow_open_files() -> None:
-    """Many checkpoints of many shards are open at once: use what the system allows, not its default."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _norms(work: Sequence[_Piece], stats: NDArray[np.float64]) -> Norms:
-    """Add up the squares of the pieces in their order, so that the result does not depend on threads."""
-    names = list(dict.fromkeys(piece.name for piece in work if piece.spec.dtype in FLOATS))
+def _norms(work: Sequence[Chunk], squares: NDArray[np.float64]) -> Norms:
+    """Add the squares in chunk order, so that threads do not change the result."""
+    names = list(dict.fromkeys(chunk.name for chunk in work if chunk.spec.dtype in FLOATS))
     column = {name: index for index, name in enumerate(names)}
-    squares = np.zeros((2, stats.shape[2], len(names)))
-    for piece, stat in zip(work, stats, strict=True):
-        if piece.name in column:
-            squares[:, :, column[piece.name]] += stat
-    return Norms(tuple(names), *np.sqrt(squares))
+    total = np.zeros((2, squares.shape[2], len(names)))
+    for chunk, square in zip(work, squares, strict=True):
+        if chunk.name in column:
+            total[:, :, column[chunk.name]] += square
+    return Norms(tuple(names), *np.sqrt(total))
 
 
-class _Source:
-    """An open input."""
+class _OrderedReader:
+    """An open input that returns chunks in order."""
 
     def __init__(self, checkpoint: Checkpoint, files: ExitStack, stopped: threading.Event) -> None:
         self.checkpoint = checkpoint
-        self.tensors = checkpoint.tensors
+        self._tensors = checkpoint.tensors
         self._reader = files.enter_context(checkpoint.reader())
-        self._turns = OrderedAccess(stopped)
+        self._access = OrderedAccess(stopped)
         residual = checkpoint.residual
-        self._residual = _Source(residual, files, stopped) if residual is not None else None
+        self._residual = _OrderedReader(residual, files, stopped) if residual is not None else None
 
-    def raw(self, piece: _Piece, buffer: NDArray[np.uint8]) -> StoredArray:
-        """The piece in its stored form."""
-        with self._turns.of(piece.number):
-            return self._reader.read(piece.name, piece.start, piece.stop, buffer)
+    def read(self, chunk: Chunk, buffer: NDArray[np.uint8]) -> StoredArray:
+        """Read a chunk in stored form."""
+        with self._access.at(chunk.number):
+            return self._reader.read(chunk.name, chunk.start, chunk.stop, buffer)
+
+    def read_floats(
+        self, chunk: Chunk, buffer: NDArray[np.uint8], out: Float64s, scratch: Float64s
+    ) -> None:
+        """Read a chunk, plus its residual, into `out`."""
+        to_float64(self.read(chunk, buffer), self._tensors[chunk.name].dtype, out)
+        if self._residual is not None:
+            self._residual.read_floats(chunk, buffer, scratch, scratch)
+            out += scratch
 
     def start_hashing(self) -> None:
-        """See `Reader`."""
         self._reader.start_hashing()
         if self._residual is not None:
             self._residual.start_hashing()
 
     def hashes(self) -> dict[Path, str]:
-        """See `Reader`."""
-        return self._reader.hashes() | (
-            self._residual.hashes() if self._residual is not None else {}
-        )
-
-    def floats(
-        self, piece: _Piece, buffer: NDArray[np.uint8], out: Float64s, scratch: Float64s
-    ) -> None:
-        """The piece in float64, written to `out`."""
-        to_float64(self.raw(piece, buffer), self.tensors[piece.name].dtype, out)
-        if self._residual is not None:
-            self._residual.floats(piece, buffer, scratch, scratch)
-            out += scratch
+        """Return the hashes of the files that were read sequentially."""
+        residual = self._residual.hashes() if self._residual is not None else {}
+        return self._reader.hashes() | residual
 
 
-class _Target:
-    """Where one mixture goes."""
+class _OrderedWriter:
+    """An output that receives chunks in order."""
 
     def __init__(self, write: Write, stopped: threading.Event) -> None:
         self._write = write
-        self._turns = OrderedAccess(stopped)
+        self._access = OrderedAccess(stopped)
 
-    def write(self, piece: _Piece, raw: StoredArray) -> None:
-        """Hand over the piece in its stored form."""
-        with self._turns.of(piece.number):
-            self._write(piece.name, piece.start, raw)
+    def write(self, chunk: Chunk, raw: StoredArray) -> None:
+        with self._access.at(chunk.number):
+            self._write(chunk.name, chunk.start, raw)
 
 
-class _Summing:
-    """The buffers of one thread, and what it does with a piece."""
+class _Summation:
+    """The sums of one thread, with its buffers."""
 
     def __init__(
         self,
-        sources: Sequence[_Source],
-        mixtures: Sequence[WeightedSum],
-        targets: Sequence[_Target],
+        readers: Sequence[_OrderedReader],
+        sums: Sequence[WeightedSum],
+        writers: Sequence[_OrderedWriter],
         dtypes: Mapping[str, str],
         integers: Integers,
     ) -> None:
-        self._sources = sources
-        self._integers_rule = integers
-        self._mixtures = mixtures
-        self._factors = [mixture.exact() for mixture in mixtures]
-        self._place = [{i: place for place, i in enumerate(mixture.inputs)} for mixture in mixtures]
-        self._targets = targets
+        self._readers = readers
+        self._sums = sums
+        self._writers = writers
         self._dtypes = dtypes
+        self._integers = integers
+        self._factors = [each.factors() for each in sums]
         self._users = [
-            [m for m, mix in enumerate(mixtures) if i in mix.inputs] for i in range(len(sources))
+            [number for number, each in enumerate(sums) if index in each.inputs]
+            for index in range(len(readers))
         ]
         self._raw = np.empty(CHUNK * 8, np.uint8)
         self._values = [np.empty(CHUNK), np.empty(CHUNK)]
         self._scratch = np.empty(CHUNK)
         self._free: list[Float64s] = []
 
-    def piece(self, piece: _Piece) -> NDArray[np.float64]:
-        """Average one piece in every mixture; squares of norms and distances, shape (2, inputs)."""
-        if piece.spec.dtype in FLOATS:
-            return self._floats(piece)
-        self._integers(piece)
-        return np.zeros((2, len(self._sources)))
+    def add(self, chunk: Chunk) -> NDArray[np.float64]:
+        """Sum one chunk; return squares of norms and distances, shape (2, inputs)."""
+        if chunk.spec.dtype in FLOATS:
+            return self._add_floats(chunk)
+        self._copy_integers(chunk)
+        return np.zeros((2, len(self._readers)))
 
-    def _floats(self, piece: _Piece) -> NDArray[np.float64]:
-        count = piece.stop - piece.start
-        squares = np.zeros((2, len(self._sources)))
+    def _add_floats(self, chunk: Chunk) -> NDArray[np.float64]:
+        count = chunk.stop - chunk.start
+        squares = np.zeros((2, len(self._readers)))
         scratch = self._scratch[:count]
-        sums: dict[int, Float64s] = {}
-        for index, source in enumerate(self._sources):
-            values, before = (self._values[(index + turn) % 2][:count] for turn in (0, 1))
-            source.floats(piece, self._raw, values, scratch)
+        totals: dict[int, Float64s] = {}
+        for index, reader in enumerate(self._readers):
+            values, previous = (self._values[(index + i) % 2][:count] for i in (0, 1))
+            reader.read_floats(chunk, self._raw, values, scratch)
             squares[0, index] = _square(values)
             if not math.isfinite(squares[0, index]) and not np.isfinite(values).all():
-                raise self._not_finite(source, piece, values)
+                raise _not_finite(reader.checkpoint, chunk, values)
             if index:
-                np.subtract(values, before, out=scratch)
+                np.subtract(values, previous, out=scratch)
                 squares[1, index] = _square(scratch)
-            for mixture in self._users[index]:
-                self._add(mixture, index, values, sums, scratch)
-                if index == self._mixtures[mixture].inputs[-1]:
-                    self._finish(mixture, piece, sums.pop(mixture))
+            for number in self._users[index]:
+                factor = self._factors[number][0][index]
+                totals[number] = self._add_to(totals.get(number), values, factor, scratch)
+                if index == self._sums[number].inputs[-1]:
+                    self._finish(number, chunk, totals.pop(number))
         return squares
 
-    def _add(
-        self,
-        number: int,
-        index: int,
-        values: Float64s,
-        sums: dict[int, Float64s],
-        scratch: Float64s,
-    ) -> None:
-        """Add input `index` to the sum of mixture `number`."""
-        decays = self._mixtures[number].decays
-        first = number not in sums
-        if first:
-            buffer = self._free.pop() if self._free else np.empty(CHUNK)
-            sums[number] = buffer[: len(values)]
-        if decays is not None:
-            _decay_towards(
-                sums[number], values, None if first else decays[self._place[number][index]]
-            )
-            return
-        factor = self._factors[number][0][index]
-        if first:
-            np.multiply(values, factor, out=sums[number])
-        elif factor == 1.0:
-            sums[number] += values
-        else:
-            np.multiply(values, factor, out=scratch)
-            sums[number] += scratch
+    def _add_to(
+        self, total: Float64s | None, values: Float64s, factor: float, scratch: Float64s
+    ) -> Float64s:
+        """Add `factor` times `values` to a total; None starts one."""
+        if total is None:
+            total = (self._free.pop() if self._free else np.empty(CHUNK))[: len(values)]
+            return np.multiply(values, factor, out=total)
+        total += values if factor == 1.0 else np.multiply(values, factor, out=scratch)
+        return total
 
-    def _finish(self, number: int, piece: _Piece, total: Float64s) -> None:
-        """Round the sum of mixture `number` and hand it over."""
+    def _finish(self, number: int, chunk: Chunk, total: Float64s) -> None:
+        """Round the total of sum `number` and write it."""
         total /= self._factors[number][1]
-        dtype = self._dtypes.get(piece.name, piece.spec.dtype)
+        dtype = self._dtypes.get(chunk.name, chunk.spec.dtype)
         raw = round_to(total, dtype)
         if overflows(raw, dtype):
             raise UserError(
-                f"the average of {piece.name} has numbers that {dtype} cannot hold",
-                hint="a wider --dtype; with weights below 0 or above 1, look at --show-weights",
+                f"the average of {chunk.name} has numbers that {dtype} cannot represent",
+                hint="use a wider --dtype; check weights below 0 or above 1 with --show-weights",
             )
-        self._targets[number].write(piece, raw)
+        self._writers[number].write(chunk, raw)
         self._free.append(total if total.base is None else total.base)
 
-    def _integers(self, piece: _Piece) -> None:
-        """Numbers that have no mean are copied from the newest input of each mixture."""
-        held = [source.raw(piece, self._raw).copy() for source in self._sources]
-        for mixture, target in zip(self._mixtures, self._targets, strict=True):
-            first, *others = mixture.inputs
+    def _copy_integers(self, chunk: Chunk) -> None:
+        """Copy elements without a mean from the newest input of each sum."""
+        held = [reader.read(chunk, self._raw).copy() for reader in self._readers]
+        for each, writer in zip(self._sums, self._writers, strict=True):
+            first, *others = each.inputs
             for other in others:
-                if self._integers_rule == "equal" and not np.array_equal(held[other], held[first]):
+                if self._integers == "equal" and not np.array_equal(held[other], held[first]):
+                    steps = [self._readers[i].checkpoint.step for i in (first, other)]
                     raise UserError(
-                        f"{piece.name} ({piece.spec}) cannot be averaged and differs between "
-                        f"step {self._sources[first].checkpoint.step:,} and "
-                        f"step {self._sources[other].checkpoint.step:,}",
-                        hint="--integers last takes it from the newest checkpoint",
+                        f"{chunk.name} ({chunk.spec}) cannot be averaged and differs between "
+                        f"step {steps[0]:,} and step {steps[1]:,}",
+                        hint="add --checks allow-integers to copy it from the newest checkpoint",
                     )
-            target.write(piece, held[mixture.inputs[-1]])
-
-    def _not_finite(self, source: _Source, piece: _Piece, values: Float64s) -> UserError:
-        position = piece.start + int(np.flatnonzero(~np.isfinite(values))[0])
-        index = tuple(int(i) for i in np.unravel_index(position, piece.spec.shape or (1,)))
-        return UserError(
-            f"{source.checkpoint.location}: {piece.name} holds {values[position - piece.start]} at {list(index)}",
-            hint=f"step {source.checkpoint.step:,} is broken: choose a window without it",
-        )
+            writer.write(chunk, held[each.inputs[-1]])
 
 
-def _decay_towards(mean: Float64s, values: Float64s, decay: float | None) -> None:
-    """One update of an online EMA, to the bit: three float32 roundings (`averaging/online.py`).
-
-    `mean` holds float32 numbers; decay None is the first update, which copies.
-    """
-    fresh = values.astype(np.float32)
-    if decay is not None:
-        before = mean.astype(np.float32)
-        before *= np.float32(decay)
-        fresh *= np.float32(1.0 - decay)
-        fresh += before
-    mean[...] = fresh
+def _not_finite(checkpoint: Checkpoint, chunk: Chunk, values: Float64s) -> UserError:
+    offset = int(np.flatnonzero(~np.isfinite(values))[0])
+    index = np.unravel_index(chunk.start + offset, chunk.spec.shape or (1,))
+    return UserError(
+        f"{checkpoint.location}: {chunk.name} contains {values[offset]} at {[int(i) for i in index]}",
+        hint=f"choose a window without step {checkpoint.step:,}, which is broken",
+    )
 
 
 def _square(values: Float64s) -> float:
-    """Sum of squares, in runs: the dot product of a longer one would start threads of its own."""
+    """Return the sum of squares, computed in runs."""
     runs, rest = np.split(values, [len(values) - len(values) % _RUN])
     runs = runs.reshape(-1, _RUN)
-    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for what is not finite
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for non-finite values
         return float(np.matmul(runs[:, None, :], runs[:, :, None]).sum() + np.dot(rest, rest))
+
+
+# --- threads ------------------------------------------------------------------------------------
+
+
+class _Stopped(Exception):
+    """Another thread failed, so the awaited chunk never comes."""
+
+
+class OrderedAccess:
+    """Admits threads to a file one at a time, in order of the chunks.
+
+    Why not one queue per file: threads would hand every chunk to another thread and block for it.
+    Here each thread processes whole chunks, and blocks only if the previous chunk is at the same file.
+    """
+
+    def __init__(self, stopped: threading.Event) -> None:
+        self._stopped = stopped
+        self._next = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def at(self, number: int) -> Iterator[None]:
+        """Block until all chunks before `number` have passed."""
+        with self._changed:
+            while self._next != number:
+                if self._stopped.is_set():
+                    raise _Stopped
+                self._changed.wait(0.1)
+        yield
+        with self._changed:
+            self._next = number + 1
+            self._changed.notify_all()
+
+
+def _run_threads(worker: Callable[[], None], count: int, stopped: threading.Event) -> None:
+    """Run `worker` in `count` threads; stop all and raise if one fails or a signal arrives."""
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            for future in as_completed([pool.submit(worker) for _ in range(count)]):
+                with suppress(_Stopped):  # the thread that failed finishes first
+                    future.result()
+        finally:
+            stopped.set()
+
+
+def _cores() -> int:
+    """Return the cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _raise_file_limit() -> None:
+    """Allow as many open files as the system permits: sharded inputs need many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,336 +1,254 @@
-"""From the words of the command line to the averages that are to be made.
+"""Requests: the options of `llmtrain average`, and the methods with the options that each accepts.
 
-Why: which checkpoints, which weights, which name and which folder are decided here, before anything
-is read; an option that a method does not take is an error and never ignored.
+Why apart from `make_specs.py`: the command line takes its help from here and must not import numpy.
 
-    plans = make_specs(series, Request(method="lawa", every=1000, window=5))
+    AverageRequest(method="lawa", every=1000, window=5)
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+from typing_extensions import Doc
 
 from llmtrain.averaging import coefficients
-from llmtrain.averaging.custom_weights import read_weights
-from llmtrain.averaging.spec import AverageSpec
-from llmtrain.averaging.stored_averages import dense_plan, power_ema_plans
-from llmtrain.checkpoints.series import Input, Series
-from llmtrain.checkpoints.windows import describe_spacings, describe_steps, possible_spacings
 from llmtrain.errors import UserError
-from llmtrain.storage.run_folder import RAW, step_name
+from llmtrain.storage.run_folder import RAW
 
 DEFAULT_WINDOW = 5
 """k in the code of Sanyal et al. 2023."""
 
+Integers = Literal["equal", "last"]
+
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-OPTIONS = {
-    "lawa": {"every", "window", "at", "disjoint", "blend"},
-    "linear": {"every", "window", "at", "disjoint", "blend"},
-    "decay": {"every", "window", "at", "disjoint", "blend", "shape"},
-    "ema": {"every", "window", "at", "start", "decay", "half_life", "like_online", "blend"},
-    "swa": {"every", "at", "start", "blend"},
-    "custom": {"every", "at", "weights", "blend"},
-    "posthoc-ema": {"at", "sigma_rel"},
-    "dense": {"start", "to"},
-}
-"""The options each method takes."""
-
-METHODS = tuple(OPTIONS)
+_FLAGS = {"start": "--from", "half_life": "--decay"}
 
 
 @dataclass(frozen=True)
 class AverageRequest:
-    """What was asked for; None: not said."""
+    """The average to make; None selects the default of the method."""
 
-    method: str = "lawa"
-    every: int | None = None
-    """Training steps between two checkpoints."""
-    window: int | None = None
-    """Checkpoints in a window."""
-    at: str | None = None
-    """`last`, `all` or a step."""
-    disjoint: bool | None = None
-    start: int | None = None
-    """--from: the first step that may be used."""
-    to: int | None = None
-    shape: str | None = None
-    decay: float | None = None
+    method: Annotated[str, Doc("Averaging method.")] = "lawa"
+    every: Annotated[int | None, Doc("Training steps between two checkpoints.")] = None
+    window: Annotated[int | None, Doc("Checkpoints in a window.  [default: 5; ema: all]")] = None
+    at: Annotated[
+        str | None, Doc("Last step of the window: last (newest), all, or a step.  [default: last]")
+    ] = None
+    disjoint: Annotated[
+        bool | None, Doc("Use windows that share no checkpoint, as in the paper's script.")
+    ] = None
+    start: Annotated[int | None, Doc("First step to use (swa, ema); dense: the step before.")] = (
+        None
+    )
+    shape: Annotated[
+        str | None, Doc("Learning-rate decay that the merge emulates (decay).  [default: 1-sqrt]")
+    ] = None
+    decay: Annotated[
+        float | None, Doc("Decay per checkpoint, in [0, 1), or half-life=STEPS (ema).")
+    ] = None
     half_life: float | None = None
-    """In training steps."""
-    like_online: bool | None = None
-    sigma_rel: float | None = None
-    weights: Path | None = None
-    blend: float | None = None
+    """In training steps, instead of `decay`."""
+    sigma_rel: Annotated[
+        float | None, Doc("Width as a share of training, up to 0.2886 (posthoc-ema).")
+    ] = None
+    weights: Annotated[
+        Path | None,
+        Doc('JSON file: {"1000": 0.25, "2000": 0.75}, or a list for a window (custom).'),
+    ] = None
+    blend: Annotated[
+        float | None, Doc("Share of the newest checkpoint to mix into the average, 0 to 1.")
+    ] = None
     label: str | None = None
-    out: Path | None = None
+    """Name of the average; default: such as lawa-5x1000."""
+    out: Annotated[
+        Path | None,
+        Doc("Folder to write.  [default: averages/LABEL/step-STEP in the run, or here]"),
+    ] = None
 
     @property
     def at_step(self) -> int | str:
-        """`at` with a step as a number.
+        """`last`, `all` or a step number.
 
         Raises:
-            UserError: it is neither.
+            UserError: `at` is something else.
         """
         at = self.at or "last"
         if at in ("last", "all"):
             return at
         if not at.isdecimal():
-            raise UserError(f"--at {at!r} is not last, all or a step", hint="--at last")
+            raise UserError(f"--at {at!r} is not last, all or a step", hint="use --at last")
         return int(at)
 
 
-def make_specs(series: Series, request: AverageRequest) -> list[AverageSpec]:
-    """The averages that a request means, ascending by step.
+@dataclass(frozen=True)
+class MergeOptions:
+    """Options that apply to every method."""
 
-    Raises:
-        UserError: an unknown method, an option it does not take, an impossible value, or no such
-            checkpoints; says which there are.
-    """
-    _check_options(request)
-    if request.method == "dense":
-        plans = [dense_plan(series, request.start, request.to)]
-    elif request.method == "posthoc-ema":
-        plans = power_ema_plans(series, request.sigma_rel, request.at_step)
-    elif request.method == "custom":
-        plans = _custom(series, request)
-    elif request.method == "swa" or (request.method == "ema" and request.window is None):
-        plans = _growing(series, request)
+    dtype: Annotated[
+        str | None, Doc("Dtype of the written float tensors.  [default: as the inputs]")
+    ] = None
+    discard_inputs: Annotated[
+        bool, Doc("Delete each download after adding it, to keep only one on disk.")
+    ] = False
+    integers: Integers = "equal"
+    """`equal`: integer tensors must agree; `last`: copy them from the newest checkpoint."""
+    verify: bool = True
+    strict: bool = False
+    allow_duplicates: bool = False
+    allow_known_bad: bool = False
+
+
+CHECKS: dict[str, tuple[str, object, str]] = {
+    "strict": ("strict", True, "reject a checkpoint that is off the trajectory"),
+    "no-verify": ("verify", False, "compare only the sizes of a run's own snapshots, not hashes"),
+    "allow-duplicates": ("allow_duplicates", True, "accept identical content at two steps"),
+    "allow-known-bad": ("allow_known_bad", True, "accept public revisions with known defects"),
+    "allow-integers": ("integers", "last", "copy integer tensors that differ from the newest"),
+}
+"""Values of `--checks`: field of `MergeOptions`, its value, and the help."""
+
+
+def parse_checks(text: str) -> dict[str, Any]:
+    """Return the fields of `MergeOptions` that comma-separated keys of `CHECKS` set."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in CHECKS]:
+        raise UserError(
+            f"--checks has no {', '.join(unknown)}", hint=f"use some of {', '.join(CHECKS)}"
+        )
+    return {field: value for field, value, _ in (CHECKS[name] for name in names)}
+
+
+def parse_decay(text: str) -> dict[str, float]:
+    """Return the field of `AverageRequest` that `--decay` sets: a decay, or `half-life=STEPS`."""
+    field = "half_life" if text.startswith("half-life=") else "decay"
+    try:
+        return {field: float(text.removeprefix("half-life="))}
+    except ValueError:
+        raise UserError(
+            f"--decay {text!r} is not a number", hint="use 0.9 or half-life=1500"
+        ) from None
+
+
+class Weighting(NamedTuple):
+    """The weights of one window, oldest checkpoint first."""
+
+    weights: list[float]
+    label: str
+    """Start of the default label."""
+    options: dict[str, Any]
+    """Parameters of the method, for the provenance."""
+
+
+Weigh = Callable[[AverageRequest, int, int], Weighting]
+"""Takes the request, the number of checkpoints and their spacing in steps."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One averaging method."""
+
+    help: str
+    options: set[str]
+    """Fields of `AverageRequest` that the method accepts."""
+    weigh: Weigh | None = None
+    """None: the method selects its own inputs."""
+
+
+def _plain(weights: Callable[[int], list[float]]) -> Weigh:
+    """Return the `Weigh` of a method without parameters."""
+    return lambda request, count, every: Weighting(weights(count), request.method, {})
+
+
+def _decay(request: AverageRequest, count: int, every: int) -> Weighting:
+    shapes = get_args(coefficients.Shape)
+    shape = next((s for s in shapes if s == (request.shape or "1-sqrt")), None)
+    if shape is None:
+        raise UserError(
+            f"--shape {request.shape!r} is unknown", hint=f"use one of {', '.join(shapes)}"
+        )
+    return Weighting(coefficients.decay(count, shape), f"decay-{shape}", {"shape": shape})
+
+
+def _ema(request: AverageRequest, count: int, every: int) -> Weighting:
+    half_life, decay = request.half_life, request.decay
+    if half_life is not None and decay is None:
+        if half_life <= 0:
+            raise UserError(f"half-life {half_life} is not above 0", hint="give training steps")
+        decay, label = coefficients.decay_of_half_life(half_life, every), f"half-life-{half_life!r}"
+    elif decay is not None and half_life is None:
+        label = repr(float(decay))
     else:
-        plans = _windows(series, request)
-    return [_finished(plan, series, request) for plan in plans]
+        raise UserError(
+            "--method ema needs either --decay D or --decay half-life=STEPS", hint="add --decay 0.9"
+        )
+    if not 0.0 <= decay < 1.0:
+        raise UserError(f"--decay {decay} is not in [0, 1)", hint="use a value such as 0.9")
+    options = {"decay": float(decay), "half_life": half_life}
+    return Weighting(coefficients.exponential(count, float(decay)), f"ema-{label}", options)
 
 
-def _check_options(request: AverageRequest) -> None:
-    if request.method not in OPTIONS:
+_WINDOW = {"every", "window", "at", "disjoint", "blend"}
+
+METHODS = {
+    "lawa": Method("mean of a window", _WINDOW, _plain(coefficients.uniform)),
+    "linear": Method("weights 1 … k over a window", _WINDOW, _plain(coefficients.linear)),
+    "decay": Method("a window merged like a learning-rate decay", _WINDOW | {"shape"}, _decay),
+    "ema": Method(
+        "exponential average of all checkpoints, of those --from a step, or of a window",
+        {"every", "window", "at", "start", "decay", "half_life", "blend"},
+        _ema,
+    ),
+    "swa": Method(
+        "mean of all checkpoints --from a step",
+        {"every", "at", "start", "blend"},
+        _plain(coefficients.uniform),
+    ),
+    "custom": Method("weights from --weights", {"every", "at", "weights", "blend"}),
+    "posthoc-ema": Method(
+        "a power-function EMA of any width, from two that the run stored", {"at", "sigma_rel"}
+    ),
+    "dense": Method(
+        "mean over every step after --from up to --at, from running means that the run stored",
+        {"start", "at"},
+    ),
+}
+
+
+def check_request(request: AverageRequest) -> None:
+    """Raise a UserError if a method is unknown, an option does not apply, or a value is invalid."""
+    if request.method not in METHODS:
         raise UserError(
-            f"--method {request.method!r} is unknown", hint=f"one of {', '.join(METHODS)}"
+            f"--method {request.method!r} is unknown", hint=f"use one of {', '.join(METHODS)}"
         )
-    takes = OPTIONS[request.method] | {"method", "label", "out"}
-    unused = [
-        name for name, value in vars(request).items() if value is not None and name not in takes
-    ]
-    if unused:
-        flags = {"start": "--from"}
-        names = ", ".join(flags.get(name, "--" + name.replace("_", "-")) for name in unused)
+    accepted = METHODS[request.method].options | {"method", "label", "out"}
+    given = {name for name, value in vars(request).items() if value is not None}
+    if not given <= accepted:
         raise UserError(
-            f"--method {request.method} does not take {names}",
-            hint=f"it takes {', '.join(sorted(flags.get(n, '--' + n.replace('_', '-')) for n in takes))}",
+            f"--method {request.method} does not take {_flags(given - accepted)}",
+            hint=f"it takes {_flags(accepted)}",
         )
+    _check_values(request)
+
+
+def _flags(names: set[str]) -> str:
+    return ", ".join(sorted({_FLAGS.get(n, "--" + n.replace("_", "-")) for n in names}))
+
+
+def _check_values(request: AverageRequest) -> None:
     if request.label == RAW:
-        raise UserError(
-            "--label raw is what the weights of a snapshot are called", hint="any other name"
-        )
+        raise UserError("--label raw is reserved for snapshots", hint="use another name")
     if request.label is not None and not _LABEL.fullmatch(request.label):
         raise UserError(
-            f"--label {request.label!r} is no name of a folder", hint="letters, digits, - _ ."
+            f"--label {request.label!r} is not a folder name", hint="use letters, digits, - _ ."
         )
     for name in ("every", "window", "start"):
         value = getattr(request, name)
         if value is not None and value < 1:
-            raise UserError(
-                f"{'from' if name == 'start' else name} is {value}", hint="a number from 1 on"
-            )
+            raise UserError(f"{_flags({name})} is {value}", hint="use a number of at least 1")
     if request.blend is not None and not 0.0 <= request.blend <= 1.0:
         raise UserError(
-            f"--blend {request.blend} is not a share", hint="0 (the average) to 1 (the newest)"
+            f"--blend {request.blend} is not a share",
+            hint="use 0 (the average) to 1 (the newest checkpoint)",
         )
-
-
-def _every(series: Series, request: AverageRequest, size: int) -> int:
-    if request.every is not None:
-        return request.every
-    spacings = possible_spacings(series.steps, size)
-    raise UserError(
-        f"--every is required; {series.name} has checkpoints at {describe_steps(series.steps)}",
-        hint=f"--every {describe_spacings(spacings)} gives a window of {size}"
-        if spacings
-        else "--window 1, or a longer run",
-    )
-
-
-def _windows(series: Series, request: AverageRequest) -> list[AverageSpec]:
-    """Windows of a fixed size: lawa, linear, decay, and ema with --window."""
-    if request.start is not None:
-        raise UserError(
-            "--from and --window exclude each other", hint="--from takes everything from there on"
-        )
-    size = DEFAULT_WINDOW if request.window is None else request.window
-    every = _every(series, request, size)
-    steps = series.windows(
-        every=every, size=size, at=request.at_step, disjoint=bool(request.disjoint)
-    )
-    weights, decays, name, options = _weights(request, size, every)
-    return [
-        _plan(
-            series,
-            request,
-            f"{name}-{size}x{every}",
-            window,
-            weights,
-            options | {"window": size},
-            decays,
-        )
-        for window in steps
-    ]
-
-
-def _growing(series: Series, request: AverageRequest) -> list[AverageSpec]:
-    """Everything from a step on: swa, and ema without --window.
-
-    The checkpoints are counted back from the one the average stands for, `every` apart, to the
-    last that is not before --from, or without --from, that is there.
-    """
-    if request.method == "swa" and request.start is None:
-        raise UserError(
-            "--method swa needs --from STEP",
-            hint=f"the paper's late SWA starts at 75% of training; there are {describe_steps(series.steps)}",
-        )
-    every = _every(series, request, 2)
-    at = request.at_step
-    start = request.start or 1
-    ends = [
-        step for step in series.steps if step >= start and (at in ("last", "all") or step == at)
-    ]
-    ends = ends[-1:] if at == "last" else ends
-    plans = []
-    for end in ends:
-        wanted = list(range(end, start - 1, -every))[::-1]
-        held = [step for step in wanted if step in series.inputs]
-        if request.start is None:
-            while held != wanted:  # without --from, what lies before a gap is left out
-                wanted = wanted[
-                    wanted.index(next(s for s in wanted if s not in series.inputs)) + 1 :
-                ]
-                held = [step for step in wanted if step in series.inputs]
-        if held != wanted:
-            raise UserError(
-                f"{series.name} has no checkpoints at {describe_steps(sorted(set(wanted) - set(held)))}; "
-                f"it has {describe_steps(series.steps)}",
-                hint=f"--every {describe_spacings(possible_spacings(series.steps, 2))}",
-            )
-        weights, decays, name, options = _weights(request, len(wanted), every)
-        label = f"{name}-from-{start}x{every}" if request.start is not None else f"{name}x{every}"
-        options |= {"from": request.start}
-        plans.append(_plan(series, request, label, wanted, weights, options, decays))
-    if not plans:
-        raise UserError(
-            f"{series.name} has no checkpoint at --at {at} from step {start:,} on; "
-            f"it has {describe_steps(series.steps)}",
-            hint="--at last",
-        )
-    return plans
-
-
-def _weights(
-    request: AverageRequest, count: int, every: int
-) -> tuple[list[float], list[float] | None, str, dict[str, Any]]:
-    """Weights, decays of a float32 recursion if that is wanted, start of the label, options."""
-    options: dict[str, Any] = {"every": every}
-    if request.method == "linear":
-        return coefficients.linear(count), None, "linear", options
-    if request.method == "decay":
-        shape = next(
-            (s for s in get_args(coefficients.Shape) if s == (request.shape or "1-sqrt")), None
-        )
-        if shape is None:
-            raise UserError(
-                f"--shape {request.shape!r} is unknown",
-                hint=f"one of {', '.join(get_args(coefficients.Shape))}",
-            )
-        return coefficients.decay(count, shape), None, f"decay-{shape}", options | {"shape": shape}
-    if request.method == "ema":
-        return _ema_weights(request, count, every, options)
-    return coefficients.uniform(count), None, request.method, options
-
-
-def _ema_weights(
-    request: AverageRequest, count: int, every: int, options: dict[str, Any]
-) -> tuple[list[float], list[float] | None, str, dict[str, Any]]:
-    if (request.decay is None) == (request.half_life is None):
-        raise UserError(
-            "--method ema needs --decay D or --half-life STEPS", hint="such as --decay 0.9"
-        )
-    if request.half_life is not None and request.half_life <= 0:
-        raise UserError(f"--half-life {request.half_life} is not above 0", hint="in training steps")
-    decay = (
-        coefficients.decay_of_half_life(request.half_life, every)
-        if request.half_life is not None
-        else float(request.decay or 0.0)
-    )
-    if not 0.0 <= decay < 1.0:
-        raise UserError(f"--decay {decay} is not in [0, 1)", hint="per checkpoint, such as 0.9")
-    options |= {"decay": decay, "half_life": request.half_life}
-    name = (
-        f"ema-{decay!r}-" if request.half_life is None else f"ema-half-life-{request.half_life!r}-"
-    )
-    name = name.removesuffix("-")
-    if request.like_online:
-        decays = coefficients.warmed_up_decays(count, decay)
-        options["warmup"] = "min(decay, 1 - (1 + n)^(-2/3))"
-        return coefficients.recursive(decays), decays, f"{name}-online", options
-    return coefficients.exponential(count, decay), None, name, options
-
-
-def _custom(series: Series, request: AverageRequest) -> list[AverageSpec]:
-    """Weights from a file: of certain steps, or of the places in a window."""
-    if request.weights is None:
-        raise UserError(
-            "--method custom needs --weights FILE", hint='such as {"1000": 0.25, "2000": 0.75}'
-        )
-    given = read_weights(request.weights)
-    options: dict[str, Any] = {"weights": request.weights.name}
-    if isinstance(given, list):
-        every = _every(series, request, len(given))
-        windows: Sequence[Sequence[int]] = series.windows(
-            every=every, size=len(given), at=request.at_step
-        )
-        options["every"] = every
-        weights = given
-    else:
-        if request.at is not None or request.every is not None:
-            raise UserError(
-                "--weights names the steps, so --at and --every say nothing", hint="leave them out"
-            )
-        if absent := [step for step in given if step not in series.inputs]:
-            raise UserError(
-                f"{request.weights} names steps that are not there: {describe_steps(absent)}",
-                hint=f"{series.name} has {describe_steps(series.steps)}",
-            )
-        windows, weights = [list(given)], list(given.values())
-    return [_plan(series, request, "custom", window, weights, options) for window in windows]
-
-
-def _plan(
-    series: Series,
-    request: AverageRequest,
-    label: str,
-    steps: Sequence[int],
-    weights: list[float],
-    options: dict[str, Any],
-    decays: list[float] | None = None,
-) -> AverageSpec:
-    if request.blend is not None:
-        if decays is not None:
-            raise UserError(
-                "--blend and --like-online exclude each other", hint="leave out one of them"
-            )
-        weights = coefficients.blend(weights, request.blend)
-        label, options = f"{label}-blend-{request.blend!r}", options | {"blend": request.blend}
-    inputs: tuple[Input, ...] = tuple(series.inputs[step] for step in steps)
-    chosen = tuple(decays) if decays is not None else None
-    return AverageSpec(
-        request.method, label, inputs, tuple(weights), series.averages, options, chosen
-    )
-
-
-def _finished(plan: AverageSpec, series: Series, request: AverageRequest) -> AverageSpec:
-    """The plan with its final label and folder."""
-    label = request.label or plan.label
-    if request.out is None:
-        target = series.averages / label / step_name(plan.step)
-    else:
-        target = request.out / step_name(plan.step) if request.at_step == "all" else request.out
-    return replace(plan, label=label, target=target, is_default=request.out is None)

@@ -1,16 +1,29 @@
-"""Which average is to be made, how, and the result: the types that the phases of `average` share."""
+"""Specifications: one average to make, its provenance, and the comparison with an existing folder.
 
+Why a provenance: it identifies the inputs by hash, so two averages can be compared, an average can
+be made again, and a repeated command keeps finished averages.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmtrain.averaging.merge import Integers
+from llmtrain import __version__
+from llmtrain.averaging.audit import InputHashes
+from llmtrain.averaging.merge import WeightedSum
+from llmtrain.averaging.request import MergeOptions
+from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint
 from llmtrain.checkpoints.series import Input
+from llmtrain.errors import UserError
+from llmtrain.storage.integrity import integrity_problems
+from llmtrain.storage.json_files import read_json
 
 
 @dataclass(frozen=True)
 class AverageSpec:
-    """One average to be made."""
+    """One average to make."""
 
     method: str
     label: str
@@ -19,51 +32,30 @@ class AverageSpec:
     weights: tuple[float, ...]
     """One for each input."""
     target: Path
-    """The folder to be written."""
+    """Folder to write."""
     options: dict[str, Any] = field(default_factory=dict)
-    """The method's parameters, for the provenance."""
-    decays: tuple[float, ...] | None = None
-    """See `Mixture.decays`."""
+    """Parameters of the method, for the provenance."""
     audited: bool = True
-    """The inputs are checkpoints of a trajectory, and must look like one."""
+    """The inputs are checkpoints of one trajectory and are checked as such."""
     is_default: bool = False
-    """The target lies in a folder of averages of its label alone."""
+    """The parent of the target contains averages of this label only."""
 
     @property
     def step(self) -> int:
-        """The step the average stands for."""
+        """Step that the average stands for."""
         return self.inputs[-1].step
 
 
 @dataclass(frozen=True)
-class MergeOptions:
-    """How averages are made, whichever they are."""
-
-    dtype: str | None = None
-    """Of the float tensors written (`F32` …); default: that of the inputs."""
-    max_shard: int | None = None
-    """Bytes in a shard; default: the newest input's shards."""
-    integers: Integers = "equal"
-    verify: bool = True
-    """Hash the inputs even where hashes were recorded when they were committed, and compare."""
-    strict: bool = False
-    """An outlier is an error."""
-    allow_duplicates: bool = False
-    allow_known_bad: bool = False
-    discard_inputs: bool = False
-    """Delete each input once it is summed; for series on the hub."""
-
-
-@dataclass(frozen=True)
 class Average:
-    """One average that lies on disk."""
+    """One average on disk."""
 
     spec: AverageSpec
-    kept: bool
-    """It was there already, of the same inputs and weights."""
+    cached: bool
+    """It existed already, with the same inputs and weights."""
 
     def as_json(self) -> dict[str, Any]:
-        """What `--json` prints of it."""
+        """Return the entry that `--json` prints."""
         return {
             "label": self.spec.label,
             "step": self.spec.step,
@@ -71,3 +63,100 @@ class Average:
             "inputs": [source.step for source in self.spec.inputs],
             "weights": list(self.spec.weights),
         }
+
+
+def unique_inputs(specs: Sequence[AverageSpec]) -> list[Input]:
+    """Return every input of all specs once, by step."""
+    return sorted({i for spec in specs for i in spec.inputs}, key=lambda i: (i.step, i.location))
+
+
+def weighted_sums(specs: Sequence[AverageSpec], inputs: Sequence[Input]) -> list[WeightedSum]:
+    """Return the sums of the specs for a merge of these inputs."""
+    index = {source: i for i, source in enumerate(inputs)}
+    return [WeightedSum(tuple(index[i] for i in spec.inputs), spec.weights) for spec in specs]
+
+
+def provenance(
+    spec: AverageSpec,
+    checkpoints: Mapping[Input, Checkpoint],
+    hashes: Mapping[Input, InputHashes],
+    options: MergeOptions,
+) -> dict[str, Any]:
+    """Return the content of `provenance.json`."""
+    inputs = []
+    for source, weight in zip(spec.inputs, spec.weights, strict=True):
+        origin, known = checkpoints[source].origin, hashes[source]
+        entry = {
+            "path": checkpoints[source].location,
+            "step": source.step,
+            "weight": weight,
+            "lr": origin.lr if origin else None,
+            "tokens": origin.tokens if origin else None,
+            "sha256": known.sha256,
+            "sha256_source": known.source,
+        }
+        if len(known.files) > 1:
+            entry["files"] = dict(known.files)
+        inputs.append(entry)
+    return {
+        "llmtrain": __version__,
+        "method": spec.method,
+        "label": spec.label,
+        "step": spec.step,
+        "options": spec.options,
+        **_arithmetic(options),
+        "inputs": inputs,
+    }
+
+
+def require_same(target: Path, document: Mapping[str, Any]) -> None:
+    """Raise a UserError unless the existing folder is the average that `document` describes."""
+    path = target / PROVENANCE_FILE
+    existing = read_json(path) if path.exists() else {}
+    try:
+        same = _identity(existing) == _identity(document) and all(
+            math.isclose(a["weight"], b["weight"], rel_tol=1e-9, abs_tol=1e-15)
+            for a, b in zip(existing["inputs"], document["inputs"], strict=True)
+        )
+    except (TypeError, KeyError, AttributeError, OverflowError):  # not written by llmtrain
+        same = False
+    if same and (problems := integrity_problems(target, hashes=False)):
+        raise UserError(
+            f"{target} exists and is damaged: {problems[0]}",
+            hint="delete it and repeat the command",
+        )
+    if not same:
+        raise UserError(
+            f"{target} exists and is not the average of these checkpoints with these weights",
+            hint="write elsewhere with --out DIR" + (", or delete it" if existing else ""),
+        )
+
+
+def require_declared(spec: AverageSpec, options: MergeOptions) -> None:
+    """Raise a UserError unless the existing folder has the inputs whose hashes are declared now."""
+    inputs = [
+        {"step": source.step, "weight": weight, "sha256": declared.sha256}
+        for source, weight in zip(spec.inputs, spec.weights, strict=True)
+        if (declared := InputHashes.declared(source)).files
+    ]
+    require_same(spec.target, {**_arithmetic(options), "inputs": inputs})
+
+
+def _arithmetic(options: MergeOptions) -> dict[str, Any]:
+    return {
+        "arithmetic": "float64 sums, rounded once",
+        "dtype": options.dtype or "as the inputs",
+        "max_shard_bytes": None,  # kept for averages of versions that could split shards
+        "integers": options.integers,
+    }
+
+
+def _identity(document: Mapping[str, Any]) -> list[object]:
+    """Return everything that determines the numbers of an average, except the weights."""
+    return [
+        document.get("arithmetic"),
+        document.get("dtype"),
+        document.get("max_shard_bytes"),
+        document.get("integers", "equal"),
+        [(i.get("step"), i.get("sha256")) for i in document.get("inputs") or []],
+    ]

@@ -1,22 +1,31 @@
-"""Averages made of averages that a run stored: any span from two running means, any EMA from two.
+"""Averages of averages that a run stored: any span from two running means, any EMA from two.
 
-Why: a mean over *every* step, or an EMA of a length nobody thought of before the run, cannot be made
-from snapshots; but it is a sum of a few online averages that were kept beside them.
+A mean over *every* step, or an EMA of a length chosen after the run, cannot be made from snapshots.
+Both are weighted sums of a few online averages that the run stored.
 
-    plan = dense_plan(series, start=2000, to=3000)
+An EMA whose memory grows with training, β(t) = (1 - 1/t)^(γ+1), weights past time τ by the profile
+p(τ) = (γ+1) τ^γ / t^(γ+1). The profiles of two γ, stored along the run, nearly span those of other γ.
+A least-squares fit of the profiles gives the weights of the stored averages.
+
+    weights, error = reconstruct([(100, 16.97), (100, 6.94), (200, 16.97), (200, 6.94)], 200, 10.0)
+
+Source: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models"
+(arXiv 2312.02696), section 3 and appendix C. σ_rel is the width of the profile as a share of t.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from llmtrain.averaging.coefficients import span
-from llmtrain.averaging.power_ema import WIDEST, gamma_of, reconstruct
 from llmtrain.averaging.spec import AverageSpec
 from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint
 from llmtrain.checkpoints.open import open_checkpoint, with_residual
-from llmtrain.checkpoints.series import Input, Series, recorded_hashes
+from llmtrain.checkpoints.series import Input, MissingCheckpoints, Series, recorded_hashes
 from llmtrain.checkpoints.windows import describe_steps
 from llmtrain.errors import UserError
 from llmtrain.storage.json_files import read_json
@@ -25,135 +34,200 @@ from llmtrain.storage.run_folder import step_folders
 RUNNING_MEAN = "running-mean"
 POWER_EMA = "power-ema"
 
+WIDEST = 1.0 / math.sqrt(12.0)
+"""σ_rel of γ = 0, the uniform mean of everything."""
 
-def dense_plan(series: Series, start: int | None, to: int | None) -> AverageSpec:
-    """The mean of the weights after every step in (start, to], from two stored running means.
+_SINGULAR = 1e-9
+"""Relative size below which the fit drops a direction: stored averages have 24 bits."""
 
-    See `coefficients.span`. From the step at which the running mean began, one is enough.
+
+class _Stored(NamedTuple):
+    """One stored online average."""
+
+    step: int
+    path: Path
+    start: float
+    """Step before its first update."""
+    value: float
+    """γ of a power-function EMA, or the updates of a running mean."""
+    every: Any
+
+
+# --- power-function EMAs ------------------------------------------------------------------------
+
+
+def sigma_of(gamma: float) -> float:
+    """Return σ_rel of an exponent: √(γ + 1) / ((γ + 2) √(γ + 3))."""
+    return math.sqrt(gamma + 1.0) / ((gamma + 2.0) * math.sqrt(gamma + 3.0))
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """Return the exponent γ ≥ 0 of a width σ_rel in (0, 1/√12], by bisection (σ falls as γ rises)."""
+    low, high = 0.0, 2.0 / sigma_rel
+    for _ in range(200):
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if sigma_of(middle) > sigma_rel else (low, middle)
+    return (low + high) / 2.0
+
+
+def overlap(time_a: float, gamma_a: float, time_b: float, gamma_b: float) -> float:
+    """Return ∫ p_a(τ) p_b(τ) dτ of two profiles that end at times a and b."""
+    if time_a > time_b:
+        time_a, gamma_a, time_b, gamma_b = time_b, gamma_b, time_a, gamma_a
+    factor = (gamma_a + 1.0) * (gamma_b + 1.0) / (gamma_a + gamma_b + 1.0)
+    return factor * math.pow(time_a / time_b, gamma_b) / time_b
+
+
+def reconstruct(
+    stored: Sequence[tuple[float, float]], time: float, gamma: float
+) -> tuple[list[float], float]:
+    """Fit the EMA of (time, γ) as a sum of stored averages, each given as (time, γ).
+
+    Returns:
+        One weight for each stored average, summing to 1, and the distance of the fitted profile from
+        the wanted one, as a share of its norm.
+    """
+    matrix = np.array([[overlap(*a, *b) for b in stored] for a in stored])
+    wanted = np.array([overlap(*a, time, gamma) for a in stored])
+    scale = 1.0 / np.sqrt(np.diag(matrix))  # profiles of unit norm: early ones are narrow and tall
+    solution, *_ = np.linalg.lstsq(matrix * np.outer(scale, scale), wanted * scale, rcond=_SINGULAR)
+    weights = solution * scale
+    weights /= weights.sum()
+    norm = overlap(time, gamma, time, gamma)
+    residual = max(float(norm - 2.0 * weights @ wanted + weights @ matrix @ weights), 0.0)
+    return [float(weight) for weight in weights], math.sqrt(residual / norm)
+
+
+def power_ema_specs(series: Series, sigma_rel: float | None, at: int | str) -> list[AverageSpec]:
+    """Return power-function EMAs of width `sigma_rel`, each from the stored ones up to its step.
+
+    Raises:
+        UserError: the width is missing or invalid, or no EMA was stored at that step.
+    """
+    if sigma_rel is None or not 0.0 < sigma_rel <= WIDEST:
+        raise UserError(
+            f"--method posthoc-ema needs --sigma-rel between 0 and {WIDEST:.4f}",
+            hint="add --sigma-rel 0.1, a width of 10% of training",
+        )
+    folders = sorted(series.averages.glob(f"{POWER_EMA}-*"))
+    stored = [each for folder in folders for each in _stored(folder, POWER_EMA, "gamma")]
+    gamma = gamma_of(sigma_rel)
+    specs = []
+    for end in _ends(series, stored, at, "power-function EMA", POWER_EMA):
+        used = sorted(
+            (each for each in stored if each.step <= end), key=lambda e: (e.step, str(e.path))
+        )
+        times = [(float(each.step - int(each.start)), float(each.value)) for each in used]
+        weights, error = reconstruct(times, max(time for time, _ in times), gamma)
+        options = {"sigma_rel": sigma_rel, "gamma": gamma, "profile_error": error}
+        label = f"posthoc-ema-{sigma_rel:g}"
+        specs.append(_spec(series, "posthoc-ema", label, used, weights, options))
+    return specs
+
+
+# --- running means ------------------------------------------------------------------------------
+
+
+def dense_specs(series: Series, start: int | None, at: int | str) -> list[AverageSpec]:
+    """Return means over every step in (start, at], each from two stored running means.
+
+    See `coefficients.span`. One is enough from the step at which the running mean began.
 
     Raises:
         UserError: a step is missing, or no running mean was stored there.
     """
-    if start is None or to is None or start >= to:
+    if start is None or (isinstance(at, int) and start >= at):
         raise UserError(
-            "--method dense needs --from A and --to B, A before B", hint="--from 2000 --to 3000"
+            "--method dense needs --from A before --at B", hint="add --from 2000 --at 3000"
         )
-    stored = _stored(series.averages / RUNNING_MEAN, RUNNING_MEAN)
-    began = min((int(about["start"]) for _, about in stored.values()), default=0)
-    absent = [step for step in (start, to) if step not in stored and not (step == start == began)]
-    if absent or not stored:
-        raise UserError(
-            f"{series.name} has no running mean at {describe_steps(absent)}; it has {describe_steps(list(stored))}",
-            hint="{kind: running-mean} under averages in the config stores one with each snapshot"
-            if not stored
-            else f"--from {began} or one of those steps",
-        )
-    updates = [int(stored[step][1]["updates"]) if step in stored else 0 for step in (start, to)]
-    if updates[0] >= updates[1]:
-        raise UserError(
-            f"the running means at {start:,} and {to:,} have {updates[0]:,} and {updates[1]:,} updates",
-            hint="nothing lies between them: choose a longer span",
-        )
-    inputs, weights = [_input(to, stored[to][0])], [1.0]
-    if updates[0] > 0:
-        inputs.insert(0, _input(start, stored[start][0]))
-        weights = span(*updates)
-    options = {
-        "from": start,
-        "to": to,
-        "updates": updates[1] - updates[0],
-        "every": stored[to][1].get("every"),
-    }
-    return AverageSpec(
-        "dense",
-        f"dense-{start}-{to}",
-        tuple(inputs),
-        tuple(weights),
-        series.averages,
-        options,
-        audited=False,
-    )
+    means = _stored(series.averages / RUNNING_MEAN, RUNNING_MEAN, "updates")
+    ends = _ends(series, means, at, "running mean", RUNNING_MEAN)
+    stored = {each.step: each for each in means}
+    return [_dense(series, stored, start, end) for end in ends if end > start or at != "all"]
 
 
-def power_ema_plans(series: Series, sigma_rel: float | None, at: int | str) -> list[AverageSpec]:
-    """The power-function EMA of width `sigma_rel` at a step, from stored ones up to that step.
+def _dense(series: Series, stored: dict[int, _Stored], start: int, end: int) -> AverageSpec:
+    began = min(int(each.start) for each in stored.values())
+    missing = [s for s in (start, end) if s not in stored and not (s == start == began)]
+    if missing:
+        raise MissingCheckpoints(
+            f"{series.name} has no running mean at {describe_steps(missing)}; "
+            f"it has {describe_steps(list(stored))}",
+            hint=f"use one of those steps, or --from {began}",
+        )
+    before, until = (int(stored[s].value) if s in stored else 0 for s in (start, end))
+    if before >= until:
+        raise UserError(
+            f"the running means at {start:,} and {end:,} have {before:,} and {until:,} updates",
+            hint="choose a longer span, with updates in between",
+        )
+    used, weights = [stored[end]], [1.0]
+    if before > 0:
+        used, weights = [stored[start], stored[end]], span(before, until)
+    options = {"from": start, "to": end, "updates": until - before, "every": stored[end].every}
+    return _spec(series, "dense", f"dense-{start}-{end}", used, weights, options)
 
-    See `power_ema.reconstruct`.
+
+# --- stored folders -----------------------------------------------------------------------------
+
+
+def _stored(folder: Path, method: str, value: str) -> list[_Stored]:
+    """Return the folders of one online average, by step; `value` is a key of its provenance.
 
     Raises:
-        UserError: no width, none stored, or none at that step.
+        UserError: the provenance is damaged.
     """
-    if sigma_rel is None or not 0.0 < sigma_rel <= WIDEST:
-        raise UserError(
-            f"--method posthoc-ema needs --sigma-rel between 0 and {WIDEST:.4f}, the width as a share of training",
-            hint="such as --sigma-rel 0.1",
-        )
-    stored = [
-        (step, path, about)
-        for folder in sorted(series.averages.glob(f"{POWER_EMA}-*"))
-        for step, (path, about) in _stored(folder, POWER_EMA).items()
-    ]
-    steps = sorted({step for step, _, _ in stored})
-    ends = (
-        steps
-        if at == "all"
-        else steps[-1:]
-        if at == "last"
-        else [step for step in steps if step == at]
-    )
-    if not ends:
-        raise UserError(
-            f"{series.name} has no power-function EMA at step {at}; it has them at {describe_steps(steps)}"
-            if steps
-            else f"{series.name} has stored no power-function EMA",
-            hint="{kind: power-ema} under averages in the config stores them with each snapshot",
-        )
-    gamma = gamma_of(sigma_rel)
-    plans = []
-    for end in ends:
-        used = sorted(
-            (item for item in stored if item[0] <= end), key=lambda item: (item[0], str(item[1]))
-        )
-        times = [
-            (float(step - int(about["start"])), float(about["gamma"])) for step, _, about in used
-        ]
-        weights, error = reconstruct(times, max(time for time, _ in times), gamma)
-        inputs = tuple(_input(step, path) for step, path, _ in used)
-        options = {"sigma_rel": sigma_rel, "gamma": gamma, "profile_error": error}
-        label = f"posthoc-ema-{sigma_rel:g}"
-        plans.append(
-            AverageSpec(
-                "posthoc-ema",
-                label,
-                inputs,
-                tuple(weights),
-                series.averages,
-                options,
-                audited=False,
-            )
-        )
-    return plans
-
-
-def _stored(folder: Path, method: str) -> dict[int, tuple[Path, dict[str, Any]]]:
-    """Folders of one online average by step, with what their provenance says."""
-    found = {}
+    found = []
     for step, path in step_folders(folder).items():
-        about = read_json(path / PROVENANCE_FILE)
-        if about.get("method") == method:
-            _require_numbers(path, about, ("start", "gamma" if method == POWER_EMA else "updates"))
-            found[step] = (path, about)
+        document = read_json(path / PROVENANCE_FILE)
+        if document.get("method") != method:
+            continue
+        for key in ("start", value):
+            number = document.get(key)
+            if (
+                not isinstance(number, int | float)
+                or isinstance(number, bool)
+                or not 0 <= number < 2**63
+            ):
+                raise UserError(
+                    f"{path / PROVENANCE_FILE}: {key} is {number!r:.40}, not a valid number",
+                    hint="restore the damaged file, or delete the folder",
+                )
+        found.append(_Stored(step, path, document["start"], document[value], document.get("every")))
     return found
 
 
-def _require_numbers(folder: Path, about: dict[str, Any], keys: Sequence[str]) -> None:
-    """Raise a UserError unless the provenance of a stored average holds what its weights follow from."""
-    for key in keys:
-        if type(about.get(key)) not in (int, float) or not 0 <= about[key] < 2**63:
-            raise UserError(
-                f"{folder / PROVENANCE_FILE}: {key} is {about.get(key)!r:.40}, no number that a run writes",
-                hint="the file is damaged: restore it, or delete the folder",
-            )
+def _ends(
+    series: Series, stored: Sequence[_Stored], at: int | str, noun: str, kind: str
+) -> list[int]:
+    """Return the steps that `at` selects."""
+    steps = sorted({each.step for each in stored})
+    if not steps:
+        raise UserError(
+            f"{series.name} has no stored {noun}",
+            hint=f"add {{kind: {kind}}} under averages in the config, to store one per snapshot",
+        )
+    ends = {"all": steps, "last": steps[-1:]}.get(str(at), [step for step in steps if step == at])
+    if not ends:
+        raise MissingCheckpoints(
+            f"{series.name} has no {noun} at {at}; it has {describe_steps(steps)}",
+            hint="use --at with one of those steps",
+        )
+    return ends
+
+
+def _spec(
+    series: Series,
+    method: str,
+    label: str,
+    used: Sequence[_Stored],
+    weights: Sequence[float],
+    options: dict[str, Any],
+) -> AverageSpec:
+    inputs = tuple(_input(each.step, each.path) for each in used)
+    return AverageSpec(
+        method, label, inputs, tuple(weights), series.averages, options, audited=False
+    )
 
 
 def _input(step: int, folder: Path) -> Input:

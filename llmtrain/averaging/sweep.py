@@ -1,12 +1,14 @@
-"""Many averages of one run evaluated without writing any: which window, which spacing, which method.
+"""The sweep: evaluate many averages of one run without writing them, and report what each saves.
 
-Why: the best window is a property of the run, and guessing it costs more than measuring it. All
-candidates of a step are summed in one pass over the snapshots, into memory, and evaluated there.
+Why: the best window depends on the run, and measuring is cheaper than guessing. One pass over the
+snapshots sums all candidates of a group in memory.
 
     result = sweep(run, parse_sweep("window=3,5,10 every=200,400,1000"))
     result.best.request, result.best.losses
 """
 
+import csv
+import io
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,13 +18,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmtrain.averaging.average import check_claims, unique_inputs
-from llmtrain.averaging.merge import WeightedSum, Write, merge
-from llmtrain.averaging.request import OPTIONS, AverageRequest, make_specs
-from llmtrain.averaging.spec import AverageSpec, MergeOptions
+from llmtrain.averaging import audit
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.merge import Write, merge
+from llmtrain.averaging.request import METHODS, AverageRequest, MergeOptions
+from llmtrain.averaging.spec import AverageSpec, unique_inputs, weighted_sums
 from llmtrain.checkpoints.checkpoint import Checkpoint
 from llmtrain.checkpoints.gpt2_folder import load_model, transpose_conv1d
-from llmtrain.checkpoints.series import Input, Series, require_same_tensors, run_series
+from llmtrain.checkpoints.series import (
+    Input,
+    MissingCheckpoints,
+    Series,
+    require_same_tensors,
+    run_series,
+)
 from llmtrain.checkpoints.tensors import StoredArray
 from llmtrain.checkpoints.windows import describe_steps
 from llmtrain.config.loading import load_config
@@ -34,15 +43,17 @@ from llmtrain.evaluation.loss import evaluate
 from llmtrain.model.gpt import GPT
 from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.runtime.device import keep_freed_memory, resolve_device, resolve_precision
+from llmtrain.storage.commit import write_atomically
+from llmtrain.storage.json_files import read_events
 from llmtrain.storage.run_folder import RAW, RunFolder
 
 MEMORY = 4 << 30
-"""Bytes of averages held at a time; more are made in further passes over the snapshots."""
+"""Bytes of averages held at once; larger sweeps make further passes over the snapshots."""
 
 POINTS = 12
-"""Steps at which candidates are compared, unless all are asked for."""
+"""Steps at which candidates are compared by default."""
 
-_NUMBERS: dict[str, Callable[[str], Any]] = {
+_PARSERS: dict[str, Callable[[str], Any]] = {
     "window": int,
     "every": int,
     "start": int,
@@ -59,7 +70,7 @@ _Weights = dict[str, np.ndarray[Any, np.dtype[np.float32]]]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way of averaging, and its validation loss by step (nats per token)."""
+    """One average and its validation loss by step, in nats per token."""
 
     label: str
     request: AverageRequest | None
@@ -73,56 +84,83 @@ class SweepResult:
 
     raw: Candidate
     candidates: list[Candidate]
-    """Best first: by the loss at the last step that each has."""
+    """Best first, by the loss at the last step of each."""
     skipped: list[str]
-    """Candidates for which the run has no window."""
+    """Candidates without a window in this run."""
     tokens: int
     """Validation tokens predicted in each evaluation."""
 
     @property
     def best(self) -> Candidate:
-        """The candidate with the lowest loss at the newest step that any has."""
+        """Candidate with the lowest loss at the newest step."""
         return self.candidates[0]
 
 
+@dataclass(frozen=True)
+class SummaryRow:
+    """One candidate at its newest step."""
+
+    label: str
+    step: int
+    loss: float
+    delta: float
+    """Loss minus the raw loss of the same step."""
+    best: bool
+    reached: int | None
+    """First compared step with at most the raw loss of the last step; None: never."""
+    steps_saved: int | None
+    """Steps from there to the first one at which the raw weights reach that loss."""
+    tokens_saved: int | None
+    hours_saved: float | None
+    """Training time, from the run's metrics; None without metrics."""
+
+
+# --- parsing ------------------------------------------------------------------------------------
+
+
 def parse_sweep(text: str) -> list[AverageRequest]:
-    """Every combination of `key=a,b key=c,d`, without what a method does not take.
+    """Return every combination of `key=a,b key=c,d`, without options that a method does not take.
 
     Raises:
-        UserError: not of that form, an unknown key, or a value of the wrong kind.
+        UserError: the text has another form, an unknown key, or an invalid value.
     """
-    choices: dict[str, list[Any]] = {"method": ["lawa"]}
-    for part in text.split():
-        key, equals, values = part.partition("=")
-        name = {"from": "start"}.get(key.replace("-", "_"), key.replace("-", "_"))
-        if not equals or name not in _NUMBERS:
-            wrong = f"has no key {key!r}" if equals else f"{part!r} is not key=value,value"
-            known = ", ".join("from" if n == "start" else n.replace("_", "-") for n in _NUMBERS)
-            raise UserError(f"--sweep {wrong}", hint=f"keys: {known}")
-        if name in choices and (name != "method" or "method=" in text.replace(part, "", 1)):
-            raise UserError(f"--sweep has {key} twice", hint=f"{key}=a,b holds several values")
-        try:
-            choices[name] = [_NUMBERS[name](value) for value in values.split(",")]
-        except ValueError:
-            raise UserError(
-                f"--sweep {part!r} has a value that is no number", hint="window=3,5,10"
-            ) from None
-    taken = set().union(*(OPTIONS.get(method, set(choices)) for method in choices["method"])) | {
-        "method"
-    }
-    if unused := set(choices) - taken:
+    choices = dict(_parse_key(part) for part in text.split())
+    if len(choices) < len(text.split()):
+        raise UserError("--sweep has a key twice", hint="give several values as key=a,b")
+    choices = {"method": ["lawa"]} | choices
+    accepted = set().union(*(_accepted(method, choices) for method in choices["method"]))
+    if unused := set(choices) - accepted:
         raise UserError(
-            f"--sweep: {', '.join(sorted(unused))} is nothing that {', '.join(choices['method'])} takes",
-            hint="add the method that takes it, such as method=ema for decay",
+            f"--sweep: {', '.join(choices['method'])} does not take {', '.join(sorted(unused))}",
+            hint="add a method that does, such as method=ema for decay",
         )
-    requests: list[AverageRequest] = []
-    for combination in itertools.product(*choices.values()):
-        asked: dict[str, Any] = dict(zip(choices, combination, strict=True))
-        takes = OPTIONS.get(asked["method"], set(choices)) | {"method"}
-        request = AverageRequest(**{key: value for key, value in asked.items() if key in takes})
-        if request not in requests:
-            requests.append(request)
-    return requests
+    requests = []
+    for values in itertools.product(*choices.values()):
+        given = dict(zip(choices, values, strict=True))
+        accepted = _accepted(given["method"], choices)
+        requests.append(AverageRequest(**{k: v for k, v in given.items() if k in accepted}))
+    return list(dict.fromkeys(requests))
+
+
+def _parse_key(part: str) -> tuple[str, list[Any]]:
+    key, equals, values = part.partition("=")
+    name = "start" if key == "from" else key.replace("-", "_")
+    if not equals or name not in _PARSERS:
+        problem = f"has no key {key!r}" if equals else f"{part!r} is not key=value,value"
+        known = ", ".join("from" if n == "start" else n.replace("_", "-") for n in _PARSERS)
+        raise UserError(f"--sweep {problem}", hint=f"use the keys {known}")
+    try:
+        return name, [_PARSERS[name](value) for value in values.split(",")]
+    except ValueError:
+        raise UserError(f"--sweep {part!r} has an invalid number", hint="window=3,5,10") from None
+
+
+def _accepted(method: str, choices: Mapping[str, Any]) -> set[str]:
+    """Return the keys that a method accepts; an unknown method is reported later."""
+    return (METHODS[method].options if method in METHODS else set(choices)) | {"method"}
+
+
+# --- evaluation ---------------------------------------------------------------------------------
 
 
 def sweep(
@@ -130,79 +168,69 @@ def sweep(
     requests: Sequence[AverageRequest],
     *,
     at: str | int | None = None,
-    data: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SweepResult:
-    """Evaluate each request at the same steps, and the raw weights beside them.
+    """Evaluate each request and the raw weights at the same steps.
 
     Args:
-        run: whose snapshots and validation data.
+        run: source of the snapshots and the validation data.
         requests: the candidates.
-        at: `all`: at every snapshot; `last`, or a step: there alone; None: at `POINTS` steps.
-        data: folder of token shards; default: the run's.
-        progress: called with evaluations done and in all.
+        at: `all` snapshots, the `last` window, or one step; None: `POINTS` steps.
+        progress: called with the evaluations done and the total.
 
     Raises:
-        UserError: no candidate has a window (at that step), or a request is impossible.
+        UserError: no candidate has a window (at that step), or a request is invalid.
     """
     series, config = run_series(run), load_config(run.config)
-    plans, skipped = _plans(series, requests)
-    steps = _compared_steps(series.steps, plans, at)
+    specs, skipped = _specs(series, requests)
+    steps = _compared_steps(series.steps, specs, at)
     jobs = [
         *(AverageSpec(RAW, RAW, (series.inputs[step],), (1.0,), run.path) for step in steps),
-        *(plan for of_request in plans.values() for plan in of_request if plan.step in steps),
+        *(spec for each in specs.values() for spec in each if spec.step in steps),
     ]
     jobs.sort(key=lambda job: job.step)
     inputs = unique_inputs([job for job in jobs if job.audited])
-    check_claims(series, inputs, MergeOptions(), audited=True)
-    measure = _Evaluator(config, series.inputs[steps[-1]].open().folder, data)
+    audit.check_metadata(series, inputs, MergeOptions(), audited=True)
+    evaluator = _Evaluator(config, series.inputs[steps[-1]].open().folder)
     losses: dict[str, dict[int, float]] = {}
     for done, (job, weights) in enumerate(_averages(jobs), start=1):
-        losses.setdefault(job.label, {})[job.step] = measure.loss(weights)
+        losses.setdefault(job.label, {})[job.step] = evaluator.loss(weights)
         if progress is not None:
             progress(done, len(jobs))
-    labels = _labels(plans)
-    found = [
-        Candidate(label, request, losses[label]) for label, request in labels if label in losses
-    ]
-    skipped += [
-        f"{label} has no window that ends there" for label, _ in labels if label not in losses
-    ]
-    found.sort(
-        key=lambda candidate: (-max(candidate.losses), candidate.losses[max(candidate.losses)])
-    )
-    return SweepResult(Candidate(RAW, None, losses[RAW]), found, skipped, measure.tokens)
+    candidates = []
+    for request, each in specs.items():
+        label = each[-1].label
+        if label in losses:
+            candidates.append(Candidate(label, request, losses[label]))
+        else:
+            skipped.append(f"{label} has no window that ends there")
+    candidates.sort(key=lambda each: (-max(each.losses), each.losses[max(each.losses)]))
+    return SweepResult(Candidate(RAW, None, losses[RAW]), candidates, skipped, evaluator.tokens)
 
 
-def _plans(
+def _specs(
     series: Series, requests: Sequence[AverageRequest]
 ) -> tuple[dict[AverageRequest, list[AverageSpec]], list[str]]:
-    """All windows of each request, and why some have none."""
-    plans, skipped = {}, []
+    """Return all windows of each request, and the reasons of those without any."""
+    specs, skipped = {}, []
     for request in requests:
         try:
-            plans[request] = make_specs(series, replace(request, at="all"))
-        except UserError as error:
-            if "has no" not in str(error):
-                raise
+            specs[request] = make_specs(series, replace(request, at="all"))
+        except MissingCheckpoints as error:
             skipped.append(str(error))
-    if not plans:
+    if not specs:
         raise UserError(
             "no candidate has a window:\n  " + "\n  ".join(skipped),
-            hint="smaller window= or every=",
+            hint="use a smaller window= or every=",
         )
-    return plans, skipped
-
-
-def _labels(plans: Mapping[AverageRequest, list[AverageSpec]]) -> list[tuple[str, AverageRequest]]:
-    return [(of_request[-1].label, request) for request, of_request in plans.items()]
+    return specs, skipped
 
 
 def _compared_steps(
-    steps: Sequence[int], plans: Mapping[AverageRequest, list[AverageSpec]], at: str | int | None
+    steps: Sequence[int], specs: Mapping[AverageRequest, list[AverageSpec]], at: str | int | None
 ) -> list[int]:
-    """The steps that `at` means; None: `POINTS` evenly spaced ones from the first window's end to the last's."""
-    ends = sorted({plan.step for of_request in plans.values() for plan in of_request})
+    """Return the steps that `at` selects; None: evenly spaced ends of windows."""
+    ends = sorted({spec.step for each in specs.values() for spec in each})
     if at == "all":
         return list(steps)
     if at is not None:
@@ -210,16 +238,16 @@ def _compared_steps(
         if end not in ends:
             raise UserError(
                 f"no candidate has a window that ends at step {end:,}",
-                hint=f"{describe_steps(ends)} do",
+                hint=f"use --at with one of {describe_steps(ends)}",
             )
-        return [end]
+        return [int(end)]
     if len(ends) <= POINTS:
         return ends
     return sorted({ends[round(i * (len(ends) - 1) / (POINTS - 1))] for i in range(POINTS)})
 
 
 def _averages(jobs: Sequence[AverageSpec]) -> Iterator[tuple[AverageSpec, _Weights]]:
-    """Each average in memory, in groups that fit there; a group reads each of its snapshots once."""
+    """Yield each average in memory; groups that fit in `MEMORY` read each snapshot once."""
     opened: dict[Input, Checkpoint] = {}
     position = 0
     while position < len(jobs):
@@ -229,52 +257,42 @@ def _averages(jobs: Sequence[AverageSpec]) -> Iterator[tuple[AverageSpec, _Weigh
         opened = {source: opened.get(source) or source.open() for source in inputs}
         checkpoints = [opened[source] for source in inputs]
         require_same_tensors(checkpoints)
-        index = {source: i for i, source in enumerate(inputs)}
-        results: list[_Weights] = [
-            {
-                name: np.empty(spec.count, np.float32)
-                for name, spec in checkpoints[-1].tensors.items()
-            }
-            for _ in group
+        shapes = {name: spec.shape for name, spec in checkpoints[-1].tensors.items()}
+        results = [
+            {name: np.empty(shape, np.float32) for name, shape in shapes.items()} for _ in group
         ]
-        mixtures = [
-            WeightedSum(tuple(index[i] for i in job.inputs), job.weights, job.decays)
-            for job in group
-        ]
-        merge(checkpoints, mixtures, [_into(weights) for weights in results])
-        for job, weights in zip(group, results, strict=True):
-            shapes = checkpoints[-1].tensors
-            yield job, {name: array.reshape(shapes[name].shape) for name, array in weights.items()}
+        merge(
+            checkpoints, weighted_sums(group, inputs), [_write_to(weights) for weights in results]
+        )
+        yield from zip(group, results, strict=True)
         position += len(group)
 
 
-def _into(weights: _Weights) -> Write:
+def _write_to(weights: _Weights) -> Write:
     def write(name: str, start: int, raw: StoredArray) -> None:
-        weights[name][start : start + len(raw)] = raw
+        weights[name].reshape(-1)[start : start + len(raw)] = raw
 
     return write
 
 
 class _Evaluator:
-    """One model, into which weights are put to be measured on the run's validation tokens."""
+    """A model that takes weights in turn and measures them on the run's validation tokens."""
 
-    def __init__(self, config: RunConfig, folder: Path, data: Path | None) -> None:
+    def __init__(self, config: RunConfig, folder: Path) -> None:
         self._config = config
         self._device = resolve_device(config.train.device)
         self._model: GPT = load_model(folder).to(self._device)
-        opened = open_data(data or local_folder(config.data.path))
+        opened = open_data(local_folder(config.data.path))
         self._reader = opened.reader("val")
         self._token_bytes = load_tokenizer(opened.tokenizer).token_bytes()
         self.tokens = 0
 
     def loss(self, weights: _Weights) -> float:
-        """Nats per token of `weights`, in Hugging Face's layout."""
+        """Return the loss in nats per token of `weights`, in Hugging Face's layout."""
         with torch.no_grad():
             for name, parameter in self._model.named_parameters():
-                held = torch.from_numpy(
-                    weights[name if name in weights else name.removeprefix("transformer.")]
-                )
-                parameter.copy_(transpose_conv1d(name, held))
+                array = weights.get(name, weights.get(name.removeprefix("transformer.")))
+                parameter.copy_(transpose_conv1d(name, torch.from_numpy(array)))
         with keep_freed_memory(self._device):
             result = evaluate(
                 self._model,
@@ -288,3 +306,79 @@ class _Evaluator:
             )
         self.tokens = result.tokens
         return result.loss
+
+
+# --- report -------------------------------------------------------------------------------------
+
+
+def summary(result: SweepResult, run: RunFolder) -> list[SummaryRow]:
+    """Return a row for each candidate, best first."""
+    tokens_per_step = load_config(run.config).tokens_per_step
+    clock = sorted((e["step"], e["seconds"]) for e in read_events(run.metrics) if "seconds" in e)
+    raw = result.raw.losses
+    target = raw[max(raw)]
+    # Raw weights fluctuate: they may have reached their last loss long before.
+    raw_reached = min(step for step, loss in raw.items() if loss <= target)
+    rows = []
+    for candidate in result.candidates:
+        losses, step = candidate.losses, max(candidate.losses)
+        reached = min((s for s, loss in losses.items() if loss <= target), default=None)
+        saved = None if reached is None else raw_reached - reached
+        hours = None
+        if reached is not None and clock:
+            logged, seconds = zip(*clock, strict=True)
+            begin, end = np.interp([reached, raw_reached], logged, seconds)
+            hours = float(end - begin) / 3600.0
+        rows.append(
+            SummaryRow(
+                label=candidate.label,
+                step=step,
+                loss=losses[step],
+                delta=losses[step] - raw[step],
+                best=candidate is result.best,
+                reached=reached,
+                steps_saved=saved,
+                tokens_saved=None if saved is None else saved * tokens_per_step,
+                hours_saved=hours,
+            )
+        )
+    return rows
+
+
+def write_csv(result: SweepResult, path: Path) -> None:
+    """Write one line per step: raw and each candidate, empty without a window."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [result.raw, *result.candidates]
+    writer.writerow(["step", *(candidate.label for candidate in columns)])
+    for step in sorted(result.raw.losses):
+        writer.writerow([step, *(candidate.losses.get(step, "") for candidate in columns)])
+    write_atomically(path, text.getvalue())
+
+
+def draw(result: SweepResult, path: Path, title: str) -> None:
+    """Plot loss against step for raw and each candidate, with the best highlighted."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+
+    def line(candidate: Candidate, label: str, **style: Any) -> None:
+        axes.plot(*zip(*sorted(candidate.losses.items()), strict=True), label=label, **style)
+
+    line(result.raw, RAW, marker="o", markersize=3, color="black", linewidth=1.6)
+    shades = colormaps["viridis"](np.linspace(0.1, 0.9, max(len(result.candidates), 2)))
+    for shade, candidate in zip(shades[1:], result.candidates[1:], strict=False):
+        line(candidate, candidate.label, marker="o", markersize=3, color=shade, linewidth=1.0)
+    best = f"{result.best.label} (best)"
+    line(result.best, best, marker="o", markersize=3, color="#D55E00", linewidth=2.2)
+    axes.set_title(title, loc="left")
+    axes.set_xlabel("step")
+    axes.set_ylabel("validation loss (nats per token)")
+    axes.grid(visible=True, alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    write_atomically(path, png.getvalue())

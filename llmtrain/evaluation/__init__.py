@@ -1,1 +1,16 @@
-"""Everything `llmtrain eval` does: losses on fixed windows, tables and plots."""
+"""Evaluation: losses on fixed windows, text files, zero-shot tasks, generation and reports.
+
+May import data, checkpoints, model, config, runtime, storage and errors.
+
+    options.py     options of all measurements and of sampling; source of the help texts
+    results.py     results, the cached losses of a run, the choice of its best weights
+    cache.py       cached results under a run's evals/, named by content
+    loss.py        loss on a split
+    text.py        loss and perplexity on a text file
+    tasks.py       zero-shot tasks: definitions, trust, cached scores
+    harness.py     scoring with lm-eval, imported only when a score is computed
+    hf_models.py   models and tokenizers loaded with transformers
+    generation.py  text generation with a key-value cache
+    task_files/    definitions of six tasks for local data
+    report/        tables, charts and the HTML page of a run
+"""

@@ -1,18 +1,17 @@
-"""Text from a model, a token at a time, with the keys and values of what was read kept.
+"""Text generation, one token at a time with a key-value cache.
 
-Why apart from `model.py`: training never needs a cache, and what is compiled for training should not carry
-one. Here the same layers are walked with a cache; a test holds the outcome equal to transformers'.
+Why not in the model: training never uses a cache, and the compiled model should not contain one.
 
     model, tokenizer = load_generator(Path("runs/demo/averages/lawa-5x20/step-00000900"))
-    print("".join(write(model, tokenizer, "My fellow Americans", Sampling())))
+    print("".join(generate_text(model, tokenizer, "My fellow Americans", Sampling())))
 
-Shapes in names as in `model.py`: B sequences, T tokens, C width, H heads, D width of a head, V vocabulary.
+Shape suffixes as in `model/gpt.py`: B batch, T tokens, C width, H heads, D head width, V
+vocabulary.
 """
 
 import codecs
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,82 +20,36 @@ from torch import Tensor
 
 from llmtrain.checkpoints.gpt2_folder import Shape, load_model, load_shape
 from llmtrain.errors import RunFailed, UserError
+from llmtrain.evaluation.options import Sampling
 from llmtrain.model.gpt import GPT, Attention, Block
 from llmtrain.model.tokenizer import Tokenizer, has_same_ids, load_tokenizer, tokenizer_for_eot
 from llmtrain.runtime.device import resolve_device
 
-_COLDEST = 1e-6
-"""The lowest temperature above 0: logits divided by less would not fit a float32."""
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    max_tokens: int = 256
-    """The text ends here, or where the model ends it."""
-    temperature: float = 0.8
-    """Logits are divided by this; 0: always the likeliest token."""
-    top_k: int | None = None
-    """Choose among so many of the likeliest."""
-    top_p: float | None = None
-    """Choose among the fewest of the likeliest whose probabilities add up to this."""
-    seed: int = 1337
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            UserError: a value is out of its range.
-        """
-        wrong = {
-            "max_tokens": self.max_tokens < 1 and "is below 1",
-            "temperature": not (self.temperature == 0 or _COLDEST <= self.temperature < math.inf)
-            and f"is neither 0 nor a number from {_COLDEST:g} on",
-            "top_k": self.top_k is not None and self.top_k < 1 and "is below 1",
-            "top_p": self.top_p is not None
-            and not 0 < self.top_p <= 1
-            and "is not above 0 and at most 1",
-            "seed": not 0 <= self.seed < 2**63 and "is no seed from 0 to 2^63 - 1",
-        }
-        for name, problem in wrong.items():
-            if problem:
-                raise UserError(
-                    f"{name} {getattr(self, name)} {problem}", hint="see llmtrain generate --help"
-                )
-
-
-class Cache:
-    """Keys and values of the tokens that were read, for every layer; room for the model's block size."""
+class KVCache:
+    """Keys and values of one sequence in every layer, up to the model's block size."""
 
     def __init__(self, model: GPT) -> None:
-        """Make room for one sequence, on the model's device."""
         config, weight = model.config, model.transformer.wte.weight
-        shape = (
-            2,
-            config.n_layer,
-            1,
-            config.n_head,
-            model.block_size,
-            config.n_embd // config.n_head,
-        )
-        self._kept = torch.empty(shape, device=weight.device, dtype=weight.dtype)
+        width = config.n_embd // config.n_head
+        shape = (2, config.n_layer, 1, config.n_head, model.block_size, width)
+        self._cached = torch.empty(shape, device=weight.device, dtype=weight.dtype)
         self.length = 0
-        """Tokens read."""
+        """Tokens in the cache."""
 
     def extend(self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Append what `layer` computed of new tokens; all keys and values so far."""
+        """Append keys and values of a layer, and return all of them."""
         end = self.length + k_BHTD.shape[2]
-        for kept, new in zip(self._kept[:, layer], (k_BHTD, v_BHTD), strict=True):
-            kept[:, :, self.length : end] = new
-        keys, values = self._kept[:, layer, :, :, :end]
+        for cached, new in zip(self._cached[:, layer], (k_BHTD, v_BHTD), strict=True):
+            cached[:, :, self.length : end] = new
+        keys, values = self._cached[:, layer, :, :, :end]
         return keys, values
 
 
-def next_logits(model: GPT, tokens_BT: Tensor, cache: Cache) -> Tensor:
-    """Read tokens (1, T) behind those in the cache; logits (V,) of what follows the last.
+def next_logits(model: GPT, tokens_BT: Tensor, cache: KVCache) -> Tensor:
+    """Append tokens (1, T) to the cache and return the logits (V,) after the last one.
 
-    Several tokens at a time go into an empty cache only.
+    Several tokens at once require an empty cache.
     """
     T = tokens_BT.shape[1]
     assert T == 1 or cache.length == 0
@@ -111,8 +64,8 @@ def next_logits(model: GPT, tokens_BT: Tensor, cache: Cache) -> Tensor:
     return F.linear(transformer.ln_f(x_BTC[0, -1]), transformer.wte.weight)
 
 
-def _attend(attention: Attention, x_BTC: Tensor, layer: int, cache: Cache) -> Tensor:
-    """`Attention.forward` with what came before from the cache."""
+def _attend(attention: Attention, x_BTC: Tensor, layer: int, cache: KVCache) -> Tensor:
+    """Compute `Attention.forward` with earlier keys and values from the cache."""
     B, T, C = x_BTC.shape
     qkv = attention.c_attn(x_BTC).view(B, T, 3, attention.n_head, C // attention.n_head)
     q_BHTD, k_BHTD, v_BHTD = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -133,17 +86,17 @@ def generate(
     eot: int,
     vocabulary: int | None = None,
 ) -> Iterator[int]:
-    """The ids that follow the prompt, one by one, up to `max_tokens` or before the end-of-text token.
+    """Yield the ids after the prompt, until the end-of-text token or `max_tokens`.
 
-    Where the context is full, its newer half is read again at the front of an empty one: GPT-2 knows no
-    position beyond its block size.
+    When the context is full, its more recent half is read again into an empty cache, because GPT-2
+    positions end at its block size.
 
     Args:
         model: in evaluation mode.
-        prompt: token ids; none: a new document.
-        sampling: how each is chosen.
+        prompt: token ids; empty for a new document.
+        sampling: how to choose each token.
         eot: id of the end-of-text token.
-        vocabulary: ids from this one on are rows that pad the embedding and never chosen; None: there are none.
+        vocabulary: number of ids; rows of the embedding from this one on are padding.
 
     Raises:
         RunFailed: the logits are not finite.
@@ -151,7 +104,7 @@ def generate(
     device = model.transformer.wte.weight.device
     generator = torch.Generator().manual_seed(sampling.seed)
     context = list(prompt or [eot])[-model.block_size :]
-    cache, unread = Cache(model), context
+    cache, unread = KVCache(model), context
     for _ in range(sampling.max_tokens):
         if cache.length == model.block_size:
             context = context[-max(model.block_size // 2, 1) :]
@@ -161,7 +114,7 @@ def generate(
         if not logits_V.isfinite().all():
             raise RunFailed(
                 "the logits of the model are not finite",
-                hint="its weights are damaged or its training diverged: llmtrain verify tells which",
+                hint="check the weights with llmtrain verify; if intact, training diverged",
             )
         token = choose(logits_V, sampling, generator)
         if token == eot:
@@ -171,15 +124,15 @@ def generate(
 
 
 def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One id, drawn on the CPU so that a seed means the same everywhere."""
+    """Return one id, drawn on the CPU so that a seed gives the same text on every device."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    probabilities = F.softmax(narrowed(logits_V / sampling.temperature, sampling), dim=-1)
+    probabilities = F.softmax(filter_logits(logits_V / sampling.temperature, sampling), dim=-1)
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
-def narrowed(logits_V: Tensor, sampling: Sampling) -> Tensor:
-    """Logits with -inf for what top-k, and then top-p, leave out; top-p: Holtzman et al. 2020 (nucleus)."""
+def filter_logits(logits_V: Tensor, sampling: Sampling) -> Tensor:
+    """Set the logits excluded by top-k, then top-p (nucleus, Holtzman et al. 2020), to -inf."""
     if sampling.top_k is not None and sampling.top_k < len(logits_V):
         least = logits_V.topk(sampling.top_k).values[-1]
         logits_V = logits_V.masked_fill(logits_V < least, -math.inf)
@@ -192,28 +145,28 @@ def narrowed(logits_V: Tensor, sampling: Sampling) -> Tensor:
 
 
 def tokenizer_of(folder: Path, shape: Shape, name: str | None = None) -> Tokenizer:
-    """The tokenizer of a folder of weights.
+    """Return the tokenizer of a weights folder.
 
     Args:
-        folder: for messages.
-        shape: its model's.
-        name: of the tokenizer; None: the one whose end-of-text token the folder's config names. Every
-            folder names that token, wherever its run and its data are, and no two of ours share one.
+        folder: the folder.
+        shape: shape of its model.
+        name: a tokenizer; None for the one whose end-of-text token the folder's config names,
+            which identifies ours uniquely.
 
     Raises:
-        UserError: it is none of ours, or has more ids than the model.
+        UserError: it is not one of our tokenizers, or has more ids than the model.
     """
     tokenizer = load_tokenizer(name) if name else tokenizer_for_eot(shape.eot, folder)
     if tokenizer.vocab_size > shape.model.vocab_size:
         raise UserError(
             f"{folder} has {shape.model.vocab_size:,} rows of embeddings, "
             f"the {tokenizer.name} tokenizer {tokenizer.vocab_size:,} ids",
-            hint="name the tokenizer the model was trained with: --tokenizer gpt2 or --tokenizer byte",
+            hint="pass the tokenizer of the model: --tokenizer gpt2 or --tokenizer byte",
         )
     if name is None and not has_same_ids(folder, tokenizer):
         raise UserError(
-            f"the tokenizer files in {folder} give other ids than ours do",
-            hint="its text cannot be written here; where ours is meant all the same: --tokenizer gpt2 or byte",
+            f"the tokenizer files in {folder} produce other ids than our {tokenizer.name} one",
+            hint="to use ours anyway, pass --tokenizer gpt2 or --tokenizer byte",
         )
     return tokenizer
 
@@ -221,15 +174,15 @@ def tokenizer_of(folder: Path, shape: Shape, name: str | None = None) -> Tokeniz
 def load_generator(
     folder: Path, *, tokenizer: str | None = None, device: str = "auto"
 ) -> tuple[GPT, Tokenizer]:
-    """The model of a folder of weights, on a device and in float32, and its tokenizer.
+    """Load the GPT-2 in a folder, on a device in float32, and its tokenizer.
 
     Args:
-        folder: GPT-2 weights, ours or anyone's.
+        folder: GPT-2 weights, ours or others'.
         tokenizer: see `tokenizer_of`.
         device: auto, cpu, cuda, cuda:N or mps.
 
     Raises:
-        UserError: no GPT-2 weights, no such device, or a tokenizer that is not ours or not the model's.
+        UserError: the weights, the device or the tokenizer cannot be used.
     """
     found = tokenizer_of(folder, load_shape(folder), tokenizer)
     return load_model(folder).to(resolve_device(device)), found
@@ -238,18 +191,16 @@ def load_generator(
 def generate_text(
     model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampling
 ) -> Iterator[str]:
-    """The text that follows the prompt, in pieces as they come; see `generate` and `text_of`."""
+    """Yield the text after the prompt as it is generated; see `generate` and `stream_text`."""
     prompt_ids = tokenizer.encode(prompt).tolist()
-    return text_of(
-        generate(model, prompt_ids, sampling, eot=tokenizer.eot, vocabulary=tokenizer.vocab_size),
-        tokenizer,
-    )
+    ids = generate(model, prompt_ids, sampling, eot=tokenizer.eot, vocabulary=tokenizer.vocab_size)
+    return stream_text(ids, tokenizer)
 
 
-def text_of(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """The text of ids, each character once its last byte is there.
+def stream_text(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield the text of ids, each character when its last byte arrives.
 
-    Bytes that can be no part of a character become U+FFFD; one that is cut off at the end is left out.
+    Invalid bytes become U+FFFD; an incomplete character at the end is dropped.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in ids:

@@ -1,87 +1,122 @@
-"""lm-eval with a folder of weights in it: the half of `tasks.py` that imports it.
+"""Scoring with lm-eval. Importing this module imports lm-eval, which takes seconds.
 
-Why a class of our own: it gives lm-eval the tokenizer that the folder does not hold, reports progress where lm-eval
-draws bars, and reads an answer longer than a short context in parts, where lm-eval fails by an assertion.
-
-    scores = score(load(folder, "auto", "auto"), load_task(source, None, None), None, on_progress).scores
+Why a subclass of HFLM: it supplies our tokenizer for folders without one, reports progress, and
+splits an answer longer than the context, on which lm-eval fails an assertion.
 """
 
-import contextlib
 import difflib
-import io
+import importlib.metadata
 import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lm_eval
-import tqdm
 from jinja2 import meta
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import env as templates_of_lm_eval
+from lm_eval.utils import env as template_environment
 
 from llmtrain.checkpoints.gpt2_folder import load_shape
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.hf_models import load_transformers, own_tokenizer
-from llmtrain.evaluation.tasks import Score, TaskSource
+from llmtrain.evaluation.options import TaskDefinition, TaskOptions
+from llmtrain.evaluation.results import Score, TaskResult
 from llmtrain.model.tokenizer import fast_tokenizer, tokenizer_for_eot
 from llmtrain.runtime.device import resolve_device
 
 CPU_BATCH = 8
-"""What "auto" is on a CPU, whose memory has no limit that could be felt for."""
+"""Batch size for "auto" on a CPU, where lm-eval cannot probe the memory."""
 
 BOOTSTRAPS = 1000
-"""Resamples for the standard error of a perplexity: lm-eval's 100,000 take minutes and change it by 2%."""
+"""Resamples for the standard error of a perplexity; lm-eval's 100,000 take minutes, change 2%."""
+
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
+os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval: bootstrap in this process
 
 _Request = tuple[tuple[str, str] | None, list[int], list[int]]
-"""What is asked in words, and the tokens of the context and of the answer."""
+"""Context and answer as text, tokens of the context, tokens of the answer."""
 
 
-class Harness(HFLM):  # type: ignore[misc]  # lm-eval has no types
-    """A folder of weights as lm-eval wants a model; counts what it is asked."""
+class Scorer:
+    """Tasks, loaded once, and the model of the folder scored last."""
 
-    def __init__(self, folder: Path, device: str, batch: int | Literal["auto"]) -> None:
+    def __init__(self, definitions: list[TaskDefinition], options: TaskOptions) -> None:
+        self._options = options
+        # Load every task first, so that a wrong name fails before hours of scoring.
+        self._tasks = {each.name: _load_task(each, options) for each in definitions}
+        self._model: _Model | None = None
+
+    def score(
+        self, folder: Path, definition: TaskDefinition, on_progress: Callable[[int, int], None]
+    ) -> TaskResult:
+        """Score the weights in a folder on one task.
+
+        Raises:
+            UserError: the weights or their tokenizer cannot be loaded.
+            RunFailed: a score is not finite.
+        """
+        if self._model is None or self._model.folder != folder:
+            self._model = None  # free the memory first
+            self._model = _Model(folder, self._options)
+        model, started = self._model, time.perf_counter()
+        model.start(on_progress)
+        scores = _evaluate(model, self._tasks[definition.name], self._options.limit)
+        return TaskResult(
+            task=definition.name,
+            source=definition.source,
+            limit=self._options.limit,
+            lm_eval=importlib.metadata.version("lm-eval"),
+            context=model.max_length,
+            truncated=model.truncated / model.requests if model.requests else 0.0,
+            seconds=time.perf_counter() - started,
+            scores=scores,
+        )
+
+
+class _Model(HFLM):  # type: ignore[misc]  # lm-eval is untyped
+    """A weights folder as an lm-eval model."""
+
+    def __init__(self, folder: Path, options: TaskOptions) -> None:
         tokenizer = own_tokenizer(folder)
-        where = resolve_device(device)
+        device = resolve_device(options.device)
         model: Any = load_transformers(folder)
         super().__init__(
-            pretrained=model.to(where),
+            pretrained=model.to(device),
             tokenizer=tokenizer
             or fast_tokenizer(tokenizer_for_eot(load_shape(folder).eot, folder)),
             backend="causal",
-            batch_size=CPU_BATCH if batch == "auto" and where.type == "cpu" else batch,
+            batch_size=CPU_BATCH
+            if options.batch == "auto" and device.type == "cpu"
+            else options.batch,
         )
         self.folder = folder
-        self.on_progress: Callable[[int, int], None] = lambda done, total: None
-        self.requests = self.truncated = self._done = 0
+        self.start(lambda done, total: None)
 
     def start(self, on_progress: Callable[[int, int], None]) -> None:
-        """Count from nought, for a new task."""
+        """Reset the counters for a new task."""
         self.on_progress = on_progress
         self.requests = self.truncated = self._done = 0
 
     def _loglikelihood_tokens(
-        self, requests: list[_Request], *args: Any, **options: Any
+        self, requests: list[_Request], disable_tqdm: bool = True, **options: Any
     ) -> list[tuple[float, bool]]:
-        """Log likelihood of each answer, and whether every token of it is the likeliest."""
+        """Return the log-likelihood of each answer and whether greedy decoding gives it."""
         self.requests += len(requests)
         self.truncated += sum(
             len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests
         )
-        pieces = [list(_pieces(request, self.max_length)) for request in requests]
-        found = iter(
-            super()._loglikelihood_tokens([p for some in pieces for p in some], *args, **options)
-        )
-        together = [list(islice(found, len(some))) for some in pieces]
-        return [(sum(nats for nats, _ in some), all(best for _, best in some)) for some in together]
+        parts = [list(_split(request, self.max_length)) for request in requests]
+        flat = [part for some in parts for part in some]
+        found = iter(super()._loglikelihood_tokens(flat, disable_tqdm=True, **options))
+        grouped = [list(islice(found, len(some))) for some in parts]
+        return [(sum(nats for nats, _ in some), all(best for _, best in some)) for some in grouped]
 
     def _model_call(self, inps: Any, *args: Any, **options: Any) -> Any:
         self.on_progress(min(self._done, self.requests), self.requests)
@@ -89,8 +124,8 @@ class Harness(HFLM):  # type: ignore[misc]  # lm-eval has no types
         return super()._model_call(inps, *args, **options)
 
 
-def _pieces(request: _Request, context: int) -> Iterator[_Request]:
-    """An answer longer than the model's context in parts, each behind what comes before it; else as it is."""
+def _split(request: _Request, context: int) -> Iterator[_Request]:
+    """Split an answer longer than the context into parts, each after the text before it."""
     _, before, answer = request
     if len(answer) <= context:
         yield request
@@ -99,114 +134,28 @@ def _pieces(request: _Request, context: int) -> Iterator[_Request]:
         yield None, before + answer[:start], answer[start : start + context]
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What one task gave."""
-
-    scores: list[Score]
-    truncated: float
-    """Share of requests whose start was cut off."""
-    seconds: float
-
-
-def load(folder: Path, device: str, batch: int | Literal["auto"]) -> Harness:
-    """The model of a folder, ready to be asked.
-
-    Raises:
-        UserError: it cannot be loaded, or nobody knows its tokenizer.
-    """
-    with _quiet():
-        return Harness(folder, device, batch)
-
-
-def load_task(source: TaskSource, files: Path | None, limit: int | None) -> dict[str, Any]:
-    """What lm-eval makes of a name: one task with its documents, or those of a group.
-
-    Args:
-        source: which.
-        files: a folder with task files of the user.
-        limit: only the first so many documents will be asked.
-
-    Raises:
-        UserError: there is none of this name, or its documents lack a field or an answer.
-        RunFailed: its data set cannot be had.
-    """
-    local = isinstance(source.spec, dict)
-    with _quiet():
-        manager = _manager(files, everything=False)
-        known = manager.task_index.get(source.name)
-        if not local and (known is None or known.kind.name in ("GROUP", "TAG")):
-            manager = _manager(files, everything=True)  # whose tasks a group may name
-        if not local and source.name not in manager.all_tasks:
-            near = difflib.get_close_matches(source.name, manager.all_tasks, n=3)
-            raise UserError(
-                f"lm-eval has no task {source.name!r}",
-                hint=f"did you mean {' or '.join(near)}?"
-                if near
-                else "`lm-eval ls tasks` lists them",
-            )
-        try:
-            loaded: dict[str, Any] = manager.load([source.spec])
-        except Exception as error:  # of many libraries, and of the task's own code
-            if local:
-                raise _bad_data(source, error) from error
-            raise RunFailed(
-                f"the task {source.name} cannot be loaded: {type(error).__name__}: {error}",
-                hint="check the network and HF_HUB_OFFLINE; offline: --task-data FOLDER",
-            ) from error
-    if local:
-        _require_fields(source, loaded["tasks"][source.name])
-        _require_answers(source, loaded["tasks"][source.name], limit)
-    return loaded
-
-
-def score(
-    harness: Harness,
-    task: dict[str, Any],
-    limit: int | None,
-    on_progress: Callable[[int, int], None],
-) -> Measured:
-    """Ask a model everything that a task wants to know.
-
-    Args:
-        harness: the model.
-        task: of `load_task`.
-        limit: only the first so many documents.
-        on_progress: called with requests done and in all; may raise to stop.
-
-    Raises:
-        RunFailed: a score is not finite.
-    """
-    started = time.perf_counter()
-    harness.start(on_progress)
-    for one in task["tasks"].values():  # as lm-eval's own command does it
-        if one.get_config("num_fewshot") is None:
-            one.set_config(key="num_fewshot", value=0)
-        one.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-    with _quiet():
-        try:
-            results = lm_eval.evaluate(
-                lm=harness,
-                task_dict=task,
-                limit=limit,
-                bootstrap_iters=BOOTSTRAPS,
-                log_samples=False,
-            )
-        except OverflowError:
-            raise RunFailed(
-                f"a perplexity of {harness.folder} does not fit a float",
-                hint="its training diverged",
-            ) from None
-    assert results is not None  # there is one process
+def _evaluate(model: _Model, task: dict[str, Any], limit: int | None) -> list[Score]:
+    for each in task["tasks"].values():  # as lm-eval's own command does
+        if each.get_config("num_fewshot") is None:
+            each.set_config(key="num_fewshot", value=0)
+        each.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    try:
+        results = lm_eval.evaluate(
+            lm=model, task_dict=task, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False
+        )
+    except OverflowError:
+        raise RunFailed(
+            f"a perplexity of {model.folder} overflows", hint="its training diverged"
+        ) from None
+    assert results is not None  # only rank 0 gets results, and this is the only process
     scores = list(_scores(results))
-    for got in scores:
-        if not math.isfinite(got.value):
+    for score in scores:
+        if not math.isfinite(score.value):
             raise RunFailed(
-                f"{got.metric} of {harness.folder} in {got.task} is {got.value:g}",
-                hint="its weights are damaged or its training diverged: llmtrain verify tells which",
+                f"{score.metric} of {model.folder} in {score.task} is {score.value:g}",
+                hint="check the weights with llmtrain verify; if intact, training diverged",
             )
-    share = harness.truncated / harness.requests if harness.requests else 0.0
-    return Measured(scores, share, time.perf_counter() - started)
+    return scores
 
 
 def _scores(results: dict[str, Any]) -> Iterator[Score]:
@@ -229,69 +178,80 @@ def _scores(results: dict[str, Any]) -> Iterator[Score]:
 
 @cache
 def _manager(files: Path | None, *, everything: bool) -> TaskManager:
-    """lm-eval's index of tasks; to read all of its own takes seconds."""
+    """Return lm-eval's index of tasks; including its own tasks takes seconds."""
     return TaskManager(include_path=files, include_defaults=everything)
 
 
-def _require_fields(source: TaskSource, task: Any) -> None:
-    """Raise a UserError unless every document has the fields that the task's templates name."""
-    assert isinstance(source.spec, dict)
-    templates = [
-        str(source.spec.get(f"doc_to_{part}", "")) for part in ("text", "target", "choice")
-    ]
-    fields = set().union(
-        *(meta.find_undeclared_variables(templates_of_lm_eval.parse(text)) for text in templates)
-    )
-    fields |= {text for text in templates if text.isidentifier()}
+def _load_task(definition: TaskDefinition, options: TaskOptions) -> dict[str, Any]:
+    """Load one task with its documents, or all tasks of a group.
+
+    Raises:
+        UserError: the task does not exist, or its documents lack a field or an answer.
+        RunFailed: its data set cannot be loaded.
+    """
+    local = isinstance(definition.config, dict)
+    manager = _manager(options.files, everything=False)
+    known = manager.task_index.get(definition.name)
+    if not local and (known is None or known.kind.name in ("GROUP", "TAG")):
+        manager = _manager(options.files, everything=True)  # a group may name any of these tasks
+    if not local and definition.name not in manager.all_tasks:
+        near = difflib.get_close_matches(definition.name, manager.all_tasks, n=3)
+        suggestion = f"did you mean {' or '.join(near)}?" if near else ""
+        raise UserError(
+            f"lm-eval has no task {definition.name!r}",
+            hint=suggestion or "list the tasks with `lm-eval ls tasks`",
+        )
+    try:
+        loaded: dict[str, Any] = manager.load([definition.config])
+    except Exception as error:  # raised by many libraries, or by the task's own code
+        if local:
+            raise _bad_data(definition, error) from error
+        raise RunFailed(
+            f"the task {definition.name} cannot be loaded: {type(error).__name__}: {error}",
+            hint="check the network and HF_HUB_OFFLINE; offline, pass --task-data FOLDER",
+        ) from error
+    if local:
+        _check_fields(definition, loaded["tasks"][definition.name])
+        _check_answers(definition, loaded["tasks"][definition.name], options.limit)
+    return loaded
+
+
+def _check_fields(definition: TaskDefinition, task: Any) -> None:
+    """Raise a UserError if a document lacks a field that the task's templates use."""
+    assert isinstance(definition.config, dict)
+    parts = ("doc_to_text", "doc_to_target", "doc_to_choice")
+    templates = [str(definition.config.get(part, "")) for part in parts]
+    fields = {text for text in templates if text.isidentifier()}
+    for text in templates:
+        fields |= meta.find_undeclared_variables(template_environment.parse(text))
     table = task.eval_docs.data.table
     for name in sorted(fields):
         if name not in table.column_names or table.column(name).null_count:
-            raise _bad_data(source, f"a document has no field {name!r}")
+            raise _bad_data(definition, f"a document lacks the field {name!r}")
 
 
-def _require_answers(source: TaskSource, task: Any, limit: int | None) -> None:
-    """Raise a UserError unless one of the choices of every document is right.
+def _check_answers(definition: TaskDefinition, task: Any, limit: int | None) -> None:
+    """Raise a UserError if the right answer of a document is not among its choices.
 
-    lm-eval looks for the answer when the model has been asked everything, and counts a missing one as missed.
+    lm-eval looks up the answer only after scoring, and counts a missing one as wrong.
     """
     if task.config.doc_to_choice is None:
         return
     for number, document in enumerate(islice(task.eval_docs, limit), start=1):
         try:
-            # Of several contexts with one ending, as in WinoGrande, the text is the number of the right one.
+            # With several contexts for one ending (WinoGrande), the text is the answer's index.
             right = (task.doc_to_text if task.multiple_input else task.doc_to_target)(document)
             choices = task.doc_to_choice(document)
         except Exception as error:  # a template may compute anything
-            raise _bad_data(
-                source, f"document {number:,}: {type(error).__name__}: {error}"
-            ) from error
+            reason = f"document {number:,}: {type(error).__name__}: {error}"
+            raise _bad_data(definition, reason) from error
         if right not in range(len(choices)):
-            raise _bad_data(
-                source, f"document {number:,}: of {len(choices)} choices, {right!r} is right"
-            )
+            reason = f"document {number:,}: answer {right!r} is not one of {len(choices)} choices"
+            raise _bad_data(definition, reason)
 
 
-def _bad_data(source: TaskSource, reason: object) -> UserError:
+def _bad_data(definition: TaskDefinition, reason: object) -> UserError:
     return UserError(
-        f"{source.source} does not hold documents of {source.name}: {reason}",
-        hint="JSON lines with the fields of its data set on the hub",
+        f"{definition.source} does not contain documents of {definition.name}: {reason}",
+        hint="write JSON lines with the fields of its hub data set",
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No word, bar or process of lm-eval's own: results go to standard output, and progress is ours."""
-    bar: Any = tqdm.tqdm
-    logger = logging.getLogger("lm_eval")
-    level, init, alone = logger.level, bar.__init__, os.environ.get("DISABLE_MULTIPROC")
-    logger.setLevel(logging.ERROR)
-    bar.__init__ = lambda self, *args, **options: init(self, *args, **options | {"disable": True})
-    os.environ["DISABLE_MULTIPROC"] = "1"  # bootstraps in this process
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
-        bar.__init__ = init
-        if alone is None:
-            del os.environ["DISABLE_MULTIPROC"]

@@ -1,9 +1,7 @@
-"""Causal language models that are not our GPT-2, with the tokenizer of their folder.
+"""Causal language models other than our GPT-2, loaded with transformers, and their tokenizers.
 
-Why: a loss means something beside that of a public model on the same text. `transformers` computes any
-causal model; windows, sums and results stay those of our own. Code that a folder brings is never run.
-
-    model = load_causal(Path("pythia-160m")); encoding = encoding_of(Path("pythia-160m"))
+transformers computes the logits; windows, sums and results are the same as for our own models.
+Code that a folder brings is never run.
 """
 
 from collections.abc import Callable
@@ -28,29 +26,29 @@ from llmtrain.storage.json_files import read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LONGEST_WINDOW = 2048
-"""Tokens of context that a model of others is given at most: Pythia's, and what lm-eval takes for granted."""
+MAX_CONTEXT = 2048
+"""Longest context given to these models: that of Pythia, and the default of lm-eval."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_MOST_LAYERS = 10_000
-"""More than any model has; even without weights, each takes time to build."""
+_MAX_LAYERS = 10_000
+"""Upper limit on layers: building a layer takes time even without weights."""
 _PROBE = 4096
-"""Tokens that are encoded again to see whether two tokenizers are one."""
+"""Tokens that are re-encoded to compare two tokenizers."""
 
 Ids = npt.NDArray[np.int64]
 
 
 class HFModel(nn.Module):
-    """A model of `transformers`, called as our own is."""
+    """A transformers model with the interface of `GPT`."""
 
     def __init__(self, model: "PreTrainedModel") -> None:
         super().__init__()
         self.model = model
         self.config = model.config
-        self.block_size = min(_context(model.config), LONGEST_WINDOW)
+        self.block_size = min(_context(model.config), MAX_CONTEXT)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Mean negative log-likelihood of the targets in nats, float32, shape (); see `GPT.forward`."""
+        """Return the mean negative log-likelihood in nats, float32, shape (); see `GPT.forward`."""
         logits_BTV = self.model(tokens_BT, use_cache=False).logits
         return F.cross_entropy(
             logits_BTV.float().view(-1, logits_BTV.shape[-1]),
@@ -61,16 +59,16 @@ class HFModel(nn.Module):
 
 @dataclass(frozen=True)
 class Encoding:
-    """Text to the ids of one model."""
+    """The text encoding of one model."""
 
     encode: Callable[[str], Ids]
-    """Ids of a text, without special tokens."""
+    """Text to ids, without special tokens."""
     eot: int
-    """The id that stands before a text and between two."""
+    """Id that precedes the first document and separates documents."""
 
 
 class IdArray:
-    """Ids in memory, read as a file of tokens is."""
+    """Ids in memory, with the interface of a token file."""
 
     def __init__(self, ids: Ids) -> None:
         self._ids = ids
@@ -79,45 +77,36 @@ class IdArray:
         return len(self._ids)
 
     def read(self, start: int, length: int) -> Ids:
-        """Ids `start` to `start + length`."""
+        """Return ids `start` to `start + length`."""
         return self._ids[start : start + length]
 
 
-@dataclass(frozen=True)
-class Reencoded:
-    """The text of a split in the ids of another tokenizer."""
-
-    ids: IdArray
-    bytes: int
-    """Of text."""
-
-
-def is_foreign(folder: Path) -> bool:
-    """Whether a folder of weights holds another model than GPT-2."""
+def is_hf(folder: Path) -> bool:
+    """Return whether a folder contains a model other than GPT-2."""
     return bool(read_json(folder / CONFIG_FILE).get("model_type", "gpt2") != "gpt2")
 
 
 def load_causal(folder: Path) -> GPT | HFModel:
-    """The model in a folder of weights, on the CPU in float32, in evaluation mode.
+    """Load the model in a folder, on the CPU in float32, in evaluation mode.
 
     Raises:
-        UserError: it is damaged, no causal language model, or needs code of its own.
+        UserError: it is damaged, not a causal language model, or needs its own code.
     """
-    return HFModel(load_transformers(folder)).eval() if is_foreign(folder) else load_model(folder)
+    return HFModel(load_transformers(folder)).eval() if is_hf(folder) else load_model(folder)
 
 
 def load_transformers(folder: Path) -> "PreTrainedModel":
-    """The model in a folder of weights as `transformers` computes it, on the CPU in float32.
+    """Load the model in a folder with transformers, on the CPU in float32.
 
     Raises:
-        UserError: transformers is missing, or cannot load it.
+        UserError: transformers is missing, or cannot load the model.
     """
     transformers = _transformers()
     options = {"local_files_only": True, "trust_remote_code": False}
+    model: PreTrainedModel
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **options)
-        _require_fit(folder, config)
-        model: PreTrainedModel
+        _check_size(folder, config)
         model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, **options
         )
@@ -130,35 +119,33 @@ def load_transformers(folder: Path) -> "PreTrainedModel":
     return model
 
 
-def _require_fit(folder: Path, config: Any) -> None:
-    """Raise a UserError if a model is larger than its files: before anything is built."""
-    transformers = _transformers()
+def _check_size(folder: Path, config: Any) -> None:
+    """Raise a UserError if the config describes more parameters than the files can contain."""
     layers = getattr(config, "num_hidden_layers", 0)
-    if not isinstance(layers, int) or layers > _MOST_LAYERS:
+    if not isinstance(layers, int) or layers > _MAX_LAYERS:
         raise _misfit(folder, f"the config asks for {layers} layers")
     with torch.device("meta"):
-        model: Any = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model: Any = _transformers().AutoModelForCausalLM.from_config(
+            config, trust_remote_code=False
+        )
     wanted = sum(parameter.numel() for parameter in model.parameters())
-    held = sum(
-        path.stat().st_size
-        for pattern in ("*.safetensors", "*.bin")
-        for path in folder.glob(pattern)
-    )
-    if wanted > held:  # a parameter takes a byte at the least
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    size = sum(path.stat().st_size for path in files)
+    if wanted > size:  # a parameter takes at least one byte
         raise _misfit(
-            folder, f"the config asks for {wanted:,} parameters, the files hold {held:,} bytes"
+            folder, f"the config asks for {wanted:,} parameters, the files have {size:,} bytes"
         )
 
 
-def _misfit(folder: Path, what: str) -> UserError:
-    return UserError(f"{folder}: {what}", hint="config.json and the weights do not belong together")
+def _misfit(folder: Path, problem: str) -> UserError:
+    return UserError(f"{folder}: {problem}", hint="config.json and the weights do not match")
 
 
 def load_tokenizer_files(folder: Path) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer in a folder of weights; None where it has none.
+    """Load the tokenizer in a folder, if there are tokenizer files.
 
     Raises:
-        UserError: transformers is missing, or cannot load it.
+        UserError: transformers is missing, or cannot load the tokenizer.
     """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
@@ -167,31 +154,27 @@ def load_tokenizer_files(folder: Path) -> "PreTrainedTokenizerBase | None":
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # its Rust half raises Exception itself
+    except Exception as error:  # the tokenizers library raises plain Exception
         raise _unloadable(folder, "a tokenizer", error) from None
     return tokenizer
 
 
 def own_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer for the model in a folder; None where it is one of ours.
-
-    Raises:
-        UserError: it is not GPT-2 and has no tokenizer files; or see `load_tokenizer_files`.
-    """
+    """Like `load_tokenizer_files`, but raise a UserError if a model other than GPT-2 lacks them."""
     own = load_tokenizer_files(folder)
-    if own is None and is_foreign(folder):
+    if own is None and is_hf(folder):
         raise UserError(
             f"{folder} has no tokenizer files, so text cannot be encoded for it",
-            hint="put its tokenizer.json beside its weights",
+            hint="add its tokenizer.json to the folder",
         )
     return own
 
 
 def encoding_of(folder: Path) -> Encoding:
-    """How the model in a folder wants text: by the folder's own tokenizer files, else by ours.
+    """Return the encoding of the model in a folder, from its tokenizer files or our tokenizers.
 
     Raises:
-        UserError: it has no tokenizer files and is of neither of ours.
+        UserError: it lacks tokenizer files and does not use one of our tokenizers.
     """
     own = own_tokenizer(folder)
     if own is None:
@@ -201,27 +184,24 @@ def encoding_of(folder: Path) -> Encoding:
     if not isinstance(eot, int):
         raise UserError(
             f"the tokenizer of {folder} has neither an end-of-text nor a beginning-of-text token",
-            hint="name them in its tokenizer_config.json",
+            hint="name one of them in its tokenizer_config.json",
         )
-    return Encoding(
-        lambda text: np.array(
-            own.encode(text, add_special_tokens=False, verbose=False), dtype=np.int64
-        ),
-        eot,
-    )
+
+    def encode(text: str) -> Ids:
+        return np.array(own.encode(text, add_special_tokens=False, verbose=False), dtype=np.int64)
+
+    return Encoding(encode, eot)
 
 
-def reencoded(folder: Path, data: TokenData, split: str, limit: int) -> Reencoded | None:
-    """The text of the first `limit` tokens of a split in the ids of a folder's own tokenizer.
+def reencode(folder: Path, data: TokenData, split: str, limit: int) -> tuple[IdArray, int] | None:
+    """Encode the first `limit` tokens of a split with the tokenizer in a folder.
 
-    None where the folder has no tokenizer files or they give the ids that the split holds; of a GPT-2, these files
-    and the id of its end-of-text token tell, without transformers.
+    Return the ids and the bytes of text, or None if the folder does not need other ids than the
+    split's. For a GPT-2, a comparison of the tokenizer files decides this without transformers.
     """
     ours = load_tokenizer(data.tokenizer)
-    alike = (
-        not is_foreign(folder) and load_shape(folder).eot == ours.eot and has_same_ids(folder, ours)
-    )
-    if alike or load_tokenizer_files(folder) is None:
+    same = not is_hf(folder) and load_shape(folder).eot == ours.eot and has_same_ids(folder, ours)
+    if same or load_tokenizer_files(folder) is None:
         return None
     encoding, reader = encoding_of(folder), data.reader(split)
     probe = reader.read(0, min(_PROBE, len(reader))).astype(np.int64)
@@ -229,20 +209,21 @@ def reencoded(folder: Path, data: TokenData, split: str, limit: int) -> Reencode
     if np.array_equal(again[1 : len(probe) // 2 + 1], probe[: len(probe) // 2]):
         return None
     ids, n_bytes = _encode_documents(reader.read(0, limit).astype(np.int64), data, encoding)
-    return Reencoded(IdArray(ids), n_bytes)
+    return IdArray(ids), n_bytes
 
 
 def require_ids(folder: Path, ids: Ids, model: GPT | HFModel) -> None:
-    """Raise a UserError if the tokenizer of a folder gives ids that its model has not."""
+    """Raise a UserError if an id is outside the model's vocabulary."""
     if ids.max() >= model.config.vocab_size:
         raise UserError(
-            f"the tokenizer in {folder} gives the id {ids.max():,}, the model has {model.config.vocab_size:,}",
-            hint="the tokenizer is that of another model",
+            f"the tokenizer in {folder} produces id {ids.max():,}, "
+            f"but the vocabulary of the model has {model.config.vocab_size:,}",
+            hint="replace it with the tokenizer of the model",
         )
 
 
 def _encode_documents(tokens: Ids, data: TokenData, encoding: Encoding) -> tuple[Ids, int]:
-    """Documents joined and preceded by the end-of-text token, and their bytes of text."""
+    """Return the re-encoded documents, preceded and separated by end-of-text, and their bytes."""
     tokenizer = load_tokenizer(data.tokenizer)
     parts, n_bytes = [np.array([encoding.eot])], 0
     for i, document in enumerate(np.split(tokens, np.flatnonzero(tokens == data.eot))):
@@ -257,7 +238,7 @@ def _context(config: Any) -> int:
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
         if isinstance(length := getattr(config, name, None), int):
             return length
-    return LONGEST_WINDOW  # no table of positions ends it
+    return MAX_CONTEXT  # without a position table, any length works
 
 
 def _transformers() -> Any:
@@ -267,15 +248,15 @@ def _transformers() -> Any:
         raise UserError(
             "the package transformers is not installed", hint="pip install 'llmtrain[eval]'"
         ) from None
-    logging: Any = transformers.logging  # which has no types
+    logging: Any = transformers.logging  # untyped
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     return transformers
 
 
-def _unloadable(folder: Path, what: str, error: Exception) -> UserError:
+def _unloadable(folder: Path, kind: str, error: Exception) -> UserError:
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return UserError(
-        f"transformers finds no such thing as {what} in {folder}: {reason}",
-        hint="a folder that brings its own code is not run; is config.json that of a causal language model?",
+        f"transformers could not load {kind} from {folder}: {reason}",
+        hint="check config.json; a folder with its own code is not run",
     )

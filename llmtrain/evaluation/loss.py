@@ -1,44 +1,62 @@
-"""Loss on fixed windows of a split, with the figures that make it comparable.
+"""Loss on fixed windows of a split: mean nats per token, each token but the first predicted once.
 
-Why: two losses compare only when they come from the same tokens in the same windows. Every weight
-set, raw or averaged, during training or after it, is measured by this one function.
-
-    evaluate(model, reader, token_bytes, block_size=1024, batch=16, device=device, precision="float32")
+Why one function for all weights: two losses compare only if they come from the same tokens in the
+same windows. Training, averaging and `llmtrain eval` all call `evaluate`.
 """
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from llmtrain.checkpoints.resolve import Target
+from llmtrain.config.loading import load_config
+from llmtrain.data.cache import local_folder
 from llmtrain.data.sampler import validation_windows
 from llmtrain.data.shards import Tokens
-from llmtrain.errors import UserError
-from llmtrain.model.gpt import IGNORE
-from llmtrain.runtime.device import Precision, autocast, to_device
+from llmtrain.data.token_data import TokenData, open_data
+from llmtrain.errors import RunFailed, UserError
+from llmtrain.evaluation.cache import cached, ignore, weights_sha256
+from llmtrain.evaluation.hf_models import HFModel, load_causal, reencode, require_ids
+from llmtrain.evaluation.options import EvalOptions
+from llmtrain.evaluation.results import EvalResult
+from llmtrain.model.gpt import GPT, IGNORE
+from llmtrain.model.tokenizer import load_tokenizer
+from llmtrain.runtime.device import (
+    Precision,
+    autocast,
+    keep_freed_memory,
+    resolve_device,
+    resolve_precision,
+    to_device,
+)
 from llmtrain.runtime.distributed import World
+from llmtrain.storage.run_folder import RAW
+from llmtrain.storage.urls import is_url
 
 
 @dataclass(frozen=True)
 class LossResult:
-    """The loss of one set of weights on one split."""
+    """The loss of a model on a split."""
 
     loss: float
-    """Mean negative log-likelihood, nats per token."""
+    """Mean negative log-likelihood in nats per token."""
     tokens: int
-    """Tokens predicted."""
+    """Predicted tokens."""
     bytes: int
-    """Bytes of text those tokens stand for (end-of-text stands for none)."""
+    """Bytes of text in those tokens; the end-of-text token has none."""
     seconds: float
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where it does not fit a float."""
+        """exp(loss), infinite if it overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
@@ -62,30 +80,28 @@ def evaluate(
     limit: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LossResult:
-    """Loss of `model` on a split: each token but the first is predicted once, in disjoint windows or strided.
-
-    The mean is accumulated in float64 over batches. The model is left in the mode it was in.
+    """Return the loss of `model` on a split; the model keeps its training mode.
 
     Args:
-        model: on `device`; gives the mean loss of (tokens, targets), as `GPT.forward` does.
-        reader: the split's tokens.
-        token_bytes: bytes of text of each token id, shape (vocabulary,).
-        block_size: tokens of context in a window.
-        stride: tokens predicted in a window after the first; those before them are context only. None: all.
+        model: on `device`; called with (tokens, targets), returns their mean loss.
+        reader: tokens of the split.
+        token_bytes: bytes of text in each token, shape (vocabulary,).
+        block_size: tokens in a window.
+        stride: tokens predicted in each window after the first; None for disjoint windows.
         batch: windows in one forward pass.
-        device: where the model is.
-        precision: of matrix products.
-        world: the processes that share the windows; all call this together. None: this one alone.
-        limit: use only the first so many tokens of the split.
-        on_progress: called with windows done and windows in all; may raise to stop, on all processes alike.
+        device: device of the model.
+        precision: precision of matrix products.
+        world: processes that share the windows; all of them must call this function.
+        limit: use only the first `limit` tokens of the split.
+        on_progress: called with windows done and total; may raise to stop, on all ranks alike.
 
     Raises:
-        UserError: the split holds fewer than two tokens.
+        UserError: the split has fewer than two tokens.
     """
     n_tokens = min(len(reader), limit or len(reader))
     if n_tokens < 2:
         raise UserError(
-            f"the split holds {n_tokens} tokens: nothing can be predicted",
+            f"the split has {n_tokens} tokens, too few to predict any",
             hint="prepare the data with a larger --val-fraction",
         )
     started = time.perf_counter()
@@ -100,15 +116,13 @@ def evaluate(
         with autocast(device, precision):  # around all batches: the weights are cast once
             for first in range(0, len(windows), world.size * batch):
                 mine = first + world.rank * batch
-                # Weights may be in shards: who has no windows left computes with the others all the same.
+                # FSDP's forward is collective, so ranks without windows repeat the first one.
                 some = windows[mine : mine + batch] or windows[:1]
                 tokens, targets = _fill(reader, some, block_size)
                 loss = model(to_device(tokens, device), to_device(targets, device))
                 if mine < len(windows):
                     counted = targets[targets != IGNORE]
-                    losses.append(
-                        loss
-                    )  # read at the end: a GPU need not be waited for at each batch
+                    losses.append(loss)  # read at the end, to avoid a GPU sync per batch
                     counts.append(counted.size)
                     n_bytes += int(token_bytes[counted].sum())
                 if on_progress is not None:
@@ -123,7 +137,7 @@ def evaluate(
 def _fill(
     reader: Tokens, windows: list[tuple[int, int, int]], block_size: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Inputs and targets of shape (windows, block_size); targets that are not counted are ignored."""
+    """Return inputs and targets of shape (windows, block_size); context targets are ignored."""
     tokens = np.zeros((len(windows), block_size), dtype=np.int64)
     targets = np.full((len(windows), block_size), IGNORE, dtype=np.int64)
     for row, (start, length, predicted) in enumerate(windows):
@@ -131,3 +145,162 @@ def _fill(
         tokens[row, : length - 1] = window[:-1]
         targets[row, length - 1 - predicted : length - 1] = window[-predicted:]
     return tokens, targets
+
+
+def require_finite(result: LossResult, name: str) -> LossResult:
+    """Return the result; raise RunFailed if its loss is not finite."""
+    if not math.isfinite(result.loss):
+        raise RunFailed(
+            f"the loss of {name} is {result.loss:g}",
+            hint="check the weights with llmtrain verify; if intact, training diverged",
+        )
+    return result
+
+
+def measure_losses(
+    targets: list[Target],
+    options: EvalOptions,
+    on_progress: Callable[[Target, int, int], None],
+    *,
+    warn: Callable[[str], None] = ignore,
+) -> list[EvalResult]:
+    """Return the loss of each target, measured or cached.
+
+    Args:
+        targets: the weights; raw weights before the averages of the same step.
+        options: how to measure.
+        on_progress: called with the target, windows done and total; may raise to stop.
+        warn: called with each warning.
+
+    Raises:
+        UserError: the data is unknown or does not fit the model, or the weights are damaged.
+        RunFailed: a loss is not finite.
+    """
+    resolved = [_resolve(target, options) for target in targets]
+    if len({each.tokens for each in resolved}) > 1:
+        warn("the runs are evaluated on different numbers of tokens: pass --tokens N to compare")
+    open_once = cache(open_data)
+    raw: dict[tuple[Path, int | None], float] = {}
+    results = []
+    for target, each in zip(targets, resolved, strict=True):
+        assert each.data is not None
+        result = _cached_loss(target, each, open_once(each.data), on_progress, warn)
+        if target.run is not None:
+            place = (target.run.path.resolve(), target.step)
+            if target.label == RAW:
+                raw[place] = result.loss
+            if place in raw:
+                result = replace(result, delta=result.loss - raw[place])
+        results.append(result)
+    return results
+
+
+def has_data(target: Target, options: EvalOptions) -> bool:
+    """Return whether the options or the run of a target name data that exists."""
+    if options.data is not None or target.run is None:
+        return options.data is not None
+    path = load_config(target.run.config).data.path
+    return is_url(path) or Path(path).is_dir()
+
+
+def _resolve(target: Target, options: EvalOptions) -> EvalOptions:
+    """Fill the options left open from the config of the target's run."""
+    if target.run is None:
+        if options.data is None:
+            raise UserError(
+                f"{target.path} does not belong to a run, so its data is unknown",
+                hint="pass --data, such as --data data/openwebtext",
+            )
+        return replace(options, batch=options.batch or 16, precision=options.precision or "auto")
+    config = load_config(target.run.config)
+    data = options.data or local_folder(config.data.path)
+    if options.data is None and not data.is_dir():
+        raise UserError(
+            f"the training data of {target.run.path} is not found: {data} does not exist",
+            hint="pass its current location: --data FOLDER",
+        )
+    return replace(
+        options,
+        data=data,
+        tokens=options.tokens or (config.eval.tokens if options.split == "val" else None),
+        batch=options.batch or config.eval.batch,
+        precision=options.precision or config.train.precision,
+    )
+
+
+def _cached_loss(
+    target: Target,
+    options: EvalOptions,
+    data: TokenData,
+    on_progress: Callable[[Target, int, int], None],
+    warn: Callable[[str], None],
+) -> EvalResult:
+    device = resolve_device(options.device)
+    precision = resolve_precision(options.precision or "auto", device)
+    weights = weights_sha256(target.path)
+    limit = min(data.tokens(options.split), options.tokens or data.tokens(options.split))
+    identity = f"{weights} {data.sha256} {options.split} {limit} {precision}"
+
+    def measure() -> EvalResult:
+        model = load_causal(target.path)
+        reader, token_bytes, n_bytes = _prepare(target, model, data, options.split, limit, warn)
+        with keep_freed_memory(device):
+            result = evaluate(
+                model.to(device),
+                reader,
+                token_bytes,
+                block_size=model.block_size,
+                batch=options.batch or 16,
+                device=device,
+                precision=precision,
+                limit=limit if n_bytes is None else None,
+                on_progress=partial(on_progress, target),
+            )
+        require_finite(result, str(target.path))
+        if n_bytes is not None:
+            result = replace(result, bytes=n_bytes)
+        return EvalResult(
+            label=target.label,
+            step=target.step,
+            path=str(target.path),
+            run=target.run.path.resolve().name if target.run else None,
+            **asdict(result),
+            perplexity=result.perplexity if math.isfinite(result.perplexity) else None,
+            bits_per_byte=None if math.isnan(result.bits_per_byte) else result.bits_per_byte,
+            delta=None,
+            split=options.split,
+            block_size=model.block_size,
+            precision=precision,
+            data=data.sha256,
+            weights=weights,
+        )
+
+    result = cached(target, "", identity, EvalResult, measure, warn)
+    return replace(result, path=str(target.path), delta=None)
+
+
+def _prepare(
+    target: Target,
+    model: GPT | HFModel,
+    data: TokenData,
+    split: str,
+    limit: int,
+    warn: Callable[[str], None],
+) -> tuple[Tokens, npt.NDArray[np.int64], int | None]:
+    """Return the tokens for a model, bytes per id and, if the text was re-encoded, its bytes."""
+    reencoded = reencode(target.path, data, split, limit)
+    if reencoded is not None:
+        ids, n_bytes = reencoded
+        require_ids(target.path, ids.read(0, len(ids)), model)
+        warn(
+            f"{target.path} has another tokenizer, so the text of {data.folder} was re-encoded: "
+            "compare its bits/byte, not its loss per token"
+        )
+        return ids, np.zeros(model.config.vocab_size, dtype=np.int64), n_bytes
+    if data.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{data.folder} has a vocabulary of {data.vocab_size:,} ({data.tokenizer}), "
+            f"{target.path} one of {model.config.vocab_size:,}",
+            hint="evaluate on data prepared with the tokenizer of the model",
+        )
+    return data.reader(split), load_tokenizer(data.tokenizer).token_bytes(), None

@@ -1,31 +1,28 @@
-"""Loss and perplexities of any text file, comparable between models whose tokens differ.
+"""Loss and perplexity on a text file, comparable between models with different tokenizers.
 
-Why per word and per byte: a perplexity per token depends on the tokenizer, one per word (WikiText's measure) or
-per byte does not. The text is one document behind an end-of-text token, so that each of its tokens is predicted.
-Strided windows give each token more context than disjoint ones and a lower loss: the result says which they were.
-
-    results = measure_text(targets, Path("wikitext.txt"), TextOptions(stride=512), on_progress)
+Why per word and per byte: the perplexity per token depends on the tokenizer. The text is one
+document after an end-of-text token, so each of its tokens is predicted. Strided windows give each
+token more context than disjoint ones, and a lower loss; the result records which were used.
 """
 
 import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
 
 from llmtrain.checkpoints.resolve import Target
 from llmtrain.config.loading import load_config
-from llmtrain.errors import RunFailed, UserError
-from llmtrain.evaluation.cache import cached
+from llmtrain.errors import UserError
+from llmtrain.evaluation.cache import cached, ignore, weights_sha256
 from llmtrain.evaluation.hf_models import IdArray, encoding_of, load_causal, require_ids
-from llmtrain.evaluation.loss import LossResult, evaluate
-from llmtrain.evaluation.results import weights_sha256
+from llmtrain.evaluation.loss import evaluate, require_finite
+from llmtrain.evaluation.options import TextOptions
 from llmtrain.runtime.device import (
     Precision,
     keep_freed_memory,
@@ -35,33 +32,22 @@ from llmtrain.runtime.device import (
 
 
 @dataclass(frozen=True)
-class TextOptions:
-    """How to measure."""
-
-    stride: int | None = None
-    """Tokens that each window after the first predicts; None: disjoint windows."""
-    batch: int = 16
-    """Windows in one forward pass."""
-    device: str = "auto"
-
-
-@dataclass(frozen=True)
 class TextResult:
-    """A text as one set of weights predicts it. A perplexity is None where it does not fit a float."""
+    """The loss of one set of weights on a text. A perplexity is None if it overflows."""
 
     file: str
     sha256: str
     windows: Literal["disjoint", "strided"]
     stride: int
-    """Tokens that a window after the first predicts."""
+    """Tokens predicted in each window after the first."""
     context: int
-    """Tokens that a window holds."""
+    """Tokens in a window."""
     loss: float
     """Nats per token."""
     perplexity: float | None
     """Per token."""
     word_perplexity: float | None
-    """Per word: what stands between white space."""
+    """Per whitespace-separated word."""
     byte_perplexity: float | None
     """Per byte of UTF-8."""
     bits_per_byte: float
@@ -72,137 +58,107 @@ class TextResult:
     seconds: float
 
 
-_FORM = TypeAdapter(TextResult)
-
-
 def measure_text(
     targets: list[Target],
     path: Path,
-    settings: TextOptions,
+    options: TextOptions,
     on_progress: Callable[[Target, str, int, int], None],
     *,
-    warn: Callable[[str], None] = lambda message: None,
+    warn: Callable[[str], None] = ignore,
 ) -> list[TextResult]:
-    """Measure the text with each target, or take what was measured before.
+    """Return the loss of each target on a text file, measured or cached.
 
     Args:
-        targets: what to measure.
-        path: a text file in UTF-8.
-        settings: how.
-        on_progress: called with the target, what is measured, windows done and in all; may raise to stop.
-        warn: called with what the user should know.
+        targets: the weights.
+        path: the text file.
+        options: how to measure.
+        on_progress: called with target, file name, windows done and total; may raise to stop.
+        warn: called with each warning.
 
     Raises:
-        UserError: the file is missing, empty or no UTF-8; the stride is longer than a window; nobody knows how
-            to encode text for a target.
+        UserError: the file is missing, empty or not UTF-8; the stride is longer than a window; a
+            target lacks a tokenizer.
         RunFailed: a loss is not finite.
     """
-    text = _Text(path, _read(path))
-    device = resolve_device(settings.device)
+    text = _read(path)
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    device = resolve_device(options.device)
     results = []
     for target in targets:
-        asked = load_config(target.run.config).train.precision if target.run else "auto"
-        precision = resolve_precision(asked, device)
-        identity = [weights_sha256(target.path), text.sha256, settings.stride, precision]
-        measure = partial(_measure_one, target, text, settings, device, precision, on_progress)
-        result = cached(target, "text", identity, _FORM, measure, warn)
-        results.append(
-            replace(result, file=str(path))
-        )  # the same text may have been kept under another name
+        requested = load_config(target.run.config).train.precision if target.run else "auto"
+        precision = resolve_precision(requested, device)
+        parts = (weights_sha256(target.path), sha256, options.stride, precision)
+        identity = "\n".join(map(str, parts))
+        progress = partial(on_progress, target, path.name)
+        measure = partial(_measure, target.path, path, text, options, device, precision, progress)
+        result = cached(target, "text", identity, TextResult, measure, warn)
+        # The same text may have been cached under another name.
+        results.append(replace(result, file=str(path)))
     return results
 
 
-@dataclass(frozen=True)
-class _Text:
-    path: Path
-    content: str
-
-    @cached_property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.content.encode()).hexdigest()
-
-
-def _measure_one(
-    target: Target,
-    text: _Text,
-    settings: TextOptions,
+def _measure(
+    folder: Path,
+    path: Path,
+    text: str,
+    options: TextOptions,
     device: torch.device,
     precision: Precision,
-    on_progress: Callable[[Target, str, int, int], None],
+    on_progress: Callable[[int, int], None],
 ) -> TextResult:
-    model, encoding = load_causal(target.path), encoding_of(target.path)
-    stride = settings.stride or model.block_size
+    model, encoding = load_causal(folder), encoding_of(folder)
+    stride = options.stride or model.block_size
     if stride > model.block_size:
         raise UserError(
-            f"--stride {stride:,} is longer than a window of {target.path}, {model.block_size:,} tokens",
-            hint="a shorter one, or none for disjoint windows",
+            f"--stride {stride:,} is longer than a window of {folder}, {model.block_size:,} tokens",
+            hint="choose a shorter stride, or omit --stride for disjoint windows",
         )
-    ids = np.concatenate([[encoding.eot], encoding.encode(text.content)])
-    require_ids(target.path, ids, model)
+    ids = np.concatenate([[encoding.eot], encoding.encode(text)])
+    require_ids(folder, ids, model)
     with keep_freed_memory(device):
-        result = evaluate(
+        measured = evaluate(
             model.to(device),
             IdArray(ids),
-            np.zeros(
-                model.config.vocab_size, dtype=np.int64
-            ),  # bytes are counted in the text itself
+            np.zeros(model.config.vocab_size, dtype=np.int64),  # bytes are counted in the text
             block_size=model.block_size,
             stride=stride,
-            batch=settings.batch,
+            batch=options.batch,
             device=device,
             precision=precision,
-            on_progress=lambda done, total: on_progress(target, text.path.name, done, total),
+            on_progress=on_progress,
         )
-    if not math.isfinite(result.loss):
-        raise RunFailed(
-            f"the loss of {target.path} on {text.path} is {result.loss:g}",
-            hint="its weights are damaged or its training diverged: llmtrain verify tells which",
-        )
-    return _result(result, text, model.block_size, stride, precision)
-
-
-def _result(
-    loss: LossResult, text: _Text, context: int, stride: int, precision: Precision
-) -> TextResult:
-    nats, words, n_bytes = (
-        loss.loss * loss.tokens,
-        len(text.content.split()),
-        len(text.content.encode()),
-    )
+    require_finite(measured, f"{folder} on {path}")
+    nats, words = measured.loss * measured.tokens, len(text.split())
+    n_bytes = len(text.encode())
     return TextResult(
-        file=str(text.path),
-        sha256=text.sha256,
-        windows="disjoint" if stride == context else "strided",
+        file=str(path),
+        sha256=hashlib.sha256(text.encode()).hexdigest(),
+        windows="disjoint" if stride == model.block_size else "strided",
         stride=stride,
-        context=context,
-        loss=loss.loss,
-        perplexity=_exp(loss.loss),
+        context=model.block_size,
+        loss=measured.loss,
+        perplexity=_exp(measured.loss),
         word_perplexity=_exp(nats / words) if words else None,
         byte_perplexity=_exp(nats / n_bytes),
         bits_per_byte=nats / n_bytes / math.log(2),
-        tokens=loss.tokens,
+        tokens=measured.tokens,
         words=words,
         bytes=n_bytes,
         precision=precision,
-        seconds=loss.seconds,
+        seconds=measured.seconds,
     )
 
 
 def _read(path: Path) -> str:
+    hint = "--text takes a plain text file"
     try:
-        text = (
-            path.read_bytes().decode()
-        )  # as it is: reading as text would turn its line ends into \n
+        text = path.read_bytes().decode()  # read_text would change line ends
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 (byte {error.start:,})", hint="--text takes a plain text file"
-        ) from None
+        raise UserError(f"{path} is not UTF-8 (byte {error.start:,})", hint=hint) from None
     except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}", hint="--text takes a plain text file"
-        ) from None
+        raise UserError(f"cannot read {path}: {error.strerror}", hint=hint) from None
     if not text:
-        raise UserError(f"{path} is empty", hint="--text takes a plain text file")
+        raise UserError(f"{path} is empty", hint=hint)
     return text
 
 

@@ -1,11 +1,9 @@
-"""Training checkpoints: everything that a run needs to resume at any step as if it never stopped.
+"""Training checkpoints: everything that a run needs to resume exactly.
 
-Why safetensors and JSON: nothing is unpickled, and `state.json` is readable. Several processes write
-one checkpoint through torch's distributed checkpoint in its safetensors form, so any number of
-processes, with whole or sharded weights, can resume from it. It contains no RNG state: the data and
-the dropout of a step are functions of (seed, step).
-
-    writer.save(progress, updates, collect_tensors(...)); checkpoint = newest_checkpoint(run, print)
+Why safetensors and JSON: nothing is unpickled, and `state.json` is readable. Several processes
+write one checkpoint in the safetensors form of torch's distributed checkpoint, so any number of
+processes can resume from it. It contains no RNG state: the data and the dropout of a step are
+functions of (seed, step).
 """
 
 import errno
@@ -147,7 +145,7 @@ def restore_tensors(
             if label in checkpoint.average_updates:  # a branch may add averages, which start here
                 updates = checkpoint.average_updates[label]
                 average.load(_with_prefix(f"average/{label}/", tensors), updates)
-            average.go_on_from(step)
+            average.resume_at(step)
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(
             f"the training checkpoint of step {step:,} does not fit this config: {error}",

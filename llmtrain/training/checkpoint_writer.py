@@ -1,7 +1,7 @@
-"""Writes training checkpoints, one at a time, by all processes together, during training.
+"""Write training checkpoints: one at a time, by all processes together, during training.
 
-A checkpoint gets its name only after every process has written its part, and an error of one process
-is raised on all. On a CPU alone, a background write would gain nothing, so it blocks and needs no copy.
+A checkpoint gets its name only after every process has written its part. An error of one process
+is raised on all. On a CPU alone, a background write gains nothing, so `save` blocks.
 """
 
 import json
@@ -54,7 +54,7 @@ class CheckpointWriter:
             world: the processes.
             keep: number of newest checkpoints to keep, and of `regular_steps` among them.
             every: steps between two regular checkpoints.
-            background: write in a thread; the tensors must be copies.
+            background: write in a thread; then the tensors must be copies.
         """
         self._run, self._world, self._keep, self._every = run, world, keep, every
         self.in_background = background
@@ -79,8 +79,7 @@ class CheckpointWriter:
             "progress": asdict(progress),
             "average_updates": updates,
         }
-        commit = self._commit if self._world.size == 1 else self._commit_together
-        work = partial(commit, self._run.state(progress.step), facts, tensors, replace)
+        work = partial(self._commit, self._run.state(progress.step), facts, tensors, replace)
         if self._pool is None:
             work()
         else:
@@ -111,46 +110,43 @@ class CheckpointWriter:
     def _commit(
         self, target: Path, facts: dict[str, Any], tensors: dict[str, Tensor], replace: bool
     ) -> None:
-        remove_leftovers(target.parent)
-        if replace or not target.exists():
-            with staged_folder(target, replace=replace, needed=tensor_bytes(tensors)) as folder:
-                whole = {key: to_local(tensor) for key, tensor in tensors.items()}
-                save_file(whole, folder / TENSORS_FILE)
-                (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
-        self._remove_old(target)
-
-    def _commit_together(
-        self, target: Path, facts: dict[str, Any], tensors: dict[str, Tensor], replace: bool
-    ) -> None:
         """Create and rename the folder on rank 0; in between, every process writes its part."""
-        if not self._world.is_rank_zero:
-            folder = self._broadcast(None)
-            if folder is not None:
-                with suppress(CheckpointException):  # rank 0 raises it too, and broadcasts it
-                    self._write_part(folder, tensors)
-            if failed := self._broadcast(None):
-                raise failed
-            return
-        shared, outcome = False, None
-        try:
-            remove_leftovers(target.parent)
-            if replace or not target.exists():
-                # `needed` is rank 0's part; the other processes need as much again.
-                with staged_folder(target, replace=replace, needed=tensor_bytes(tensors)) as folder:
-                    shared = self._broadcast(folder) is not None
-                    self._write_all_parts(folder, tensors)
-                    (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
-            self._remove_old(target)
-        except (UserError, RunFailed, OSError) as error:
-            outcome = error
-        if not shared:
-            self._broadcast(None)
-        self._broadcast(outcome)
+        outcome: Exception | None = None
+        self._shared = self._world.size == 1
+        if self._world.is_rank_zero:
+            try:
+                self._write_folder(target, facts, tensors, replace)
+            except (UserError, RunFailed, OSError) as error:
+                outcome = error
+            if not self._shared:  # nothing to write: the other processes wait for a folder
+                self._broadcast(None)
+        elif (folder := self._broadcast(None)) is not None:
+            with suppress(CheckpointException):  # rank 0 raises it too, and broadcasts it
+                self._write_part(folder, tensors)
+        outcome = self._broadcast(outcome)
         if outcome is not None:
             raise outcome
 
+    def _write_folder(
+        self, target: Path, facts: dict[str, Any], tensors: dict[str, Tensor], replace: bool
+    ) -> None:
+        remove_leftovers(target.parent)
+        if replace or not target.exists():
+            # `needed` is rank 0's part; the other processes need as much again.
+            with staged_folder(target, replace=replace, needed=tensor_bytes(tensors)) as folder:
+                if self._world.size == 1:
+                    whole = {key: to_local(tensor) for key, tensor in tensors.items()}
+                    save_file(whole, folder / TENSORS_FILE)
+                else:
+                    self._shared = self._broadcast(folder) is not None
+                    self._write_all_parts(folder, tensors)
+                (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+        self._remove_old(target)
+
     def _broadcast(self, value: T | None) -> T | None:
         """Return rank 0's value on every process."""
+        if self._world.size == 1:
+            return value
         values, group = [value], self._world.saving
         dist.broadcast_object_list(values, src=0, group=group, device=torch.device("cpu"))
         return values[0]

@@ -21,7 +21,7 @@ Warn = Callable[[str], None]
 
 
 class Dashboards:
-    """The dashboards that the configuration selects."""
+    """The dashboards that the configuration selects, in the run's folder."""
 
     def __init__(
         self,
@@ -32,11 +32,6 @@ class Dashboards:
         wandb_id: str | None,
         warn: Warn,
     ) -> None:
-        """Open the dashboards in the run's folder.
-
-        Raises:
-            UserError: TensorBoard is selected but not installed.
-        """
         self._run, self._warn = run, warn
         self._boards: list[_Wandb | _TensorBoard] = []
         self.wandb_id: str | None = wandb_id

@@ -1,7 +1,7 @@
-"""Weights to begin with that somebody trained before: for continued pre-training.
+"""Initial weights from an earlier training, for continued pre-training.
 
-Why tensor by tensor: weights may be spread over processes, and none needs the whole. What the file is
-(safetensors, torch's, nanoGPT's, on the hub) is read as `llmtrain average` reads it.
+They are read one tensor at a time, so no process holds the whole model, from any format that
+`llmtrain average` reads.
 
     load_initial_weights(open_weights("openai-community/gpt2"), model, config)
 """
@@ -38,28 +38,40 @@ def open_weights(source: str) -> Checkpoint:
             hint="name one of them: a folder in its snapshots/ or averages/",
         )
     return (
-        found.download() if isinstance(found, Repository) else open_checkpoint(found.path, step=0)
+        found.download() if isinstance(found, Repository) else open_checkpoint(found, step=0)
     )
 
 
 def load_initial_weights(source: Checkpoint, model: GPT, config: RunConfig) -> None:
-    """Put the weights of `source` into a new model.
+    """Load weights into a model at step 0, sharded or not.
 
-    Rows of a larger vocabulary keep their random values; of a longer context, the first positions are taken.
-
-    Args:
-        source: of `open_weights`.
-        model: at step 0, spread over processes or not.
-        config: its configuration, whose seed made its values.
+    Additional rows of a larger vocabulary keep their random values. If the new block size is
+    smaller, only the first positions are used.
 
     Raises:
-        UserError: it is another model.
+        UserError: the weights belong to another model.
     """
-    shape = (
-        load_shape(source.folder)
-        if source.config is None
-        else shape_of(source.config, source.folder)
-    )
+    _check_model(source, config)
+    parameters = dict(model.named_parameters())
+    names = {name.removeprefix("transformer."): name for name in source.tensors}
+    with source.reader() as reader:
+        for name, fresh in model.initial_weights(config.seed):
+            stored = names.pop(name.removeprefix("transformer."), None)
+            if stored is None:
+                raise UserError(f"{source.location} lacks {name}", hint="is it a complete GPT-2?")
+            value = _read(reader, source, stored)
+            copy_full_tensor(parameters[name], _fit(value, fresh, source.location, name))
+        for stored in names.values():
+            is_bias = stored.endswith("bias") and not stored.endswith(CAUSAL_MASKS)
+            if is_bias and _read(reader, source, stored).any():
+                raise UserError(f"{source.location} has biases", hint="--set model.bias=true")
+
+
+def _check_model(source: Checkpoint, config: RunConfig) -> None:
+    if source.config is None:
+        shape = load_shape(source.folder)
+    else:
+        shape = shape_of(source.config, source.folder)
     here, there = config.model.model_dump(), shape.model.model_dump()
     wrong = [
         f"model.{key}={there[key]}".lower()
@@ -72,47 +84,27 @@ def load_initial_weights(source: Checkpoint, model: GPT, config: RunConfig) -> N
         wrong.append(f"data.block_size={shape.block_size}")
     if wrong:
         raise UserError(
-            f"{source.location} is another model than the config's",
+            f"{source.location} does not fit the model of the config",
             hint=" ".join(f"--set {each}" for each in wrong),
         )
-    parameters = dict(model.named_parameters())
-    names = {name.removeprefix("transformer."): name for name in source.tensors}
-    with source.reader() as reader:
-        for name, fresh in model.initial_weights(config.seed):
-            stored = names.pop(name.removeprefix("transformer."), None)
-            if stored is None:
-                raise UserError(f"{source.location} holds no {name}", hint="is it a whole GPT-2?")
-            copy_full_tensor(
-                parameters[name],
-                _fitted(_read(reader, source, stored), fresh, source.location, name),
-            )
-        for stored in names.values():
-            if (
-                stored.endswith("bias")
-                and not stored.endswith(CAUSAL_MASKS)
-                and _read(reader, source, stored).any()
-            ):
-                raise UserError(f"{source.location} has biases", hint="--set model.bias=true")
 
 
 def _read(reader: Reader, source: Checkpoint, name: str) -> Tensor:
-    """A stored tensor in float32, linear weights turned round as the model has them."""
+    """Return a stored tensor in float32, transposed if it is a Conv1D weight."""
     spec = source.tensors[name]
-    raw = reader.read(
-        name, 0, spec.count, np.empty(spec.count * ITEM_BYTES[spec.dtype], dtype=np.uint8)
-    )
+    buffer = np.empty(spec.count * ITEM_BYTES[spec.dtype], dtype=np.uint8)
     values = np.empty(spec.count)
-    to_float64(raw, spec.dtype, values)
+    to_float64(reader.read(name, 0, spec.count, buffer), spec.dtype, values)
     tensor = torch.from_numpy(values.astype(np.float32)).view(spec.shape)
     return transpose_conv1d(name, tensor)
 
 
-def _fitted(value: Tensor, fresh: Tensor, location: str, name: str) -> Tensor:
-    """`value` in the shape of `fresh`: of an embedding its first rows, or all of them before fresh ones."""
+def _fit(value: Tensor, fresh: Tensor, location: str, name: str) -> Tensor:
+    """Copy `value` into `fresh`; embeddings may differ in their number of rows."""
     if value.shape[name.endswith(_EMBEDDINGS) :] != fresh.shape[name.endswith(_EMBEDDINGS) :]:
         raise UserError(
-            f"{location}: {name} has the shape {tuple(value.shape)}, not {tuple(fresh.shape)}",
-            hint="its config.json and its weights do not belong together",
+            f"{location}: {name} has shape {tuple(value.shape)} instead of {tuple(fresh.shape)}",
+            hint="its config.json does not match its weights",
         )
     rows = min(len(value), len(fresh))
     fresh[:rows] = value[:rows]

@@ -24,7 +24,7 @@ from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.dashboards import Dashboards, Event
 from llmtrain.training.spikes import SpikeEvent
 
-HEADER = f"{'step':>9}  {'loss':>8}  {'lr':>9}  {'grad norm':>9}  {'tokens/s':>9}  {'MFU':>6}  {'ETA':>8}"
+HEADER = "     step      loss         lr  grad norm   tokens/s     MFU       ETA"
 
 
 def format_duration(seconds: float) -> str:
@@ -41,8 +41,9 @@ def format_training(event: Event, eta: float) -> str:
     """Return a line for the columns of `HEADER`; `eta` is in seconds."""
     mfu = f"{event['mfu']:.1%}" if event["mfu"] is not None else "n/a"
     return (
-        f"{event['step']:>9,}  {event['loss']:>8.4f}  {event['lr']:>9.3e}  {event['grad_norm']:>9.3f}  "
-        f"{event['tokens_per_second']:>9,.0f}  {mfu:>6}  {format_duration(eta):>8}"
+        f"{event['step']:>9,}  {event['loss']:>8.4f}  {event['lr']:>9.3e}  "
+        f"{event['grad_norm']:>9.3f}  {event['tokens_per_second']:>9,.0f}  {mfu:>6}  "
+        f"{format_duration(eta):>8}"
     )
 
 
@@ -70,12 +71,12 @@ class MetricsLog:
         log: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> None:
-        """Open the log of a run.
+        """Open the log of a run and remove the events after `resumed_step`.
 
         Args:
             path: the run's `metrics.jsonl`; None writes nothing, for ranks other than 0.
             config: selects the dashboards.
-            resumed_step: later events are removed; 0 for a new run.
+            resumed_step: 0 for a new run.
             wandb_id: W&B run to resume.
             log: prints a line.
             warn: reports a dashboard that fails.
@@ -100,8 +101,10 @@ class MetricsLog:
         """Log a training step; `eta`, in seconds, appears on the terminal only."""
         # Write first: if the output pipe is closed, the checkpoint of this step is saved.
         self._write(event, "train")
-        self._print(*[HEADER] * (self._lines % 25 == 0), format_training(event, eta))
+        if self._lines % 25 == 0:
+            self._print(HEADER)
         self._lines += 1
+        self._print(format_training(event, eta))
 
     def evaluation(self, event: Event) -> None:
         """Log the losses of an evaluation."""
@@ -136,7 +139,7 @@ class MetricsLog:
         )
 
     def flush(self) -> None:
-        """Make the file durable; called before a training checkpoint that depends on it is saved."""
+        """Make the file durable; a training checkpoint depends on it."""
         if self._path is not None:
             with disk_errors(self._path):
                 self._file.flush()
@@ -148,8 +151,8 @@ class MetricsLog:
         self._file = self._path.open("a", encoding="utf-8")
         self.evaluated_steps = {int(e["step"]) for e in events if "val/loss" in e}
 
-    def _print(self, *lines: str) -> None:
-        for line in lines if self._path is not None else ():
+    def _print(self, line: str) -> None:
+        if self._path is not None:
             self._log(line)
 
     def _write(self, event: Event, group: str) -> None:

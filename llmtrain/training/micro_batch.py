@@ -69,7 +69,7 @@ def find_micro_batch(worker: Worker, progress: TrainingProgress, log: Log) -> No
         progress.micro_batch = asked
         # Running out of memory later, within a step, would leave the other processes blocked.
         while worker.parallel == "ddp" and not _fits_everywhere(worker, progress.micro_batch):
-            _reduce(worker, progress)
+            worker.warn(f"{_reduce(worker, progress)}: continuing with {progress.micro_batch}")
         return
     sizes = _candidates(worker)
     speeds = _speeds(worker, sizes) or {sizes[0]: 0.0}
@@ -93,14 +93,14 @@ def retry_on_oom(worker: Worker, progress: TrainingProgress, work: Callable[[], 
             if not is_out_of_memory(error):
                 raise
         # After the except block: the error's frames no longer hold tensors.
+        problem = _reduce(worker, progress)
         if worker.parallel is not None:  # the other processes block in the middle of their step
-            size = progress.micro_batch
-            hint = f"--set train.micro_batch={_smaller(worker, size)}" if size > 1 else _HINT
             raise RunFailed(
-                _out_of_memory(worker, size),
-                hint=f"{hint}; the run resumes from its newest training checkpoint",
+                problem,
+                hint=f"--set train.micro_batch={progress.micro_batch}; "
+                "the run resumes from its newest training checkpoint",
             )
-        _reduce(worker, progress)
+        worker.warn(f"{problem}: continuing with {progress.micro_batch}")
         if worker.is_compiled:
             torch.compiler.reset()  # else torch replaces this size by code for any size
 
@@ -118,29 +118,22 @@ def explain_oom(device: torch.device) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise RunFailed(f"out of {_kind(device)}memory: {reason}", hint=_HINT) from error
+        raise RunFailed(f"{_out_of_memory(device)}: {reason}", hint=_HINT) from error
 
 
-def _kind(device: torch.device) -> str:
-    return "GPU " if device.type == "cuda" else ""
-
-
-def _out_of_memory(worker: Worker, size: int) -> str:
-    return f"out of {_kind(worker.device)}memory at micro-batch {size}"
-
-
-def _smaller(worker: Worker, size: int) -> int:
-    return max(n for n in divisors(worker.sequences) if n < size)
-
-
-def _reduce(worker: Worker, progress: TrainingProgress) -> None:
-    """Discard the gradients and continue with the next smaller micro-batch."""
+def _reduce(worker: Worker, progress: TrainingProgress) -> str:
+    """Set the next smaller micro-batch and return the problem; fail at 1."""
     _discard_grads(worker)
-    problem = _out_of_memory(worker, progress.micro_batch)
-    if progress.micro_batch == 1:
+    size = progress.micro_batch
+    problem = f"{_out_of_memory(worker.device)} at micro-batch {size}"
+    if size == 1:
         raise RunFailed(problem, hint=_HINT)
-    progress.micro_batch = _smaller(worker, progress.micro_batch)
-    worker.warn(f"{problem}: continuing with {progress.micro_batch}")
+    progress.micro_batch = max(n for n in divisors(worker.sequences) if n < size)
+    return problem
+
+
+def _out_of_memory(device: torch.device) -> str:
+    return f"out of {'GPU ' if device.type == 'cuda' else ''}memory"
 
 
 def _discard_grads(worker: Worker) -> None:
@@ -150,14 +143,14 @@ def _discard_grads(worker: Worker) -> None:
         torch.cuda.reset_peak_memory_stats(worker.device)  # exclude trials from the logged memory
 
 
-# --- what fits, and how fast it is -----------------------------------------------------------------
+# --- what fits, and how fast it is --------------------------------------------------------------
 
 
 def _candidates(worker: Worker) -> list[int]:
     """Return 1 and divisors of the share that at least double each time.
 
-    Exclude sizes by the planned memory if a trial cannot: a CPU process out of memory is killed, and
-    a sharded process out of memory leaves the others blocked.
+    Apply the planned memory if a trial cannot fail safely: the kernel kills a CPU process, and a
+    sharded process that fails leaves the others blocked.
     """
     sizes = [1]
     for size in divisors(worker.sequences):
@@ -168,7 +161,10 @@ def _candidates(worker: Worker) -> list[int]:
         return sizes
     room = USABLE * available_memory(worker.device)
     room /= 1 if cuda else _CPU_FACTOR * world.local_size
-    fitting = world.sums([_planned_bytes(worker, size) <= room for size in sizes])
+    usages = [device_memory(worker.config.with_micro_batch(n), _layout(worker)) for n in sizes]
+    # Weights and averages are already allocated.
+    needed = [peak(each).total - each[0].weights - each[0].averages for each in usages]
+    fitting = world.sums([each <= room for each in needed])
     return [size for size, n in zip(sizes, fitting, strict=True) if size == 1 or n == world.size]
 
 
@@ -180,12 +176,6 @@ def _layout(worker: Worker) -> Layout:
         2 if worker.precision == "bfloat16" else 4,
         cuda=worker.device.type == "cuda",
     )
-
-
-def _planned_bytes(worker: Worker, size: int) -> int:
-    """Return the bytes needed in addition to the weights and averages already allocated."""
-    usages = device_memory(worker.config.with_micro_batch(size), _layout(worker))
-    return peak(usages).total - usages[0].weights - usages[0].averages
 
 
 def _speeds(worker: Worker, sizes: list[int]) -> dict[int, float]:

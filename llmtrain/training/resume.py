@@ -156,8 +156,8 @@ def _refuse_other_config(config: RunConfig, run: RunFolder, warn: Log) -> None:
     if "train.max_steps" in changed and getattr(config.schedule, "horizon", 0) is None:
         old, new = changed["train.max_steps"]
         warn(
-            f"train.max_steps changed from {old:,} to {new:,} and the {config.schedule.name} schedule ends "
-            "there: the learning rate jumps; set schedule.horizon to keep the schedule"
+            f"train.max_steps changed from {old:,} to {new:,}, where the {config.schedule.name} "
+            "schedule ends: the learning rate jumps; set schedule.horizon to keep the schedule"
         )
 
 
@@ -171,7 +171,7 @@ def _refuse_lost_checkpoints(run: RunFolder, first: int, warn: Log) -> None:
     steps = [event["step"] for event in read_events(run.metrics)]
     if steps and max(steps) > first + load_config(run.config).checkpoint.state_every:
         raise UserError(
-            f"{run.path} was trained to step {max(steps):,}, but its training checkpoints are missing",
+            f"{run.path} reached step {max(steps):,}, but its training checkpoints are missing",
             hint="restore its folder state/, or start again in another --run-dir",
         )
     if steps:
@@ -205,7 +205,7 @@ def _branch(config: RunConfig, run: RunFolder, data: TokenData, folder: Path) ->
         )
     if "muon" in changed.get("optimizer.name", ()):
         raise UserError(
-            f"{folder} has the state of another optimizer: Muon has one moment per matrix, AdamW two",
+            f"{folder} belongs to another optimizer: Muon has one moment per matrix, AdamW two",
             hint="keep the optimizer, or take only the weights with init_from: SNAPSHOT",
         )
     checkpoint.progress.wandb_id, checkpoint.progress.data = None, data.sha256

@@ -137,8 +137,8 @@ def _print(interrupt: Interrupt, write: Log, line: str) -> None:
 def _check_vocabulary(config: RunConfig, data: TokenData) -> None:
     if data.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"model.vocab_size {config.model.vocab_size:,} is smaller than the vocabulary of the data, "
-            f"{data.vocab_size:,} ({data.tokenizer})",
+            f"model.vocab_size {config.model.vocab_size:,} is smaller than the vocabulary of the "
+            f"data, {data.vocab_size:,} ({data.tokenizer})",
             hint=f"--set model.vocab_size={-(-data.vocab_size // 64) * 64}",
         )
 

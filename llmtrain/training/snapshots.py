@@ -1,9 +1,7 @@
 """Snapshots and online averages: one complete Hugging Face folder each, written during training.
 
-The loop waits only for a copy of the weights in host memory and for the previous write, so there is
-at most one copy.
-
-    writer = SnapshotWriter(model, world, shape); writer.save(run.snapshot(1000), parameters, origin)
+The loop waits only for a copy of the weights in host memory and for the previous write, so there
+is at most one copy.
 """
 
 from collections.abc import Mapping
@@ -22,10 +20,10 @@ from llmtrain.storage.commit import staged_folder
 
 
 class SnapshotWriter:
-    """Writes folders of weights one at a time; the next call on every process raises what failed."""
+    """Writes folders of weights; the next call on every process raises what failed."""
 
     def __init__(self, model: nn.Module, world: World, shape: Shape) -> None:
-        """Create a writer; all processes make the same calls in the same order, and rank 0 writes."""
+        """Create a writer; all processes make the same calls in the same order."""
         self._parameters = dict(model.named_parameters())
         self._world, self._shape = world, shape
         self._pool = ThreadPoolExecutor(1, "snapshot")
@@ -56,8 +54,9 @@ class SnapshotWriter:
         weights = self._copy_whole(parts)
         rounding = None if residual is None else self._copy_whole(residual)
         device = next(iter(parts.values())).device
-        copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]  # untyped in torch
-        if copied is not None:
+        copied: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # untyped in torch
             copied.record(torch.cuda.current_stream(device))
 
         def write() -> None:
@@ -72,7 +71,7 @@ class SnapshotWriter:
         self._writing = self._pool.submit(write if self._world.is_rank_zero else lambda: None)
 
     def wait(self) -> None:
-        """Block until the last folder is durable, and raise WriteFailed if it could not be written."""
+        """Block until the last folder is durable; raise WriteFailed if it cannot be written."""
         writing, self._writing = self._writing, None
         if writing is not None:
             self._world.on_rank_zero(writing.result)

@@ -1,7 +1,7 @@
 """One process of a training run: its model, whole or sharded, compiled or not, and its optimizer.
 
-Why not in the trainer: a training step is the same for DDP, FSDP2 and a single process. Only how the
-model is built, wrapped and compiled differs, and when its gradients are reduced: once per step.
+Why not in the trainer: a step is the same for DDP, FSDP2 and a single process. Only how the model
+is built, wrapped and compiled differs, and when its gradients are reduced: once per step.
 
     worker = make_worker(config, World(), device, print)
     worker.forward = compile_model(worker, micro_batch=8)

@@ -11,8 +11,9 @@ from tiny_runs import LARGE, MakeRun, model_at, write_checkpoint
 
 from llmtrain.averaging import audit
 from llmtrain.averaging.average import average
-from llmtrain.averaging.request import AverageRequest, make_specs
-from llmtrain.averaging.spec import Average, MergeOptions
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest, MergeOptions
+from llmtrain.averaging.spec import Average
 from llmtrain.checkpoints.series import folder_series, run_series
 from llmtrain.errors import UserError
 
@@ -43,7 +44,7 @@ def replace_tensor(root: Path, step: int, name: str, tensor: torch.Tensor) -> No
 
 def test_an_honest_series_passes_without_a_word(root: Path) -> None:
     (result,), warnings = run(root, strict=True)
-    assert not result.kept
+    assert not result.cached
     assert warnings == []
 
 
@@ -109,7 +110,7 @@ def test_a_number_that_is_none_is_located(root: Path, value: float) -> None:
     tensor = model_at(30)["embed.weight"]
     tensor[300, 5] = value
     replace_tensor(root, 30, "embed.weight", tensor)
-    with pytest.raises(UserError, match=r"step30: embed\.weight holds .* at \[300, 5\]"):
+    with pytest.raises(UserError, match=r"step30: embed\.weight contains .* at \[300, 5\]"):
         run(root)
 
 

@@ -16,8 +16,9 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModelForCausalLM
 
 from llmtrain.averaging.average import average
-from llmtrain.averaging.request import AverageRequest, make_specs
-from llmtrain.averaging.spec import Average, MergeOptions
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest, MergeOptions
+from llmtrain.averaging.spec import Average
 from llmtrain.checkpoints.gpt2_folder import load_model, load_weights
 from llmtrain.checkpoints.series import run_series
 from llmtrain.checkpoints.writer import WeightsWriter
@@ -107,8 +108,8 @@ def test_all_gives_every_complete_window_and_each_is_the_single_one(make_run: Ma
 
 def test_an_average_that_exists_is_kept_or_refused(make_run: MakeRun) -> None:
     run = make_run([10, 20, 30, 40])
-    assert not lawa(run, 10, label="mine")[0].kept
-    assert lawa(run, 10, label="mine")[0].kept
+    assert not lawa(run, 10, label="mine")[0].cached
+    assert lawa(run, 10, label="mine")[0].cached
     with pytest.raises(UserError, match="is not the average of these") as average:
         lawa(run, 10, window=2, label="mine")
     with pytest.raises(UserError, match="is not the average of these") as foreign:
@@ -167,7 +168,7 @@ def test_a_nan_stops_it_and_is_located(make_run: MakeRun) -> None:
     content = bytearray(path.read_bytes())
     content[-4:] = np.float32("nan").tobytes()
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"step-00000020: .* holds nan at \[") as caught:
+    with pytest.raises(UserError, match=r"step-00000020: .* contains nan at \[") as caught:
         lawa(run, 10, verify=False)
     assert "step 20" in caught.value.hint
     assert not list(run.averages.rglob("step-*"))

@@ -19,7 +19,6 @@ def test_weights_sum_to_1_and_none_is_negative(count: int, decay: float, share: 
         coefficients.uniform(count),
         coefficients.linear(count),
         coefficients.exponential(count, decay),
-        coefficients.recursive(coefficients.warmed_up_decays(count, decay)),
         *(coefficients.decay(count, shape) for shape in SHAPES),
         coefficients.blend(coefficients.linear(count), share),
     ]
@@ -78,9 +77,6 @@ def test_known_values() -> None:
         [0.5, math.sqrt(0.5) - 0.5, math.sqrt(0.75) - math.sqrt(0.5), 1 - math.sqrt(0.75)]
     )
     assert coefficients.blend([0.5, 0.5], 0.2) == pytest.approx([0.4, 0.6])
-    assert coefficients.warmed_up_decays(3, 0.9) == pytest.approx(
-        [0.0, 1 - 2 ** (-2 / 3), 1 - 3 ** (-2 / 3)]
-    )
     assert coefficients.decay_of_half_life(1000, 1000) == 0.5
 
 

@@ -10,7 +10,8 @@ from tiny_runs import MakeRun, model_at, write_checkpoint
 
 from llmtrain.averaging.average import average
 from llmtrain.averaging.inspection import inspect_path
-from llmtrain.averaging.request import AverageRequest, make_specs
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest
 from llmtrain.checkpoints.series import run_series
 from llmtrain.errors import UserError
 from llmtrain.storage.integrity import sha256_of
@@ -61,7 +62,7 @@ def test_damage_and_duplicates_are_shown(tmp_path: Path) -> None:
     save_file(tensors, path)
     found = {facts.step: facts for facts in inspect_path(tmp_path / "s")}
     assert found[30].norm is None
-    assert "norm.weight holds nan" in found[30].problems[0]
+    assert "norm.weight contains nan" in found[30].problems[0]
     assert found[10].norm is not None
     assert "the same at steps 20, 40" in found[40].problems[0]
 

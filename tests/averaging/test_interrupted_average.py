@@ -11,7 +11,8 @@ from tiny_runs import MakeRun
 
 from llmtrain.averaging import average as module
 from llmtrain.averaging.average import average
-from llmtrain.averaging.request import AverageRequest, make_specs
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest
 from llmtrain.checkpoints.series import run_series
 from llmtrain.data.verify import verify_below
 from llmtrain.errors import UserError
@@ -23,7 +24,7 @@ KILLED = """
 import os, sys
 from llmtrain.averaging import average
 from llmtrain.cli.main import main
-average.AT_A_TIME = 2
+average.MAX_GROUP = 2
 left = int(sys.argv.pop(1))
 def count(event, arguments):
     global left
@@ -105,7 +106,7 @@ def test_killed_at_any_call_it_goes_on_and_ends_with_the_same_bytes(
 def every_window(run: RunFolder) -> list[bool]:
     series = run_series(run)
     request = AverageRequest(every=10, window=2, at="all")
-    return [one.kept for one in average(series, make_specs(series, request))]
+    return [one.cached for one in average(series, make_specs(series, request))]
 
 
 def test_only_what_is_missing_is_read(make_run: MakeRun) -> None:
@@ -129,7 +130,7 @@ def test_what_a_pass_may_take_on_disk_changes_no_byte(
     every_window(run)
     together = contents(run.averages)
     shutil.rmtree(run.averages)
-    monkeypatch.setattr(module, "BYTES_AT_A_TIME", 1)
+    monkeypatch.setattr(module, "MAX_GROUP_BYTES", 1)
     every_window(run)
     assert contents(run.averages) == together
 

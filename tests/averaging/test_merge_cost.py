@@ -10,9 +10,10 @@ import pytest
 from safetensors import safe_open
 from tiny_runs import MakeRun
 
-from llmtrain.averaging import provenance
+from llmtrain.averaging import audit
 from llmtrain.averaging.average import average
-from llmtrain.averaging.request import AverageRequest, make_specs
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest
 from llmtrain.checkpoints.safetensors_files import SafetensorsReader, encode_header
 from llmtrain.checkpoints.series import run_series
 from llmtrain.checkpoints.tensors import TensorSpec
@@ -25,14 +26,16 @@ GIGABYTE = 1 << 30
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from llmtrain.averaging import average, request as plan
+from llmtrain.averaging.average import average
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest, MergeOptions
 from llmtrain.checkpoints import series
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 found = series.folder_series(Path("series"))
-plans = plan.make_plans(found, plan.Request(every=10, window=len(found.steps)))
-average.average(found, plans, average.Settings(allow_duplicates=True))
+specs = make_specs(found, AverageRequest(every=10, window=len(found.steps)))
+average(found, specs, MergeOptions(allow_duplicates=True))
 print(peak() - before)
 """
 
@@ -89,7 +92,7 @@ def test_all_sliding_windows_read_each_input_once(
 
     monkeypatch.setattr(SafetensorsReader, "read", counting)
     hashed_apart: list[Path] = []
-    for module in (provenance, integrity):
+    for module in (audit, integrity):
         monkeypatch.setattr(
             module, "sha256_of", lambda path: hashed_apart.append(path) or sha256_of(path)
         )

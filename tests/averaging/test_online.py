@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from llmtrain.averaging.online import OnlineAverage, build_average, swapped_in
-from llmtrain.averaging.power_ema import gamma_of
+from llmtrain.averaging.stored_averages import gamma_of
 from llmtrain.config.sections import AverageConfig
 
 CONFIG: TypeAdapter[AverageConfig] = TypeAdapter(AverageConfig)

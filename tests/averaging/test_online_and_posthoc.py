@@ -51,23 +51,6 @@ def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_posthoc_ema_is_the_online_one_bit_for_bit(run: RunFolder, llmtrain: Command) -> None:
-    posthoc = made(
-        llmtrain,
-        run,
-        "--method",
-        "ema",
-        "--decay",
-        "0.9",
-        "--every",
-        "3",
-        "--at",
-        "27",
-        "--like-online",
-    )
-    assert equal(posthoc, load_weights(run.average("ema-0.9-every-3", 27)))
-
-
 def test_posthoc_lawa_is_the_online_one_bit_for_bit(run: RunFolder, llmtrain: Command) -> None:
     posthoc = made(llmtrain, run, "--every", "4", "--window", "3", "--at", "28")
     assert equal(posthoc, load_weights(run.average("online-lawa-3x4", 28)))
@@ -77,7 +60,7 @@ def test_posthoc_lawa_is_the_online_one_bit_for_bit(run: RunFolder, llmtrain: Co
 def test_a_mean_over_every_step_from_two_files(
     run: RunFolder, llmtrain: Command, start: int, to: int
 ) -> None:
-    dense = made(llmtrain, run, "--method", "dense", "--from", str(start), "--to", str(to))
+    dense = made(llmtrain, run, "--method", "dense", "--from", str(start), "--at", str(to))
     raw = [load_weights(run.snapshot(step)) for step in range(start + 1, to + 1)]
     for name, tensor in dense.items():
         exact = torch.stack([weights[name].double() for weights in raw]).mean(0)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtrain.averaging.power_ema import WIDEST, gamma_of, overlap, reconstruct, sigma_of
+from llmtrain.averaging.stored_averages import WIDEST, gamma_of, overlap, reconstruct, sigma_of
 
 
 def recursion(values: np.ndarray, gamma: float) -> np.ndarray:

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import MakeRun
 
 from llmtrain.averaging.average import average
-from llmtrain.averaging.power_ema import gamma_of
-from llmtrain.averaging.request import AverageRequest, make_specs
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest
+from llmtrain.averaging.stored_averages import gamma_of
 from llmtrain.checkpoints.series import run_series
 from llmtrain.errors import UserError
 from llmtrain.storage.commit import staged_folder
@@ -72,7 +73,7 @@ def made_by(run: RunFolder, **request: object) -> tuple[torch.Tensor, Path]:
 
 @pytest.mark.parametrize(("start", "to"), [(20, 60), (50, 60), (10, 40), (30, 40)])
 def test_dense_is_the_mean_over_every_step_of_the_span(run: RunFolder, start: int, to: int) -> None:
-    got, folder = made_by(run, method="dense", start=start, to=to)
+    got, folder = made_by(run, method="dense", start=start, at=str(to))
     exact = walk()[start + 1 : to + 1].astype(np.float64).mean(0)
     assert ulps(got, torch.from_numpy(exact)) <= 1
     assert folder == run.average(f"dense-{start}-{to}", to)
@@ -86,13 +87,13 @@ def test_the_residual_is_what_makes_a_short_span_exact(run: RunFolder) -> None:
     for step in (50, 60):
         (run.average("running-mean", step) / "model.residual.safetensors").unlink()
         (run.average("running-mean", step) / "integrity.json").unlink()
-    got, _ = made_by(run, method="dense", start=50, to=60)
+    got, _ = made_by(run, method="dense", start=50, at="60")
     assert ulps(got, torch.from_numpy(walk()[51:61].astype(np.float64).mean(0))) > 1
 
 
 def test_dense_needs_steps_that_were_stored(run: RunFolder) -> None:
     with pytest.raises(UserError, match="no running mean at 25; it has 20 to 60 every 10"):
-        made_by(run, method="dense", start=25, to=40)
+        made_by(run, method="dense", start=25, at="40")
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.07, 0.12])

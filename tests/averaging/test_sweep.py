@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 from llmtrain.averaging.average import average
-from llmtrain.averaging.request import AverageRequest, make_specs
-from llmtrain.averaging.sweep import Candidate, SweepResult, parse_sweep, sweep
-from llmtrain.averaging.sweep_report import summary, write_csv
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest
+from llmtrain.averaging.sweep import Candidate, SweepResult, parse_sweep, summary, sweep, write_csv
 from llmtrain.checkpoints.resolve import Target
 from llmtrain.checkpoints.series import run_series
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
-from llmtrain.evaluation.results import EvalOptions, measure
+from llmtrain.evaluation.loss import measure_losses
+from llmtrain.evaluation.options import EvalOptions
 from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.run import pretrain
 
@@ -65,11 +66,11 @@ def test_losses_are_those_of_the_written_averages(run: RunFolder) -> None:
     for candidate in (result.best, result.candidates[-1]):
         assert candidate.request is not None
         (written,) = average(series, make_specs(series, candidate.request))
-        (row,) = measure(
+        (row,) = measure_losses(
             [Target("x", 14, written.spec.target, run)], EvalOptions(), lambda *progress: None
         )
         assert row.loss == pytest.approx(candidate.losses[14], rel=1e-6)
-    (raw,) = measure(
+    (raw,) = measure_losses(
         [Target("raw", 9, run.snapshot(9), run)], EvalOptions(), lambda *progress: None
     )
     assert raw.loss == pytest.approx(result.raw.losses[9], rel=1e-6)
@@ -103,7 +104,7 @@ def test_widths_of_posthoc_emas_are_swept(tiny: Callable[..., RunConfig], tmp_pa
     for candidate in result.candidates:
         assert candidate.request is not None
         (written,) = average(run_series(run), make_specs(run_series(run), candidate.request))
-        (row,) = measure(
+        (row,) = measure_losses(
             [Target("x", 14, written.spec.target, run)], EvalOptions(), lambda *progress: None
         )
         assert row.loss == pytest.approx(candidate.losses[14], rel=1e-6)

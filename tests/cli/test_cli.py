@@ -1,7 +1,8 @@
-"""The installed command from end to end, as a user meets it: output, exit codes, errors, signals."""
+"""The installed command from end to end: output, exit codes, errors, signals."""
 
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,38 +12,43 @@ from pathlib import Path
 
 import pytest
 import yaml
+from in_process import invoke
+from places import REPOSITORY
 
 from llmtrain.config.schema import RunConfig
 from llmtrain.storage.run_folder import step_folders
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
+BIN = Path(sys.executable).parent
+PRETRAIN = ("pretrain", "--config", "tiny.yaml")
+ENDLESS = ("--set", "train.max_steps=100000", "--set", "checkpoint.state_every=100000")
+
 
 @pytest.fixture
 def workplace(tmp_path: Path, tiny: Callable[..., RunConfig], text_file: Path) -> Path:
-    """An empty folder with a text file and a configuration beside it."""
-    (tmp_path / "documents.jsonl").write_text(text_file.read_text())
+    """A folder with a text file and a configuration, but without prepared data."""
+    shutil.copy(text_file, tmp_path / "documents.jsonl")
     values = tiny(data__path="data/documents").model_dump(mode="json")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
     return tmp_path
 
 
-def test_the_four_commands_work_as_they_stand(workplace: Path, llmtrain: Command) -> None:
-    prepared = llmtrain(
-        "prepare",
-        "documents.jsonl",
-        "--tokenizer",
-        "byte",
-        "--val-fraction",
-        "0.1",
-        "--json",
-        cwd=workplace,
-    )
-    assert prepared.returncode == 0, prepared.stderr
-    manifest = json.loads(prepared.stdout)
-    assert manifest["tokenizer"]["name"] == "byte"
+@pytest.fixture
+def prepared(workplace: Path, data_folder: Path) -> Path:
+    """The same folder with prepared data."""
+    shutil.copytree(data_folder, workplace / "data" / "documents")
+    return workplace
 
-    trained = llmtrain("pretrain", "--config", "tiny.yaml", cwd=workplace)
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_work_in_sequence(workplace: Path, llmtrain: Command) -> None:
+    options = ("--tokenizer", "byte", "--val-fraction", "0.1", "--json")
+    prepared = llmtrain("prepare", "documents.jsonl", *options, cwd=workplace)
+    assert prepared.returncode == 0, prepared.stderr
+    assert json.loads(prepared.stdout)["tokenizer"]["name"] == "byte"
+
+    trained = llmtrain(*PRETRAIN, cwd=workplace)
     assert trained.returncode == 0, trained.stderr
     assert "validation" in trained.stdout
     assert "Traceback" not in trained.stderr
@@ -58,17 +64,8 @@ def test_the_four_commands_work_as_they_stand(workplace: Path, llmtrain: Command
     assert evaluated.returncode == 0, evaluated.stderr
     rows = json.loads(evaluated.stdout)
     assert {row["label"] for row in rows} == {"raw", "ema-0.9", "lawa-3x2"}
-    for row in rows:
-        assert {
-            "label",
-            "step",
-            "path",
-            "loss",
-            "perplexity",
-            "bits_per_byte",
-            "tokens",
-            "delta",
-        } <= set(row)
+    keys = {"label", "step", "path", "loss", "perplexity", "bits_per_byte", "tokens", "delta"}
+    assert all(keys <= set(row) for row in rows)
     raw = {row["step"]: row["loss"] for row in rows if row["label"] == "raw"}
     assert all(row["delta"] == pytest.approx(row["loss"] - raw[row["step"]]) for row in rows)
 
@@ -91,70 +88,57 @@ def test_the_four_commands_work_as_they_stand(workplace: Path, llmtrain: Command
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "expected"),
+    ("arguments", "expected"),
     [
-        (["eval"], 2, "there is no run under runs/"),
-        (["average", "--every", "2"], 2, "there is no run under runs/"),
-        (["report", "nowhere"], 2, "not a run"),
-        (["eval", "nowhere"], 2, "nowhere does not exist"),
-        (["pretrain", "--config", "none.yaml"], 2, "cannot read the config none.yaml"),
-        (["pretrain", "--config", "tiny.yaml"], 2, "data/documents"),
-        (
-            ["pretrain", "--config", "tiny.yaml", "--branch", "1", "--from", "3"],
-            2,
-            "data/documents",
-        ),
-        (["pretrain", "--config", "tiny.yaml", "--set", "train.device=gpu"], 2, "is no device"),
-        (
-            ["pretrain", "--config", "tiny.yaml", "--set", "train.device=cuda:9"],
-            2,
-            "this machine has",
-        ),
-        (["pretrain", "--config", "tiny.yaml", "--set", "optimizer.LR=3"], 2, "did you mean lr?"),
-        (["verify", "nowhere"], 2, "nowhere"),
-        (["prepare", "nothing.jsonl"], 2, "nothing.jsonl"),
+        (["eval"], "no run in runs/"),
+        (["average", "--every", "2"], "no run in runs/"),
+        (["report", "nowhere"], "not a run"),
+        (["eval", "nowhere"], "nowhere does not exist"),
+        (["pretrain", "--config", "none.yaml"], "cannot read the config none.yaml"),
+        ([*PRETRAIN], "data/documents"),
+        ([*PRETRAIN, "--branch", "1", "--from", "3"], "data/documents"),
+        ([*PRETRAIN, "--set", "train.device=gpu"], "is not a device"),
+        ([*PRETRAIN, "--set", "train.device=cuda:9"], "this machine has"),
+        ([*PRETRAIN, "--set", "optimizer.LR=3"], "did you mean lr?"),
+        (["verify", "nowhere"], "nowhere"),
+        (["prepare", "nothing.jsonl"], "nothing.jsonl"),
     ],
 )
 def test_errors_are_one_message_and_a_hint(
-    workplace: Path, llmtrain: Command, arguments: list[str], code: int, expected: str
+    workplace: Path, arguments: list[str], expected: str
 ) -> None:
-    result = llmtrain(*arguments, cwd=workplace)
-    assert result.returncode == code
+    result = invoke(*arguments, cwd=workplace)
+    assert result.code == 2
     assert expected in result.stderr
     assert "hint:" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (workplace / "runs").exists()
 
 
-def test_links_in_a_circle_are_an_error_of_the_path(workplace: Path, llmtrain: Command) -> None:
+def test_a_symlink_loop_is_an_error_of_the_path(workplace: Path) -> None:
     (workplace / "here").symlink_to("there")
     (workplace / "there").symlink_to("here")
     for command in (["report", "here"], ["prepare", "documents.jsonl", "--out", "here/data"]):
-        result = llmtrain(*command, cwd=workplace)
-        assert result.returncode in (1, 2)  # from Python 3.13 on, `report` finds no run there
+        result = invoke(*command, cwd=workplace)
+        assert result.code in (1, 2)  # since Python 3.13, `report` finds no run there
         assert "error:" in result.stderr
         assert "this is a bug" not in result.stderr
 
 
-def test_debug_shows_the_traceback(workplace: Path, llmtrain: Command) -> None:
+def test_debug_prints_the_traceback(workplace: Path, llmtrain: Command) -> None:
     result = llmtrain("--debug", "report", "nowhere", cwd=workplace)
     assert "Traceback" in result.stderr
 
 
-def test_a_wrong_command_line_exits_with_2(workplace: Path, llmtrain: Command) -> None:
-    assert llmtrain("pretrain", cwd=workplace).returncode == 2
-    assert llmtrain("pretrian", cwd=workplace).returncode == 2
+def test_an_invalid_command_line_exits_with_2(workplace: Path) -> None:
+    assert invoke("pretrain", cwd=workplace).code == 2
+    assert invoke("pretrian", cwd=workplace).code == 2
 
 
-def test_module_and_version(workplace: Path, llmtrain: Command) -> None:
+def test_module_and_command_print_the_version(workplace: Path, llmtrain: Command) -> None:
     version = llmtrain("--version", cwd=workplace).stdout
-    module = subprocess.run(
-        [sys.executable, "-m", "llmtrain", "--version"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=workplace,
-    )
+    command = [sys.executable, "-m", "llmtrain", "--version"]
+    module = subprocess.run(command, capture_output=True, text=True, check=True, cwd=workplace)
     assert module.stdout == version
     assert version.startswith("llmtrain ")
 
@@ -162,92 +146,70 @@ def test_module_and_version(workplace: Path, llmtrain: Command) -> None:
 @pytest.mark.parametrize(
     "command", ["prepare", "pretrain", "average", "eval", "report", "runs", "verify"]
 )
-def test_help_names_every_option_and_imports_nothing_heavy(
-    workplace: Path, llmtrain: Command, command: str
-) -> None:
-    result = llmtrain(command, "--help", cwd=workplace)
-    assert result.returncode == 0
+def test_every_command_has_help(workplace: Path, command: str) -> None:
+    result = invoke(command, "--help", cwd=workplace)
+    assert result.code == 0
     assert "Usage:" in result.stdout
+
+
+def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from llmtrain.cli.main import app\n"
-        "heavy = {'torch', 'datasets', 'numpy', 'wandb', 'matplotlib', 'transformers'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "heavy = {'torch', 'datasets', 'numpy', 'wandb', 'matplotlib', 'transformers'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
 )
-def test_a_signal_saves_the_state_and_the_same_command_goes_on(
-    workplace: Path, llmtrain: Command, number: int, code: int
+def test_a_signal_saves_the_state_and_the_same_command_resumes(
+    prepared: Path, number: int, code: int
 ) -> None:
-    llmtrain(
-        "prepare", "documents.jsonl", "--tokenizer", "byte", "--val-fraction", "0.1", cwd=workplace
-    )
-    # Where the tests run in the background of a shell, the signal would be ignored.
-    program = (
-        f"import signal; signal.signal({int(number)}, signal.SIG_DFL if {int(number)} != signal.SIGINT "
-        "else signal.default_int_handler); from llmtrain.cli.main import main; main()"
-    )
-    command = [sys.executable, "-c", program, "pretrain", "--config", "tiny.yaml"]
-    long = ["--set", "train.max_steps=100000", "--set", "checkpoint.state_every=100000"]
     process = subprocess.Popen(
-        [*command, *long],
-        cwd=workplace,
+        [BIN / "llmtrain", *PRETRAIN, *ENDLESS],
+        cwd=prepared,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     deadline = time.monotonic() + 60
-    while (
-        not step_folders(workplace / "runs" / "tiny" / "snapshots") and time.monotonic() < deadline
-    ):
+    while not step_folders(prepared / "runs/tiny/snapshots") and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == code
-    assert "state saved" in errors
-    (step,) = step_folders(workplace / "runs" / "tiny" / "state")
-    again = llmtrain(
-        "pretrain", "--config", "tiny.yaml", "--set", f"train.max_steps={step + 5}", cwd=workplace
-    )
-    assert again.returncode == 0, again.stderr
+    assert "training checkpoint saved" in errors
+    (step,) = step_folders(prepared / "runs/tiny/state")
+    longer = [*PRETRAIN, "--set", f"train.max_steps={step + 5}"]
+    again = invoke(*longer, cwd=prepared)
+    assert again.code == 0, again.stderr
     assert f"resumed at step {step:,}" in again.stdout
-    finished = llmtrain(
-        "pretrain", "--config", "tiny.yaml", "--set", f"train.max_steps={step + 5}", cwd=workplace
-    )
-    assert "has finished" in finished.stdout
+    assert "has finished" in invoke(*longer, cwd=prepared).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", ["recipes", "recipes --json", "plan --config configs/demo.yaml"]
 )
-def test_results_that_nobody_reads_end_with_the_code_of_a_closed_pipe(command: str) -> None:
-    script = f"{Path(sys.executable).parent}/llmtrain {command} | true; exit ${{PIPESTATUS[0]}}"
+def test_a_closed_pipe_ends_a_command_with_its_own_code(command: str) -> None:
+    script = f"{BIN}/llmtrain {command} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(
-        ["bash", "-c", script],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
+        ["bash", "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipe", ["|", "2>&1 |"])
-def test_a_closed_pipe_saves_the_state(workplace: Path, llmtrain: Command, pipe: str) -> None:
-    llmtrain(
-        "prepare", "documents.jsonl", "--tokenizer", "byte", "--val-fraction", "0.1", cwd=workplace
-    )
-    command = (
-        f"'{Path(sys.executable).parent}/llmtrain' pretrain --config tiny.yaml --set train.max_steps=100000 "
-        f"--set log.every=1 --set checkpoint.state_every=100000 {pipe} head -90 > /dev/null; "
-        "exit ${PIPESTATUS[0]}"
-    )
+def test_a_closed_pipe_saves_the_state(prepared: Path, pipe: str) -> None:
+    command = shlex.join([f"{BIN}/llmtrain", *PRETRAIN, *ENDLESS, "--set", "log.every=1"])
+    script = f"{command} {pipe} head -90 > /dev/null; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(
-        ["bash", "-c", command],
-        cwd=workplace,
+        ["bash", "-c", script],
+        cwd=prepared,
         capture_output=True,
         text=True,
         timeout=120,
@@ -255,27 +217,21 @@ def test_a_closed_pipe_saves_the_state(workplace: Path, llmtrain: Command, pipe:
     )
     assert result.returncode == 141
     assert "Traceback" not in result.stderr
-    assert len(step_folders(workplace / "runs" / "tiny" / "state")) == 1
+    assert len(step_folders(prepared / "runs/tiny/state")) == 1
 
 
-def test_the_next_command_can_be_pasted(workplace: Path, llmtrain: Command) -> None:
-    llmtrain(
-        "prepare", "documents.jsonl", "--tokenizer", "byte", "--val-fraction", "0.1", cwd=workplace
-    )
-    copied = llmtrain("recipes", "demo", "--to", "my demo.yaml", cwd=workplace)
-    trained = llmtrain("pretrain", "--config", "tiny.yaml", "--run-dir", "my run", cwd=workplace)
+def test_the_next_command_can_be_pasted(prepared: Path) -> None:
+    copied = invoke("recipes", "demo", "--to", "my demo.yaml", cwd=prepared)
+    trained = invoke(*PRETRAIN, "--run-dir", "my run", cwd=prepared)
     following = [shlex.split(result.stdout.rpartition("Next: ")[2]) for result in (copied, trained)]
     assert following[0] == ["llmtrain", "pretrain", "--config", "my demo.yaml"]
     assert following[1] == ["llmtrain", "average", "my run", "--every", "N"]
 
 
-def test_other_files_are_never_touched(workplace: Path, llmtrain: Command) -> None:
-    llmtrain(
-        "prepare", "documents.jsonl", "--tokenizer", "byte", "--val-fraction", "0.1", cwd=workplace
-    )
-    (workplace / "mine" / ".tmp-work").mkdir(parents=True)
+def test_pretrain_refuses_folders_with_other_files(prepared: Path) -> None:
+    (prepared / "mine" / ".tmp-work").mkdir(parents=True)
     for folder, expected in (("mine", "contains other files"), ("tiny.yaml", "is a file")):
-        result = llmtrain("pretrain", "--config", "tiny.yaml", "--run-dir", folder, cwd=workplace)
-        assert result.returncode == 2
+        result = invoke(*PRETRAIN, "--run-dir", folder, cwd=prepared)
+        assert result.code == 2
         assert expected in result.stderr
-    assert (workplace / "mine" / ".tmp-work").is_dir()
+    assert (prepared / "mine" / ".tmp-work").is_dir()

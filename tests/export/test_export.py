@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer as FastTokenizer
 
 from llmtrain.averaging.average import average
-from llmtrain.averaging.request import AverageRequest, make_specs
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest
 from llmtrain.checkpoints.checkpoint import Origin, load_origin
 from llmtrain.checkpoints.gpt2_folder import Shape, load_model, save_weights
 from llmtrain.checkpoints.open import open_checkpoint
@@ -24,9 +25,10 @@ from llmtrain.checkpoints.resolve import Target, find_targets
 from llmtrain.checkpoints.series import run_series
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.errors import UserError
-from llmtrain.evaluation.generation import Sampling, generate_text, load_generator
-from llmtrain.evaluation.results import EvalOptions, measure
-from llmtrain.evaluation.selection import choose_weights
+from llmtrain.evaluation.generation import generate_text, load_generator
+from llmtrain.evaluation.loss import measure_losses
+from llmtrain.evaluation.options import EvalOptions, Sampling
+from llmtrain.evaluation.results import choose_weights
 from llmtrain.export.model_card import model_card
 from llmtrain.export.publish import export
 from llmtrain.model.gpt import GPT
@@ -51,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunConfig]
     trained = pretrain(tiny(averages=[]), folder, log=lambda line: None).run
     series = run_series(trained)
     average(series, make_specs(series, AverageRequest(method="lawa", every=2, window=3)))
-    measure(find_targets(folder, every_snapshot=False), EvalOptions(), lambda *progress: None)
+    measure_losses(find_targets(folder, every_snapshot=False), EvalOptions(), lambda *progress: None)
     return trained
 
 
@@ -193,13 +195,13 @@ def test_nanogpt_loads_it(tmp_path: Path, bias: bool) -> None:
 
 def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     target = untouched(tmp_path / "made")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         export(target, tmp_path, name="out")
     with pytest.raises(UserError, match="the gpt2 tokenizer 50,257 ids"):
         export(target, tmp_path / "out", name="out", tokenizer="gpt2")
     model = load_model(target.path)
     shape = Shape(model.config, 24, 256)
-    for value, problem in ((70_000.0, "holds 70000"), (float("nan"), "holds nan")):
+    for value, problem in ((70_000.0, "contains 70000"), (float("nan"), "contains nan")):
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         weights["transformer.ln_f.weight"][3] = value
         save_weights(target.path, weights, shape, Origin(7, 70, 0.1, "made"))
@@ -252,5 +254,5 @@ def test_push_sends_the_folder(run: RunFolder, tmp_path: Path) -> None:
         }
         refused = push(hub, "hf_of_someone_else", "again")
     assert refused.returncode == 2
-    assert "the hub refuses me/tiny" in refused.stderr
+    assert "no permission for me/tiny on the hub" in refused.stderr
     assert "again is complete" in refused.stderr

@@ -8,8 +8,9 @@ from tiny_runs import load_all
 from torch import Tensor
 
 from llmtrain.averaging.average import average
-from llmtrain.averaging.request import AverageRequest, make_specs
-from llmtrain.averaging.spec import Average, MergeOptions
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest, MergeOptions
+from llmtrain.averaging.spec import Average
 from llmtrain.checkpoints.resolve import find_series
 
 

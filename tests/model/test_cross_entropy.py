@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.model import cross_entropy as head
 from llmtrain.model import chunk_sizes
+from llmtrain.model import cross_entropy as head
 from llmtrain.model.cross_entropy import linear_cross_entropy
 from llmtrain.model.gpt import GPT, materialized_attention
 

@@ -155,7 +155,7 @@ def test_the_command(llmtrain: Command, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("interconnect", [None, 400.0])
 def test_the_readme_says_what_the_plan_says(interconnect: float | None) -> None:
-    readme = (REPOSITORY / "README.md").read_text()
+    readme = (REPOSITORY / "llmtrain" / "planning" / "README.md").read_text()
     command = re.search(r"^llmtrain plan --config .*?#", readme, re.DOTALL | re.MULTILINE)
     assert command is not None
     common = re.findall(r"--set (\S+)", command[0])

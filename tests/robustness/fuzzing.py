@@ -115,7 +115,7 @@ VALUES = [
 
 
 NUMBERS = ["0", "1", "2", "4", "8", "-1", "0.5", "nan", "1e999", "9" * 400, "10"]
-AVERAGE, TO_8 = ["average", "runs/run", "--window", "2"], ["--from", "4", "--to", "8"]
+AVERAGE, TO_8 = ["average", "runs/run", "--window", "2"], ["--from", "4", "--at", "8"]
 RIGHT = [
     [*AVERAGE, "--every", "2"],
     [*AVERAGE, "--every", "2", "--at", "all", "--out", "new"],

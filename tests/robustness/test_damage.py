@@ -18,7 +18,8 @@ from tiny_runs import model_at, write_checkpoint
 
 from llmtrain.averaging.average import average
 from llmtrain.averaging.inspection import inspect_path
-from llmtrain.averaging.request import AverageRequest, make_specs
+from llmtrain.averaging.make_specs import make_specs
+from llmtrain.averaging.request import AverageRequest
 from llmtrain.checkpoints.checkpoint import load_origin
 from llmtrain.checkpoints.gpt2_folder import load_model
 from llmtrain.checkpoints.resolve import find_targets
@@ -28,8 +29,9 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.data.token_data import open_data
 from llmtrain.data.verify import verify_below
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.evaluation.report.rows import loss_curves, newest_rows
-from llmtrain.evaluation.results import EvalOptions, measure
+from llmtrain.evaluation.loss import measure_losses
+from llmtrain.evaluation.options import EvalOptions
+from llmtrain.evaluation.report.records import loss_curves, newest_results
 from llmtrain.model import tokenizer
 from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.checkpoint import load_checkpoint, read_tensors
@@ -57,7 +59,7 @@ def workplace(
         resume=place / "run" / "state" / "step-00000004",
         log=lambda line: None,
     )
-    measure(
+    measure_losses(
         find_targets(place / "run", every_snapshot=False), EvalOptions(), lambda *progress: None
     )
     for step in (10, 20):
@@ -139,7 +141,9 @@ def resumed(place: Path) -> object:
 
 
 def report(place: Path) -> object:
-    return len(newest_rows(RunFolder(place / "run"))), sorted(loss_curves(RunFolder(place / "run")))
+    return len(newest_results(RunFolder(place / "run"))), sorted(
+        loss_curves(RunFolder(place / "run"))
+    )
 
 
 def ranks(place: Path) -> object:

@@ -150,6 +150,6 @@ def test_average_and_eval_on_a_full_disk(tiny: Callable[..., RunConfig], tmp_pat
     assert others  # one of each result, which is shown all the same
     for line in others:
         assert re.match(
-            rf"warning: measured but not kept: cannot write disk/run/evals/.* {no_room}", line
+            rf"warning: result not cached: cannot write disk/run/evals/.* {no_room}", line
         )
     assert result.stdout.count("ema-0.9") >= 2

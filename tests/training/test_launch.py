@@ -106,7 +106,7 @@ def test_a_signal_to_one_makes_all_save_and_leave(
     os.kill(run.workers()[-1] if whom == "worker" else run.process.pid, number)
     assert run.ended() == 128 + number
     said = run.err.read_text()
-    assert said.count("state saved in runs/run; the same command goes on") == 1
+    assert said.count("training checkpoint saved in runs/run; run the same command to resume") == 1
     assert "Traceback" not in said
     assert run.out.read_text().count("train.max_steps") == 1
     [newest] = list(step_folders(RunFolder(tmp_path / "runs/run").states))[-1:]
@@ -133,7 +133,7 @@ def test_a_killed_launcher_takes_its_processes_with_it(
     # Whichever of them notices first: the other one may have left before it looks.
     said = run.err.read_text().splitlines()
     assert [line for line in said if not line.startswith("stopping at")] == [
-        "SIGTERM: state saved in runs/run; the same command goes on"
+        "SIGTERM: training checkpoint saved in runs/run; run the same command to resume"
     ]
     [newest] = list(step_folders(RunFolder(tmp_path / "runs/run").states))[-1:]
     assert newest >= 20

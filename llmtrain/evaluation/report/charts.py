@@ -1,26 +1,30 @@
-"""Line charts that read well on a phone, on paper and in colour blindness: SVG, PNG, and where each point lies.
+"""Line charts of the report as SVG and PNG, readable on a phone, on paper and when color-blind.
 
-Why SVG with points beside it: the drawing stays a drawing that prints, and a page's few lines of script
-can show the values under the pointer without a plotting library of its own.
+Why SVG plus the position of each point: the figure prints well, and a few lines of script show the
+values under the pointer without a plotting library.
 
-    drawing = draw(Chart("loss", "Validation loss", "step", "nats per token", lines)); drawing.png
+    drawing = draw(Chart("loss", "Validation loss", "step", "nats per token", lines))
 """
 
 import io
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from llmtrain.evaluation.report.records import Curve, RunRecord, gains
+from llmtrain.model.tokenizer import well_formed
+
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's palette, told apart in colour blindness."""
+"""The color-blind-safe palette of Okabe and Ito."""
 DASHES = (
     "-",
     (0, (5, 1.5)),
@@ -30,11 +34,25 @@ DASHES = (
     (0, (8, 2, 2, 2, 2, 2)),
 )
 MARKERS = ("", "o", "s", "^", "D", "v", "P")
+LOSS_CHARTS = {"steps": "loss", "tokens": "loss-tokens", "hours": "loss-hours"}
+"""x axis of the validation loss → name of the chart."""
+
+_LOSS_AXES = {"steps": "step", "tokens": "tokens", "hours": "hours of training"}
+_TRAINING = (
+    ("training-loss", "loss", "Training loss", "nats per token"),
+    ("learning-rate", "lr", "Learning rate", "learning rate"),
+    ("gradient-norm", "grad_norm", "Gradient norm before clipping", "norm"),
+    ("throughput", "tokens_per_second", "Throughput", "tokens per second"),
+    ("utilisation", "mfu", "Model FLOP/s utilisation", "share of the peak"),
+    ("memory", "memory", "Peak memory of a process", "bytes"),
+    ("skipped", "skipped", "Skipped steps so far", "steps"),
+)
+"""Name of the chart, key in the log, title, label of the y axis."""
 
 _SIZE = (5.6, 3.6)
-"""Inches: 403 by 259 points, so that text of 11.5 points is read on a phone and is not huge on a desk."""
-_SHOWN = 500
-"""Points of a line that tell their value; of a longer line, every so many."""
+"""Inches: 403 by 259 points, so that 11.5-point text suits a phone and a desktop."""
+_MAX_POINTS = 500
+"""Points of a line whose values the page shows; longer lines are thinned."""
 _LARGEST = 1e30
 _STYLE: Any = {
     "font.size": 11.5,
@@ -57,15 +75,15 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Line:
-    """One curve; where `y` is None or not finite there is a gap."""
+    """One curve, with a gap at each y that is None or not finite."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float | None]
     spread: Sequence[float] = ()
-    """Half the length of a vertical bar at each point, such as a standard error; NaN, or none at all: no bar."""
+    """Half the length of the error bar at each point; NaN draws none."""
     colour: int = 0
-    """Indices into `COLOURS`, `DASHES` and `MARKERS`, which begin anew after the last."""
+    """Index into `COLOURS`; like `dash` and `marker`, it wraps around."""
     dash: int = 0
     marker: int = 0
 
@@ -75,40 +93,38 @@ class Chart:
     """Lines over one x axis."""
 
     name: str
-    """Of its files and in the page: letters and hyphens."""
+    """File name and HTML id: letters and hyphens."""
     title: str
     x_label: str
     y_label: str
     lines: Sequence[Line]
     log_x: bool = False
-    """For positive values."""
     log_y: bool = False
+    """Use a logarithmic y axis if any value is positive."""
     from_zero: bool = False
-    """Let the y axis begin at zero."""
     baseline: float | None = None
-    """Where to draw a thin horizontal line."""
+    """y of a thin horizontal line."""
     late: bool = False
-    """Fit the y axis to what follows the first tenth, whose values may leave the frame."""
+    """Fit the y axis to the last 90% of the x axis."""
     shown: str = ".4g"
-    """How a value below 1,000 is written."""
+    """Format of values below 1,000."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A chart, drawn."""
+    """A rendered chart."""
 
     chart: Chart
     svg: str
-    """A whole SVG document."""
     png: bytes
     points: list[dict[str, Any]]
-    """For each line its label, colour and points: x and y in the SVG's own units, and both values as text."""
+    """Label, color and points of each line: x and y in SVG units, and both values as text."""
     frame: tuple[float, float, float, float]
-    """Left, top, right and bottom of the axes in the SVG's own units."""
+    """Left, top, right and bottom of the axes in SVG units."""
 
 
 def brief(value: float) -> str:
-    """`3.7M`, `12k`, `0.05`: a number on an axis or in a table."""
+    """Format a number for an axis or a table: `3.7M`, `12k`, `0.05`."""
     for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.4g}{suffix}"
@@ -116,16 +132,109 @@ def brief(value: float) -> str:
 
 
 def duration(hours: float) -> str:
-    """`3.2 hours`, `12.5 minutes`, `40 seconds`."""
+    """Format a time: `3.2 hours`, `12.5 minutes`, `40 seconds`."""
     if abs(hours) >= 1:
         return f"{hours:,.1f} hours"
     return f"{hours * 60:.1f} minutes" if abs(hours) >= 1 / 60 else f"{hours * 3600:.0f} seconds"
 
 
+def is_drawable(value: float | None) -> bool:
+    """Return whether a chart can show a value: finite, and small enough for axis arithmetic."""
+    return value is not None and abs(value) < _LARGEST
+
+
+# --- charts of runs ----------------------------------------------------------------------------
+
+
+def run_charts(records: Sequence[RunRecord]) -> list[Chart]:
+    """Return every chart that has data, validation loss first.
+
+    With one run, color, dash and marker all show the label of the weights. With several runs, the
+    color shows the run.
+    """
+    drawn = [*_loss_charts(records), *(_training_chart(records, *each) for each in _TRAINING)]
+    return [chart for chart in drawn if any(line.x for line in chart.lines)]
+
+
+def _loss_charts(records: Sequence[RunRecord]) -> list[Chart]:
+    charts = [
+        Chart(
+            name,
+            f"Validation loss against {axis}",
+            _LOSS_AXES[axis],
+            "nats per token",
+            _lines(records, lambda record: record.curves, axis),
+            late=True,
+            shown=".4f",
+        )
+        for axis, name in LOSS_CHARTS.items()
+    ]
+    title, lines = "Gain over raw at the same step (up is better)", _lines(records, gains, "steps")
+    gain = Chart(
+        "gain", title, "step", "nats per token", lines, baseline=0.0, late=True, shown=".4f"
+    )
+    return [*charts, gain]
+
+
+def _training_chart(
+    records: Sequence[RunRecord], name: str, key: str, title: str, y_label: str
+) -> Chart:
+    lines = []
+    for index, record in enumerate(records):
+        events = [event for event in record.training if is_drawable(event.get(key))]
+        values = [event[key] for event in events]
+        if any(values) or (values and name != "skipped"):
+            steps = [event["step"] for event in events]
+            lines.append(Line(well_formed(record.name), steps, values, colour=index, dash=index))
+    return Chart(
+        name,
+        title,
+        "step",
+        y_label,
+        lines,
+        log_y=name == "gradient-norm",
+        from_zero=name not in ("training-loss", "gradient-norm"),
+        late=name == "training-loss",
+    )
+
+
+def _lines(
+    records: Sequence[RunRecord], curves_of: Callable[[RunRecord], dict[str, Curve]], axis: str
+) -> list[Line]:
+    """Return a line per run and label; a label looks the same in every chart."""
+    labels = list(dict.fromkeys(label for record in records for label in record.curves))
+    several = len(records) > 1
+    lines = []
+    for index, record in enumerate(records):
+        for label, curve in curves_of(record).items():
+            points = [(x, y) for step, y in curve if (x := _x(record, axis, step)) is not None]
+            kind = labels.index(label)
+            lines.append(
+                Line(
+                    well_formed(f"{record.name}: {label}" if several else label),
+                    [x for x, _ in points],
+                    [y for _, y in points],
+                    colour=index if several else kind,
+                    dash=kind,
+                    marker=kind,
+                )
+            )
+    return [line for line in lines if line.x]
+
+
+def _x(record: RunRecord, axis: str, step: int) -> float | None:
+    if axis == "steps":
+        return step
+    return record.clock.tokens_at(step) if axis == "tokens" else record.clock.hours_at(step)
+
+
+# --- drawing -----------------------------------------------------------------------------------
+
+
 def draw(chart: Chart) -> Drawing:
     """Draw a chart; the same chart gives the same bytes."""
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        # In the SVG the reader's own fonts write a label; in the PNG, what ours lacks is a box.
+        # A glyph missing from our font is a box in the PNG; the SVG uses the reader's fonts.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure = Figure(figsize=_SIZE, dpi=144, layout="constrained")
         axes = figure.subplots()
@@ -134,23 +243,18 @@ def draw(chart: Chart) -> Drawing:
         _label(axes, chart)
         if len(chart.lines) > 1:
             columns = 1 if max(len(line.label) for line in chart.lines) > 24 else 2
-            figure.legend(
-                loc="outside lower left",
-                ncols=columns,
-                fontsize=10.5,
-                handlelength=2.6,
-                columnspacing=1.2,
-            )
+            place: Any = {"loc": "outside lower left", "ncols": columns, "fontsize": 10.5}
+            figure.legend(**place, handlelength=2.6, columnspacing=1.2)
         png, svg = io.BytesIO(), io.StringIO()
         figure.savefig(png, format="png", metadata={"Software": None})
-        figure.set_layout_engine("none")  # as it lies now, in all that follows
+        figure.set_layout_engine("none")  # keep this layout for the points and the SVG
         points, frame = [_points(axes, line, chart) for line in chart.lines], _frame(axes)
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     return Drawing(chart, svg.getvalue(), png.getvalue(), points, frame)
 
 
-def inline(drawing: Drawing) -> str:
-    """The SVG as an element of a page: no prologue, ids that no other figure has, as wide as its place."""
+def inline_svg(drawing: Drawing) -> str:
+    """Return the SVG as a page element without prologue or size, with ids unique to the figure."""
     svg = drawing.svg[drawing.svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{drawing.chart.name}-', svg)
@@ -159,13 +263,17 @@ def inline(drawing: Drawing) -> str:
     return re.sub(r' (width|height)="[^"]*"', "", start) + ">" + end
 
 
+def _colour(line: Line) -> str:
+    return COLOURS[line.colour % len(COLOURS)]
+
+
 def _draw_line(axes: Axes, line: Line) -> None:
     values = [math.nan if y is None or not is_drawable(y) else y for y in line.y]
     axes.plot(
         line.x,
         values,
         label=line.label,
-        color=COLOURS[line.colour % len(COLOURS)],
+        color=_colour(line),
         linestyle=DASHES[line.dash % len(DASHES)],
         marker=MARKERS[line.marker % len(MARKERS)],
         markersize=4,
@@ -173,17 +281,8 @@ def _draw_line(axes: Axes, line: Line) -> None:
         linewidth=1.5,
     )
     if line.spread:
-        colour = COLOURS[line.colour % len(COLOURS)]
-        axes.errorbar(
-            line.x,
-            values,
-            line.spread,
-            fmt="none",
-            ecolor=colour,
-            elinewidth=1.0,
-            capsize=2.5,
-            label=None,
-        )
+        bars: Any = {"fmt": "none", "ecolor": _colour(line), "elinewidth": 1.0, "capsize": 2.5}
+        axes.errorbar(line.x, values, line.spread, label=None, **bars)
 
 
 def _label(axes: Axes, chart: Chart) -> None:
@@ -192,19 +291,16 @@ def _label(axes: Axes, chart: Chart) -> None:
     axes.set_ylabel(chart.y_label)
     if chart.log_x:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        _log_ticks(axes.xaxis)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(_brief)
-    if chart.log_y and any(
-        y > 0 for line in chart.lines for y in line.y if y is not None and is_drawable(y)
-    ):
+    values = [y for line in chart.lines for y in line.y if y is not None and is_drawable(y)]
+    if chart.log_y and any(y > 0 for y in values):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(_brief)
+        _log_ticks(axes.yaxis)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: brief(value))
     if chart.baseline is not None:
         axes.axhline(chart.baseline, color="#777777", linewidth=0.8)
     if chart.late:
@@ -213,41 +309,31 @@ def _label(axes: Axes, chart: Chart) -> None:
         axes.set_ylim(bottom=0)
 
 
-def _brief(value: float, _: float) -> str:
-    return brief(value)
+def _log_ticks(axis: Axis) -> None:
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _late_range(lines: Sequence[Line]) -> tuple[float, float]:
     last = max((x for line in lines for x in line.x), default=0.0)
-    late = [
-        y
-        for line in lines
-        for x, y in zip(line.x, line.y, strict=True)
-        if x >= last / 10 and is_drawable(y)
-    ]
-    values = [y for y in late if y is not None] or [0.0, 1.0]
-    low, high = min(values), max(values)
+    points = [point for line in lines for point in zip(line.x, line.y, strict=True)]
+    late = [y for x, y in points if x >= last / 10 and y is not None and is_drawable(y)]
+    low, high = min(late, default=0.0), max(late, default=1.0)
     margin = 0.05 * (high - low) or 0.05
     return low - margin, high + margin
 
 
-def is_drawable(value: float | None) -> bool:
-    """Whether a chart can show it: finite, and of a size that leaves room for arithmetic."""
-    return value is not None and abs(value) < _LARGEST
-
-
 def _points(axes: Axes, line: Line, chart: Chart) -> dict[str, Any]:
-    """A line for the page's script."""
-    every = math.ceil(len(line.x) / _SHOWN) or 1
-    known = [
-        (x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None and is_drawable(y)
-    ]
+    """Return a line as the script of the page reads it."""
+    every = math.ceil(len(line.x) / _MAX_POINTS) or 1
+    points = zip(line.x, line.y, strict=True)
+    known = [(x, y) for x, y in points if y is not None and is_drawable(y)]
     chosen = [*known[::every], *known[-1:]] if (len(known) - 1) % every else known[::every]
     return {
         "label": line.label,
-        "colour": COLOURS[line.colour % len(COLOURS)],
+        "colour": _colour(line),
         "points": [
-            [*_place(axes, x, y), _value(x, ".4g"), _value(y, chart.shown)] for x, y in chosen
+            [*_position(axes, x, y), _value(x, ".4g"), _value(y, chart.shown)] for x, y in chosen
         ],
     }
 
@@ -256,8 +342,8 @@ def _value(value: float, shown: str) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:{shown}}"
 
 
-def _place(axes: Axes, x: float, y: float) -> tuple[float, float]:
-    """A point in the SVG's units, which are points from its upper left corner."""
+def _position(axes: Axes, x: float, y: float) -> tuple[float, float]:
+    """Return a point in SVG units: points from the upper left corner."""
     if axes.get_yscale() == "log" and y <= 0:
         y = axes.get_ylim()[0]
     across, up = axes.transData.transform((x, y))

@@ -1,9 +1,6 @@
-"""The report as one HTML page that needs no network and no server, and its parts as files.
+"""The report as one self-contained HTML page, with its figures and tables as files.
 
-Why one page: it can be mailed, kept beside the weights, printed and opened in ten years. What it shows
-was measured before; nothing is computed anew.
-
-    write_report([RunFolder(Path("runs/demo"))], Path("runs/demo/report")).page
+Why one page: it can be mailed, archived next to the weights, and printed.
 """
 
 import csv
@@ -20,66 +17,82 @@ from markupsafe import Markup
 
 from llmtrain import __version__
 from llmtrain.errors import UserError
-from llmtrain.evaluation.report.charts import Drawing, brief, draw, duration, inline
-from llmtrain.evaluation.report.run_charts import LOSS_CHARTS, charts
-from llmtrain.evaluation.report.tables import RunRecord, Saving, gains, read_records, savings
+from llmtrain.evaluation.report.charts import (
+    LOSS_CHARTS,
+    Drawing,
+    brief,
+    draw,
+    duration,
+    inline_svg,
+    run_charts,
+)
+from llmtrain.evaluation.report.records import RunRecord, Saving, gains, read_records, savings
 from llmtrain.model.tokenizer import well_formed
 from llmtrain.storage.commit import write_atomically
 from llmtrain.storage.run_folder import RAW, RunFolder
 
 PAGE = "report.html"
-_SAMPLES = 4
-"""Of a run that wrote more, so many are shown: the first, the last, and some between."""
+
+_MAX_SAMPLES = 4
+"""Samples shown of a run: the first, the last, and evenly spaced ones between."""
 _TRAINING_COLUMNS = (
-    "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "memory", "seconds", "skipped",
+    "step", "loss", "lr", "grad_norm", "tokens",
+    "tokens_per_second", "mfu", "memory", "seconds", "skipped",
 )  # fmt: skip
+_COMPARABLE_KEYS = ("data.path", "data.block_size", "eval.tokens")
+"""Config keys that must agree for validation losses to be comparable."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was written."""
+    """A written report."""
 
     page: Path
     plot: Path
-    """Validation loss against steps, as a PNG."""
+    """PNG of the validation loss against steps."""
     records: list[RunRecord]
     savings: list[Saving]
-    """Of all runs, lowest loss first."""
+    """Savings of all runs, lowest loss first."""
 
 
 def write_report(runs: Sequence[RunFolder], folder: Path) -> Report:
-    """Write the page and its parts into `folder`; what has their names gives way.
+    """Write the page, figures and tables into `folder`, replacing earlier ones.
 
     Raises:
-        UserError: there is no validation loss, or a file of a run is damaged.
-        WriteFailed: the disk is full or cannot be written to.
+        UserError: a run lacks validation losses, or a file of a run is damaged.
+        WriteFailed: the disk is full or not writable.
     """
     records = read_records(runs)
     for record in records:
         if not any(record.curves.values()):
+            path = record.run.path
             raise UserError(
-                f"{record.run.path} has no validation loss to show",
-                hint=f"train with an eval.every, or run llmtrain eval {shlex.quote(str(record.run.path))}",
+                f"{path} does not contain validation losses",
+                hint=f"train with eval.every, or run llmtrain eval {shlex.quote(str(path))}",
             )
     saved = sorted((row for record in records for row in savings(record)), key=lambda row: row.loss)
-    drawings = [draw(chart) for chart in charts(records)]
+    drawings = [draw(chart) for chart in run_charts(records)]
     for drawing in drawings:
         write_atomically(folder / f"{drawing.chart.name}.svg", drawing.svg)
         write_atomically(folder / f"{drawing.chart.name}.png", drawing.png)
     for name, rows in _tables(records, saved).items():
         write_atomically(folder / f"{name}.csv", _csv(rows))
-    write_atomically(folder / PAGE, page(records, saved, drawings))
+    write_atomically(folder / PAGE, render_page(records, saved, drawings))
     return Report(folder / PAGE, folder / f"{LOSS_CHARTS['steps']}.png", records, saved)
 
 
-def page(records: Sequence[RunRecord], saved: Sequence[Saving], drawings: Sequence[Drawing]) -> str:
-    """The whole page; text of runs is escaped by the template."""
+def render_page(
+    records: Sequence[RunRecord], saved: Sequence[Saving], drawings: Sequence[Drawing]
+) -> str:
+    """Return the page; the template escapes all text of the runs."""
     templates = Environment(
         loader=PackageLoader("llmtrain.evaluation.report", "page"),
         autoescape=True,
         undefined=StrictUndefined,
     )
+    several = len(records) > 1
     figures = [_figure(drawing) for drawing in drawings]
+    configs = [record.config for record in records]
     rendered = templates.get_template("report.html").render(
         title=" · ".join(record.name for record in records),
         runs=[
@@ -88,21 +101,15 @@ def page(records: Sequence[RunRecord], saved: Sequence[Saving], drawings: Sequen
         ],
         headline=_headline(saved),
         best=[{"run": row.run, "label": row.label, "cells": _saving_cells(row)} for row in saved],
-        unlike=_unlike(records),
-        loss_figures=[figure for figure in figures if figure["axis"]],
-        gain_figures=[figure for figure in figures if figure["name"] == "gain"],
-        training_figures=[
-            figure for figure in figures if not figure["axis"] and figure["name"] != "gain"
-        ],
+        unlike=[key for key in _COMPARABLE_KEYS if len({str(each[key]) for each in configs}) > 1],
+        loss_figures=[each for each in figures if each["axis"]],
+        gain_figures=[each for each in figures if each["name"] == "gain"],
+        training_figures=[each for each in figures if not each["axis"] and each["name"] != "gain"],
         numbers=_numbers(records),
-        samples=[
-            sample for record in records for sample in _samples(record, several=len(records) > 1)
-        ],
-        averages=[a for record in records for a in _averages(record, several=len(records) > 1)],
-        config=_settings(records, [record.config for record in records]),
-        differing=_settings(records, [record.config for record in records], differing=True)
-        if len(records) > 1
-        else None,
+        samples=[sample for record in records for sample in _samples(record, several)],
+        averages=[average for record in records for average in _averages(record, several)],
+        config=_settings(records, configs),
+        differing=_settings(records, configs, differing=True) if several else None,
         environment=_settings(records, [record.environment for record in records]),
         points={
             d.chart.name: {"frame": d.frame, "x_label": d.chart.x_label, "lines": d.points}
@@ -113,31 +120,29 @@ def page(records: Sequence[RunRecord], saved: Sequence[Saving], drawings: Sequen
     return well_formed(rendered)
 
 
-# --- pieces of the page ------------------------------------------------------------------------
+# --- parts of the page -------------------------------------------------------------------------
 
 
 def _figure(drawing: Drawing) -> dict[str, Any]:
     name = drawing.chart.name
     axis = next((axis for axis, chart in LOSS_CHARTS.items() if chart == name), "")
-    svg = Markup(inline(drawing))  # matplotlib has escaped its text
+    svg = Markup(inline_svg(drawing))  # matplotlib has escaped its text
     return {"name": name, "axis": axis, "title": drawing.chart.title, "svg": svg}
 
 
 def _lead(record: RunRecord) -> str:
-    """`900 of 900 steps, 3.69M tokens, 0.05 hours`."""
+    """Return a summary such as `900 of 900 steps, 3.69M tokens, 3.0 minutes of training`."""
     words = [f"{record.step:,} of {record.config['train.max_steps']:,} steps"]
     if (tokens := record.clock.tokens_at(record.step)) is not None:
         words.append(f"{brief(tokens)} tokens")
     if (hours := record.clock.hours_at(record.step)) is not None:
         words.append(f"{duration(hours)} of training")
-    words.append(
-        f"learning rate {record.config['optimizer.lr']:g}, {record.config['schedule.name']}"
-    )
-    return ", ".join(words)
+    rate = record.config["optimizer.lr"]
+    return ", ".join([*words, f"learning rate {rate:g}, {record.config['schedule.name']}"])
 
 
 def _headline(saved: Sequence[Saving]) -> list[tuple[str, str]]:
-    """The few figures that stand out: of the best weights of all."""
+    """Return the main figures of the best weights."""
     best = saved[0]
     facts = [(f"{best.loss:.4f}", f"lowest validation loss: {best.label}, step {best.step:,}")]
     if best.label != RAW and best.gain is not None:
@@ -145,7 +150,7 @@ def _headline(saved: Sequence[Saving]) -> list[tuple[str, str]]:
     if best.reached is None or best.steps_saved is None or best.steps_saved <= 0:
         return facts
     facts.append(
-        (f"{best.steps_saved:,}", f"steps saved: as good as raw ever was at step {best.reached:,}")
+        (f"{best.steps_saved:,}", f"steps saved: reached the best raw loss at {best.reached:,}")
     )
     if best.tokens_saved is not None:
         facts.append((brief(best.tokens_saved), "tokens saved"))
@@ -167,14 +172,8 @@ def _saving_cells(row: Saving) -> list[str]:
     ]
 
 
-def _unlike(records: Sequence[RunRecord]) -> list[str]:
-    """The settings by which the validation losses of the runs are no measure of each other."""
-    deciding = ("data.path", "data.block_size", "eval.tokens")
-    return [key for key in deciding if len({str(record.config[key]) for record in records}) > 1]
-
-
 def _numbers(records: Sequence[RunRecord]) -> dict[str, Any]:
-    """Validation losses by step: a column for each line of the chart."""
+    """Return the validation losses as a table: a row per step, a column per line of the chart."""
     columns = [
         (f"{record.name}: {label}" if len(records) > 1 else label, dict(curve))
         for record in records
@@ -188,31 +187,27 @@ def _numbers(records: Sequence[RunRecord]) -> dict[str, Any]:
     return {"names": [name for name, _ in columns], "rows": rows}
 
 
-def _samples(record: RunRecord, *, several: bool) -> list[dict[str, str]]:
+def _samples(record: RunRecord, several: bool) -> list[dict[str, str]]:
     last = len(record.samples) - 1
-    chosen = (
-        sorted({round(index * last / (_SAMPLES - 1)) for index in range(_SAMPLES)})
-        if last >= 0
-        else []
-    )
+    chosen = sorted({round(i * last / (_MAX_SAMPLES - 1)) for i in range(_MAX_SAMPLES)})
     prefix = f"{record.name}, " if several else ""
     return [
-        {"caption": f"{prefix}step {record.samples[i][0]:,}", "text": record.samples[i][1]}
-        for i in chosen
+        {"caption": f"{prefix}step {step:,}", "text": text}
+        for step, text in (record.samples[i] for i in chosen if last >= 0)
     ]
 
 
-def _averages(record: RunRecord, *, several: bool) -> list[dict[str, Any]]:
-    """What each average is made of, for its newest step."""
+def _averages(record: RunRecord, several: bool) -> list[dict[str, Any]]:
+    """Return the inputs and provenance of the newest average with each label."""
     found = []
-    for label, about in record.provenance.items():
-        inputs = about.get("inputs")
-        rest = {key: value for key, value in about.items() if key != "inputs"}
-        words = f"{about.get('method')}, {'kept while training' if about.get('online') else 'made afterwards'}"
+    for label, provenance in record.provenance.items():
+        inputs = provenance.get("inputs")
+        made = "online" if provenance.get("online") else "post hoc"
+        rest = {key: value for key, value in provenance.items() if key != "inputs"}
         found.append(
             {
                 "name": f"{record.name}: {label}" if several else label,
-                "about": f"— {words}; that of step {about.get('step')}",
+                "about": f"— {provenance.get('method')}, {made}; step {provenance.get('step')}",
                 "inputs": [_input(entry) for entry in inputs] if isinstance(inputs, list) else [],
                 "rest": json.dumps(rest, indent=1, ensure_ascii=False),
             }
@@ -221,7 +216,7 @@ def _averages(record: RunRecord, *, several: bool) -> list[dict[str, Any]]:
 
 
 def _input(entry: object) -> list[str]:
-    """Step, weight, hash and place of one input; what a foreign file says is shown as it is."""
+    """Return step, weight, hash and path of an input; a file of others may have any content."""
     known: Mapping[str, object] = entry if isinstance(entry, dict) else {}
     weight = known.get("weight")
     shown = f"{weight:.6g}" if isinstance(weight, float) else str(weight)
@@ -231,7 +226,7 @@ def _input(entry: object) -> list[str]:
 def _settings(
     records: Sequence[RunRecord], documents: Sequence[Mapping[str, Any]], *, differing: bool = False
 ) -> dict[str, Any]:
-    """A row for each key, a column for each run."""
+    """Return a table with a row per key and a column per run."""
     keys = list(dict.fromkeys(key for document in documents for key in document))
     rows = [(key, [_setting(document.get(key)) for document in documents]) for key in keys]
     if differing:
@@ -240,37 +235,31 @@ def _settings(
 
 
 def _setting(value: object) -> str:
-    return (
-        ""
-        if value is None
-        else value
-        if isinstance(value, str)
-        else json.dumps(value, ensure_ascii=False)
-    )
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False)
 
 
-# --- tables ------------------------------------------------------------------------------------
+# --- CSV files ---------------------------------------------------------------------------------
 
 
 def _tables(records: Sequence[RunRecord], saved: Sequence[Saving]) -> dict[str, list[list[Any]]]:
-    """Name → rows of a CSV file, the first with the names of the columns."""
+    """Return the rows of each CSV file by name, header first."""
     losses: list[list[Any]] = [["run", "weights", "step", "tokens", "hours", "loss", "gain"]]
     training: list[list[Any]] = [["run", *_TRAINING_COLUMNS]]
     for record in records:
-        gained = {label: dict(curve) for label, curve in gains(record).items()}
+        clock, gained = record.clock, {k: dict(curve) for k, curve in gains(record).items()}
         for label, curve in record.curves.items():
             for step, loss in curve:
-                place = [record.clock.tokens_at(step), record.clock.hours_at(step)]
-                losses.append(
-                    [record.name, label, step, *place, loss, gained.get(label, {}).get(step)]
-                )
+                place = [clock.tokens_at(step), clock.hours_at(step)]
+                gain = gained.get(label, {}).get(step)
+                losses.append([record.name, label, step, *place, loss, gain])
         training += [
-            [record.name, *(e.get(key) for key in _TRAINING_COLUMNS)] for e in record.training
+            [record.name, *(event.get(key) for key in _TRAINING_COLUMNS)]
+            for event in record.training
         ]
-    best = [
-        [field.name for field in fields(Saving)],
-        *(list(asdict(row).values()) for row in saved),
-    ]
+    header = [field.name for field in fields(Saving)]
+    best = [header, *(list(asdict(row).values()) for row in saved)]
     return {"losses": losses, "training": training, "best": best}
 
 

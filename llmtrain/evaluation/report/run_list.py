@@ -1,9 +1,7 @@
-"""The runs of a folder: how far each one is, how good, how old and how large.
+"""List of the runs in a folder: state, progress, best losses, age and size.
 
-Why from files alone: the list is the same whether a run is training on this machine, has ended, or was
-copied from elsewhere; only the lock of its folder tells that a process is at it.
-
-    for entry in list_runs(Path("runs")): print(entry.name, entry.state)
+Why from files only: the list is the same while a run trains, after it, and for a copy. Only the
+lock of the folder shows that a process is training.
 """
 
 from collections.abc import Mapping
@@ -13,15 +11,18 @@ from typing import Literal
 
 from llmtrain.config.loading import load_config
 from llmtrain.errors import UserError
-from llmtrain.evaluation.report.rows import Curve, loss_curves
+from llmtrain.evaluation.report.records import Curve, loss_curves
 from llmtrain.storage.commit import is_locked
 from llmtrain.storage.json_files import read_events
 from llmtrain.storage.run_folder import RAW, RunFolder, is_run
 
+RunState = Literal["running", "finished", "interrupted", "damaged"]
+"""running: a process has locked the folder; damaged: a file cannot be read."""
+
 
 @dataclass(frozen=True)
 class BestLoss:
-    """The lowest validation loss of some weights of a run."""
+    """The lowest validation loss of a run, for raw weights or for averages."""
 
     label: str
     step: int
@@ -30,43 +31,41 @@ class BestLoss:
 
 
 @dataclass(frozen=True)
-class Entry:
+class RunEntry:
     """One run."""
 
     name: str
     path: str
-    state: Literal["running", "finished", "interrupted", "damaged"]
-    """running: a process holds it; damaged: a file of it cannot be read."""
+    state: RunState
     step: int | None
-    """The last step that the log tells of; None where the run is damaged."""
+    """Last logged step; None if the run is damaged."""
     max_steps: int | None
     raw: BestLoss | None
     average: BestLoss | None
-    """Of the best of all averages."""
     modified: float
-    """When its log was written last, in seconds since 1970."""
+    """Time of the last log line, in seconds since 1970."""
     bytes: int
-    """Of all its files."""
+    """Size of all files."""
     problem: str | None
-    """What is damaged."""
+    """Error message of a damaged run."""
 
 
-def list_runs(parent: Path) -> list[Entry]:
-    """The runs directly below `parent`, the one that was trained last first.
+def list_runs(parent: Path) -> list[RunEntry]:
+    """Return the runs directly below `parent`, most recently trained first.
 
     Raises:
-        UserError: `parent` is no folder.
+        UserError: `parent` is not a directory.
     """
     if not parent.is_dir():
         raise UserError(
-            f"there is no folder {parent}",
-            hint="train a run (llmtrain pretrain --config FILE), or name its folder",
+            f"{parent} is not a directory",
+            hint="train a run (llmtrain pretrain --config FILE), or pass the folder of the runs",
         )
     entries = [_entry(RunFolder(path)) for path in sorted(parent.iterdir()) if is_run(path)]
     return sorted(entries, key=lambda entry: -entry.modified)
 
 
-def _entry(run: RunFolder) -> Entry:
+def _entry(run: RunFolder) -> RunEntry:
     log = run.metrics if run.metrics.exists() else run.config
     step = max_steps = problem = None
     curves: dict[str, Curve] = {}
@@ -76,7 +75,7 @@ def _entry(run: RunFolder) -> Entry:
         curves = loss_curves(run)
     except UserError as error:
         problem = str(error)
-    return Entry(
+    return RunEntry(
         name=run.path.name,
         path=str(run.path),
         state=_state(run, step, max_steps, problem),
@@ -92,7 +91,7 @@ def _entry(run: RunFolder) -> Entry:
 
 def _state(
     run: RunFolder, step: int | None, max_steps: int | None, problem: str | None
-) -> Literal["running", "finished", "interrupted", "damaged"]:
+) -> RunState:
     if is_locked(run.path):
         return "running"
     if problem is not None or step is None or max_steps is None:
@@ -109,7 +108,7 @@ def _best(curves: Mapping[str, Curve]) -> BestLoss | None:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of all files; one that vanishes meanwhile, as a state does when its successor is there, counts nothing."""
+    """Return the bytes of all files; a file deleted meanwhile counts zero."""
     total = 0
     for path in folder.rglob("*"):
         try:

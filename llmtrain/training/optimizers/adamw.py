@@ -30,7 +30,7 @@ class AdamW(torch.optim.AdamW):
         return 1.0
 
     def gradient_norm(self) -> Tensor:
-        """Return the 2-norm of all gradients as one vector: float32, shape (), equal on all ranks."""
+        """Return the 2-norm of all gradients: float32, shape (), equal on all ranks."""
         norm = torch.nn.utils.get_total_norm(self._gradients())
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 

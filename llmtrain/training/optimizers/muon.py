@@ -1,7 +1,7 @@
 """Muon: orthogonalized momentum for the matrices of the blocks, AdamW for all other parameters.
 
 Why not `torch.optim.Muon`: it cannot skip an update by a flag on the device (`found_inf`), and it
-cannot orthogonalize a sharded matrix. The arithmetic equals torch's bit for bit; the tests check it.
+cannot orthogonalize a sharded matrix. The tests compare the arithmetic with torch's bit for bit.
 """
 
 import math

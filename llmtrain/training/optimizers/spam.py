@@ -12,7 +12,7 @@ from llmtrain.runtime.sharded import to_local
 from llmtrain.training.optimizers.adamw import AdamW, decay_groups
 
 SETTLE_STEPS = 20
-"""Steps without clipping after a reset: with few gradients in it, the second moment is too small."""
+"""Steps without clipping after a reset, until the second moment is large enough."""
 
 
 class Spam(AdamW):

@@ -1,5 +1,5 @@
 "use strict";
-// Shows the values under the pointer, or at the arrow keys, in each chart. The page reads well without it.
+// Show the values under the pointer, or step through them with the arrow keys. The page works without it.
 const charts = JSON.parse(document.getElementById("points").textContent);
 
 function nearest(points, x) {
@@ -47,7 +47,7 @@ function attach(figure) {
     svg.append(cursor);
     tip.hidden = false;
     const scale = svg.clientWidth / svg.viewBox.baseVal.width;
-    // In the corner away from the pointer, so that it hides nothing that is looked at.
+    // Place the tip in the opposite corner, so that it does not cover the points.
     tip.style.left = x > (left + right) / 2 ? `${left * scale + 6}px` : `${right * scale - 6 - tip.offsetWidth}px`;
     tip.style.top = `${svg.getBoundingClientRect().top - figure.getBoundingClientRect().top + top * scale}px`;
   }

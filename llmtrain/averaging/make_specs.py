@@ -1,0 +1,167 @@
+"""From a request to specs: the checkpoints, weights, label and folder of each average.
+
+make_specs(series, AverageRequest(method="lawa", every=1000, window=5))
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from llmtrain.averaging import coefficients
+from llmtrain.averaging.request import (
+    DEFAULT_WINDOW,
+    METHODS,
+    AverageRequest,
+    Weighting,
+    check_request,
+)
+from llmtrain.averaging.spec import AverageSpec
+from llmtrain.averaging.stored_averages import dense_specs, power_ema_specs
+from llmtrain.checkpoints.series import MissingCheckpoints, Series
+from llmtrain.checkpoints.windows import describe_spacings, describe_steps, possible_spacings
+from llmtrain.errors import UserError
+from llmtrain.storage.run_folder import step_name
+
+
+def make_specs(series: Series, request: AverageRequest) -> list[AverageSpec]:
+    """Return the specs of a request, ascending by step.
+
+    Raises:
+        UserError: the method, an option or a value is invalid, or the checkpoints do not exist.
+    """
+    check_request(request)
+    if request.method == "dense":
+        specs = dense_specs(series, request.start, request.at_step)
+    elif request.method == "posthoc-ema":
+        specs = power_ema_specs(series, request.sigma_rel, request.at_step)
+    elif request.method == "custom":
+        specs = _custom(series, request)
+    elif request.method == "swa" or (request.method == "ema" and request.window is None):
+        specs = _growing(series, request)
+    else:
+        specs = _windows(series, request)
+    return [_with_target(spec, series, request) for spec in specs]
+
+
+def _every(series: Series, request: AverageRequest, size: int) -> int:
+    if request.every is not None:
+        return request.every
+    spacings = possible_spacings(series.steps, size)
+    raise UserError(
+        f"--every is required; {series.name} has checkpoints at {describe_steps(series.steps)}",
+        hint=f"--every {describe_spacings(spacings)} gives a window of {size}"
+        if spacings
+        else "use --window 1, or train longer",
+    )
+
+
+def _windows(series: Series, request: AverageRequest) -> list[AverageSpec]:
+    """Return windows of a fixed size."""
+    if request.start is not None:
+        raise UserError(
+            "--from and --window exclude each other", hint="leave out --window to use all --from"
+        )
+    size = DEFAULT_WINDOW if request.window is None else request.window
+    every = _every(series, request, size)
+    windows = series.windows(
+        every=every, size=size, at=request.at_step, disjoint=bool(request.disjoint)
+    )
+    weighting = _weighting(request, size, every)
+    label, options = f"{weighting.label}-{size}x{every}", weighting.options | {"window": size}
+    weighting = Weighting(weighting.weights, label, options)
+    return [_spec(series, request, window, weighting) for window in windows]
+
+
+def _growing(series: Series, request: AverageRequest) -> list[AverageSpec]:
+    """Return averages of everything up to a step: swa, and ema without --window."""
+    if request.method == "swa" and request.start is None:
+        raise UserError(
+            "--method swa needs --from STEP",
+            hint="the paper's late SWA starts at 75% of training; "
+            f"{series.name} has {describe_steps(series.steps)}",
+        )
+    every, at, start = _every(series, request, 2), request.at_step, request.start or 1
+    ends = [s for s in series.steps if s >= start and (at in ("last", "all") or s == at)]
+    if not ends:
+        raise MissingCheckpoints(
+            f"{series.name} has no checkpoint at --at {at} from step {start:,} on; "
+            f"it has {describe_steps(series.steps)}",
+            hint="use --at last",
+        )
+    specs = []
+    for end in ends[-1:] if at == "last" else ends:
+        steps = _grid(series, request, end, every)
+        weights, label, options = _weighting(request, len(steps), every)
+        since = "" if request.start is None else f"-from-{start}"
+        options |= {"from": request.start}
+        weighting = Weighting(weights, f"{label}{since}x{every}", options)
+        specs.append(_spec(series, request, steps, weighting))
+    return specs
+
+
+def _grid(series: Series, request: AverageRequest, end: int, every: int) -> list[int]:
+    """Return the steps `every` apart up to `end`, from --from or, without it, from the last gap."""
+    steps = list(range(end, (request.start or 1) - 1, -every))[::-1]
+    missing = [step for step in steps if step not in series.inputs]
+    if request.start is None:
+        return [step for step in steps if step > max(missing, default=0)]
+    if missing:
+        raise MissingCheckpoints(
+            f"{series.name} has no checkpoints at {describe_steps(missing)}; "
+            f"it has {describe_steps(series.steps)}",
+            hint=f"use --every {describe_spacings(possible_spacings(series.steps, 2))}",
+        )
+    return steps
+
+
+def _weighting(request: AverageRequest, count: int, every: int) -> Weighting:
+    weigh = METHODS[request.method].weigh
+    assert weigh is not None, f"{request.method} selects its own inputs"
+    weights, label, options = weigh(request, count, every)
+    return Weighting(weights, label, {"every": every} | options)
+
+
+def _custom(series: Series, request: AverageRequest) -> list[AverageSpec]:
+    """Return averages with weights from a file, by step or by position in a window."""
+    if request.weights is None:
+        raise UserError(
+            "--method custom needs --weights FILE",
+            hint='write a file such as {"1000": 0.25, "2000": 0.75}',
+        )
+    given = coefficients.read_weights(request.weights)
+    options = {"weights": request.weights.name}
+    if isinstance(given, list):
+        every = _every(series, request, len(given))
+        windows = series.windows(every=every, size=len(given), at=request.at_step)
+        weighting = Weighting(given, "custom", options | {"every": every})
+        return [_spec(series, request, window, weighting) for window in windows]
+    if request.at is not None or request.every is not None:
+        raise UserError(
+            "--at and --every do not apply: --weights lists the steps", hint="leave them out"
+        )
+    if missing := [step for step in given if step not in series.inputs]:
+        raise UserError(
+            f"{request.weights} lists missing steps: {describe_steps(missing)}",
+            hint=f"use steps of {series.name}: {describe_steps(series.steps)}",
+        )
+    return [_spec(series, request, list(given), Weighting([*given.values()], "custom", options))]
+
+
+def _spec(
+    series: Series, request: AverageRequest, steps: Sequence[int], weighting: Weighting
+) -> AverageSpec:
+    weights, label, options = weighting
+    if request.blend is not None:
+        weights = coefficients.blend(weights, request.blend)
+        label, options = f"{label}-blend-{request.blend!r}", options | {"blend": request.blend}
+    inputs = tuple(series.inputs[step] for step in steps)
+    return AverageSpec(request.method, label, inputs, tuple(weights), series.averages, options)
+
+
+def _with_target(spec: AverageSpec, series: Series, request: AverageRequest) -> AverageSpec:
+    """Return the spec with its final label and folder."""
+    label = request.label or spec.label
+    if request.out is None:
+        target = series.averages / label / step_name(spec.step)
+    else:
+        target = request.out / step_name(spec.step) if request.at_step == "all" else request.out
+    return replace(spec, label=label, target=target, is_default=request.out is None)

@@ -1,0 +1,244 @@
+"""Numbers of the report: losses by step, tokens and hours, savings, spikes and samples of a run.
+
+Why from files only: the report shows what training logged and `llmtrain eval` measured. It can be
+written again on a machine without the weights.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE
+from llmtrain.config.loading import load_config
+from llmtrain.config.schema import flatten
+from llmtrain.evaluation.results import EvalResult, stored_results
+from llmtrain.storage.json_files import read_events, read_json
+from llmtrain.storage.run_folder import RAW, RunFolder, step_folders
+
+Curve = list[tuple[int, float]]
+"""Points (step, loss in nats per token), sorted by step."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Tokens and hours of training by step, interpolated between the lines of the log."""
+
+    steps: Sequence[int]
+    tokens: Sequence[float]
+    seconds: Sequence[float]
+
+    def tokens_at(self, step: int) -> float | None:
+        """Return the tokens trained on up to `step`; None without a log."""
+        return float(np.interp(step, self.steps, self.tokens)) if self.steps else None
+
+    def hours_at(self, step: int) -> float | None:
+        """Return the hours of training up to `step`; None without a log."""
+        return float(np.interp(step, self.steps, self.seconds)) / 3600 if self.steps else None
+
+
+@dataclass(frozen=True)
+class Interventions:
+    """Counts of spikes and non-finite values in training, and of the reactions."""
+
+    nonfinite: int
+    """Steps with a loss or gradient norm that is not finite."""
+    spikes: int
+    """Steps with a loss or gradient norm far above the recent ones."""
+    skipped: int
+    """Steps of both kinds whose update was skipped."""
+    rewinds: int
+
+    def __str__(self) -> str:
+        return (
+            f"spikes {self.spikes:,}, not finite {self.nonfinite:,}: "
+            f"skipped {self.skipped:,} steps, rewound {self.rewinds:,} times"
+        )
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The files of one run, as the report needs them."""
+
+    name: str
+    run: RunFolder
+    config: dict[str, Any]
+    """Dotted key → value."""
+    curves: dict[str, Curve]
+    """Validation loss of raw weights, first, and of each average."""
+    clock: Clock
+    training: list[dict[str, Any]]
+    """Log lines of training steps."""
+    samples: list[tuple[int, str]]
+    """Step and generated text."""
+    interventions: Interventions
+    provenance: dict[str, dict[str, Any]]
+    """`provenance.json` of the newest average with each label."""
+    environment: dict[str, Any]
+    """Machine and versions of the training; empty if not recorded."""
+
+    @property
+    def step(self) -> int:
+        """Last step with a log line or a result."""
+        measured = [curve[-1][0] for curve in self.curves.values() if curve]
+        return max([event["step"] for event in self.training] + measured, default=0)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """The best weights with one label, and the training they save compared with raw weights."""
+
+    run: str
+    label: str
+    step: int
+    """Step with the lowest loss."""
+    loss: float
+    """Nats per token."""
+    gain: float | None
+    """Lowest raw loss of the run minus this loss."""
+    reached: int | None
+    """First measured step with at most the lowest raw loss."""
+    raw_step: int | None
+    """First measured step with the lowest raw loss."""
+    steps_saved: int | None
+    """`raw_step` minus `reached`."""
+    tokens_saved: float | None
+    hours_saved: float | None
+
+
+def loss_curves(run: RunFolder) -> dict[str, Curve]:
+    """Return the validation loss by step for raw weights, first, and each average.
+
+    Combines the results of `eval` with those of training on the same number of tokens.
+    """
+    results = _comparable(stored_results(run))
+    curves: dict[str, dict[int, float]] = defaultdict(dict)
+    for event in read_events(run.metrics):
+        if results and event.get("val/tokens") != results[0].tokens:
+            continue
+        for key, loss in event.items():
+            if key.startswith("val/loss") and loss is not None and math.isfinite(loss):
+                curves[key.removeprefix("val/loss").lstrip("/") or RAW][event["step"]] = loss
+    for result in results:
+        if result.step is not None:
+            curves[result.label][result.step] = result.loss
+    labels = sorted(curves, key=lambda label: (label != RAW, label))
+    return {label: sorted(curves[label].items()) for label in labels}
+
+
+def newest_results(run: RunFolder) -> list[EvalResult]:
+    """Return the newest result of raw weights and of each average, on the same windows."""
+    newest = {result.label: result for result in _comparable(stored_results(run))}
+    return list(newest.values())  # sorted by step, so the last one of each label stays
+
+
+def _comparable(results: Sequence[EvalResult]) -> list[EvalResult]:
+    """Return the largest group of results on the same validation windows; on a tie, more tokens."""
+    groups = defaultdict(list)
+    for result in results:
+        if result.split == "val":
+            groups[result.data, result.tokens, result.precision].append(result)
+    return max(groups.values(), key=lambda group: (len(group), group[0].tokens), default=[])
+
+
+def read_records(runs: Sequence[RunFolder]) -> list[RunRecord]:
+    """Read the runs in the given order, each under a unique name.
+
+    Raises:
+        UserError: a file of a run is damaged.
+    """
+    names = [run.path.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.path) for run in runs]
+    return [_read_record(run, name) for run, name in zip(runs, names, strict=True)]
+
+
+def _read_record(run: RunFolder, name: str) -> RunRecord:
+    events = read_events(run.metrics)
+    training = [event for event in events if "lr" in event]
+    timed = [
+        event
+        for event in training
+        if math.isfinite(event.get("seconds", math.nan) + event.get("tokens", math.nan))
+    ]
+    start = [0] if timed else []
+    columns = ([*start, *(each[key] for each in timed)] for key in ("step", "tokens", "seconds"))
+    return RunRecord(
+        name=name,
+        run=run,
+        config=flatten(load_config(run.config)),
+        curves=loss_curves(run),
+        clock=Clock(*columns),
+        training=training,
+        samples=[(event["step"], str(event["sample"])) for event in events if "sample" in event],
+        interventions=_interventions([*events, *read_events(run.rewound_metrics)]),
+        provenance=_provenance(run),
+        environment=read_json(run.environment) if run.environment.exists() else {},
+    )
+
+
+def _interventions(events: Sequence[dict[str, Any]]) -> Interventions:
+    kinds = Counter(
+        (event["incident"], event["action"] == "skip") for event in events if "incident" in event
+    )
+    return Interventions(
+        nonfinite=kinds["nonfinite", True] + kinds["nonfinite", False],
+        spikes=kinds["spike", True] + kinds["spike", False],
+        skipped=kinds["nonfinite", True] + kinds["spike", True],
+        rewinds=sum("rewound_from" in event for event in events),
+    )
+
+
+def _provenance(run: RunFolder) -> dict[str, dict[str, Any]]:
+    found = {}
+    for folder in sorted(run.averages.iterdir()) if run.averages.is_dir() else []:
+        steps = step_folders(folder)
+        path = (steps[max(steps)] if steps else folder) / PROVENANCE_FILE
+        if path.is_file():
+            found[folder.name] = read_json(path)
+    return found
+
+
+def savings(record: RunRecord) -> list[Saving]:
+    """Return the best of raw weights and of each average, lowest loss first."""
+    raw = record.curves.get(RAW, [])
+    raw_step, raw_loss = min(raw, key=lambda point: point[1]) if raw else (None, None)
+    rows = [
+        _saving(record, label, curve, raw_step, raw_loss)
+        for label, curve in record.curves.items()
+        if curve
+    ]
+    return sorted(rows, key=lambda row: row.loss)
+
+
+def _saving(
+    record: RunRecord, label: str, curve: Curve, raw_step: int | None, raw_loss: float | None
+) -> Saving:
+    step, loss = min(curve, key=lambda point: point[1])
+    reached = steps = tokens = hours = None
+    if raw_loss is not None and label != RAW:
+        reached = next((at for at, value in curve if value <= raw_loss), None)
+    if reached is not None and raw_step is not None:
+        clock, steps = record.clock, raw_step - reached
+        tokens = _difference(clock.tokens_at(raw_step), clock.tokens_at(reached))
+        hours = _difference(clock.hours_at(raw_step), clock.hours_at(reached))
+    gain = _difference(raw_loss, loss)
+    return Saving(record.name, label, step, loss, gain, reached, raw_step, steps, tokens, hours)
+
+
+def _difference(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def gains(record: RunRecord) -> dict[str, Curve]:
+    """Return the raw loss minus the loss of each average at the same step."""
+    raw = dict(record.curves.get(RAW, []))
+    curves = {
+        label: [(step, raw[step] - loss) for step, loss in curve if step in raw]
+        for label, curve in record.curves.items()
+        if label != RAW
+    }
+    return {label: curve for label, curve in curves.items() if curve}
