@@ -304,7 +304,7 @@ def validation_documents(documents: int, split: SplitRule) -> npt.NDArray[np.boo
     val_documents = math.ceil(split.val_fraction * documents)
     if val_documents >= documents:
         raise UserError(
-            f"val fraction {split.val_fraction} leaves none of {documents:,} document(s) to train on",
+            f"val fraction {split.val_fraction} leaves none of {documents:,} document(s) for train",
             hint="lower it, add documents, or use --val-fraction 0 to train on all of them",
         )
     is_val = np.zeros(documents, dtype=np.bool_)
