@@ -242,11 +242,11 @@ def _locked(lock: Path, what: Path, *, keep: bool = False, wait: bool = False) -
             hint="wait for it, stop it, or choose another folder",
         ) from None
     with file:
-        with disk_errors(what):
-            file.truncate(0)
-            # Unbuffered, so that closing the file cannot fail a second time.
-            os.write(file.fileno(), str(os.getpid()).encode())
         try:
+            with disk_errors(what):
+                file.truncate(0)
+                # Unbuffered, so that closing the file cannot fail a second time.
+                os.write(file.fileno(), str(os.getpid()).encode())
             yield
         finally:
             if not keep:

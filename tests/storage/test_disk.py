@@ -48,12 +48,11 @@ def python(code: str) -> str:
     return f"python -c {shlex.quote(code)}"
 
 
-STAGE = """
-import torch
+IMPORTS = """
 from pathlib import Path
-from safetensors.torch import save_file
+import numpy as np
+from safetensors.numpy import save_file
 from llmtrain.storage.commit import staged_folder, write_atomically
-from llmtrain.training.run import pretrain
 """
 KEEP = """
 write_atomically(Path("disk/old"), "kept")
@@ -61,7 +60,7 @@ write_atomically(Path("disk/old"), "kept")
 WRITE = """
 try:
     with staged_folder(Path("disk/new"), needed=4_000_000) as folder:
-        save_file({"a": torch.ones(1_000_000)}, folder / "model.safetensors")
+        save_file({"a": np.ones(1_000_000, np.float32)}, folder / "model.safetensors")
 except BaseException as error:
     print(type(error).__name__, error)
 print([path.name for path in Path("disk").iterdir()])
@@ -71,7 +70,7 @@ print([path.name for path in Path("disk").iterdir()])
 @needs_mount
 def test_full_disk_keeps_files_and_reports_the_needed_bytes(tmp_path: Path) -> None:
     message, files = on_a_disk(
-        tmp_path, "size=1m", python(STAGE + KEEP + WRITE)
+        tmp_path, "size=1m", python(IMPORTS + KEEP + WRITE)
     ).stdout.splitlines()
     assert message.startswith(
         "WriteFailed cannot write disk/new: No space left on device (4,000,000 bytes needed, 1,0"
@@ -81,7 +80,7 @@ def test_full_disk_keeps_files_and_reports_the_needed_bytes(tmp_path: Path) -> N
 
 @needs_mount
 def test_read_only_disk(tmp_path: Path) -> None:
-    message, files = on_a_disk(tmp_path, "ro", python(STAGE + WRITE)).stdout.splitlines()
+    message, files = on_a_disk(tmp_path, "ro", python(IMPORTS + WRITE)).stdout.splitlines()
     assert message.startswith(
         "WriteFailed cannot write disk/new: Read-only file system (4,000,000 bytes needed"
     )
@@ -126,6 +125,7 @@ def test_permission_error_of_another_file_passes_through(tmp_path: Path) -> None
             raise PermissionError(13, os.strerror(13), str(tmp_path / filename))
 
 
+@pytest.mark.slow
 @needs_mount
 def test_average_and_eval_on_a_full_disk(tiny: Callable[..., RunConfig], tmp_path: Path) -> None:
     pretrain(tiny(train__max_steps=8), tmp_path / "run", log=print)

@@ -166,6 +166,7 @@ def test_a_killed_worker_is_reported_once(tiny: Build, tmp_path: Path, start: St
     assert "Traceback" not in stderr
 
 
+@pytest.mark.slow
 def test_nproc_prints_an_error_once(tiny: Build, tmp_path: Path, start: Start) -> None:
     run = start(*PRETRAIN, write_config(tiny, tmp_path), "--nproc", "3")
     assert run.exit_code() == 2
