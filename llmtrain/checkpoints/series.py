@@ -26,6 +26,10 @@ _SHARD = re.compile(r"-\d+-of-\d+$")
 _FINAL_NAMES = ("final", "main")
 
 
+class MissingCheckpoints(UserError):
+    """A series lacks the requested checkpoints."""
+
+
 @dataclass(frozen=True)
 class Input:
     """A checkpoint that has not been opened."""
@@ -85,13 +89,13 @@ class Series:
             )
         return chosen
 
-    def _no_window(self, every: int, size: int) -> UserError:
+    def _no_window(self, every: int, size: int) -> MissingCheckpoints:
         spacings = windows.possible_spacings(self.steps, size)
         if spacings:
             hint = f"--every {windows.describe_spacings(spacings)} gives a window of {size}"
         else:
             hint = f"use --window {max(len(self.steps), 1)} or less, or continue training"
-        return UserError(
+        return MissingCheckpoints(
             f"{self.name} has no {size} checkpoints every {every:,} steps; "
             f"it has {len(self.steps)}: {windows.describe_steps(self.steps)}",
             hint=hint,
