@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from llmtrain.errors import UserError
-from llmtrain.evaluation.options import Sampling
+from llmtrain.evaluation.options import EvalOptions, Sampling
 
 from .common import WeightsArgument, console, err_console, help_of, interruptible, print_json
 
@@ -41,7 +41,7 @@ def generate(
     tokenizer: Annotated[
         str | None, typer.Option(help="gpt2 or byte.", show_default="from config.json")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: Annotated[str, typer.Option(help=help_of(EvalOptions, "device"))] = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,

@@ -124,7 +124,7 @@ def generate(
 
 
 def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Return one id, drawn on the CPU so that a seed gives the same text on every device."""
+    """Return one id, drawn on the CPU so that the draws do not depend on the device."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     probabilities = F.softmax(filter_logits(logits_V / sampling.temperature, sampling), dim=-1)

@@ -1,4 +1,4 @@
-"""Results of losses and tasks, the cached losses of a run, and the choice of its best weights."""
+"""Result types for losses and tasks, the cached losses of a run, the choice of its best weights."""
 
 import math
 from collections.abc import Callable
