@@ -63,7 +63,7 @@ def output_layout(newest: Checkpoint, *, dtype: str | None, max_shard: int | Non
         tensors = {name: spec for specs in layout.values() for name, spec in specs.items()}
         layout = _sharded(tensors, max_shard)
     if len(layout) == 1:
-        return {WEIGHTS_FILE: next(iter(layout.values()))}  # a single file needs no index
+        return {WEIGHTS_FILE: next(iter(layout.values()))}  # without an index
     return layout
 
 

@@ -15,7 +15,9 @@ def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_resolve_distinguishes_runs_paths_and_repositories(tmp_path: Path, make_run: MakeRun) -> None:
+def test_resolve_distinguishes_runs_paths_and_repositories(
+    tmp_path: Path, make_run: MakeRun
+) -> None:
     make_run([10])
     (tmp_path / "owner" / "name").mkdir(parents=True)
     assert resolve("runs/tiny") == resolve(None) == RunFolder(Path("runs/tiny"))
@@ -45,7 +47,7 @@ def test_find_series_without_checkpoints_is_an_error(tmp_path: Path, word: str) 
 
 def test_find_series_rejects_hub_options_for_folders(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "s" / "step10", model_at(10))
-    with pytest.raises(UserError, match="has no revisions"):
+    with pytest.raises(UserError, match="is not on the hub"):
         find_series("s", revision_pattern="step{N}")
     with pytest.raises(UserError, match="was not downloaded"):
         find_series("s", discard=True)
