@@ -28,6 +28,10 @@ _SHARD_SUFFIXES = (".safetensors", ".bin", ".tar")
 _FINAL_NAMES = ("final", "main")
 
 
+class MissingCheckpoints(UserError):
+    """A series lacks the requested checkpoints."""
+
+
 @dataclass(frozen=True)
 class Input:
     """A checkpoint that has not been opened."""
@@ -86,12 +90,12 @@ class Series:
             )
         return chosen
 
-    def _no_window(self, every: int, size: int) -> UserError:
+    def _no_window(self, every: int, size: int) -> MissingCheckpoints:
         spacings = windows.possible_spacings(self.steps, size)
         hint = f"use --window {max(len(self.steps), 1)} or less, or continue training"
         if spacings:
             hint = f"--every {windows.describe_spacings(spacings)} gives a window of {size}"
-        return UserError(
+        return MissingCheckpoints(
             f"{self.name} has no {size} checkpoints every {every:,} steps; "
             f"it has {len(self.steps)}: {windows.describe_steps(self.steps)}",
             hint=hint,

@@ -8,7 +8,6 @@ hashed during the write.
 """
 
 import os
-import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -25,7 +24,6 @@ from llmtrain.checkpoints.checkpoint import (
 )
 from llmtrain.checkpoints.safetensors_files import StoredTensor, encode_header
 from llmtrain.checkpoints.tensors import FLOATS, ITEM_BYTES, StoredArray, TensorSpec
-from llmtrain.errors import UserError
 from llmtrain.storage.integrity import SequentialHash
 from llmtrain.storage.json_files import read_json, write_json
 
@@ -35,23 +33,9 @@ DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 Layout = Mapping[str, Mapping[str, TensorSpec]]
 """Tensors by file name, in stored order."""
 
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as `500MB`, `5GB` or `2GiB`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.strip().upper())
-    size = int(float(match[1]) * _UNITS.get(match[2] or "B", 0)) if match else 0
-    if size <= 0:
-        raise UserError(f"{text!r} is not a size", hint="such as 500MB, 5GB or 2GiB")
-    return size
-
-
-def output_layout(newest: Checkpoint, *, dtype: str | None, max_shard: int | None) -> Layout:
-    """Return the files of an average: those of its newest input, or shards of `max_shard` bytes.
-
-    A tensor larger than `max_shard` gets its own shard.
-    """
+def output_layout(newest: Checkpoint, *, dtype: str | None) -> Layout:
+    """Return the files of an average: those of its newest input."""
     layout = {
         file: {
             name: TensorSpec(dtype, spec.shape) if dtype and spec.dtype in FLOATS else spec
@@ -59,21 +43,9 @@ def output_layout(newest: Checkpoint, *, dtype: str | None, max_shard: int | Non
         }
         for file, specs in newest.layout.items()
     }
-    if max_shard is not None:
-        tensors = {name: spec for specs in layout.values() for name, spec in specs.items()}
-        layout = _sharded(tensors, max_shard)
     if len(layout) == 1:
         return {WEIGHTS_FILE: next(iter(layout.values()))}  # without an index
     return layout
-
-
-def _sharded(tensors: Mapping[str, TensorSpec], max_shard: int) -> dict[str, dict[str, TensorSpec]]:
-    shards: list[dict[str, TensorSpec]] = [{}]
-    for name, spec in tensors.items():
-        if shards[-1] and sum(each.bytes for each in shards[-1].values()) + spec.bytes > max_shard:
-            shards.append({})
-        shards[-1][name] = spec
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": s for i, s in enumerate(shards, 1)}
 
 
 def layout_bytes(layout: Layout) -> int:

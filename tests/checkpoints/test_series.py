@@ -17,7 +17,6 @@ from llmtrain.averaging.request import AverageRequest, MergeOptions
 from llmtrain.checkpoints.open import open_checkpoint
 from llmtrain.checkpoints.resolve import find_series
 from llmtrain.checkpoints.series import folder_series
-from llmtrain.checkpoints.writer import parse_size
 from llmtrain.errors import UserError
 
 
@@ -41,19 +40,6 @@ def test_two_checkpoints_of_one_step_are_rejected(tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "s" / name, model_at(10))
     with pytest.raises(UserError, match="both have step 10"):
         folder_series(tmp_path / "s")
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("500MB", 5 * 10**8), ("2GiB", 2 << 30), ("1.5 kb", 1500), ("7", 7)]
-)
-def test_parse_size(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1", "5 apples", "0", "1TB"])
-def test_parse_size_rejects_other_text(text: str) -> None:
-    with pytest.raises(UserError, match="is not a size"):
-        parse_size(text)
 
 
 @pytest.mark.parametrize(

@@ -254,5 +254,5 @@ def test_push_sends_the_folder(run: RunFolder, tmp_path: Path) -> None:
         }
         refused = push(hub, "hf_of_someone_else", "again")
     assert refused.returncode == 2
-    assert "the hub refuses me/tiny" in refused.stderr
+    assert "no permission for me/tiny on the hub" in refused.stderr
     assert "again is complete" in refused.stderr

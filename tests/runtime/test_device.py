@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def test_devices() -> None:
     assert resolve_device("cpu") == CPU
     assert resolve_device("auto").type in {"cpu", "cuda", "mps"}
-    with pytest.raises(UserError, match="is no device"):
+    with pytest.raises(UserError, match="is not a device"):
         resolve_device("gpu")
     with pytest.raises(UserError, match="this machine has"):
         resolve_device("cuda:99")
@@ -61,7 +61,7 @@ def test_no_peak_is_guessed() -> None:
 def test_compile_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_compile("auto", CPU) == (False, None)
     assert resolve_compile(False, CPU) == (False, None)
-    with pytest.raises(UserError, match=r"cuda-graphs: cpu has none"):
+    with pytest.raises(UserError, match=r"cuda-graphs: cpu does not support it"):
         resolve_compile("cuda-graphs", CPU)
     monkeypatch.setenv("PATH", "")
     wanted, warning = resolve_compile(True, CPU)

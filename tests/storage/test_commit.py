@@ -265,7 +265,7 @@ def test_json_lines_leave_out_a_torn_end(tmp_path: Path) -> None:
 
 
 def test_names_and_the_newest_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no run under"):
+    with pytest.raises(UserError, match="no run in"):
         newest_run(tmp_path / "runs")
     for age, name in enumerate(("b", "a", "c")):
         run = RunFolder(tmp_path / "runs" / name)

@@ -376,7 +376,7 @@ def test_processes_meet_however_often_each_machine_has_restarted() -> None:
 def join_unreachable(patience: float) -> str:
     import llmtrain.runtime.distributed as module
 
-    module._SECONDS_TO_BE_ENDED = patience
+    module._SECONDS_UNTIL_STOPPED = patience
     os.environ |= {"GLOO_SOCKET_IFNAME": "no-such-card", "TORCHELASTIC_RUN_ID": "ours"}
     try:
         with init_distributed(CPU, spread=False):
