@@ -20,7 +20,8 @@ def test_resolve_distinguishes_runs_paths_and_repositories(
 ) -> None:
     make_run([10])
     (tmp_path / "owner" / "name").mkdir(parents=True)
-    assert resolve("runs/tiny") == resolve(None) == RunFolder(Path("runs/tiny"))
+    for run in (resolve("runs/tiny"), resolve(None)):
+        assert isinstance(run, RunFolder) and run.path == Path("runs/tiny")
     assert resolve("owner/name") == Path("owner/name")
     assert resolve("owner/other") == Repository("owner/other", None)
     assert resolve("owner/other@refs/pr/1") == Repository("owner/other", "refs/pr/1")
