@@ -39,7 +39,7 @@ def measure_all(
     rows = measure_losses(
         targets,
         settings or EvalOptions(),
-        lambda target, done, total: computed.add(str(target.path)),
+        lambda target, *progress: computed.add(str(target.path)),
     )
     return rows, computed
 
