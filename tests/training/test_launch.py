@@ -1,4 +1,4 @@
-"""Several processes started by the command itself, or by torchrun: one log, one error, nothing lost."""
+"""Several processes started by --nproc or torchrun: one log, one error, nothing lost."""
 
 import os
 import random
@@ -17,12 +17,14 @@ from llmtrain.config.loading import dump_config
 from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training.checkpoint import read_tensors
 
+pytestmark = pytest.mark.slow
+
 BIN = Path(sys.executable).parent
 LONG = {"train__max_steps": 100_000, "train__micro_batch": 2, "log": {"every": 10}}
 
 
 class Started:
-    """A command in a process group of its own, with its output in files."""
+    """A running command with its output in files."""
 
     def __init__(self, command: list[str], folder: Path) -> None:
         self.out, self.err = folder / "out.txt", folder / "err.txt"
@@ -73,7 +75,7 @@ def written(tiny: Build, folder: Path, **overrides: Any) -> Path:
 
 
 def is_there(pid: int) -> bool:
-    """A process that has ended is a zombie until its new parent looks at it."""
+    """Return whether a process runs; an ended one is a zombie until its parent reaps it."""
     state = Path(f"/proc/{pid}/stat")
     try:
         return state.read_text().rpartition(")")[2].split()[0] != "Z"
@@ -82,7 +84,7 @@ def is_there(pid: int) -> bool:
 
 
 def wait_until_left(processes: list[int]) -> None:
-    """Until the processes, whose launcher is gone, are too."""
+    """Wait until the processes of a killed launcher have ended."""
     for _ in range(600):
         if not any(map(is_there, processes)):
             return
@@ -92,11 +94,10 @@ def wait_until_left(processes: list[int]) -> None:
     raise AssertionError(f"{processes} did not leave")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("whom", "number"), [("worker", signal.SIGTERM), ("launcher", signal.SIGUSR1)]
 )
-def test_a_signal_to_one_makes_all_save_and_leave(
+def test_a_signal_to_one_process_stops_all_with_a_checkpoint(
     tiny: Build, tmp_path: Path, started: Any, whom: str, number: int
 ) -> None:
     run = started(
@@ -105,9 +106,11 @@ def test_a_signal_to_one_makes_all_save_and_leave(
     run.wait_for("       20 ")
     os.kill(run.workers()[-1] if whom == "worker" else run.process.pid, number)
     assert run.ended() == 128 + number
-    said = run.err.read_text()
-    assert said.count("training checkpoint saved in runs/run; run the same command to resume") == 1
-    assert "Traceback" not in said
+    output = run.err.read_text()
+    assert (
+        output.count("training checkpoint saved in runs/run; run the same command to resume") == 1
+    )
+    assert "Traceback" not in output
     assert run.out.read_text().count("train.max_steps") == 1
     [newest] = list(step_folders(RunFolder(tmp_path / "runs/run").states))[-1:]
     assert newest >= 20
@@ -118,10 +121,7 @@ def test_a_signal_to_one_makes_all_save_and_leave(
     assert f"resumed at step {newest:,}" in again.out.read_text()
 
 
-@pytest.mark.slow
-def test_a_killed_launcher_takes_its_processes_with_it(
-    tiny: Build, tmp_path: Path, started: Any
-) -> None:
+def test_a_killed_launcher_stops_its_processes(tiny: Build, tmp_path: Path, started: Any) -> None:
     run = started(
         BIN / "llmtrain", "pretrain", "--config", written(tiny, tmp_path, **LONG), "--nproc", "2"
     )
@@ -130,18 +130,16 @@ def test_a_killed_launcher_takes_its_processes_with_it(
     run.process.kill()
     assert run.ended() == -signal.SIGKILL
     wait_until_left(workers)
-    # Whichever of them notices first: the other one may have left before it looks.
-    said = run.err.read_text().splitlines()
-    assert [line for line in said if not line.startswith("stopping at")] == [
+    # Either process may notice first and stop the other.
+    output = run.err.read_text().splitlines()
+    assert [line for line in output if not line.startswith("stopping at")] == [
         "SIGTERM: training checkpoint saved in runs/run; run the same command to resume"
     ]
     [newest] = list(step_folders(RunFolder(tmp_path / "runs/run").states))[-1:]
     assert newest >= 20
 
 
-def test_a_process_whose_launcher_is_gone_before_it_listens_leaves(
-    tiny: Build, tmp_path: Path
-) -> None:
+def test_a_process_stops_if_its_launcher_has_ended(tiny: Build, tmp_path: Path) -> None:
     config, gone = written(tiny, tmp_path), {"LLMTRAIN_LAUNCHER": str(2**22 + 1)}
     rank = {
         "RANK": "0",
@@ -158,7 +156,6 @@ def test_a_process_whose_launcher_is_gone_before_it_listens_leaves(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.slow
 def test_a_killed_process_is_reported_once(tiny: Build, tmp_path: Path, started: Any) -> None:
     run = started(
         BIN / "llmtrain", "pretrain", "--config", written(tiny, tmp_path, **LONG), "--nproc", "2"
@@ -166,13 +163,13 @@ def test_a_killed_process_is_reported_once(tiny: Build, tmp_path: Path, started:
     run.wait_for("       20 ")
     os.kill(run.workers()[0], signal.SIGKILL)
     assert run.ended() == 1
-    said = run.err.read_text()
-    assert said.count("error:") == 1
-    assert "of 2 was killed by SIGKILL" in said
-    assert "Traceback" not in said
+    output = run.err.read_text()
+    assert output.count("error:") == 1
+    assert "of 2 was killed by SIGKILL" in output
+    assert "Traceback" not in output
 
 
-def test_an_error_is_told_once(tiny: Build, tmp_path: Path, started: Any) -> None:
+def test_an_error_is_printed_once(tiny: Build, tmp_path: Path, started: Any) -> None:
     run = started(BIN / "llmtrain", "pretrain", "--config", written(tiny, tmp_path), "--nproc", "3")
     assert run.ended() == 2
     assert run.err.read_text().splitlines() == [
@@ -182,7 +179,6 @@ def test_an_error_is_told_once(tiny: Build, tmp_path: Path, started: Any) -> Non
     assert not (tmp_path / "runs/run").exists()
 
 
-@pytest.mark.slow
 def test_torchrun_starts_killed_processes_again(tiny: Build, tmp_path: Path, started: Any) -> None:
     config = written(
         tiny,
@@ -197,14 +193,13 @@ def test_torchrun_starts_killed_processes_again(tiny: Build, tmp_path: Path, sta
     run.wait_for("       60 ")
     os.kill(run.workers()[1], signal.SIGKILL)
     assert run.ended() == 0
-    said = run.out.read_text()
-    assert said.count("resumed at step") == 1
-    assert "step 400 reached" in said
+    output = run.out.read_text()
+    assert output.count("resumed at step") == 1
+    assert "step 400 reached" in output
     steps = [event["step"] for event in events(RunFolder(tmp_path / "runs/run")) if "lr" in event]
     assert steps == [*range(3, 400, 3), 400]
 
 
-@pytest.mark.slow
 def test_two_processes_killed_at_random_moments_end_with_the_same_files(
     tiny: Build, tmp_path: Path, started: Any
 ) -> None:
@@ -234,7 +229,7 @@ def test_two_processes_killed_at_random_moments_end_with_the_same_files(
     assert events(calm) == events(killed)
     for path in calm.path.rglob("model.safetensors"):
         assert path.read_bytes() == (killed.path / path.relative_to(calm.path)).read_bytes(), path
-    # Which process writes what both have is torch's choice, and no matter.
+    # torch chooses which process writes replicated tensors, so compare the tensors.
     assert step_folders(calm.states).keys() == step_folders(killed.states).keys()
     for step in step_folders(calm.states):
         one, two = (read_tensors(run.state(step), {}) for run in (calm, killed))
