@@ -12,7 +12,7 @@ import typer
 
 from llmtrain import __version__
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.runtime import ranks
+from llmtrain.runtime import launcher
 
 from .average import average
 from .common import print_error
@@ -60,19 +60,19 @@ _debug = False
 
 def main() -> None:
     """Run one command and exit with its code."""
-    ranks.quiet_unless_first()
+    launcher.silence_other_ranks()
     try:
         app()
     except SystemExit as end:
-        sys.exit(ranks.leave(end.code if isinstance(end.code, int) else int(end.code is not None)))
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        sys.exit(launcher.worker_exit_code(code))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        with ranks.telling() as mine:
-            if mine and _debug:
+        if launcher.reports_error():
+            if _debug:
                 raise
-            if mine:
-                _print_exception(error)
+            _print_exception(error)
         sys.exit(2 if isinstance(error, UserError) else 1)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from llmtrain.runtime import ranks
+from llmtrain.runtime import launcher
 
 from .common import SetOption, console, discard_stdout, parse_duration, print_outcome, warn
 
@@ -95,13 +95,11 @@ def pretrain(
         folder = folder.parent / branch
         resolved = load_config(config, [*(settings or []), f"name={json.dumps(branch)}"])
     if nproc is not None:
-        if ranks.is_member():
+        if launcher.is_worker():
             raise UserError(
                 "--nproc cannot be used in a process that a launcher started", hint="remove --nproc"
             )
-        from llmtrain.runtime.launcher import launch
-
-        raise typer.Exit(launch(_without_nproc(sys.argv[1:]), nproc))
+        raise typer.Exit(launcher.launch(_without_nproc(sys.argv[1:]), nproc))
 
     from llmtrain.runtime.signals import Interrupted
     from llmtrain.training.run import pretrain as train

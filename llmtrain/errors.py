@@ -1,14 +1,11 @@
-"""The ways in which a command fails on purpose, each with a hint that says what to do next.
+"""Errors that a command reports as one red line and a hint, and as exit code 2 or 1.
 
-Why: a person who mistyped a key and a person whose loss became NaN both need one red line and
-one next step, not a traceback. The CLI turns these classes into exit codes 2 and 1.
-
-    raise UserError("no run under runs/", hint="train one: llmtrain pretrain --config FILE")
+raise UserError("no run in runs/", hint="train one: llmtrain pretrain --config FILE")
 """
 
 
-class UserError(ValueError):
-    """What was asked for cannot be done as asked: bad config, bad path, bad option (exit code 2)."""
+class _ReportedError(Exception):
+    """An error with a hint; it can be sent to other processes."""
 
     def __init__(self, message: str, *, hint: str) -> None:
         super().__init__(message)
@@ -18,20 +15,17 @@ class UserError(ValueError):
         return (_rebuild, (type(self), str(self), self.hint))
 
 
-class RunFailed(RuntimeError):
-    """What was asked for was started and could not be finished: NaN, no disk left (exit code 1)."""
+class UserError(_ReportedError, ValueError):
+    """An invalid configuration, path or option (exit code 2)."""
 
-    def __init__(self, message: str, *, hint: str) -> None:
-        super().__init__(message)
-        self.hint = hint
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (type(self), str(self), self.hint))
+class RunFailed(_ReportedError, RuntimeError):
+    """A valid request that failed, such as a NaN loss or a full disk (exit code 1)."""
 
 
 class WriteFailed(RunFailed):
-    """A disk that is full, limited or not to be written to; training goes on without what is not essential."""
+    """A full, limited or read-only disk; training continues without optional files."""
 
 
-def _rebuild(kind: type[UserError | RunFailed], message: str, hint: str) -> UserError | RunFailed:
+def _rebuild(kind: type[_ReportedError], message: str, hint: str) -> _ReportedError:
     return kind(message, hint=hint)

@@ -24,6 +24,7 @@ from llmtrain.averaging.spec import (
     require_declared,
     require_same,
     unique_inputs,
+    weighted_sums,
 )
 from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint
 from llmtrain.checkpoints.safetensors_files import open_safetensors
@@ -140,8 +141,7 @@ def _merge_group(
     `verify` are the inputs to hash while reading and to compare with their recorded hashes.
     """
     opened = list(checkpoints.values())
-    index = {source: i for i, source in enumerate(checkpoints)}
-    sums = [WeightedSum(tuple(index[i] for i in spec.inputs), spec.weights) for spec, _ in group]
+    sums = weighted_sums([spec for spec, _ in group], list(checkpoints))
     sizes = [_output_bytes(checkpoints[spec.inputs[-1]], options) for spec, _ in group]
     require_room(group[0][0].target, sum(sizes))
     with ExitStack() as commits, ExitStack() as files:
@@ -180,13 +180,13 @@ def _prepare(
     """Write everything but the weights into a new folder; return the writer of the weights."""
     copy_companions(newest, folder, options.dtype)
     write_json(folder / PROVENANCE_FILE, document)
-    layout = output_layout(newest, dtype=options.dtype, max_shard=None)
+    layout = output_layout(newest, dtype=options.dtype)
     return WeightsWriter(folder, layout, newest.metadata, hashes)
 
 
 def _output_bytes(newest: Checkpoint, options: MergeOptions) -> int:
     """Return the disk space of an average, except a few kilobytes."""
-    return layout_bytes(output_layout(newest, dtype=options.dtype, max_shard=None))
+    return layout_bytes(output_layout(newest, dtype=options.dtype))
 
 
 def _output_dtypes(newest: Checkpoint, options: MergeOptions) -> dict[str, str]:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from llmtrain.averaging import audit
 from llmtrain.averaging.merge import merge
 from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint, load_origin
-from llmtrain.checkpoints.resolve import Weights, resolve
+from llmtrain.checkpoints.open import is_checkpoint
+from llmtrain.checkpoints.resolve import resolve
 from llmtrain.checkpoints.series import Input, folder_series, local_input, require_same_tensors
 from llmtrain.errors import UserError
 from llmtrain.storage.json_files import read_json
@@ -111,7 +112,7 @@ def _inputs(path: Path) -> list[Input]:
         if not snapshots:
             raise UserError(f"{path} has no snapshot yet", hint="continue training")
         return [local_input(step, folder) for step, folder in snapshots.items()]
-    if isinstance(found, Weights):
+    if is_checkpoint(path):
         return [local_input(_step_of(path), path)]
     return list(folder_series(path).inputs.values())
 

@@ -16,7 +16,7 @@ from llmtrain.averaging.request import (
 )
 from llmtrain.averaging.spec import AverageSpec
 from llmtrain.averaging.stored_averages import dense_specs, power_ema_specs
-from llmtrain.checkpoints.series import Series
+from llmtrain.checkpoints.series import MissingCheckpoints, Series
 from llmtrain.checkpoints.windows import describe_spacings, describe_steps, possible_spacings
 from llmtrain.errors import UserError
 from llmtrain.storage.run_folder import step_name
@@ -82,7 +82,7 @@ def _growing(series: Series, request: AverageRequest) -> list[AverageSpec]:
     every, at, start = _every(series, request, 2), request.at_step, request.start or 1
     ends = [s for s in series.steps if s >= start and (at in ("last", "all") or s == at)]
     if not ends:
-        raise UserError(
+        raise MissingCheckpoints(
             f"{series.name} has no checkpoint at --at {at} from step {start:,} on; "
             f"it has {describe_steps(series.steps)}",
             hint="use --at last",
@@ -105,7 +105,7 @@ def _grid(series: Series, request: AverageRequest, end: int, every: int) -> list
     if request.start is None:
         return [step for step in steps if step > max(missing, default=0)]
     if missing:
-        raise UserError(
+        raise MissingCheckpoints(
             f"{series.name} has no checkpoints at {describe_steps(missing)}; "
             f"it has {describe_steps(series.steps)}",
             hint=f"use --every {describe_spacings(possible_spacings(series.steps, 2))}",

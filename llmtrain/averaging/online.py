@@ -1,7 +1,7 @@
 """Online averages: averages of the weights that a run updates while training.
 
-A recursion rounds each operation to float32 (no fused multiply-add). A mean is a float64 sum, divided
-and rounded once. The same weights therefore give the same bits on every device and after a resume,
+A recursion rounds each operation to float32 (no fused multiply-add). A mean is a float64 sum,
+divided and rounded once. So the same weights give the same bits on every device and after a resume,
 and an online LAWA equals the average of stored checkpoints.
 
     average = build_average(EmaConfig(kind="ema", decay=0.9), model, warmup_steps=100)
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from typing_extensions import override
 
 from llmtrain.averaging.stored_averages import gamma_of
 from llmtrain.config.sections import (
@@ -38,29 +37,28 @@ class OnlineAverage(ABC):
     """One average: its update steps and its state."""
 
     config: AverageConfig
-    _tensors: dict[str, Tensor]
-    """State by parameter name."""
+    first_ready = 1
+    """Updates until there is an average."""
 
     def __init__(self, config: AverageConfig, model: nn.Module, start: int) -> None:
-        """Average the parameters of `model`, which is on its device.
-
-        `start` is the default of the first step that may be an update.
-        """
+        """Average the parameters of `model`, from step `start` unless the config sets another."""
         self.config = config
         self.start = config.start if config.start is not None else start
         self.updates = 0
         self._parameters = dict(model.named_parameters())
         """Each process averages its own shards."""
         self._pinned = config.offload and any(p.is_cuda for p in self._parameters.values())
+        self._tensors: dict[str, Tensor] = {}
+        """State by parameter name."""
 
     def due(self, step: int) -> bool:
         """Return whether this step is an update."""
         return step >= self.start and step % self.config.every == 0
 
-    def go_on_from(self, step: int) -> None:
-        """Resume at a step, after `load`; move `start` if a branch added the average after it.
+    def resume_at(self, step: int) -> None:
+        """After `load`, move `start` to the first update if a branch added the average later.
 
-        The updates so far are the last ones due, so their number determines the first.
+        The updates so far are the last ones due before `step`, so their number gives the first.
         """
         every = self.config.every
         first = (step // every - self.updates + 1) * every
@@ -70,7 +68,7 @@ class OnlineAverage(ABC):
     @property
     def ready(self) -> bool:
         """An average exists."""
-        return self.updates > 0
+        return self.updates >= self.first_ready
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -85,6 +83,10 @@ class OnlineAverage(ABC):
     def weights(self) -> Weights:
         """Return the average in float32 by parameter name (local shards); do not modify it."""
 
+    def residual(self) -> Weights | None:
+        """Return the rounding error of `weights`, if it is stored."""
+        return None
+
     def state(self) -> dict[str, Tensor]:
         """Return everything needed to resume, except the number of updates."""
         return dict(self._tensors)
@@ -95,36 +97,35 @@ class OnlineAverage(ABC):
             tensor.copy_(state[name])
         self.updates = updates
 
-    @abstractmethod
     def provenance(self, step: int) -> dict[str, Any]:
         """Return the content of `provenance.json`."""
-
-    def residual(self) -> Weights | None:
-        """Return the rounding error of `weights`, if it is stored."""
-        return None
-
-    def _copy(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        """Copy a parameter to the memory of the average: the device or the host."""
-        value = to_local(parameter.detach())
-        if not self.config.offload:
-            return value.to(dtype, copy=True)
-        home = torch.empty(value.shape, dtype=dtype, pin_memory=self._pinned)
-        return home.copy_(value)
-
-    def _current(self) -> list[Tensor]:
-        """Return the current float32 weights in the memory of the average."""
-        values = [to_local(parameter.detach()) for parameter in self._parameters.values()]
-        return [value.cpu() for value in values] if self.config.offload else values
-
-    def _provenance(self, step: int, **more: Any) -> dict[str, Any]:
         return {
             "method": self.config.kind,
             "online": True,
             "step": step,
             "updates": self.updates,
             "every": self.config.every,
-            **more,
+            **self._parameters_of_method(step),
         }
+
+    @abstractmethod
+    def _parameters_of_method(self, step: int) -> dict[str, Any]: ...
+
+    @property
+    def _before_start(self) -> int:
+        return max(self.start - 1, 0)
+
+    def _copy(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        """Copy a parameter to the memory of the average: the device or the host."""
+        value = to_local(parameter.detach())
+        if not self.config.offload:
+            return value.to(dtype, copy=True)
+        return torch.empty(value.shape, dtype=dtype, pin_memory=self._pinned).copy_(value)
+
+    def _current(self) -> list[Tensor]:
+        """Return the current float32 weights in the memory of the average."""
+        values = [to_local(parameter.detach()) for parameter in self._parameters.values()]
+        return [value.cpu() for value in values] if self.config.offload else values
 
 
 class _Recursive(OnlineAverage):
@@ -137,7 +138,6 @@ class _Recursive(OnlineAverage):
     @abstractmethod
     def _decay(self, step: int) -> float: ...
 
-    @override
     def _update(self, step: int) -> None:
         decay = self._decay(step) if self.updates else 0.0
         average = list(self._tensors.values())
@@ -145,7 +145,6 @@ class _Recursive(OnlineAverage):
         torch._foreach_mul_(average, decay)
         torch._foreach_add_(average, fresh)
 
-    @override
     def weights(self) -> Weights:
         return self._tensors
 
@@ -158,15 +157,12 @@ class OnlineEma(_Recursive):
 
     config: EmaConfig
 
-    @override
     def _decay(self, step: int) -> float:
         return float(min(self.config.decay, 1.0 - (1.0 + self.updates) ** (-2.0 / 3.0)))
 
-    @override
-    def provenance(self, step: int) -> dict[str, Any]:
-        return self._provenance(
-            step, decay=self.config.decay, warmup="min(decay, 1 - (1 + n)^(-2/3))", start=self.start
-        )
+    def _parameters_of_method(self, step: int) -> dict[str, Any]:
+        warmup = "min(decay, 1 - (1 + n)^(-2/3))"
+        return {"decay": self.config.decay, "warmup": warmup, "start": self.start}
 
 
 class OnlinePowerEma(_Recursive):
@@ -181,17 +177,13 @@ class OnlinePowerEma(_Recursive):
         super().__init__(config, model, start)
         self.gamma = gamma_of(config.sigma_rel)
 
-    @override
     def _decay(self, step: int) -> float:
-        time = step - max(self.start - 1, 0)
+        time = step - self._before_start
         return float(max(1.0 - self.config.every / time, 0.0) ** (self.gamma + 1.0))
 
-    @override
-    def provenance(self, step: int) -> dict[str, Any]:
-        began = max(self.start - 1, 0)
-        return self._provenance(
-            step, sigma_rel=self.config.sigma_rel, gamma=self.gamma, start=began
-        )
+    def _parameters_of_method(self, step: int) -> dict[str, Any]:
+        sigma_rel = self.config.sigma_rel
+        return {"sigma_rel": sigma_rel, "gamma": self.gamma, "start": self._before_start}
 
 
 class OnlineMean(OnlineAverage):
@@ -204,31 +196,24 @@ class OnlineMean(OnlineAverage):
 
     def __init__(self, config: SwaConfig | RunningMeanConfig, model: nn.Module, start: int) -> None:
         super().__init__(config, model, start)
-        self._tensors = {
-            name: torch.zeros_like(self._copy(p, torch.float64))
-            for name, p in self._parameters.items()
-        }
+        copies = {name: self._copy(p, torch.float64) for name, p in self._parameters.items()}
+        self._tensors = {name: copy.zero_() for name, copy in copies.items()}
 
-    @override
     def _update(self, step: int) -> None:
         for total, fresh in zip(self._tensors.values(), self._current(), strict=True):
             total.add_(fresh)
 
-    @override
     def weights(self) -> Weights:
         return {name: (total / self.updates).float() for name, total in self._tensors.items()}
 
-    @override
     def residual(self) -> Weights | None:
         if isinstance(self.config, SwaConfig):
             return None
         means = {name: total / self.updates for name, total in self._tensors.items()}
         return {name: (mean - mean.float().double()).float() for name, mean in means.items()}
 
-    @override
-    def provenance(self, step: int) -> dict[str, Any]:
-        # The mean covers (start, step].
-        return self._provenance(step, start=max(self.start - 1, 0))
+    def _parameters_of_method(self, step: int) -> dict[str, Any]:
+        return {"start": self._before_start}  # the mean covers (start, step]
 
 
 class OnlineLawa(OnlineAverage):
@@ -241,29 +226,23 @@ class OnlineLawa(OnlineAverage):
 
     def __init__(self, config: LawaConfig, model: nn.Module, start: int) -> None:
         super().__init__(config, model, start)
+        self.first_ready = config.window
         self._queue: deque[list[Tensor]] = deque(maxlen=config.window)
 
-    @property
-    @override
-    def ready(self) -> bool:
-        """The window is full."""
-        return len(self._queue) == self.config.window
-
-    @override
     def _update(self, step: int) -> None:
         self._queue.append([self._copy(p, torch.float32) for p in self._parameters.values()])
 
-    @override
     def weights(self) -> Weights:
         means = {}
-        for index, name in enumerate(self._parameters):
-            total = self._queue[0][index].double()
-            for copies in list(self._queue)[1:]:
-                total.add_(copies[index])
+        for name, (first, *others) in zip(
+            self._parameters, zip(*self._queue, strict=True), strict=True
+        ):
+            total = first.double()
+            for each in others:
+                total.add_(each)
             means[name] = (total / len(self._queue)).float()
         return means
 
-    @override
     def state(self) -> dict[str, Tensor]:
         return {
             f"{position}/{name}": tensor
@@ -271,18 +250,16 @@ class OnlineLawa(OnlineAverage):
             for name, tensor in zip(self._parameters, copies, strict=True)
         }
 
-    @override
     def load(self, state: Weights, updates: int) -> None:
         self._queue.clear()
         for position in range(len(state) // len(self._parameters)):
             self._queue.append([state[f"{position}/{name}"].clone() for name in self._parameters])
         self.updates = updates
 
-    @override
-    def provenance(self, step: int) -> dict[str, Any]:
+    def _parameters_of_method(self, step: int) -> dict[str, Any]:
         last = step - step % self.config.every
         steps = [last - i * self.config.every for i in range(self.config.window)][::-1]
-        return self._provenance(step, window=self.config.window, inputs=steps)
+        return {"window": self.config.window, "inputs": steps}
 
 
 def build_average(config: AverageConfig, model: nn.Module, *, warmup_steps: int) -> OnlineAverage:
@@ -305,19 +282,17 @@ def build_average(config: AverageConfig, model: nn.Module, *, warmup_steps: int)
 def swapped_in(model: nn.Module, weights: Weights) -> Iterator[None]:
     """Replace the weights of `model` inside the block, and restore them bitwise after it.
 
-    `weights` are by parameter name; of a sharded model, local shards.
+    `weights` are by parameter name; local shards if the model is sharded.
     """
     parameters = dict(model.named_parameters())
     if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
         # FSDP gathers from the memory of the shards, so they must be overwritten in place.
-        own_shards = {
-            name: to_local(parameter.detach()).clone() for name, parameter in parameters.items()
-        }
+        own = {name: to_local(each.detach()).clone() for name, each in parameters.items()}
         try:
             load_shards(model, weights)
             yield
         finally:
-            load_shards(model, own_shards)
+            load_shards(model, own)
         return
     own = {name: parameter.data for name, parameter in parameters.items()}
     try:

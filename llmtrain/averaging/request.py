@@ -181,8 +181,7 @@ def _ema(request: AverageRequest, count: int, every: int) -> Weighting:
         label = repr(float(decay))
     else:
         raise UserError(
-            "--method ema needs either --decay D or --decay half-life=STEPS",
-            hint="add --decay 0.9",
+            "--method ema needs either --decay D or --decay half-life=STEPS", hint="add --decay 0.9"
         )
     if not 0.0 <= decay < 1.0:
         raise UserError(f"--decay {decay} is not in [0, 1)", hint="use a value such as 0.9")
@@ -208,8 +207,7 @@ METHODS = {
     ),
     "custom": Method("weights from --weights", {"every", "at", "weights", "blend"}),
     "posthoc-ema": Method(
-        "a power-function EMA of any width, from two that the run stored",
-        {"at", "sigma_rel"},
+        "a power-function EMA of any width, from two that the run stored", {"at", "sigma_rel"}
     ),
     "dense": Method(
         "mean over every step after --from up to --at, from running means that the run stored",

@@ -12,6 +12,7 @@ from typing import Any
 
 from llmtrain import __version__
 from llmtrain.averaging.audit import InputHashes
+from llmtrain.averaging.merge import WeightedSum
 from llmtrain.averaging.request import MergeOptions
 from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint
 from llmtrain.checkpoints.series import Input
@@ -67,6 +68,12 @@ class Average:
 def unique_inputs(specs: Sequence[AverageSpec]) -> list[Input]:
     """Return every input of all specs once, by step."""
     return sorted({i for spec in specs for i in spec.inputs}, key=lambda i: (i.step, i.location))
+
+
+def weighted_sums(specs: Sequence[AverageSpec], inputs: Sequence[Input]) -> list[WeightedSum]:
+    """Return the sums of the specs for a merge of these inputs."""
+    index = {source: i for i, source in enumerate(inputs)}
+    return [WeightedSum(tuple(index[i] for i in spec.inputs), spec.weights) for spec in specs]
 
 
 def provenance(

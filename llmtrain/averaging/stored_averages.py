@@ -25,7 +25,7 @@ from llmtrain.averaging.coefficients import span
 from llmtrain.averaging.spec import AverageSpec
 from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint
 from llmtrain.checkpoints.open import open_checkpoint, with_residual
-from llmtrain.checkpoints.series import Input, Series, recorded_hashes
+from llmtrain.checkpoints.series import Input, MissingCheckpoints, Series, recorded_hashes
 from llmtrain.checkpoints.windows import describe_steps
 from llmtrain.errors import UserError
 from llmtrain.storage.json_files import read_json
@@ -150,7 +150,7 @@ def _dense(series: Series, stored: dict[int, _Stored], start: int, end: int) -> 
     began = min(int(each.start) for each in stored.values())
     missing = [s for s in (start, end) if s not in stored and not (s == start == began)]
     if missing:
-        raise UserError(
+        raise MissingCheckpoints(
             f"{series.name} has no running mean at {describe_steps(missing)}; "
             f"it has {describe_steps(list(stored))}",
             hint=f"use one of those steps, or --from {began}",
@@ -209,7 +209,7 @@ def _ends(
         )
     ends = {"all": steps, "last": steps[-1:]}.get(str(at), [step for step in steps if step == at])
     if not ends:
-        raise UserError(
+        raise MissingCheckpoints(
             f"{series.name} has no {noun} at {at}; it has {describe_steps(steps)}",
             hint="use --at with one of those steps",
         )

@@ -20,12 +20,18 @@ import torch
 
 from llmtrain.averaging import audit
 from llmtrain.averaging.make_specs import make_specs
-from llmtrain.averaging.merge import WeightedSum, Write, merge
+from llmtrain.averaging.merge import Write, merge
 from llmtrain.averaging.request import METHODS, AverageRequest, MergeOptions
-from llmtrain.averaging.spec import AverageSpec, unique_inputs
+from llmtrain.averaging.spec import AverageSpec, unique_inputs, weighted_sums
 from llmtrain.checkpoints.checkpoint import Checkpoint
 from llmtrain.checkpoints.gpt2_folder import load_model, transpose_conv1d
-from llmtrain.checkpoints.series import Input, Series, require_same_tensors, run_series
+from llmtrain.checkpoints.series import (
+    Input,
+    MissingCheckpoints,
+    Series,
+    require_same_tensors,
+    run_series,
+)
 from llmtrain.checkpoints.tensors import StoredArray
 from llmtrain.checkpoints.windows import describe_steps
 from llmtrain.config.loading import load_config
@@ -162,7 +168,6 @@ def sweep(
     requests: Sequence[AverageRequest],
     *,
     at: str | int | None = None,
-    data: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SweepResult:
     """Evaluate each request and the raw weights at the same steps.
@@ -171,7 +176,6 @@ def sweep(
         run: source of the snapshots and the validation data.
         requests: the candidates.
         at: `all` snapshots, the `last` window, or one step; None: `POINTS` steps.
-        data: folder of token shards; default: the run's.
         progress: called with the evaluations done and the total.
 
     Raises:
@@ -187,7 +191,7 @@ def sweep(
     jobs.sort(key=lambda job: job.step)
     inputs = unique_inputs([job for job in jobs if job.audited])
     audit.check_metadata(series, inputs, MergeOptions(), audited=True)
-    evaluator = _Evaluator(config, series.inputs[steps[-1]].open().folder, data)
+    evaluator = _Evaluator(config, series.inputs[steps[-1]].open().folder)
     losses: dict[str, dict[int, float]] = {}
     for done, (job, weights) in enumerate(_averages(jobs), start=1):
         losses.setdefault(job.label, {})[job.step] = evaluator.loss(weights)
@@ -212,9 +216,7 @@ def _specs(
     for request in requests:
         try:
             specs[request] = make_specs(series, replace(request, at="all"))
-        except UserError as error:
-            if "has no" not in str(error):
-                raise
+        except MissingCheckpoints as error:
             skipped.append(str(error))
     if not specs:
         raise UserError(
@@ -255,13 +257,13 @@ def _averages(jobs: Sequence[AverageSpec]) -> Iterator[tuple[AverageSpec, _Weigh
         opened = {source: opened.get(source) or source.open() for source in inputs}
         checkpoints = [opened[source] for source in inputs]
         require_same_tensors(checkpoints)
-        index = {source: i for i, source in enumerate(inputs)}
-        sums = [WeightedSum(tuple(index[i] for i in job.inputs), job.weights) for job in group]
         shapes = {name: spec.shape for name, spec in checkpoints[-1].tensors.items()}
         results = [
             {name: np.empty(shape, np.float32) for name, shape in shapes.items()} for _ in group
         ]
-        merge(checkpoints, sums, [_write_to(weights) for weights in results])
+        merge(
+            checkpoints, weighted_sums(group, inputs), [_write_to(weights) for weights in results]
+        )
         yield from zip(group, results, strict=True)
         position += len(group)
 
@@ -276,11 +278,11 @@ def _write_to(weights: _Weights) -> Write:
 class _Evaluator:
     """A model that takes weights in turn and measures them on the run's validation tokens."""
 
-    def __init__(self, config: RunConfig, folder: Path, data: Path | None) -> None:
+    def __init__(self, config: RunConfig, folder: Path) -> None:
         self._config = config
         self._device = resolve_device(config.train.device)
         self._model: GPT = load_model(folder).to(self._device)
-        opened = open_data(data or local_folder(config.data.path))
+        opened = open_data(local_folder(config.data.path))
         self._reader = opened.reader("val")
         self._token_bytes = load_tokenizer(opened.tokenizer).token_bytes()
         self.tokens = 0
@@ -289,10 +291,8 @@ class _Evaluator:
         """Return the loss in nats per token of `weights`, in Hugging Face's layout."""
         with torch.no_grad():
             for name, parameter in self._model.named_parameters():
-                held = torch.from_numpy(
-                    weights[name if name in weights else name.removeprefix("transformer.")]
-                )
-                parameter.copy_(transpose_conv1d(name, held))
+                array = weights.get(name, weights.get(name.removeprefix("transformer.")))
+                parameter.copy_(transpose_conv1d(name, torch.from_numpy(array)))
         with keep_freed_memory(self._device):
             result = evaluate(
                 self._model,

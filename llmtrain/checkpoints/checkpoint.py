@@ -23,7 +23,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 TORCH_WEIGHTS_FILE = "pytorch_model.bin"
 RESIDUAL_FILE = "model.residual.safetensors"
-"""Rounding errors of float32 weights: added to the weights, they give about 48 bits of precision."""
+"""Rounding errors of float32 weights; the sum of both has about 48 bits of precision."""
 
 CONFIG_FILE = "config.json"
 TRAINING_FILE = "training.json"
@@ -96,7 +96,7 @@ class Checkpoint:
     folder: Path
     """Folder of the companion files."""
     layout: Mapping[str, Mapping[str, TensorSpec]]
-    """Tensors by the safetensors file that contains them, or would contain them; in stored order."""
+    """Tensors in stored order, by the safetensors file that contains, or would contain, them."""
     files: tuple[Path, ...]
     """Weights files."""
     reader: Callable[[], AbstractContextManager[Reader]] = field(repr=False)
@@ -106,7 +106,7 @@ class Checkpoint:
     disposable: bool = False
     """Downloaded to a temporary folder, to be deleted after use."""
     config: Mapping[str, Any] | None = None
-    """Contents for `config.json`, if the weights file describes its model and the folder does not."""
+    """Contents of `config.json`, if the weights file records them instead of the folder."""
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
@@ -123,19 +123,14 @@ def weights_files(folder: Path, name: str = WEIGHTS_FILE) -> Mapping[Path, set[s
     """Return the weights file `name`, or the shards in its index with their tensors, by name.
 
     An index is untrusted input: it may only name files in its own folder.
-
-    Raises:
-        UserError: a file is missing, or the index is damaged or names a file elsewhere.
     """
     index = folder / f"{name}.index.json"
-    if (folder / name).exists() or not index.exists():
-        shards: dict[Path, set[str]] = {}
-    else:
-        shards = _indexed_shards(index, Path(name).suffix)
-    for path in shards or [folder / name]:
+    whole = (folder / name).exists() or not index.exists()
+    files = {folder / name: None} if whole else _indexed_shards(index, Path(name).suffix)
+    for path in files:
         if not path.is_file():
             raise UserError(f"{path} is missing", hint="restore the folder, or download it again")
-    return dict(sorted(shards.items())) or {folder / name: None}
+    return files
 
 
 def _indexed_shards(index: Path, suffix: str) -> dict[Path, set[str]]:
@@ -151,7 +146,7 @@ def _indexed_shards(index: Path, suffix: str) -> dict[Path, set[str]]:
                 hint="do not trust this folder: an index may only name files of its own folder",
             )
         shards.setdefault(index.parent / file, set()).add(tensor)
-    return shards
+    return dict(sorted(shards.items()))
 
 
 def reject_outside_link(path: Path) -> None:
@@ -167,7 +162,7 @@ def reject_outside_link(path: Path) -> None:
 
 
 def check_shard(path: Path, found: set[str], indexed: set[str] | None) -> None:
-    """Raise unless a shard contains exactly the tensors that its index places in it, if it has one."""
+    """Raise unless a shard contains exactly the tensors that its index places in it."""
     if indexed is None or found == indexed:
         return
     missing, extra = sorted(indexed - found), sorted(found - indexed)

@@ -36,6 +36,8 @@ from llmtrain.storage.json_files import read_json, write_json
 CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")
 """Buffers in older GPT-2 files."""
 
+SIZES = ("n_layer", "n_head", "n_embd", "vocab_size")
+
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 _LAYER_NORMS = ("ln_1.weight", "ln_2.weight", "ln_f.weight")
 
@@ -141,11 +143,7 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 
 def load_shape(folder: Path) -> Shape:
-    """Read the shape of the model from `config.json`.
-
-    Raises:
-        UserError: the file is missing, damaged, or of another architecture.
-    """
+    """Read the shape of the model from `config.json`; raise a UserError unless it is a GPT-2."""
     return shape_of(read_json(folder / CONFIG_FILE), folder)
 
 
@@ -164,10 +162,7 @@ def shape_of(config: Mapping[str, Any], folder: Path) -> Shape:
             )
     try:
         model = ModelConfig(
-            n_layer=config["n_layer"],
-            n_head=config["n_head"],
-            n_embd=config["n_embd"],
-            vocab_size=config["vocab_size"],
+            **{key: config[key] for key in SIZES},
             bias=config.get("llmtrain", {}).get("bias", True),
             scale_attn_by_inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False),
         )
@@ -191,11 +186,7 @@ def _invalid_config(folder: Path, problem: str) -> UserError:
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """Load the weights by our parameter names, on the CPU, in our layout.
-
-    Raises:
-        UserError: a file is missing or damaged.
-    """
+    """Load the weights by our parameter names, on the CPU, in our layout."""
     weights = {}
     for path in weights_files(folder):
         try:
@@ -222,11 +213,7 @@ def load_model(folder: Path) -> GPT:
     _check_sizes(folder, shape, weights)
     model = GPT(shape.model, shape.block_size)
     expected = model.state_dict()
-    misfits = [
-        name
-        for name, value in expected.items()
-        if name not in weights or weights[name].shape != value.shape
-    ]
+    misfits = [n for n, t in expected.items() if n not in weights or weights[n].shape != t.shape]
     if misfits:
         raise UserError(
             f"{folder}: {len(misfits)} tensors are missing or have another shape, "

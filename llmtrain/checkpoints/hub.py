@@ -94,12 +94,7 @@ def _revisions_by_step(repository: str, names: list[str], pattern: str) -> dict[
 
 
 def hub_checkpoint(repository: str, revision: str) -> Checkpoint:
-    """Download one revision of a public model to the hub's cache and open it.
-
-    Raises:
-        UserError: there is no such model or revision, or it has no weights.
-        RunFailed: the hub cannot be reached.
-    """
+    """Download one revision of a public model to the hub's cache and open it."""
     return _Revision(repository, revision, None).open(0)
 
 
@@ -136,7 +131,7 @@ class _Revision:
                 return [index, *sorted(shards)]
         raise UserError(
             f"{self._name} contains no weights",
-            hint=f"expected {WEIGHTS_FILE} or {TORCH_WEIGHTS_FILE}, whole or in shards with an index",
+            hint=f"expected {WEIGHTS_FILE} or {TORCH_WEIGHTS_FILE}, or shards with an index",
         )
 
     @cached_property

@@ -15,19 +15,17 @@ from llmtrain.errors import UserError
 
 
 class Format(NamedTuple):
-    """One way to store a checkpoint."""
+    """One way to store a checkpoint: a folder with one of `files`, or one file with a suffix."""
 
-    in_folder: tuple[str, ...]
-    """Files that identify a folder of this format."""
+    files: tuple[str, ...]
     suffixes: tuple[str, ...]
-    """Suffixes of a single file of this format."""
     opener: str
-    """Function (path, step, location) -> Checkpoint, as module:function, imported when needed."""
+    """module:function of a function (path, step, location) -> Checkpoint."""
 
     def matches(self, path: Path) -> bool:
-        """Return whether `path` has this format, judging by file names."""
+        """Return whether `path` has this format, judging by names."""
         if path.is_dir():
-            return any((path / name).exists() for name in self.in_folder)
+            return any((path / name).exists() for name in self.files)
         return path.is_file() and path.suffix in self.suffixes
 
 
@@ -43,18 +41,18 @@ FORMATS = (
         "llmtrain.checkpoints.torch_files:open_torch",
     ),
 )
-"""The supported formats; the first match applies. Names, not functions: torch takes a second to import."""
+"""Supported formats; the first match applies. Modules are imported when needed: torch is slow."""
 
 
 def open_checkpoint(path: Path, *, step: int, location: str | None = None) -> Checkpoint:
     """Open a folder or file of weights and read its headers.
 
     Raises:
-        UserError: the format is unsupported, or the files are damaged.
+        UserError: the format is not supported, or a file is damaged or missing.
     """
-    for each in FORMATS:
-        if each.matches(path):
-            opener: Callable[[Path, int, str], Checkpoint] = resolve_name(each.opener)
+    for candidate in FORMATS:
+        if candidate.matches(path):
+            opener: Callable[[Path, int, str], Checkpoint] = resolve_name(candidate.opener)
             return opener(path, step, location or str(path))
     raise UserError(
         f"{path} contains no weights",
@@ -63,8 +61,8 @@ def open_checkpoint(path: Path, *, step: int, location: str | None = None) -> Ch
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether `path` looks like a folder or file of weights."""
-    return any(each.matches(path) for each in FORMATS)
+    """Return whether `path` is a folder or file of weights, judging by names."""
+    return any(candidate.matches(path) for candidate in FORMATS)
 
 
 def with_residual(checkpoint: Checkpoint) -> Checkpoint:

@@ -1,10 +1,7 @@
 """Decide what a word on the command line or in a config names, and find its weights.
 
-A word names a run, a folder or file of weights, a folder of checkpoints, or OWNER/NAME[@REVISION]
-on the Hugging Face hub. A path that exists takes precedence over a repository.
-
-    find_series(None)  # the newest run under runs/, for `average`
-    find_targets("runs/demo")  # for `eval`, `generate` and `export`
+find_series(None)  # the newest run under runs/, for `average`
+find_targets("runs/demo")  # for `eval`, `generate` and `export`
 """
 
 import re
@@ -12,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrain.checkpoints.checkpoint import CONFIG_FILE, Checkpoint, load_origin
-from llmtrain.checkpoints.open import is_checkpoint
 from llmtrain.checkpoints.series import Series, folder_series, run_series
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.storage.run_folder import RAW, RunFolder, is_run, newest_run, step_folders
@@ -22,33 +18,17 @@ _REPOSITORY = re.compile(r"(?!runs/|\.)([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 @dataclass(frozen=True)
-class Weights:
-    """A folder or file with weights."""
-
-    path: Path
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A folder without weights of its own, which may contain checkpoints."""
-
-    path: Path
-
-
-@dataclass(frozen=True)
 class Repository:
-    """A model on the hub."""
+    """A model on the Hugging Face hub."""
 
     name: str
     revision: str | None
 
-    def download(self) -> Checkpoint:
-        """Download one revision, `main` by default, to the hub's cache.
+    def __str__(self) -> str:
+        return self.name if self.revision is None else f"{self.name}@{self.revision}"
 
-        Raises:
-            UserError: there is no such model or revision.
-            RunFailed: the hub cannot be reached.
-        """
+    def download(self) -> Checkpoint:
+        """Download one revision, `main` by default, to the hub's cache."""
         from llmtrain.checkpoints.hub import hub_checkpoint  # takes a second to import
 
         try:
@@ -57,27 +37,22 @@ class Repository:
             error.hint += f"; the folder {self} does not exist either"
             raise
 
-    def __str__(self) -> str:
-        return self.name if self.revision is None else f"{self.name}@{self.revision}"
 
+def resolve(word: str | None, *, key: str | None = None) -> RunFolder | Path | Repository:
+    """Return the run, the existing path, or the repository that `word` names; None: the newest run.
 
-def resolve(
-    word: str | None, *, key: str | None = None
-) -> RunFolder | Weights | Folder | Repository:
-    """Return what `word`, the value of the config key `key`, names; None: the newest run.
+    An existing path takes precedence over a repository. It is a folder of weights, a file of
+    weights (see `is_checkpoint`), or a folder of checkpoints.
 
-    Raises:
-        UserError: it names nothing.
+    Args:
+        word: a path, or OWNER/NAME[@REVISION].
+        key: the config key with this value, for the message.
     """
     if word is None:
         return newest_run()
     path = Path(word)
-    if is_run(path):
-        return RunFolder(path)
-    if path.is_file() or is_checkpoint(path):
-        return Weights(path)
     if path.exists():
-        return Folder(path)
+        return RunFolder(path) if is_run(path) else path
     if match := _REPOSITORY.fullmatch(word):
         return Repository(match[1], match[2])
     raise UserError(
@@ -86,13 +61,10 @@ def resolve(
     )
 
 
-# --- for averages ---------------------------------------------------------------------------------
-
-
 def find_series(
     word: str | None, *, revision_pattern: str | None = None, discard: bool = False
 ) -> Series:
-    """Return the checkpoints of a run, a folder, or a repository; None: the newest run.
+    """Return the checkpoints of a run, a folder or a repository; see `hub_series` for the options.
 
     Raises:
         UserError: it does not exist, or contains no checkpoints.
@@ -109,22 +81,18 @@ def find_series(
             )
         return hub_series(found.name, revision_pattern=revision_pattern, discard=discard)
     if revision_pattern is not None:
-        raise UserError(
-            f"{found.path} is a folder and has no revisions", hint="leave out --revision-pattern"
-        )
+        raise UserError(f"{word or 'a run'} has no revisions", hint="leave out --revision-pattern")
     if discard:
         raise UserError(
-            f"{found.path} was not downloaded", hint="--discard-inputs applies to series on the hub"
+            f"{word or 'the run'} was not downloaded",
+            hint="use --discard-inputs with a series on the hub",
         )
-    return run_series(found) if isinstance(found, RunFolder) else folder_series(found.path)
-
-
-# --- for evaluation, generation and export --------------------------------------------------------
+    return run_series(found) if isinstance(found, RunFolder) else folder_series(found)
 
 
 @dataclass(frozen=True)
 class Target:
-    """One set of weights to use."""
+    """One set of weights to evaluate, generate from or export."""
 
     label: str
     """"raw" for a snapshot, the label of an average, or the name of the folder."""
@@ -135,7 +103,7 @@ class Target:
 
 
 def find_targets(word: str | Path | None, *, every_snapshot: bool = False) -> list[Target]:
-    """Return the weights that `word` names, by step, raw before averages; None: the newest run.
+    """Return the weights that `word` names, by step, raw before averages.
 
     A run stands for all its averages and the raw snapshots of the same steps, or for its newest
     snapshot if it has no average; with `every_snapshot`, for every snapshot and average. A folder
@@ -149,23 +117,13 @@ def find_targets(word: str | Path | None, *, every_snapshot: bool = False) -> li
     if isinstance(found, RunFolder):
         return _run_targets(found, every_snapshot)
     if isinstance(found, Repository):
-        folder = found.download().folder
-        return [Target(str(found).rpartition("/")[2], None, folder, None)]
-    if not (found.path / CONFIG_FILE).is_file():
+        return [Target(str(found).rpartition("/")[2], None, found.download().folder, None)]
+    if not (found / CONFIG_FILE).is_file():
         raise UserError(
-            f"{found.path} is neither a run nor a folder of weights",
-            hint="a run contains config.yaml, a folder of weights config.json and model.safetensors",
+            f"{found} is neither a run nor a folder of weights",
+            hint="a run contains config.yaml; a folder of weights contains config.json",
         )
-    return _folder_targets(found.path)
-
-
-def _folder_targets(path: Path) -> list[Target]:
-    label, run = _label_and_run(path)
-    origin = load_origin(path)
-    target = Target(label, origin.step if origin else None, path, run)
-    if run is None or label == RAW or target.step is None or not run.snapshot(target.step).is_dir():
-        return [target]
-    return [Target(RAW, target.step, run.snapshot(target.step), run), target]
+    return _folder_targets(found)
 
 
 def _run_targets(run: RunFolder, every_snapshot: bool) -> list[Target]:
@@ -189,9 +147,17 @@ def _run_targets(run: RunFolder, every_snapshot: bool) -> list[Target]:
     )
 
 
-def _label_and_run(path: Path) -> tuple[str, RunFolder | None]:
-    """Derive label and run of a folder of weights from its path."""
-    folder = path.resolve()
+def _folder_targets(path: Path) -> list[Target]:
+    label, run = _label_and_run(path.resolve())
+    origin = load_origin(path)
+    target = Target(label, origin.step if origin else None, path, run)
+    if run is None or label == RAW or target.step is None or not run.snapshot(target.step).is_dir():
+        return [target]
+    return [Target(RAW, target.step, run.snapshot(target.step), run), target]
+
+
+def _label_and_run(folder: Path) -> tuple[str, RunFolder | None]:
+    """Derive label and run of a folder of weights from its absolute path."""
     parents = folder.parents
     if len(parents) > 1 and parents[0].name == "snapshots" and is_run(parents[1]):
         return RAW, RunFolder(parents[1])

@@ -1,7 +1,7 @@
-"""Safetensors files: strict header, encoding, and reading by byte ranges without torch.
+"""Safetensors files: headers, and reading by byte ranges without torch.
 
-Why not the safetensors library: its torch import takes longer than averaging a small model, and its
-memory map counts as memory of this process and crashes it if the file is truncated meanwhile.
+Why not the library's tensors: its memory map counts as memory of this process, and crashes it if
+the file is truncated meanwhile. The library only parses and checks the header.
 
 Format: 8 bytes little-endian length, a JSON object {name: {dtype, shape, data_offsets}} of that
 length with the optional map "__metadata__", then the tensors' bytes without holes.
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from llmtrain.checkpoints.checkpoint import (
     Checkpoint,
@@ -28,9 +29,6 @@ from llmtrain.checkpoints.tensors import ITEM_BYTES, STORED_DTYPES, StoredArray,
 from llmtrain.errors import UserError
 from llmtrain.storage.integrity import SequentialHash
 
-MAX_HEADER_BYTES = 100_000_000
-"""Limit of the reference implementation."""
-
 
 @dataclass(frozen=True)
 class StoredTensor(TensorSpec):
@@ -38,19 +36,6 @@ class StoredTensor(TensorSpec):
 
     start: int
     """Position of the first byte."""
-
-    @property
-    def spec(self) -> TensorSpec:
-        """Dtype and shape without the position, comparable across files."""
-        return TensorSpec(self.dtype, self.shape)
-
-
-@dataclass(frozen=True)
-class Header:
-    """Tensors of one file in stored order, and its metadata."""
-
-    tensors: dict[str, StoredTensor]
-    metadata: dict[str, str]
 
 
 def open_safetensors(path: Path, step: int, location: str) -> Checkpoint:
@@ -61,11 +46,11 @@ def open_safetensors(path: Path, step: int, location: str) -> Checkpoint:
     metadata: dict[str, str] = {}
     for file, indexed in files.items():
         reject_outside_link(file)
-        header = read_header(file)
-        check_shard(file, set(header.tensors), indexed)
-        layout[file.name] = {name: tensor.spec for name, tensor in header.tensors.items()}
-        places |= {name: (file, tensor) for name, tensor in header.tensors.items()}
-        metadata |= header.metadata
+        tensors, its_metadata = read_header(file)
+        check_shard(file, set(tensors), indexed)
+        layout[file.name] = {n: TensorSpec(each.dtype, each.shape) for n, each in tensors.items()}
+        places |= {name: (file, tensor) for name, tensor in tensors.items()}
+        metadata |= its_metadata
 
     def reader() -> SafetensorsReader:
         return SafetensorsReader(places)
@@ -73,68 +58,45 @@ def open_safetensors(path: Path, step: int, location: str) -> Checkpoint:
     return Checkpoint(step, location, folder, layout, tuple(files), reader, metadata=metadata)
 
 
-def read_header(path: Path) -> Header:
-    """Read and check the header of a safetensors file.
+def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Return the tensors of a safetensors file in stored order, and its metadata.
 
     Raises:
         UserError: the file is missing, truncated, or not a safetensors file.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
-            if length is None or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise _damaged(path, f"its header cannot have {length} bytes in a file of {size:,}")
-            document = json.loads(file.read(length), object_pairs_hook=_unique_keys)
+        with path.open("rb") as file, safe_open(path, framework="np"):  # checks the header
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length), object_pairs_hook=_unique_keys)
     except OSError as error:
         raise UserError(
-            f"cannot read {path}: {error.strerror}", hint="check that the folder is complete"
+            f"cannot read {path}: {error}", hint="check that the folder is complete"
         ) from None
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its header is not JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise _damaged(path, "its header is not a JSON object")
-    metadata = document.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or any(type(value) is not str for value in metadata.values()):
-        raise _damaged(path, "its metadata does not map names to strings")
-    return Header(_stored_tensors(path, document, 8 + length, size), metadata)
-
-
-def _stored_tensors(
-    path: Path, entries: Mapping[str, Any], data: int, size: int
-) -> dict[str, StoredTensor]:
-    """Return the tensors in stored order; they must cover the bytes from `data` to `size` once."""
-    tensors = {name: _stored_tensor(path, name, entry, data) for name, entry in entries.items()}
-    ordered = sorted(tensors.items(), key=lambda item: (item[1].start, item[1].bytes, item[0]))
-    position = data
-    for name, tensor in ordered:
-        if tensor.start != position:
-            raise _damaged(path, f"tensor {name!r} overlaps another or leaves a hole")
-        position += tensor.bytes
-    if position != size:
-        raise _damaged(path, f"its header describes {position:,} bytes and it has {size:,}")
-    return dict(ordered)
-
-
-def _stored_tensor(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
-    try:
-        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    except (TypeError, KeyError, ValueError):
-        raise _damaged(path, f"tensor {name!r} lacks dtype, shape or offsets") from None
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+    except (SafetensorError, ValueError) as error:
         raise UserError(
-            f"{path}: tensor {name!r} has the unsupported dtype {dtype!r}",
-            hint=f"supported are {', '.join(ITEM_BYTES)}",
-        )
-    if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
-        raise _damaged(path, f"tensor {name!r} has an impossible shape or offset")
-    tensor = StoredTensor(dtype, shape, data + start)
-    if tensor.bytes != end - start:
-        raise _damaged(path, f"tensor {name!r} of {tensor.spec} does not fit its bytes")
-    return tensor
+            f"{path} is damaged: {error}",
+            hint="restore the file; run `llmtrain verify` to find other damaged files",
+        ) from None
+    metadata = entries.pop("__metadata__", None) or {}
+    tensors = {}
+    for name, entry in sorted(
+        entries.items(), key=lambda item: (*item[1]["data_offsets"], item[0])
+    ):
+        if entry["dtype"] not in ITEM_BYTES:
+            raise UserError(
+                f"{path}: tensor {name!r} has the unsupported dtype {entry['dtype']}",
+                hint=f"convert it to one of {', '.join(ITEM_BYTES)}",
+            )
+        start = 8 + length + entry["data_offsets"][0]
+        tensors[name] = StoredTensor(entry["dtype"], tuple(entry["shape"]), start)
+    return tensors, metadata
+
+
+def _unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        raise ValueError("a name occurs twice in its header")
+    return document
 
 
 def encode_header(
@@ -155,20 +117,6 @@ def encode_header(
         stored[name] = StoredTensor(spec.dtype, spec.shape, start)
         start += spec.bytes
     return struct.pack("<Q", len(text)) + text, stored
-
-
-def _unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return document
-
-
-def _damaged(path: Path, problem: str) -> UserError:
-    return UserError(
-        f"{path} is damaged: {problem}",
-        hint="restore the file; run `llmtrain verify` to find other damaged files",
-    )
 
 
 class SafetensorsReader:

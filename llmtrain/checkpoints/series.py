@@ -12,16 +12,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from llmtrain.checkpoints import windows
 from llmtrain.checkpoints.checkpoint import Checkpoint
 from llmtrain.checkpoints.open import is_checkpoint, open_checkpoint
-from llmtrain.checkpoints.windows import (
-    Window,
-    describe_spacings,
-    describe_steps,
-    disjoint_windows,
-    possible_spacings,
-    sliding_windows,
-)
 from llmtrain.config.loading import load_config
 from llmtrain.errors import UserError
 from llmtrain.storage.integrity import INTEGRITY_FILE, read_integrity
@@ -31,6 +24,10 @@ _MAX_DIFFERENCES = 8
 _STEP = re.compile(r"(?:^|\D)(\d+)$")
 _SHARD = re.compile(r"-\d+-of-\d+$")
 _FINAL_NAMES = ("final", "main")
+
+
+class MissingCheckpoints(UserError):
+    """A series lacks the requested checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -70,39 +67,37 @@ class Series:
 
     def windows(
         self, *, every: int, size: int, at: int | str, disjoint: bool = False
-    ) -> list[Window]:
+    ) -> list[windows.Window]:
         """Return the windows for `at`: `last`, `all`, or the step at which one window ends.
 
         Raises:
             UserError: there is no such window; the message lists the steps and possible spacings.
         """
-        find = disjoint_windows if disjoint else sliding_windows
+        find = windows.disjoint_windows if disjoint else windows.sliding_windows
         complete = find(self.steps, every=every, size=size)
         if not complete:
             raise self._no_window(every, size)
         if at == "all":
             return complete
-        if at == "last":
-            return complete[-1:]
-        chosen = [window for window in complete if window[-1] == at]
+        chosen = complete[-1:] if at == "last" else [each for each in complete if each[-1] == at]
         if not chosen:
-            ends = describe_steps([window[-1] for window in complete])
             raise UserError(
                 f"no complete {'disjoint ' if disjoint else ''}window of {size} checkpoints every "
-                f"{every:,} steps ends at step {at:,}; {self.name} has {describe_steps(self.steps)}",
-                hint=f"windows end at {ends}",
+                f"{every:,} steps ends at step {at:,}; "
+                f"{self.name} has {windows.describe_steps(self.steps)}",
+                hint=f"windows end at {windows.describe_steps([each[-1] for each in complete])}",
             )
         return chosen
 
-    def _no_window(self, every: int, size: int) -> UserError:
-        spacings = possible_spacings(self.steps, size)
+    def _no_window(self, every: int, size: int) -> MissingCheckpoints:
+        spacings = windows.possible_spacings(self.steps, size)
         if spacings:
-            hint = f"--every {describe_spacings(spacings)} gives a window of {size}"
+            hint = f"--every {windows.describe_spacings(spacings)} gives a window of {size}"
         else:
             hint = f"use --window {max(len(self.steps), 1)} or less, or continue training"
-        return UserError(
+        return MissingCheckpoints(
             f"{self.name} has no {size} checkpoints every {every:,} steps; "
-            f"it has {len(self.steps)}: {describe_steps(self.steps)}",
+            f"it has {len(self.steps)}: {windows.describe_steps(self.steps)}",
             hint=hint,
         )
 
@@ -121,7 +116,7 @@ def run_series(run: RunFolder) -> Series:
     if not inputs:
         raise UserError(
             f"{run.path} has no snapshot after its {warmup:,} warm-up steps; "
-            f"it has {describe_steps(list(snapshots))}",
+            f"it has {windows.describe_steps(list(snapshots))}",
             hint="continue training; checkpoint.snapshot_every sets the steps between snapshots",
         )
     return Series(str(run.path), run.averages, inputs, trusted=True)
@@ -204,15 +199,14 @@ def require_same_tensors(checkpoints: Sequence[Checkpoint]) -> None:
     """
     newest = checkpoints[-1]
     expected = newest.tensors
-    differences = []
-    for checkpoint in checkpoints[:-1]:
-        tensors = checkpoint.tensors
-        differences += [
-            f"{name}: {tensors.get(name) or 'absent'} at step {checkpoint.step:,}, "
-            f"{expected.get(name) or 'absent'} at step {newest.step:,}"
-            for name in sorted(expected.keys() | tensors.keys())
-            if tensors.get(name) != expected.get(name)
-        ]
+    differences = [
+        f"{name}: {tensors.get(name) or 'absent'} at step {checkpoint.step:,}, "
+        f"{expected.get(name) or 'absent'} at step {newest.step:,}"
+        for checkpoint in checkpoints[:-1]
+        for tensors in [checkpoint.tensors]
+        for name in sorted(expected.keys() | tensors.keys())
+        if tensors.get(name) != expected.get(name)
+    ]
     if differences:
         hidden = len(differences) - _MAX_DIFFERENCES
         shown = differences[:_MAX_DIFFERENCES] + ([f"and {hidden} more"] if hidden > 0 else [])

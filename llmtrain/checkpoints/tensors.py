@@ -63,7 +63,7 @@ class TensorSpec:
 
 
 def to_float64(raw: StoredArray, dtype: str, out: Float64s) -> None:
-    """Convert the stored floats `raw` exactly and write them to `out`, which has the same length."""
+    """Convert stored floats exactly and write them to `out`, which has the same length."""
     if dtype == "BF16":
         out[...] = (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
     else:

@@ -1,4 +1,4 @@
-"""Checkpoints in torch's format: `pytorch_model.bin`, and `.pt` files of nanoGPT and similar trainers.
+"""Checkpoints in torch's format: `pytorch_model.bin`, and `.pt` files of nanoGPT and others.
 
 Files are loaded with `weights_only` and mapped into memory, without a fallback: a file that needs
 more than tensors and plain containers is rejected. A tied weight, stored under two names, is kept
@@ -6,8 +6,9 @@ under one, as safetensors requires.
 """
 
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from llmtrain.checkpoints.checkpoint import (
 )
 from llmtrain.checkpoints.gpt2_folder import (
     CAUSAL_MASKS,
+    SIZES,
     Shape,
     hugging_face_config,
     transpose_conv1d,
@@ -53,8 +55,6 @@ _PREFIXES = ("_orig_mod.", "module.")
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
 """Output matrices; Hugging Face stores the other one of a tied pair."""
-
-_SIZES = ("n_layer", "n_head", "n_embd", "vocab_size")
 
 
 class _GPTConfig:
@@ -171,33 +171,25 @@ def _checkpoint(
     files: tuple[Path, ...],
     config: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """Return a checkpoint of the tensors by output file, without the second names of tied weights."""
+    """Describe the tensors by output file, without the second names of tied weights."""
     tensors = {name: tensor for part in parts.values() for name, tensor in part.items()}
-    duplicates = _tied_names(tensors)
-    for name in duplicates:
-        del tensors[name]
+    tied = _tied_names(tensors)
     layout = {
         file: {
-            name: TensorSpec(_DTYPES[tensor.dtype], tuple(tensor.shape))
-            for name, tensor in part.items()
-            if name in tensors
+            n: TensorSpec(_DTYPES[t.dtype], tuple(t.shape))
+            for n, t in part.items()
+            if n not in tied
         }
         for file, part in parts.items()
     }
+    layout = {file: specs for file, specs in layout.items() if specs}
+    metadata = {"format": "pt"} | tied
 
-    @contextmanager
-    def reader() -> Iterator[Reader]:
-        yield _TorchReader(tensors)
+    def reader() -> AbstractContextManager[Reader]:
+        return nullcontext(_TorchReader(tensors))
 
     return Checkpoint(
-        step,
-        location,
-        folder,
-        {file: specs for file, specs in layout.items() if specs},
-        files,
-        reader,
-        metadata={"format": "pt"} | duplicates,
-        config=config,
+        step, location, folder, layout, files, reader, metadata=metadata, config=config
     )
 
 
@@ -218,21 +210,14 @@ class _TorchReader:
     """Reader of mapped tensors."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
-        self._flat: tuple[str, Tensor] | None = None
+        # Flattening copies a transposed tensor: keep the last one.
+        self._flat = lru_cache(maxsize=1)(lambda name: tensors[name].reshape(-1))
 
     def read(self, name: str, start: int, stop: int, buffer: NDArray[np.uint8]) -> StoredArray:
         """See `Reader.read`; `buffer` is unused."""
-        tensor = self._tensors[name]
-        if tensor.is_contiguous():
-            flat = tensor.view(-1)
-        else:
-            cached = self._flat  # another thread may replace it
-            flat = cached[1] if cached and cached[0] == name else tensor.reshape(-1)
-            self._flat = (name, flat)
-        part = flat[start:stop]
+        part = self._flat(name)[start:stop]
         bits = part.view(torch.uint16) if part.dtype == torch.bfloat16 else part
-        return bits.numpy().view(STORED_DTYPES[_DTYPES[tensor.dtype]])
+        return bits.numpy().view(STORED_DTYPES[_DTYPES[part.dtype]])
 
     def start_hashing(self) -> None:
         """Do nothing: reading tensors does not read every byte of the file."""
@@ -246,12 +231,12 @@ def _recorded_shape(path: Path, document: Mapping[str, Any]) -> Shape | None:
     """Return the shape from nanoGPT's `model_args` or build-nanogpt's `config`, if recorded."""
     settings = document.get("model_args") or document.get("config")
     values = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
-    if not {*_SIZES, "block_size"} <= values.keys():
+    if not {*SIZES, "block_size"} <= values.keys():
         return None
     scaled = bool(values.get("scale_attn_by_inverse_layer_idx", False))
     try:
         model = ModelConfig(
-            **{key: int(values[key]) for key in _SIZES},
+            **{key: int(values[key]) for key in SIZES},
             bias=bool(values.get("bias", True)),
             scale_attn_by_inverse_layer_idx=scaled,
         )

@@ -8,12 +8,11 @@ hashed during the write.
 """
 
 import os
-import re
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from llmtrain.checkpoints.checkpoint import (
     COMPANION_FILES,
@@ -25,7 +24,6 @@ from llmtrain.checkpoints.checkpoint import (
 )
 from llmtrain.checkpoints.safetensors_files import StoredTensor, encode_header
 from llmtrain.checkpoints.tensors import FLOATS, ITEM_BYTES, StoredArray, TensorSpec
-from llmtrain.errors import UserError
 from llmtrain.storage.integrity import SequentialHash
 from llmtrain.storage.json_files import read_json, write_json
 
@@ -35,46 +33,19 @@ DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 Layout = Mapping[str, Mapping[str, TensorSpec]]
 """Tensors by file name, in stored order."""
 
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as `500MB`, `5GB` or `2GiB`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.strip().upper())
-    size = int(float(match[1]) * _UNITS.get(match[2] or "B", 0)) if match else 0
-    if size <= 0:
-        raise UserError(f"{text!r} is not a size", hint="such as 500MB, 5GB or 2GiB")
-    return size
-
-
-def output_layout(newest: Checkpoint, *, dtype: str | None, max_shard: int | None) -> Layout:
-    """Return the files of an average: those of its newest input, or shards of `max_shard` bytes.
-
-    A tensor larger than `max_shard` gets its own shard.
-    """
+def output_layout(newest: Checkpoint, *, dtype: str | None) -> Layout:
+    """Return the files of an average: those of its newest input."""
     layout = {
-        file: {name: _converted(spec, dtype) for name, spec in specs.items()}
+        file: {
+            name: TensorSpec(dtype, spec.shape) if dtype and spec.dtype in FLOATS else spec
+            for name, spec in specs.items()
+        }
         for file, specs in newest.layout.items()
     }
-    if max_shard is not None:
-        tensors = {name: spec for specs in layout.values() for name, spec in specs.items()}
-        layout = _sharded(tensors, max_shard)
     if len(layout) == 1:
         return {WEIGHTS_FILE: next(iter(layout.values()))}  # a single file needs no index
     return layout
-
-
-def _converted(spec: TensorSpec, dtype: str | None) -> TensorSpec:
-    return TensorSpec(dtype, spec.shape) if dtype and spec.dtype in FLOATS else spec
-
-
-def _sharded(tensors: Mapping[str, TensorSpec], max_shard: int) -> dict[str, dict[str, TensorSpec]]:
-    shards: list[dict[str, TensorSpec]] = [{}]
-    for name, spec in tensors.items():
-        if shards[-1] and sum(each.bytes for each in shards[-1].values()) + spec.bytes > max_shard:
-            shards.append({})
-        shards[-1][name] = spec
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": s for i, s in enumerate(shards, 1)}
 
 
 def layout_bytes(layout: Layout) -> int:
@@ -99,8 +70,7 @@ def copy_companions(newest: Checkpoint, target: Path, dtype: str | None) -> None
         write_json(config, document | {key: torch_name})
 
 
-@dataclass(frozen=True)
-class _OpenFile:
+class _OpenFile(NamedTuple):
     name: str
     size: int
     hash: SequentialHash
@@ -140,15 +110,16 @@ class WeightsWriter:
             self.__exit__()
             raise
         if len(self._layout) > 1:
-            self._write_index()
+            weight_map = {name: file for file, specs in self._layout.items() for name in specs}
+            sizes = {"total_size": layout_bytes(self._layout)}
+            write_json(self._folder / INDEX_FILE, {"metadata": sizes, "weight_map": weight_map})
         return self
 
     def __exit__(self, *exception: object) -> None:
         while self._open:
             descriptor, file = self._open.popitem()
             os.close(descriptor)
-            digest = file.hash.hexdigest(file.size)
-            if digest is not None:
+            if (digest := file.hash.hexdigest(file.size)) is not None:
                 self._hashes[file.name] = digest
 
     def _create(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
@@ -163,11 +134,6 @@ class WeightsWriter:
         os.pwrite(descriptor, header, 0)
         file.hash.update(0, header)
         self._places |= {name: (descriptor, tensor) for name, tensor in stored.items()}
-
-    def _write_index(self) -> None:
-        weight_map = {name: file for file, specs in self._layout.items() for name in specs}
-        sizes = {"total_size": layout_bytes(self._layout)}
-        write_json(self._folder / INDEX_FILE, {"metadata": sizes, "weight_map": weight_map})
 
     def write(self, name: str, start: int, raw: StoredArray) -> None:
         """Write stored numbers at element `start` of a tensor; not thread-safe."""

@@ -1,17 +1,14 @@
-"""Token shards: a header of 1024 bytes, then uint16 tokens; written sequentially, read at random.
+"""Token shards: a header of 1024 bytes, then uint16 tokens, as in llm.c and modded-nanogpt.
 
-llm.c and modded-nanogpt use the same layout. With offset 0, `TokenReader` reads nanoGPT's headerless
-files.
-
-Why positioned reads: the pages of a memory map count as memory of the process, and a file truncated
-under a map kills the process instead of raising.
+Why positioned reads: the pages of a memory map count as memory of the process, and a file that is
+truncated under a map kills the process instead of raising.
 """
 
 import contextlib
 import os
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -76,11 +73,7 @@ def hash_problem(folder: Path, shard: ShardRecord) -> str | None:
 class ShardWriter:
     """Writer of one split's documents; a shard ends with the document that fills it.
 
-    Each shard is written under a temporary name, flushed to disk and renamed.
-
-    Args:
-        finished: shards that the folder already contains.
-        on_shard: called with each shard once it is durable.
+    A shard is written under a temporary name, flushed to disk, renamed and passed to `on_shard`.
     """
 
     def __init__(
@@ -88,8 +81,8 @@ class ShardWriter:
         folder: Path,
         split: str,
         shard_tokens: int,
-        finished: Sequence[ShardRecord] = (),
-        on_shard: Callable[[ShardRecord], None] = lambda record: None,
+        finished: list[ShardRecord],
+        on_shard: Callable[[ShardRecord], None],
     ) -> None:
         self.shards = list(finished)
         self._on_shard = on_shard
@@ -100,11 +93,7 @@ class ShardWriter:
         self._tokens = self._documents = self._text_bytes = 0
 
     def add(self, tokens: npt.NDArray[np.uint16], text_bytes: int, *, ends_document: bool) -> None:
-        """Append the tokens of a document, or of a part of it.
-
-        Raises:
-            UserError: one document has more tokens than a shard's header can count.
-        """
+        """Append the tokens of a document, or of a part of it."""
         if self._file is None:
             self._file = self._temporary.open("wb", buffering=1 << 20)
             self._file.write(bytes(HEADER_BYTES))
@@ -192,7 +181,7 @@ class TokenReader:
     """The tokens of one split as one array on disk. Thread-safe; keeps no tokens in memory."""
 
     def __init__(self, token_files: tuple[TokenFile, ...], vocab_size: int = 1 << 16) -> None:
-        """Open the files of one split, in order. Reading an id of `vocab_size` or more is an error."""
+        """Open the files of one split, in order. Reading an id >= `vocab_size` is an error."""
         self._files = token_files
         self._vocab_size = vocab_size
         self._ends = list(accumulate(file.tokens for file in token_files))
@@ -250,26 +239,10 @@ class TokenReader:
         )
 
     def close(self) -> None:
-        """Close the files. Garbage collection of the reader closes them too."""
+        """Close the files, as garbage collection does."""
         self._close()
 
 
 def _close_all(descriptors: list[int]) -> None:
     while descriptors:
         os.close(descriptors.pop())
-
-
-class ConcatenatedTokens:
-    """Several token sequences as one. A read must not cross from one into the next."""
-
-    def __init__(self, parts: Sequence[Tokens]) -> None:
-        self._parts = parts
-        self._offsets = [0, *accumulate(len(part) for part in parts)]
-
-    def __len__(self) -> int:
-        return self._offsets[-1]
-
-    def read(self, start: int, length: int) -> npt.NDArray[np.integer[Any]]:
-        """Return tokens `start` to `start + length`."""
-        index = bisect_right(self._offsets, start) - 1
-        return self._parts[index].read(start - self._offsets[index], length)

@@ -1,1 +1,10 @@
-"""."""
+"""Devices, the processes of a run, and signals.
+
+May import: storage, errors.
+
+- device: device, precision, compilation, memory, published peaks.
+- distributed: the process group and collective helpers.
+- launcher: start the workers of a run, and print each error once.
+- sharded: shards and full tensors of a DTensor.
+- signals: stop at a safe point after a signal or a time limit.
+"""

@@ -1,7 +1,7 @@
-"""What the device can do: which one, in which precision, compiled or not, and its published peak.
+"""Device, precision and compile settings, available memory, and published peak performance.
 
-Why: a setting that the device cannot honour is an error or a warning, never a silent change; and a
-utilisation is only shown against a peak that somebody published, never against a guess.
+Why: a setting that the device does not support is an error or a warning, never a silent change.
+Utilization is reported only against a published peak.
 
     device = resolve_device("auto"); precision = resolve_precision("auto", device)
 """
@@ -34,22 +34,17 @@ Precision = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Datasheet:
-    """What NVIDIA's data sheet says of a device."""
+    """Published figures of an NVIDIA device."""
 
     flops: float
-    """FLOP/s of dense bfloat16 matrix products (without sparsity)."""
+    """Dense bfloat16 FLOP/s, without sparsity."""
     memory: float | None
-    """Bytes, the sheet's GB being 1e9 of them; None where a name is sold with several sizes."""
+    """Bytes (1 GB = 1e9); None if the name is sold with several sizes."""
     link: float | None = None
-    """Bytes/s of NVLink to the other devices of a machine, in each direction, where it joins them all."""
+    """NVLink bytes/s in each direction, if it connects all devices of a machine."""
 
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""Of mallopt, by malloc.h."""
-_LARGE_BLOCK = 32 << 20
-"""Bytes from which on glibc gives a block back at once, however often it was needed before."""
-
-_PUBLISHED = {
+_DATASHEETS = {
     "H200": Datasheet(989e12, 141e9, 450e9),
     "H100 PCIe": Datasheet(756e12, 80e9),
     "H100 NVL": Datasheet(835e12, 94e9),
@@ -62,28 +57,14 @@ _PUBLISHED = {
     "A10G": Datasheet(70e12, 24e9),
 }
 
-
-def datasheet(name: str) -> Datasheet:
-    """The data sheet of a device by its short name, such as `h100` or `a100-80gb`.
-
-    Raises:
-        UserError: none is known here.
-    """
-    known = {key.lower().replace(" ", "-"): sheet for key, sheet in _PUBLISHED.items()}
-    if name.lower() not in known:
-        raise UserError(
-            f"nothing is known of a device {name!r}",
-            hint=f"{', '.join(known)}; or cpu, or other, with --tokens-per-second",
-        )
-    return known[name.lower()]
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Parameters of mallopt, from malloc.h."""
+_LARGE_BLOCK = 32 << 20
+"""Largest mmap threshold (bytes) that glibc would choose itself."""
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that a config's `train.device`, or an option `--device`, means; auto: CUDA, else MPS, else CPU.
-
-    Raises:
-        UserError: no such device here.
-    """
+    """Return the device for `train.device` or `--device`; auto: CUDA, else MPS, else CPU."""
     import torch
 
     if name == "auto":
@@ -94,52 +75,24 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(
-            f"{name!r} is no device",
-            hint="train.device and --device take auto, cpu, cuda, cuda:N or mps",
+            f"{name!r} is not a device",
+            hint="set train.device or --device to auto, cpu, cuda, cuda:N or mps",
         ) from None
-    present = {
+    count = {
         "cpu": 1,
         "cuda": torch.cuda.device_count(),
         "mps": int(torch.backends.mps.is_available()),
     }.get(device.type, 0)
-    if (device.index or 0) >= present:
+    if (device.index or 0) >= count:
         raise UserError(
-            f"device {name!r}: this machine has {present} of type {device.type}",
-            hint="auto takes what there is (train.device, --device)",
+            f"device {name!r}: this machine has {count} of type {device.type}",
+            hint="use auto (train.device, --device)",
         )
     return device
 
 
-@contextmanager
-def keep_freed_memory(device: torch.device) -> Iterator[None]:
-    """On a CPU, let the process keep what is freed within the block, for its next steps or batches.
-
-    glibc gives large blocks, and what lies free at the end of its heap, back at once; that the kernel clears
-    new pages for the next step costs a tenth of it and more. At the end all that is free is given back. That is a
-    setting of the process: of blocks within each other, or in several threads, the first to end ends it for all.
-    """
-    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
-        yield
-        return
-    libc, most = ctypes.CDLL(None), 2**31 - 1
-    if libc.mallopt(
-        _MMAP_THRESHOLD, most
-    ):  # older ones refuse, and then the other alone would do harm
-        libc.mallopt(_TRIM_THRESHOLD, most)
-    try:
-        yield
-    finally:
-        libc.mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK)
-        libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGE_BLOCK)
-        libc.malloc_trim(0)
-
-
 def resolve_precision(name: str, device: torch.device) -> Precision:
-    """The precision of matrix products; auto: bfloat16 where the hardware multiplies it natively.
-
-    Raises:
-        UserError: bfloat16 was asked for where the device has none.
-    """
+    """Return the precision of matrix products; auto: bfloat16 if the hardware supports it."""
     import torch
 
     if device.type == "cuda":
@@ -151,42 +104,30 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
     if name == "bfloat16":
         if device.type != "cpu" and not native:
             raise UserError(
-                f"train.precision bfloat16: {device_name(device)} cannot multiply it",
-                hint="precision: auto, or float32",
+                f"train.precision bfloat16: {device_name(device)} does not support it",
+                hint="use precision: auto or float32",
             )
         return "bfloat16"
     return "bfloat16" if name == "auto" and native else "float32"
 
 
 def resolve_compile(setting: bool | str, device: torch.device) -> tuple[bool, str | None]:
-    """Whether to call torch.compile, and, where it was asked for and cannot be had, a warning why not.
-
-    Raises:
-        UserError: CUDA graphs were asked for where there is no CUDA.
-    """
+    """Return whether to call torch.compile, and a warning if it is requested but not available."""
     if setting == "cuda-graphs" and device.type != "cuda":
         raise UserError(
-            f"train.compile cuda-graphs: {device_name(device)} has none",
-            hint="compile: auto, true or false",
+            f"train.compile cuda-graphs: {device_name(device)} does not support it",
+            hint="use compile: auto, true or false",
         )
-    wanted = device.type == "cuda" if setting == "auto" else bool(setting)
-    if (
-        wanted
-        and device.type == "cpu"
-        and shutil.which("c++") is None
-        and shutil.which("g++") is None
-    ):
-        return (
-            False,
-            "train.compile needs a C++ compiler on a CPU and none was found: training uncompiled",
-        )
-    if wanted and device.type == "mps":
+    requested = device.type == "cuda" if setting == "auto" else bool(setting)
+    if requested and device.type == "cpu" and not (shutil.which("c++") or shutil.which("g++")):
+        return False, "train.compile needs a C++ compiler on CPU, none found: training uncompiled"
+    if requested and device.type == "mps":
         return False, "train.compile is not supported on MPS: training uncompiled"
-    return wanted, None
+    return requested, None
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """bfloat16 matrix products over float32 weights, or nothing."""
+    """Return the autocast context for bfloat16, or an empty context."""
     import torch
 
     if precision == "float32":
@@ -195,7 +136,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 
 def to_device(array: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
-    """The array there; a GPU fetches it while the host goes on, which it can from pinned memory alone."""
+    """Copy an array to the device; on CUDA asynchronously, from pinned memory."""
     import torch
 
     on_host = torch.from_numpy(array)
@@ -204,59 +145,79 @@ def to_device(array: npt.NDArray[np.int64], device: torch.device) -> torch.Tenso
     return on_host.to(device, non_blocking=True)
 
 
-def device_name(device: torch.device) -> str:
-    """What a person calls the device."""
-    import torch
+@contextmanager
+def keep_freed_memory(device: torch.device) -> Iterator[None]:
+    """On a CPU with glibc, reuse freed memory within the block; return it to the kernel at the end.
 
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    Why: by default glibc returns large blocks at once, and clearing new pages then costs a tenth of
+    a step or more. The setting belongs to the process: with nested blocks or several threads, the
+    first block to end resets it for all.
+    """
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    libc, maximum = ctypes.CDLL(None), 2**31 - 1
+    # An old glibc refuses the first setting; the second one alone would slow it down.
+    if libc.mallopt(_MMAP_THRESHOLD, maximum):
+        libc.mallopt(_TRIM_THRESHOLD, maximum)
+    try:
+        yield
+    finally:
+        libc.mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK)
+        libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGE_BLOCK)
+        libc.malloc_trim(0)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on a GPU at a time; elsewhere the most that this process had in memory."""
+    """Return the peak bytes of tensors on a GPU, or the peak resident bytes of this process."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if (
-        status.exists()
-    ):  # what getrusage says there counts the process that started this one, before it did
-        return next(
-            int(line.split()[1]) * 1024 for line in status.open() if line.startswith("VmHWM")
-        )
+    if status.exists():  # getrusage includes the parent process before exec
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def available_memory(device: torch.device) -> float:
-    """Bytes that may still be taken: of a GPU, or of the host within its control group; infinite if unknown."""
+    """Return the available bytes of a GPU, or of the host and its cgroups; infinite if unknown."""
     import torch
 
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    bounds = [math.inf]
-    if (about := Path("/proc/meminfo")).exists():
-        lines = about.read_text().splitlines()
-        bounds += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    for group in _control_groups():
-        limit, used = group / "memory.max", group / "memory.stat"
-        if limit.exists() and limit.read_text().strip() != "max":
-            taken = dict(line.split() for line in used.read_text().splitlines())
-            bounds.append(int(limit.read_text()) - int(taken["anon"]))
-    return min(bounds)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    limits = [math.inf]
+    if (meminfo := Path("/proc/meminfo")).exists():
+        lines = meminfo.read_text().splitlines()
+        limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    for group in _cgroups():
+        maximum, usage = group / "memory.max", group / "memory.stat"
+        if maximum.exists() and maximum.read_text().strip() != "max":
+            used = dict(line.split() for line in usage.read_text().splitlines())
+            limits.append(int(maximum.read_text()) - int(used["anon"]))
+    return min(limits)
 
 
-def _control_groups() -> list[Path]:
-    """The folders of the group of this process (version 2), and of those it is in."""
+def _cgroups() -> list[Path]:
+    """Return the folders of this process's cgroup (version 2) and its parents."""
     own, root = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
     lines = own.read_text().splitlines() if own.exists() else []
     name = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
     return [root / str(group).lstrip("/") for group in (Path(name), *Path(name).parents)]
 
 
+def device_name(device: torch.device) -> str:
+    """Return the product name of a GPU, or the device type."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def environment(device: torch.device) -> dict[str, str | int]:
-    """On what it is that something runs: versions and device, the same for every call on one machine."""
+    """Return the versions and the hardware that a run records."""
     import torch
 
     cuda = {"cuda": torch.version.cuda} if torch.version.cuda and device.type == "cuda" else {}
@@ -274,16 +235,26 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 
 def _processor() -> str:
-    """The name of the processor, where the system tells it."""
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text().splitlines() if about.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def datasheet(name: str) -> Datasheet:
+    """Return the datasheet for a short name such as `h100` or `a100-80gb`, or raise UserError."""
+    sheets = {key.lower().replace(" ", "-"): sheet for key, sheet in _DATASHEETS.items()}
+    if name.lower() not in sheets:
+        raise UserError(
+            f"unknown device {name!r}",
+            hint=f"{', '.join(sheets)}; or cpu, or other, with --flops or --tokens-per-second",
+        )
+    return sheets[name.lower()]
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float | None:
-    """Datasheet dense peak in FLOP/s, or None where none is known for the device and the precision."""
+    """Return the published dense peak in FLOP/s; None if unknown for this device and precision."""
     if device.type != "cuda" or precision != "bfloat16":
         return None
     name = device_name(device)
-    return next((sheet.flops for key, sheet in _PUBLISHED.items() if key in name), None)
+    return next((sheet.flops for key, sheet in _DATASHEETS.items() if key in name), None)

@@ -1,15 +1,16 @@
-"""The processes that train one model together: who they are, what they agree on, what they add up.
+"""The process group of a run: ranks, collective helpers, and errors that all ranks raise together.
 
-Why: with N processes a run must be the run of one. Every decision (to stop, to go back, what to resume
-from) is made once and heard by all; every number that is shown is of all. A process alone is a world
-of one, and nothing here costs it anything.
+Why: N processes must train like one. Decisions (stop, rewind, resume) are made on rank 0 and
+broadcast; logged numbers are reduced over all ranks. A single process needs no group.
 
-    with join(device, spread=False) as (world, device): loss = world.mean(loss)
+    with init_distributed(device, spread=False) as (world, device): loss = world.mean(loss)
 """
 
+import functools
 import os
 import re
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,52 +21,54 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import (
-    HashStore,  # public as torch.distributed.HashStore, untyped there
+from torch._C._distributed_c10d import (  # public as torch.distributed.…, untyped there
+    HashStore,
+    PrefixStore,
+    Store,
 )
+from torch.distributed.rendezvous import rendezvous
 
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.runtime import ranks
+from llmtrain.runtime import launcher
 from llmtrain.runtime.signals import Interrupted
 
 T = TypeVar("T")
 
-_SECONDS_TO_BE_ENDED = 10.0
-"""A launcher that sees which process is gone, and says of what, ends the others in less time."""
+_SECONDS_UNTIL_STOPPED = 10.0
+"""The launcher stops the other ranks of a failed one within this time, and reports the cause."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that train one model."""
+    """This process among all ranks of a run."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Number of this process on its machine."""
     local_size: int = 1
     """Processes on this machine."""
-    saving: "dist.ProcessGroup | None" = None
-    """The same processes a second time, for states that are saved while training goes on."""
+    saving: dist.ProcessGroup | None = None
+    """A second group of all ranks, for checkpoints that are saved during training."""
 
     @property
     def is_rank_zero(self) -> bool:
-        """Whether this is the process that prints and commits."""
+        """True for the process that prints and commits."""
         return self.rank == 0
 
     def local_rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """This process's part of the rows of a batch, which divides."""
+        """Return this rank's rows of a batch, which must divide evenly."""
         each = len(rows) // self.size
         return rows[self.rank * each : (self.rank + 1) * each]
 
     def mean(self, value: Tensor) -> Tensor:
-        """Mean over all processes of a number on the device, shape (); it is overwritten."""
+        """Replace a scalar tensor by its mean over all ranks."""
         if self.size > 1:
             dist.all_reduce(value)
             value /= self.size
         return value
 
     def sums(self, values: Sequence[float]) -> list[float]:
-        """Sum over all processes of each number, in float64."""
+        """Return the sum of each number over all ranks, in float64."""
         if self.size == 1:
             return list(values)
         totals = torch.tensor(values, dtype=torch.float64)
@@ -73,7 +76,7 @@ class World:
         return totals.tolist()
 
     def on_rank_zero(self, function: Callable[[], T]) -> T:
-        """Call `function` on rank 0 alone; what it returns or raises on purpose, every process does."""
+        """Call `function` on rank 0; return or raise its outcome on all ranks."""
         if self.size == 1:
             return function()
         outcome: list[T | Exception | None] = [None, None]
@@ -85,22 +88,22 @@ class World:
         dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
         if isinstance(outcome[1], Exception):
             raise outcome[1]
-        return outcome[0]  # type: ignore[return-value]  # what `function` returned
+        return outcome[0]  # type: ignore[return-value]  # the value of `function`
 
     def local_rank_zero_first(self, function: Callable[[], T]) -> T:
-        """Call `function` on one process of each machine, and once it is done there on the others.
+        """Call `function` on one rank of each machine, then on the others.
 
-        What it raises on purpose anywhere, every process does.
+        An error on any machine is raised on all ranks.
         """
         if self.size == 1:
             return function()
-        failures: list[Exception | None] = [None] * self.size
         failure = None
         if self.local_rank == 0:
             try:
                 function()
             except (UserError, RunFailed, OSError) as error:
                 failure = error
+        failures: list[Exception | None] = [None] * self.size
         dist.all_gather_object(failures, failure)
         if first := next(filter(None, failures), None):
             raise first
@@ -108,49 +111,43 @@ class World:
 
     @contextmanager
     def enter_on_rank_zero(self, context: AbstractContextManager[None]) -> Iterator[None]:
-        """Enter `context` on rank 0 alone; where it cannot be entered, no process goes on."""
+        """Enter `context` on rank 0; raise its error on all ranks."""
         with ExitStack() as stack:
             self.on_rank_zero(lambda: stack.enter_context(context))
             yield
 
     def exit_code_agreement(self) -> Callable[[int], int]:
-        """A function of an exit code that says, on all processes alike, with which one to leave now (0: stay)."""
-        return _Agreement() if self.size > 1 else lambda code: code
+        """Return a function from this rank's exit code to that of all ranks (0: continue)."""
+        return _MaxExitCode() if self.size > 1 else lambda code: code
 
 
-class _Agreement:
-    """The exit code of a signal to one process, heard by all of them at the same call.
+class _MaxExitCode:
+    """The maximum of an exit code over all ranks, one call late.
 
-    Each call starts a reduction on the CPU and gives the result of the one before, which is there by then:
-    nobody waits for a device, or longer for another process than the step makes it wait anyway.
+    Each call starts a reduction on the CPU and returns the result of the previous one, so training
+    does not wait for it.
     """
 
     def __init__(self) -> None:
         self._code = torch.zeros((), dtype=torch.int64)
-        self._reducing: dist.Work | None = None
+        self._reduction: dist.Work | None = None
 
     def __call__(self, code: int) -> int:
-        if self._reducing is not None:
-            self._reducing.wait()
+        if self._reduction is not None:
+            self._reduction.wait()
         agreed = int(self._code)
         self._code = torch.tensor(code)
-        self._reducing = dist.all_reduce(self._code, op=dist.ReduceOp.MAX, async_op=True)
+        self._reduction = dist.all_reduce(self._code, op=dist.ReduceOp.MAX, async_op=True)
         return agreed
 
 
 @contextmanager
 def init_distributed(device: torch.device, *, spread: bool) -> Iterator[tuple[World, torch.device]]:
-    """Come together with the other processes that the launcher started; alone where it started none.
+    """Join the process group of the launcher's workers, and yield this rank's device.
 
-    Args:
-        device: the kind of device to train on; each process gets its own.
-        spread: weights will be spread over the processes, even over one alone.
-
-    Raises:
-        UserError: the processes have not a device each.
-        RunFailed: another process has gone without a word.
+    Without a launcher, the process is alone. Sharded weights (`spread`) need a group even then.
     """
-    if not ranks.is_member():
+    if not launcher.is_worker():
         if spread:
             dist.init_process_group(_backend(device), store=HashStore(), rank=0, world_size=1)
         try:
@@ -159,7 +156,7 @@ def init_distributed(device: torch.device, *, spread: bool) -> Iterator[tuple[Wo
             if spread:
                 dist.destroy_process_group()
         return
-    ranks.leave_with_launcher()
+    launcher.stop_with_launcher()
     rank, size, local_rank = (
         int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     )
@@ -168,25 +165,24 @@ def init_distributed(device: torch.device, *, spread: bool) -> Iterator[tuple[Wo
         device = _own_device(device, local_rank, local_size, size)
         own = device if device.type == "cuda" else None
         dist.init_process_group(
-            _backend(device), store=ranks.store(), rank=rank, world_size=size, device_id=own
+            _backend(device), store=_store(), rank=rank, world_size=size, device_id=own
         )
         saving = dist.new_group(backend="gloo") if size > 1 else None
         yield World(rank, size, local_rank, local_size, saving), device
         dist.barrier(group=saving)
-    except Interrupted:  # as agreed by all
+    except Interrupted:  # agreed by all ranks
         dist.destroy_process_group()
         raise
-    except BaseException as error:
-        # Before the connections close, and the others fail because of it.
-        if _is_lost_peer(error):
-            if dist.is_torchelastic_launched():
-                time.sleep(_SECONDS_TO_BE_ENDED)
-            raise RunFailed(
-                f"the connection to the other processes of this run is lost ({str(error).splitlines()[0]})",
-                hint="was one killed, or out of memory? The same command goes on from the newest state",
-            ) from error
-        ranks.first_to_fail()
-        raise
+    except Exception as error:
+        # The process group stays open: other ranks must not fail before this error is printed.
+        if not _is_lost_connection(error):
+            raise
+        if dist.is_torchelastic_launched():
+            time.sleep(_SECONDS_UNTIL_STOPPED)
+        raise RunFailed(
+            f"lost the connection to another process of this run: {str(error).splitlines()[0]}",
+            hint="check whether one was killed or out of memory; the same command resumes the run",
+        ) from error
     dist.destroy_process_group()
 
 
@@ -198,13 +194,14 @@ def _own_device(device: torch.device, local_rank: int, local_size: int, size: in
     if size > 1 and (device.index is not None or device.type == "mps"):
         raise UserError(
             f"train.device {device} cannot be shared by {size} processes",
-            hint="--set train.device=cuda gives each its own GPU; --set train.device=cpu needs none",
+            hint="use --set train.device=cuda for one GPU per process, or --set train.device=cpu",
         )
     if device.type != "cuda":
         return device
     if local_size > torch.cuda.device_count():
         raise UserError(
-            f"{local_size} processes were started here, and there are {torch.cuda.device_count()} GPUs",
+            f"{local_size} processes on this machine need as many GPUs: it has "
+            f"{torch.cuda.device_count()}",
             hint=f"--nproc {torch.cuda.device_count()}",
         )
     own = torch.device("cuda", local_rank if device.index is None else device.index)
@@ -212,10 +209,38 @@ def _own_device(device: torch.device, local_rank: int, local_size: int, size: in
     return own
 
 
-def _is_lost_peer(error: BaseException) -> bool:
-    """Whether an error is that of a connection whose other end is gone."""
+def _is_lost_connection(error: Exception) -> bool:
     if not isinstance(error, RuntimeError) or isinstance(error, RunFailed):
         return False
     return isinstance(error, dist.DistError) or bool(
         re.search(r"gloo|NCCL|[Cc]onnection", str(error))
     )
+
+
+@functools.cache
+def _store() -> Store:
+    """Return the key-value store from which the process group is initialized.
+
+    The launcher's store outlives a restart, so each start uses its own prefix. Why not torch's
+    prefix: it contains the restart count, which each machine counts on its own.
+    """
+    shared: Store = next(iter(rendezvous("env://")))[0]
+    if not launcher.has_restarts():
+        return shared
+    return PrefixStore(f"llmtrain/{_start_name(shared)}", shared)
+
+
+def _start_name(shared: Store) -> str:
+    """Return a random name that rank 0 sends to each other rank that has registered."""
+    name = uuid.uuid4().hex
+    others = [f"here/{rank}" for rank in range(1, int(os.environ["WORLD_SIZE"]))]
+    if launcher.rank() == 0:
+        for key in others:
+            shared.delete_key(key)  # of an earlier start; living ranks register again
+        for key in others:
+            shared.set(f"answer/{shared.get(key).decode()}", name)
+        return name
+    while not shared.check([f"answer/{name}"]):
+        shared.set(f"here/{launcher.rank()}", name)
+        time.sleep(0.05)
+    return shared.get(f"answer/{name}").decode()

@@ -1,48 +1,128 @@
-"""Several processes of one command on this machine, started and watched by torch's elastic launcher.
+"""The worker processes of one run on this machine: start them, and decide which of them prints.
 
-Why not torchrun itself: it is the same launcher, but a person who typed one command wants its exit code
-and one error, not the launcher's report of how many processes have failed.
+Workers are started by `launch` or by torchrun; both use torch's elastic launcher. Rank 0 prints
+the log. The first worker that fails prints its error, because the launcher stops all others as
+soon as one exits.
+
+Why not only torchrun: `llmtrain pretrain --nproc 2` should return the run's exit code and print one
+error, not the launcher's report.
 
     code = launch(["pretrain", "--config", "configs/demo.yaml"], processes=2)
+
+Torch is imported only by `launch`, because the command line reads the environment at start.
 """
 
-import logging
 import os
 import signal
 import sys
+import time
 import uuid
-
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from pathlib import Path
+from threading import Thread
 
 from llmtrain.errors import RunFailed
-from llmtrain.runtime import ranks
 
-_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGUSR1"
-"""What ends a run with its state saved; the launcher passes them on."""
+LAUNCHER = "LLMTRAIN_LAUNCHER"
+"""Environment variable with the process number of our own launcher."""
 
+_WORKER_ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_FORWARDED_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGUSR1"
 _SECONDS_TO_SAVE = 600
-"""How long the launcher waits for processes that were told to end before it kills them."""
+"""Time that stopped workers have before the launcher kills them."""
+_SECONDS_TO_REPORT = 20
+"""Time that the worker which prints the error has before the others exit."""
+
+
+def is_worker() -> bool:
+    """Return whether torchrun or another launcher with its variables started this process."""
+    return all(name in os.environ for name in _WORKER_ENVIRONMENT)
+
+
+def rank() -> int:
+    """Return the global rank of this process; 0 for a process alone."""
+    return int(os.environ["RANK"]) if is_worker() else 0
+
+
+def has_restarts() -> bool:
+    """Return whether the launcher restarts all workers when one of them fails."""
+    return is_worker() and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+
+
+def silence_other_ranks() -> None:
+    """Discard standard output and error on all ranks but 0; `reports_error` undoes it."""
+    if rank() > 0:
+        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  (until the process ends)
+
+
+def reports_error() -> bool:
+    """Return True in the first worker of this machine that fails, which prints its error.
+
+    The first one creates a file in the launcher's folder of error files. The others block until the
+    launcher stops them, because it would stop the first one if another exited earlier.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if is_worker() and error_file:
+        try:
+            (Path(error_file).parents[1] / "reported").touch(exist_ok=False)
+        except FileExistsError:
+            time.sleep(_SECONDS_TO_REPORT)
+            return False
+        except OSError:  # without the folder, a repeated error is better than none
+            pass
+    if rank() > 0 and sys.__stderr__ is not None:
+        sys.stderr = sys.__stderr__
+    return True
+
+
+def worker_exit_code(code: int) -> int:
+    """Return the exit code of a process that did not fail but was interrupted with `code`.
+
+    Ranks other than 0 exit with 0: the launcher would stop rank 0 before it has printed.
+    With restarts, rank 0 does too: the launcher would start an interrupted run again.
+    """
+    if not is_worker() or _launcher_is_gone():
+        return code
+    return 0 if rank() > 0 or (has_restarts() and code > 2) else code
+
+
+def stop_with_launcher() -> None:
+    """Send SIGTERM to this process when our own launcher ends, for example by SIGKILL.
+
+    Why not PR_SET_PDEATHSIG: Linux then sends a signal for each thread of the launcher, and the
+    second SIGTERM ends the process without saving.
+    """
+    if LAUNCHER in os.environ:
+        Thread(target=_watch_launcher, name="launcher", daemon=True).start()
+
+
+def _watch_launcher() -> None:
+    while not _launcher_is_gone():
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _launcher_is_gone() -> bool:
+    parent = str(os.getppid())
+    return os.environ.get(LAUNCHER, parent) != parent
 
 
 def launch(arguments: list[str], processes: int) -> int:
-    """Run `llmtrain ARGUMENTS` in so many processes and wait for them.
-
-    Returns:
-        The exit code of the process that ended first of those that did not succeed, or 0.
+    """Run `llmtrain ARGUMENTS` in several processes; return 0 or the code of the first failure.
 
     Raises:
         RunFailed: a process was killed.
     """
-    logging.disable()  # the launcher's own reports; the processes' are theirs
-    # Each its share: threads of several processes on one core wait for each other.
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // processes, 1)))
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.disable()  # the launcher's own reports
+    # More threads than cores would wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(_cores() // processes, 1)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SECONDS_TO_SAVE))
-    os.environ[ranks.LAUNCHER] = str(os.getpid())
+    os.environ[LAUNCHER] = str(os.getpid())
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -51,20 +131,29 @@ def launch(arguments: list[str], processes: int) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        signals_to_handle=_SIGNALS,
+        signals_to_handle=_FORWARDED_SIGNALS,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "llmtrain", *arguments)
     except ChildFailedError as error:
         for rank, failure in error.failures.items():
-            # The others left without a word then; those that the launcher itself ended are no reason.
+            # SIGTERM came from the launcher itself.
             if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
+                name = signal.Signals(-failure.exitcode).name
                 raise RunFailed(
-                    f"process {rank} of {processes} was killed by {signal.Signals(-failure.exitcode).name}",
-                    hint="was memory short? The same command goes on from the newest state",
+                    f"process {rank} of {processes} was killed by {name}",
+                    hint="check the memory; the same command resumes from the newest checkpoint",
                 ) from error
         code = int(error.get_first_failure()[1].exitcode)
-        return code if code >= 0 else 128 - code  # a signal that came before the process listened
-    except SignalException as ended:
-        return 128 + int(ended.sigval)
+        return (
+            code if code >= 0 else 128 - code
+        )  # SIGTERM before the worker's handler was installed
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
     return 0
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -17,9 +17,9 @@ from pathlib import Path
 from llmtrain.errors import WriteFailed
 
 NO_ROOM = {
-    errno.ENOSPC: "free space there, or write elsewhere",
-    errno.EDQUOT: "free space in your quota, or write elsewhere",
-    errno.EFBIG: "raise the file size limit (ulimit -f), or write elsewhere",
+    errno.ENOSPC: "free space there",
+    errno.EDQUOT: "free space in your quota",
+    errno.EFBIG: "raise the file size limit (ulimit -f)",
 }
 """Hints by error number: no space, over quota, beyond the limit on file sizes."""
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -30,14 +30,8 @@ _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 def disk_errors(target: Path, *, needed: int | None = None) -> Iterator[None]:
     """Replace disk errors by a WriteFailed that names `target`; pass other exceptions through.
 
-    The clean-up of a failed write belongs inside the block, so that its bytes count as free.
-
-    Args:
-        target: final name; the block writes it or temporary names next to it.
-        needed: total bytes, if known.
-
-    Raises:
-        WriteFailed: the disk is full, over quota or not writable.
+    Include the clean-up of a failed write in the block, so that its bytes count as free.
+    `needed` is the total size in bytes, if known.
     """
     try:
         yield
@@ -46,14 +40,14 @@ def disk_errors(target: Path, *, needed: int | None = None) -> Iterator[None]:
         if number in NO_ROOM:
             hint = NO_ROOM[number]
         elif number in _FORBIDDEN and concerns(target, getattr(error, "filename", None)):
-            hint = "make that folder writable, or write elsewhere"
+            hint = "make that folder writable"
         else:
             raise
         room = "" if needed is None else f"{needed:,} bytes needed, "
         room += f"{free_bytes(target):,} bytes free"
         raise WriteFailed(
             f"cannot write {target}: {os.strerror(number)} ({room})",
-            hint=f"{hint}; completed work is kept, and the same command resumes from it",
+            hint=f"{hint}, or write elsewhere; the same command resumes from completed work",
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""The Hugging Face hub: a folder sent there, and its client's exceptions in plain words.
+"""The Hugging Face hub: push a folder, and short messages for the exceptions of its client.
 
-Why one place: the client raises a dozen kinds of errors, some of them its HTTP library's, and a person
-needs to know one of three things: the name is wrong, they may not, or the hub cannot be reached.
+Why: the client raises a dozen types of errors, including those of its HTTP library. For users there
+are three causes: a wrong name, a denied access, or a failed connection.
 
     url = push(Path("exported"), "owner/name")
 """
@@ -25,37 +25,23 @@ from huggingface_hub.errors import (
 from llmtrain.errors import RunFailed, UserError
 
 _TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
-"""The base of its HTTP library's errors: which library that is depends on the client's version."""
-
+"""Base class of HTTP errors; the HTTP library depends on the client's version."""
 _FORBIDDEN = (401, 403)
 
 
 def push(folder: Path, repository: str) -> str:
-    """Send a folder to a model repository; one that does not exist is made, private. Its address.
-
-    Args:
-        folder: all of it is sent, in one commit.
-        repository: OWNER/NAME.
-
-    Raises:
-        UserError: no such name, or no right to write there.
-        RunFailed: the hub cannot be reached.
-    """
+    """Upload a folder in one commit to OWNER/NAME, created (private) if missing; return its URL."""
     api = HfApi()
     with hub_errors(repository):
-        made = api.create_repo(repository, private=True, exist_ok=True)
+        url = api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(
-            repo_id=made.repo_id, folder_path=folder, commit_message="Exported by llmtrain"
+            repo_id=url.repo_id, folder_path=folder, commit_message="Exported by llmtrain"
         )
-    return str(made)
+    return str(url)
 
 
 def ping(seconds: float) -> str:
-    """The hub's address, which answered within `seconds`.
-
-    Raises:
-        RunFailed: it did not.
-    """
+    """Return the hub's address, or raise RunFailed if it does not answer within `seconds`."""
     with hub_errors(constants.ENDPOINT):
         get_session().head(constants.ENDPOINT, timeout=seconds)
     return constants.ENDPOINT
@@ -63,34 +49,34 @@ def ping(seconds: float) -> str:
 
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Say what the client's exceptions mean.
+    """Replace the client's exceptions by messages about `what`, such as a repository.
 
     Raises:
-        UserError: there is no such thing, or it is not ours.
+        UserError: it does not exist, or access is denied.
         RunFailed: the hub cannot be reached.
     """
     try:
         yield
     except LocalTokenNotFoundError:
         raise UserError(
-            f"the hub wants to know who asks for {what}", hint="hf auth login, or set HF_TOKEN"
+            f"{what} needs a token for the hub", hint="run hf auth login, or set HF_TOKEN"
         ) from None
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise UserError(
             f"the hub has no {what}: {_first_line(error)}",
-            hint="check the name and the revision; a private or gated one needs `hf auth login`",
+            hint="check the name and the revision; private and gated ones need `hf auth login`",
         ) from None
+    except LocalEntryNotFoundError as error:
+        raise _unreachable(what, error) from None
     except EntryNotFoundError as error:
-        if isinstance(error, LocalEntryNotFoundError):
-            raise _unreachable(what, error) from None
         raise UserError(
-            f"{what} lacks a file: {_first_line(error)}", hint="another revision"
+            f"{what} has no such file: {_first_line(error)}", hint="choose another revision"
         ) from None
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code in _FORBIDDEN:
             raise UserError(
-                f"the hub refuses {what}: {_first_line(error)}",
-                hint="hf auth login, or HF_TOKEN, with a token that may write there",
+                f"no permission for {what} on the hub: {_first_line(error)}",
+                hint="run hf auth login, or set HF_TOKEN, with a token that allows it",
             ) from None
         raise _unreachable(what, error) from None
     except (_TRANSPORT_ERROR, OfflineModeIsEnabled, OSError) as error:
@@ -99,8 +85,8 @@ def hub_errors(what: str) -> Iterator[None]:
 
 def _unreachable(what: str, error: Exception) -> RunFailed:
     return RunFailed(
-        f"the hub cannot be reached for {what}: {_first_line(error)}",
-        hint="check the network and HF_HUB_OFFLINE, and try again: what has arrived is not transferred twice",
+        f"cannot reach the hub for {what}: {_first_line(error)}",
+        hint="check the network and HF_HUB_OFFLINE, then retry; finished downloads are kept",
     )
 
 

@@ -142,7 +142,7 @@ def restore_tensors(
             if label in checkpoint.average_updates:  # a branch may add averages, which start here
                 updates = checkpoint.average_updates[label]
                 average.load(_with_prefix(f"average/{label}/", tensors), updates)
-            average.go_on_from(step)
+            average.resume_at(step)
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(
             f"the training checkpoint of step {step:,} does not fit this config: {error}",

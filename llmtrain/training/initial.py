@@ -38,7 +38,7 @@ def open_weights(source: str) -> Checkpoint:
             hint="name one of them: a folder in its snapshots/ or averages/",
         )
     return (
-        found.download() if isinstance(found, Repository) else open_checkpoint(found.path, step=0)
+        found.download() if isinstance(found, Repository) else open_checkpoint(found, step=0)
     )
 
 

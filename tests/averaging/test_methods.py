@@ -192,10 +192,7 @@ def test_wrong_weights_are_explained(tmp_path: Path, content: str, said: str) ->
         ({"method": "swa", "every": 150, "start": 100}, "no checkpoints at"),
         ({"method": "swa", "every": 100, "start": 700}, "no checkpoint at"),
         ({"method": "ema", "every": 100}, "either --decay D"),
-        (
-            {"method": "ema", "every": 100, "decay": 0.9, "half_life": 3.0},
-            "either --decay D",
-        ),
+        ({"method": "ema", "every": 100, "decay": 0.9, "half_life": 3.0}, "either --decay D"),
         ({"method": "ema", "every": 100, "decay": 1.0}, r"not in \[0, 1\)"),
         ({"method": "ema", "every": 100, "half_life": -1.0}, "not above 0"),
         ({"method": "decay", "shape": "square", "every": 100}, "--shape"),

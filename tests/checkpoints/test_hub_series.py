@@ -280,5 +280,5 @@ def test_no_network_is_a_failed_run_with_a_hint(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert "cannot be reached" in done.stderr
+    assert "cannot reach the hub" in done.stderr
     assert "HF_HUB_OFFLINE" in done.stderr

@@ -17,7 +17,6 @@ from llmtrain.averaging.request import AverageRequest, MergeOptions
 from llmtrain.checkpoints.open import open_checkpoint
 from llmtrain.checkpoints.resolve import find_series
 from llmtrain.checkpoints.series import folder_series
-from llmtrain.checkpoints.writer import parse_size
 from llmtrain.errors import UserError
 
 
@@ -62,19 +61,6 @@ def test_options_of_hub_series_are_refused_for_folders(tmp_path: Path) -> None:
         find_series("s", revision_pattern="step{N}")
     with pytest.raises(UserError, match="was not downloaded"):
         find_series("s", discard=True)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("500MB", 5 * 10**8), ("2GiB", 2 << 30), ("1.5 kb", 1500), ("7", 7)]
-)
-def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1", "5 apples", "0", "1TB"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="is not a size"):
-        parse_size(text)
 
 
 # --- indexes, links, integers, buffers ------------------------------------------------------------

@@ -90,14 +90,14 @@ def test_the_commands_of_the_readme_work_in_sequence(workplace: Path, llmtrain: 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["eval"], "there is no run under runs/"),
-        (["average", "--every", "2"], "there is no run under runs/"),
+        (["eval"], "no run in runs/"),
+        (["average", "--every", "2"], "no run in runs/"),
         (["report", "nowhere"], "not a run"),
         (["eval", "nowhere"], "nowhere does not exist"),
         (["pretrain", "--config", "none.yaml"], "cannot read the config none.yaml"),
         ([*PRETRAIN], "data/documents"),
         ([*PRETRAIN, "--branch", "1", "--from", "3"], "data/documents"),
-        ([*PRETRAIN, "--set", "train.device=gpu"], "is no device"),
+        ([*PRETRAIN, "--set", "train.device=gpu"], "is not a device"),
         ([*PRETRAIN, "--set", "train.device=cuda:9"], "this machine has"),
         ([*PRETRAIN, "--set", "optimizer.LR=3"], "did you mean lr?"),
         (["verify", "nowhere"], "nowhere"),

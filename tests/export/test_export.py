@@ -53,7 +53,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunConfig]
     trained = pretrain(tiny(averages=[]), folder, log=lambda line: None).run
     series = run_series(trained)
     average(series, make_specs(series, AverageRequest(method="lawa", every=2, window=3)))
-    measure_losses(find_targets(folder, every_snapshot=False), EvalOptions(), lambda *progress: None)
+    measure_losses(
+        find_targets(folder, every_snapshot=False), EvalOptions(), lambda *progress: None
+    )
     return trained
 
 
@@ -254,5 +256,5 @@ def test_push_sends_the_folder(run: RunFolder, tmp_path: Path) -> None:
         }
         refused = push(hub, "hf_of_someone_else", "again")
     assert refused.returncode == 2
-    assert "the hub refuses me/tiny" in refused.stderr
+    assert "no permission for me/tiny on the hub" in refused.stderr
     assert "again is complete" in refused.stderr

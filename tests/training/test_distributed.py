@@ -378,7 +378,7 @@ def test_machines_with_different_restart_counts_connect() -> None:
 def join_unreachable(patience: float) -> str:
     import llmtrain.runtime.distributed as module
 
-    module._SECONDS_TO_BE_ENDED = patience
+    module._SECONDS_UNTIL_STOPPED = patience
     os.environ |= {"GLOO_SOCKET_IFNAME": "no-such-card", "TORCHELASTIC_RUN_ID": "ours"}
     try:
         with init_distributed(CPU, spread=False):
