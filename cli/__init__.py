@@ -4,5 +4,5 @@ May import every layer. Each command has its own file, named after it; besides t
 
 - `main.py`: the application, exit codes and error messages
 - `common.py`: consoles, progress, shared options, formatting
-- `average_output.py`, `eval_table.py`: tables of `average` and `eval`
+- `average_output.py`: tables of `average`
 """

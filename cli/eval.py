@@ -1,7 +1,7 @@
 """`llmtrain eval`: compare raw and averaged weights by loss, on a text, or on zero-shot tasks."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -14,6 +14,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Column, Table
 
+from llmtrain.errors import UserError
 from llmtrain.evaluation.options import EvalOptions, TaskOptions, TextOptions
 
 from .common import ProgressLine, console, help_of, interruptible, print_json, warn
@@ -22,9 +23,8 @@ if TYPE_CHECKING:
     from llmtrain.checkpoints.resolve import Target
     from llmtrain.evaluation.results import EvalResult, TaskResult
     from llmtrain.evaluation.text import TextResult
-    from llmtrain.runtime.signals import Interrupt
 
-    from .common import ProgressLine
+    Progress = Callable[[Target, str, int, int], None]
 
 _eval_help = partial(help_of, EvalOptions)
 _task_help = partial(help_of, TaskOptions)
@@ -135,10 +135,19 @@ def evaluate(
         for target in find_targets(name, every_snapshot=every_snapshot)
     }
     outcome = "run the same command again to continue from the cached results"
-    with interruptible(outcome) as interrupt, ProgressLine("evaluating") as line:
-        with redirect_stdout(sys.stderr):  # lm-eval prints to standard output
-            measure = _Measurement(list(found.values()), options, interrupt, line)
-            measured = measure.run(text, stride, task_options)
+    weights = list(found.values())
+    with (
+        interruptible(outcome) as interrupt,
+        ProgressLine("evaluating") as line,
+        redirect_stdout(sys.stderr),  # lm-eval prints to standard output
+    ):
+
+        def progress(target: "Target", measure: str, done: int, total: int) -> None:
+            interrupt.check()
+            detail = f"{target.path} {measure} {done / max(total, 1):.0%}"
+            line.update(weights.index(target), len(weights), detail)
+
+        measured = _measure(weights, options, text, stride, task_options, progress)
     if as_json:
         print_json([_as_json(each) for each in measured])
     elif text is None and tasks is None:
@@ -150,15 +159,11 @@ def evaluate(
 
 
 def _require_companion(option: str, value: object, companion: str, given: object) -> None:
-    from llmtrain.errors import UserError
-
     if value is not None and given is None:
         raise UserError(f"{option} requires {companion}", hint="see llmtrain eval --help")
 
 
 def _parse_batch_size(text: str) -> Any:
-    from llmtrain.errors import UserError
-
     if text != "auto" and not (text.isdecimal() and int(text) > 0):
         raise UserError(
             f"--batch-size {text!r} is not a number", hint="pass auto or a positive number"
@@ -167,8 +172,6 @@ def _parse_batch_size(text: str) -> Any:
 
 
 def _parse_tasks(text: str) -> tuple[str, ...]:
-    from llmtrain.errors import UserError
-
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     if not all(names):
         raise UserError(
@@ -178,60 +181,47 @@ def _parse_tasks(text: str) -> tuple[str, ...]:
     return names
 
 
-class _Measurement:
-    """Measurement of several weights, with progress and interruption."""
+def _measure(
+    targets: "list[Target]",
+    options: EvalOptions,
+    text: Path | None,
+    stride: int | None,
+    tasks: TaskOptions | None,
+    progress: "Progress",
+) -> list[Measured]:
+    losses = _losses(targets, options, progress, needed=text is None and tasks is None)
+    measured = [Measured(*pair) for pair in zip(targets, losses, strict=True)]
+    if text is not None:
+        from llmtrain.evaluation.text import measure_text
 
-    def __init__(
-        self,
-        targets: "list[Target]",
-        options: EvalOptions,
-        interrupt: "Interrupt",
-        line: "ProgressLine",
-    ) -> None:
-        self._targets = targets
-        self._options = options
-        self._interrupt = interrupt
-        self._line = line
+        how = TextOptions(stride, options.batch or 16, options.device)
+        texts = measure_text(targets, text, how, progress, warn=warn)
+        measured = [replace(each, text=t) for each, t in zip(measured, texts, strict=True)]
+    if tasks is not None:
+        from llmtrain.evaluation.tasks import measure_tasks
 
-    def run(
-        self, text: Path | None, stride: int | None, tasks: TaskOptions | None
-    ) -> list[Measured]:
-        losses = self._losses(needed=text is None and tasks is None)
-        measured = [Measured(*pair) for pair in zip(self._targets, losses, strict=True)]
-        if text is not None:
-            from llmtrain.evaluation.text import measure_text
+        scores = measure_tasks(targets, tasks, progress, warn=warn)
+        measured = [replace(each, tasks=s) for each, s in zip(measured, scores, strict=True)]
+    return measured
 
-            how = TextOptions(stride, self._options.batch or 16, self._options.device)
-            texts = measure_text(self._targets, text, how, self._progress, warn=warn)
-            measured = [replace(one, text=t) for one, t in zip(measured, texts, strict=True)]
-        if tasks is not None:
-            from llmtrain.evaluation.tasks import measure_tasks
 
-            scores = measure_tasks(self._targets, tasks, self._progress, warn=warn)
-            measured = [replace(one, tasks=s) for one, s in zip(measured, scores, strict=True)]
-        return measured
+def _losses(
+    targets: "list[Target]", options: EvalOptions, progress: "Progress", *, needed: bool
+) -> "list[EvalResult | None]":
+    """Measure losses on token shards; unless `needed`, skip weights without data."""
+    from llmtrain.evaluation.loss import has_data, measure_losses
 
-    def _losses(self, *, needed: bool) -> "list[EvalResult | None]":
-        """Measure losses on token shards; unless `needed`, skip weights without data."""
-        from llmtrain.evaluation.loss import has_data, measure_losses
-
-        known = [each for each in self._targets if needed or has_data(each, self._options)]
-        if any(target.run and target not in known for target in self._targets):
-            warn("the training data of the run is not found: pass --data FOLDER to measure losses")
-        split = self._options.split
-        losses = measure_losses(
-            known,
-            self._options,
-            lambda target, done, total: self._progress(target, split, done, total),
-            warn=warn,
-        )
-        by_path = dict(zip((target.path for target in known), losses, strict=True))
-        return [by_path.get(target.path) for target in self._targets]
-
-    def _progress(self, target: "Target", measure: str, done: int, total: int) -> None:
-        self._interrupt.check()
-        detail = f"{target.path} {measure} {done / max(total, 1):.0%}"
-        self._line.update(self._targets.index(target), len(self._targets), detail)
+    known = [target for target in targets if needed or has_data(target, options)]
+    if any(target.run and target not in known for target in targets):
+        warn("the training data of the run is not found: pass --data FOLDER to measure losses")
+    losses = measure_losses(
+        known,
+        options,
+        lambda target, done, total: progress(target, options.split, done, total),
+        warn=warn,
+    )
+    by_path = dict(zip((target.path for target in known), losses, strict=True))
+    return [by_path.get(target.path) for target in targets]
 
 
 def _as_json(measured: Measured) -> dict[str, Any]:

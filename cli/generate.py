@@ -13,6 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
+from llmtrain.errors import UserError
 from llmtrain.evaluation.options import Sampling
 
 from .common import (
@@ -61,7 +62,6 @@ def generate(
     Weights are float32. Beyond the model's block size, only the most recent half of the context is
     kept.
     """
-    from llmtrain.errors import UserError
     from llmtrain.evaluation.generation import generate_text, load_generator
     from llmtrain.evaluation.results import choose_weights
     from llmtrain.model.tokenizer import well_formed

@@ -5,7 +5,8 @@ Why not in the model: training never uses a cache, and the compiled model should
     model, tokenizer = load_generator(Path("runs/demo/averages/lawa-5x20/step-00000900"))
     print("".join(generate_text(model, tokenizer, "My fellow Americans", Sampling())))
 
-Shape suffixes as in `model/gpt.py`: B batch, T tokens, C width, H heads, D head width, V vocabulary.
+Shape suffixes as in `model/gpt.py`: B batch, T tokens, C width, H heads, D head width, V
+vocabulary.
 """
 
 import codecs
@@ -88,7 +89,7 @@ def generate(
     """Yield the ids after the prompt, until the end-of-text token or `max_tokens`.
 
     When the context is full, its more recent half is read again into an empty cache, because GPT-2
-    has no positions beyond its block size.
+    positions end at its block size.
 
     Args:
         model: in evaluation mode.
@@ -113,7 +114,7 @@ def generate(
         if not logits_V.isfinite().all():
             raise RunFailed(
                 "the logits of the model are not finite",
-                hint="check the weights with llmtrain verify; if they are intact, training diverged",
+                hint="check the weights with llmtrain verify; if intact, training diverged",
             )
         token = choose(logits_V, sampling, generator)
         if token == eot:
@@ -164,7 +165,7 @@ def tokenizer_of(folder: Path, shape: Shape, name: str | None = None) -> Tokeniz
         )
     if name is None and not has_same_ids(folder, tokenizer):
         raise UserError(
-            f"the tokenizer files in {folder} produce other ids than our {tokenizer.name} tokenizer",
+            f"the tokenizer files in {folder} produce other ids than our {tokenizer.name} one",
             hint="to use ours anyway, pass --tokenizer gpt2 or --tokenizer byte",
         )
     return tokenizer

@@ -59,7 +59,7 @@ class Scorer:
         """Score the weights in a folder on one task.
 
         Raises:
-            UserError: the weights cannot be loaded or have no tokenizer.
+            UserError: the weights or their tokenizer cannot be loaded.
             RunFailed: a score is not finite.
         """
         if self._model is None or self._model.folder != folder:
@@ -80,7 +80,7 @@ class Scorer:
         )
 
 
-class _Model(HFLM):  # type: ignore[misc]  # lm-eval has no types
+class _Model(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     """A weights folder as an lm-eval model."""
 
     def __init__(self, folder: Path, options: TaskOptions) -> None:
@@ -153,7 +153,7 @@ def _evaluate(model: _Model, task: dict[str, Any], limit: int | None) -> list[Sc
         if not math.isfinite(score.value):
             raise RunFailed(
                 f"{score.metric} of {model.folder} in {score.task} is {score.value:g}",
-                hint="check the weights with llmtrain verify; if they are intact, training diverged",
+                hint="check the weights with llmtrain verify; if intact, training diverged",
             )
     return scores
 
@@ -178,7 +178,7 @@ def _scores(results: dict[str, Any]) -> Iterator[Score]:
 
 @cache
 def _manager(files: Path | None, *, everything: bool) -> TaskManager:
-    """Return lm-eval's index of tasks; indexing all of its own tasks takes seconds."""
+    """Return lm-eval's index of tasks; including its own tasks takes seconds."""
     return TaskManager(include_path=files, include_defaults=everything)
 
 
@@ -227,7 +227,7 @@ def _check_fields(definition: TaskDefinition, task: Any) -> None:
     table = task.eval_docs.data.table
     for name in sorted(fields):
         if name not in table.column_names or table.column(name).null_count:
-            raise _bad_data(definition, f"a document has no field {name!r}")
+            raise _bad_data(definition, f"a document lacks the field {name!r}")
 
 
 def _check_answers(definition: TaskDefinition, task: Any, limit: int | None) -> None:

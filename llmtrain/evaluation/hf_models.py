@@ -81,15 +81,6 @@ class IdArray:
         return self._ids[start : start + length]
 
 
-@dataclass(frozen=True)
-class Reencoded:
-    """The text of a split, encoded with another tokenizer."""
-
-    ids: IdArray
-    bytes: int
-    """Bytes of text."""
-
-
 def is_hf(folder: Path) -> bool:
     """Return whether a folder contains a model other than GPT-2."""
     return bool(read_json(folder / CONFIG_FILE).get("model_type", "gpt2") != "gpt2")
@@ -151,7 +142,7 @@ def _misfit(folder: Path, problem: str) -> UserError:
 
 
 def load_tokenizer_files(folder: Path) -> "PreTrainedTokenizerBase | None":
-    """Load the tokenizer in a folder; None if it has no tokenizer files.
+    """Load the tokenizer in a folder, if there are tokenizer files.
 
     Raises:
         UserError: transformers is missing, or cannot load the tokenizer.
@@ -169,11 +160,7 @@ def load_tokenizer_files(folder: Path) -> "PreTrainedTokenizerBase | None":
 
 
 def own_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
-    """Load the tokenizer in a folder; None for a GPT-2 without tokenizer files.
-
-    Raises:
-        UserError: another model has no tokenizer files, or they cannot be loaded.
-    """
+    """Like `load_tokenizer_files`, but raise a UserError if a model other than GPT-2 lacks them."""
     own = load_tokenizer_files(folder)
     if own is None and is_hf(folder):
         raise UserError(
@@ -187,7 +174,7 @@ def encoding_of(folder: Path) -> Encoding:
     """Return the encoding of the model in a folder, from its tokenizer files or our tokenizers.
 
     Raises:
-        UserError: it has no tokenizer files and uses none of our tokenizers.
+        UserError: it lacks tokenizer files and does not use one of our tokenizers.
     """
     own = own_tokenizer(folder)
     if own is None:
@@ -206,11 +193,11 @@ def encoding_of(folder: Path) -> Encoding:
     return Encoding(encode, eot)
 
 
-def reencode(folder: Path, data: TokenData, split: str, limit: int) -> Reencoded | None:
-    """Encode the text of the first `limit` tokens of a split with the tokenizer in a folder.
+def reencode(folder: Path, data: TokenData, split: str, limit: int) -> tuple[IdArray, int] | None:
+    """Encode the first `limit` tokens of a split with the tokenizer in a folder.
 
-    Return None if the folder has no tokenizer files, or if they give the ids of the split. For a
-    GPT-2, comparing the files and the end-of-text id is enough; transformers is not needed.
+    Return the ids and the bytes of text, or None if the folder does not need other ids than the
+    split's. For a GPT-2, a comparison of the tokenizer files decides this without transformers.
     """
     ours = load_tokenizer(data.tokenizer)
     same = not is_hf(folder) and load_shape(folder).eot == ours.eot and has_same_ids(folder, ours)
@@ -222,7 +209,7 @@ def reencode(folder: Path, data: TokenData, split: str, limit: int) -> Reencoded
     if np.array_equal(again[1 : len(probe) // 2 + 1], probe[: len(probe) // 2]):
         return None
     ids, n_bytes = _encode_documents(reader.read(0, limit).astype(np.int64), data, encoding)
-    return Reencoded(IdArray(ids), n_bytes)
+    return IdArray(ids), n_bytes
 
 
 def require_ids(folder: Path, ids: Ids, model: GPT | HFModel) -> None:
@@ -251,7 +238,7 @@ def _context(config: Any) -> int:
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
         if isinstance(length := getattr(config, name, None), int):
             return length
-    return MAX_CONTEXT  # models without a position table have no limit
+    return MAX_CONTEXT  # without a position table, any length works
 
 
 def _transformers() -> Any:
@@ -261,7 +248,7 @@ def _transformers() -> Any:
         raise UserError(
             "the package transformers is not installed", hint="pip install 'llmtrain[eval]'"
         ) from None
-    logging: Any = transformers.logging  # it has no types
+    logging: Any = transformers.logging  # untyped
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     return transformers

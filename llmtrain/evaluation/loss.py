@@ -7,7 +7,7 @@ same windows. Training, averaging and `llmtrain eval` all call `evaluate`.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -137,7 +137,7 @@ def evaluate(
 def _fill(
     reader: Tokens, windows: list[tuple[int, int, int]], block_size: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return inputs and targets of shape (windows, block_size); context-only targets are ignored."""
+    """Return inputs and targets of shape (windows, block_size); context targets are ignored."""
     tokens = np.zeros((len(windows), block_size), dtype=np.int64)
     targets = np.full((len(windows), block_size), IGNORE, dtype=np.int64)
     for row, (start, length, predicted) in enumerate(windows):
@@ -147,43 +147,12 @@ def _fill(
     return tokens, targets
 
 
-def evaluate_finite(
-    name: str,
-    model: GPT | HFModel,
-    reader: Tokens,
-    token_bytes: npt.NDArray[np.int64] | None,
-    *,
-    stride: int | None = None,
-    batch: int,
-    device: torch.device,
-    precision: Precision,
-    limit: int | None = None,
-    on_progress: Callable[[int, int], None],
-) -> LossResult:
-    """Return the loss of a model, which is moved to `device` first.
-
-    Raises:
-        RunFailed: the loss is not finite.
-    """
-    if token_bytes is None:
-        token_bytes = np.zeros(model.config.vocab_size, dtype=np.int64)
-    with keep_freed_memory(device):
-        result = evaluate(
-            model.to(device),
-            reader,
-            token_bytes,
-            block_size=model.block_size,
-            stride=stride,
-            batch=batch,
-            device=device,
-            precision=precision,
-            limit=limit,
-            on_progress=on_progress,
-        )
+def require_finite(result: LossResult, name: str) -> LossResult:
+    """Return the result; raise RunFailed if its loss is not finite."""
     if not math.isfinite(result.loss):
         raise RunFailed(
             f"the loss of {name} is {result.loss:g}",
-            hint="check the weights with llmtrain verify; if they are intact, training diverged",
+            hint="check the weights with llmtrain verify; if intact, training diverged",
         )
     return result
 
@@ -274,28 +243,30 @@ def _cached_loss(
 
     def measure() -> EvalResult:
         model = load_causal(target.path)
-        result = _loss(
-            target,
-            model,
-            options,
-            data,
-            limit,
-            device,
-            precision,
-            partial(on_progress, target),
-            warn,
-        )
+        reader, token_bytes, n_bytes = _prepare(target, model, data, options.split, limit, warn)
+        with keep_freed_memory(device):
+            result = evaluate(
+                model.to(device),
+                reader,
+                token_bytes,
+                block_size=model.block_size,
+                batch=options.batch or 16,
+                device=device,
+                precision=precision,
+                limit=limit if n_bytes is None else None,
+                on_progress=partial(on_progress, target),
+            )
+        require_finite(result, str(target.path))
+        if n_bytes is not None:
+            result = replace(result, bytes=n_bytes)
         return EvalResult(
             label=target.label,
             step=target.step,
             path=str(target.path),
             run=target.run.path.resolve().name if target.run else None,
-            loss=result.loss,
+            **asdict(result),
             perplexity=result.perplexity if math.isfinite(result.perplexity) else None,
             bits_per_byte=None if math.isnan(result.bits_per_byte) else result.bits_per_byte,
-            tokens=result.tokens,
-            bytes=result.bytes,
-            seconds=result.seconds,
             delta=None,
             split=options.split,
             block_size=model.block_size,
@@ -308,44 +279,28 @@ def _cached_loss(
     return replace(result, path=str(target.path), delta=None)
 
 
-def _loss(
+def _prepare(
     target: Target,
     model: GPT | HFModel,
-    options: EvalOptions,
     data: TokenData,
+    split: str,
     limit: int,
-    device: torch.device,
-    precision: Precision,
-    on_progress: Callable[[int, int], None],
     warn: Callable[[str], None],
-) -> LossResult:
-    """Measure a model on a split, re-encoded first if the model has another tokenizer."""
-    run = partial(
-        evaluate_finite,
-        str(target.path),
-        model,
-        batch=options.batch or 16,
-        device=device,
-        precision=precision,
-        on_progress=on_progress,
-    )
-    reencoded = reencode(target.path, data, options.split, limit)
-    if reencoded is None:
-        _require_vocabulary(target, model, data)
-        token_bytes = load_tokenizer(data.tokenizer).token_bytes()
-        return run(data.reader(options.split), token_bytes, limit=limit)
-    require_ids(target.path, reencoded.ids.read(0, len(reencoded.ids)), model)
-    warn(
-        f"{target.path} has another tokenizer, so the text of {data.folder} was re-encoded: "
-        "compare its bits/byte, not its loss per token"
-    )
-    return replace(run(reencoded.ids, None), bytes=reencoded.bytes)
-
-
-def _require_vocabulary(target: Target, model: GPT | HFModel, data: TokenData) -> None:
+) -> tuple[Tokens, npt.NDArray[np.int64], int | None]:
+    """Return the tokens for a model, bytes per id and, if the text was re-encoded, its bytes."""
+    reencoded = reencode(target.path, data, split, limit)
+    if reencoded is not None:
+        ids, n_bytes = reencoded
+        require_ids(target.path, ids.read(0, len(ids)), model)
+        warn(
+            f"{target.path} has another tokenizer, so the text of {data.folder} was re-encoded: "
+            "compare its bits/byte, not its loss per token"
+        )
+        return ids, np.zeros(model.config.vocab_size, dtype=np.int64), n_bytes
     if data.vocab_size > model.config.vocab_size:
         raise UserError(
             f"{data.folder} has a vocabulary of {data.vocab_size:,} ({data.tokenizer}), "
             f"{target.path} one of {model.config.vocab_size:,}",
             hint="evaluate on data prepared with the tokenizer of the model",
         )
+    return data.reader(split), load_tokenizer(data.tokenizer).token_bytes(), None

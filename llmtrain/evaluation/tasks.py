@@ -76,7 +76,7 @@ def measure_tasks(
 
 
 def find_definition(name: str, options: TaskOptions) -> TaskDefinition:
-    """Return a task's definition: from the user's task files, from ours with local data, or lm-eval's.
+    """Find a task in the user's task files, in ours (with local data), or in lm-eval.
 
     Raises:
         UserError: task files are not trusted, or the local data or definition is missing.

@@ -21,9 +21,14 @@ from llmtrain.config.loading import load_config
 from llmtrain.errors import UserError
 from llmtrain.evaluation.cache import cached, ignore, weights_sha256
 from llmtrain.evaluation.hf_models import IdArray, encoding_of, load_causal, require_ids
-from llmtrain.evaluation.loss import evaluate_finite
+from llmtrain.evaluation.loss import evaluate, require_finite
 from llmtrain.evaluation.options import TextOptions
-from llmtrain.runtime.device import Precision, resolve_device, resolve_precision
+from llmtrain.runtime.device import (
+    Precision,
+    keep_freed_memory,
+    resolve_device,
+    resolve_precision,
+)
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,12 @@ def measure_text(
         targets: the weights.
         path: the text file.
         options: how to measure.
-        on_progress: called with the target, the file name, windows done and total; may raise to stop.
+        on_progress: called with target, file name, windows done and total; may raise to stop.
         warn: called with each warning.
 
     Raises:
         UserError: the file is missing, empty or not UTF-8; the stride is longer than a window; a
-            target has no tokenizer.
+            target lacks a tokenizer.
         RunFailed: a loss is not finite.
     """
     text = _read(path)
@@ -110,17 +115,19 @@ def _measure(
         )
     ids = np.concatenate([[encoding.eot], encoding.encode(text)])
     require_ids(folder, ids, model)
-    measured = evaluate_finite(
-        f"{folder} on {path}",
-        model,
-        IdArray(ids),
-        None,
-        stride=stride,
-        batch=options.batch,
-        device=device,
-        precision=precision,
-        on_progress=on_progress,
-    )
+    with keep_freed_memory(device):
+        measured = evaluate(
+            model.to(device),
+            IdArray(ids),
+            np.zeros(model.config.vocab_size, dtype=np.int64),  # bytes are counted in the text
+            block_size=model.block_size,
+            stride=stride,
+            batch=options.batch,
+            device=device,
+            precision=precision,
+            on_progress=on_progress,
+        )
+    require_finite(measured, f"{folder} on {path}")
     nats, words = measured.loss * measured.tokens, len(text.split())
     n_bytes = len(text.encode())
     return TextResult(

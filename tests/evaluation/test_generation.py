@@ -1,4 +1,4 @@
-"""Text generation against transformers': greedy choice, what sampling leaves out, and the streamed text."""
+"""Text generation compared with transformers: greedy choice, sampling filters, streamed text."""
 
 import json
 import os
@@ -56,7 +56,7 @@ PROMPT = [5, 17, 3, 42]
 def write_folder(
     folder: Path, *, bias: bool, scaled: bool, vocab_size: int = 100, eot: int = 99
 ) -> GPT:
-    """A model with large random weights, so that its choices are many, and its folder."""
+    """Write a model with large random weights, so that its tokens vary."""
     config = ModelConfig(
         n_layer=3,
         n_head=4,
@@ -77,7 +77,7 @@ def write_folder(
 
 
 @pytest.mark.parametrize(("bias", "scaled"), [(False, True), (True, False)])
-def test_greedy_is_that_of_transformers(tmp_path: Path, bias: bool, scaled: bool) -> None:
+def test_greedy_generation_equals_transformers(tmp_path: Path, bias: bool, scaled: bool) -> None:
     model = write_folder(tmp_path, bias=bias, scaled=scaled)
     ours = list(generate(model, PROMPT, Sampling(max_tokens=20, temperature=0), eot=99))
     reference = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -89,11 +89,11 @@ def test_greedy_is_that_of_transformers(tmp_path: Path, bias: bool, scaled: bool
     assert len(set(ours)) > 3
 
 
-def test_a_text_beyond_the_block_size_goes_on_with_its_newer_half(tmp_path: Path) -> None:
+def test_beyond_the_block_size_the_recent_half_of_the_context_is_kept(tmp_path: Path) -> None:
     model = write_folder(tmp_path, bias=False, scaled=True)
     sampling = Sampling(max_tokens=60, temperature=0)
     context, expected = PROMPT, []
-    for _ in range(sampling.max_tokens):  # the whole context again for each token, without a cache
+    for _ in range(sampling.max_tokens):  # without a cache, from the whole context
         if len(context) > model.block_size:
             context = context[-model.block_size // 2 :]
         with torch.no_grad():
@@ -104,7 +104,7 @@ def test_a_text_beyond_the_block_size_goes_on_with_its_newer_half(tmp_path: Path
 
 
 @torch.no_grad()
-def test_what_is_read_in_pieces_gives_the_logits_of_the_whole(tmp_path: Path) -> None:
+def test_incremental_logits_equal_those_of_the_whole_context(tmp_path: Path) -> None:
     model = write_folder(tmp_path, bias=True, scaled=True)
     tokens = torch.randint(0, 100, (1, 24), generator=torch.Generator().manual_seed(1))
     cache = KVCache(model)
@@ -119,7 +119,7 @@ def test_what_is_read_in_pieces_gives_the_logits_of_the_whole(tmp_path: Path) ->
     st.floats(0.01, 1.0) | st.none(),
     st.floats(0.1, 3.0),
 )
-def test_sampling_leaves_out_what_transformers_leaves_out(
+def test_sampling_filters_equal_those_of_transformers(
     seed: int, top_k: int | None, top_p: float | None, temperature: float
 ) -> None:
     logits = torch.randn(1, 10, generator=torch.Generator().manual_seed(seed)) * 3
@@ -134,14 +134,14 @@ def test_sampling_leaves_out_what_transformers_leaves_out(
 
 
 @given(st.text(), st.sampled_from(["byte", "gpt2"]), st.integers(0, 40))
-def test_streamed_text_is_never_a_broken_character(text: str, name: str, cut: int) -> None:
+def test_streamed_text_contains_whole_characters_only(text: str, name: str, cut: int) -> None:
     tokenizer = load_tokenizer(name)
     ids = tokenizer.encode(text).tolist()
     assert "".join(stream_text(ids, tokenizer)) == tokenizer.decode(ids)
     assert text.startswith("".join(stream_text(ids[:cut], tokenizer)))
 
 
-def test_bytes_that_are_no_character_are_marked() -> None:
+def test_invalid_bytes_become_replacement_characters() -> None:
     assert "".join(stream_text([65, 0xFF, 66, 0xC3], load_tokenizer("byte"))) == "A�B"
 
 
@@ -157,12 +157,12 @@ def test_bytes_that_are_no_character_are_marked() -> None:
         {"top_p": 1.5},
     ],
 )
-def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
+def test_sampling_options_out_of_range_raise(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         Sampling(**wrong)  # type: ignore[arg-type]
 
 
-def test_weights_that_are_no_numbers_write_nothing(tmp_path: Path) -> None:
+def test_nan_weights_raise_instead_of_generating(tmp_path: Path) -> None:
     model = write_folder(tmp_path, bias=False, scaled=True)
     with torch.no_grad():
         model.transformer.ln_f.weight[3] = float("nan")
@@ -170,7 +170,7 @@ def test_weights_that_are_no_numbers_write_nothing(tmp_path: Path) -> None:
         next(generate(model, PROMPT, Sampling(), eot=99))
 
 
-def test_the_tokenizer_is_the_one_whose_end_of_text_the_folder_names(tmp_path: Path) -> None:
+def test_the_end_of_text_id_selects_the_tokenizer(tmp_path: Path) -> None:
     write_folder(tmp_path / "bytes", bias=False, scaled=True, vocab_size=264, eot=256)
     assert load_generator(tmp_path / "bytes")[1].name == "byte"
     with pytest.raises(UserError, match="264 rows of embeddings, the gpt2 tokenizer"):
@@ -191,7 +191,7 @@ def test_the_tokenizer_is_the_one_whose_end_of_text_the_folder_names(tmp_path: P
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunConfig]) -> RunFolder:
-    """Twelve steps with an online average and one made afterwards."""
+    """Return a run of twelve steps with an online and a post-hoc average."""
     folder = tmp_path_factory.mktemp("written") / "runs" / "tiny"
     trained = pretrain(tiny(), folder, log=lambda line: None).run
     series = run_series(trained)
@@ -199,13 +199,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunConfig]
     return trained
 
 
-def test_a_run_stands_for_the_best_of_its_newest_averages(run: RunFolder) -> None:
+def test_a_run_resolves_to_the_best_of_its_newest_averages(run: RunFolder) -> None:
     from llmtrain.checkpoints.resolve import find_targets
     from llmtrain.evaluation.loss import measure_losses
     from llmtrain.evaluation.options import EvalOptions
 
     before, raw = choose_weights(str(run.path))
-    assert before.label == "ema-0.9"  # the first by name, while nothing was measured
+    assert before.label == "ema-0.9"  # the first by name before any measurement
     assert raw is not None
     assert raw.path == run.snapshot(12)
     rows = measure_losses(
@@ -218,23 +218,23 @@ def test_a_run_stands_for_the_best_of_its_newest_averages(run: RunFolder) -> Non
     assert choose_weights(str(run.snapshot(10)))[0].path == run.snapshot(10)
 
 
-def test_the_command(run: RunFolder, llmtrain: Callable[..., CompletedProcess[str]]) -> None:
+def test_the_command_streams_compares_and_prints_json(run: RunFolder) -> None:
     place = run.path.parents[1]
     options = ("--prompt", "é [b]", "--max-tokens", "30", "--num", "2")
-    streamed = llmtrain("generate", *options, cwd=place)
-    assert streamed.returncode == 0, streamed.stderr
-    documents = json.loads(llmtrain("generate", *options, "--json", "--compare", cwd=place).stdout)
+    streamed = invoke("generate", *options, cwd=place)
+    assert streamed.code == 0, streamed.stderr
+    documents = json.loads(invoke("generate", *options, "--json", "--compare", cwd=place).stdout)
     assert [(d["label"], d["seed"]) for d in documents][::2] == [("raw", 1337), ("raw", 1338)]
     texts = ["é [b]" + visible(document["text"]) for document in documents]
     assert streamed.stdout == "\n---\n".join(texts[1::2]) + "\n"
     assert len(set(texts)) > 2
-    table = llmtrain("generate", *options, "--compare", cwd=place).stdout
+    table = invoke("generate", *options, "--compare", cwd=place).stdout
     assert "raw" in table
     assert "é [b]" in table
 
 
 @pytest.mark.parametrize("option", ["--json", "--compare"])
-def test_a_signal_ends_a_text_that_is_shown_whole(
+def test_a_signal_discards_text_that_is_printed_at_the_end(
     run: RunFolder, option: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*arguments: Any) -> Iterator[str]:
@@ -247,7 +247,8 @@ def test_a_signal_ends_a_text_that_is_shown_whole(
     assert "the text ends here" in ended.stderr
 
 
-def test_weights_on_the_hub(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_weights_from_the_hub(tmp_path: Path) -> None:
     write_folder(tmp_path / "tiny", bias=True, scaled=False, vocab_size=264, eot=256)
 
     def run(name: str) -> CompletedProcess[str]:
@@ -273,7 +274,7 @@ def test_weights_on_the_hub(tmp_path: Path) -> None:
     assert "the hub has no owner/tiny at step9" in absent.stderr
 
 
-def test_a_hub_that_is_not_there_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with (
         pytest.raises(RunFailed, match="cannot reach the hub for a look"),

@@ -1,4 +1,4 @@
-"""The evaluator against transformers' model on the same windows, and its figures by hand."""
+"""The loss on a split, compared with transformers on the same windows."""
 
 import math
 from pathlib import Path
@@ -67,15 +67,13 @@ def test_loss_equals_transformers_on_the_same_windows(
     assert result.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
 
 
-def test_the_batch_does_not_change_the_loss(weights: Path, data_folder: Path) -> None:
+def test_the_batch_size_does_not_change_the_loss(weights: Path, data_folder: Path) -> None:
     losses = [measured(weights, data_folder, batch=b).loss for b in (1, 7, 64)]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
-def test_weights_that_change_between_two_evaluations_are_cast_anew(
-    weights: Path, data_folder: Path
-) -> None:
-    """The cast of each is kept for the batches of one evaluation, and for no other."""
+def test_changed_weights_are_cast_again(weights: Path, data_folder: Path) -> None:
+    """Autocast may reuse cast weights only within one evaluation."""
     model, reader = load_model(weights), open_data(data_folder).reader("val")
 
     def loss() -> float:
@@ -97,12 +95,12 @@ def test_weights_that_change_between_two_evaluations_are_cast_anew(
     assert loss() == changed
 
 
-def test_too_few_tokens(weights: Path, data_folder: Path) -> None:
+def test_a_split_with_one_token_raises(weights: Path, data_folder: Path) -> None:
     with pytest.raises(UserError, match="too few to predict any"):
         measured(weights, data_folder, limit=1)
 
 
-def test_progress_may_stop_it_and_the_model_keeps_its_mode(
+def test_an_interrupted_evaluation_restores_the_training_mode(
     weights: Path, data_folder: Path
 ) -> None:
     model = load_model(weights).train()
@@ -118,6 +116,6 @@ def test_progress_may_stop_it_and_the_model_keeps_its_mode(
     assert model.training
 
 
-def test_figures_at_the_edges() -> None:
+def test_overflow_and_empty_text() -> None:
     assert LossResult(1000.0, 10, 10, 0.1).perplexity == math.inf
     assert math.isnan(LossResult(1.0, 1, 0, 0.1).bits_per_byte)

@@ -1,4 +1,4 @@
-"""The page of a report: what it shows is what the files say, and a browser renders it without a complaint."""
+"""The HTML report: its numbers match the files, and a browser renders it without errors."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ CHROMIUM = shutil.which("chromium")
 def runs(
     tiny: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory
 ) -> list[RunFolder]:
-    """Two learning rates of one model."""
+    """Return two runs of one model with different learning rates."""
     place = tmp_path_factory.mktemp("runs")
     quiet = {"log": lambda line: None, "warn": lambda line: None}
     log = {"every": 3, "sample_tokens": 4, "wandb": {"project": "</script><script>alert(1)"}}
@@ -40,8 +40,8 @@ def runs(
     ]
 
 
-def invented(folder: Path, losses: dict[str, dict[int, float]]) -> RunFolder:
-    """A run of 10 tokens and half an hour a step, with these validation losses and nothing else."""
+def write_run(folder: Path, losses: dict[str, dict[int, float]]) -> RunFolder:
+    """Write a run with these validation losses, 10 tokens and half an hour per step."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("name: x\ndata: {path: x}\ntrain: {batch_sequences: 16}\n")
     events = [
@@ -58,11 +58,11 @@ def invented(folder: Path, losses: dict[str, dict[int, float]]) -> RunFolder:
     return RunFolder(folder)
 
 
-def test_what_is_saved_is_counted_from_the_first_step_as_good_as_raw(tmp_path: Path) -> None:
+def test_savings_count_from_the_first_step_that_reaches_the_best_raw_loss(tmp_path: Path) -> None:
     raw = {10: 3.0, 20: 2.5, 30: 2.0, 40: 2.1}
     (record,) = read_records(
         [
-            invented(
+            write_run(
                 tmp_path / "run",
                 {"raw": raw, "a": {10: 2.9, 20: 2.0, 40: 1.5}, "b": {20: 2.6}, "c": {40: 1.9}},
             )
@@ -85,7 +85,7 @@ def test_what_is_saved_is_counted_from_the_first_step_as_good_as_raw(tmp_path: P
     assert gains(record)["a"] == [(10, pytest.approx(0.1)), (20, 0.5), (40, pytest.approx(0.6))]
 
 
-def test_each_point_tells_where_it_is_drawn() -> None:
+def test_points_match_the_positions_in_the_svg() -> None:
     line = Line("a & b $x$", [0, 50, 100], [1.0, None, 3.0], colour=2, marker=1)
     drawing = draw(Chart("x", "<x>", "step", "loss", [line, Line("b", [0, 100], [math.nan, 2.0])]))
     left, top, right, bottom = drawing.frame
@@ -102,7 +102,7 @@ def test_each_point_tells_where_it_is_drawn() -> None:
     assert "a &amp; b $x$" in drawing.svg and "&lt;x&gt;" in drawing.svg
 
 
-def test_standard_errors_are_drawn_where_they_are_known() -> None:
+def test_known_standard_errors_are_drawn() -> None:
     line = Line("a", [0, 50, 100], [1.0, 2.0, 3.0])
     plain, barred = (
         draw(Chart("x", "x", "step", "loss", [line, replace(line, label="b", spread=spread)]))
@@ -117,15 +117,12 @@ def test_standard_errors_are_drawn_where_they_are_known() -> None:
     assert lengths[0] == pytest.approx(2 * lengths[1], rel=1e-3)
 
 
-def test_the_page_needs_nothing_and_escapes_everything(
-    runs: list[RunFolder], tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_the_page_is_self_contained_and_escaped(runs: list[RunFolder], tmp_path: Path) -> None:
     written = write_report(runs, tmp_path)
     page = written.page.read_text()
     assert not re.findall(r'(?:src|href|action)="(?!#|data:)[^"]*"|@import|url\((?!#)', page)
-    assert (
-        "color-scheme: only light" in page
-    )  # else a browser that darkens pages hides black curves
+    assert "color-scheme: only light" in page  # dark mode would hide black curves
     assert "fast<b>" not in page and "fast&lt;b&gt;&amp;" in page
     assert page.count("</script>") == 2 and "alert(1)" in page
 
@@ -140,7 +137,7 @@ def test_the_page_needs_nothing_and_escapes_everything(
     assert write_report(runs, tmp_path / "again").page.read_bytes() == written.page.read_bytes()
 
 
-def test_the_parts_hold_what_was_measured(runs: list[RunFolder], tmp_path: Path) -> None:
+def test_figures_and_tables_match_the_measurements(runs: list[RunFolder], tmp_path: Path) -> None:
     written = write_report(runs[:1], tmp_path)
     curves = written.records[0].curves
     with (tmp_path / "losses.csv").open() as file:
@@ -153,7 +150,7 @@ def test_the_parts_hold_what_was_measured(runs: list[RunFolder], tmp_path: Path)
     assert written.plot.read_bytes().startswith(b"\x89PNG")
     for name in ("loss-tokens", "loss-hours", "gain", "learning-rate", "throughput", "memory"):
         assert (tmp_path / f"{name}.svg").is_file()
-    assert not (tmp_path / "skipped.svg").exists()  # nothing was
+    assert not (tmp_path / "skipped.svg").exists()  # no step was skipped
     page = written.page.read_text()
     for shown in (
         "ema-0.9",
@@ -165,7 +162,7 @@ def test_the_parts_hold_what_was_measured(runs: list[RunFolder], tmp_path: Path)
         assert shown in page
 
 
-def test_a_run_that_did_not_log_something_has_no_line_of_it(runs: list[RunFolder]) -> None:
+def test_a_run_without_a_logged_key_gets_no_line(runs: list[RunFolder]) -> None:
     one, other = read_records(runs)
     silent = [
         {key: value for key, value in event.items() if key != "memory"} for event in other.training
@@ -175,9 +172,9 @@ def test_a_run_that_did_not_log_something_has_no_line_of_it(runs: list[RunFolder
     assert {chart.name: len(chart.lines) for chart in drawn}["memory"] == 1
 
 
-def test_a_run_without_losses_has_no_page(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no validation loss"):
-        write_report([invented(tmp_path / "run", {})], tmp_path / "out")
+def test_a_run_without_losses_raises(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not contain validation losses"):
+        write_report([write_run(tmp_path / "run", {})], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -188,17 +185,20 @@ frame.onload = () => {
   const inside = frame.contentDocument, figure = inside.querySelector(".chart.steps");
   for (const each of inside.querySelectorAll(".chart"))
     each.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowLeft"}));
-  const found = {ready: inside.documentElement.dataset.ready, wide: inside.documentElement.scrollWidth,
-    figure: figure.clientWidth, tip: figure.querySelector(".tip").textContent};
-  document.body.append(Object.assign(document.createElement("pre"), {textContent: JSON.stringify(found)}));
+  const root = inside.documentElement, tip = figure.querySelector(".tip").textContent;
+  const found = {ready: root.dataset.ready, wide: root.scrollWidth, figure: figure.clientWidth, tip};
+  const output = document.createElement("pre");
+  output.textContent = JSON.stringify(found);
+  document.body.append(output);
 };
 </script>
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_it(runs: list[RunFolder], tmp_path: Path, width: int) -> None:
+def test_a_browser_renders_the_page(runs: list[RunFolder], tmp_path: Path, width: int) -> None:
     written = write_report(runs, tmp_path)
     probe = tmp_path / "probe.html"
     probe.write_text(
@@ -212,18 +212,18 @@ def test_a_browser_shows_it(runs: list[RunFolder], tmp_path: Path, width: int) -
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr
-    told = re.search(r"<pre>(\{.*\})</pre>", done.stdout)
-    assert told is not None, done.stdout[-500:]
-    found = json.loads(told[1].replace("&lt;", "<").replace("&gt;", ">"))
+    shown = re.search(r"<pre>(\{.*\})</pre>", done.stdout)
+    assert shown is not None, done.stdout[-500:]
+    found = json.loads(shown[1].replace("&lt;", "<").replace("&gt;", ">"))
     assert found["ready"] == "yes"
-    assert found["wide"] == width  # nothing sticks out
+    assert found["wide"] == width  # no horizontal overflow
     assert 340 < found["figure"] < 640
     last = written.records[0].curves["raw"][-1][1]
     assert "step 12" in found["tip"]
     assert f"slow: raw{last:.4f}" in found["tip"]
 
 
-def test_on_a_logarithmic_axis_equal_ratios_are_equally_far_apart() -> None:
+def test_a_logarithmic_axis_spaces_equal_ratios_equally() -> None:
     drawn = draw(
         Chart(
             "rates",

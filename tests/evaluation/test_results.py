@@ -1,4 +1,4 @@
-"""Which weights a target stands for, what is measured once, and the report of a run."""
+"""Targets of a run, cached losses, and the curves of the report."""
 
 import json
 import shutil
@@ -20,15 +20,21 @@ from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.run import pretrain
 
 
+@pytest.fixture(scope="module")
+def trained(tiny: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return pretrain(tiny(), tmp_path_factory.mktemp("trained") / "run", log=lambda line: None).run
+
+
 @pytest.fixture
-def run(tiny: Callable[..., RunConfig], tmp_path: Path) -> RunFolder:
-    return pretrain(tiny(), tmp_path / "run", log=lambda line: None).run
+def run(trained: RunFolder, tmp_path: Path) -> RunFolder:
+    """Return a fresh copy of a trained run."""
+    return RunFolder(shutil.copytree(trained.path, tmp_path / "run"))
 
 
 def measure_all(
     targets: list[Target], settings: EvalOptions | None = None
 ) -> tuple[list[EvalResult], set[str]]:
-    """Rows, and the paths that were really computed."""
+    """Return the results, and the paths that were computed rather than cached."""
     computed: set[str] = set()
     rows = measure_losses(
         targets,
@@ -38,7 +44,7 @@ def measure_all(
     return rows, computed
 
 
-def test_a_run_stands_for_its_averages_and_the_matching_snapshots(run: RunFolder) -> None:
+def test_a_run_resolves_to_its_averages_and_matching_snapshots(run: RunFolder) -> None:
     found = [(t.label, t.step) for t in find_targets(run.path, every_snapshot=False)]
     assert found == [
         ("raw", 4),
@@ -51,31 +57,31 @@ def test_a_run_stands_for_its_averages_and_the_matching_snapshots(run: RunFolder
     assert len(find_targets(run.path, every_snapshot=True)) == 5 + 3
 
 
-def test_a_run_without_averages_stands_for_its_newest_snapshot(
+def test_a_run_without_averages_resolves_to_its_newest_snapshot(
     tiny: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     run = pretrain(tiny(averages=[]), tmp_path / "run", log=lambda line: None).run
     assert [t.step for t in find_targets(run.path, every_snapshot=False)] == [12]
 
 
-def test_a_folder_inside_a_run_brings_its_raw_weights(run: RunFolder) -> None:
+def test_an_average_is_compared_with_its_raw_weights(run: RunFolder) -> None:
     found = [t.label for t in find_targets(run.average("ema-0.9", 8), every_snapshot=False)]
     assert found == ["raw", "ema-0.9"]
     assert [t.label for t in find_targets(run.snapshot(8), every_snapshot=False)] == ["raw"]
 
 
-def test_what_is_no_target(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
+def test_invalid_targets_raise(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
     with pytest.raises(UserError, match="neither a run nor a folder of weights"):
         find_targets(tmp_path, every_snapshot=False)
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(UserError, match="no snapshot yet"):
         find_targets(tmp_path, every_snapshot=False)
-    with pytest.raises(RunFailed, match="cannot be reached") as caught:  # the tests have no network
+    with pytest.raises(RunFailed, match="cannot be reached") as caught:  # tests run offline
         find_targets("runz/demo", every_snapshot=False)
     assert "the folder runz/demo does not exist" in caught.value.hint
 
 
-def test_losses_are_those_of_training_and_measured_once(run: RunFolder) -> None:
+def test_losses_match_training_and_are_cached(run: RunFolder) -> None:
     targets = find_targets(run.path, every_snapshot=False)
     rows, computed = measure_all(targets)
     logged = [json.loads(line) for line in run.metrics.read_text().splitlines()]
@@ -91,7 +97,7 @@ def test_losses_are_those_of_training_and_measured_once(run: RunFolder) -> None:
     assert computed_again == set()
 
 
-def test_other_tokens_or_another_split_are_measured_anew(run: RunFolder) -> None:
+def test_other_tokens_or_another_split_are_measured_again(run: RunFolder) -> None:
     targets = find_targets(run.snapshot(12), every_snapshot=False)
     losses = {
         measure_all(targets, s)[0][0].loss
@@ -101,13 +107,13 @@ def test_other_tokens_or_another_split_are_measured_anew(run: RunFolder) -> None
     assert len(stored_results(run)) == 3
 
 
-def test_data_that_the_user_named_and_is_not_there(run: RunFolder, tmp_path: Path) -> None:
+def test_a_missing_data_folder_raises(run: RunFolder, tmp_path: Path) -> None:
     targets = find_targets(run.snapshot(12), every_snapshot=False)
     with pytest.raises(UserError, match="nowhere contains no prepared data"):
         measure_all(targets, EvalOptions(data=tmp_path / "nowhere"))
 
 
-def test_a_difference_from_raw_is_within_one_precision(run: RunFolder) -> None:
+def test_deltas_compare_results_of_one_precision(run: RunFolder) -> None:
     targets = find_targets(run.average("ema-0.9", 12), every_snapshot=False)
     for precision in ("float32", "bfloat16"):
         measure_all(targets, EvalOptions(precision=precision))
@@ -130,7 +136,7 @@ def test_a_folder_outside_a_run_needs_data(
     assert (row.label, row.step, row.delta) == ("elsewhere", 12, None)
 
 
-def test_other_numbers_of_tokens_side_by_side_are_told(
+def test_different_token_counts_cause_a_warning(
     tiny: Callable[..., RunConfig], data_folder: Path, tmp_path: Path
 ) -> None:
     run = pretrain(tiny(eval__tokens=50), tmp_path / "run", log=lambda line: None).run
@@ -140,20 +146,23 @@ def test_other_numbers_of_tokens_side_by_side_are_told(
         for path in (run.snapshot(12), tmp_path / "elsewhere")
         for target in find_targets(path, every_snapshot=False)
     ]
-    heard: list[str] = []
+    warned: list[str] = []
     rows = measure_losses(
-        targets, EvalOptions(data=data_folder), lambda *progress: None, warn=heard.append
+        targets, EvalOptions(data=data_folder), lambda *progress: None, warn=warned.append
     )
     assert rows[0].tokens == 49
     assert rows[1].tokens > 49
-    assert "--tokens N" in heard[0]
+    assert "--tokens N" in warned[0]
     measure_losses(
-        targets, EvalOptions(data=data_folder, tokens=50), lambda *progress: None, warn=heard.append
+        targets,
+        EvalOptions(data=data_folder, tokens=50),
+        lambda *progress: None,
+        warn=warned.append,
     )
-    assert len(heard) == 1
+    assert len(warned) == 1
 
 
-def test_weights_that_are_not_finite_have_no_loss(run: RunFolder) -> None:
+def test_nan_weights_raise(run: RunFolder) -> None:
     from safetensors.torch import load_file, save_file
 
     path = run.snapshot(12) / "model.safetensors"
@@ -164,7 +173,7 @@ def test_weights_that_are_not_finite_have_no_loss(run: RunFolder) -> None:
         measure_all(find_targets(run.snapshot(12), every_snapshot=False))
 
 
-def test_the_report_holds_each_label_and_draws_a_png(run: RunFolder, tmp_path: Path) -> None:
+def test_the_report_contains_each_label_and_a_plot(run: RunFolder, tmp_path: Path) -> None:
     assert newest_results(run) == []
     measure_all(find_targets(run.path, every_snapshot=False))
     assert [(row.label, row.step) for row in newest_results(run)] == [("raw", 12), ("ema-0.9", 12)]
@@ -174,7 +183,7 @@ def test_the_report_holds_each_label_and_draws_a_png(run: RunFolder, tmp_path: P
     assert write_report([run], tmp_path / "report").plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_weights_changed_after_the_commit_are_measured_anew(run: RunFolder) -> None:
+def test_changed_weights_are_measured_again(run: RunFolder) -> None:
     before, _ = measure_all(find_targets(run.snapshot(12), every_snapshot=False))
     path = run.snapshot(12) / "model.safetensors"
     path.write_bytes((run.snapshot(4) / "model.safetensors").read_bytes())
@@ -184,9 +193,11 @@ def test_weights_changed_after_the_commit_are_measured_anew(run: RunFolder) -> N
     assert [row.loss for row in stored_results(run)] == [after[0].loss]
 
 
-def test_a_result_that_cannot_be_kept_is_told_and_given(run: RunFolder, text_file: Path) -> None:
+def test_a_result_that_cannot_be_cached_is_returned_with_a_warning(
+    run: RunFolder, text_file: Path
+) -> None:
     shutil.rmtree(run.evals, ignore_errors=True)
-    run.evals.write_text("a file where the folder would be")
+    run.evals.write_text("a file instead of the folder")
     targets, warned = find_targets(run.path, every_snapshot=False)[-1:], list[str]()
     (row,) = measure_losses(targets, EvalOptions(), lambda *done: None, warn=warned.append)
     (text,) = measure_text(
@@ -196,7 +207,7 @@ def test_a_result_that_cannot_be_kept_is_told_and_given(run: RunFolder, text_fil
     assert len(warned) == 2 and all(line.startswith("result not cached: ") for line in warned)
 
 
-def test_a_result_of_another_version_is_measured_anew(run: RunFolder) -> None:
+def test_a_result_with_other_fields_is_measured_again(run: RunFolder) -> None:
     measure_all(find_targets(run.snapshot(12), every_snapshot=False))
     (path,) = run.evals.iterdir()
     document = json.loads(path.read_text())
@@ -207,14 +218,14 @@ def test_a_result_of_another_version_is_measured_anew(run: RunFolder) -> None:
     assert computed
 
 
-def test_the_report_compares_equal_windows_only(run: RunFolder) -> None:
+def test_curves_compare_equal_windows_only(run: RunFolder) -> None:
     measure_all(find_targets(run.path, every_snapshot=False), EvalOptions(tokens=50))
     curves = loss_curves(run)
     assert [step for step, _ in curves["raw"]] == [
         4,
         8,
         12,
-    ]  # not step 6, which training measured on more
+    ]  # training measured step 6 on more tokens
     measure_all(find_targets(run.path, every_snapshot=False))
     assert {row.tokens for row in newest_results(run)} != {49}
     assert [step for step, _ in loss_curves(run)["raw"]] == [4, 6, 8, 12]

@@ -1,11 +1,11 @@
-"""The list of runs: what state each is in, how far it is, how good and how large."""
+"""The list of runs: state, progress, best losses and size."""
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from in_process import invoke
 
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
@@ -14,10 +14,9 @@ from llmtrain.storage.commit import is_locked, locked_folder
 from llmtrain.training.run import pretrain
 
 
-def test_the_runs_of_a_folder(
+def test_runs_are_listed_with_state_losses_and_size(
     tiny: Callable[..., RunConfig],
     tmp_path: Path,
-    llmtrain: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     place = tmp_path / "runs"
     done = pretrain(tiny(), place / "done", log=lambda line: None).run
@@ -35,7 +34,7 @@ def test_the_runs_of_a_folder(
 
     with locked_folder(place / "busy"):
         assert is_locked(place / "busy")
-        shown = llmtrain("runs", cwd=tmp_path)
+        shown = invoke("runs", cwd=tmp_path)
         entries = {entry.name: entry for entry in list_runs(place)}
     assert not is_locked(place / "busy")
     assert {name: entry.state for name, entry in entries.items()} == {
@@ -55,22 +54,22 @@ def test_the_runs_of_a_folder(
         p.stat().st_size for p in done.path.rglob("*") if p.is_file()
     )
 
-    assert shown.returncode == 0
+    assert shown.code == 0
     assert "1,200" in shown.stdout and "running" in shown.stdout
     assert "broken/metrics.jsonl, line 1" in shown.stderr
-    described = json.loads(llmtrain("runs", "--json", cwd=tmp_path).stdout)
+    described = json.loads(invoke("runs", "--json", cwd=tmp_path).stdout)
     assert {each["name"]: each["state"] for each in described} == {
         "done": "finished", "half": "interrupted", "broken": "damaged", "busy": "interrupted",
     }  # fmt: skip
     assert all(each["age"] > 0 for each in described)
 
 
-def test_where_no_run_is(
-    tmp_path: Path, llmtrain: Callable[..., subprocess.CompletedProcess[str]]
+def test_a_folder_without_runs(
+    tmp_path: Path,
 ) -> None:
     with pytest.raises(UserError, match="is not a directory"):
         list_runs(tmp_path / "runs")
     (tmp_path / "runs").mkdir()
-    shown = llmtrain("runs", cwd=tmp_path)
-    assert (shown.returncode, shown.stdout) == (0, "")
+    shown = invoke("runs", cwd=tmp_path)
+    assert (shown.code, shown.stdout) == (0, "")
     assert "contains no runs" in shown.stderr

@@ -1,4 +1,4 @@
-"""Zero-shot tasks: scores by hand, definitions that are lm-eval's own, results that are kept."""
+"""Zero-shot tasks: scores computed by hand, equality with lm-eval's definitions, caching."""
 
 import json
 import math
@@ -33,7 +33,7 @@ from llmtrain.training.run import pretrain
 pytest.importorskip("lm_eval")
 
 EVAL_DATA = SHARED_DATA / "eval"
-needs_data = pytest.mark.skipif(not EVAL_DATA.is_dir(), reason="the evaluation data is not here")
+needs_data = pytest.mark.skipif(not EVAL_DATA.is_dir(), reason="the evaluation data is missing")
 
 PASSAGES = [
     "He closed the door, and then he opened the",
@@ -63,7 +63,7 @@ def write_passages(folder: Path) -> Path:
 
 @torch.no_grad()
 def by_hand(folder: Path, tokenizer_name: str) -> list[tuple[float, bool]]:
-    """For each passage: log probability of " " and its last word, and whether each token is the likeliest."""
+    """Return log-likelihood and greedy match of the last word of each passage."""
     model, tokenizer = load_model(folder), load_tokenizer(tokenizer_name)
     answers = []
     for passage in PASSAGES:
@@ -79,8 +79,8 @@ def by_hand(folder: Path, tokenizer_name: str) -> list[tuple[float, bool]]:
 
 
 @pytest.mark.parametrize("block_size", [64, 12])
-def test_lambada_is_the_model_scored_by_hand(block_size: int, tmp_path: Path) -> None:
-    """With 12 tokens of context all but one passage lose their start."""
+def test_lambada_equals_scores_computed_by_hand(block_size: int, tmp_path: Path) -> None:
+    """A context of 12 tokens truncates all passages but one."""
     folder = tmp_path / "ours"
     model = write_ours(folder, vocab_size=50304, eot=50256, block_size=block_size)
     prefer(folder, model, int(load_tokenizer("gpt2").encode(" the")[0]))
@@ -97,7 +97,7 @@ def test_lambada_is_the_model_scored_by_hand(block_size: int, tmp_path: Path) ->
 
 
 def prefer(folder: Path, model: Any, token: int) -> None:
-    """Make one token the likeliest almost everywhere."""
+    """Make one token the most likely almost everywhere."""
     from llmtrain.checkpoints.gpt2_folder import load_shape, save_tensors
 
     weights = dict(model.state_dict())
@@ -106,7 +106,7 @@ def prefer(folder: Path, model: Any, token: int) -> None:
     save_tensors(folder / "model.safetensors", weights, load_shape(folder))
 
 
-def test_an_answer_longer_than_the_context_is_read_in_parts(tmp_path: Path) -> None:
+def test_an_answer_longer_than_the_context_is_split(tmp_path: Path) -> None:
     folder = tmp_path / "ours"
     write_ours(folder)  # 16 bytes of context
     passage = "It was the very incomprehensibilities"
@@ -126,9 +126,10 @@ def test_an_answer_longer_than_the_context_is_read_in_parts(tmp_path: Path) -> N
     )
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize("name", SHIPPED)
-def test_the_shipped_definitions_are_those_of_lm_eval(name: str, tmp_path: Path) -> None:
+def test_shipped_definitions_equal_those_of_lm_eval(name: str, tmp_path: Path) -> None:
     import lm_eval.tasks
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -163,8 +164,9 @@ def test_the_shipped_definitions_are_those_of_lm_eval(name: str, tmp_path: Path)
     assert len(built[0][1]) == 100
 
 
+@pytest.mark.slow
 @needs_data
-def test_six_tasks_offline_by_the_command(
+def test_the_command_scores_six_tasks_offline(
     tiny: Callable[..., RunConfig],
     llmtrain: Callable[..., subprocess.CompletedProcess[str]],
     tmp_path: Path,
@@ -184,12 +186,12 @@ def test_six_tasks_offline_by_the_command(
     assert (raw["label"], average["label"]) == ("raw", "ema-0.9")
     for document in (raw, average):
         assert [result["task"] for result in document["tasks"]] == list(SHIPPED)
-        kept = {
+        found = {
             score["metric"]: score for result in document["tasks"] for score in result["scores"]
         }
-        assert set(kept) == {"perplexity", "acc", "acc_norm"}
+        assert set(found) == {"perplexity", "acc", "acc_norm"}
         assert all(
-            score["documents"] == 3 and score["stderr"] is not None for score in kept.values()
+            score["documents"] == 3 and score["stderr"] is not None for score in found.values()
         )
     assert average["delta"] == average["loss"] - raw["loss"]
     files = {path: path.stat().st_mtime_ns for path in (run.evals / "tasks").iterdir()}
@@ -208,7 +210,7 @@ def test_six_tasks_offline_by_the_command(
 
 
 def invoke_without_lm_eval(*arguments: str | Path, cwd: Path) -> Outcome:
-    """What was kept is shown without lm-eval: an import of it here would fail."""
+    """Run a command while importing lm-eval fails."""
     loaded = {
         name for name in sys.modules if name.startswith(("lm_eval", "llmtrain.evaluation.harness"))
     }
@@ -218,7 +220,7 @@ def invoke_without_lm_eval(*arguments: str | Path, cwd: Path) -> Outcome:
         return invoke(*arguments, cwd=cwd)
 
 
-def test_a_model_of_others_with_its_tokenizer(tmp_path: Path) -> None:
+def test_an_hf_model_needs_its_tokenizer(tmp_path: Path) -> None:
     write_neox(tmp_path / "neox")
     settings = TaskOptions(
         ("lambada_openai",), data=write_passages(tmp_path / "data"), device="cpu"
@@ -231,13 +233,15 @@ def test_a_model_of_others_with_its_tokenizer(tmp_path: Path) -> None:
     )
 
 
-def test_task_files_of_others_run_only_when_trusted(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_task_files_run_only_when_trusted(tmp_path: Path) -> None:
     folder, files = tmp_path / "ours", tmp_path / "files"
     write_ours(folder)
     files.mkdir()
     data = write_passages(tmp_path / "data") / "lambada_openai.jsonl"
     task = {
-        "task": "mine", "dataset_path": "json", "dataset_kwargs": {"data_files": str(data)}, "test_split": "train",
+        "task": "mine", "dataset_path": "json", "test_split": "train",
+        "dataset_kwargs": {"data_files": str(data)},
         "output_type": "loglikelihood", "doc_to_target": " the",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }  # fmt: skip
@@ -257,13 +261,11 @@ def test_task_files_of_others_run_only_when_trusted(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no task 'hellaswagg'") as caught:
         measured(folder, TaskOptions(("hellaswagg",), files=files, trust_files=True))
     assert "did you mean hellaswag" in caught.value.hint
-    with pytest.raises(
-        RunFailed, match="the task piqa cannot be loaded"
-    ):  # the tests have no network
+    with pytest.raises(RunFailed, match="the task piqa cannot be loaded"):  # tests run offline
         measured(folder, TaskOptions(("piqa",), files=files, trust_files=True))
 
 
-def test_data_that_is_not_that_of_the_task(tmp_path: Path) -> None:
+def test_documents_of_another_task_raise(tmp_path: Path) -> None:
     write_ours(tmp_path / "ours")
     settings = TaskOptions(("piqa",), data=tmp_path)
     with pytest.raises(UserError, match=r"contains no piqa\.jsonl"):
@@ -303,15 +305,18 @@ def test_data_that_is_not_that_of_the_task(tmp_path: Path) -> None:
         (["--stride", "8"], "--stride requires --text"),
     ],
 )
-def test_options_that_do_nothing_alone(options: list[str], problem: str, tmp_path: Path) -> None:
+def test_options_without_their_companion_raise(
+    options: list[str], problem: str, tmp_path: Path
+) -> None:
     write_ours(tmp_path / "ours")
     result = invoke("eval", tmp_path / "ours", *options, cwd=tmp_path)
     assert result.code == 2
     assert problem in result.stderr
 
 
-def test_a_revision_and_its_task_from_the_hub(data_folder: Path, tmp_path: Path) -> None:
-    """The real clients against a hub on this machine; a process of its own, as they read its address once."""
+@pytest.mark.slow
+def test_model_and_task_from_the_hub(data_folder: Path, tmp_path: Path) -> None:
+    """Use the real clients in a new process, because they read the address of the hub once."""
     revision = tmp_path / "step1000"
     write_neox(revision)
     write_tokenizer(revision, " ".join(PASSAGES))

@@ -1,4 +1,4 @@
-"""A text's loss and perplexities against transformers, window by window; models and tokenizers of others."""
+"""Loss and perplexity of a text compared with transformers; other models and tokenizers."""
 
 import json
 import math
@@ -21,7 +21,10 @@ from llmtrain.evaluation.text import TextResult, measure_text
 from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.training.run import pretrain
 
-TEXT = "It was the best of times, it was the wörst of times.\r\n\nIt was the age of wisdom … of foolishness.\n"
+TEXT = (
+    "It was the best of times, it was the wörst of times.\r\n\n"
+    "It was the age of wisdom … of foolishness.\n"
+)
 
 
 def targets(folder: Path) -> list[Target]:
@@ -39,7 +42,7 @@ def measured(
 
 @torch.no_grad()
 def nats_by_hand(folder: Path, ids: list[int], stride: int) -> float:
-    """Each token but the first from up to CONTEXT tokens before it; windows end every `stride` tokens."""
+    """Sum the loss of each token but the first; windows of CONTEXT tokens end every `stride`."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     total, done = 0.0, 1
     while done < len(ids):
@@ -53,18 +56,16 @@ def nats_by_hand(folder: Path, ids: list[int], stride: int) -> float:
 
 @pytest.fixture(autouse=True)
 def _in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without this, a CPU that multiplies bfloat16 would do so."""
+    """Use float32 also on a CPU that supports bfloat16."""
     for module in ("loss", "text"):
         monkeypatch.setattr(f"llmtrain.evaluation.{module}.resolve_precision", lambda *_: "float32")
 
 
 @pytest.mark.parametrize("stride", [None, 1, 5, CONTEXT])
-@pytest.mark.parametrize("whose", ["ours", "neox"])
-def test_perplexities_are_those_of_transformers(
-    whose: str, stride: int | None, tmp_path: Path
-) -> None:
-    folder = tmp_path / whose
-    if whose == "ours":
+@pytest.mark.parametrize("model", ["ours", "neox"])
+def test_perplexities_equal_transformers(model: str, stride: int | None, tmp_path: Path) -> None:
+    folder = tmp_path / model
+    if model == "ours":
         write_ours(folder)
         ids = [256, *TEXT.encode()]
     else:
@@ -83,7 +84,7 @@ def test_perplexities_are_those_of_transformers(
     assert result.bits_per_byte == pytest.approx(nats / n_bytes / math.log(2), rel=1e-4)
 
 
-def test_what_is_no_text(tmp_path: Path) -> None:
+def test_invalid_texts_and_strides_raise(tmp_path: Path) -> None:
     write_ours(tmp_path / "ours")
     for content, problem in ((b"", "is empty"), (b"ab\xff", r"not UTF-8 \(byte 2\)")):
         path = tmp_path / "text.txt"
@@ -96,8 +97,8 @@ def test_what_is_no_text(tmp_path: Path) -> None:
         measured(tmp_path / "ours", tmp_path, stride=17)
 
 
-def test_a_model_of_others_without_a_tokenizer(data_folder: Path, tmp_path: Path) -> None:
-    """The tokens of the shards are taken as they are; text cannot be encoded."""
+def test_an_hf_model_without_a_tokenizer(data_folder: Path, tmp_path: Path) -> None:
+    """Shards are evaluated without re-encoding; text cannot be encoded."""
     write_neox(tmp_path / "neox")
     (row,) = measure_losses(
         targets(tmp_path / "neox"),
@@ -113,8 +114,8 @@ def test_a_model_of_others_without_a_tokenizer(data_folder: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     "write", [write_neox, write_ours]
-)  # ours: its end of text is that of the data
-def test_shards_of_another_tokenizer_are_read_as_text(
+)  # ours has the end-of-text id of the data
+def test_shards_of_another_tokenizer_are_reencoded(
     write: Callable[[Path], object], data_folder: Path, tmp_path: Path
 ) -> None:
     write(tmp_path / "neox")
@@ -123,12 +124,12 @@ def test_shards_of_another_tokenizer_are_read_as_text(
         load_tokenizer("byte").decode(part) for part in np.split(ids, np.flatnonzero(ids == 256))
     ]
     tokenizer = write_tokenizer(tmp_path / "neox", "".join(documents))
-    heard: list[str] = []
+    warned: list[str] = []
     (row,) = measure_losses(
         targets(tmp_path / "neox"),
         EvalOptions(data=data_folder, tokens=1000),
         lambda *progress: None,
-        warn=heard.append,
+        warn=warned.append,
     )
     theirs = [
         i for document in documents for i in (tokenizer.eos_token_id, *tokenizer.encode(document))
@@ -141,10 +142,10 @@ def test_shards_of_another_tokenizer_are_read_as_text(
     assert (row.tokens, row.bytes) == (len(theirs) - 1, n_bytes)
     assert row.loss == pytest.approx(nats / row.tokens, abs=1e-4)
     assert row.bits_per_byte == pytest.approx(nats / n_bytes / math.log(2), rel=1e-4)
-    assert "has another tokenizer" in heard[0]
+    assert "has another tokenizer" in warned[0]
 
 
-def test_folders_that_cannot_be_evaluated(data_folder: Path, tmp_path: Path) -> None:
+def test_folders_that_cannot_be_evaluated_raise(data_folder: Path, tmp_path: Path) -> None:
     write_neox(tmp_path / "neox")
     config = tmp_path / "neox" / "config.json"
     document = json.loads(config.read_text())
@@ -176,7 +177,7 @@ def save_over(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     save_tensors(folder / "model.safetensors", weights, load_shape(folder))
 
 
-def test_a_result_is_kept_with_the_run_and_must_be_whole(
+def test_text_results_are_cached_and_validated(
     tiny: Callable[..., RunConfig], text_file: Path, tmp_path: Path
 ) -> None:
     run = pretrain(tiny(), tmp_path / "run", log=lambda line: None).run

@@ -1,4 +1,4 @@
-"""Folders of weights that are not of a run: one of ours, and one that transformers wrote."""
+"""Folders of weights outside a run: a GPT-2 of ours, a GPT-NeoX and a tokenizer."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ CONTEXT = 16
 def write_ours(
     folder: Path, *, vocab_size: int = 264, eot: int = 256, block_size: int = CONTEXT
 ) -> GPT:
-    """A GPT-2 with random weights that are large enough to have opinions."""
+    """Write a GPT-2 with random weights, large enough for distinct probabilities."""
     config = ModelConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=vocab_size, bias=True)
     model = GPT(config, block_size, seed=1)
     with torch.no_grad():
@@ -31,7 +31,7 @@ def write_ours(
 
 
 def write_neox(folder: Path, vocab_size: int = 264) -> GPTNeoXForCausalLM:
-    """A GPT-NeoX, as Pythia is, without tokenizer files."""
+    """Write a GPT-NeoX (the architecture of Pythia) without tokenizer files."""
     torch.manual_seed(0)
     config = GPTNeoXConfig(
         vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -43,7 +43,7 @@ def write_neox(folder: Path, vocab_size: int = 264) -> GPTNeoXForCausalLM:
 
 
 def write_tokenizer(folder: Path, text: str) -> PreTrainedTokenizerFast:
-    """A byte-pair encoding of 256 bytes, some merges of `text` and an end-of-text token, beside the weights."""
+    """Write a byte-level BPE trained on `text`, with an end-of-text token, next to the weights."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs no network or server, with its figures and tables as files.
+"""The report as one self-contained HTML page, with its figures and tables as files.
 
 Why one page: it can be mailed, archived next to the weights, and printed.
 """
@@ -36,7 +36,8 @@ PAGE = "report.html"
 _MAX_SAMPLES = 4
 """Samples shown of a run: the first, the last, and evenly spaced ones between."""
 _TRAINING_COLUMNS = (
-    "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "memory", "seconds", "skipped",
+    "step", "loss", "lr", "grad_norm", "tokens",
+    "tokens_per_second", "mfu", "memory", "seconds", "skipped",
 )  # fmt: skip
 _COMPARABLE_KEYS = ("data.path", "data.block_size", "eval.tokens")
 """Config keys that must agree for validation losses to be comparable."""
@@ -58,7 +59,7 @@ def write_report(runs: Sequence[RunFolder], folder: Path) -> Report:
     """Write the page, figures and tables into `folder`, replacing earlier ones.
 
     Raises:
-        UserError: a run has no validation loss, or a file of a run is damaged.
+        UserError: a run lacks validation losses, or a file of a run is damaged.
         WriteFailed: the disk is full or not writable.
     """
     records = read_records(runs)
@@ -66,7 +67,7 @@ def write_report(runs: Sequence[RunFolder], folder: Path) -> Report:
         if not any(record.curves.values()):
             path = record.run.path
             raise UserError(
-                f"{path} has no validation loss to show",
+                f"{path} does not contain validation losses",
                 hint=f"train with eval.every, or run llmtrain eval {shlex.quote(str(path))}",
             )
     saved = sorted((row for record in records for row in savings(record)), key=lambda row: row.loss)
@@ -253,8 +254,10 @@ def _tables(records: Sequence[RunRecord], saved: Sequence[Saving]) -> dict[str, 
                 place = [clock.tokens_at(step), clock.hours_at(step)]
                 gain = gained.get(label, {}).get(step)
                 losses.append([record.name, label, step, *place, loss, gain])
-        for event in record.training:
-            training.append([record.name, *(event.get(key) for key in _TRAINING_COLUMNS)])
+        training += [
+            [record.name, *(event.get(key) for key in _TRAINING_COLUMNS)]
+            for event in record.training
+        ]
     header = [field.name for field in fields(Saving)]
     best = [header, *(list(asdict(row).values()) for row in saved)]
     return {"losses": losses, "training": training, "best": best}

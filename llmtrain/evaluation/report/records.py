@@ -20,7 +20,7 @@ from llmtrain.storage.json_files import read_events, read_json
 from llmtrain.storage.run_folder import RAW, RunFolder, step_folders
 
 Curve = list[tuple[int, float]]
-"""(step, loss in nats per token), by step."""
+"""Points (step, loss in nats per token), sorted by step."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def loss_curves(run: RunFolder) -> dict[str, Curve]:
 
 
 def newest_results(run: RunFolder) -> list[EvalResult]:
-    """Return the result of the newest step for raw weights and each average, on the same windows."""
+    """Return the newest result of raw weights and of each average, on the same windows."""
     newest = {result.label: result for result in _comparable(stored_results(run))}
     return list(newest.values())  # sorted by step, so the last one of each label stays
 
