@@ -1,4 +1,4 @@
-"""Checkpoint averages: methods, a streaming merge, checks of the inputs, online averages, the sweep.
+"""Checkpoint averages: methods, streaming merge, checks of the inputs, online averages, sweep.
 
 Imports from evaluation, data, checkpoints, model, config, runtime, storage and errors. Training
 imports `online`; the command line imports `request`, which loads neither numpy nor torch.
