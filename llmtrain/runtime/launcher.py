@@ -72,7 +72,7 @@ def reports_error() -> bool:
             return False
         except OSError:  # without the folder, a repeated error is better than none
             pass
-    if sys.__stderr__ is not None:
+    if rank() > 0 and sys.__stderr__ is not None:
         sys.stderr = sys.__stderr__
     return True
 

@@ -1,4 +1,4 @@
-"""The `llmtrain` command without a process of its own: for tests that call it thousands of times."""
+"""Run the `llmtrain` command within the test process, for speed."""
 
 import contextlib
 import io
@@ -14,12 +14,12 @@ from llmtrain.cli.main import main
 
 
 def unmeasured() -> dict[str, str]:
-    """The environment for a process under a limit on the size of files: its coverage could not be saved."""
+    """Return the environment without coverage, which fails under a file size limit."""
     return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
 
 
 class Outcome(NamedTuple):
-    """What a person would see of a command."""
+    """Exit code and output of a command."""
 
     code: int
     stdout: str
@@ -40,3 +40,16 @@ def invoke(*arguments: str | Path, cwd: Path) -> Outcome:
         except SystemExit as left:
             code = [left.code if isinstance(left.code, int) else int(left.code is not None)]
     return Outcome(code[0] if code else 0, stdout.getvalue(), stderr.getvalue())
+
+
+def refused(*arguments: str | Path, cwd: Path, expected: str, code: int = 2) -> None:
+    """Assert that a command exits with `code`, one line with the `expected` text, and a hint."""
+    outcome = invoke(*arguments, cwd=cwd)
+    assert outcome.code == code, outcome
+    assert outcome.stderr.startswith("error: "), outcome
+    message, hint, *more = outcome.stderr.splitlines()
+    assert expected in message, message
+    assert len(message) < 600
+    assert hint.startswith("hint: ")
+    assert len(hint) > 10
+    assert not more

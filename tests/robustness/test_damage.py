@@ -141,7 +141,9 @@ def resumed(place: Path) -> object:
 
 
 def report(place: Path) -> object:
-    return len(newest_results(RunFolder(place / "run"))), sorted(loss_curves(RunFolder(place / "run")))
+    return len(newest_results(RunFolder(place / "run"))), sorted(
+        loss_curves(RunFolder(place / "run"))
+    )
 
 
 def ranks(place: Path) -> object:

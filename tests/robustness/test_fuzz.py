@@ -21,23 +21,18 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from in_process import Outcome, invoke
 
-from llmtrain.checkpoints.resolve import find_targets
 from llmtrain.checkpoints.safetensors_files import read_header
 from llmtrain.config.loading import dump_config, load_config
-from llmtrain.config.schema import RunConfig
 from llmtrain.data.manifest import Manifest
 from llmtrain.data.token_data import open_data
 from llmtrain.data.verify import verify_below
 from llmtrain.errors import UserError
-from llmtrain.evaluation.loss import measure_losses
-from llmtrain.evaluation.options import EvalOptions
 from llmtrain.evaluation.report.charts import run_charts
 from llmtrain.evaluation.report.page import render_page
 from llmtrain.evaluation.report.records import read_records, savings
 from llmtrain.model.tokenizer import well_formed
 from llmtrain.runtime.signals import OUT_OF_TIME
 from llmtrain.storage.run_folder import RunFolder
-from llmtrain.training.run import pretrain
 
 EXAMPLES = {
     "config texts": 250,
@@ -107,29 +102,6 @@ def assert_nothing_half_written(place: Path) -> None:
     if any(place.rglob("integrity.json")) or any(place.rglob("manifest.json")):
         assert not [check for check in verify_below(place) if check.problems]
     assert not list(place.rglob(".tmp-*"))
-
-
-@pytest.fixture(scope="module")
-def trained(
-    tmp_path_factory: pytest.TempPathFactory, data_folder: Path, tiny: Callable[..., RunConfig]
-) -> Path:
-    """Data, text, a run with averages and results, its config."""
-    place = tmp_path_factory.mktemp("fuzz") / "trained"
-    shutil.copytree(data_folder, place / "data")
-    (place / "text.txt").write_text("some text " * 50)
-    (place / "runs").mkdir()
-    averages = [{"kind": "ema", "decay": 0.9, "save_every": 4}, {"kind": "running-mean"}]
-    config = tiny(name="run", data__path="data", train__max_steps=8, averages=averages)
-    (place / "config.yaml").write_text(dump_config(config))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        pretrain(config, Path("runs/run"), log=lambda line: None)
-        measure_losses(
-            find_targets(Path("runs/run"), every_snapshot=False),
-            EvalOptions(),
-            lambda *progress: None,
-        )
-    return place
 
 
 @pytest.fixture
