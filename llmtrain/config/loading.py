@@ -5,7 +5,6 @@ All errors are reported at once, each with file, line, key and the nearest valid
     config = load_config(Path("configs/demo.yaml"), overrides=["optimizer.lr=6e-3"])
 """
 
-import difflib
 import re
 import shlex
 from pathlib import Path
@@ -15,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from llmtrain.config.recipes import list_recipes
+from llmtrain.config.recipes import did_you_mean, list_recipes
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sections import Section
 from llmtrain.errors import UserError
@@ -194,19 +193,14 @@ def _message(error: ErrorDetails) -> str:
         case "union_tag_not_found":
             return f"required key {error['ctx']['discriminator']} is missing"
         case "union_tag_invalid":
-            return _invalid_tag(**error["ctx"])
+            discriminator, expected = error["ctx"]["discriminator"], error["ctx"]["expected_tags"]
+            tag, known = str(error["ctx"]["tag"]), expected.replace("'", "").split(", ")
+            key = discriminator.replace("'", "")
+            return f"{key} {tag!r} is not one of {', '.join(known)}{did_you_mean(tag, known)}"
         case "value_error":
             return error["msg"].removeprefix("Value error, ")
         case kind:
             return f"{_MESSAGES.get(kind, error['msg'])} (got {error['input']!r})"
-
-
-def _invalid_tag(discriminator: str, tag: str, expected_tags: str) -> str:
-    known = expected_tags.replace("'", "").split(", ")
-    near = difflib.get_close_matches(str(tag), known, n=1)
-    return f"{discriminator.strip(chr(39))} {tag!r} is not one of {', '.join(known)}" + (
-        f"; did you mean {near[0]}?" if near else ""
-    )
 
 
 def _suggest_key(location: tuple[int | str, ...]) -> str:
@@ -223,8 +217,7 @@ def _suggest_key(location: tuple[int | str, ...]) -> str:
     if owners := [_kind(section) for section in kinds if key in section.model_fields]:
         return f" for {parents[-1]}, valid only for {', '.join(owners)}"
     known = list(sections[0].model_fields)
-    near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; valid keys are {', '.join(known)}"
+    return did_you_mean(key, known) or f"; valid keys are {', '.join(known)}"
 
 
 def _sections_in(annotation: Any) -> list[type[Section]]:

@@ -4,6 +4,7 @@ for recipe in list_recipes(): print(recipe.name, recipe.summary)
 """
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,13 +40,18 @@ def list_recipes() -> list[Recipe]:
     return [Recipe(path.stem, path) for path in sorted(folder.glob("*.yaml"), key=lambda p: p.stem)]
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the suggestion of the most similar known word, or an empty string."""
+    near = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def find_recipe(name: str) -> Recipe:
     """Return the recipe `name`, or raise a UserError."""
     known = {recipe.name: recipe for recipe in list_recipes()}
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
         raise UserError(
-            f"unknown recipe {name!r}" + (f"; did you mean {near[0]}?" if near else ""),
+            f"unknown recipe {name!r}{did_you_mean(name, known)}",
             hint=f"choose one of {', '.join(known)}",
         )
     return known[name]

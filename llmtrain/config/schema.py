@@ -4,6 +4,7 @@ RunConfig.model_validate({"name": "x", "data": {"path": "x"}, "train": {"batch_s
 """
 
 import math
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -40,11 +41,9 @@ class ModelConfig(Section):
     scale_attn_by_inverse_layer_idx: bool = True
     """Divide the attention logits of layer i (from 0) by i + 1."""
 
-    @model_validator(mode="after")
-    def _check_heads(self) -> "ModelConfig":
+    def _problems(self) -> Iterator[str]:
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
-        return self
+            yield f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})"
 
 
 class SpamConfig(Section):
@@ -57,14 +56,9 @@ class SpamConfig(Section):
     reset_warmup: Natural = 150
     """Steps of the cosine warm-up of the learning rate after a reset."""
 
-    @model_validator(mode="after")
-    def _check_warmup(self) -> "SpamConfig":
+    def _problems(self) -> Iterator[str]:
         if self.reset_warmup >= self.reset_every:
-            raise ValueError(
-                f"reset_warmup ({self.reset_warmup}) must be below reset_every "
-                f"({self.reset_every}), or the learning rate never recovers"
-            )
-        return self
+            yield f"reset_warmup ({self.reset_warmup}) must be < reset_every ({self.reset_every})"
 
 
 class MuonConfig(Section):
@@ -101,12 +95,10 @@ class OptimizerConfig(Section):
             return values | {name: {}}
         return values
 
-    @model_validator(mode="after")
-    def _check_own_section(self) -> "OptimizerConfig":
+    def _problems(self) -> Iterator[str]:
         for key in ("spam", "muon"):
             if getattr(self, key) is not None and self.name != key:
-                raise ValueError(f"the section {key} has no effect with name: {self.name}")
-        return self
+                yield f"the section {key} has no effect with name: {self.name}"
 
 
 class TrainConfig(Section):
@@ -134,11 +126,9 @@ class TrainConfig(Section):
     """Reaction to a NaN or infinite loss or gradient norm, which never reaches the weights.
     skip: skip the step; rewind: as in `spikes`."""
 
-    @model_validator(mode="after")
-    def _check_batch(self) -> "TrainConfig":
+    def _problems(self) -> Iterator[str]:
         if (self.batch_tokens is None) == (self.batch_sequences is None):
-            raise ValueError("set exactly one of batch_tokens and batch_sequences")
-        return self
+            yield "set exactly one of batch_tokens and batch_sequences"
 
 
 class CheckpointConfig(Section):
@@ -250,85 +240,72 @@ class RunConfig(Section):
             return snapshot  # post-hoc averages combine them at the steps of snapshots
         return math.ceil(state / snapshot) * snapshot
 
-    @model_validator(mode="after")
-    def _check_batch(self) -> "RunConfig":
+    def _problems(self) -> Iterator[str]:
+        yield from self._batch_problems()
+        yield from self._schedule_problems()
+        kept = (self.checkpoint.keep_states - 1) * self.checkpoint.state_every
+        if self.may_rewind and kept < self.spikes.rewind_steps:
+            yield (
+                f"spikes.rewind_steps ({self.spikes.rewind_steps:,}) must not exceed "
+                f"(checkpoint.keep_states - 1) · checkpoint.state_every ({kept:,}), the age of the "
+                "oldest training checkpoint"
+            )
+        labels = [average.label for average in self.averages]
+        if repeated := {label for label in labels if labels.count(label) > 1}:
+            yield f"averages contains {', '.join(sorted(repeated))} twice"
+        every = self.checkpoint.snapshot_every
+        for index, average in enumerate(self.averages):
+            if average.save_every is not None and average.save_every % every:
+                yield (
+                    f"averages.{index}.save_every ({average.save_every}) must be a multiple of "
+                    f"checkpoint.snapshot_every ({every})"
+                )
+
+    def _batch_problems(self) -> Iterator[str]:
         tokens, block, micro = self.train.batch_tokens, self.data.block_size, self.train.micro_batch
         if tokens is not None and tokens % block:
-            raise ValueError(
+            yield (
                 f"train.batch_tokens ({tokens:,}) must be a multiple of data.block_size ({block}), "
                 f"for example {max(tokens // block, 1) * block:,}"
             )
         if micro != "auto" and self.batch_size % micro:
             divisor = max(n for n in range(1, micro + 1) if self.batch_size % n == 0)
-            raise ValueError(
+            yield (
                 f"train.micro_batch ({micro}) must divide the {self.batch_size} sequences of a "
                 f"step, for example {divisor}"
             )
         if self.train.compile == "cuda-graphs" and self.data.block_warmup is not None:
-            raise ValueError(
+            yield (
                 "train.compile: cuda-graphs needs a constant block size, "
                 "but data.block_warmup changes it"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _check_schedule(self) -> "RunConfig":
+    def _schedule_problems(self) -> Iterator[str]:
         schedule, steps = self.schedule, self.train.max_steps
-        horizon = getattr(schedule, "horizon", None) or steps
-        warmup = schedule.warmup_steps
+        horizon, warmup = getattr(schedule, "horizon", None) or steps, schedule.warmup_steps
         if warmup >= min(horizon, steps):
             key = "schedule.horizon" if horizon < steps else "train.max_steps"
-            raise ValueError(
+            yield (
                 f"schedule.warmup_steps ({warmup:,}) must be smaller than {key} "
                 f"({min(horizon, steps):,})"
             )
         if isinstance(schedule, WsdSchedule) and warmup + schedule.decay_steps > horizon:
-            raise ValueError(
+            yield (
                 f"schedule.warmup_steps + schedule.decay_steps ({warmup:,} + "
                 f"{schedule.decay_steps:,}) must not exceed the {horizon:,} steps"
             )
         if getattr(schedule, "min_lr", 0.0) > self.optimizer.lr:
-            raise ValueError(
-                f"schedule.min_lr must not exceed the peak, optimizer.lr ({self.optimizer.lr:g})"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_rewind(self) -> "RunConfig":
-        kept = (self.checkpoint.keep_states - 1) * self.checkpoint.state_every
-        if self.may_rewind and kept < self.spikes.rewind_steps:
-            raise ValueError(
-                f"spikes.rewind_steps ({self.spikes.rewind_steps:,}) must not exceed "
-                f"(checkpoint.keep_states - 1) · checkpoint.state_every ({kept:,}), the age of the "
-                "oldest training checkpoint"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_averages(self) -> "RunConfig":
-        labels = [average.label for average in self.averages]
-        if repeated := {label for label in labels if labels.count(label) > 1}:
-            raise ValueError(f"averages contains {', '.join(sorted(repeated))} twice")
-        every = self.checkpoint.snapshot_every
-        for index, average in enumerate(self.averages):
-            if average.save_every is not None and average.save_every % every:
-                raise ValueError(
-                    f"averages.{index}.save_every ({average.save_every}) must be a multiple of "
-                    f"checkpoint.snapshot_every ({every})"
-                )
-        return self
+            yield f"schedule.min_lr must not exceed the peak, optimizer.lr ({self.optimizer.lr:g})"
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
     """Return the values by dotted key, in the order of the sections."""
-    flat: dict[str, Any] = {}
 
-    def visit(prefix: str, value: Any) -> None:
+    def items(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict) and value:
             for key, inner in value.items():
-                visit(f"{prefix}.{key}" if prefix else key, inner)
+                yield from items(f"{prefix}.{key}", inner)
         else:
-            flat[prefix] = value
+            yield prefix.removeprefix("."), value
 
-    visit("", config.model_dump(mode="json"))
-    return flat
+    return dict(items("", config.model_dump(mode="json")))

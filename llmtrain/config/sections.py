@@ -3,7 +3,8 @@
 DataConfig(path="data/openwebtext", mix=[MixConfig(path="data/old", weight=0.05)])
 """
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -25,6 +26,16 @@ class Section(BaseModel):
     """Base of all sections: immutable, without unknown keys or implicit conversions."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for problem in self._problems():
+            raise ValueError(problem)
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        """Yield the invalid combinations of keys."""
+        yield from ()
 
 
 class BlockWarmupConfig(Section):
@@ -61,20 +72,12 @@ class DataConfig(Section):
     mix: list[MixConfig] = Field(default=[])
     """Additional training data; validation uses only data.path."""
 
-    @model_validator(mode="after")
-    def _check_mix(self) -> "DataConfig":
+    def _problems(self) -> Iterator[str]:
         if (total := sum(each.weight for each in self.mix)) >= 1:
-            raise ValueError(f"mix has a total weight of {total:g}, which must be below 1")
-        return self
-
-    @model_validator(mode="after")
-    def _check_warmup(self) -> "DataConfig":
-        if self.block_warmup is not None and self.block_warmup.start > self.block_size:
-            raise ValueError(
-                f"block_warmup.start ({self.block_warmup.start}) must not exceed "
-                f"block_size ({self.block_size})"
-            )
-        return self
+            yield f"the total weight of mix ({total:g}) must be below 1"
+        start = self.block_warmup.start if self.block_warmup else 0
+        if start > self.block_size:
+            yield f"block_warmup.start ({start}) must not exceed block_size ({self.block_size})"
 
 
 class _Schedule(Section):

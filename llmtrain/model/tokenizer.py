@@ -17,7 +17,7 @@ from functools import cache
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -69,14 +69,14 @@ class Tokenizer:
     _encode: Callable[[str], npt.NDArray[np.uint16]]
 
     @property
-    def eot(self) -> int:
-        """Id of the end-of-text token, which terminates documents and never results from text."""
-        return len(self.vocabulary) - 1
-
-    @property
     def vocab_size(self) -> int:
         """Number of ids, including end-of-text."""
         return len(self.vocabulary)
+
+    @property
+    def eot(self) -> int:
+        """Id of the end-of-text token, which terminates documents and never results from text."""
+        return self.vocab_size - 1
 
     def encode(self, text: str) -> npt.NDArray[np.uint16]:
         """Return the token ids of `text`, shape (tokens,), without end-of-text.
@@ -117,11 +117,11 @@ def load_tokenizer(name: str) -> Tokenizer:
         UserError: unknown name.
         RunFailed: the ranks in the package are damaged.
     """
-    if name == "gpt2":
-        return _gpt2()
-    if name == "byte":
-        return _byte()
-    raise UserError(f"unknown tokenizer {name!r}", hint=f"choose one of: {', '.join(TOKENIZERS)}")
+    if name not in TOKENIZERS:
+        raise UserError(
+            f"unknown tokenizer {name!r}", hint=f"choose one of {', '.join(TOKENIZERS)}"
+        )
+    return _gpt2() if name == "gpt2" else _byte()
 
 
 def tokenizer_for_eot(eot: int, source: object) -> Tokenizer:
@@ -129,9 +129,9 @@ def tokenizer_for_eot(eot: int, source: object) -> Tokenizer:
 
     `source` is the weights folder, for the message.
     """
-    for name in TOKENIZERS:
-        if load_tokenizer(name).eot == eot:
-            return load_tokenizer(name)
+    for tokenizer in map(load_tokenizer, TOKENIZERS):
+        if tokenizer.eot == eot:
+            return tokenizer
     raise UserError(
         f"{source} uses the end-of-text token {eot:,}, which belongs to neither of the tokenizers "
         f"{', '.join(TOKENIZERS)}",
@@ -234,24 +234,24 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
     vocabulary = _spelled_ids(tokenizer) | {END_OF_TEXT: tokenizer.eot}
     merges = [f"{_spell(left)} {_spell(right)}" for left, right in _merges(tokenizer.vocabulary)]
     is_gpt2 = tokenizer.name == "gpt2"
-    level = {
+    byte_level = {
         "type": "ByteLevel",
         "add_prefix_space": False,
         "trim_offsets": True,
         "use_regex": is_gpt2,
     }
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = {"id": tokenizer.eot, "content": END_OF_TEXT, **flags, "special": True}
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
     fast = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {"id": tokenizer.eot, "content": END_OF_TEXT, **flags, "special": True},
-        ],
+        "added_tokens": [added],
         "normalizer": None,
-        "pre_tokenizer": level,
+        "pre_tokenizer": byte_level,
         "post_processor": None,
-        "decoder": level,
+        "decoder": byte_level,
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -265,7 +265,6 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
             "merges": merges,
         },
     }
-    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
     settings = {
         # GPT2Tokenizer splits text into words, which is useless without merges.
         "tokenizer_class": "GPT2Tokenizer" if is_gpt2 else "PreTrainedTokenizerFast",
@@ -311,15 +310,13 @@ def fast_tokenizer(tokenizer: Tokenizer) -> "PreTrainedTokenizerFast":
     from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast
 
-    constructor: Any = PreTrainedTokenizerFast  # the class is untyped
-    wrapped: PreTrainedTokenizerFast = constructor(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=Backend.from_str(tokenizer_files(tokenizer, 1)["tokenizer.json"]),
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
     )
-    return wrapped
 
 
 def _merges(vocabulary: tuple[bytes, ...]) -> Iterator[tuple[bytes, bytes]]:

@@ -53,7 +53,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunConfig]
     trained = pretrain(tiny(averages=[]), folder, log=lambda line: None).run
     series = run_series(trained)
     average(series, make_specs(series, AverageRequest(method="lawa", every=2, window=3)))
-    measure_losses(find_targets(folder, every_snapshot=False), EvalOptions(), lambda *progress: None)
+    measure_losses(
+        find_targets(folder, every_snapshot=False), EvalOptions(), lambda *progress: None
+    )
     return trained
 
 
