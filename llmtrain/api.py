@@ -1,11 +1,10 @@
-"""The commands as functions of the same names, one call each: for scripts and notebooks.
-
-Why: the modules behind them take what the command line gives them, piece by piece; whoever writes Python
-starts here and goes there for more. Importing this takes torch's second.
+"""The commands as Python functions, for scripts and notebooks. Importing it imports torch.
 
     run = pretrain(load_config(Path("configs/demo.yaml")), Path("runs/demo")).run
-    average(run.path, Request(every=20))
+    average(run.path, AverageRequest(every=20))
     rows = evaluate(run.path)
+
+Missing inputs and invalid values raise UserError; failures at run time raise RunFailed.
 """
 
 from pathlib import Path
@@ -41,42 +40,25 @@ Settings = EvalOptions
 
 
 def average(source: str | Path, request: AverageRequest) -> list[Average]:
-    """Average checkpoints of a run, a folder of checkpoints or a series on the hub; by step.
-
-    Raises:
-        UserError: there is no such source, or it has no such window.
-    """
+    """Average checkpoints of a run, a folder or a series on the hub; return averages by step."""
     series = find_series(str(source))
     return average_series(series, make_specs(series, request))
 
 
 def evaluate(target: str | Path, settings: EvalOptions | None = None) -> list[EvalResult]:
-    """The losses of a run's averages and of the raw weights of their steps, of a folder of weights, or of OWNER/NAME.
-
-    Raises:
-        UserError: there is no such target, or its data is not known.
-        RunFailed: a loss is not finite, or the hub cannot be reached.
-    """
+    """Return losses: of a run's averages and the raw weights of their steps, or of one model."""
     targets = find_targets(str(target), every_snapshot=False)
-    return measure_losses(targets, settings or EvalOptions(), lambda target, done, total: None)
+    return measure_losses(targets, settings or EvalOptions(), lambda *progress: None)
 
 
 def generate(target: str | Path, prompt: str, sampling: Sampling | None = None) -> str:
-    """The text that follows the prompt; see `choose_weights` for what a target is.
-
-    Raises:
-        UserError: there is no such target, or no tokenizer for it.
-    """
+    """Return the text that the model of a run, folder or hub repository generates."""
     weights, _ = choose_weights(str(target))
     return "".join(generate_text(*load_generator(weights.path), prompt, sampling or Sampling()))
 
 
 def export(target: str | Path, to: Path, *, dtype: str = "fp32") -> Path:
-    """Write a target's weights as a Hugging Face repository into the new folder `to`; see `export.export`.
-
-    Raises:
-        UserError: there is no such target, or `to` exists.
-    """
+    """Write weights as a Hugging Face repository into the new folder `to`."""
     weights, _ = choose_weights(str(target))
     export_weights(weights, to, dtype=dtype, name=str(to))
     return to

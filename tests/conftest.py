@@ -1,4 +1,4 @@
-"""Fixtures that several folders of tests share: a little real text, prepared, and a tiny configuration."""
+"""Fixtures for all layers: prepared text, a tiny configuration, runs, the command."""
 
 import os
 import signal
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from llmtrain.storage.run_folder import RunFolder
 
 
-# The models of the tests are tiny: threads would spend their time waiting for each other.
+# Threads slow down tiny models.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Nothing of a test may land in, or come from, a person's caches or accounts.
+# Tests must not use the caches or accounts of the user.
 os.environ["WANDB_SILENT"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# How long an example takes is a matter of the machine, and of who else is on it.
+# The duration of an example depends on the load of the machine.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _ctrl_c_is_heard() -> None:
-    # A shell that starts the tests with `&` lets them ignore it, and all that they start.
+def _restore_sigint() -> None:
+    # A shell that starts the tests with `&` makes them and their children ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -41,7 +41,7 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty documents of real English as JSON lines: a text that does not change, for losses that do not."""
+    """Forty English documents as JSON lines; fixed, so that losses are reproducible."""
     import json
 
     text = (REPOSITORY / "tests" / "text.txt").read_text()
@@ -69,7 +69,7 @@ def real_texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """The documents of `text_file` as bytes, a tenth of them in the val split."""
+    """Token shards of `text_file` with the byte tokenizer and a tenth in the val split."""
     from preparations import prepare
 
     folder = tmp_path_factory.mktemp("data") / "text"
@@ -79,7 +79,7 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Pa
 
 @pytest.fixture(scope="session")
 def tiny(data_folder: Path) -> Callable[..., Any]:
-    """Builds a configuration of a model that trains in a second; keyword `section__key` overrides."""
+    """Build a configuration that trains in a second; keyword `section__key` overrides."""
     from llmtrain.config.schema import RunConfig
 
     def build(**overrides: Any) -> RunConfig:
@@ -115,7 +115,7 @@ def tiny(data_folder: Path) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def llmtrain() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the installed `llmtrain` command, as a user does."""
+    """Run the installed `llmtrain` command in a subprocess."""
     command = Path(sys.executable).parent / "llmtrain"
 
     def run(
@@ -136,7 +136,7 @@ def llmtrain() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> "MakeRun":
-    """Write a run with snapshots at the given steps, as the trainer would."""
+    """Write a run with snapshots at the given steps, without training."""
 
     from tiny_runs import SHAPE, weights_at
 
@@ -171,10 +171,7 @@ def make_run(tmp_path: Path) -> "MakeRun":
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a CUDA device where there is none; files with slow tests first.
-
-    Else one core waits for the other at the end.
-    """
+    """Run files with slow tests first, to balance the workers; skip GPU tests without CUDA."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
     import torch

@@ -1,8 +1,7 @@
 """Data folders behind URLs: local build folders and local copies.
 
 Training reads at random and a preparation must be resumable, so both use local folders, and whole
-files are transferred. Behind a URL, too, the manifest is written last: a folder that contains a manifest
-is complete.
+files are transferred. Behind a URL, too, a folder with a manifest is complete.
 
     folder = local_folder("s3://bucket/openwebtext")
 """
@@ -13,13 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from llmtrain.data.manifest import (
-    MANIFEST_FILE,
-    Manifest,
-    no_data,
-    parse_manifest,
-    write_manifest,
-)
+from llmtrain.data.manifest import MANIFEST_FILE, Manifest, no_data, parse_manifest, write_manifest
 from llmtrain.data.shards import shard_bytes
 from llmtrain.errors import RunFailed
 from llmtrain.storage.commit import commit_folder, temporary_folder
@@ -37,11 +30,7 @@ def build_folder(url: str) -> Path:
 
 
 def read_manifest_at(url: str) -> Manifest | None:
-    """Read the manifest of the folder at `url`; return None if it does not exist.
-
-    Raises:
-        UserError: the manifest cannot be read or is damaged.
-    """
+    """Read the manifest of the folder at `url`; return None if it does not exist."""
     manifest_url = f"{url.rstrip('/')}/{MANIFEST_FILE}"
     system, path = file_system(manifest_url)
     with url_errors(manifest_url):
@@ -54,10 +43,9 @@ def _log_to_stderr(line: str) -> None:
 
 
 def local_folder(path: str, log: Callable[[str], None] = _log_to_stderr) -> Path:
-    """Return a local folder with the data at `path`: itself, or a verified copy of a URL in the cache.
+    """Return a local folder with the data at `path`: itself, or a verified copy of a URL.
 
-    An interrupted copy resumes with the next file. Processes that need the same data wait for the one
-    that copies it.
+    An interrupted copy resumes with the next file. Only one process copies, others wait for it.
 
     Raises:
         UserError: the URL contains no prepared data, or the data differs from its manifest.

@@ -1,8 +1,8 @@
 """Read the micro-batches of a step, prefetching the next one in a background thread.
 
-Why: tokens may be on a slow disk, and reading them between steps would leave the device idle. The next
-micro-batch is a function of the step, so prefetching adds no state to save; a prefetched micro-batch
-of another step is discarded.
+Why: reading tokens from a slow disk between steps would leave the device idle. The next micro-batch
+is a function of the step, so prefetching adds no state to save. A prefetched micro-batch of another
+step is discarded.
 
     loader = DataLoader(config, data, world)
     for windows in loader.micro_batches(step, batch, size): ...
@@ -40,12 +40,8 @@ def read_windows(tokens: Tokens, starts: npt.NDArray[np.int64], block_size: int)
 def training_sampler(
     data: TokenData, block_size: int, batch_size: int, seed: int
 ) -> MixtureSampler:
-    """Return the sampler over `data.train_tokens()`.
-
-    Raises:
-        UserError: a source is shorter than one window.
-    """
-    lengths = [each.tokens("train") for each in (data, *(part for part, _ in data.mix))]
+    """Return the sampler over `data.train_tokens()`; a source below one window is a UserError."""
+    lengths = [source.tokens("train") for source in data.sources]
     shares = [share for _, share in data.mix]
     return MixtureSampler(lengths, shares, block_size, batch_size, seed)
 
@@ -64,11 +60,6 @@ class DataLoader:
     """This rank's part of each batch, in the sampler's order."""
 
     def __init__(self, config: RunConfig, data: TokenData, world: World) -> None:
-        """Open the train split.
-
-        Raises:
-            UserError: a source is shorter than one window.
-        """
         self._config = config
         self._rank_batch_size = config.batch_size // world.size
         self._tokens = data.train_tokens()
@@ -85,9 +76,6 @@ class DataLoader:
             step: from 1; determines the sequence length.
             batch: from 0; differs from `step - 1` after batches were skipped.
             size: sequences in a micro-batch; divides this rank's part of a batch.
-
-        Raises:
-            OSError: the tokens cannot be read.
         """
         for first in range(0, self._rank_batch_size, size):
             yield self._get(_MicroBatch(step, batch, first, size))

@@ -1,7 +1,7 @@
-"""Read the train split of a dataset on the Hugging Face hub, at one commit, without running its code.
+"""Read a dataset's train split from the Hugging Face hub, at one commit, without running its code.
 
-The current commit is resolved first, and everything is read at that commit. A missing field or network
-is reported before anything large is downloaded.
+The current commit is resolved first. A missing field or network is reported before anything large
+is downloaded.
 """
 
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ from llmtrain.errors import UserError
 from llmtrain.storage.disk import NO_ROOM
 
 _SPLIT = "train"
+_DOWNLOAD_HINT = "download its data files and name them: llmtrain prepare FILE_OR_FOLDER"
 
 
 @dataclass(frozen=True)
@@ -29,37 +30,29 @@ class HubDataset:
 
     Attributes:
         files: path in the repository and size in bytes, in reading order.
-        urls: parquet files to read; None for the files that the repository declares.
     """
 
     name: str
-    config: str | None
     revision: str
     files: tuple[tuple[str, int], ...]
-    urls: tuple[str, ...] | None
+    _builder: Any
 
-    def download(self, cache: Path) -> list[Path]:
-        """Write all columns of all documents to Arrow files below `cache` and return them in order.
-
-        Downloads remain in the hub's cache.
-        """
+    def download(self) -> list[Path]:
+        """Write all documents to Arrow files in the cache and return these in order."""
         with _hub_errors(self.name):
-            builder = self._builder(cache)
-            builder.download_and_prepare()
-            return sorted(Path(builder.cache_dir).glob(f"{builder.dataset_name}-{_SPLIT}*.arrow"))
+            self._builder.download_and_prepare()
+            folder = Path(self._builder.cache_dir)
+            return sorted(folder.glob(f"{self._builder.dataset_name}-{_SPLIT}*.arrow"))
 
-    def stream(self, cache: Path) -> Iterator[dict[str, Any]]:
-        """Yield the documents in order, downloading only what is consumed."""
+    def stream(self) -> Iterator[dict[str, Any]]:
+        """Yield the documents in order, downloading only the ones that are read."""
         with _hub_errors(self.name):
-            yield from self._builder(cache).as_streaming_dataset(split=_SPLIT)
+            yield from self._builder.as_streaming_dataset(split=_SPLIT)
 
-    def texts(self, field: str, limit: int, cache: Path) -> Iterator[str]:
+    def texts(self, field: str, limit: int) -> Iterator[str]:
         """Yield `field` of the first `limit` documents."""
-        for number, row in enumerate(islice(self.stream(cache), limit), start=1):
+        for number, row in enumerate(islice(self.stream(), limit), start=1):
             yield _text_of(row, field, f"{self.name}, document {number:,}")
-
-    def _builder(self, cache: Path) -> Any:
-        return _builder(self.name, self.config, self.revision, self.urls, cache)
 
 
 def open_hub_dataset(
@@ -77,31 +70,34 @@ def open_hub_dataset(
         revision = str(info.sha)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
         root = f"hf://datasets/{name}@{revision}/"
-        urls = None
-        if parquet is not None:
-            urls = tuple(root + path for path in sorted(sizes) if fnmatch(path, parquet))
-            if not urls:
-                raise UserError(
-                    f"the dataset {name} contains no {parquet}",
-                    hint="name another dataset: hub:NAME[:CONFIG]",
-                )
-        declared = _builder(name, config, revision, urls, cache).config.data_files or {}
-        if _SPLIT not in declared:
-            present = ", ".join(map(str, declared)) or "none"
-            raise UserError(
-                f"the dataset {name} has no split {_SPLIT!r}; it has: {present}",
-                hint="download the files and name them: llmtrain prepare FILE_OR_FOLDER",
+        if parquet is None:
+            builder = datasets.load_dataset_builder(
+                name, config, revision=revision, cache_dir=str(cache)
             )
+        else:
+            urls = [root + path for path in sorted(sizes) if fnmatch(path, parquet)]
+            _require(bool(urls), f"the dataset {name} contains no {parquet}")
+            builder = datasets.load_dataset_builder(
+                "parquet", data_files={_SPLIT: urls}, cache_dir=str(cache)
+            )
+        declared = builder.config.data_files or {}
+        present = ", ".join(map(str, declared)) or "none"
+        _require(
+            _SPLIT in declared, f"the dataset {name} has no split {_SPLIT!r}; it has: {present}"
+        )
         paths = [str(url).removeprefix(root) for url in declared[_SPLIT]]
         files = tuple((path, sizes.get(path, 0)) for path in paths)
-        dataset = HubDataset(name, config, revision, files, urls)
-        first = next(dataset.stream(cache), None)
+        dataset = HubDataset(name, revision, files, builder)
+        first = next(dataset.stream(), None)
     if first is None:
-        raise UserError(
-            f"the dataset {name} contains no documents", hint="name a dataset with text in it"
-        )
+        raise UserError(f"the dataset {name} is empty", hint="name a dataset with text in it")
     _text_of(first, field, f"the dataset {name}")
     return dataset
+
+
+def _require(valid: bool, message: str) -> None:
+    if not valid:
+        raise UserError(message, hint=_DOWNLOAD_HINT)
 
 
 def _text_of(row: dict[str, Any], field: str, location: str) -> str:
@@ -112,22 +108,12 @@ def _text_of(row: dict[str, Any], field: str, location: str) -> str:
     return str(row[field])
 
 
-def _builder(
-    name: str, config: str | None, revision: str, urls: tuple[str, ...] | None, cache: Path
-) -> Any:
-    if urls is not None:
-        return datasets.load_dataset_builder(
-            "parquet", data_files={_SPLIT: list(urls)}, cache_dir=str(cache)
-        )
-    return datasets.load_dataset_builder(name, config, revision=revision, cache_dir=str(cache))
-
-
 @contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
     """Convert exceptions of `datasets` and of the hub's client to UserErrors.
 
-    The client raises errors of three HTTP libraries, depending on its version. Any exception without a
-    specific meaning is therefore treated as a failure to read.
+    The client raises errors of three HTTP libraries, depending on its version. Any other exception
+    is treated as a failure to read.
     """
     try:
         yield
@@ -149,8 +135,7 @@ def _hub_errors(name: str) -> Iterator[None]:
         ) from error
     except RuntimeError as error:  # raised for a repository with a loading script
         raise UserError(
-            f"the dataset {name} cannot be loaded: {error}",
-            hint="download its data files and name them: llmtrain prepare FILE_OR_FOLDER",
+            f"the dataset {name} cannot be loaded: {error}", hint=_DOWNLOAD_HINT
         ) from error
     except Exception as error:
         is_wrapper = isinstance(error, datasets.exceptions.DatasetGenerationError)
@@ -159,6 +144,5 @@ def _hub_errors(name: str) -> Iterator[None]:
             raise cause from error
         raise UserError(
             f"the dataset {name} cannot be read from the hub ({type(cause).__name__}: {cause})",
-            hint="check the network (HF_ENDPOINT names a mirror), or download the files and name them: "
-            "llmtrain prepare FILE_OR_FOLDER",
+            hint=f"check the network (HF_ENDPOINT names a mirror), or {_DOWNLOAD_HINT}",
         ) from error

@@ -1,10 +1,8 @@
 """Journal of an unfinished preparation: the finished shards, from which the next one resumes.
 
-A shard ends with a document, so the documents in a split's finished shards determine where that split
-resumes. Each line is appended and flushed after its shard is durable and contains its own hash. Reading
-stops at the first invalid line.
-
-    journal = Journal.open(path, shards, spec, print); journal.add_shard(record)
+A shard ends with a document, so the documents in its finished shards determine where a split
+resumes. A line is appended and flushed after its shard is durable. Each line contains its own hash,
+and reading stops at the first invalid line.
 """
 
 import hashlib
@@ -38,10 +36,7 @@ class Journal:
     def open(
         cls, path: Path, shards: Path, spec: PrepareSpec, log: Callable[[str], None]
     ) -> "Journal":
-        """Read the journal of `spec` and check it against the folder `shards`.
-
-        Rewrite the file without invalid entries, and delete all other files in `shards`.
-        """
+        """Read the journal of `spec`; drop entries and files in `shards` that do not match."""
         journal = cls(path)
         entries = _read(path)
         header = {"journal": _VERSION, "plan": spec.model_dump(mode="json")}

@@ -1,15 +1,10 @@
-"""`manifest.json`: the tokenizer, source, split and shards of a data folder, with their hashes.
-
-The manifest is written last and contains the hash of its own content.
-
-    manifest = read_manifest(Path("data/openwebtext")); manifest.train.tokens
-"""
+"""`manifest.json`: the tokenizer, source, split and shards of a data folder, with their hashes."""
 
 import hashlib
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -48,8 +43,7 @@ class SourceFile(_Record):
 class SourceRecord(_Record):
     """The origin of the documents, in the order of `files`.
 
-    `revision` is a commit on the hub, the version of a package, or a hash of the version metadata
-    that the store of a URL returns.
+    `revision` is a commit on the hub, a package version, or a hash of a store's version metadata.
     """
 
     id: str
@@ -91,7 +85,7 @@ class SplitRecord(_Record):
 
     @classmethod
     def from_shards(cls, shards: list[ShardRecord]) -> Self:
-        """Return the record of `shards` with their sums."""
+        """Return the record of `shards`."""
         return cls(
             tokens=sum(shard.tokens for shard in shards),
             documents=sum(shard.documents for shard in shards),
@@ -101,7 +95,7 @@ class SplitRecord(_Record):
 
 
 class PrepareSpec(_Record):
-    """Everything that determines the tokens; equal specs give byte-identical shards."""
+    """Everything that determines the shards; equal specs give byte-identical ones."""
 
     format: Literal[1] = FORMAT_VERSION
     tokenizer: TokenizerRecord
@@ -133,11 +127,11 @@ class Manifest(PrepareSpec):
         return self.train if split == "train" else self.val
 
     def document(self) -> dict[str, object]:
-        """Return the JSON document that is written and printed: all fields and their hash."""
+        """Return the JSON document: all fields and their hash."""
         return {**self.model_dump(mode="json"), "sha256": self.sha256}
 
     def require_spec(self, spec: PrepareSpec, location: str) -> None:
-        """Raise a UserError if this manifest, read from `location`, was written for another spec."""
+        """Raise a UserError if this manifest, read from `location`, has another spec."""
         found = PrepareSpec(**{name: getattr(self, name) for name in PrepareSpec.model_fields})
         if differences := _differences(spec.model_dump(), found.model_dump()):
             raise UserError(
@@ -170,11 +164,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a data folder, without checking the shards (see `open_data`).
-
-    Raises:
-        UserError: the manifest is missing, damaged, or of a newer format.
-    """
+    """Read the manifest of a data folder; raise a UserError if it is missing or damaged."""
     path = folder / MANIFEST_FILE
     try:
         return parse_manifest(path.read_bytes(), str(path))
@@ -191,12 +181,8 @@ def no_data(location: str) -> UserError:
 
 
 def parse_manifest(content: bytes, location: str) -> Manifest:
-    """Parse the content of a manifest read from `location`.
-
-    Raises:
-        UserError: the content is damaged or of a newer format.
-    """
-    damaged = "it is damaged or was edited: restore it, or delete the folder and prepare it again"
+    """Parse the manifest at `location`; raise a UserError if it is damaged or of a newer format."""
+    damaged = "restore it, or delete the folder and prepare it again"
     try:
         document = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -220,14 +206,12 @@ def parse_manifest(content: bytes, location: str) -> Manifest:
     return manifest
 
 
-def _differences(
-    wanted: dict[str, object], found: dict[str, object], prefix: str = ""
-) -> list[str]:
+def _differences(wanted: dict[str, Any], found: dict[str, Any], prefix: str = "") -> list[str]:
     """Return `key is X, not Y` for each leaf that differs between two nested records."""
     differences = []
     for key, value in wanted.items():
         other, name = found[key], f"{prefix}{key}"
-        if isinstance(value, dict) and isinstance(other, dict):
+        if isinstance(value, dict):
             differences += _differences(value, other, f"{name}.")
         elif value != other:
             short = isinstance(value, str | int | float) and isinstance(other, str | int | float)

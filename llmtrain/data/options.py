@@ -1,4 +1,4 @@
-"""Options of `llmtrain prepare`: their types, help texts, defaults and limits, without heavy imports."""
+"""Options of `llmtrain prepare`: types, help texts, defaults and limits, without heavy imports."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -7,16 +7,15 @@ from typing_extensions import Doc
 
 from llmtrain.errors import UserError
 
-MAX_TARGET_TOKENS = 2**30 - 1
-"""Largest `shard_tokens`. A shard's header counts up to 2^31 - 1, and its last document overruns."""
+MAX_SHARD_TOKENS = 2**30 - 1
+"""Largest `shard_tokens`: a header counts twice as many, since the last document overruns."""
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Options of one preparation. None of `workers`, `engine` and `ray_address` affects the output.
+    """Options of one preparation; invalid ones raise a UserError.
 
-    Raises:
-        UserError: an option is out of range, or two options exclude each other.
+    The output does not depend on `workers`, `engine` and `ray_address`.
     """
 
     tokenizer: Annotated[
@@ -40,39 +39,36 @@ class PrepareOptions:
     limit_documents: Annotated[int | None, Doc("Read only the first COUNT documents.")] = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(
-                f"val fraction {self.val_fraction} is outside 0 <= fraction < 1",
-                hint="0.0005 takes one document in 2,000; 0 takes none",
-            )
-        if not 0 <= self.seed < 2**32:
-            raise UserError(
-                f"seed {self.seed} is outside 0 to {2**32 - 1}", hint="nanoGPT uses 2357"
-            )
-        if not 1 <= self.shard_tokens <= MAX_TARGET_TOKENS:
-            raise UserError(
-                f"{self.shard_tokens:,} tokens per shard is outside 1 to {MAX_TARGET_TOKENS:,}",
-                hint="use the default, 100M",
-            )
-        if self.workers is not None and self.workers < 1:
-            raise UserError(
-                f"{self.workers} workers: at least 1 is needed",
-                hint="omit --workers for one thread per core",
-            )
-        if self.limit_documents is not None and self.limit_documents < 1:
-            raise UserError(
-                f"a limit of {self.limit_documents} documents leaves nothing to prepare",
-                hint="pass at least 1",
-            )
-        self._check_engine()
+        _require(
+            0 <= self.val_fraction < 1,
+            f"val fraction {self.val_fraction} is outside 0 <= fraction < 1",
+            "0.0005 takes one document in 2,000; 0 takes none",
+        )
+        _require(0 <= self.seed < 2**32, f"seed {self.seed} is outside 0 to {2**32 - 1}")
+        _require(
+            1 <= self.shard_tokens <= MAX_SHARD_TOKENS,
+            f"{self.shard_tokens:,} tokens per shard is outside 1 to {MAX_SHARD_TOKENS:,}",
+        )
+        _require(
+            self.workers is None or self.workers >= 1, f"{self.workers} workers is less than 1"
+        )
+        _require(
+            self.limit_documents is None or self.limit_documents >= 1,
+            f"a limit of {self.limit_documents} documents is less than 1",
+        )
+        _require(self.engine in ("local", "ray"), f"unknown engine {self.engine!r}")
+        _require(
+            self.engine != "ray" or self.workers is None,
+            "--workers counts local threads, not those of a cluster",
+            "omit --workers with --engine ray",
+        )
+        _require(
+            self.engine == "ray" or self.ray_address is None,
+            "--ray-address needs --engine ray",
+            "add --engine ray, or omit the address",
+        )
 
-    def _check_engine(self) -> None:
-        if self.engine not in ("local", "ray"):
-            raise UserError(f"unknown engine {self.engine!r}", hint="choose one of: local, ray")
-        if self.engine == "ray" and self.workers is not None:
-            raise UserError(
-                "--workers counts local threads, not those of a cluster",
-                hint="omit --workers with --engine ray",
-            )
-        if self.engine != "ray" and self.ray_address is not None:
-            raise UserError("--ray-address needs --engine ray", hint="add it, or omit the address")
+
+def _require(valid: bool, message: str, hint: str = "see llmtrain prepare --help") -> None:
+    if not valid:
+        raise UserError(message, hint=hint)

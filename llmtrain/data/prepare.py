@@ -1,34 +1,34 @@
 """Prepare token shards: open the source, count, split, encode, write shards, commit.
 
-One ordered stream of documents is encoded in parallel and written by this process alone. The output
-depends only on the documents, the tokenizer and the seed, and a few megabytes per thread are in
-memory. The folder gets its final name when its last byte is durable. A preparation that was killed or
-ran out of disk space resumes after its last finished shard, with the same result.
+Documents are encoded in parallel, and this process alone writes them, in order. The output depends
+only on the documents, the tokenizer and the seed, and a few megabytes per thread are in memory. The
+folder gets its final name when its last byte is durable. After a kill or on a full disk, the next
+preparation resumes after the last finished shard, with the same result.
 
     manifest = prepare("openwebtext", Path("data/openwebtext"))
 """
 
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Self
 
-import datasets
 import numpy as np
 import numpy.typing as npt
 
 from llmtrain.data.cache import build_folder, read_manifest_at
 from llmtrain.data.encode import (
     WRITTEN,
-    CountTask,
     EncodedChunk,
-    EncodeTask,
     Engine,
+    Task,
     count_documents,
     encode_partition,
     run_locally,
@@ -61,10 +61,9 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PrepareProgress:
-    """Progress of a preparation.
+    """Progress of a preparation: documents are counted (`total_documents` is None), then written.
 
-    Documents are first read, with `total_documents` unknown, then encoded and written. `tokens` and
-    `text_bytes` are those written so far.
+    `tokens` and `text_bytes` count what is written.
     """
 
     documents: int
@@ -103,10 +102,10 @@ def prepare(
     on_progress: OnProgress = _ignore,
     log: Log = _ignore,
 ) -> Manifest:
-    """Write the tokens of `source` to the folder or URL `out` and return its manifest.
+    """Write the tokens of `source` to the folder or URL `out` and return the manifest.
 
-    If `out` already contains this data, nothing is written. The shards of a URL are built in a local
-    folder and then copied.
+    If `out` already contains this data, nothing is written. The shards of a URL are built locally,
+    then copied.
 
     Args:
         source: see `sources.open_source`.
@@ -139,7 +138,7 @@ def prepare(
         manifest = _built_earlier(folder, spec) if url else None
         if manifest is None:
             _log_source(source, documents, log)
-            manifest = _build(documents, spec, options, staging, on_progress, log)
+            manifest = _Build(documents, spec, options, staging, on_progress, log).run()
             staging.commit(manifest)
         if url is not None:
             log(f"copying the shards to {url}")
@@ -168,195 +167,167 @@ def _built_earlier(folder: Path, spec: PrepareSpec) -> Manifest | None:
 def _log_source(source: str, documents: DocumentSource, log: Log) -> None:
     if skipped := documents.skipped:
         log(f"skipping {len(skipped)} file(s) of unknown kinds, such as {skipped[0]}")
-    size = sum(file.bytes for file in documents.record.files)
-    log(f"reading {source}: {len(documents.record.files):,} file(s), {size / 1e6:,.1f} MB")
+    files = documents.record.files
+    size = sum(file.bytes for file in files)
+    log(f"reading {source}: {len(files):,} file(s), {size / 1e6:,.1f} MB")
 
 
-def _build(
-    source: DocumentSource,
-    spec: PrepareSpec,
-    options: PrepareOptions,
-    staging: StagingFolder,
-    on_progress: OnProgress,
-    log: Log,
-) -> Manifest:
-    """Write the shards that are not finished and return the manifest of all shards."""
+@dataclass(frozen=True)
+class _Build:
+    """The shards of one spec, written to a staging folder."""
 
-    def on_read(documents: int) -> None:
-        on_progress(PrepareProgress(documents, None, 0, 0))
+    source: DocumentSource
+    spec: PrepareSpec
+    options: PrepareOptions
+    staging: StagingFolder
+    on_progress: OnProgress
+    log: Log
 
-    staging.remaining_bytes = sum(file.bytes for file in source.record.files)
-    with _open_engine(options) as engine:
-        journal = Journal.open(staging.journal, staging.shards, spec, log)
-        partitions = partitions_of(source.fetch(on_read))
-        counts = _count(engine, partitions, source, journal, on_read)
-        if not sum(counts):
-            raise UserError("the source contains no documents", hint="name a source with text")
-        is_val = validation_documents(sum(counts), spec.split)
-        if journal.finished:
-            tokens = sum(record.tokens for record in journal.finished)
-            log(f"resumed at shard {len(journal.finished) + 1:,} ({tokens:,} tokens done)")
-        threads = 1 if options.engine == "ray" else options.workers or _cores()
-        tasks = _encode_tasks(
-            partitions, counts, _split_ids(is_val, journal), source, spec, threads
-        )
-        # Close the generator on any exception, so that the engine cancels its queued tasks.
-        with closing(engine(encode_partition, tasks)) as batches:
-            records = _write_shards(batches, spec, staging, journal, len(is_val), on_progress)
-    if not sum(record.text_bytes for record in records.values()):
-        staging.discard_shards()
-        raise UserError(
-            "the source contains no text: every document is empty",
-            hint="check --text-field",
-        )
-    return Manifest(**dict(spec), train=records["train"], val=records["val"])
+    def run(self) -> Manifest:
+        """Write the shards that are not finished and return the manifest of all shards."""
+        self.staging.remaining_bytes = sum(file.bytes for file in self.source.record.files)
+        with self._engine() as engine:
+            journal = Journal.open(self.staging.journal, self.staging.shards, self.spec, self.log)
+            partitions = partitions_of(self.source.fetch(self._on_read))
+            counts = self._count(engine, partitions, journal)
+            if not sum(counts):
+                raise UserError("the source contains no documents", hint="name a source with text")
+            split_ids = assign_splits(sum(counts), self.spec.split, journal)
+            if finished := journal.finished:
+                tokens = sum(record.tokens for record in finished)
+                self.log(f"resumed at shard {len(finished) + 1:,} ({tokens:,} tokens done)")
+            tasks = self._encode_tasks(partitions, counts, split_ids)
+            train, val = self._write_shards(engine, tasks, journal, len(split_ids))
+        if not train.text_bytes + val.text_bytes:
+            self.staging.discard_shards()
+            raise UserError(
+                "the source contains no text: every document is empty", hint="check --text-field"
+            )
+        return Manifest(**dict(self.spec), train=train, val=val)
 
+    def _on_read(self, documents: int) -> None:
+        self.on_progress(PrepareProgress(documents, None, 0, 0))
 
-@contextmanager
-def _open_engine(options: PrepareOptions) -> Iterator[Engine]:
-    if options.engine == "local":
-        yield run_locally
-        return
-    from llmtrain.data.ray_engine import connect_ray  # ray is an optional dependency
+    @contextmanager
+    def _engine(self) -> Iterator[Engine]:
+        if self.options.engine == "local":
+            yield run_locally
+            return
+        from llmtrain.data.ray_engine import connect_ray  # ray is an optional dependency
 
-    with connect_ray(options.ray_address) as engine:
-        yield engine
+        with connect_ray(self.options.ray_address) as engine:
+            yield engine
+
+    def _count(self, engine: Engine, partitions: list[Partition], journal: Journal) -> list[int]:
+        """Return the documents of each partition, up to the one that reaches the limit."""
+        described = [
+            [(Path(each.path).name, each.bytes, each.start, each.end) for each in partition]
+            for partition in partitions
+        ]
+        layout = hashlib.sha256(repr(described).encode()).hexdigest()
+        if journal.layout == layout:
+            return journal.counts
+        limit, counts, read = self.options.limit_documents, [0], 0
+        tasks = (partial(count_documents, each, self.source.field, limit) for each in partitions)
+        with closing(engine(tasks)) as results:
+            for count, ends_partition in results:
+                counts[-1] += count
+                read += count
+                if limit is not None and read >= limit:
+                    counts[-1] -= read - limit
+                    break
+                self._on_read(read)
+                if ends_partition:
+                    counts.append(0)
+        journal.set_counts(counts, layout)
+        return counts
+
+    def _encode_tasks(
+        self, partitions: list[Partition], counts: list[int], split_ids: npt.NDArray[np.uint8]
+    ) -> Iterator[Task[list[EncodedChunk]]]:
+        """Yield a task for each partition with documents that are not written yet."""
+        threads = 1 if self.options.engine == "ray" else self.options.workers or _cores()
+        for partition, count, end in zip(partitions, counts, accumulate(counts), strict=False):
+            ids = split_ids[end - count : end]
+            if (ids != WRITTEN).any():
+                field, tokenizer = self.source.field, self.spec.tokenizer.name
+                yield partial(encode_partition, partition, field, ids, tokenizer, threads)
+
+    def _write_shards(
+        self,
+        engine: Engine,
+        tasks: Iterable[Task[list[EncodedChunk]]],
+        journal: Journal,
+        total_documents: int,
+    ) -> list[SplitRecord]:
+        """Encode the documents, write the shards of both splits, and return the splits' records."""
+        done = SplitRecord.from_shards(journal.finished)
+        progress = PrepareProgress(done.documents, total_documents, done.tokens, done.text_bytes)
+        with ExitStack() as stack:
+            writers = [self._writer(split, journal, stack) for split in SPLITS]
+            # Close the generator on any exception, so that the engine cancels its queued tasks.
+            for batch in stack.enter_context(closing(engine(tasks))):
+                for chunk in batch:
+                    writers[chunk.split_id].add(
+                        chunk.tokens, chunk.text_bytes, ends_document=chunk.ends_document
+                    )
+                progress = progress.advanced(batch)
+                expected = progress.tokens * total_documents // max(progress.documents, 1)
+                written = sum(record.tokens for record in journal.finished)
+                self.staging.remaining_bytes = TOKEN_BYTES * (expected - written)
+                self.on_progress(progress)
+            return [writer.close() for writer in writers]
+
+    def _writer(self, split: str, journal: Journal, stack: ExitStack) -> ShardWriter:
+        folder, size, finished = self.staging.shards, self.spec.shard_tokens, journal.shards[split]
+        writer = ShardWriter(folder, split, size, list(finished), journal.add_shard)
+        stack.callback(writer.abort)
+        return writer
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _count(
-    engine: Engine,
-    partitions: list[Partition],
-    source: DocumentSource,
-    journal: Journal,
-    on_read: Callable[[int], None],
-) -> list[int]:
-    """Return the documents of each partition, up to the one that reaches the limit."""
-    layout = _layout(partitions)
-    if journal.layout == layout:
-        return journal.counts
-    limit, counts, read = source.record.limit_documents, [0], 0
-    tasks = (CountTask(partition, source.field, limit) for partition in partitions)
-    with closing(engine(count_documents, tasks)) as results:
-        for count, ends_partition in results:
-            counts[-1] += count
-            read += count
-            if limit is not None and read >= limit:
-                counts[-1] -= read - limit
-                break
-            on_read(read)
-            if ends_partition:
-                counts.append(0)
-    journal.set_counts(counts, layout)
-    return counts
-
-
-def _layout(partitions: list[Partition]) -> str:
-    """Return a hash of the partitions, for which recorded counts are valid."""
-    described = [
-        [(Path(each.path).name, each.bytes, each.start, each.end) for each in partition]
-        for partition in partitions
-    ]
-    return hashlib.sha256(repr(described).encode()).hexdigest()
-
-
-def validation_documents(documents: int, split: SplitRule) -> npt.NDArray[np.bool_]:
-    """Return which documents `datasets`' train_test_split holds out, shape (documents,).
-
-    Raises:
-        UserError: no document is left for training.
-    """
-    is_val = np.zeros(documents, dtype=np.bool_)
-    if split.val_fraction > 0:
-        index = datasets.Dataset.from_dict({"document": np.arange(documents)})
-        try:
-            parts = index.train_test_split(
-                test_size=split.val_fraction, seed=split.seed, shuffle=True
-            )
-        except ValueError:
-            raise UserError(
-                f"val fraction {split.val_fraction} leaves none of {documents:,} document(s) "
-                "for training",
-                hint="lower it, add documents, or use --val-fraction 0 to train on all of them",
-            ) from None
-        is_val[parts["test"].with_format("numpy")["document"][:]] = True
-    return is_val
-
-
-def _split_ids(is_val: npt.NDArray[np.bool_], journal: Journal) -> npt.NDArray[np.uint8]:
-    """Return the split id of each document: see `EncodeTask`. Finished shards contain the first ones."""
+def assign_splits(documents: int, split: SplitRule, journal: Journal) -> npt.NDArray[np.uint8]:
+    """Return the split id of each document; the first ones are in the finished shards."""
+    is_val = validation_documents(documents, split)
     split_ids = is_val.astype(np.uint8)
-    for split_id, split in enumerate(SPLITS):
-        finished = sum(record.documents for record in journal.shards[split])
+    for split_id, name in enumerate(SPLITS):
+        finished = sum(record.documents for record in journal.shards[name])
         split_ids[np.flatnonzero(is_val == split_id)[:finished]] = WRITTEN
     return split_ids
 
 
-def _encode_tasks(
-    partitions: list[Partition],
-    counts: list[int],
-    split_ids: npt.NDArray[np.uint8],
-    source: DocumentSource,
-    spec: PrepareSpec,
-    threads: int,
-) -> Iterator[EncodeTask]:
-    """Yield a task for each partition with documents that are not written yet."""
-    for partition, count, end in zip(partitions, counts, accumulate(counts), strict=False):
-        part = split_ids[end - count : end]
-        if (part != WRITTEN).any():
-            yield EncodeTask(partition, source.field, part, spec.tokenizer.name, threads)
-
-
-def _write_shards(
-    batches: Iterable[list[EncodedChunk]],
-    spec: PrepareSpec,
-    staging: StagingFolder,
-    journal: Journal,
-    total_documents: int,
-    on_progress: OnProgress,
-) -> dict[str, SplitRecord]:
-    """Write encoded documents to the shards of both splits and return their records."""
-    done = SplitRecord.from_shards(journal.finished)
-    progress = PrepareProgress(done.documents, total_documents, done.tokens, done.text_bytes)
-    with ExitStack() as stack:
-        writers = {}
-        for split in SPLITS:
-            finished, on_shard = journal.shards[split], journal.add_shard
-            writer = ShardWriter(staging.shards, split, spec.shard_tokens, finished, on_shard)
-            stack.callback(writer.abort)
-            writers[split] = writer
-        for batch in batches:
-            for chunk in batch:
-                writers[chunk.split].add(
-                    chunk.tokens, chunk.text_bytes, ends_document=chunk.ends_document
-                )
-            progress = progress.advanced(batch)
-            expected = progress.tokens * total_documents // max(progress.documents, 1)
-            written = sum(record.tokens for record in journal.finished)
-            staging.remaining_bytes = TOKEN_BYTES * (expected - written)
-            on_progress(progress)
-        return {split: writer.close() for split, writer in writers.items()}
+def validation_documents(documents: int, split: SplitRule) -> npt.NDArray[np.bool_]:
+    """Return which documents `datasets`' train_test_split would hold out, shape (documents,)."""
+    val_documents = math.ceil(split.val_fraction * documents)
+    if val_documents >= documents:
+        raise UserError(
+            f"val fraction {split.val_fraction} leaves none of {documents:,} document(s) for train",
+            hint="lower it, add documents, or use --val-fraction 0 to train on all of them",
+        )
+    is_val = np.zeros(documents, dtype=np.bool_)
+    if val_documents:
+        order = np.random.default_rng(split.seed).permutation(documents)
+        is_val[order[:val_documents]] = True
+    return is_val
 
 
 def openwebtext_mismatch(manifest: Manifest) -> str | None:
-    """Return a warning if OpenWebText, prepared with default options, has unexpected token counts."""
-    record = manifest.source
+    """Return a warning if OpenWebText with default options has unexpected token counts."""
+    record, default = manifest.source, _DEFAULT_OPTIONS
     is_default = (
         record.id == f"hub:{OPENWEBTEXT_HUB}"
         and record.limit_documents is None
-        and manifest.tokenizer.name == _DEFAULT_OPTIONS.tokenizer
-        and manifest.split.val_fraction == _DEFAULT_OPTIONS.val_fraction
-        and manifest.split.seed == _DEFAULT_OPTIONS.seed
+        and manifest.tokenizer.name == default.tokenizer
+        and manifest.split == SplitRule(val_fraction=default.val_fraction, seed=default.seed)
     )
     found = {split: manifest.split_record(split).tokens for split in SPLITS}
-    if not is_default or found == PUBLISHED_OPENWEBTEXT:
-        return None
     expected = PUBLISHED_OPENWEBTEXT
+    if not is_default or found == expected:
+        return None
     return (
         f"this is not the published OpenWebText: {found['train']:,} train and {found['val']:,} val "
-        f"tokens instead of {expected['train']:,} and {expected['val']:,}, so losses are not "
-        "comparable"
+        f"tokens instead of {expected['train']:,} and {expected['val']:,}, so losses will differ"
     )

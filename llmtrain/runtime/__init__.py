@@ -1,4 +1,4 @@
-"""What a process runs on: devices, processes and signals.
+"""Devices, the processes of a run, and signals.
 
 May import: storage, errors.
 

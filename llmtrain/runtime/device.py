@@ -1,4 +1,4 @@
-"""Device, precision and compilation: what a setting resolves to, memory, and published peaks.
+"""Device, precision and compile settings, available memory, and published peak performance.
 
 Why: a setting that the device does not support is an error or a warning, never a silent change.
 Utilization is reported only against a published peak.
@@ -63,15 +63,8 @@ _LARGE_BLOCK = 32 << 20
 """Largest mmap threshold (bytes) that glibc would choose itself."""
 
 
-# --- settings ----------------------------------------------------------------------------------
-
-
 def resolve_device(name: str) -> torch.device:
-    """Return the device for `train.device` or `--device`; auto: CUDA, else MPS, else CPU.
-
-    Raises:
-        UserError: the name is unknown, or this machine has no such device.
-    """
+    """Return the device for `train.device` or `--device`; auto: CUDA, else MPS, else CPU."""
     import torch
 
     if name == "auto":
@@ -99,11 +92,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
-    """Return the precision of matrix products; auto: bfloat16 if the hardware supports it.
-
-    Raises:
-        UserError: the device does not support the requested bfloat16.
-    """
+    """Return the precision of matrix products; auto: bfloat16 if the hardware supports it."""
     import torch
 
     if device.type == "cuda":
@@ -123,11 +112,7 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
 
 
 def resolve_compile(setting: bool | str, device: torch.device) -> tuple[bool, str | None]:
-    """Return whether to call torch.compile, and a warning if it is requested but not available.
-
-    Raises:
-        UserError: CUDA graphs are requested without CUDA.
-    """
+    """Return whether to call torch.compile, and a warning if it is requested but not available."""
     if setting == "cuda-graphs" and device.type != "cuda":
         raise UserError(
             f"train.compile cuda-graphs: {device_name(device)} does not support it",
@@ -158,9 +143,6 @@ def to_device(array: npt.NDArray[np.int64], device: torch.device) -> torch.Tenso
     if device.type == "cuda":
         on_host = on_host.pin_memory()
     return on_host.to(device, non_blocking=True)
-
-
-# --- memory ------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -227,9 +209,6 @@ def _cgroups() -> list[Path]:
     return [root / str(group).lstrip("/") for group in (Path(name), *Path(name).parents)]
 
 
-# --- description -------------------------------------------------------------------------------
-
-
 def device_name(device: torch.device) -> str:
     """Return the product name of a GPU, or the device type."""
     import torch
@@ -263,11 +242,7 @@ def _processor() -> str:
 
 
 def datasheet(name: str) -> Datasheet:
-    """Return the datasheet for a short name such as `h100` or `a100-80gb`.
-
-    Raises:
-        UserError: the name is unknown.
-    """
+    """Return the datasheet for a short name such as `h100` or `a100-80gb`, or raise UserError."""
     sheets = {key.lower().replace(" ", "-"): sheet for key, sheet in _DATASHEETS.items()}
     if name.lower() not in sheets:
         raise UserError(

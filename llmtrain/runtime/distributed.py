@@ -1,7 +1,7 @@
 """The process group of a run: ranks, collective helpers, and errors that all ranks raise together.
 
 Why: N processes must train like one. Decisions (stop, rewind, resume) are made on rank 0 and
-broadcast; logged numbers are reduced over all ranks. A single process needs no process group.
+broadcast; logged numbers are reduced over all ranks. A single process needs no group.
 
     with init_distributed(device, spread=False) as (world, device): loss = world.mean(loss)
 """
@@ -52,7 +52,7 @@ class World:
 
     @property
     def is_rank_zero(self) -> bool:
-        """Whether this process prints and commits."""
+        """True for the process that prints and commits."""
         return self.rank == 0
 
     def local_rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -143,15 +143,9 @@ class _MaxExitCode:
 
 @contextmanager
 def init_distributed(device: torch.device, *, spread: bool) -> Iterator[tuple[World, torch.device]]:
-    """Join the process group of the launcher's workers, if there is a launcher.
+    """Join the process group of the launcher's workers, and yield this rank's device.
 
-    Args:
-        device: type of device; each rank gets its own.
-        spread: weights will be sharded, which needs a process group even for one process.
-
-    Raises:
-        UserError: there are fewer devices than processes.
-        RunFailed: the connection to another rank was lost.
+    Without a launcher, the process is alone. Sharded weights (`spread`) need a group even then.
     """
     if not launcher.is_worker():
         if spread:
@@ -221,9 +215,6 @@ def _is_lost_connection(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or bool(
         re.search(r"gloo|NCCL|[Cc]onnection", str(error))
     )
-
-
-# --- rendezvous --------------------------------------------------------------------------------
 
 
 @functools.cache

@@ -33,9 +33,6 @@ _SECONDS_TO_REPORT = 20
 """Time that the worker which prints the error has before the others exit."""
 
 
-# --- in a worker -------------------------------------------------------------------------------
-
-
 def is_worker() -> bool:
     """Return whether torchrun or another launcher with its variables started this process."""
     return all(name in os.environ for name in _WORKER_ENVIRONMENT)
@@ -60,8 +57,8 @@ def silence_other_ranks() -> None:
 def reports_error() -> bool:
     """Return True in the first worker of this machine that fails, which prints its error.
 
-    The others block until the launcher stops them, so that none exits before the error is printed.
-    The first one is the one that creates a file in the launcher's folder of error files.
+    The first one creates a file in the launcher's folder of error files. The others block until the
+    launcher stops them, because it would stop the first one if another exited earlier.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if is_worker() and error_file:
@@ -109,14 +106,8 @@ def _launcher_is_gone() -> bool:
     return os.environ.get(LAUNCHER, parent) != parent
 
 
-# --- in the launcher ---------------------------------------------------------------------------
-
-
 def launch(arguments: list[str], processes: int) -> int:
-    """Run `llmtrain ARGUMENTS` in several processes and wait for them.
-
-    Returns:
-        The exit code of the first process that did not succeed, or 0.
+    """Run `llmtrain ARGUMENTS` in several processes; return 0 or the code of the first failure.
 
     Raises:
         RunFailed: a process was killed.

@@ -20,12 +20,7 @@ def to_local(tensor: Tensor) -> Tensor:
 
 
 def from_local(like: Tensor, shard: Tensor) -> Tensor:
-    """Return a tensor sharded like `like` whose local shard is `shard`.
-
-    Args:
-        like: a tensor, sharded or not.
-        shard: shape of `to_local(like)`; on the device of `like` or on the CPU.
-    """
+    """Return a tensor placed like `like` whose local shard, there or on the CPU, is `shard`."""
     if not isinstance(like, DTensor):
         return shard
     mesh = like.device_mesh
@@ -37,12 +32,7 @@ def from_local(like: Tensor, shard: Tensor) -> Tensor:
 
 
 def full_tensor(like: Tensor, shard: Tensor) -> Tensor:
-    """Gather the full tensor on each rank (a collective call).
-
-    Args:
-        like: a tensor with the same placement.
-        shard: this rank's shard: shape and device of `to_local(like)`.
-    """
+    """Gather the tensor placed like `like` from its shards on all ranks (a collective call)."""
     tensor = from_local(like, shard)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -52,12 +42,8 @@ def gather_on_rank_zero(
 ) -> dict[str, Tensor]:
     """Gather full tensors in the host memory of rank 0, one at a time (a collective call).
 
-    Args:
-        parameters: tensors with the placement, by name.
-        shards: this rank's shards by name, each with the shape of `to_local(parameters[name])`.
-
-    Returns:
-        The full tensors; an empty dictionary on other ranks. Unsharded tensors are returned as is.
+    Each shard is placed like the parameter of its name. Other ranks return an empty dictionary.
+    Unsharded tensors are returned as they are, on all ranks.
     """
     gathered = {}
     for name, shard in shards.items():

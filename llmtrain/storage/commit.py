@@ -2,7 +2,7 @@
 
 Why: a run must survive a kill between any two system calls. Anything with its final name is
 complete and durable. Temporary names start with `.tmp-`; the next command that writes there
-removes or resumes what a killed process left.
+removes or resumes the unfinished work of a killed process.
 
     with staged_folder(run.snapshot(1000)) as folder: save_weights(model, folder)
 """
@@ -26,10 +26,7 @@ TEMPORARY_PREFIX = ".tmp-"
 _REPLACED_PREFIX = f"{TEMPORARY_PREFIX}replaced-"
 _LOCK = ".lock"
 _LOCKS_UNAVAILABLE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESTALE)
-"""The file system has no locks, or (NFS) the file was removed."""
-
-
-# --- folders -----------------------------------------------------------------------------------
+"""The file system does not support locks, or (NFS) the file was removed."""
 
 
 @contextlib.contextmanager
@@ -49,11 +46,6 @@ def staged_folder(
         replace: replace an existing `target` once the new folder is durable.
         needed: bytes that will be written, for the message if the disk is full.
         hashes: known SHA-256 by file name; may be filled until the block ends.
-
-    Raises:
-        FileExistsError: `target` exists and `replace` is false.
-        UserError: the parent is not a directory, or another process writes `target`.
-        WriteFailed: the disk is full or not writable.
     """
     if target.exists() and not replace:
         raise FileExistsError(f"{target} exists already")
@@ -80,12 +72,8 @@ def temporary_folder(
 
     Args:
         target: final name.
-        resumable: keep the content that an earlier process left, and what this one leaves.
-            Otherwise the folder is empty at the start and removed at the end.
-        wait: wait for another process that builds `target`.
-
-    Raises:
-        UserError: another process builds `target`, and `wait` is false.
+        resumable: keep existing content, and keep the folder at the end unless it is empty.
+        wait: wait for another process that builds `target` instead of raising UserError.
     """
     folder = temporary_path(target)
     # `remove_abandoned` deletes the folder of any lock that matches `.tmp-*.lock`.
@@ -143,15 +131,8 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-# --- files -------------------------------------------------------------------------------------
-
-
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Create or replace one file; a reader sees the old content or the new.
-
-    Raises:
-        WriteFailed: the disk is full or not writable.
-    """
+    """Create or replace one file; a reader sees the old content or the new."""
     encoded = content.encode() if isinstance(content, str) else content
     # Two processes may write the same file: each has its own temporary name, the last one wins.
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
@@ -188,9 +169,6 @@ def _is_temporary_file(path: Path, name: str = ".+") -> bool:
     return match is not None and path.suffix != _LOCK and path.is_file()
 
 
-# --- clean-up ----------------------------------------------------------------------------------
-
-
 def remove_folder(folder: Path) -> None:
     """Delete a committed folder; if this is interrupted, no incomplete folder has its name."""
     deleted = folder.with_name(f"{TEMPORARY_PREFIX}deleted-{folder.name}")
@@ -200,7 +178,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Delete everything with a temporary name in `parent`, except what a living process builds.
+    """Delete the temporary files and folders of killed processes in `parent`.
 
     A folder whose replacement was not committed gets its name back.
     """
@@ -229,16 +207,9 @@ def remove_abandoned(parent: Path) -> None:
             shutil.rmtree(parent / lock.name.removesuffix(_LOCK), ignore_errors=True)
 
 
-# --- locks -------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Lock `folder`, created if missing. The kernel drops the lock however the process ends.
-
-    Raises:
-        UserError: another process has locked it.
-    """
+    """Lock `folder`, or raise UserError. The kernel drops the lock when the process ends."""
     lock = folder / _LOCK
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -271,11 +242,11 @@ def _locked(lock: Path, what: Path, *, keep: bool = False, wait: bool = False) -
             hint="wait for it, stop it, or choose another folder",
         ) from None
     with file:
-        with disk_errors(what):
-            file.truncate(0)
-            # Unbuffered, so that closing the file cannot fail a second time.
-            os.write(file.fileno(), str(os.getpid()).encode())
         try:
+            with disk_errors(what):
+                file.truncate(0)
+                # Unbuffered, so that closing the file cannot fail a second time.
+                os.write(file.fileno(), str(os.getpid()).encode())
             yield
         finally:
             if not keep:
@@ -285,10 +256,8 @@ def _locked(lock: Path, what: Path, *, keep: bool = False, wait: bool = False) -
 def _open_locked(path: Path, *, wait: bool, optional: bool = False) -> IO[bytes]:
     """Open or create a file and lock it until it is closed.
 
-    Args:
-        path: the file.
-        wait: wait for another process that has locked it; otherwise raise BlockingIOError.
-        optional: continue without a lock if the file system has none.
+    If another process has locked it, wait or raise BlockingIOError. If `optional`, continue without
+    a lock on a file system that does not support locks.
     """
     while True:
         file = path.open("a+b")

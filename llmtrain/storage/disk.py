@@ -30,14 +30,8 @@ _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 def disk_errors(target: Path, *, needed: int | None = None) -> Iterator[None]:
     """Replace disk errors by a WriteFailed that names `target`; pass other exceptions through.
 
-    The clean-up of a failed write belongs inside the block, so that its bytes count as free.
-
-    Args:
-        target: final name; the block writes it or temporary names next to it.
-        needed: total bytes, if known.
-
-    Raises:
-        WriteFailed: the disk is full, over quota or not writable.
+    Include the clean-up of a failed write in the block, so that its bytes count as free.
+    `needed` is the total size in bytes, if known.
     """
     try:
         yield

@@ -1,7 +1,7 @@
 """The Hugging Face hub: push a folder, and short messages for the exceptions of its client.
 
-Why: the client raises a dozen types of errors, including those of its HTTP library. Users need one
-of three answers: wrong name, no permission, or no connection.
+Why: the client raises a dozen types of errors, including those of its HTTP library. For users there
+are three causes: a wrong name, a denied access, or a failed connection.
 
     url = push(Path("exported"), "owner/name")
 """
@@ -30,12 +30,7 @@ _FORBIDDEN = (401, 403)
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload a folder in one commit to OWNER/NAME, created as private if missing; return its URL.
-
-    Raises:
-        UserError: the name is invalid, or there is no permission to write.
-        RunFailed: the hub cannot be reached.
-    """
+    """Upload a folder in one commit to OWNER/NAME, created (private) if missing; return its URL."""
     api = HfApi()
     with hub_errors(repository):
         url = api.create_repo(repository, private=True, exist_ok=True)
@@ -54,13 +49,10 @@ def ping(seconds: float) -> str:
 
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Replace the client's exceptions by ours.
-
-    Args:
-        what: name in the message, such as a repository.
+    """Replace the client's exceptions by messages about `what`, such as a repository.
 
     Raises:
-        UserError: it does not exist, or there is no permission.
+        UserError: it does not exist, or access is denied.
         RunFailed: the hub cannot be reached.
     """
     try:

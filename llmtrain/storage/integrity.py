@@ -57,11 +57,7 @@ def write_integrity(folder: Path, hashes: Mapping[str, str] | None = None) -> No
 
 
 def read_integrity(folder: Path) -> dict[str, dict[str, int | str]]:
-    """Return the recorded size and SHA-256 of each file.
-
-    Raises:
-        UserError: the record is missing or damaged.
-    """
+    """Return the recorded size and SHA-256 of each file, or raise UserError."""
     path = folder / INTEGRITY_FILE
     try:
         files = json.loads(path.read_text())["files"]

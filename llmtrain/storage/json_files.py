@@ -15,11 +15,7 @@ _MEASUREMENTS = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        UserError: the file is missing, is not JSON, or contains another type.
-    """
+    """Return the object in a JSON file, or raise UserError."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -39,11 +35,7 @@ def write_json(path: Path, document: object) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of an append-only file, without a last line that a kill truncated.
-
-    Raises:
-        UserError: an earlier line is not a JSON object.
-    """
+    """Return the objects of an append-only file; ignore a last line that a kill truncated."""
     if not path.exists():
         return []
     *lines, _ = path.read_bytes().split(b"\n")
@@ -63,11 +55,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the events of a `metrics.jsonl` in file order, each with a valid `step`.
-
-    Raises:
-        UserError: a line is not a JSON object, has no step, or has a value of the wrong type.
-    """
+    """Return the events of a `metrics.jsonl`; raise UserError if a value has the wrong type."""
     events = read_json_lines(path)
     for number, event in enumerate(events, start=1):
         for key, value in event.items():

@@ -74,25 +74,17 @@ def is_run(path: Path) -> bool:
 
 
 def require_run(path: Path) -> RunFolder:
-    """Return the run in `path`.
-
-    Raises:
-        UserError: `path` is not a run.
-    """
+    """Return the run in `path`, or raise UserError."""
     if not is_run(path):
         raise UserError(
-            f"{path} is not a run: it has no config.yaml",
+            f"{path} is not a run: config.yaml is missing",
             hint="name a folder that llmtrain pretrain wrote, such as runs/NAME",
         )
     return RunFolder(path)
 
 
 def newest_run(parent: Path = Path("runs")) -> RunFolder:
-    """Return the run in `parent` whose metrics changed last.
-
-    Raises:
-        UserError: there are no runs.
-    """
+    """Return the run in `parent` whose metrics changed last, or raise UserError."""
     runs = [RunFolder(path) for path in parent.iterdir() if is_run(path)] if parent.is_dir() else []
     if not runs:
         raise UserError(

@@ -36,11 +36,7 @@ def local_path(path: str) -> str:
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """Return fsspec's file system for a URL, and the path in it.
-
-    Raises:
-        UserError: the scheme is unknown, or its package is not installed.
-    """
+    """Return fsspec's file system for a URL, and the path in it."""
     scheme = url.partition("://")[0]
     try:
         system, path = fsspec.core.url_to_fs(url)
@@ -81,25 +77,18 @@ def open_url(url: str) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file behind a URL.
-
-    Attributes:
-        name: path relative to the requested folder.
-        version: hexadecimal hash of the store's metadata (times, tags); changes with the content.
-    """
+    """A file behind a URL."""
 
     url: str
     name: str
+    """Path relative to the requested folder."""
     bytes: int
     version: str
+    """Hash of the store's metadata (times, tags), which changes with the content."""
 
 
 def list_files(url: str) -> list[RemoteFile]:
-    """Return the files that a file, folder or glob URL matches, sorted, without hidden files.
-
-    Raises:
-        UserError: nothing matches, or the URL cannot be read.
-    """
+    """Return the files that a file, folder or glob URL matches, sorted, without hidden files."""
     system, path = file_system(url)
     with url_errors(url):
         listed = (
@@ -127,11 +116,7 @@ def list_files(url: str) -> list[RemoteFile]:
 
 
 def download(url: str, path: Path, *, sha256: str) -> None:
-    """Copy the file at `url` to `path`, durably, and verify its SHA-256 before it gets its name.
-
-    Raises:
-        UserError: the file cannot be read, or its hash differs.
-    """
+    """Copy the file at `url` to `path`, durably, and verify its SHA-256 before it gets its name."""
     partial, digest = temporary_path(path), hashlib.sha256()
     with partial.open("wb") as target, url_errors(url), open_url(url) as source:
         while chunk := source.read(_CHUNK_BYTES):
@@ -149,16 +134,9 @@ def download(url: str, path: Path, *, sha256: str) -> None:
 def upload(
     folder: Path, url: str, *, last: str, before_each: Callable[[], None] = lambda: None
 ) -> None:
-    """Copy the files of `folder` to `url`, the file named `last` after all others.
+    """Copy the files of `folder` to `url`; the file named `last` marks the upload as complete.
 
-    Args:
-        folder: local folder without subfolders.
-        url: target folder; existing files are overwritten.
-        last: file whose presence marks the upload as complete.
-        before_each: called before each file; may raise to stop.
-
-    Raises:
-        RunFailed: the target is not writable.
+    Existing files are overwritten. `before_each` is called before each file and may raise to stop.
     """
     system, base = file_system(url)
     names = sorted(path.name for path in folder.iterdir() if path.name != last)

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from preparations import OPTIONS, write_source
+from preparations import OPTIONS, prepare, write_source
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Nothing that `datasets` keeps may land in the home folder, or come from it."""
+    """Give `datasets` an empty cache instead of the one in the home folder."""
     import datasets
 
     cache = tmp_path / "hf-cache"
@@ -20,10 +20,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A source, and the folder that an undisturbed preparation of it writes."""
+    """A source and its data, prepared without interruption."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    from preparations import prepare
-
     source = write_source(folder)
     prepare(str(source), folder / "out", **OPTIONS)
     assert len(list((folder / "out").glob("train-*.bin"))) > 20

@@ -1,19 +1,17 @@
-"""`llmtrain prepare` and `llmtrain verify` as a user runs them. Needs the package to be installed."""
+"""The commands `llmtrain prepare` and `llmtrain verify`."""
 
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import typer
+from in_process import invoke
 
 from llmtrain.cli.prepare import parse_count
-
-Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
@@ -25,44 +23,38 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-def test_prepare_and_verify(llmtrain: Command, source: Path, tmp_path: Path) -> None:
-    result = llmtrain(
+def test_prepare_and_verify(source: Path, tmp_path: Path) -> None:
+    result = invoke(
         "prepare", "web.jsonl", "--tokenizer", "byte", "--val-fraction", "0.1", cwd=tmp_path
     )
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.stderr
     assert "180" in result.stdout and "byte tokens in data/web" in result.stdout
     assert "reading web.jsonl: 1 file(s)" in result.stderr
     assert "Generating" not in result.stderr
 
-    again = llmtrain(
-        "prepare",
-        "web.jsonl",
-        "--tokenizer",
-        "byte",
-        "--val-fraction",
-        "0.1",
-        "--json",
+    again = invoke(
+        *("prepare", "web.jsonl", "--tokenizer", "byte", "--val-fraction", "0.1", "--json"),
         cwd=tmp_path,
     )
     assert "nothing to do" in again.stderr
     assert json.loads(again.stdout) == json.loads((tmp_path / "data/web/manifest.json").read_text())
 
-    verified = llmtrain("verify", "data", cwd=tmp_path)
-    assert verified.returncode == 0
+    verified = invoke("verify", "data", cwd=tmp_path)
+    assert verified.code == 0
     assert "1 folder(s)" in verified.stdout and "all match their records" in verified.stdout
 
     shard = tmp_path / "data/web/train-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
-    damaged = llmtrain("verify", "data/web", cwd=tmp_path)
-    assert damaged.returncode == 1
+    damaged = invoke("verify", "data/web", cwd=tmp_path)
+    assert damaged.code == 1
     assert "train-00000.bin does not have the recorded SHA-256" in damaged.stdout
     assert "error: 1 of 1 folder(s) differ" in damaged.stderr and "hint: " in damaged.stderr
-    listed = json.loads(llmtrain("verify", "--json", "data/web", cwd=tmp_path).stdout)
+    listed = json.loads(invoke("verify", "--json", "data/web", cwd=tmp_path).stdout)
     assert listed[0]["folder"] == "data/web" and len(listed[0]["problems"]) == 1
 
 
-def test_an_empty_val_split_is_said(llmtrain: Command, source: Path, tmp_path: Path) -> None:
-    result = llmtrain(
+def test_an_empty_val_split_is_reported(source: Path, tmp_path: Path) -> None:
+    result = invoke(
         "prepare", "web.jsonl", "--val-fraction", "0", "--shard-tokens", "1k", cwd=tmp_path
     )
     assert "The val split is empty" in result.stdout
@@ -80,22 +72,23 @@ def test_an_empty_val_split_is_said(llmtrain: Command, source: Path, tmp_path: P
         ("hub:",),
     ],
 )
-def test_mistakes_exit_with_2(
-    llmtrain: Command, source: Path, tmp_path: Path, arguments: tuple[str, ...]
+def test_invalid_arguments_exit_with_2(
+    source: Path, tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
-    result = llmtrain("prepare", *arguments, cwd=tmp_path)
-    assert result.returncode == 2
+    result = invoke("prepare", *arguments, cwd=tmp_path)
+    assert result.code == 2
     assert "rror" in result.stderr and "Traceback" not in result.stderr
     assert result.stdout == ""
     assert not list(tmp_path.glob("data/*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_before_the_first_shard_leaves_nothing(
     tmp_path: Path, number: int, code: int
 ) -> None:
     (tmp_path / "big.txt").write_text("It was the best of times. " * 1_500_000)
-    # In the background of a shell without job control the signal would be ignored.
+    # A shell without job control lets background processes ignore SIGINT.
     program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     program += "from llmtrain.cli.main import main; main()"
     command = [sys.executable, "-c", program, "prepare", "big.txt", "--val-fraction", "0"]
@@ -121,34 +114,23 @@ def test_a_signal_before_the_first_shard_leaves_nothing(
         ("7", 7),
     ],
 )
-def test_counts(text: str, number: int) -> None:
+def test_counts_are_parsed(text: str, number: int) -> None:
     assert parse_count(text) == number
 
 
 @pytest.mark.parametrize("text", ["", "M", "x", "1.5", "1e999", "nan", "1.0001k"])
-def test_no_counts(text: str) -> None:
+def test_invalid_counts_are_rejected(text: str) -> None:
     with pytest.raises(typer.BadParameter):
         parse_count(text)
 
 
-def test_help_imports_nothing_heavy() -> None:
+def test_help_does_not_import_heavy_packages() -> None:
     code = (
         "import sys; from llmtrain.cli import prepare, verify; "
-        "print({'torch', 'numpy', 'datasets', 'tiktoken', 'pyarrow', 'pydantic'} & set(sys.modules))"
+        "heavy = {'torch', 'numpy', 'datasets', 'tiktoken', 'pyarrow', 'pydantic'}; "
+        "print(heavy & set(sys.modules))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout == "set()\n"
-
-
-def test_defaults_are_those_of_the_library() -> None:
-    from inspect import signature
-
-    from llmtrain.cli import prepare as command
-    from llmtrain.data import prepare as library
-
-    options = signature(command.prepare).parameters
-    for name, parameter in signature(library.prepare).parameters.items():
-        if name in options and name != "out" and parameter.default is not parameter.empty:
-            assert options[name].default == parameter.default, name

@@ -1,4 +1,4 @@
-"""What a preparation says, and keeps, when something cannot be written or read."""
+"""Full, limited and read-only disks, and missing permissions: messages, and what is kept."""
 
 import os
 import re
@@ -18,11 +18,14 @@ from llmtrain.errors import RunFailed
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def test_a_limit_on_the_size_of_files(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_file_size_limit_is_reported_and_shards_are_kept(
+    undisturbed: tuple[Path, Path], tmp_path: Path
+) -> None:
     source, expected = undisturbed
     command = [COMMAND, "prepare", source, "--out", "out", *ARGUMENTS]
     shard_bytes = sorted(path.stat().st_size for path in expected.glob("train-*.bin"))
-    limit = shard_bytes[-1] - 2  # every shard fits but the largest
+    limit = shard_bytes[-1] - 2  # all but the largest shard fit
     result = subprocess.run(
         command,
         cwd=tmp_path,
@@ -34,8 +37,8 @@ def test_a_limit_on_the_size_of_files(undisturbed: tuple[Path, Path], tmp_path: 
     )
     assert result.returncode == 1
     [error] = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    about = r"error: cannot write out: File too large \(about [12]\.\d MB more are needed, [\d.,]+ .B are free\)"
-    assert re.fullmatch(about, error)
+    space = r"\(about [12]\.\d MB more are needed, [\d.,]+ .B are free\)"
+    assert re.fullmatch(rf"error: cannot write out: File too large {space}", error)
     assert "ulimit -f" in result.stderr and "resumes after the" in result.stderr
     assert "Traceback" not in result.stderr
     before = identity(tmp_path / ".tmp-out" / "shards")
@@ -55,12 +58,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         not shutil.which("mount")
         or subprocess.run(mount, capture_output=True, check=False).returncode
     ):
-        pytest.skip("a small file system cannot be mounted here")
+        pytest.skip("mounting a small file system is not possible")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_full_disk(undisturbed: tuple[Path, Path], small_disk: Path, llmtrain: Command) -> None:
+@pytest.mark.slow
+def test_a_full_disk_is_reported_and_shards_are_kept(
+    undisturbed: tuple[Path, Path], small_disk: Path, llmtrain: Command
+) -> None:
     source, expected = undisturbed
     result = llmtrain("prepare", source, "--out", small_disk / "out", *ARGUMENTS, cwd=small_disk)
     assert result.returncode == 1
@@ -75,7 +81,8 @@ def test_a_full_disk(undisturbed: tuple[Path, Path], small_disk: Path, llmtrain:
     assert before.items() <= identity(small_disk / "out").items()
 
 
-def test_a_disk_that_may_only_be_read(
+@pytest.mark.slow
+def test_a_read_only_disk_is_reported(
     undisturbed: tuple[Path, Path], small_disk: Path, llmtrain: Command
 ) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
@@ -92,7 +99,7 @@ NOBODY = 65534
 
 @pytest.fixture
 def unprivileged() -> Iterator[tuple[Path, Command]]:
-    """A folder, and the command run there by a user who may not do everything, as root may."""
+    """A folder, and a function that runs the command there without root's permissions."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o777)
         user = {} if os.geteuid() else {"user": NOBODY, "group": NOBODY}
@@ -109,11 +116,11 @@ def unprivileged() -> Iterator[tuple[Path, Command]]:
         except PermissionError:
             reachable = False
         if not reachable:
-            pytest.skip("the installed command cannot be run by another user than root")
+            pytest.skip("other users cannot run the installed command")
         yield Path(name), run
 
 
-def test_no_permission(unprivileged: tuple[Path, Command]) -> None:
+def test_missing_permissions_are_reported(unprivileged: tuple[Path, Command]) -> None:
     folder, llmtrain = unprivileged
     (folder / "a.txt").write_text("text")
     (folder / "secret.txt").write_text("text")
@@ -131,7 +138,7 @@ def test_no_permission(unprivileged: tuple[Path, Command]) -> None:
     assert "cannot write" not in unreadable.stderr
 
 
-def test_a_source_that_shrinks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_shrinks_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmtrain.data import prepare as module
     from llmtrain.errors import UserError
 
@@ -150,7 +157,9 @@ def test_a_source_that_shrinks_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         prepare(str(path), tmp_path / "out", tokenizer="byte", val_fraction=0)
 
 
-def test_not_even_a_folder(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_file_as_parent_folder_is_reported(
+    undisturbed: tuple[Path, Path], tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(RunFailed, match="cannot write"):
         prepare(str(undisturbed[0]), tmp_path / "file" / "out", **OPTIONS)

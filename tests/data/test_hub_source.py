@@ -1,4 +1,4 @@
-"""Datasets from the hub, with the real client against a hub on this machine."""
+"""Datasets from the hub, read by the real client from a server on this machine."""
 
 import json
 import os
@@ -12,12 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hub_server import HubServer
+from places import REPOSITORY
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow  # each test starts processes
+
 OPENWEBTEXT = "Skylion007/openwebtext"
 DOCUMENTS = [f"Document {i}. " * (1 + i % 7) for i in range(300)]
 
-# The client reads HF_ENDPOINT when it is imported, so each command is a process of its own.
+# The client reads HF_ENDPOINT at import, so each command runs in its own process.
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -42,7 +44,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     root = tmp_path_factory.mktemp("hub")
     web = root / "web"
     (web / "plain_text").mkdir(parents=True)
-    # As on the hub: parquet files in order, and a loading script that nothing may run.
+    # As on the hub: parquet files, and a loading script that must not run.
     for i in range(3):
         table = pa.table({"text": DOCUMENTS[i * 100 : (i + 1) * 100]})
         pq.write_table(table, web / f"plain_text/train-{i:05d}-of-00003.parquet")
@@ -80,7 +82,7 @@ def run(hub: HubServer, tmp_path: Path) -> Run:
         }
         result = subprocess.run(
             [sys.executable, "-c", PROGRAM, source, str(tmp_path / out), json.dumps(options)],
-            cwd=ROOT,
+            cwd=REPOSITORY,
             env=os.environ | variables,
             capture_output=True,
             text=True,
@@ -92,7 +94,7 @@ def run(hub: HubServer, tmp_path: Path) -> Run:
     return prepare
 
 
-def text_of(folder: Path) -> list[str]:
+def read_texts(folder: Path) -> list[str]:
     tokens = np.fromfile(folder / "train-00000.bin", dtype="<u2", offset=1024)
     ends = np.flatnonzero(tokens == 256)
     return [
@@ -101,9 +103,9 @@ def text_of(folder: Path) -> list[str]:
     ]
 
 
-def test_openwebtext(run: Run, hub: HubServer, tmp_path: Path) -> None:
+def test_openwebtext_is_read_at_its_commit(run: Run, hub: HubServer, tmp_path: Path) -> None:
     manifest = run("openwebtext", val_fraction=0)
-    assert text_of(tmp_path / "out") == DOCUMENTS
+    assert read_texts(tmp_path / "out") == DOCUMENTS
     source = manifest["source"]
     assert (source["id"], source["revision"]) == (
         f"hub:{OPENWEBTEXT}",
@@ -115,7 +117,7 @@ def test_openwebtext(run: Run, hub: HubServer, tmp_path: Path) -> None:
     assert all(file["bytes"] > 1000 for file in source["files"])
     again = run("hub:Skylion007/openwebtext", val_fraction=0)
     assert again == manifest
-    # Already there: nothing is downloaded but what is needed to see that.
+    # Only the first file is requested to find that the data exists.
     assert not any("train-00002" in request for request in hub.requests)
     assert not (tmp_path / "home" / "datasets").exists() or not list(
         (tmp_path / "home").rglob("*.arrow")
@@ -137,11 +139,11 @@ prepare("openwebtext", Path(sys.argv[1]), options, on_progress=stop)
 """
 
 
-def test_interrupted_and_resumed(run: Run, hub: HubServer, tmp_path: Path) -> None:
+def test_an_interrupted_preparation_resumes(run: Run, hub: HubServer, tmp_path: Path) -> None:
     variables = {**hub.environment(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-c", STOPPED, str(tmp_path / "out")]
     stopped = subprocess.run(
-        command, cwd=ROOT, env=os.environ | variables, capture_output=True, check=False
+        command, cwd=REPOSITORY, env=os.environ | variables, capture_output=True, check=False
     )
     assert stopped.returncode == 7, stopped.stderr
     shards = {
@@ -157,16 +159,16 @@ def test_interrupted_and_resumed(run: Run, hub: HubServer, tmp_path: Path) -> No
         ).read_bytes()
 
 
-def test_a_limit_downloads_no_more_than_it_needs(run: Run, hub: HubServer, tmp_path: Path) -> None:
+def test_a_limit_limits_the_download(run: Run, hub: HubServer, tmp_path: Path) -> None:
     run("openwebtext", val_fraction=0, limit_documents=20)
-    assert text_of(tmp_path / "out") == DOCUMENTS[:20]
+    assert read_texts(tmp_path / "out") == DOCUMENTS[:20]
     assert any("train-00000" in request for request in hub.requests)
     assert not any("train-00001" in request for request in hub.requests)
 
 
-def test_any_dataset(run: Run, tmp_path: Path) -> None:
+def test_a_dataset_without_parquet_is_read(run: Run, tmp_path: Path) -> None:
     manifest = run("hub:who/lines", val_fraction=0, text_field="body")
-    assert text_of(tmp_path / "out") == DOCUMENTS
+    assert read_texts(tmp_path / "out") == DOCUMENTS
     assert manifest["source"]["id"] == "hub:who/lines"
     assert [file["name"] for file in manifest["source"]["files"]] == ["train.jsonl"]
 
@@ -182,10 +184,10 @@ def test_any_dataset(run: Run, tmp_path: Path) -> None:
             "check the name",
         ),
         ("hub:who/script", "Dataset scripts are no longer supported", "download its data files"),
-        ("hub:who/test-only", "has no split 'train'; it has: test", "download the files"),
+        ("hub:who/test-only", "has no split 'train'; it has: test", "download its data files"),
     ],
 )
-def test_errors(run: Run, tmp_path: Path, source: str, error: str, hint: str) -> None:
+def test_errors_are_reported(run: Run, tmp_path: Path, source: str, error: str, hint: str) -> None:
     answer = run(source)
     assert error in answer["error"]
     assert hint in answer["hint"]
@@ -195,7 +197,7 @@ def test_errors(run: Run, tmp_path: Path, source: str, error: str, hint: str) ->
 @pytest.mark.parametrize(
     "variables", [{"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}]
 )
-def test_no_network(run: Run, tmp_path: Path, variables: dict[str, str]) -> None:
+def test_a_missing_network_is_reported(run: Run, tmp_path: Path, variables: dict[str, str]) -> None:
     answer = run("openwebtext", environment=variables)
     assert f"the dataset {OPENWEBTEXT} cannot be read from the hub" in answer["error"]
     assert "llmtrain prepare FILE_OR_FOLDER" in answer["hint"]

@@ -1,4 +1,4 @@
-"""Shares of several sources: exact, read in epochs, a function of the step alone."""
+"""Mixtures of sources: exact shares, epochs per source, a pure function of the step."""
 
 import itertools
 from dataclasses import replace
@@ -23,25 +23,22 @@ SHARES = st.lists(st.integers(1, 300), max_size=4).map(
 
 
 @given(SHARES, st.integers(0, 10**12), st.lists(st.integers(0, 500), min_size=1, max_size=8))
-def test_rows_are_given_out_once_and_in_order(
+def test_rows_are_divided_once_and_in_order(
     shares: list[Fraction], first: int, counts: list[int]
 ) -> None:
-    """However a range of rows is cut, each source gives its own rows without gap or repetition."""
+    """However a range is cut, each source's rows have no gap and no repetition."""
     cuts = [first + sum(counts[:n]) for n in range(len(counts) + 1)]
-    pieces = [divide_rows(a, b, shares) for a, b in itertools.pairwise(cuts)]
-    for (start, stop), parts in zip(
-        divide_rows(cuts[0], cuts[-1], shares), zip(*pieces, strict=True), strict=True
-    ):
-        assert [start, *(end for _, end in parts)] == [*(begin for begin, _ in parts), stop]
-    for piece, count in zip(pieces, counts, strict=True):
-        assert sum(stop - start for start, stop in piece) == count
-        assert all(start <= stop for start, stop in piece)
+    parts = [divide_rows(a, b, shares) for a, b in itertools.pairwise(cuts)]
+    whole = divide_rows(cuts[0], cuts[-1], shares)
+    for (start, stop), ranges in zip(whole, zip(*parts, strict=True), strict=True):
+        assert [start, *(end for _, end in ranges)] == [*(begin for begin, _ in ranges), stop]
+    for part, count in zip(parts, counts, strict=True):
+        assert sum(stop - start for start, stop in part) == count
+        assert all(start <= stop for start, stop in part)
 
 
 @given(SHARES, st.integers(1, 10**9))
-def test_a_source_has_its_share_to_within_one_row_a_source(
-    shares: list[Fraction], rows: int
-) -> None:
+def test_shares_are_exact_up_to_one_row_per_source(shares: list[Fraction], rows: int) -> None:
     for share, (start, stop) in zip(shares, divide_rows(0, rows, shares)[1:], strict=True):
         assert start == 0
         assert abs(stop - rows * share) <= len(shares)
@@ -53,7 +50,7 @@ def old(tmp_path: Path, text_file: Path) -> Path:
     return tmp_path / "old"
 
 
-def test_a_batch_holds_windows_of_each_source(data_folder: Path, old: Path) -> None:
+def test_a_batch_contains_windows_of_each_source(data_folder: Path, old: Path) -> None:
     config = DataConfig(
         path=str(data_folder), block_size=16, mix=[{"path": str(old), "weight": 0.25}]
     )
@@ -73,7 +70,7 @@ def test_a_batch_holds_windows_of_each_source(data_folder: Path, old: Path) -> N
     assert open_training_data(config).sha256 == data.sha256
 
 
-def test_one_source_is_what_it_was(data_folder: Path) -> None:
+def test_a_single_source_is_sampled_as_without_a_mixture(data_folder: Path) -> None:
     data = open_training_data(DataConfig(path=str(data_folder), block_size=16))
     assert data.sha256 == open_data(data_folder).sha256
     for step in (0, 7, 10_000):
@@ -81,7 +78,7 @@ def test_one_source_is_what_it_was(data_folder: Path) -> None:
         assert np.array_equal(training_sampler(data, 16, 8, seed=3).rows(step), expected)
 
 
-def test_another_tokenizer_is_refused(
+def test_a_different_tokenizer_is_rejected(
     data_folder: Path, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import llmtrain.data.token_data as module

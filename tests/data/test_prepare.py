@@ -1,4 +1,4 @@
-"""prepare as a whole: the split, the order, the folder it leaves, and what it refuses."""
+"""Preparation: split, order, target folder and invalid options. Also `verify_below`."""
 
 import itertools
 import json
@@ -10,7 +10,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from preparations import prepare
+from places import REPOSITORY, SHARED_DATA
+from preparations import contents, prepare
 
 from llmtrain.data import prepare as module
 from llmtrain.data.manifest import Manifest, SplitRule, read_manifest
@@ -19,9 +20,6 @@ from llmtrain.data.token_data import open_data
 from llmtrain.data.verify import data_problems, verify_below
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.model.tokenizer import load_tokenizer
-
-ROOT = Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared" / "data"
 
 
 def make_documents(count: int, seed: int = 0) -> list[str]:
@@ -37,7 +35,7 @@ def make_documents(count: int, seed: int = 0) -> list[str]:
         "it's",
         "1234",
         " ",
-        "ok.",
+        ".",
     ]
     return [" ".join(choose.choices(words, k=choose.randrange(60))) for _ in range(count)]
 
@@ -52,26 +50,24 @@ def source(tmp_path: Path) -> Path:
     return write_lines(tmp_path / "web.jsonl", make_documents(500))
 
 
-def one_by_one(documents: list[str], name: str) -> list[int]:
+def encode_each(documents: list[str], name: str) -> list[int]:
     tokenizer = load_tokenizer(name)
     return [i for text in documents for i in [*tokenizer.encode(text).tolist(), tokenizer.eot]]
 
 
 def tokens(folder: Path, split: str) -> list[int]:
-    """Read with numpy alone."""
+    """Read all tokens of a split with numpy alone."""
     shards = sorted(folder.glob(f"{split}-*.bin"))
     return [i for shard in shards for i in np.fromfile(shard, dtype="<u2", offset=1024).tolist()]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-# --- what it writes ----------------------------------------------------------------------------
+# --- output ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gpt2", "byte"])
-def test_split_and_tokens(source: Path, tmp_path: Path, name: str) -> None:
+def test_split_and_tokens_match_datasets_and_the_tokenizer(
+    source: Path, tmp_path: Path, name: str
+) -> None:
     out = tmp_path / "out"
     manifest = prepare(
         str(source), out, tokenizer=name, val_fraction=0.03, seed=11, shard_tokens=1000
@@ -80,7 +76,7 @@ def test_split_and_tokens(source: Path, tmp_path: Path, name: str) -> None:
     parts = whole.train_test_split(test_size=0.03, seed=11, shuffle=True)
     for split, part in (("train", parts["train"]), ("val", parts["test"])):
         expected = [row["text"] for row in sorted(part, key=lambda row: row["i"])]
-        assert tokens(out, split) == one_by_one(expected, name)
+        assert tokens(out, split) == encode_each(expected, name)
         record = manifest.split_record(split)
         assert record.documents == len(expected)
         assert record.text_bytes == sum(len(text.encode()) for text in expected)
@@ -92,10 +88,10 @@ def test_split_and_tokens(source: Path, tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "byte"])
-def test_workers_change_nothing(
+def test_the_number_of_workers_does_not_affect_the_output(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    # Small pieces, so that documents are cut and many chunks are in flight.
+    # Small chunks, so that documents are divided and many batches are queued.
     monkeypatch.setattr("llmtrain.data.encode.CHUNK_BYTES", 500)
     monkeypatch.setattr("llmtrain.model.tokenizer.split_text.__defaults__", (50,))
     for workers in (1, 3):
@@ -107,32 +103,34 @@ def test_workers_change_nothing(
     documents = [
         text for text, held_out in zip(make_documents(500), val, strict=True) if not held_out
     ]
-    assert tokens(tmp_path / "1", "train") == one_by_one(documents, name)
+    assert tokens(tmp_path / "1", "train") == encode_each(documents, name)
 
 
-def test_one_huge_document(tmp_path: Path, real_texts: list[str]) -> None:
+def test_a_large_document_is_encoded_in_chunks(tmp_path: Path, real_texts: list[str]) -> None:
     path = tmp_path / "book.txt"
     path.write_text("\n".join(real_texts * 3))
     manifest = prepare(str(path), tmp_path / "out", val_fraction=0, shard_tokens=1000, workers=2)
     assert manifest.train.documents == 1
-    assert tokens(tmp_path / "out", "train") == one_by_one(["\n".join(real_texts * 3)], "gpt2")
+    assert tokens(tmp_path / "out", "train") == encode_each(["\n".join(real_texts * 3)], "gpt2")
 
 
-def test_empty_val_split(source: Path, tmp_path: Path) -> None:
+def test_the_val_split_can_be_empty(source: Path, tmp_path: Path) -> None:
     manifest = prepare(str(source), tmp_path / "out", tokenizer="byte", val_fraction=0)
     assert (manifest.train.documents, manifest.val.documents, manifest.val.shards) == (500, 0, ())
     assert open_data(tmp_path / "out").tokens("val") == 0
 
 
-def test_limit(source: Path, tmp_path: Path) -> None:
+def test_a_limit_selects_the_first_documents(source: Path, tmp_path: Path) -> None:
     manifest = prepare(
         str(source), tmp_path / "out", tokenizer="byte", val_fraction=0, limit_documents=7
     )
-    assert tokens(tmp_path / "out", "train") == one_by_one(make_documents(500)[:7], "byte")
+    assert tokens(tmp_path / "out", "train") == encode_each(make_documents(500)[:7], "byte")
     assert manifest.source.limit_documents == 7
 
 
-def test_progress(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_reported(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("llmtrain.data.encode.CHUNK_BYTES", 2000)
     seen: list[PrepareProgress] = []
     manifest = prepare(str(source), tmp_path / "out", tokenizer="byte", on_progress=seen.append)
@@ -143,11 +141,21 @@ def test_progress(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert seen[-1] == PrepareProgress(500, 500, total, total - 500)
 
 
-def test_openwebtext_split_size() -> None:
-    assert validation_documents(8_013_769, SplitRule(val_fraction=0.0005, seed=2357)).sum() == 4007
+@pytest.mark.parametrize("documents", [1000, 1001, 4321])
+@pytest.mark.parametrize("fraction", [0.0005, 0.1, 1 / 3])
+def test_the_split_equals_that_of_datasets(documents: int, fraction: float) -> None:
+    whole = datasets.Dataset.from_dict({"i": range(documents)})
+    parts = whole.train_test_split(test_size=fraction, seed=2357, shuffle=True)
+    is_val = validation_documents(documents, SplitRule(val_fraction=fraction, seed=2357))
+    assert np.flatnonzero(is_val).tolist() == sorted(parts["test"]["i"])
 
 
-def test_published_totals(source: Path, tmp_path: Path) -> None:
+def test_openwebtext_has_the_published_split_size() -> None:
+    rule = SplitRule(val_fraction=0.0005, seed=2357)
+    assert validation_documents(8_013_769, rule).sum() == 4007
+
+
+def test_unexpected_openwebtext_totals_are_reported(source: Path, tmp_path: Path) -> None:
     manifest = prepare(str(source), tmp_path / "out")
     assert openwebtext_mismatch(manifest) is None
 
@@ -164,21 +172,21 @@ def test_published_totals(source: Path, tmp_path: Path) -> None:
     assert openwebtext_mismatch(openwebtext(1, 1, limit_documents=10)) is None
 
 
-# --- the folder --------------------------------------------------------------------------------
+# --- target folder -----------------------------------------------------------------------------
 
 
-def test_again_is_quick_and_says_so(
+def test_existing_data_is_not_written_again(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepare(str(source), tmp_path / "out", tokenizer="byte")
     before = contents(tmp_path / "out")
-    monkeypatch.setattr(module, "_write_shards", None)
-    notes: list[str] = []
+    monkeypatch.setattr(module, "_Build", None)
+    messages: list[str] = []
     assert (
-        prepare(str(source), tmp_path / "out", tokenizer="byte", workers=2, log=notes.append)
+        prepare(str(source), tmp_path / "out", tokenizer="byte", workers=2, log=messages.append)
         == first
     )
-    assert "already contains this data" in notes[-1]
+    assert "already contains this data" in messages[-1]
     assert contents(tmp_path / "out") == before
     assert not list(tmp_path.glob(".tmp-*"))
 
@@ -193,7 +201,7 @@ def test_again_is_quick_and_says_so(
         ({"shard_tokens": 7}, "shard_tokens is 100000000, not 7"),
     ],
 )
-def test_other_data_is_kept(
+def test_other_data_is_not_replaced(
     source: Path, tmp_path: Path, options: dict[str, object], message: str
 ) -> None:
     prepare(str(source), tmp_path / "out", tokenizer="byte")
@@ -211,9 +219,9 @@ def test_a_changed_source_is_other_data(source: Path, tmp_path: Path) -> None:
         prepare(str(source), tmp_path / "out", tokenizer="byte")
 
 
-def test_a_foreign_folder_is_kept(source: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_manifest_is_not_replaced(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    prepare(str(source), tmp_path / "out", tokenizer="byte")  # an empty folder is as good as none
+    prepare(str(source), tmp_path / "out", tokenizer="byte")  # an empty folder is replaced
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="exists and is not a data folder") as caught:
@@ -224,21 +232,21 @@ def test_a_foreign_folder_is_kept(source: Path, tmp_path: Path) -> None:
         prepare(str(source), tmp_path / "mine" / "thesis.tex", tokenizer="byte")
 
 
-def test_damaged_data_is_not_taken_for_whole(source: Path, tmp_path: Path) -> None:
+def test_damaged_data_is_reported(source: Path, tmp_path: Path) -> None:
     prepare(str(source), tmp_path / "out", tokenizer="byte")
     (tmp_path / "out" / "train-00000.bin").unlink()
     with pytest.raises(UserError, match=r"train-00000.bin is missing"):
         prepare(str(source), tmp_path / "out", tokenizer="byte")
 
 
-def test_failures_leave_nothing(source: Path, tmp_path: Path) -> None:
+def test_a_failure_before_the_first_shard_leaves_nothing(source: Path, tmp_path: Path) -> None:
     source.write_text(source.read_text() + "{broken\n")
     with pytest.raises(UserError, match="line 501 is not valid JSON"):
         prepare(str(source), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["web.jsonl"]
 
 
-def test_leftovers_are_cleaned(source: Path, tmp_path: Path) -> None:
+def test_leftovers_are_deleted(source: Path, tmp_path: Path) -> None:
     leftover = tmp_path / ".tmp-out"
     (leftover / "documents").mkdir(parents=True)
     (leftover / "shards").mkdir()
@@ -249,7 +257,9 @@ def test_leftovers_are_cleaned(source: Path, tmp_path: Path) -> None:
     assert not leftover.exists()
 
 
-def test_a_failing_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_error_is_reported(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -259,7 +269,7 @@ def test_a_failing_disk(source: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert not (tmp_path / "out").exists()
 
 
-# --- what it refuses ---------------------------------------------------------------------------
+# --- invalid options ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -268,7 +278,7 @@ def test_a_failing_disk(source: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         ({"val_fraction": -0.1}, "val fraction -0.1"),
         ({"val_fraction": 1.0}, "val fraction 1.0"),
         ({"val_fraction": float("nan")}, "val fraction nan"),
-        ({"val_fraction": 0.999}, r"leaves none of 500 document\(s\) for training"),
+        ({"val_fraction": 0.999}, r"leaves none of 500 document\(s\) for train"),
         ({"seed": -1}, "seed -1"),
         ({"shard_tokens": 0}, "0 tokens per shard"),
         ({"shard_tokens": 2**31}, "tokens per shard is outside"),
@@ -277,7 +287,7 @@ def test_a_failing_disk(source: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         ({"tokenizer": "gpt3"}, "unknown tokenizer 'gpt3'"),
     ],
 )
-def test_options_out_of_range(
+def test_options_out_of_range_are_reported(
     source: Path, tmp_path: Path, options: dict[str, object], message: str
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
@@ -286,12 +296,10 @@ def test_options_out_of_range(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_name_that_no_disk_holds(source: Path, tmp_path: Path) -> None:
+def test_a_name_that_is_too_long_is_reported(source: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(RunFailed, match="File name too long"):
-        prepare(
-            str(source), tmp_path / "new" / ("long" * 63)
-        )  # too long with what stands before it meanwhile
+        prepare(str(source), tmp_path / "new" / ("long" * 63))  # too long with the prefix .tmp-
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -299,7 +307,7 @@ def test_a_name_that_no_disk_holds(source: Path, tmp_path: Path) -> None:
     ("content", "message"),
     [("", "contains no documents"), ('{"text": ""}\n', "every document is empty")],
 )
-def test_empty_sources(tmp_path: Path, content: str, message: str) -> None:
+def test_empty_sources_are_reported(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "web.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):
         prepare(str(tmp_path / "web.jsonl"), tmp_path / "out", val_fraction=0)
@@ -309,7 +317,7 @@ def test_empty_sources(tmp_path: Path, content: str, message: str) -> None:
 # --- verify ------------------------------------------------------------------------------------
 
 
-def test_verify_below(source: Path, tmp_path: Path) -> None:
+def test_verify_finds_and_checks_all_folders(source: Path, tmp_path: Path) -> None:
     from llmtrain.storage.commit import staged_folder
     from llmtrain.storage.run_folder import RunFolder
 
@@ -340,7 +348,7 @@ def test_verify_below(source: Path, tmp_path: Path) -> None:
         assert words in problem
 
 
-def test_verify_refuses_what_has_no_hashes(tmp_path: Path) -> None:
+def test_verify_reports_folders_without_hashes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no hashes are recorded at or below"):
         verify_below(tmp_path)
     with pytest.raises(UserError, match="is not a directory"):
@@ -352,10 +360,12 @@ def test_verify_refuses_what_has_no_hashes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not (SHARED / "webmix-train.jsonl.zst").exists(), reason="the real text is not here"
+    not (SHARED_DATA / "webmix-train.jsonl.zst").exists(), reason="needs the real text"
 )
 def test_webmix_has_the_published_number_of_tokens(tmp_path: Path) -> None:
-    manifest = prepare(str(SHARED / "webmix-train.jsonl.zst"), tmp_path / "out", val_fraction=0)
+    manifest = prepare(
+        str(SHARED_DATA / "webmix-train.jsonl.zst"), tmp_path / "out", val_fraction=0
+    )
     assert (manifest.train.tokens, manifest.train.documents) == (28_699_060, 43_497)
     assert manifest.val.tokens == 0
     assert data_problems(tmp_path / "out") == []
@@ -375,7 +385,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
                 file.write(json.dumps({"text": f"{i} " + "text " * 2000}) + "\n")
         result = subprocess.run(
             [sys.executable, "-c", code, str(path), str(tmp_path / f"out-{megabytes}")],
-            cwd=ROOT,
+            cwd=REPOSITORY,
             capture_output=True,
             text=True,
             check=True,

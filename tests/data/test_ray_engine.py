@@ -1,4 +1,4 @@
-"""The same bytes from a Ray cluster: two real workers on this machine, one of which is killed."""
+"""Preparation on a Ray cluster with two workers on this machine."""
 
 import builtins
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from preparations import prepare
+from preparations import contents, prepare
 
 from llmtrain.data.prepare import PrepareProgress
 from llmtrain.errors import RunFailed, UserError
@@ -28,7 +28,7 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a cluster of two workers, which dies with these tests."""
+    """The address of a cluster with two workers, stopped after these tests."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
         environment.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex + uuid.uuid4().hex)
@@ -47,8 +47,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         ray.shutdown()
 
 
-def said(stderr: str) -> list[str]:
-    """The lines but those of the progress, which come where it takes long."""
+def lines_without_progress(stderr: str) -> list[str]:
+    """Return the lines except progress lines, which appear if a step is slow."""
     return [line for line in stderr.splitlines() if not line.startswith("documents: ")]
 
 
@@ -65,7 +65,7 @@ def make_texts(seed: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """4 MB of text as JSON lines (cut at bytes), as parquet (row groups), and as a folder of several files."""
+    """4 MB of text as JSON lines, as parquet, and as a folder of several files."""
     folder = tmp_path_factory.mktemp("corpora")
     texts = make_texts(0)
     lines = [json.dumps({"text": text}) + "\n" for text in texts]
@@ -79,12 +79,8 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.name: path for path in folder.iterdir()}
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def workers_at_work() -> list[int]:
-    """Processes of this test's cluster in which a partition is being encoded."""
+def busy_workers() -> list[int]:
+    """Return the processes of this test's cluster that run a task."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -93,18 +89,17 @@ def workers_at_work() -> list[int]:
                 (process / "environ").read_bytes(),
             )
         except OSError:
-            continue  # it ended, or is not ours
-        if (
-            b"ray::encode_partition" in command
-            and f"{MARK}={os.environ[MARK]}".encode() in environment
-        ):
+            continue  # it ended, or belongs to another user
+        if b"ray::run_task" in command and f"{MARK}={os.environ[MARK]}".encode() in environment:
             found.append(int(process.name))
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["web.jsonl", "web.parquet", "several"])
-def test_the_same_bytes(cluster: str, corpora: dict[str, Path], tmp_path: Path, name: str) -> None:
+def test_ray_writes_the_same_bytes(
+    cluster: str, corpora: dict[str, Path], tmp_path: Path, name: str
+) -> None:
     seen: list[PrepareProgress] = []
     locally = prepare(str(corpora[name]), tmp_path / "local", **OPTIONS)
     on_ray = prepare(
@@ -117,14 +112,14 @@ def test_the_same_bytes(cluster: str, corpora: dict[str, Path], tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_a_worker_killed_in_the_middle(
+def test_the_task_of_a_killed_worker_is_repeated(
     cluster: str, corpora: dict[str, Path], tmp_path: Path
 ) -> None:
     killed: list[int] = []
 
     def kill_one(progress: PrepareProgress) -> None:
         if progress.tokens and not killed:
-            for pid in workers_at_work()[:1]:
+            for pid in busy_workers()[:1]:
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
 
@@ -137,7 +132,7 @@ def test_a_worker_killed_in_the_middle(
 
 
 @pytest.mark.slow
-def test_interrupted_here_and_resumed_there(
+def test_a_preparation_on_ray_resumes_locally(
     cluster: str, corpora: dict[str, Path], tmp_path: Path
 ) -> None:
     class Stop(Exception):
@@ -147,17 +142,17 @@ def test_interrupted_here_and_resumed_there(
         if progress.tokens > 350_000:
             raise Stop
 
-    source, notes = str(corpora["web.parquet"]), list[str]()
+    source, messages = str(corpora["web.parquet"]), list[str]()
     with pytest.raises(Stop):
         prepare(source, tmp_path / "ray", engine="ray", **OPTIONS, on_progress=stop)
-    prepare(source, tmp_path / "ray", **OPTIONS, log=notes.append)
-    assert any(note.startswith("resumed at shard ") for note in notes)
+    prepare(source, tmp_path / "ray", **OPTIONS, log=messages.append)
+    assert any(message.startswith("resumed at shard ") for message in messages)
     prepare(source, tmp_path / "local", **OPTIONS)
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")
 
 
 @pytest.mark.slow
-def test_errors_of_a_task_are_those_of_the_local_engine(
+def test_errors_equal_those_of_the_local_engine(
     cluster: str, corpora: dict[str, Path], tmp_path: Path
 ) -> None:
     path = tmp_path / "bad.jsonl"
@@ -172,22 +167,22 @@ def test_errors_of_a_task_are_those_of_the_local_engine(
 
 
 @pytest.mark.slow
-def test_a_worker_that_always_dies_ends_the_command(cluster: str) -> None:
+def test_a_worker_that_always_dies_is_reported(cluster: str) -> None:
     from llmtrain.data.ray_engine import connect_ray
 
-    def die(task: int) -> Iterator[int]:
-        yield task
+    def die() -> Iterator[int]:
+        yield 1
         os._exit(1)
 
     with connect_ray(None) as engine, pytest.raises(RunFailed, match="the Ray cluster failed"):
-        list(engine(die, [1]))
+        list(engine([die]))
 
 
 @pytest.mark.slow
-def test_workers_use_no_accelerator(cluster: str) -> None:
+def test_workers_do_not_import_torch(cluster: str) -> None:
     from llmtrain.data.ray_engine import connect_ray
 
-    def loaded(task: int) -> Iterator[bool]:
+    def loaded() -> Iterator[bool]:
         import sys
 
         import llmtrain.data.encode  # noqa: F401
@@ -195,11 +190,11 @@ def test_workers_use_no_accelerator(cluster: str) -> None:
         yield "torch" in sys.modules
 
     with connect_ray(None) as engine:
-        assert list(engine(loaded, [1])) == [False]
+        assert list(engine([loaded])) == [False]
 
 
 @pytest.mark.slow
-def test_the_command(
+def test_the_command_connects_to_a_cluster(
     cluster: str, corpora: dict[str, Path], tmp_path: Path, llmtrain: Command
 ) -> None:
     source = corpora["web.jsonl"]
@@ -209,15 +204,13 @@ def test_the_command(
     )
     assert result.returncode == 0, result.stderr
     assert "gpt2 tokens in ray" in result.stdout
-    assert [line.split()[0] for line in said(result.stderr)] == ["reading"]
+    assert [line.split()[0] for line in lines_without_progress(result.stderr)] == ["reading"]
     prepare(str(source), tmp_path / "local", shard_tokens=100_000)
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")
 
 
 @pytest.mark.slow
-def test_a_signal_ends_the_command_and_its_tasks(
-    cluster: str, corpora: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_signal_stops_the_command(cluster: str, corpora: dict[str, Path], tmp_path: Path) -> None:
     command = [
         Path(sys.executable).parent / "llmtrain",
         "prepare",
@@ -234,12 +227,18 @@ def test_a_signal_ends_the_command_and_its_tasks(
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 143
     assert "ray is incomplete; the same command resumes" in errors
-    assert [line.split()[0] for line in said(errors)] == ["reading", "stopping", "SIGTERM:"]
+    assert [line.split()[0] for line in lines_without_progress(errors)] == [
+        "reading",
+        "stopping",
+        "SIGTERM:",
+    ]
     assert list(tmp_path.glob(".tmp-ray/shards/train-*.bin"))
 
 
 @pytest.mark.slow
-def test_no_cluster_there(corpora: dict[str, Path], tmp_path: Path, llmtrain: Command) -> None:
+def test_an_unreachable_cluster_is_reported(
+    corpora: dict[str, Path], tmp_path: Path, llmtrain: Command
+) -> None:
     pytest.importorskip("ray")
     there = ("--engine", "ray", "--ray-address", "127.0.0.1:9")
     result = llmtrain("prepare", corpora["web.jsonl"], "--out", "ray", *there, cwd=tmp_path)
@@ -251,7 +250,7 @@ def test_no_cluster_there(corpora: dict[str, Path], tmp_path: Path, llmtrain: Co
 # --- without a cluster -------------------------------------------------------------------------
 
 
-def test_ray_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_ray_package_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def without_ray(name: str, *args: object, **kwargs: object) -> object:
@@ -275,12 +274,14 @@ def test_ray_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ({"ray_address": "auto"}, "--ray-address needs --engine ray"),
     ],
 )
-def test_options(tmp_path: Path, options: dict[str, object], message: str) -> None:
+def test_invalid_options_are_reported(
+    tmp_path: Path, options: dict[str, object], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         prepare("absent", tmp_path / "out", **options)
 
 
-def test_ray_is_imported_only_when_asked_for() -> None:
+def test_ray_is_not_imported_at_start() -> None:
     code = "import sys, llmtrain.data.prepare; print('ray' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

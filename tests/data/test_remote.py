@@ -1,4 +1,4 @@
-"""Inputs, outputs and training data behind URLs. `memory://` is in this process, `local://` a disk through fsspec."""
+"""Inputs, outputs and training data behind URLs: `memory://`, and `local://` on disk."""
 
 import gzip
 import json
@@ -44,7 +44,7 @@ def memory() -> Iterator[Any]:
 
 @pytest.fixture
 def corpus(tmp_path: Path, memory: Any) -> Path:
-    """A folder of three kinds of files; the same is at `memory://bucket/web`."""
+    """A folder with three kinds of files, and a copy at `memory://bucket/web`."""
     lines = [json.dumps({"text": text}) + "\n" for text in TEXTS]
     folder = tmp_path / "web"
     folder.mkdir()
@@ -74,21 +74,21 @@ def contents_of_memory(memory: Any, path: str) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("url", "path"), [("memory://bucket/web", "."), ("memory://bucket/web/*.jsonl", "a.jsonl")]
 )
-def test_input(
+def test_a_url_is_read_like_a_path(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, path: str
 ) -> None:
     monkeypatch.setattr("llmtrain.data.readers.PARTITION_BYTES", 3000)
-    notes: list[str] = []
-    manifest = prepare(url, tmp_path / "url", **OPTIONS, log=notes.append)
+    messages: list[str] = []
+    manifest = prepare(url, tmp_path / "url", **OPTIONS, log=messages.append)
     here = prepare(str(corpus / path), tmp_path / "here", **OPTIONS)
     assert contents(tmp_path / "url") == contents(tmp_path / "here")
     assert [(f.name, f.bytes) for f in manifest.source.files] == [
         (f.name, f.bytes) for f in here.source.files
     ]
     assert manifest.source.revision and all(file.sha256 is None for file in manifest.source.files)
-    assert ("readme.md" in notes[0]) == (path == ".")
-    prepare(url, tmp_path / "url", **OPTIONS, log=notes.append)
-    assert "nothing to do" in notes[-1]
+    assert ("readme.md" in messages[0]) == (path == ".")
+    prepare(url, tmp_path / "url", **OPTIONS, log=messages.append)
+    assert "nothing to do" in messages[-1]
 
 
 def test_a_changed_input_is_other_data(corpus: Path, tmp_path: Path, memory: Any) -> None:
@@ -119,7 +119,7 @@ def test_file_urls_are_paths(corpus: Path, tmp_path: Path) -> None:
         ("memory://bucket/web/readme.md", "contains no file of a known kind", "name a file"),
     ],
 )
-def test_inputs_that_are_not_there(
+def test_missing_inputs_are_reported(
     corpus: Path, tmp_path: Path, url: str, message: str, hint: str
 ) -> None:
     with pytest.raises(UserError, match=message) as caught:
@@ -128,7 +128,7 @@ def test_inputs_that_are_not_there(
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_a_damaged_input_is_named(tmp_path: Path, memory: Any) -> None:
+def test_a_damaged_input_is_reported(tmp_path: Path, memory: Any) -> None:
     memory.pipe("/bucket/a.jsonl", b'{"text": "one"}\n{broken\n')
     with pytest.raises(UserError, match=r"memory:///bucket/a\.jsonl, line 2 is not valid JSON"):
         prepare("memory://bucket/a.jsonl", tmp_path / "out", **OPTIONS)
@@ -140,24 +140,24 @@ def test_a_damaged_input_is_named(tmp_path: Path, memory: Any) -> None:
 # --- outputs -----------------------------------------------------------------------------------
 
 
-def test_output(corpus: Path, tmp_path: Path, memory: Any, cache: Path) -> None:
-    notes: list[str] = []
-    manifest = prepare(str(corpus), "memory://bucket/out", **OPTIONS, log=notes.append)
+def test_shards_are_uploaded(corpus: Path, tmp_path: Path, memory: Any, cache: Path) -> None:
+    messages: list[str] = []
+    manifest = prepare(str(corpus), "memory://bucket/out", **OPTIONS, log=messages.append)
     assert manifest == prepare(str(corpus), tmp_path / "out", **OPTIONS)
     assert contents_of_memory(memory, "/bucket/out") == contents(tmp_path / "out")
     assert (
         memory.cat_file("/bucket/out/manifest.json")
         == (tmp_path / "out/manifest.json").read_bytes()
     )
-    assert notes[-1] == "copying the shards to memory://bucket/out"
+    assert messages[-1] == "copying the shards to memory://bucket/out"
     assert [path for path in cache.rglob("*") if path.is_file()] == []
-    assert prepare(str(corpus), "memory://bucket/out", **OPTIONS, log=notes.append) == manifest
-    assert notes[-1] == "memory://bucket/out already contains this data: nothing to do"
+    assert prepare(str(corpus), "memory://bucket/out", **OPTIONS, log=messages.append) == manifest
+    assert messages[-1] == "memory://bucket/out already contains this data: nothing to do"
     with pytest.raises(UserError, match=r"memory://bucket/out contains other data: split\.seed"):
         prepare(str(corpus), "memory://bucket/out", **OPTIONS, seed=3)
 
 
-def test_a_copy_that_fails_is_taken_up(
+def test_a_failed_upload_is_resumed(
     corpus: Path, tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put, copied = type(memory).put_file, []
@@ -177,14 +177,14 @@ def test_a_copy_that_fails_is_taken_up(
     assert not memory.exists("/bucket/out/manifest.json")
     with pytest.raises(UserError, match="contains no prepared data"):
         local_folder(url)
-    notes: list[str] = []
-    manifest = prepare(str(corpus), url, **OPTIONS, log=notes.append)
-    assert notes == [f"copying the shards to {url}"]
+    messages: list[str] = []
+    manifest = prepare(str(corpus), url, **OPTIONS, log=messages.append)
+    assert messages == [f"copying the shards to {url}"]
     assert manifest == prepare(str(corpus), tmp_path / "out", **OPTIONS)
     assert contents_of_memory(memory, "/bucket/out") == contents(tmp_path / "out")
 
 
-def test_what_is_left_of_another_request_is_not_copied(corpus: Path, memory: Any) -> None:
+def test_an_earlier_build_with_other_options_is_not_uploaded(corpus: Path, memory: Any) -> None:
     url = "memory://bucket/out"
     prepare(str(corpus), build_folder(url), **OPTIONS)
     manifest = prepare(str(corpus), url, **OPTIONS, seed=3)
@@ -195,21 +195,23 @@ def test_what_is_left_of_another_request_is_not_copied(corpus: Path, memory: Any
 # --- training data -----------------------------------------------------------------------------
 
 
-def test_local_copy(corpus: Path, memory: Any, cache: Path) -> None:
+def test_data_behind_a_url_is_copied_once(corpus: Path, memory: Any, cache: Path) -> None:
     manifest = prepare(str(corpus), "memory://bucket/out", **OPTIONS)
-    said: list[str] = []
-    folder = local_folder("memory://bucket/out", said.append)
+    lines: list[str] = []
+    folder = local_folder("memory://bucket/out", lines.append)
     assert folder == cache / "data" / manifest.sha256
     assert data_problems(folder) == []
     assert read_manifest(folder) == manifest
-    [line] = said
+    [line] = lines
     shards = len(manifest.train.shards) + len(manifest.val.shards)
     assert line.startswith(f"copying memory://bucket/out to {folder}: {shards} file(s), 0.")
-    assert local_folder("memory://bucket/out/", said.append) == folder
-    assert len(said) == 1
+    assert local_folder("memory://bucket/out/", lines.append) == folder
+    assert len(lines) == 1
 
 
-def test_a_copy_goes_on_with_the_next_file(corpus: Path, memory: Any, cache: Path) -> None:
+def test_an_interrupted_copy_resumes_with_the_next_file(
+    corpus: Path, memory: Any, cache: Path
+) -> None:
     manifest = prepare(str(corpus), "memory://bucket/out", **OPTIONS)
     third = "/bucket/out/train-00002.bin"
     content = memory.cat_file(third)
@@ -227,13 +229,13 @@ def test_a_copy_goes_on_with_the_next_file(corpus: Path, memory: Any, cache: Pat
     assert {name: (folder / name).stat().st_ino for name in before} == before
 
 
-def test_one_of_many_copies(corpus: Path, memory: Any) -> None:
+def test_only_one_of_several_threads_copies(corpus: Path, memory: Any) -> None:
     prepare(str(corpus), "memory://bucket/out", **OPTIONS)
-    said: list[str] = []
+    lines: list[str] = []
     folders: list[Path] = []
     threads = [
         threading.Thread(
-            target=lambda: folders.append(local_folder("memory://bucket/out", said.append))
+            target=lambda: folders.append(local_folder("memory://bucket/out", lines.append))
         )
         for _ in range(4)
     ]
@@ -242,10 +244,12 @@ def test_one_of_many_copies(corpus: Path, memory: Any) -> None:
     for thread in threads:
         thread.join()
     assert len(set(folders)) == 1 and len(folders) == 4
-    assert len(said) == 1
+    assert len(lines) == 1
 
 
-def test_no_room_for_the_copy(corpus: Path, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_cache_disk_is_reported(
+    corpus: Path, memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepare(str(corpus), "memory://bucket/out", **OPTIONS)
 
     def full(*_: object) -> None:
@@ -257,6 +261,7 @@ def test_no_room_for_the_copy(corpus: Path, memory: Any, monkeypatch: pytest.Mon
     assert "LLMTRAIN_CACHE" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_behind_a_url(
     text_file: Path, data_folder: Path, tmp_path: Path, tiny: Callable[..., Any], llmtrain: Command
 ) -> None:
@@ -272,7 +277,8 @@ def test_training_and_evaluation_behind_a_url(
     assert "copying" not in evaluated.stderr
 
 
-def test_the_command(corpus: Path, tmp_path: Path, llmtrain: Command) -> None:
+@pytest.mark.slow
+def test_the_command_reads_and_writes_urls(corpus: Path, tmp_path: Path, llmtrain: Command) -> None:
     url = f"local://{tmp_path}/bucket/out"
     arguments = ("--out", url, "--tokenizer", "byte", "--val-fraction", "0.1")
     result = llmtrain("prepare", f"local://{corpus}", *arguments, cwd=tmp_path)
@@ -284,7 +290,7 @@ def test_the_command(corpus: Path, tmp_path: Path, llmtrain: Command) -> None:
     assert missing.returncode == 2 and "hint: pip install s3fs" in missing.stderr
 
 
-def test_fsspec_is_imported_only_where_it_is_needed() -> None:
+def test_fsspec_is_not_imported_at_start() -> None:
     code = "import sys, llmtrain.cli.prepare; print('fsspec' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""A preparation that was killed or interrupted goes on, and ends with the same bytes."""
+"""Interrupted preparations resume and produce the same bytes."""
 
 import json
 import shutil
@@ -17,17 +17,25 @@ from preparations import ARGUMENTS, COMMAND, OPTIONS, contents, identity, prepar
 from llmtrain.data.journal import JOURNAL_FILE
 
 
+@pytest.fixture(scope="module")
+def killed(undisturbed: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The temporary folder of a preparation killed after ten finished shards."""
+    folder = tmp_path_factory.mktemp("killed")
+    kill_at(folder, undisturbed[0], APPENDED.format(line=12))
+    assert len(recorded(folder / ".tmp-out")) == 10
+    return folder / ".tmp-out"
+
+
 @pytest.fixture
-def interrupted(undisturbed: tuple[Path, Path], tmp_path: Path) -> Path:
-    """The staging folder of a preparation that ended with ten finished shards."""
-    kill_at(tmp_path, undisturbed[0], APPENDED.format(line=12))
-    assert len(recorded(tmp_path / ".tmp-out")) == 10
-    return tmp_path / ".tmp-out"
+def interrupted(killed: Path, tmp_path: Path) -> Path:
+    """A copy of `killed`."""
+    return Path(shutil.copytree(killed, tmp_path / ".tmp-out"))
 
 
 def kill_at(folder: Path, source: Path, moment: str) -> None:
-    """Run the command with `moment`, Python that kills it, run before; until it dies of SIGKILL."""
-    program = f"import os, signal\nfrom llmtrain.data import journal, staging\nfrom llmtrain.storage import commit\n{moment}\n"
+    """Run the command after the Python code `moment`, which makes it kill itself."""
+    program = "import os, signal\nfrom llmtrain.data import journal, staging\n"
+    program += f"from llmtrain.storage import commit\n{moment}\n"
     program += "from llmtrain.cli.main import main\nmain()"
     command = [sys.executable, "-c", program, "prepare", str(source), "--out", "out", *ARGUMENTS]
     process = subprocess.run(
@@ -45,7 +53,7 @@ def append(self, entry):
     if len(lines) == {{line}} - 1:
         {KILL}
 journal.Journal._append = append"""
-BEFORE_THE_LINE = f"""
+BEFORE_LINE = f"""
 real, lines = journal.Journal._append, []
 def append(self, entry):
     lines.append(entry)
@@ -53,7 +61,7 @@ def append(self, entry):
         {KILL}
     real(self, entry)
 journal.Journal._append = append"""
-IN_THE_LINE = f"""
+WITHIN_LINE = f"""
 real, lines = journal._line, []
 def line(entry):
     lines.append(entry)
@@ -63,62 +71,68 @@ def line(entry):
         {KILL}
     return real(entry)
 journal._line = line"""
-BEFORE_THE_MANIFEST = f"staging.write_manifest = lambda *_: {KILL}"
-BEFORE_THE_RENAME = f"""
+BEFORE_MANIFEST = f"staging.write_manifest = lambda *_: {KILL}"
+BEFORE_RENAME = f"""
 real = commit.fsync_path
 def fsync_path(path):
     if path.name == 'shards' and (path / 'manifest.json').exists():
         {KILL}
     real(path)
 commit.fsync_path = fsync_path"""
-AFTER_THE_RENAME = f"staging.shutil.rmtree = lambda *_, **__: {KILL}"
+AFTER_RENAME = f"staging.shutil.rmtree = lambda *_, **__: {KILL}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moment",
     [
         APPENDED.format(line=2),
         APPENDED.format(line=20),
-        BEFORE_THE_LINE,
-        IN_THE_LINE,
-        BEFORE_THE_MANIFEST,
-        BEFORE_THE_RENAME,
+        BEFORE_LINE,
+        WITHIN_LINE,
+        BEFORE_MANIFEST,
+        BEFORE_RENAME,
     ],
     ids=["counted", "shard", "before-line", "torn-line", "before-manifest", "before-rename"],
 )
-def test_killed_at_a_moment(undisturbed: tuple[Path, Path], tmp_path: Path, moment: str) -> None:
+def test_a_killed_preparation_resumes(
+    undisturbed: tuple[Path, Path], tmp_path: Path, moment: str
+) -> None:
     source, expected = undisturbed
     kill_at(tmp_path, source, moment)
     assert not (tmp_path / "out").exists()
     finished = recorded(tmp_path / ".tmp-out")
     before = identity(tmp_path / ".tmp-out" / "shards")
-    notes: list[str] = []
-    manifest = prepare(str(source), tmp_path / "out", **OPTIONS, log=notes.append)
+    messages: list[str] = []
+    manifest = prepare(str(source), tmp_path / "out", **OPTIONS, log=messages.append)
     assert contents(tmp_path / "out") == contents(expected)
     after = identity(tmp_path / "out")
     assert {name: after[name] for name in finished} == {name: before[name] for name in finished}
     shards = [*manifest.train.shards, *manifest.val.shards]
     tokens = sum(shard.tokens for shard in shards if shard.name in finished)
-    expected_note = f"resumed at shard {len(finished) + 1} ({tokens:,} tokens done)"
-    assert (expected_note in notes) == bool(finished)
+    expected_message = f"resumed at shard {len(finished) + 1} ({tokens:,} tokens done)"
+    assert (expected_message in messages) == bool(finished)
     assert [path.name for path in tmp_path.iterdir() if path.name != "hf-cache"] == ["out"]
 
 
-def test_killed_after_the_rename(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_after_a_kill_behind_the_rename_nothing_is_written(
+    undisturbed: tuple[Path, Path], tmp_path: Path
+) -> None:
     source, expected = undisturbed
-    kill_at(tmp_path, source, AFTER_THE_RENAME)
+    kill_at(tmp_path, source, AFTER_RENAME)
     assert contents(tmp_path / "out") == contents(expected)
     before = identity(tmp_path / "out")
-    notes: list[str] = []
-    prepare(str(source), tmp_path / "out", **OPTIONS, log=notes.append)
-    assert notes == [f"{tmp_path / 'out'} already contains this data: nothing to do"]
+    messages: list[str] = []
+    prepare(str(source), tmp_path / "out", **OPTIONS, log=messages.append)
+    assert messages == [f"{tmp_path / 'out'} already contains this data: nothing to do"]
     assert identity(tmp_path / "out") == before
     assert not (tmp_path / ".tmp-out").exists()
 
 
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """As `undisturbed`, but of 9 MB in fewer and larger shards of GPT-2's tokens: half a second of work."""
+    """A source of 9 MB and its data, in larger shards of GPT-2's tokens: half a second of work."""
     folder = tmp_path_factory.mktemp("larger")
     texts = [json.dumps({"text": f"{i} and the learning rate " * 50}) + "\n" for i in range(7000)]
     (folder / "web.jsonl").write_text("".join(texts))
@@ -126,22 +140,14 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "web.jsonl", folder / "out"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_command_ended_by_signals(
+def test_the_command_resumes_after_signals(
     larger: tuple[Path, Path], tmp_path: Path, number: signal.Signals
 ) -> None:
     source, expected = larger
-    command = [
-        COMMAND,
-        "prepare",
-        source,
-        "--out",
-        "out",
-        "--shard-tokens",
-        "50k",
-        "--workers",
-        "1",
-    ]
+    options = ("--shard-tokens", "50k", "--workers", "1")
+    command = [COMMAND, "prepare", source, "--out", "out", *options]
     shards = tmp_path / ".tmp-out" / "shards"
     seen: dict[str, tuple[int, int]] = {}
     for _ in range(2):
@@ -170,25 +176,27 @@ def test_the_command_ended_by_signals(
     assert seen.items() <= identity(tmp_path / "out").items()
 
 
-# --- what is not believed ----------------------------------------------------------------------
+# --- damaged and outdated files ----------------------------------------------------------------
 
 
-def goes_on(
+def resume(
     undisturbed: tuple[Path, Path], staging: Path, **options: object
 ) -> tuple[list[str], set[str]]:
-    """Go on from `staging`, which must end well; the notes, and the shards that were not written again."""
+    """Resume from `staging`; return the messages and the shards that were kept."""
     source, expected = undisturbed
     before = identity(staging / "shards")
-    notes: list[str] = []
-    prepare(str(source), staging.parent / "out", **{**OPTIONS, **options}, log=notes.append)
+    messages: list[str] = []
+    prepare(str(source), staging.parent / "out", **{**OPTIONS, **options}, log=messages.append)
     if not options:
         assert contents(staging.parent / "out") == contents(expected)
     after = identity(staging.parent / "out")
-    return notes, {name for name in before if after.get(name) == before[name]}
+    return messages, {name for name in before if after.get(name) == before[name]}
 
 
 @pytest.mark.parametrize("change", ["flip", "cut", "absent"])
-def test_a_damaged_shard(undisturbed: tuple[Path, Path], interrupted: Path, change: str) -> None:
+def test_a_damaged_shard_is_written_again(
+    undisturbed: tuple[Path, Path], interrupted: Path, change: str
+) -> None:
     shard = interrupted / "shards" / "train-00003.bin"
     content = shard.read_bytes()
     if change == "absent":
@@ -197,17 +205,20 @@ def test_a_damaged_shard(undisturbed: tuple[Path, Path], interrupted: Path, chan
         shard.write_bytes(
             content[:-2] if change == "cut" else content[:-1] + bytes([content[-1] ^ 1])
         )
-    notes, kept = goes_on(undisturbed, interrupted)
+    messages, kept = resume(undisturbed, interrupted)
     assert {name for name in kept if name.startswith("train")} == {
         f"train-{i:05}.bin" for i in range(3)
     }
-    assert any("train-00003.bin" in note and "resuming before it" in note for note in notes)
-    assert any(note.startswith("resumed at shard") for note in notes)
+    assert any(
+        "train-00003.bin" in message and "resuming before it" in message for message in messages
+    )
+    assert any(message.startswith("resumed at shard") for message in messages)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.floats(0, 1, exclude_max=True), flip=st.one_of(st.none(), st.integers(1, 255)))
-def test_a_damaged_journal(
+def test_a_damaged_journal_is_used_up_to_the_damage(
     undisturbed: tuple[Path, Path], interrupted: Path, where: float, flip: int | None
 ) -> None:
     with tempfile.TemporaryDirectory(dir=interrupted.parent) as scratch:
@@ -221,40 +232,41 @@ def test_a_damaged_journal(
         else:
             content[position] ^= flip
         journal.write_bytes(content)
-        believed = bytes(content[:position]).count(b"\n")
-        _, kept = goes_on(undisturbed, staging)
-        # Lines: the request, the counts, a shard each. A line feed that was changed spoils two lines.
-        assert len(kept) in {max(believed - 2, 0), max(believed - 1, 0)}
+        valid_lines = bytes(content[:position]).count(b"\n")
+        _, kept = resume(undisturbed, staging)
+        # The first two lines are the spec and the counts. A changed line feed damages two lines.
+        assert len(kept) in {max(valid_lines - 2, 0), max(valid_lines - 1, 0)}
 
 
 @pytest.mark.parametrize(
     "options",
     [{"seed": 5}, {"val_fraction": 0.1}, {"shard_tokens": 30_000}, {"limit_documents": 2000}],
 )
-def test_another_request_starts_anew(
+def test_other_options_start_over(
     undisturbed: tuple[Path, Path], interrupted: Path, options: dict[str, object]
 ) -> None:
-    notes, kept = goes_on(undisturbed, interrupted, **options)
+    messages, kept = resume(undisturbed, interrupted, **options)
     assert kept == set()
-    assert "an interrupted prepare had other options or another source: starting over" in notes
-    assert not any("resumed" in note for note in notes)
+    assert "an interrupted prepare had other options or another source: starting over" in messages
+    assert not any("resumed" in message for message in messages)
     prepare(str(undisturbed[0]), interrupted.parent / "fresh", **{**OPTIONS, **options})
     assert contents(interrupted.parent / "out") == contents(interrupted.parent / "fresh")
 
 
-def test_a_changed_source_starts_anew(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_changed_source_starts_over(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
     source = tmp_path / "web"
     shutil.copytree(undisturbed[0], source)
     kill_at(tmp_path, source, APPENDED.format(line=12))
     (source / "b.txt").write_text("other text")
-    notes: list[str] = []
-    prepare(str(source), tmp_path / "out", **OPTIONS, log=notes.append)
-    assert any("starting over" in note for note in notes)
+    messages: list[str] = []
+    prepare(str(source), tmp_path / "out", **OPTIONS, log=messages.append)
+    assert any("starting over" in message for message in messages)
     prepare(str(source), tmp_path / "fresh", **OPTIONS)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-def test_only_one_goes_on(undisturbed: tuple[Path, Path], interrupted: Path) -> None:
+def test_only_one_process_resumes(undisturbed: tuple[Path, Path], interrupted: Path) -> None:
     from llmtrain.errors import UserError
     from llmtrain.storage.commit import temporary_folder
 

@@ -1,4 +1,4 @@
-"""The order of the training data. Needs neither files nor torch."""
+"""The data order: tested without files and torch."""
 
 import numpy as np
 import pytest
@@ -10,8 +10,8 @@ from llmtrain.data.sampler import Sampler, validation_windows
 from llmtrain.errors import UserError
 
 
-class Counting:
-    """Tokens 0, 1, 2, …: a window shows where it came from."""
+class CountingTokens:
+    """Tokens 0, 1, 2, …, which identify a window."""
 
     def __init__(self, n_tokens: int) -> None:
         self._tokens = np.arange(n_tokens, dtype=np.uint16)
@@ -39,18 +39,20 @@ def epoch_rows(sampler: Sampler, epoch: int) -> np.ndarray:
     st.integers(-(2**70), 2**70),
     st.integers(0, 3),
 )
-def test_every_window_once_an_epoch(n: int, block: int, size: int, seed: int, epoch: int) -> None:
+def test_an_epoch_contains_every_window_once(
+    n: int, block: int, size: int, seed: int, epoch: int
+) -> None:
     if n < block + 1:
         return
     rows = np.sort(epoch_rows(Sampler(n, block, size, seed), epoch))
     assert rows[0] < block
     assert np.all(np.diff(rows) == block)
     assert rows[-1] + block + 1 <= n
-    # What an epoch leaves out, before and after its windows, is less than two windows.
+    # An epoch omits fewer tokens than two windows contain.
     assert n - (len(rows) * block + 1) < 2 * block
 
 
-def test_rows_do_not_depend_on_how_they_are_asked_for() -> None:
+def test_rows_do_not_depend_on_the_batch_size() -> None:
     whole = Sampler(100_000, 16, 12, seed=3)
     halves = Sampler(100_000, 16, 6, seed=3)
     again = np.concatenate([halves.rows(20), halves.rows(21)])
@@ -76,8 +78,8 @@ def test_a_batch_may_hold_several_epochs() -> None:
         assert len(np.unique(rows[9 * epoch : 9 * epoch + 9])) == 9
 
 
-def by_hand(sampler: Sampler, row: int) -> int:
-    """The same order written with Python's integers: no numpy, nothing vectorised."""
+def reference_row(sampler: Sampler, row: int) -> int:
+    """Return the same row computed with Python's integers."""
     golden, ones = 0x9E3779B97F4A7C15, 2**64 - 1
 
     def mix(x: int) -> int:
@@ -98,8 +100,8 @@ def by_hand(sampler: Sampler, row: int) -> int:
     return mix(key) % block + x * block
 
 
-def test_golden_values() -> None:
-    """The order of a published run must never change: neither with numpy nor with a refactoring."""
+def test_order_of_published_runs() -> None:
+    """The order of published runs must never change."""
     openwebtext = Sampler(9_035_582_198, 1024, 384, seed=1337)
     assert openwebtext.rows(0)[:3].tolist() == [6254420899, 295451555, 6641776547]
     assert Sampler(100, 10, 9, seed=5).rows(1).tolist() == [24, 64, 4, 44, 54, 74, 84, 14, 34]
@@ -108,24 +110,25 @@ def test_golden_values() -> None:
 @pytest.mark.parametrize(
     "sampler", [Sampler(9_035_582_198, 1024, 8, seed=1337), Sampler(5_000, 10, 7, seed=-1)]
 )
-def test_equals_the_definition_in_plain_integers(sampler: Sampler) -> None:
+def test_the_order_equals_the_reference(sampler: Sampler) -> None:
     for step in (0, 1, 71, 10**6):
         expected = [
-            by_hand(sampler, step * sampler.batch_size + i) for i in range(sampler.batch_size)
+            reference_row(sampler, step * sampler.batch_size + i) for i in range(sampler.batch_size)
         ]
         assert sampler.rows(step).tolist() == expected
 
 
 def chi_square(counts: np.ndarray) -> float:
-    """Standardised: about normal(0, 1) when `counts` come from equal chances."""
+    """Return the standardized statistic, about normal(0, 1) for uniform `counts`."""
     expected = counts.mean()
     freedom = counts.size - 1
     return float((((counts - expected) ** 2 / expected).sum() - freedom) / np.sqrt(2 * freedom))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("windows", [5, 24, 97, 256])
 def test_positions_are_uniform(windows: int) -> None:
-    # counts[i, j]: how often window j came at place i of an epoch.
+    # counts[i, j]: epochs with window j at position i.
     counts = np.zeros((windows, windows))
     sampler = Sampler((windows + 1) * 4, 4, windows, seed=11)
     assert sampler.windows_per_epoch == windows
@@ -142,7 +145,7 @@ def test_neighbours_are_independent() -> None:
     assert abs(np.corrcoef(rows, np.arange(len(rows)))[0, 1]) < 0.03
 
 
-def test_smallest_data() -> None:
+def test_data_of_one_window() -> None:
     assert Sampler(11, 10, 3, seed=0).rows(0).tolist() == [0, 0, 0]
     offsets = {row for step in range(50) for row in Sampler(15, 10, 4, seed=0).rows(step).tolist()}
     assert offsets == {0, 1, 2, 3, 4}
@@ -150,8 +153,8 @@ def test_smallest_data() -> None:
         Sampler(10, 10, 1, seed=0)
 
 
-def test_batch_reads_windows() -> None:
-    windows = read_windows(Counting(100), np.array([0, 50, 93]), 6)
+def test_windows_are_read_at_their_starts() -> None:
+    windows = read_windows(CountingTokens(100), np.array([0, 50, 93]), 6)
     assert windows.dtype == np.int64
     assert windows.tolist() == [list(range(i, i + 7)) for i in (0, 50, 93)]
 

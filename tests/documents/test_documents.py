@@ -96,9 +96,7 @@ def test_named_tests_exist() -> None:
     named = [
         (name(document), *found)
         for document in DOCUMENTS
-        for found in re.findall(
-            r"pytest ((?:tests/[\w./]+ ?)+)(?:-k (\w+))?", document.read_text()
-        )
+        for found in re.findall(r"pytest ((?:tests/[\w./]+ ?)+)(?:-k (\w+))?", document.read_text())
     ]
     assert named
     for document, paths, word in named:

@@ -1,7 +1,6 @@
-"""A Hugging Face Hub on 127.0.0.1, just enough of it for the real client libraries.
+"""A minimal Hugging Face Hub on 127.0.0.1 for tests with the real client library.
 
-Why: what reads from the hub is tested with the client that users have, over HTTP, without the
-network. Point the client at it with HF_ENDPOINT, in a subprocess (the client reads it at import).
+The client reads HF_ENDPOINT at import, so it runs in a subprocess.
 
     with HubServer() as hub:
         hub.add("dataset", "owner/name", {"main": folder})
@@ -19,35 +18,35 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_of_a_test"
-"""Whoever has it (HF_TOKEN) may write."""
+"""HF_TOKEN that grants write access."""
 
 
 class HubServer:
-    """Repositories served from folders, one folder a revision; a revision's commit is made up."""
+    """Serves one folder per revision; commit hashes are derived from names."""
 
     def __init__(self) -> None:
         self.repositories: dict[tuple[str, str], dict[str, Path]] = {}
         self.requests: list[str] = []
-        """`METHOD path` of each request, in order of arrival."""
+        """`METHOD path` of each request, in order."""
         self.created: dict[str, dict[str, Any]] = {}
-        """What was asked for with each new repository, by OWNER/NAME."""
+        """Request body for each created repository, by OWNER/NAME."""
         self.pushed: dict[str, dict[str, bytes]] = {}
-        """The files of the newest commit, by OWNER/NAME."""
+        """Files of the newest commit, by OWNER/NAME."""
         self.refuses: int | None = None
-        """Status of every answer instead: 401, 403."""
+        """HTTP status for every request, such as 401; None serves normally."""
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
 
     def add(self, kind: str, name: str, revisions: dict[str, Path]) -> None:
-        """Serve a "model" or "dataset" called OWNER/NAME: branch → folder with the files."""
+        """Serve a "model" or "dataset" OWNER/NAME from a folder per branch."""
         self.repositories[kind, name] = revisions
 
     def commit(self, kind: str, name: str, revision: str) -> str:
-        """The 40 hex digits that stand for the commit of a branch."""
+        """Return the commit hash of a branch."""
         return hashlib.sha1(f"{kind} {name} {revision}".encode()).hexdigest()
 
     def find(self, kind: str, name: str, revision: str) -> tuple[str, Path] | None:
-        """(commit, folder) of a branch name or a commit."""
+        """Return the commit and folder of a branch or commit."""
         for branch, folder in self.repositories.get((kind, name), {}).items():
             commit = self.commit(kind, name, branch)
             if revision in (branch, commit):
@@ -59,7 +58,7 @@ class HubServer:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Variables that send the client here and keep its caches in `home`."""
+        """Return variables that point the client here and its caches to `home`."""
         return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
 
     def __enter__(self) -> "HubServer":
@@ -90,7 +89,7 @@ def _entry(folder: Path, path: Path) -> dict[str, Any]:
 
 
 def _lfs(path: Path) -> dict[str, Any]:
-    """What the hub says of weights, which it keeps in Git LFS."""
+    """Return the Git LFS entry of a weights file."""
     if path.suffix not in (".safetensors", ".bin"):
         return {}
     content = path.read_bytes()
@@ -147,7 +146,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 self._error(404, "EntryNotFound")
 
         def _take(self, name: str, parts: list[str], body: bytes) -> None:
-            """A new repository, the question of how to send files (all within the commit), a commit."""
+            """Create a repository, choose the upload mode (inline), or commit."""
             if self.headers.get("Authorization") != f"Bearer {TOKEN}":
                 self._error(401, "Unauthorized")
             elif parts == ["repos", "create"]:
@@ -155,7 +154,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 name = f"{asked['organization']}/{asked['name']}"
                 hub.created[name] = asked
                 self._json({"url": f"{hub.url}/{name}"})
-            elif parts == ["validate-yaml"]:  # of the model card
+            elif parts == ["validate-yaml"]:  # for the model card
                 self._json({"errors": [], "warnings": []})
             elif parts[3] == "preupload":
                 paths = [file["path"] for file in json.loads(body)["files"]]

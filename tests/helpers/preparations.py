@@ -1,6 +1,6 @@
-"""Prepare data in tests: options as keywords, a source of three kinds of files, and kept shards.
+"""Prepare data in tests: options as keywords, a source of three files, and kept shards.
 
-assert shard_identity(staging / "shards").items() <= shard_identity(out).items()
+assert identity(staging / "shards").items() <= identity(out).items()
 """
 
 import json
@@ -35,7 +35,7 @@ def prepare(
 
 
 def write_source(folder: Path, seed: int = 0) -> Path:
-    """3,000 documents in three kinds of files, about a megabyte."""
+    """Write 3,000 documents, about a megabyte, as three files of two kinds."""
     chance = random.Random(seed)
     texts = ["word é " * chance.randrange(100) for _ in range(3000)]
     lines = [json.dumps({"text": text}) + "\n" for text in texts]
@@ -51,7 +51,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def identity(folder: Path) -> dict[str, tuple[int, int]]:
-    """Of each shard its inode and when it was last written: they change when it is written again."""
+    """Return inode and modification time of each shard, which change if it is written again."""
     return {
         path.name: (path.stat().st_ino, path.stat().st_mtime_ns)
         for path in folder.glob("[!.]*.bin")
@@ -59,7 +59,7 @@ def identity(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def recorded(staging: Path) -> list[str]:
-    """Names of the shards in the journal's whole lines."""
+    """Return the names of the shards in the journal's complete lines."""
     lines = (staging / JOURNAL_FILE).read_text().splitlines(keepends=True)
     entries = [json.loads(line)["entry"] for line in lines if line.endswith("\n")]
     return [entry["shard"]["name"] for entry in entries if "shard" in entry]

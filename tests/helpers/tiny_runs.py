@@ -1,4 +1,4 @@
-"""Weights of a tiny model by step, for the averaging tests."""
+"""Tiny models and checkpoints whose weights depend on the step."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -17,13 +17,13 @@ from llmtrain.storage.run_folder import RunFolder
 SHAPE = Shape(ModelConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=97, bias=False), 16, 96)
 
 LARGE = (CHUNK // 257 + 100, 257)
-"""More numbers than are summed at a time."""
+"""Shape with more numbers than one chunk of a merge."""
 
 MakeRun = Callable[..., RunFolder]
 
 
 def weights_at(step: int) -> dict[str, Tensor]:
-    """Weights that are a function of the step: a fixed model plus a small random walk of its own."""
+    """Return weights as a function of the step: a fixed model plus small noise."""
     model = GPT(SHAPE.model, SHAPE.block_size, seed=1)
     generator = torch.Generator().manual_seed(step)
     return {
@@ -33,7 +33,7 @@ def weights_at(step: int) -> dict[str, Tensor]:
 
 
 def model_at(step: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """A model of odd shapes: a matrix over several pieces, a scalar, an empty tensor, integers."""
+    """Return tensors of odd shapes: one of several chunks, a scalar, an empty one, integers."""
     generator = torch.Generator().manual_seed(step)
 
     def floats(*shape: int) -> Tensor:
@@ -52,7 +52,7 @@ def model_at(step: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]
 
 
 def write_checkpoint(folder: Path, model: Mapping[str, Tensor], *, shards: int = 1) -> Path:
-    """A folder of safetensors, in one file or in shards with their index."""
+    """Write a safetensors folder with one file, or with shards and an index."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"model_type": "none"}')
     if shards == 1:
@@ -74,7 +74,7 @@ def write_checkpoint(folder: Path, model: Mapping[str, Tensor], *, shards: int =
 
 
 def load_all(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, whatever its shards."""
+    """Return all tensors of a folder with any number of shards."""
     return {
         name: t
         for path in sorted(folder.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""Configurations for plans: no data behind them unless a test needs it."""
+"""Configurations to estimate; their data does not exist."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from llmtrain.config.schema import RunConfig
 
 @pytest.fixture
 def planned() -> Callable[..., RunConfig]:
-    """Builds the configuration of a model; keyword `section__key` overrides."""
+    """Build a configuration; keyword `section__key` overrides a key."""
 
     def build(**overrides: Any) -> RunConfig:
         values: dict[str, Any] = {

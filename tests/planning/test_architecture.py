@@ -1,4 +1,4 @@
-"""The formulas count what the model has."""
+"""Counts by formula equal those of the built model."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,9 +10,14 @@ from llmtrain.planning.sizes import Architecture
 
 @settings(max_examples=25)
 @given(
-    st.integers(1, 4), st.integers(1, 3), st.integers(1, 16), st.integers(1, 300), st.integers(1, 64), st.booleans()
-)  # fmt: skip  # one line of ranges
-def test_counts_are_those_of_the_model(
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 16),
+    st.integers(1, 300),
+    st.integers(1, 64),
+    st.booleans(),
+)
+def test_counts_equal_those_of_the_model(
     layers: int, heads: int, head: int, vocabulary: int, block: int, bias: bool
 ) -> None:
     config = ModelConfig(

@@ -1,4 +1,4 @@
-"""What `llmtrain doctor` finds: on this machine, and where something is wrong on purpose."""
+"""`llmtrain doctor` on this machine, and with deliberate problems."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def checks(config: RunConfig | None, run: Path) -> dict[str, Check]:
     return {check.name: check for check in run_checks(config, run)}
 
 
-def test_a_sound_machine_is_told_so(
+def test_a_healthy_machine_has_no_problems(
     tiny: Build, tmp_path: Path, llmtrain: Callable[..., CompletedProcess[str]]
 ) -> None:
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny().model_dump(mode="json")))
@@ -50,7 +50,7 @@ def test_a_sound_machine_is_told_so(
     assert "this machine is not ready: data" in wrong.stderr
 
 
-def test_what_is_wrong_is_told_with_what_to_do(
+def test_problems_come_with_hints(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")
@@ -71,7 +71,7 @@ def test_what_is_wrong_is_told_with_what_to_do(
     assert "precision" not in absent
 
 
-def test_a_folder_that_cannot_be_written_to_is_a_problem() -> None:
+def test_an_unwritable_folder_is_a_problem() -> None:
     found = checks(None, Path("/proc/run"))
     assert found["disk speed"].state == "problem"
     assert found["tokenizer"].state == "ok"

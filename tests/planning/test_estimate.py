@@ -1,4 +1,4 @@
-"""Hours, communication and averaging: arithmetic that a reader can repeat, and what cannot be known."""
+"""Hours, communication and averaging by simple arithmetic; unknown values stay unknown."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.cli.common import format_number as number
+from llmtrain.cli.common import format_number
 from llmtrain.config.loading import load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
@@ -30,7 +30,7 @@ def small(options: HardwareOptions, *overrides: str) -> CostEstimate:
     return estimate(load_config(SMALL, list(overrides)), options)
 
 
-def test_hours_are_flops_over_the_peak_and_the_mfu() -> None:
+def test_hours_follow_from_flops_peak_and_mfu() -> None:
     plan = small(HardwareOptions(devices=8, mfu=0.5))
     assert plan.flops == 27_525_120_000 * plan.architecture.flops_per_token()
     assert plan.hours == pytest.approx(plan.flops / (8 * 0.5 * 989e12) / 3600)
@@ -40,7 +40,7 @@ def test_hours_are_flops_over_the_peak_and_the_mfu() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "other"])
-def test_nothing_is_guessed_of_an_unknown_device(device: str) -> None:
+def test_an_unlisted_device_has_no_guessed_values(device: str) -> None:
     plan = small(HardwareOptions(devices=8, device=device), "train.precision=float32")
     assert plan.communication is not None
     assert (plan.hours, plan.tokens_per_second, plan.machine.memory) == (None, None, None)
@@ -52,7 +52,7 @@ def test_float32_has_no_published_peak() -> None:
     assert small(HardwareOptions(), "train.precision=float32").hours is None
 
 
-def test_gradients_are_sent_once_a_step_and_what_fsdp_gathers_every_micro_batch() -> None:
+def test_ddp_communicates_once_per_step_and_fsdp_for_every_micro_batch() -> None:
     ddp, fsdp = (
         small(HardwareOptions(devices=8)),
         small(HardwareOptions(devices=8, parallel="fsdp")),
@@ -69,7 +69,7 @@ def test_gradients_are_sent_once_a_step_and_what_fsdp_gathers_every_micro_batch(
     assert beyond.communication.seconds == pytest.approx(beyond.communication.bytes / 50e9)
 
 
-def test_what_the_backward_pass_cannot_hide_is_told() -> None:
+def test_communication_beyond_the_backward_pass_is_exposed() -> None:
     options = HardwareOptions(devices=8, mfu=0.4)
     plan = small(options)
     micro = 16 * 1024 * plan.architecture.flops_per_token()
@@ -117,7 +117,7 @@ def test_averaging_reads_each_input_once() -> None:
         (HardwareOptions(tokens_per_second=1.0, mfu=0.4), "only one of them"),
     ],
 )
-def test_bad_options(options: HardwareOptions, message: str) -> None:
+def test_invalid_options(options: HardwareOptions, message: str) -> None:
     with pytest.raises(UserError) as raised:
         small(options)
     assert message in f"{raised.value} {raised.value.hint}"
@@ -140,7 +140,7 @@ def test_auto_is_the_largest_micro_batch_that_fits(devices: int, share: int) -> 
     assert any("memory is unknown" in line for line in unknown.assumptions)
 
 
-def test_the_command(llmtrain: Command, tmp_path: Path) -> None:
+def test_plan_prints_tables_and_json(llmtrain: Command, tmp_path: Path) -> None:
     shown = llmtrain("plan", "--config", SMALL, "--devices", "8", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert max(map(len, shown.stdout.splitlines())) <= 80
@@ -154,7 +154,7 @@ def test_the_command(llmtrain: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("interconnect", [None, 400.0])
-def test_the_readme_says_what_the_plan_says(interconnect: float | None) -> None:
+def test_the_readme_lists_the_estimates(interconnect: float | None) -> None:
     readme = (REPOSITORY / "llmtrain" / "planning" / "README.md").read_text()
     command = re.search(r"^llmtrain plan --config .*?#", readme, re.DOTALL | re.MULTILINE)
     assert command is not None
@@ -176,17 +176,17 @@ def test_the_readme_says_what_the_plan_says(interconnect: float | None) -> None:
             assert all(plan.communication and plan.communication.hidden for plan in beyond)
             continue
         plans = [eight, *beyond]
-        memory = [number(peak(plan.usages).total / 1e9) for plan in (plans[0], plans[-1])]
+        memory = [format_number(peak(plan.usages).total / 1e9) for plan in (plans[0], plans[-1])]
         assert cells.split(" | ") == [
             f"{eight.architecture.parameters / 1e6:.0f}M",
             " / ".join(memory),
-            number(eight.hours and eight.hours * 8),
-            " / ".join(number(plan.hours) for plan in plans),
-            " / ".join(number(plan.hours_exposed) for plan in plans),
+            format_number(eight.hours and eight.hours * 8),
+            " / ".join(format_number(plan.hours) for plan in plans),
+            " / ".join(format_number(plan.hours_exposed) for plan in plans),
         ]
 
 
-def test_a_plan_needs_no_torch() -> None:
+def test_plan_does_not_import_torch() -> None:
     code = f"import sys; sys.argv = ['llmtrain', 'plan', '--config', {str(SMALL)!r}]\n"
     code += "import atexit; atexit.register(lambda: print('torch' in sys.modules))\n"
     code += "from llmtrain.cli.main import main; main()"

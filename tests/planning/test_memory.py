@@ -1,4 +1,4 @@
-"""The planned peak against what training allocates: by torch's profiler, by the process, on a GPU."""
+"""The estimated peak memory against torch's profiler, a training process and a GPU."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def planned_peak(config: RunConfig, *, cuda: bool = False) -> int:
 
 
 def a_trainer(config: RunConfig, device: torch.device) -> tuple[GPT, AdamW, Callable[[], None]]:
-    """A model, its optimizer, and what `Trainer.step` does to its memory."""
+    """Return a model, its optimizer, and a function that allocates like `Trainer.step`."""
     model = build_model(config, None, World(), device, "float32")
     optimizer = build_optimizer(model, config.optimizer)
     micro = micro_batch(config)
@@ -53,7 +53,7 @@ def a_trainer(config: RunConfig, device: torch.device) -> tuple[GPT, AdamW, Call
 
 
 def allocated_at_most(work: Callable[[], None]) -> int:
-    """Bytes of tensors at the peak, beyond those that were there before."""
+    """Return the peak bytes of tensors allocated by `work`."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         work()
     now = most = 0
@@ -65,30 +65,45 @@ def allocated_at_most(work: Callable[[], None]) -> int:
 
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "activations rule": {"model__n_layer": 6, "data__block_size": 256},
-    "the vocabulary rules": {"model__vocab_size": 20_000},
-    "gradients rule": {"model__n_embd": 512, "train__micro_batch": 1, "train__batch_sequences": 1},
-    "the tied matrix rules": {
-        "model__vocab_size": 30_000, "train__micro_batch": 1, "train__batch_sequences": 1, "data__block_size": 16,
+    "activations dominate": {"model__n_layer": 6, "data__block_size": 256},
+    "the vocabulary dominates": {"model__vocab_size": 20_000},
+    "gradients dominate": {
+        "model__n_embd": 512,
+        "train__micro_batch": 1,
+        "train__batch_sequences": 1,
+    },
+    "the tied matrix dominates": {
+        "model__vocab_size": 30_000,
+        "train__micro_batch": 1,
+        "train__batch_sequences": 1,
+        "data__block_size": 16,
     },
     "one micro-batch": {"train__batch_sequences": 2},
     "biases": {"model__bias": True},
     "dropout": {"model__dropout": 0.1, "data__block_size": 128},
     "Muon": {"optimizer__name": "muon", "model__n_embd": 256, "train__micro_batch": 1},
-    "small heads, attention rules": {"model__n_head": 16, "data__block_size": 256},
-    "slabs and chunks": {"model__vocab_size": 30_000, "data__block_size": 512, "train__micro_batch": 4},
-    "checkpointing": {"train__activation_checkpointing": True, "model__n_layer": 6, "data__block_size": 256},
-}  # fmt: skip  # one line a shape
+    "small heads, attention dominates": {"model__n_head": 16, "data__block_size": 256},
+    "slabs and chunks": {
+        "model__vocab_size": 30_000,
+        "data__block_size": 512,
+        "train__micro_batch": 4,
+    },
+    "checkpointing": {
+        "train__activation_checkpointing": True,
+        "model__n_layer": 6,
+        "data__block_size": 256,
+    },
+}
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_peak_is_what_torch_allocates(
+def test_the_peak_equals_torch_allocations(
     planned: Build, shape: dict[str, Any], precision: str
 ) -> None:
     config = planned(**({"train__batch_sequences": 4} | shape), train__precision=precision)
     model, optimizer, step = a_trainer(config, torch.device("cpu"))
-    step()  # from now on the optimizer has its moments
+    step()  # creates the optimizer's moments
     kept = [tensor for state in optimizer.state.values() for tensor in state.values()]
     held = sum(tensor.nbytes for tensor in [*model.parameters(), *kept])
     assert planned_peak(config) == pytest.approx(held + allocated_at_most(step), rel=0.02)
@@ -102,9 +117,9 @@ def test_the_peak_is_what_torch_allocates(
         ({"data__block_size": 512, "model__n_head": 8}, 12),
         ({"model__vocab_size": 30_000}, 8),
     ],
-    ids=["a block", "attention rules", "the head"],
+    ids=["a block", "attention dominates", "the head"],
 )
-def test_the_peak_of_an_evaluation_is_what_torch_allocates(
+def test_the_peak_of_an_evaluation_equals_torch_allocations(
     planned: Build, shape: dict[str, Any], batch: int, precision: Literal["float32", "bfloat16"]
 ) -> None:
     config = planned(**shape, train__precision=precision, eval={"batch": batch})
@@ -134,10 +149,11 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.training import run, snapshots
 from llmtrain.training.run import pretrain
 
-run.keep_freed_memory = lambda device: nullcontext()  # the plan is of what is needed, not of what is kept beside it
+run.keep_freed_memory = lambda device: nullcontext()  # measure needed memory only
 
-# A disk so slow that a copy of weights is there until somebody waits for it.
-waited, wait, staged_folder = threading.Event(), snapshots.SnapshotWriter.wait, snapshots.staged_folder
+# A slow disk: the copy of weights exists until the writer is waited for.
+waited = threading.Event()
+wait, staged_folder = snapshots.SnapshotWriter.wait, snapshots.staged_folder
 
 def wait_and_let_go(writer):
     waited.set()
@@ -150,15 +166,17 @@ def staged_late(*arguments, **options):
 
 snapshots.SnapshotWriter.wait, snapshots.staged_folder = wait_and_let_go, staged_late
 
-def resident(key):  # not ru_maxrss, which a child has from its parent
+def resident(key):  # not ru_maxrss, which a child inherits
     return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 def train(name, values):
     pretrain(RunConfig.model_validate(values), Path(name), log=lambda line: None)
 
 values = json.load(sys.stdin)
-small = values | {"model": values["model"] | {"n_layer": 1, "n_embd": 8 * values["model"]["n_head"], "vocab_size": 264}}
-train("small", small | {"data": values["data"] | {"block_size": 16}})  # all libraries are loaded
+heads = values["model"]["n_head"]
+tiny = {"n_layer": 1, "n_embd": 8 * heads, "n_head": heads, "vocab_size": 264}
+small = values | {"model": tiny}
+train("small", small | {"data": values["data"] | {"block_size": 16}})  # loads all libraries
 Path("/proc/self/clear_refs").write_text("5")
 before = resident("VmHWM")
 train("run", values)
@@ -167,25 +185,25 @@ print(resident("VmHWM") - before)
 
 
 def grown(config: RunConfig, folder: Path) -> int:
-    """Bytes by which a process grows that trains in `folder`."""
+    """Return the bytes by which a training process grows."""
     done = subprocess.run(
         [sys.executable, "-c", RUN],
         input=json.dumps(config.model_dump(mode="json")),
-        # Without the limit malloc keeps what tensors gave back, up to a quarter more in a small model.
+        # Without the threshold, malloc keeps freed memory: up to a quarter more in a small model.
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
         cwd=folder, capture_output=True, text=True, check=False,
-    )  # fmt: skip  # the reason stands beside its line
+    )  # fmt: skip  # keep the comment next to its line
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process its peak"
+    not Path("/proc/self/clear_refs").exists(), reason="needs the peak of a process from Linux"
 )
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("layers", "width", "vocabulary"), [(6, 384, 264), (4, 256, 8_192)])
-def test_a_training_process_grows_by_the_planned_peak(
+def test_a_training_process_grows_by_the_estimated_peak(
     planned: Build,
     data_folder: Path,
     tmp_path: Path,
@@ -198,23 +216,23 @@ def test_a_training_process_grows_by_the_planned_peak(
         data={"path": str(data_folder), "block_size": 256},
         model={"n_layer": layers, "n_head": width // 64, "n_embd": width, "vocab_size": vocabulary},
         train={
-            "max_steps": 3, "batch_sequences": 8, "micro_batch": 8, "precision": precision, "compile": False,
-            "device": "cpu",
+            "max_steps": 3, "batch_sequences": 8, "micro_batch": 8, "precision": precision,
+            "compile": False, "device": "cpu",
         },
         checkpoint={"snapshot_every": 2},  # written in the third step
         averages=[{"kind": "ema", "decay": 0.9}],
-    )  # fmt: skip  # what matters in one line
+    )  # fmt: skip  # one line per section
     assert planned_peak(config) == pytest.approx(grown(config, tmp_path), rel=0.15)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process its peak"
+    not Path("/proc/self/clear_refs").exists(), reason="needs the peak of a process from Linux"
 )
-def test_a_process_that_trains_while_it_writes_grows_by_the_planned_copy(
+def test_a_process_that_writes_during_training_grows_by_the_estimated_copy(
     planned: Build, data_folder: Path, tmp_path: Path
 ) -> None:
-    """A model whose parameters are most of its memory: 11M, a step of 16 tokens."""
+    """A model of 11M parameters with a step of 16 tokens: the parameters dominate memory."""
     writing, not_yet = (
         planned(
             data={"path": str(data_folder), "block_size": 16},
@@ -245,7 +263,7 @@ def test_a_process_that_trains_while_it_writes_grows_by_the_planned_copy(
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("layers", "width", "vocabulary"), [(6, 384, 50_304), (12, 768, 264)])
-def test_a_gpu_allocates_the_planned_peak(
+def test_a_gpu_allocates_the_estimated_peak(
     planned: Build, layers: int, width: int, vocabulary: int, precision: str
 ) -> None:
     config = planned(
@@ -264,7 +282,7 @@ def test_a_gpu_allocates_the_planned_peak(
     )
 
 
-def test_fsdp_divides_what_ddp_repeats(planned: Build) -> None:
+def test_fsdp_shards_what_ddp_replicates(planned: Build) -> None:
     config = planned(train__batch_sequences=512, averages=[{"kind": "ema", "decay": 0.9}])
     alone, ddp, fsdp = (
         device_memory(config, Layout(devices, parallel, 2, cuda=True))
@@ -283,18 +301,18 @@ def test_fsdp_divides_what_ddp_repeats(planned: Build) -> None:
     assert any(usage.buffers for usage in fsdp)
 
 
-def test_buckets_are_there_where_gradients_of_one_device_are_not(planned: Build) -> None:
+def test_ddp_keeps_gradient_buckets(planned: Build) -> None:
     config = planned(train__batch_sequences=16)
     one = planned(train__batch_sequences=2)
     alone, replicated = (
         device_memory(run, Layout(devices, "ddp", 2, cuda=True))[0]
         for run, devices in ((one, 1), (config, 8))
     )
-    assert alone.gradients == 4 * 264 * 128  # the head's
+    assert alone.gradients == 4 * 264 * 128  # the head's gradient
     assert replicated.gradients - alone.gradients == replicated.weights
 
 
-def test_averages_kept_in_host_memory_leave_the_gpu_alone(planned: Build) -> None:
+def test_offloaded_averages_use_no_gpu_memory(planned: Build) -> None:
     layout = Layout(1, "ddp", 2, cuda=True)
     config = planned(averages=[{"kind": "lawa", "every": 1, "window": 5}])
     bare = planned()
@@ -304,8 +322,8 @@ def test_averages_kept_in_host_memory_leave_the_gpu_alone(planned: Build) -> Non
     assert device_memory(config, on_cpu)[0].averages == 5 * 4 * parameters
 
 
-def test_a_cpu_holds_a_copy_of_weights_while_it_trains(planned: Build) -> None:
-    """Where a snapshot comes before the last step; a GPU's copy is the host's."""
+def test_a_cpu_holds_a_copy_of_weights_during_training(planned: Build) -> None:
+    """If a snapshot precedes the last step; a GPU's copy is in host memory."""
     layout = Layout(1, "ddp", 2, cuda=False)
     often, at_the_end = (planned(checkpoint__snapshot_every=every) for every in (50, 100))
     parameters = device_memory(often, layout)[0].weights // 4
@@ -316,8 +334,8 @@ def test_a_cpu_holds_a_copy_of_weights_while_it_trains(planned: Build) -> None:
     assert {usage.written for usage in device_memory(mean, layout)} == {2 * 4 * parameters}
 
 
-def test_the_host_holds_a_copy_of_what_is_saved(planned: Build) -> None:
-    """Of a state (weights and two moments) and of weights; of a running mean, its residual too."""
+def test_the_host_holds_a_copy_of_saved_tensors(planned: Build) -> None:
+    """A state (weights, two moments) and weights; with a running mean also its residual."""
     layout = Layout(1, "ddp", 2, cuda=True)
     parameters = device_memory(planned(), layout)[0].weights // 4
     assert host_memory(planned(), layout) == (3 + 1) * 4 * parameters

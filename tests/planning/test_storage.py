@@ -1,4 +1,4 @@
-"""The planned bytes on disk against what a real run wrote."""
+"""The estimated disk usage against a real run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ def on_disk(folder: Path) -> int:
 
 
 @pytest.mark.parametrize(("bias", "optimizer"), [(False, "muon"), (True, "adamw")])
-def test_a_run_writes_what_was_planned(
+def test_a_run_writes_the_estimated_bytes(
     planned: Build,
     data_folder: Path,
     tmp_path: Path,
@@ -69,7 +69,7 @@ def test_a_run_writes_what_was_planned(
     assert storage.largest == pytest.approx(fullest, rel=0.01)
 
 
-def test_a_run_that_may_go_back_saves_where_it_began(planned: Build) -> None:
+def test_a_run_that_may_rewind_saves_its_first_state(planned: Build) -> None:
     checkpoint = {"state_every": 400, "keep_states": 2}
     steady = planned(checkpoint=checkpoint)
     assert disk_usage(steady).largest == disk_usage(steady).total

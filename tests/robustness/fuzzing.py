@@ -1,4 +1,4 @@
-"""What the fuzz tests are made of: mutated trees, lines of JSON, command lines."""
+"""Strategies of the fuzz tests: mutated trees, JSON lines, command lines."""
 
 import enum
 import json
@@ -23,11 +23,11 @@ SCALARS = (
         ["auto", "cosine", "wsd", "ema", "lawa", 10**400, -(2**63), "~", "1e3", "../x", "name"]
     )
 )
-"""Values of JSON and YAML, some of them with a meaning somewhere."""
+"""JSON and YAML values; some are valid for some key."""
 
 
 def places_in(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The path of every value in a tree."""
+    """Return the path of every value in a tree."""
     items = (
         tree.items()
         if isinstance(tree, dict)
@@ -55,7 +55,7 @@ TREES = st.recursive(
 
 @st.composite
 def mutated(draw: st.DrawFn, tree: Any) -> Any:
-    """A tree of JSON or YAML with up to three values replaced, left out, or added."""
+    """Replace, remove or add up to three values of a JSON or YAML tree."""
     tree = json.loads(json.dumps(tree))
     for _ in range(draw(st.integers(1, 3))):
         *parents, last = draw(st.sampled_from(places_in(tree)[1:] or [("x",)]))
@@ -77,40 +77,42 @@ def mutated(draw: st.DrawFn, tree: Any) -> Any:
 
 
 def encoded(document: object) -> bytes:
-    """A line of JSON, without its end."""
+    """Return a JSON line without its newline."""
     return json.dumps(document).encode()
 
 
 TEXTS = st.text(max_size=30) | st.sampled_from(["\ud800", "\0", "a\u2028b", "x" * 3000])
 ODD_LINES = [
-    b"", b"  ", b"[1]", b"null", b'{"text": ', b'{"text": "\xff"}', b"[" * 5000, b"9" * 5000, b"\0", b"\r",
-    b'{"text": "a", "text": "b"}', b'{"text": 1e999}', b'\xef\xbb\xbf{"text": "b"}', b'{"text": "\\ud83d"}',
+    b"", b"  ", b"[1]", b"null", b'{"text": ', b'{"text": "\xff"}', b"[" * 5000, b"9" * 5000,
+    b"\0", b"\r", b'{"text": "a", "text": "b"}', b'{"text": 1e999}', b'\xef\xbb\xbf{"text": "b"}',
+    b'{"text": "\\ud83d"}',
 ]  # fmt: skip
 ROWS = st.dictionaries(
     st.sampled_from(["text", "id"]), TEXTS | SCALARS | st.lists(SCALARS, max_size=2)
 )
 LINES = ROWS.map(encoded) | st.sampled_from(ODD_LINES) | st.binary(max_size=20)
-"""Lines of a JSONL file, right, wrong and torn."""
+"""Valid, invalid and truncated lines of a JSONL file."""
 
 EVENT_KEYS = ["step", "val/loss", "val/loss/ema-0.9", "val/tokens", "seconds", "x"]
 EVENTS = st.dictionaries(st.sampled_from(EVENT_KEYS), SCALARS | TREES).map(encoded)
 """Lines of metrics.jsonl."""
 
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # it is a group
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # a group
 HINTS = {
     info.name or info.callback.__name__: typing.get_type_hints(info.callback)
     for info in app.registered_commands
     if info.callback is not None
 }
 VALUES = [
-    "", "-", "--", "0", "1", "2", "4", "8", "-1", "0.5", "nan", "inf", "1e999", "9" * 400, "last", "all", "2,4", "x=1",
-    "window=2 every=2", "window=0 every=-1", "train.max_steps=10", "a.b.c=[", "=", "name=../x", "text", "gpt2", "byte",
-    "lawa", "ema", "swa", "custom", "dense", "posthoc-ema", "cpu", "cuda:99", "val", "never", "1s", "5GB", "float16",
-    "data", "runs/run", "runs/run/snapshots", "runs/run/snapshots/step-00000004", "runs/run/metrics.jsonl", "runs",
-    "runs/run/state/step-00000004", "runs/run/averages/ema-0.9/step-00000008", "config.yaml", "text.txt",
-    "data/manifest.json", "new", "new/deep", "..", "../new", ".", "/dev/null", "/dev/null/x", "/proc/x", "a" * 300,
-    "\udcff", "ü/😀", "no\nwhere",
-    "*", "[", "hub:", "hub:x", "hub:a/b:c", "a/b", "sotu", "a/b/c", "~x", "{N}",
+    "", "-", "--", "0", "1", "2", "4", "8", "-1", "0.5", "nan", "inf", "1e999", "9" * 400, "last",
+    "all", "2,4", "x=1", "window=2 every=2", "window=0 every=-1", "train.max_steps=10", "a.b.c=[",
+    "=", "name=../x", "text", "gpt2", "byte", "lawa", "ema", "swa", "custom", "dense",
+    "posthoc-ema", "cpu", "cuda:99", "val", "never", "1s", "5GB", "float16", "data", "runs/run",
+    "runs/run/snapshots", "runs/run/snapshots/step-00000004", "runs/run/metrics.jsonl", "runs",
+    "runs/run/state/step-00000004", "runs/run/averages/ema-0.9/step-00000008", "config.yaml",
+    "text.txt", "data/manifest.json", "new", "new/deep", "..", "../new", ".", "/dev/null",
+    "/dev/null/x", "/proc/x", "a" * 300, "\udcff", "ü/😀", "no\nwhere", "*", "[", "hub:", "hub:x",
+    "hub:a/b:c", "a/b", "sotu", "a/b/c", "~x", "{N}",
 ]  # fmt: skip
 
 
@@ -133,11 +135,11 @@ RIGHT = [
     ["pretrain", "--config", "config.yaml", "--set", "train.max_steps=10"],
     *([name] for name in COMMANDS),
 ]
-"""Command lines to begin with; most of them work."""
+"""Command lines to mutate; most of them are valid."""
 
 
 def fitting(command: str, option: str) -> list[str]:
-    """Values of the type that an option takes."""
+    """Return values of the type of an option."""
     hint = HINTS[command].get(option, str)
     kinds = [hint, *typing.get_args(hint)]
     for kind in kinds:
@@ -150,9 +152,9 @@ def fitting(command: str, option: str) -> list[str]:
 
 @st.composite
 def command_lines(draw: st.DrawFn) -> list[str]:
-    """A command line with some further options, mostly with values of their kind, and perhaps a word changed."""
+    """Add options, mostly with values of their type, and possibly replace a word."""
     words = list(draw(st.sampled_from(RIGHT)))
-    # A process of its own writes past what the tests listen to.
+    # The output of another process is not captured.
     options = [option for option in COMMANDS[words[0]].params if option.name != "nproc"]
     for option in draw(st.lists(st.sampled_from(options), max_size=3)):
         if option.param_type_name == "argument":

@@ -1,7 +1,7 @@
-"""Every kind of file cut at 100 lengths and with 200 single bits flipped: found by `verify`, survived by every reader.
+"""Every kind of file, cut at 100 lengths and with 200 single bits flipped.
 
-A reader gives its right result or raises UserError or RunFailed, never anything else; where hashes are checked
-by default it never gives a wrong result. `LENGTHS` and `BITS` are per kind.
+`verify` detects the damage. A reader returns its correct result or raises UserError or RunFailed. A
+reader that checks hashes by default never returns a wrong result.
 """
 
 import random
@@ -39,15 +39,17 @@ from llmtrain.training.run import pretrain
 
 LENGTHS, BITS = 100, 200
 
+pytestmark = pytest.mark.slow
+
 Read = Callable[[Path], object]
-"""Reads what lies in the workplace; the result can be compared."""
+"""Read files below the workplace; results are comparable."""
 
 
 @pytest.fixture(scope="module")
 def workplace(
     tmp_path_factory: pytest.TempPathFactory, data_folder: Path, tiny: Callable[..., RunConfig]
 ) -> Path:
-    """A run with states, averages, results and a branch, its data, and checkpoints in other formats."""
+    """A run with averages, results and a branch, its data, and other checkpoint formats."""
     place = tmp_path_factory.mktemp("damage")
     shutil.copytree(data_folder, place / "data")
     averages = [{"kind": "ema", "decay": 0.9, "save_every": 4}, {"kind": "running-mean"}]
@@ -76,7 +78,7 @@ def small(step: int) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model_at(step).items() if tensor.numel() < 1000}
 
 
-# --- readers --------------------------------------------------------------------------------------
+# --- readers -----------------------------------------------------------------------------------
 
 
 def folder_contents(folder: Path) -> dict[str, bytes]:
@@ -84,14 +86,14 @@ def folder_contents(folder: Path) -> dict[str, bytes]:
 
 
 def lawa(place: Path) -> object:
-    """The average of the run's snapshots, which is kept when it is there already."""
+    """Average the run's snapshots, or return the existing average."""
     series = run_series(RunFolder(place / "run"))
     average(series, make_specs(series, AverageRequest(every=2, window=2)))
     return folder_contents(place / "run" / "averages" / "lawa-2x2" / "step-00000008")
 
 
 def anew(series_of: Callable[[Path], Any], **request: Any) -> Read:
-    """An average of a series, made anew."""
+    """Return a reader that computes an average of a series again."""
 
     def read(place: Path) -> object:
         shutil.rmtree(place / "out", ignore_errors=True)
@@ -134,7 +136,7 @@ def tokens(place: Path) -> object:
 
 
 def resumed(place: Path) -> object:
-    """The finished branch, started again with the command that made it."""
+    """Resume the finished branch with the command that created it."""
     config = load_config(place / "branch" / "config.yaml")
     start = place / "run" / "state" / "step-00000004"
     return pretrain(config, place / "branch", resume=start, log=lambda line: None).already_finished
@@ -152,20 +154,20 @@ def ranks(place: Path) -> object:
         return len(tokenizer._gpt2_ranks())
 
 
-# --- kinds ----------------------------------------------------------------------------------------
+# --- kinds -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A file, who reads it, and who must find every damage to it."""
+    """A file and its readers."""
 
     file: str
     exact: tuple[Read, ...] = ()
-    """Never give a wrong result."""
+    """Readers that never return a wrong result."""
     others: tuple[Read, ...] = ()
-    """Nothing keeps a hash of what they read: they may give another result."""
+    """Readers of data without hashes; they may return another result."""
     hashed: bool = False
-    """`verify` finds every damage."""
+    """`verify` detects every damage."""
 
 
 SNAPSHOT, AVERAGE, STATE = (
@@ -228,7 +230,7 @@ KINDS = {
 
 
 def damages(content: bytes, seed: str) -> Iterator[tuple[str, bytes]]:
-    """What was done, and the content after it."""
+    """Yield a description of each damage and the damaged content."""
     chance = random.Random(seed)
     lengths = range(len(content))
     for length in sorted(chance.sample(lengths, min(LENGTHS, len(lengths)))):
@@ -240,7 +242,7 @@ def damages(content: bytes, seed: str) -> Iterator[tuple[str, bytes]]:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_damage_is_found_and_no_reader_stumbles(workplace: Path, name: str) -> None:
+def test_damage_is_detected_and_readers_survive(workplace: Path, name: str) -> None:
     kind = KINDS[name]
     path = workplace / kind.file.format(first=next((workplace / "run/evals").iterdir()).name)
     if name == "ranks":
@@ -253,7 +255,7 @@ def test_damage_is_found_and_no_reader_stumbles(workplace: Path, name: str) -> N
         for what, damaged in damages(intact, name):
             path.write_bytes(damaged)
             if kind.hashed and not found(path.parent) and not harmless(name, intact, damaged):
-                wrong.append(f"{what}: verify finds nothing")
+                wrong.append(f"{what}: verify reports nothing")
             for number, (read, result) in enumerate(right.items()):
                 try:
                     given = read(workplace)
@@ -277,5 +279,5 @@ def found(folder: Path) -> list[str]:
 
 
 def harmless(name: str, intact: bytes, damaged: bytes) -> bool:
-    """White space of the manifest, whose hash is that of its content."""
+    """Return whether only white space of the manifest changed; its hash ignores that."""
     return name == "manifest" and intact.split() == damaged.split()

@@ -1,7 +1,7 @@
-"""Thousands of made-up configs, command lines and files: a right result, or one message and exit code 1 or 2.
+"""Thousands of generated configs, command lines and files: a correct result, or exit code 1 or 2.
 
-Nothing may hang, show a traceback, or leave something half-written under a final name. The examples are the same
-in each run; `EXAMPLES` says how many there are. To search for others: FUZZ_SEED=7 pytest tests/test_fuzz.py
+Nothing may hang, print a traceback, or leave a partial file under a final name. The examples are
+the same in each run. To search for others: FUZZ_SEED=7 pytest tests/robustness/test_fuzz.py
 """
 
 import json
@@ -45,16 +45,16 @@ EXAMPLES = {
     "results and records": 200,
     "safetensors headers": 200,
 }
-"""2,050 in all; a test holds the README to it."""
+"""Examples of each kind."""
 
 SECONDS = 60
-"""No command takes longer: most take a hundredth of one."""
+"""Time limit of a command; most take a hundredth of a second."""
 
 pytestmark = pytest.mark.slow
 
 
 def fuzz(kind: str) -> Callable[[Any], Any]:
-    """So many examples, the same each time unless FUZZ_SEED asks for others."""
+    """Set the number of examples; FUZZ_SEED selects others."""
     found = os.environ.get("FUZZ_SEED")
     chosen = settings(
         max_examples=EXAMPLES[kind],
@@ -65,16 +65,16 @@ def fuzz(kind: str) -> Callable[[Any], Any]:
     return chosen if found is None else lambda test: seed(int(found))(chosen(test))
 
 
-def test_the_readme_says_how_many_examples_there_are() -> None:
+def test_the_readme_states_the_number_of_examples() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     assert f"{sum(EXAMPLES.values()):,} made-up" in readme
 
 
-# --- what a command may do --------------------------------------------------------------------------
+# --- what a command may do ---------------------------------------------------------------------
 
 
 def run(*arguments: str | Path, cwd: Path) -> Outcome:
-    """Run a command and check all that holds for every command."""
+    """Run a command and check the rules for every command."""
     started = time.monotonic()
     outcome = invoke(*arguments, cwd=cwd)
     assert time.monotonic() - started < SECONDS
@@ -89,7 +89,7 @@ def run(*arguments: str | Path, cwd: Path) -> Outcome:
 
 
 def reported(folder: Path) -> None:
-    """All of the report of a run but the drawing."""
+    """Build the report of a run without drawing it."""
     records = read_records([RunFolder(folder)])
     saved = [row for record in records for row in savings(record)]
     if saved:
@@ -98,7 +98,7 @@ def reported(folder: Path) -> None:
 
 
 def assert_nothing_half_written(place: Path) -> None:
-    """What has its final name is whole, and nothing under another name is left."""
+    """Assert that committed folders are complete and no temporary files remain."""
     if any(place.rglob("integrity.json")) or any(place.rglob("manifest.json")):
         assert not [check for check in verify_below(place) if check.problems]
     assert not list(place.rglob(".tmp-*"))
@@ -106,7 +106,7 @@ def assert_nothing_half_written(place: Path) -> None:
 
 @pytest.fixture
 def fresh(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
-    """Makes a copy of what `trained` made; links are enough, since whoever writes here writes a new file."""
+    """Copy `trained` with hard links; the tests replace files instead of changing them."""
     last: list[Path] = []
 
     def make() -> Path:
@@ -119,11 +119,11 @@ def fresh(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     return make
 
 
-# --- configs ------------------------------------------------------------------------------------------
+# --- configs -----------------------------------------------------------------------------------
 
 
 def config_or_message(place: Path) -> None:
-    """`load_config` and `pretrain` agree on whether it is a config; data is never there, so nothing trains."""
+    """Assert that `load_config` and `pretrain` agree; without data, nothing trains."""
     outcome = run("pretrain", "--config", "fuzzed.yaml", "--set", "data.path=nowhere", cwd=place)
     assert outcome.code == 2, outcome
     try:
@@ -139,7 +139,7 @@ def config_or_message(place: Path) -> None:
 @fuzz("config texts")
 @given(data=st.data())
 def test_config_texts(tmp_path: Path, data: st.DataObject) -> None:
-    """The demo's config with pieces of text put in, taken out and repeated."""
+    """The demo config with inserted, removed and repeated text."""
     text = DEMO
     for _ in range(data.draw(st.integers(1, 4))):
         start = data.draw(st.integers(0, len(text)))
@@ -179,7 +179,7 @@ def test_config_trees(tmp_path: Path, tree: Any) -> None:
     config_or_message(tmp_path)
 
 
-# --- command lines ------------------------------------------------------------------------------------
+# --- command lines -----------------------------------------------------------------------------
 
 
 @fuzz("command lines")
@@ -189,18 +189,18 @@ def test_command_lines(fresh: Callable[[], Path], words: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(
             "RAY_ADDRESS", "127.0.0.1:9"
-        )  # nobody: a cluster for each such line would take minutes
+        )  # no server there: starting a cluster per example would take minutes
         outcome = run(*words, cwd=place)
     if outcome.code == 0 and "--json" in words and "--help" not in words:
         json.loads(outcome.stdout)
     assert_nothing_half_written(place.parents[1])
 
 
-# --- data ---------------------------------------------------------------------------------------------
+# --- data --------------------------------------------------------------------------------------
 
 
 def read_data(folder: Path) -> str:
-    """Every token of a data folder; the identity of the data."""
+    """Read every token of a data folder and return its hash."""
     data = open_data(folder)
     for split in ("train", "val"):
         reader = data.reader(split)
@@ -211,7 +211,7 @@ def read_data(folder: Path) -> str:
 @fuzz("manifests")
 @given(data=st.data())
 def test_manifests(fresh: Callable[[], Path], data: st.DataObject) -> None:
-    """Mutated, half of them with the hash that then belongs to them: what opens is what the shards hold."""
+    """Half of the mutated manifests get a matching hash; valid ones match the shards."""
     folder = fresh() / "data"
     intact = json.loads((folder / "manifest.json").read_text())
     document = data.draw(mutated(intact))
@@ -259,7 +259,7 @@ def test_shards(fresh: Callable[[], Path], data: st.DataObject) -> None:
 
 
 def tokens_by_hand(content: bytes) -> int | None:
-    """Tokens of JSON lines as the README describes them; None where a line is wrong."""
+    """Count the tokens of JSON lines; None if a line is invalid."""
     total = 0
     for number, line in enumerate(content.split(b"\n")):
         document = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
@@ -302,7 +302,7 @@ def test_documents(tmp_path: Path, lines: list[bytes], torn: int) -> None:
         assert "d.jsonl" in outcome.stderr or not expected or b'"good"' not in content
 
 
-# --- a run's files --------------------------------------------------------------------------------------
+# --- a run's files -----------------------------------------------------------------------------
 
 
 @fuzz("metrics")
@@ -318,7 +318,7 @@ def test_metrics(fresh: Callable[[], Path], lines: list[bytes], number: int) -> 
     except UserError as error:
         assert "metrics.jsonl, line" in str(error)
         return
-    if number == 0:  # to draw takes a second
+    if number == 0:  # drawing takes a second
         assert run("report", "runs/run", cwd=place).code == 0
 
 

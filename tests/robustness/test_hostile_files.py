@@ -183,5 +183,8 @@ def test_training_names_an_id_beyond_the_vocabulary(workplace: Path) -> None:
     shard.write_bytes(content[:1024] + struct.pack("<H", 40_000) * (len(content) // 2 - 512))
     outcome = invoke("pretrain", "--config", "config.yaml", "--run-dir", "other", cwd=workplace)
     assert outcome.code == 2
-    expected = r"error: data/train-00000.bin contains id 40000 at token [\d,]+, beyond the vocabulary of 257\nhint: .*\n"
+    expected = (
+        r"error: data/train-00000.bin contains id 40000 at token [\d,]+, "
+        r"beyond the vocabulary of 257\nhint: .*\n"
+    )
     assert re.fullmatch(expected, outcome.stderr)

@@ -1,4 +1,4 @@
-"""What is made of a wish for a device, a precision or a compiler; the GPU's part is marked `gpu`."""
+"""Device, precision and compile settings; tests that need CUDA are marked `gpu`."""
 
 import os
 import platform
@@ -22,7 +22,7 @@ from llmtrain.runtime.device import (
 CPU = torch.device("cpu")
 
 
-def test_devices() -> None:
+def test_resolve_device() -> None:
     assert resolve_device("cpu") == CPU
     assert resolve_device("auto").type in {"cpu", "cuda", "mps"}
     with pytest.raises(UserError, match="is not a device"):
@@ -31,7 +31,7 @@ def test_devices() -> None:
         resolve_device("cuda:99")
 
 
-def test_precision_and_what_autocast_makes_of_it() -> None:
+def test_resolve_precision_and_autocast() -> None:
     assert resolve_precision("float32", CPU) == "float32"
     assert resolve_precision("bfloat16", CPU) == "bfloat16"
     assert resolve_precision("auto", CPU) in {"float32", "bfloat16"}
@@ -42,10 +42,10 @@ def test_precision_and_what_autocast_makes_of_it() -> None:
         assert (ones @ ones).dtype == torch.float32
 
 
-@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux tells what is available")
-def test_available_memory_is_less_by_what_is_taken() -> None:
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs /proc/meminfo")
+def test_available_memory_decreases_by_an_allocation() -> None:
     less = [0.0]
-    while max(less) <= 200e6:  # other processes of the machine take and give back meanwhile
+    while max(less) <= 200e6:  # other processes allocate and free
         assert len(less) <= 50
         before = available_memory(CPU)
         assert 0 < before < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -54,11 +54,11 @@ def test_available_memory_is_less_by_what_is_taken() -> None:
         del taken
 
 
-def test_no_peak_is_guessed() -> None:
+def test_peak_flops_is_none_if_unpublished() -> None:
     assert peak_flops(CPU, "bfloat16") is None
 
 
-def test_compile_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_compile("auto", CPU) == (False, None)
     assert resolve_compile(False, CPU) == (False, None)
     with pytest.raises(UserError, match=r"cuda-graphs: cpu does not support it"):
@@ -71,32 +71,33 @@ def test_compile_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.gpu
-def test_a_cuda_device_multiplies_bfloat16() -> None:
+def test_cuda_resolves_to_bfloat16_and_compile() -> None:
     device = resolve_device("cuda")
     assert resolve_precision("auto", device) == "bfloat16"
     assert resolve_compile("auto", device) == (True, None)
     assert resolve_compile("cuda-graphs", device) == (True, None)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is told to keep memory")
-def test_what_is_freed_is_kept_within_the_block_and_given_back_after_it() -> None:
-    """MB that a process holds more than at its start, whenever it has made and freed a tensor of 200."""
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_kept_only_within_the_block() -> None:
+    """Measure the growth of resident memory (MB) after a tensor of 200 MB is freed."""
     code = """
 import torch
 from llmtrain.runtime.device import keep_freed_memory
-def held():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) // 1000
-def used_and_freed():
+def resident():
+    lines = open("/proc/self/status").readlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) // 1000
+def allocate_and_free():
     block = torch.ones(50_000_000)
-    assert held() > start + 190
+    assert resident() > start + 190
     del block
-    return held() - start
-start = held()
-print(used_and_freed())
+    return resident() - start
+start = resident()
+print(allocate_and_free())
 with keep_freed_memory(torch.device("cpu")):
-    print(used_and_freed())
-print(held() - start)
-print(used_and_freed())
+    print(allocate_and_free())
+print(resident() - start)
+print(allocate_and_free())
 """
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     before, within, after, later = map(int, run.stdout.split())

@@ -1,4 +1,4 @@
-"""The first signal is remembered, the second acts, and the handlers of before come back."""
+"""The first signal sets a flag, the second one acts, and previous handlers are restored."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from llmtrain.runtime.signals import Interrupt, Interrupted
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
 )
-def test_the_first_signal_waits_for_a_check(number: int, code: int) -> None:
+def test_first_signal_is_raised_by_check(number: int, code: int) -> None:
     before = signal.getsignal(number)
     with Interrupt() as interrupt:
         interrupt.check()
@@ -22,14 +22,14 @@ def test_the_first_signal_waits_for_a_check(number: int, code: int) -> None:
     assert signal.getsignal(number) is before
 
 
-def test_the_second_one_leaves_at_once() -> None:
+def test_second_signal_acts_at_once() -> None:
     with Interrupt():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_signal_that_another_process_heard_first_may_still_come() -> None:
+def test_signal_may_arrive_after_another_rank_received_it() -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(Interrupted), Interrupt(agree=lambda code: 143) as interrupt:
@@ -41,7 +41,7 @@ def test_a_signal_that_another_process_heard_first_may_still_come() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def test_the_end_of_the_time_is_like_a_signal() -> None:
+def test_time_limit_is_like_a_signal() -> None:
     with Interrupt(max_seconds=1000) as interrupt:
         interrupt.check()
     with Interrupt(max_seconds=0) as interrupt, pytest.raises(Interrupted) as caught:
@@ -49,8 +49,8 @@ def test_the_end_of_the_time_is_like_a_signal() -> None:
     assert caught.value.exit_code == 124
 
 
-def test_a_signal_that_also_took_the_terminal_away_waits_as_well() -> None:
-    """`pretrain 2>&1 | tee log` and Ctrl-C: nobody reads what the handler says."""
+def test_signal_with_a_closed_stderr() -> None:
+    """Ctrl-C in `pretrain 2>&1 | tee log` also stops tee."""
     reader, writer = os.pipe()
     os.close(reader)
     stderr = os.dup(2)

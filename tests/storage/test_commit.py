@@ -1,4 +1,4 @@
-"""Atomic commit, the record of hashes, the lock, and the names in a run."""
+"""Atomic commits, integrity records, locks, JSON Lines and the paths in a run."""
 
 import errno
 import fcntl
@@ -32,7 +32,7 @@ def write_folder(target: Path, content: str = "x") -> None:
         (folder / "sub" / "b.txt").write_text(content)
 
 
-def test_a_committed_folder_is_whole_and_checked(tmp_path: Path) -> None:
+def test_committed_folder_matches_its_record(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "step-00000001"
     write_folder(target)
     assert sorted(p.name for p in target.iterdir()) == ["a.txt", "integrity.json", "sub"]
@@ -40,14 +40,14 @@ def test_a_committed_folder_is_whole_and_checked(tmp_path: Path) -> None:
     assert not list(target.parent.glob(".tmp-*"))
 
 
-def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_error_removes_the_temporary_folder(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no"), staged_folder(tmp_path / "t") as folder:
         (folder / "a").write_text("x")
         raise RuntimeError("no")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
+def test_existing_folder_is_replaced_only_on_request(tmp_path: Path) -> None:
     target = tmp_path / "t"
     write_folder(target, "old")
     with pytest.raises(FileExistsError):
@@ -59,9 +59,10 @@ def test_a_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
 
 
-def test_a_killed_commit_is_ignored_and_cleaned_up(tmp_path: Path) -> None:
+def test_killed_commit_is_ignored_and_cleaned_up(tmp_path: Path) -> None:
     code = (
-        "import os,sys; from pathlib import Path; from llmtrain.storage.commit import staged_folder\n"
+        "import os, sys\nfrom pathlib import Path\n"
+        "from llmtrain.storage.commit import staged_folder\n"
         "with staged_folder(Path(sys.argv[1])) as f:\n"
         "    (f/'a').write_text('x'); os.kill(os.getpid(), 9)"
     )
@@ -81,7 +82,7 @@ def test_a_killed_commit_is_ignored_and_cleaned_up(tmp_path: Path) -> None:
         (lambda f: (f / "sub" / "b.txt").unlink(), "is missing"),
     ],
 )
-def test_damage_is_found(tmp_path: Path, damage: object, expected: str) -> None:
+def test_integrity_problems_finds_damage(tmp_path: Path, damage: object, expected: str) -> None:
     write_folder(tmp_path / "t")
     damage(tmp_path / "t")  # type: ignore[operator]  # pytest's parameters are objects
     (problem,) = integrity_problems(tmp_path / "t")
@@ -89,7 +90,7 @@ def test_damage_is_found(tmp_path: Path, damage: object, expected: str) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"files": {"a": 1}}', "\x00"])
-def test_a_damaged_record_is_an_error(tmp_path: Path, content: str) -> None:
+def test_damaged_record_is_an_error(tmp_path: Path, content: str) -> None:
     write_folder(tmp_path / "t")
     (tmp_path / "t" / "integrity.json").write_text(content)
     with pytest.raises(UserError, match="integrity"):
@@ -99,7 +100,7 @@ def test_a_damaged_record_is_an_error(tmp_path: Path, content: str) -> None:
         integrity_problems(tmp_path / "t")
 
 
-def test_write_atomically_replaces(tmp_path: Path) -> None:
+def test_write_atomically_creates_and_replaces(tmp_path: Path) -> None:
     write_atomically(tmp_path / "deep" / "f", "one")
     write_atomically(tmp_path / "deep" / "f", b"two")
     assert (tmp_path / "deep" / "f").read_bytes() == b"two"
@@ -121,10 +122,10 @@ commit.write_atomically(Path(sys.argv[1]), "whole")
 """
 
 
-def test_what_a_living_process_writes_stays_and_what_a_killed_one_wrote_goes(
+def test_clean_up_deletes_only_files_of_killed_processes(
     tmp_path: Path,
 ) -> None:
-    """Each stopped when all is written and nothing has its name."""
+    """Both processes stop between the write and the rename."""
     command = [sys.executable, "-c", STOPPED]
     dead, living = (
         subprocess.Popen(
@@ -148,8 +149,8 @@ def test_what_a_living_process_writes_stays_and_what_a_killed_one_wrote_goes(
     }
 
 
-def test_what_others_have_under_such_names_stays(tmp_path: Path) -> None:
-    """In a folder that is not ours alone, such as that of a config."""
+def test_similar_names_of_other_programs_are_kept(tmp_path: Path) -> None:
+    """A config may be in a folder with unrelated files."""
     for name in (".tmp-2024-notes", ".tmp-cache.lock"):
         (tmp_path / name).write_text("mine")
     write_folder(tmp_path / ".tmp-cache")
@@ -158,7 +159,7 @@ def test_what_others_have_under_such_names_stays(tmp_path: Path) -> None:
     assert set(tmp_path.rglob("*")) == before | {tmp_path / "new.yaml"}
 
 
-def test_a_process_of_the_same_number_on_another_machine_loses_nothing(tmp_path: Path) -> None:
+def test_same_process_number_on_another_machine(tmp_path: Path) -> None:
     target, staging = tmp_path / "f", tmp_path / f".tmp-{os.getpid()}-f"
     with ThreadPoolExecutor(1) as pool:
         with commit._open_locked(staging, wait=True) as theirs:
@@ -174,10 +175,10 @@ def test_a_process_of_the_same_number_on_another_machine_loses_nothing(tmp_path:
     assert target.read_text() == "ours"
 
 
-def test_what_is_cleaned_away_is_what_was_locked(
+def test_clean_up_deletes_the_file_that_it_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the opening and the lock its writer gives it its name, and begins with the next one."""
+    """Before the lock is taken, the writer renames the file and starts the next one."""
     staging, lock = tmp_path / ".tmp-5-f", fcntl.flock
     staging.write_text("first")
 
@@ -195,9 +196,7 @@ def test_what_is_cleaned_away_is_what_was_locked(
     }
 
 
-def test_a_file_system_without_locks_is_written_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_write_atomically_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(file: object, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -217,7 +216,7 @@ for number in range(100):
 """
 
 
-def test_processes_that_write_in_one_folder_leave_each_other_alone(tmp_path: Path) -> None:
+def test_processes_write_to_one_folder_concurrently(tmp_path: Path) -> None:
     command = [sys.executable, "-c", AGAIN]
     writers = [
         subprocess.Popen([*command, tmp_path / name], stderr=subprocess.PIPE, text=True)
@@ -227,15 +226,16 @@ def test_processes_that_write_in_one_folder_leave_each_other_alone(tmp_path: Pat
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "99", "b": "99"}
 
 
-def test_removed_folders_never_look_damaged(tmp_path: Path) -> None:
+def test_remove_folder(tmp_path: Path) -> None:
     write_folder(tmp_path / "step-00000003")
     remove_folder(tmp_path / "step-00000003")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_lock_is_exclusive_and_dies_with_its_process(tmp_path: Path) -> None:
+def test_lock_is_exclusive_and_ends_with_its_process(tmp_path: Path) -> None:
     code = (
-        "import sys,os; from pathlib import Path; from llmtrain.storage.commit import locked_folder\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from llmtrain.storage.commit import locked_folder\n"
         "with locked_folder(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(
@@ -254,7 +254,7 @@ def test_the_lock_is_exclusive_and_dies_with_its_process(tmp_path: Path) -> None
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
 
 
-def test_json_lines_leave_out_a_torn_end(tmp_path: Path) -> None:
+def test_truncated_last_json_line_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     assert read_json_lines(path) == []
     path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
@@ -264,7 +264,7 @@ def test_json_lines_leave_out_a_torn_end(tmp_path: Path) -> None:
         read_json_lines(path)
 
 
-def test_names_and_the_newest_run(tmp_path: Path) -> None:
+def test_step_folders_and_newest_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run in"):
         newest_run(tmp_path / "runs")
     for age, name in enumerate(("b", "a", "c")):
@@ -287,8 +287,8 @@ def test_names_and_the_newest_run(tmp_path: Path) -> None:
     assert list(step_folders(tmp_path / "steps")) == [2, 10, 100_000_000]
 
 
-def test_a_replacement_that_was_killed_gives_the_old_folder_back(tmp_path: Path) -> None:
-    """What is on disk between the two renames of a replacement."""
+def test_killed_replacement_restores_the_old_folder(tmp_path: Path) -> None:
+    """Simulate a kill between the two renames of a replacement."""
     write_folder(tmp_path / "t", "old")
     (tmp_path / "t").rename(tmp_path / ".tmp-replaced-t")
     write_folder(tmp_path / ".tmp-t", "new")
@@ -297,7 +297,7 @@ def test_a_replacement_that_was_killed_gives_the_old_folder_back(tmp_path: Path)
     assert (tmp_path / "t" / "a.txt").read_text() == "old"
 
 
-def test_two_processes_do_not_build_the_same_folder(tmp_path: Path) -> None:
+def test_second_process_cannot_build_the_same_folder(tmp_path: Path) -> None:
     with (
         staged_folder(tmp_path / "t"),
         pytest.raises(UserError, match="in use by another"),
@@ -307,7 +307,7 @@ def test_two_processes_do_not_build_the_same_folder(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
 
 
-def test_a_place_where_no_folder_can_be(tmp_path: Path) -> None:
+def test_parent_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with (
         pytest.raises(UserError, match="cannot create the directory"),
