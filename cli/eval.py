@@ -1,7 +1,7 @@
 """`llmtrain eval`: compare raw and averaged weights by loss, on a text, or on zero-shot tasks."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -21,10 +21,8 @@ from .common import ProgressLine, console, help_of, interruptible, print_json, w
 
 if TYPE_CHECKING:
     from llmtrain.checkpoints.resolve import Target
-    from llmtrain.evaluation.results import EvalResult, TaskResult
+    from llmtrain.evaluation.results import EvalResult, Progress, TaskResult
     from llmtrain.evaluation.text import TextResult
-
-    Progress = Callable[[Target, str, int, int], None]
 
 _eval_help = partial(help_of, EvalOptions)
 _task_help = partial(help_of, TaskOptions)
@@ -214,12 +212,7 @@ def _losses(
     known = [target for target in targets if needed or has_data(target, options)]
     if any(target.run and target not in known for target in targets):
         warn("the training data of the run is not found: pass --data FOLDER to measure losses")
-    losses = measure_losses(
-        known,
-        options,
-        lambda target, done, total: progress(target, options.split, done, total),
-        warn=warn,
-    )
+    losses = measure_losses(known, options, progress, warn=warn)
     by_path = dict(zip((target.path for target in known), losses, strict=True))
     return [by_path.get(target.path) for target in targets]
 

@@ -1,10 +1,7 @@
 """`llmtrain generate`: generate text and print it as it is written."""
 
-import signal
-import sys
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -14,17 +11,9 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from llmtrain.errors import UserError
-from llmtrain.evaluation.options import Sampling
+from llmtrain.evaluation.options import EvalOptions, Sampling
 
-from .common import (
-    WeightsArgument,
-    console,
-    discard_stdout,
-    err_console,
-    help_of,
-    interruptible,
-    print_json,
-)
+from .common import WeightsArgument, console, err_console, help_of, interruptible, print_json
 
 if TYPE_CHECKING:
     from llmtrain.checkpoints.resolve import Target
@@ -52,7 +41,7 @@ def generate(
     tokenizer: Annotated[
         str | None, typer.Option(help="gpt2 or byte.", show_default="from config.json")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: Annotated[str, typer.Option(help=help_of(EvalOptions, "device"))] = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
@@ -80,7 +69,7 @@ def generate(
         err_console.print(f"{each.label}: {each.path}", markup=False, style="dim", soft_wrap=True)
         loaded = load_generator(each.path, tokenizer=tokenizer, device=device)
         generators[each] = partial(generate_text, *loaded, prompt)
-    with interruptible("the text ends here") as interrupt, _closed_pipe_stops():
+    with interruptible("the text ends here") as interrupt:
 
         def stream(each: "Target", sampling: Sampling) -> Iterator[str]:
             for part in generators[each](sampling):
@@ -107,13 +96,12 @@ def generate(
 
 def _print_stream(prompt: str, parts: Iterator[str], *, first: bool) -> None:
     """Print a text as it is generated, after a separator line unless it is the first."""
-    sys.stdout.write(visible(prompt) if first else f"---\n{visible(prompt)}")
+    console.out(visible(prompt) if first else f"---\n{visible(prompt)}", end="")
     try:
         for part in parts:
-            sys.stdout.write(visible(part))
-            sys.stdout.flush()
+            console.out(visible(part), end="")
     finally:
-        sys.stdout.write("\n")
+        console.out()
 
 
 def visible(text: str) -> str:
@@ -136,13 +124,3 @@ def _document(prompt: str, weights: "Target", sampling: Sampling, text: str) -> 
         "prompt": prompt,
         "text": text,
     }
-
-
-@contextmanager
-def _closed_pipe_stops() -> Iterator[None]:
-    """Exit quietly when the reader of the output closes the pipe."""
-    try:
-        yield
-    except BrokenPipeError:
-        discard_stdout()
-        raise typer.Exit(128 + signal.SIGPIPE) from None

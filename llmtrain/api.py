@@ -48,7 +48,7 @@ def average(source: str | Path, request: AverageRequest) -> list[Average]:
 def evaluate(target: str | Path, settings: EvalOptions | None = None) -> list[EvalResult]:
     """Return losses: of a run's averages and the raw weights of their steps, or of one model."""
     targets = find_targets(str(target), every_snapshot=False)
-    return measure_losses(targets, settings or EvalOptions(), lambda target, done, total: None)
+    return measure_losses(targets, settings or EvalOptions(), lambda *progress: None)
 
 
 def generate(target: str | Path, prompt: str, sampling: Sampling | None = None) -> str:

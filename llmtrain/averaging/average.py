@@ -1,7 +1,7 @@
 """Averages of a series, from the specs to the committed folders.
 
-Phases: `audit.check_metadata`, open and hash the inputs, `audit.check_hashes`, then for each group of
-averages `merge`, `audit.check_norms` and commit.
+Phases: `audit.check_metadata`, open and hash the inputs, `audit.check_hashes`, then for each group
+of averages `merge`, `audit.check_norms` and commit.
 
     average(series, make_specs(series, AverageRequest(method="lawa", every=1000)))
 """

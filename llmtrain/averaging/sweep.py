@@ -54,15 +54,9 @@ POINTS = 12
 """Steps at which candidates are compared by default."""
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
-    "window": int,
-    "every": int,
-    "start": int,
-    "decay": float,
-    "half_life": float,
-    "blend": float,
-    "sigma_rel": float,
-    "method": str,
-    "shape": str,
+    **dict.fromkeys(("window", "every", "start"), int),
+    **dict.fromkeys(("decay", "half_life", "blend", "sigma_rel"), float),
+    **dict.fromkeys(("method", "shape"), str),
 }
 
 _Weights = dict[str, np.ndarray[Any, np.dtype[np.float32]]]

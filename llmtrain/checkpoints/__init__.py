@@ -11,7 +11,7 @@ May import model, config, runtime, storage and errors. Files, from the lowest:
     windows.py            windows of steps (pure arithmetic)
     series.py             the checkpoints of a run or folder by step
     hub.py                the revisions of a Hugging Face repository by step
-    resolve.py            decide what a word names: a run, a path or a repository
+    resolve.py            find the run, path or repository that a word names
     writer.py             write an average chunk by chunk
 
 To add a checkpoint format:

@@ -136,14 +136,14 @@ def weights_files(folder: Path, name: str = WEIGHTS_FILE) -> Mapping[Path, set[s
 def _indexed_shards(index: Path, suffix: str) -> dict[Path, set[str]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index} has no weight_map", hint="restore the damaged index")
+        raise UserError(f"{index} lacks its weight_map", hint="restore the damaged index")
     shards: dict[Path, set[str]] = {}
     for tensor, file in weight_map.items():
         bare = isinstance(file, str) and file == os.path.basename(file)  # noqa: PTH119  (not a path yet)
         if not bare or not file.endswith(suffix) or "\\" in file or "\0" in file:
             raise UserError(
                 f"{index} places {tensor!r} in {file!r}, which is not the name of a {suffix} file",
-                hint="do not trust this folder: an index may only name files of its own folder",
+                hint="do not trust this folder: an index may only name files next to it",
             )
         shards.setdefault(index.parent / file, set()).add(tensor)
     return dict(sorted(shards.items()))

@@ -203,11 +203,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def load_model(folder: Path) -> GPT:
-    """Load the model of a folder on the CPU, in evaluation mode.
-
-    Raises:
-        UserError: files are missing or damaged, or the tensors do not match the config.
-    """
+    """Load the model of a folder on the CPU, in evaluation mode; check it against its config."""
     shape = load_shape(folder)
     weights = load_weights(folder)
     _check_sizes(folder, shape, weights)

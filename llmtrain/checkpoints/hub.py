@@ -6,10 +6,10 @@ window is pinned and checked for duplicates first; then only its files are downl
     series = hub_series("EleutherAI/pythia-1b-deduped")
 """
 
-import fnmatch
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase, translate
 from functools import cached_property
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def hub_series(
             each revision after summing it.
 
     Raises:
-        UserError: there is no such repository or revision.
+        UserError: the repository does not exist, or no revision matches the pattern.
         RunFailed: the hub cannot be reached.
     """
     pattern = revision_pattern or DEFAULT_PATTERN
@@ -73,7 +73,7 @@ def hub_series(
 
 
 def _revisions_by_step(repository: str, names: list[str], pattern: str) -> dict[int, str]:
-    expression = re.compile(fnmatch.translate(pattern.replace("{N}", "\0")).replace("\0", r"(\d+)"))
+    expression = re.compile(translate(pattern.replace("{N}", "\0")).replace("\0", r"(\d+)"))
     revisions: dict[int, str] = {}
     for name in names:
         match = expression.match(name)
@@ -142,11 +142,7 @@ class _Revision:
 
     def open(self, step: int) -> Checkpoint:
         """Download the weights and their companion files, and read the headers."""
-        companions = [
-            name
-            for name in self._files
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANION_FILES)
-        ]
+        companions = [n for n in self._files if any(fnmatchcase(n, p) for p in COMPANION_FILES)]
         commit = self._info.sha
         folder = self._downloads / str(commit) if self._downloads is not None else None
         path = Path()

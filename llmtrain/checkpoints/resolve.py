@@ -1,4 +1,4 @@
-"""Decide what a word on the command line or in a config names, and find its weights.
+"""Find the run, path or repository that a word on the command line or in a config names.
 
 find_series(None)  # the newest run under runs/, for `average`
 find_targets("runs/demo")  # for `eval`, `generate` and `export`
@@ -81,7 +81,7 @@ def find_series(
             )
         return hub_series(found.name, revision_pattern=revision_pattern, discard=discard)
     if revision_pattern is not None:
-        raise UserError(f"{word or 'a run'} has no revisions", hint="leave out --revision-pattern")
+        raise UserError(f"{word or 'a run'} is not on the hub", hint="leave out --revision-pattern")
     if discard:
         raise UserError(
             f"{word or 'the run'} was not downloaded",
@@ -106,8 +106,8 @@ def find_targets(word: str | Path | None, *, every_snapshot: bool = False) -> li
     """Return the weights that `word` names, by step, raw before averages.
 
     A run stands for all its averages and the raw snapshots of the same steps, or for its newest
-    snapshot if it has no average; with `every_snapshot`, for every snapshot and average. A folder
-    of weights inside a run stands for itself and the raw snapshot of its step.
+    snapshot without an average; with `every_snapshot`, for every snapshot and average. A folder of
+    weights inside a run stands for itself and the raw snapshot of its step.
 
     Raises:
         UserError: it does not exist or contains no weights.
@@ -135,7 +135,7 @@ def _run_targets(run: RunFolder, every_snapshot: bool) -> list[Target]:
     snapshots = step_folders(run.snapshots)
     if not snapshots and not averages:
         raise UserError(
-            f"{run.path} has no snapshot yet",
+            f"{run.path} contains no snapshot yet",
             hint="continue training: checkpoint.snapshot_every sets the steps between snapshots",
         )
     steps = set(snapshots) if every_snapshot else {target.step for target in averages}

@@ -59,11 +59,7 @@ def open_safetensors(path: Path, step: int, location: str) -> Checkpoint:
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Return the tensors of a safetensors file in stored order, and its metadata.
-
-    Raises:
-        UserError: the file is missing, truncated, or not a safetensors file.
-    """
+    """Return the tensors of a safetensors file in stored order, and its metadata."""
     try:
         with path.open("rb") as file, safe_open(path, framework="np"):  # checks the header
             length = int.from_bytes(file.read(8), "little")

@@ -22,7 +22,9 @@ from llmtrain.storage.run_folder import RunFolder, step_folders
 
 _MAX_DIFFERENCES = 8
 _STEP = re.compile(r"(?:^|\D)(\d+)$")
-_SHARD = re.compile(r"-\d+-of-\d+$")
+_SHARD_SUFFIXES = (".safetensors", ".bin", ".tar")
+"""Numbered files with these suffixes are shards of weights or data, not checkpoints."""
+
 _FINAL_NAMES = ("final", "main")
 
 
@@ -70,8 +72,7 @@ class Series:
     ) -> list[windows.Window]:
         """Return the windows for `at`: `last`, `all`, or the step at which one window ends.
 
-        Raises:
-            UserError: there is no such window; the message lists the steps and possible spacings.
+        If none exists, the error lists the steps and the possible spacings.
         """
         find = windows.disjoint_windows if disjoint else windows.sliding_windows
         complete = find(self.steps, every=every, size=size)
@@ -91,10 +92,9 @@ class Series:
 
     def _no_window(self, every: int, size: int) -> MissingCheckpoints:
         spacings = windows.possible_spacings(self.steps, size)
+        hint = f"use --window {max(len(self.steps), 1)} or less, or continue training"
         if spacings:
             hint = f"--every {windows.describe_spacings(spacings)} gives a window of {size}"
-        else:
-            hint = f"use --window {max(len(self.steps), 1)} or less, or continue training"
         return MissingCheckpoints(
             f"{self.name} has no {size} checkpoints every {every:,} steps; "
             f"it has {len(self.steps)}: {windows.describe_steps(self.steps)}",
@@ -103,19 +103,13 @@ class Series:
 
 
 def run_series(run: RunFolder) -> Series:
-    """Return the snapshots of a run after warm-up.
-
-    Averages that include warm-up or the initial weights are worse than the raw weights.
-
-    Raises:
-        UserError: the run has no config, or no snapshot after warm-up.
-    """
+    """Return the snapshots of a run after warm-up; earlier ones make averages worse than raw."""
     warmup = load_config(run.config).schedule.warmup_steps
     snapshots = step_folders(run.snapshots)
     inputs = {step: local_input(step, path) for step, path in snapshots.items() if step > warmup}
     if not inputs:
         raise UserError(
-            f"{run.path} has no snapshot after its {warmup:,} warm-up steps; "
+            f"{run.path} contains no snapshot after its {warmup:,} warm-up steps; "
             f"it has {windows.describe_steps(list(snapshots))}",
             hint="continue training; checkpoint.snapshot_every sets the steps between snapshots",
         )
@@ -126,9 +120,6 @@ def folder_series(folder: Path) -> Series:
     """Return the checkpoints in a folder: `step1000/`, `checkpoint-1000/`, `ckpt_1000.pt`, ….
 
     The step is the number at the end of the name. Step 0 is left out.
-
-    Raises:
-        UserError: the folder has no checkpoints, or two of one step.
     """
     if not folder.is_dir():
         raise UserError(
@@ -137,7 +128,8 @@ def folder_series(folder: Path) -> Series:
         )
     paths: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
-        step = _step_in_name(path)
+        match = _STEP.search(path.stem if path.is_file() else path.name)
+        step = int(match[1]) if match and path.suffix not in _SHARD_SUFFIXES else 0
         if not step or not is_checkpoint(path):
             continue
         if step in paths:
@@ -157,12 +149,6 @@ def folder_series(folder: Path) -> Series:
     return Series(str(folder), Path("averages") / folder.resolve().name, inputs, final=final)
 
 
-def _step_in_name(path: Path) -> int | None:
-    name = path.stem if path.is_file() else path.name
-    match = _STEP.search(name)
-    return int(match[1]) if match and not _SHARD.search(name) else None
-
-
 def local_input(step: int, path: Path) -> Input:
     """Return the input for a folder or file of weights in any format."""
     return Input(
@@ -171,10 +157,9 @@ def local_input(step: int, path: Path) -> Input:
 
 
 def recorded_hashes(folder: Path) -> dict[str, str]:
-    """Return SHA-256 by file name as recorded when `folder` was committed; empty without a record.
+    """Return SHA-256 by file name as recorded when `folder` was committed; check the sizes.
 
-    Raises:
-        UserError: a file differs from the record in size, or the record is damaged.
+    The result is empty if nothing was recorded.
     """
     if not (folder / INTEGRITY_FILE).exists():
         return {}
@@ -192,11 +177,7 @@ def recorded_hashes(folder: Path) -> dict[str, str]:
 
 
 def require_same_tensors(checkpoints: Sequence[Checkpoint]) -> None:
-    """Compare names, shapes and dtypes of all tensors with the newest checkpoint's, from headers.
-
-    Raises:
-        UserError: they differ; the message lists tensors and steps.
-    """
+    """Raise unless names, shapes and dtypes of all tensors equal those of the newest checkpoint."""
     newest = checkpoints[-1]
     expected = newest.tensors
     differences = [

@@ -1,6 +1,6 @@
 """Dtype and shape of a stored tensor, and conversion of its numbers to float64 and back.
 
-Why not numpy's casts alone: numpy has no bfloat16. Converting float64 to bfloat16 through float32
+Why not numpy's casts alone: numpy lacks bfloat16. Converting float64 to bfloat16 through float32
 rounds twice, which gives a wrong result about once in 65,000 numbers. `round_to` rounds once.
 
     to_float64(raw, "BF16", out); raw = round_to(values, "BF16")

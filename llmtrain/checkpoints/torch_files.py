@@ -62,11 +62,7 @@ class _GPTConfig:
 
 
 def open_torch(path: Path, step: int, location: str) -> Checkpoint:
-    """Open a folder with `pytorch_model.bin`, whole or in shards, or one training checkpoint.
-
-    Raises:
-        UserError: a file is damaged, contains no weights, or does not match its index.
-    """
+    """Open a folder with `pytorch_model.bin`, whole or in shards, or one training checkpoint."""
     if not path.is_dir():
         return _open_training_file(path, step, location)
     parts: dict[str, dict[str, Tensor]] = {}

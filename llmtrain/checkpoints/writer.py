@@ -44,7 +44,7 @@ def output_layout(newest: Checkpoint, *, dtype: str | None) -> Layout:
         for file, specs in newest.layout.items()
     }
     if len(layout) == 1:
-        return {WEIGHTS_FILE: next(iter(layout.values()))}  # a single file needs no index
+        return {WEIGHTS_FILE: next(iter(layout.values()))}  # without an index
     return layout
 
 

@@ -279,8 +279,8 @@ class _Build:
             return [writer.close() for writer in writers]
 
     def _writer(self, split: str, journal: Journal, stack: ExitStack) -> ShardWriter:
-        folder, size = self.staging.shards, self.spec.shard_tokens
-        writer = ShardWriter(folder, split, size, journal.shards[split], journal.add_shard)
+        folder, size, finished = self.staging.shards, self.spec.shard_tokens, journal.shards[split]
+        writer = ShardWriter(folder, split, size, list(finished), journal.add_shard)
         stack.callback(writer.abort)
         return writer
 

@@ -11,8 +11,8 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -106,15 +106,8 @@ def read_partition(partition: Partition, field: str) -> Iterator[bytes | memoryv
             yield from _READERS[kind_of(file_range.path) or ".arrow"](file_range, field)
 
 
-@contextmanager
-def _open_input(path: str) -> Iterator[Any]:
-    """Open a path or a URL for reading bytes, with `seek`."""
-    if is_url(path):
-        with open_url(path) as file:
-            yield file
-        return
-    with Path(local_path(path)).open("rb") as file:
-        yield file
+def _open_input(path: str) -> AbstractContextManager[Any]:
+    return open_url(path) if is_url(path) else Path(local_path(path)).open("rb")
 
 
 # --- text and JSON lines -----------------------------------------------------------------------
@@ -209,10 +202,9 @@ def _parquet_ranges(path: str, file: Any) -> list[FileRange]:
         for i, each in enumerate(row_groups)
     ]
     return [
-        FileRange(
-            path,
+        replace(
+            group[0],
             bytes=sum(each.bytes for each in group),
-            start=group[0].start,
             end=group[-1].end,
             documents=sum(each.documents or 0 for each in group),
         )

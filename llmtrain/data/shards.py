@@ -30,6 +30,7 @@ MAX_SHARD_TOKENS = 2**31 - 1
 TOKEN = np.dtype("<u2")
 TOKEN_BYTES = TOKEN.itemsize
 _HEADER_INT = np.dtype("<i4")
+_DAMAGED = "check it with llmtrain verify; restore it or prepare the data again"
 
 
 def header(tokens: int) -> bytes:
@@ -70,27 +71,23 @@ def hash_problem(folder: Path, shard: ShardRecord) -> str | None:
 # --- writing -----------------------------------------------------------------------------------
 
 
+@dataclass
 class ShardWriter:
     """Writer of one split's documents; a shard ends with the document that fills it.
 
     A shard is written under a temporary name, flushed to disk, renamed and passed to `on_shard`.
+    `finished` contains the shards written so far.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        split: str,
-        shard_tokens: int,
-        finished: list[ShardRecord],
-        on_shard: Callable[[ShardRecord], None],
-    ) -> None:
-        self.shards = list(finished)
-        self._on_shard = on_shard
-        self._folder = folder
-        self._split = split
-        self._shard_tokens = shard_tokens
-        self._file: BinaryIO | None = None
-        self._tokens = self._documents = self._text_bytes = 0
+    folder: Path
+    split: str
+    shard_tokens: int
+    finished: list[ShardRecord]
+    on_shard: Callable[[ShardRecord], None]
+    _file: BinaryIO | None = None
+    _tokens: int = 0
+    _documents: int = 0
+    _text_bytes: int = 0
 
     def add(self, tokens: npt.NDArray[np.uint16], text_bytes: int, *, ends_document: bool) -> None:
         """Append the tokens of a document, or of a part of it."""
@@ -107,14 +104,14 @@ class ShardWriter:
             )
         if ends_document:
             self._documents += 1
-            if self._tokens >= self._shard_tokens:
+            if self._tokens >= self.shard_tokens:
                 self._finish_shard()
 
     def close(self) -> SplitRecord:
         """Finish the last shard and return the record of the split."""
         if self._file is not None:
             self._finish_shard()
-        return SplitRecord.from_shards(self.shards)
+        return SplitRecord.from_shards(self.finished)
 
     def abort(self) -> None:
         """Delete the unfinished shard, which frees space on a full disk."""
@@ -126,11 +123,11 @@ class ShardWriter:
 
     @property
     def _name(self) -> str:
-        return shard_name(self._split, len(self.shards))
+        return shard_name(self.split, len(self.finished))
 
     @property
     def _temporary(self) -> Path:
-        return self._folder / f"{commit.TEMPORARY_PREFIX}{self._name}"
+        return self.folder / f"{commit.TEMPORARY_PREFIX}{self._name}"
 
     def _finish_shard(self) -> None:
         assert self._file is not None
@@ -146,10 +143,10 @@ class ShardWriter:
             text_bytes=self._text_bytes,
             sha256=integrity.sha256_of(self._temporary),
         )
-        self._temporary.replace(self._folder / self._name)
-        commit.fsync_path(self._folder)
-        self._on_shard(record)
-        self.shards.append(record)
+        self._temporary.replace(self.folder / self._name)
+        commit.fsync_path(self.folder)
+        self.on_shard(record)
+        self.finished.append(record)
         self._tokens = self._documents = self._text_bytes = 0
 
 
@@ -161,11 +158,9 @@ class Tokens(Protocol):
 
     def __len__(self) -> int:
         """Return the number of tokens."""
-        ...
 
     def read(self, start: int, length: int) -> npt.NDArray[np.integer[Any]]:
         """Return tokens `start` to `start + length`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -211,7 +206,12 @@ class TokenReader:
             part = tokens[done : done + count]
             self._fill(part, index, first)
             if part.max() >= self._vocab_size:
-                raise self._invalid_id(part, index, first)
+                position = int((part >= self._vocab_size).argmax())
+                raise UserError(
+                    f"{self._files[index].path} contains id {part[position]} at token "
+                    f"{first + position:,}, beyond the vocabulary of {self._vocab_size:,}",
+                    hint=_DAMAGED,
+                )
             done += count
         return tokens
 
@@ -224,19 +224,10 @@ class TokenReader:
             if count == 0:
                 raise UserError(
                     f"{file.path} ends at byte {position:,}, before its last token",
-                    hint="check it with llmtrain verify; restore it or prepare the data again",
+                    hint=_DAMAGED,
                 )
             view = view[count:]
             position += count
-
-    def _invalid_id(self, part: npt.NDArray[np.uint16], index: int, first: int) -> UserError:
-        position = int((part >= self._vocab_size).argmax())
-        return UserError(
-            f"{self._files[index].path} contains id {part[position]} at token "
-            f"{first + position:,}, beyond the vocabulary of {self._vocab_size:,}",
-            hint="the file is damaged or uses another tokenizer: check it with llmtrain verify, "
-            "or prepare the data again",
-        )
 
     def close(self) -> None:
         """Close the files, as garbage collection does."""

@@ -96,7 +96,7 @@ def generate(
         prompt: token ids; empty for a new document.
         sampling: how to choose each token.
         eot: id of the end-of-text token.
-        vocabulary: number of ids; rows of the embedding from this one on are padding.
+        vocabulary: number of ids; later rows of the embedding are padding.
 
     Raises:
         RunFailed: the logits are not finite.
@@ -124,7 +124,7 @@ def generate(
 
 
 def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Return one id, drawn on the CPU so that a seed gives the same text on every device."""
+    """Return one id, drawn on the CPU so that the draws do not depend on the device."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     probabilities = F.softmax(filter_logits(logits_V / sampling.temperature, sampling), dim=-1)
@@ -145,13 +145,7 @@ def filter_logits(logits_V: Tensor, sampling: Sampling) -> Tensor:
 
 
 def tokenizer_of(folder: Path, shape: Shape, name: str | None = None) -> Tokenizer:
-    """Return the tokenizer of a weights folder.
-
-    Args:
-        folder: the folder.
-        shape: shape of its model.
-        name: a tokenizer; None for the one whose end-of-text token the folder's config names,
-            which identifies ours uniquely.
+    """Return a tokenizer by name, or the one whose end-of-text id the folder's config names.
 
     Raises:
         UserError: it is not one of our tokenizers, or has more ids than the model.
@@ -175,11 +169,6 @@ def load_generator(
     folder: Path, *, tokenizer: str | None = None, device: str = "auto"
 ) -> tuple[GPT, Tokenizer]:
     """Load the GPT-2 in a folder, on a device in float32, and its tokenizer.
-
-    Args:
-        folder: GPT-2 weights, ours or others'.
-        tokenizer: see `tokenizer_of`.
-        device: auto, cpu, cuda, cuda:N or mps.
 
     Raises:
         UserError: the weights, the device or the tokenizer cannot be used.

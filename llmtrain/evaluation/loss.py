@@ -26,7 +26,7 @@ from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.cache import cached, ignore, weights_sha256
 from llmtrain.evaluation.hf_models import HFModel, load_causal, reencode, require_ids
 from llmtrain.evaluation.options import EvalOptions
-from llmtrain.evaluation.results import EvalResult
+from llmtrain.evaluation.results import EvalResult, Progress
 from llmtrain.model.gpt import GPT, IGNORE
 from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.runtime.device import (
@@ -160,17 +160,11 @@ def require_finite(result: LossResult, name: str) -> LossResult:
 def measure_losses(
     targets: list[Target],
     options: EvalOptions,
-    on_progress: Callable[[Target, int, int], None],
+    on_progress: Progress,
     *,
     warn: Callable[[str], None] = ignore,
 ) -> list[EvalResult]:
-    """Return the loss of each target, measured or cached.
-
-    Args:
-        targets: the weights; raw weights before the averages of the same step.
-        options: how to measure.
-        on_progress: called with the target, windows done and total; may raise to stop.
-        warn: called with each warning.
+    """Return the loss of each target, measured or cached; raw weights must precede averages.
 
     Raises:
         UserError: the data is unknown or does not fit the model, or the weights are damaged.
@@ -232,7 +226,7 @@ def _cached_loss(
     target: Target,
     options: EvalOptions,
     data: TokenData,
-    on_progress: Callable[[Target, int, int], None],
+    on_progress: Progress,
     warn: Callable[[str], None],
 ) -> EvalResult:
     device = resolve_device(options.device)
@@ -254,7 +248,7 @@ def _cached_loss(
                 device=device,
                 precision=precision,
                 limit=limit if n_bytes is None else None,
-                on_progress=partial(on_progress, target),
+                on_progress=partial(on_progress, target, options.split),
             )
         require_finite(result, str(target.path))
         if n_bytes is not None:

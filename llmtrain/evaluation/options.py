@@ -15,6 +15,8 @@ from llmtrain.errors import UserError
 LOWEST_TEMPERATURE = 1e-6
 """Lowest temperature above 0: logits divided by less would overflow float32."""
 
+Device = Annotated[str, Doc("auto, cpu, cuda, cuda:N or mps.")]
+
 
 @dataclass(frozen=True)
 class EvalOptions:
@@ -25,7 +27,7 @@ class EvalOptions:
     tokens: Annotated[int | None, Doc("Evaluate only the first N tokens of the split.")] = None
     batch: Annotated[int | None, Doc("Windows in one forward pass.")] = None
     precision: Annotated[str | None, Doc("Precision of matrix products.")] = None
-    device: Annotated[str, Doc("auto, cpu, cuda, cuda:N or mps.")] = "auto"
+    device: Device = "auto"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class TextOptions:
         Doc("Tokens that each window predicts; the tokens before them are context only."),
     ] = None
     batch: Annotated[int, Doc("Windows in one forward pass.")] = 16
-    device: Annotated[str, Doc("auto, cpu, cuda, cuda:N or mps.")] = "auto"
+    device: Device = "auto"
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class TaskOptions:
     trust_files: Annotated[bool, Doc("Allow --task-files to run their code. Read it first.")] = (
         False
     )
-    device: Annotated[str, Doc("auto, cpu, cuda, cuda:N or mps.")] = "auto"
+    device: Device = "auto"
 
 
 @dataclass(frozen=True)

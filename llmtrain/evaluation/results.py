@@ -1,6 +1,7 @@
-"""Results of losses and tasks, the cached losses of a run, and the choice of its best weights."""
+"""Result types for losses and tasks, the cached losses of a run, the choice of its best weights."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pydantic import FiniteFloat
@@ -8,6 +9,9 @@ from pydantic import FiniteFloat
 from llmtrain.checkpoints.resolve import Target, find_targets
 from llmtrain.evaluation.cache import read_result, weights_sha256
 from llmtrain.storage.run_folder import RAW, RunFolder
+
+Progress = Callable[[Target, str, int, int], None]
+"""Called with the target, the split, file or task, units done and total; may raise to stop."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,8 @@ def stored_results(run: RunFolder) -> list[EvalResult]:
 def choose_weights(name: str | None) -> tuple[Target, Target | None]:
     """Return one set of weights and, if it is an average, the raw weights of its step.
 
-    Args:
-        name: a folder of weights; a run, for its newest average or, without averages, its newest
-            snapshot; OWNER/NAME[@REVISION] on the hub; None for the newest run. Among several
-            averages of a step, the one with the lowest measured loss wins, else the first by name.
+    A run stands for its newest average or, without averages, its newest snapshot. Among averages of
+    one step, the lowest measured loss wins, else the first name. None is the newest run.
 
     Raises:
         UserError: the name matches none of these.

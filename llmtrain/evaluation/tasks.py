@@ -19,7 +19,7 @@ from llmtrain.checkpoints.resolve import Target
 from llmtrain.errors import UserError
 from llmtrain.evaluation.cache import cached, ignore, weights_sha256
 from llmtrain.evaluation.options import TaskDefinition, TaskOptions
-from llmtrain.evaluation.results import TaskResult
+from llmtrain.evaluation.results import Progress, TaskResult
 from llmtrain.storage.integrity import sha256_of
 
 if TYPE_CHECKING:
@@ -34,17 +34,11 @@ _DATA_SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
 def measure_tasks(
     targets: list[Target],
     options: TaskOptions,
-    on_progress: Callable[[Target, str, int, int], None],
+    on_progress: Progress,
     *,
     warn: Callable[[str], None] = ignore,
 ) -> list[list[TaskResult]]:
     """Return the scores of each target in each task, measured or cached; one list per target.
-
-    Args:
-        targets: the weights.
-        options: the tasks and how to score them.
-        on_progress: called with the target, the task, requests done and total; may raise to stop.
-        warn: called with each warning.
 
     Raises:
         UserError: lm-eval is missing, a task or its data is missing, or task files are not trusted.

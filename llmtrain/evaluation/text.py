@@ -23,6 +23,7 @@ from llmtrain.evaluation.cache import cached, ignore, weights_sha256
 from llmtrain.evaluation.hf_models import IdArray, encoding_of, load_causal, require_ids
 from llmtrain.evaluation.loss import evaluate, require_finite
 from llmtrain.evaluation.options import TextOptions
+from llmtrain.evaluation.results import Progress
 from llmtrain.runtime.device import (
     Precision,
     keep_freed_memory,
@@ -62,18 +63,11 @@ def measure_text(
     targets: list[Target],
     path: Path,
     options: TextOptions,
-    on_progress: Callable[[Target, str, int, int], None],
+    on_progress: Progress,
     *,
     warn: Callable[[str], None] = ignore,
 ) -> list[TextResult]:
     """Return the loss of each target on a text file, measured or cached.
-
-    Args:
-        targets: the weights.
-        path: the text file.
-        options: how to measure.
-        on_progress: called with target, file name, windows done and total; may raise to stop.
-        warn: called with each warning.
 
     Raises:
         UserError: the file is missing, empty or not UTF-8; the stride is longer than a window; a

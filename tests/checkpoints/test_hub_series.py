@@ -1,6 +1,6 @@
-"""A GPT-NeoX series written by transformers, served over HTTP to the real hub client; and planted faults.
+"""Average a GPT-NeoX series that a local HTTP server offers to the real hub client; plant faults.
 
-Each command runs in a process of its own, as the client reads its endpoint when it is imported.
+Each command runs in a subprocess, because the client reads its endpoint on import.
 """
 
 import json
@@ -21,14 +21,16 @@ from tiny_runs import load_all
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = "tiny/neox"
 LAST = 20_000
 BUFFER = "gpt_neox.layers.0.attention.bias"
-"""Old GPT-NeoX checkpoints hold the causal mask as integers."""
+"""Causal mask; old GPT-NeoX checkpoints store it as integers."""
 
 
 def write_series(root: Path, *, tied: bool, vocab_size: int = 128) -> dict[str, Path]:
-    """Revisions step1000 … step20000 and main: a small walk from one initial model."""
+    """Write revisions step1000 to step20000 and main: a random walk from one initial model."""
     config = GPTNeoXConfig(
         vocab_size=vocab_size,
         hidden_size=32,
@@ -68,7 +70,7 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(series: Path, tmp_path: Path) -> Iterator[HubServer]:
-    """The untied series, in a copy that a test may damage."""
+    """Serve a copy of the untied series that a test may damage."""
     shutil.copytree(series / "untied", tmp_path / "hub")
     with HubServer() as server:
         server.add(
@@ -115,9 +117,7 @@ def downloads(hub: HubServer) -> list[str]:
     ]
 
 
-def test_a_window_is_averaged_and_only_what_it_needs_is_fetched(
-    hub: HubServer, tmp_path: Path
-) -> None:
+def test_average_downloads_only_the_window(hub: HubServer, tmp_path: Path) -> None:
     entry = averaged(hub, tmp_path)
     folder = tmp_path / entry["path"]
     assert entry["path"] == "averages/neox/lawa-5x1000/step-00015000"
@@ -138,13 +138,11 @@ def test_transformers_loads_the_average(hub: HubServer, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     exact = oracle(tmp_path / "hub")
     for loaded, tensor in model.state_dict().items():
-        name = (
-            loaded if loaded in exact else "embed_out.weight"
-        )  # as it is called in GPT-NeoX files
+        name = loaded if loaded in exact else "embed_out.weight"  # its name in GPT-NeoX files
         assert ulps(tensor, exact[name]) <= 1, name
 
 
-def test_a_tied_series_stays_tied(series: Path, tmp_path: Path) -> None:
+def test_tied_weights_stay_tied(series: Path, tmp_path: Path) -> None:
     with HubServer() as hub:
         hub.add("model", REPOSITORY, {path.name: path for path in (series / "tied").iterdir()})
         folder = tmp_path / averaged(hub, tmp_path)["path"]
@@ -153,7 +151,7 @@ def test_a_tied_series_stays_tied(series: Path, tmp_path: Path) -> None:
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def test_discarded_inputs_leave_the_same_average_and_nothing_else(
+def test_discard_inputs_gives_the_same_average_and_leaves_no_files(
     hub: HubServer, tmp_path: Path
 ) -> None:
     folder = tmp_path / averaged(hub, tmp_path, "--discard-inputs", "--label", "folded")["path"]
@@ -170,9 +168,7 @@ def test_discarded_inputs_leave_the_same_average_and_nothing_else(
     assert len(downloads(hub)) == before
 
 
-def test_a_duplicated_revision_is_refused_before_any_download(
-    hub: HubServer, tmp_path: Path
-) -> None:
+def test_duplicate_revision_is_rejected_before_download(hub: HubServer, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "hub" / "step12000")
     shutil.copytree(tmp_path / "hub" / "step14000", tmp_path / "hub" / "step12000")
     done = average(hub, tmp_path, REPOSITORY, "--every", "1000", "--at", "15000")
@@ -181,7 +177,7 @@ def test_a_duplicated_revision_is_refused_before_any_download(
     assert downloads(hub) == []
 
 
-def test_one_shard_of_the_final_model_is_refused(hub: HubServer, tmp_path: Path) -> None:
+def test_shard_of_the_final_model_is_rejected(hub: HubServer, tmp_path: Path) -> None:
     shard = min((tmp_path / "hub" / "main").glob("model-*.safetensors")).name
     shutil.copyfile(tmp_path / "hub" / "main" / shard, tmp_path / "hub" / "step13000" / shard)
     done = average(hub, tmp_path, REPOSITORY, "--every", "1000", "--at", "15000")
@@ -190,7 +186,7 @@ def test_one_shard_of_the_final_model_is_refused(hub: HubServer, tmp_path: Path)
     assert downloads(hub) == []
 
 
-def test_a_nan_is_refused(hub: HubServer, tmp_path: Path) -> None:
+def test_nan_is_rejected(hub: HubServer, tmp_path: Path) -> None:
     shard = max((tmp_path / "hub" / "step13000").glob("model-*.safetensors"))
     tensors = load_file(shard)
     name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
@@ -203,14 +199,14 @@ def test_a_nan_is_refused(hub: HubServer, tmp_path: Path) -> None:
     assert not list((tmp_path / "averages").rglob("*.safetensors"))
 
 
-def test_a_missing_step_is_told_with_what_there_is(hub: HubServer, tmp_path: Path) -> None:
+def test_missing_step_error_lists_the_steps(hub: HubServer, tmp_path: Path) -> None:
     del hub.repositories["model", REPOSITORY]["step13000"]
     done = average(hub, tmp_path, REPOSITORY, "--every", "1000", "--at", "15000")
     assert done.returncode == 2
     assert "1,000 to 12,000 every 1,000, 14,000 to 20,000 every 1,000" in done.stderr
 
 
-def test_an_index_that_leaves_its_folder_is_refused(hub: HubServer, tmp_path: Path) -> None:
+def test_index_with_outside_path_is_rejected(hub: HubServer, tmp_path: Path) -> None:
     index = tmp_path / "hub" / "step13000" / "model.safetensors.index.json"
     document = json.loads(index.read_text())
     document["weight_map"][BUFFER] = "../../../../secret.safetensors"
@@ -233,7 +229,7 @@ def test_an_index_that_leaves_its_folder_is_refused(hub: HubServer, tmp_path: Pa
         ([REPOSITORY, "--every", "1500"], 2, "--every 1000"),
     ],
 )
-def test_what_the_hub_does_not_have_is_said(
+def test_unknown_repository_or_revision_is_an_error(
     hub: HubServer, tmp_path: Path, arguments: list[str], code: int, said: str
 ) -> None:
     done = average(hub, tmp_path, *arguments)
@@ -242,7 +238,7 @@ def test_what_the_hub_does_not_have_is_said(
     assert "hint:" in done.stderr
 
 
-def test_a_revision_pattern_with_a_wildcard(hub: HubServer, tmp_path: Path) -> None:
+def test_revision_pattern_with_wildcard(hub: HubServer, tmp_path: Path) -> None:
     revisions = hub.repositories["model", REPOSITORY]
     hub.add(
         "model",
@@ -269,7 +265,7 @@ def test_a_revision_pattern_with_a_wildcard(hub: HubServer, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "variables", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}]
 )
-def test_no_network_is_a_failed_run_with_a_hint(
+def test_without_network_exit_code_is_1_with_a_hint(
     variables: dict[str, str], hub: HubServer, tmp_path: Path
 ) -> None:
     environment = (

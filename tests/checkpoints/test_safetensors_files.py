@@ -1,4 +1,4 @@
-"""Safetensors headers: equal to the reference library's reading, and strict about damage."""
+"""Headers of safetensors files: agreement with the library, and rejection of damaged files."""
 
 import json
 import struct
@@ -22,7 +22,7 @@ def _file(path: Path, header: object, data: bytes = b"") -> Path:
     return path
 
 
-def test_reads_what_the_reference_library_wrote(tmp_path: Path) -> None:
+def test_read_header_of_a_file_from_the_library(tmp_path: Path) -> None:
     tensors = {
         "b": torch.arange(6, dtype=torch.float32).view(2, 3),
         "a": torch.arange(4, dtype=torch.bfloat16),
@@ -43,7 +43,7 @@ def test_reads_what_the_reference_library_wrote(tmp_path: Path) -> None:
     )
 
 
-def test_the_reference_library_reads_what_is_encoded(tmp_path: Path) -> None:
+def test_library_reads_an_encoded_header(tmp_path: Path) -> None:
     specs = {
         "ü": TensorSpec("F32", (2,)),
         "n": TensorSpec("I64", ()),
@@ -84,7 +84,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"__metadata__": {"a": 1}}, b""),
     ],
 )
-def test_damage_is_named(tmp_path: Path, header: object, data: bytes) -> None:
+def test_damaged_header_is_rejected(tmp_path: Path, header: object, data: bytes) -> None:
     path = _file(tmp_path / "bad.safetensors", header, data)
     with pytest.raises(UserError, match=r"bad\.safetensors"):
         read_header(path)
@@ -93,21 +93,21 @@ def test_damage_is_named(tmp_path: Path, header: object, data: bytes) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"1234", struct.pack("<Q", 1 << 60) + b"{}", struct.pack("<Q", 0)]
 )
-def test_a_header_longer_than_its_file_is_damage(tmp_path: Path, content: bytes) -> None:
+def test_header_longer_than_the_file_is_rejected(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
     with pytest.raises(UserError, match="header"):
         read_header(path)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone\.safetensors"):
         read_header(tmp_path / "gone.safetensors")
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
 @given(flip=st.integers(0, 10_000), bit=st.integers(0, 7))
-def test_a_flipped_bit_never_ends_in_another_exception(tmp_path: Path, flip: int, bit: int) -> None:
+def test_flipped_bit_raises_only_user_errors(tmp_path: Path, flip: int, bit: int) -> None:
     path = tmp_path / "x.safetensors"
     header, _ = encode_header(
         {"a": TensorSpec("F32", (2,)), "b": TensorSpec("BF16", (3, 2))}, {"format": "pt"}

@@ -1,4 +1,4 @@
-"""Series of every kind: folders of Hugging Face checkpoints, and what must be refused."""
+"""Series of checkpoints in folders: steps, shards, links, integers, dtypes, companion files."""
 
 import json
 import os
@@ -21,11 +21,11 @@ from llmtrain.errors import UserError
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_steps_are_numbers_whatever_the_names_and_file_times(tmp_path: Path) -> None:
+def test_steps_come_from_names_not_file_times(tmp_path: Path) -> None:
     for step in (1000, 90, 200):
         write_checkpoint(tmp_path / "s" / f"checkpoint-{step}", model_at(step))
     (tmp_path / "s" / "checkpoint-best").mkdir()
@@ -35,35 +35,11 @@ def test_steps_are_numbers_whatever_the_names_and_file_times(tmp_path: Path) -> 
     assert folder_series(tmp_path / "s").steps == [90, 200, 1000]
 
 
-def test_two_checkpoints_of_one_step_are_refused(tmp_path: Path) -> None:
+def test_two_checkpoints_of_one_step_are_rejected(tmp_path: Path) -> None:
     for name in ("step10", "checkpoint-10"):
         write_checkpoint(tmp_path / "s" / name, model_at(10))
     with pytest.raises(UserError, match="both have step 10"):
         folder_series(tmp_path / "s")
-
-
-@pytest.mark.parametrize("source", ["nowhere", "no/such/thing", "empty"])
-def test_what_is_no_series_is_said(tmp_path: Path, source: str) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=source):
-        find_series(source)
-
-
-def test_a_run_is_found_by_its_folder(make_run: MakeRun) -> None:
-    made = make_run([10, 20, 30])
-    assert find_series(str(made.path)).steps == [10, 20, 30]
-    assert find_series(None).name == "runs/tiny"
-
-
-def test_options_of_hub_series_are_refused_for_folders(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "s" / "step10", model_at(10))
-    with pytest.raises(UserError, match="has no revisions"):
-        find_series("s", revision_pattern="step{N}")
-    with pytest.raises(UserError, match="was not downloaded"):
-        find_series("s", discard=True)
-
-
-# --- indexes, links, integers, buffers ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -78,7 +54,7 @@ def test_options_of_hub_series_are_refused_for_folders(tmp_path: Path) -> None:
         "",
     ],
 )
-def test_an_index_may_only_name_files_beside_it(tmp_path: Path, name: object) -> None:
+def test_index_with_outside_path_is_rejected(tmp_path: Path, name: object) -> None:
     folder = write_checkpoint(tmp_path / "step10", model_at(10), shards=2)
     save_file({"w": torch.ones(2)}, tmp_path / "secret.safetensors")
     index = json.loads((folder / "model.safetensors.index.json").read_text())
@@ -88,7 +64,7 @@ def test_an_index_may_only_name_files_beside_it(tmp_path: Path, name: object) ->
         open_checkpoint(folder, step=10)
 
 
-def test_a_link_out_of_the_folder_is_refused_and_the_hubs_cache_is_not(tmp_path: Path) -> None:
+def test_outside_link_is_rejected_except_in_the_hub_cache(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "secret.safetensors")
     folder = tmp_path / "step10"
     folder.mkdir()
@@ -104,7 +80,7 @@ def test_a_link_out_of_the_folder_is_refused_and_the_hubs_cache_is_not(tmp_path:
     assert open_checkpoint(cached, step=10).tensors.keys() == {"w"}
 
 
-def test_a_shard_that_is_not_what_the_index_says_is_refused(tmp_path: Path) -> None:
+def test_shard_that_contradicts_its_index_is_rejected(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "step10", model_at(10), shards=2)
     save_file({"stranger": torch.ones(2)}, folder / "model-00002-of-00002.safetensors")
     with pytest.raises(UserError, match="is not the shard its index describes"):
@@ -114,7 +90,7 @@ def test_a_shard_that_is_not_what_the_index_says_is_refused(tmp_path: Path) -> N
         open_checkpoint(folder, step=10)
 
 
-def test_integers_must_agree_or_be_the_last(tmp_path: Path) -> None:
+def test_integers_must_be_equal_unless_last_is_chosen(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         model = model_at(step) | {"position_ids": torch.arange(7) + (step == 20)}
         write_checkpoint(tmp_path / "s" / f"step{step}", model)
@@ -126,7 +102,7 @@ def test_integers_must_agree_or_be_the_last(tmp_path: Path) -> None:
     )
 
 
-def test_buffers_that_only_some_have_are_listed(tmp_path: Path) -> None:
+def test_tensors_missing_at_some_steps_are_listed(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         extra = {"inv_freq": torch.ones(3)} if step == 10 else {}
         write_checkpoint(tmp_path / "s" / f"step{step}", model_at(step) | extra)
@@ -134,7 +110,7 @@ def test_buffers_that_only_some_have_are_listed(tmp_path: Path) -> None:
         run(tmp_path / "s")
 
 
-def test_a_value_too_large_for_the_output_dtype_is_an_error(tmp_path: Path) -> None:
+def test_overflow_in_the_output_dtype_is_an_error(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         write_checkpoint(tmp_path / "s" / f"step{step}", {"w": torch.full((4,), 1e6 + step)})
     with pytest.raises(UserError, match="F16 cannot represent"):
@@ -143,7 +119,7 @@ def test_a_value_too_large_for_the_output_dtype_is_an_error(tmp_path: Path) -> N
         run(tmp_path / "s", MergeOptions(dtype="BF16"))
 
 
-def test_files_a_model_needs_are_carried_over_and_code_is_not(tmp_path: Path) -> None:
+def test_companion_files_are_copied_without_code(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         folder = write_checkpoint(tmp_path / "s" / f"step{step}", model_at(step))
         for name in (
@@ -160,7 +136,7 @@ def test_files_a_model_needs_are_carried_over_and_code_is_not(tmp_path: Path) ->
     assert not (target / "modeling_x.py").exists()
 
 
-def test_averages_can_be_averaged(tmp_path: Path, make_run: MakeRun) -> None:
+def test_average_of_averages(tmp_path: Path, make_run: MakeRun) -> None:
     made = make_run([10, 20, 30, 40])
     series = find_series(str(made.path))
     average(series, make_specs(series, AverageRequest(every=10, window=2, at="all", label="pairs")))
@@ -172,7 +148,7 @@ def test_averages_can_be_averaged(tmp_path: Path, make_run: MakeRun) -> None:
         torch.testing.assert_close(tensor, wanted[name], rtol=3e-7, atol=1e-9)
 
 
-def test_a_single_shard_with_an_index_becomes_a_single_file(tmp_path: Path) -> None:
+def test_single_shard_with_an_index_becomes_a_single_file(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         folder = write_checkpoint(tmp_path / "s" / f"step{step}", model_at(step))
         shard = "model-00001-of-00001.safetensors"
@@ -184,7 +160,7 @@ def test_a_single_shard_with_an_index_becomes_a_single_file(tmp_path: Path) -> N
     assert not (target / "model.safetensors.index.json").exists()
 
 
-def test_an_overflow_in_the_inputs_own_dtype_is_an_error(tmp_path: Path) -> None:
+def test_overflow_in_the_input_dtype_is_an_error(tmp_path: Path) -> None:
     for step, value in ((10, 60000.0), (20, 0.0), (30, -60000.0)):
         tensor = torch.full((3,), value, dtype=torch.float16)
         write_checkpoint(tmp_path / "s" / f"step{step}", {"a": tensor, "b": torch.rand(4)})
@@ -196,7 +172,7 @@ def test_an_overflow_in_the_inputs_own_dtype_is_an_error(tmp_path: Path) -> None
         )
 
 
-def test_a_gutted_average_is_not_kept(tmp_path: Path) -> None:
+def test_incomplete_average_is_not_reused(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         write_checkpoint(tmp_path / "s" / f"step{step}", model_at(step))
     target = run(tmp_path / "s").spec.target
@@ -208,7 +184,7 @@ def test_a_gutted_average_is_not_kept(tmp_path: Path) -> None:
         run(tmp_path / "s")
 
 
-def test_a_carried_file_that_links_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_companion_file_with_outside_link_is_rejected(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         folder = write_checkpoint(tmp_path / "s" / f"step{step}", model_at(step))
     (tmp_path / "secret").write_text("secret")
@@ -226,14 +202,14 @@ def test_integers_are_compared_within_a_window(tmp_path: Path) -> None:
     assert [a.spec.step for a in average(series, make_specs(series, request))] == [20, 40]
 
 
-def test_a_foreign_training_json_says_nothing(tmp_path: Path) -> None:
+def test_training_json_of_another_program_is_ignored(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         folder = write_checkpoint(tmp_path / "s" / f"step{step}", model_at(step))
         (folder / "training.json").write_text('{"learning_rate": 1, "epochs": 3}')
     assert run(tmp_path / "s").spec.step == 30
 
 
-def test_names_that_coincide_without_their_prefixes_are_refused(tmp_path: Path) -> None:
+def test_names_that_differ_only_in_prefix_are_rejected(tmp_path: Path) -> None:
     for step in (10, 20):
         (tmp_path / "s").mkdir(exist_ok=True)
         weights = {"module.x": torch.rand(3), "x": torch.rand(3)}
@@ -242,7 +218,7 @@ def test_names_that_coincide_without_their_prefixes_are_refused(tmp_path: Path) 
         run(tmp_path / "s", window=2)
 
 
-def test_a_shape_that_is_none_is_told(tmp_path: Path) -> None:
+def test_invalid_model_args_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     shape = {"n_layer": "abc", "n_head": 2, "n_embd": 8, "vocab_size": None, "block_size": 8}
     for step in (10, 20):

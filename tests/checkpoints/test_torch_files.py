@@ -1,4 +1,4 @@
-"""Checkpoints in torch's own format: read without running what is in them, written as safetensors."""
+"""Checkpoints in torch's format: read without running code, averaged into safetensors."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from llmtrain.model.gpt import GPT
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
@@ -42,7 +42,7 @@ def write_bin(folder: Path, model: dict[str, Tensor], *, shards: int = 1) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shards", [1, 2])
-def test_bin_files_are_averaged_and_written_as_safetensors(
+def test_bin_files_are_averaged_into_safetensors(
     tmp_path: Path, shards: int, dtype: torch.dtype
 ) -> None:
     for step in (10, 20, 30):
@@ -52,7 +52,7 @@ def test_bin_files_are_averaged_and_written_as_safetensors(
     assert len(list(result.spec.target.glob("model*.safetensors"))) == shards
 
 
-def test_a_tied_weight_is_written_once_and_stays_tied(tmp_path: Path) -> None:
+def test_tied_weight_is_stored_once_and_stays_tied(tmp_path: Path) -> None:
     def tied(step: int) -> dict[str, Tensor]:
         torch.manual_seed(step)
         config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=40, n_positions=8)
@@ -68,7 +68,7 @@ def test_a_tied_weight_is_written_once_and_stays_tied(tmp_path: Path) -> None:
     assert models[0]["lm_head.weight"].data_ptr() == models[0]["transformer.wte.weight"].data_ptr()
     result = run(tmp_path / "s")
     with safe_open(result.spec.target / "model.safetensors", framework="pt") as file:
-        assert "lm_head.weight" not in file.keys()  # noqa: SIM118  (a safetensors handle is no mapping)
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118  (a safetensors handle is not a mapping)
         assert file.metadata()["lm_head.weight"] == "transformer.wte.weight"
     loaded = AutoModelForCausalLM.from_pretrained(result.spec.target)
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
@@ -78,7 +78,7 @@ def test_a_tied_weight_is_written_once_and_stays_tied(tmp_path: Path) -> None:
 
 @dataclasses.dataclass
 class GPTConfig:
-    """As build-nanogpt stores it in its checkpoints, in place of a dictionary."""
+    """Configuration object in checkpoints of build-nanogpt."""
 
     block_size: int = 16
     vocab_size: int = 97
@@ -91,7 +91,7 @@ SETTINGS = {"block_size": 16, "vocab_size": 97, "n_layer": 2, "n_head": 2, "n_em
 
 
 @pytest.mark.parametrize("kind", ["nanogpt", "build-nanogpt", "paper"])
-def test_files_of_nanogpts_family_become_gpt2_folders(tmp_path: Path, kind: str) -> None:
+def test_nanogpt_files_become_gpt2_folders(tmp_path: Path, kind: str) -> None:
     (tmp_path / "s").mkdir()
     shape = ModelConfig(
         **{k: v for k, v in SETTINGS.items() if k != "block_size"},
@@ -128,14 +128,14 @@ def test_files_of_nanogpts_family_become_gpt2_folders(tmp_path: Path, kind: str)
 
 
 class Payload:
-    """Runs a command when it is unpickled."""
+    """Object that runs a command when unpickled."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return (os.system, ("touch pwned",))
 
 
 class OddConfig:
-    """Is built with arguments, which an inert stand-in does not take."""
+    """Object built with arguments, which the inert replacement does not accept."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return (GPTConfig, (16, 97))
@@ -154,7 +154,7 @@ def test_code_in_a_pickle_is_never_run(tmp_path: Path, config: object) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04" + bytes(50)])
-def test_a_damaged_torch_file_is_named(tmp_path: Path, content: bytes) -> None:
+def test_damaged_torch_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "s").mkdir()
     for step in (10, 20, 30):
         torch.save({"model": {"w": torch.ones(3)}}, tmp_path / "s" / f"ckpt_{step}.pt")

@@ -1,4 +1,4 @@
-"""Which windows there are: arithmetic on steps, checked against a brute-force definition."""
+"""Windows of steps, compared with a brute-force definition."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +14,7 @@ STEPS = st.sets(st.integers(1, 60), max_size=25).map(sorted)
 
 
 @given(STEPS, st.integers(1, 12), st.integers(1, 6))
-def test_sliding_windows_are_all_the_complete_ones(steps: list[int], every: int, size: int) -> None:
+def test_sliding_windows_are_all_complete_windows(steps: list[int], every: int, size: int) -> None:
     expected = [
         tuple(last - j * every for j in reversed(range(size)))
         for last in steps
@@ -24,7 +24,7 @@ def test_sliding_windows_are_all_the_complete_ones(steps: list[int], every: int,
 
 
 @given(STEPS, st.integers(1, 12), st.integers(1, 6))
-def test_disjoint_windows_share_nothing_and_stay_in_order(
+def test_disjoint_windows_share_no_step_and_are_ordered(
     steps: list[int], every: int, size: int
 ) -> None:
     windows = disjoint_windows(steps, every=every, size=size)
@@ -33,7 +33,7 @@ def test_disjoint_windows_share_nothing_and_stay_in_order(
     assert set(windows) <= set(sliding_windows(steps, every=every, size=size))
 
 
-def test_disjoint_windows_are_those_of_the_papers_script() -> None:
+def test_disjoint_windows_equal_the_papers_script() -> None:
     steps = list(range(100, 1300, 100))
     assert disjoint_windows(steps, every=100, size=5) == [
         (100, 200, 300, 400, 500),
@@ -47,12 +47,12 @@ def test_disjoint_windows_stay_on_one_grid() -> None:
 
 
 @given(STEPS, st.integers(2, 6))
-def test_possible_spacings_are_exactly_those_with_a_window(steps: list[int], size: int) -> None:
+def test_possible_spacings_are_those_with_a_window(steps: list[int], size: int) -> None:
     expected = [every for every in range(1, 61) if sliding_windows(steps, every=every, size=size)]
     assert possible_spacings(steps, size) == expected
 
 
-def test_steps_are_described_in_ranges() -> None:
+def test_describe_steps() -> None:
     assert describe_steps([]) == "none"
     assert describe_steps([5]) == "5"
     assert describe_steps([20, 40, 60, 80, 95]) == "20 to 80 every 20, 95"

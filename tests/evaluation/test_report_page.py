@@ -185,8 +185,9 @@ frame.onload = () => {
   const inside = frame.contentDocument, figure = inside.querySelector(".chart.steps");
   for (const each of inside.querySelectorAll(".chart"))
     each.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowLeft"}));
-  const root = inside.documentElement, tip = figure.querySelector(".tip").textContent;
-  const found = {ready: root.dataset.ready, wide: root.scrollWidth, figure: figure.clientWidth, tip};
+  const {dataset: {ready}, scrollWidth: wide} = inside.documentElement;
+  const tip = figure.querySelector(".tip").textContent;
+  const found = {ready, wide, figure: figure.clientWidth, tip};
   const output = document.createElement("pre");
   output.textContent = JSON.stringify(found);
   document.body.append(output);

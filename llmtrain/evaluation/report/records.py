@@ -61,7 +61,7 @@ class Interventions:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The files of one run, as the report needs them."""
+    """Contents of the files of one run."""
 
     name: str
     run: RunFolder
