@@ -2,9 +2,6 @@
 
 Why not in the trainer: a step is the same for DDP, FSDP2 and a single process. Only how the model
 is built, wrapped and compiled differs, and when its gradients are reduced: once per step.
-
-    worker = make_worker(config, World(), device, print)
-    worker.forward = compile_model(worker, micro_batch=8)
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -91,11 +88,7 @@ class Worker:
 
 
 def make_worker(config: RunConfig, world: World, device: torch.device, warn: Log) -> Worker:
-    """Build the model at step 0 and its optimizer.
-
-    Raises:
-        UserError: the batch does not divide over the processes, or the device lacks a feature.
-    """
+    """Build the model at step 0 and its optimizer."""
     precision = resolve_precision(config.train.precision, device)
     parallel = resolve_parallel(config, world, device, precision)
     to_compile, reason = resolve_compile(config.train.compile, device)
@@ -114,11 +107,7 @@ def make_worker(config: RunConfig, world: World, device: torch.device, warn: Log
 def resolve_parallel(
     config: RunConfig, world: World, device: torch.device, precision: Precision
 ) -> Parallel | None:
-    """Return how the weights are distributed; None in a single process with whole weights.
-
-    Raises:
-        UserError: the batch does not divide over the processes, or the settings exclude each other.
-    """
+    """Return how the weights are distributed, or raise a UserError for conflicting settings."""
     check_batch(config, world.size)
     setting = config.train.parallel
     if config.train.compile == "cuda-graphs" and (world.size > 1 or setting in ("fsdp", "hsdp")):
@@ -160,7 +149,7 @@ def build_model(
     else:
         with torch.device("meta"):
             model = GPT(config.model, config.data.block_size)
-        _shard(model, _mesh(parallel, world, device), precision)
+        _shard(model, parallel, world, device, precision)
         model.to_empty(device=device)
         parameters = dict(model.named_parameters())
         for name, value in model.initial_weights(config.seed):
@@ -170,15 +159,16 @@ def build_model(
     return model
 
 
-def _mesh(parallel: Parallel | None, world: World, device: torch.device) -> DeviceMesh:
+def _shard(
+    model: GPT, parallel: str | None, world: World, device: torch.device, precision: Precision
+) -> None:
+    """Shard block by block: gather in the compute precision, reduce in float32."""
+    shape: tuple[int, ...] = (world.size,)
+    names: tuple[str, ...] = ("shard",)
     if parallel == "hsdp":
         shape = (world.size // world.local_size, world.local_size)
-        return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    return init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
-
-
-def _shard(model: GPT, mesh: DeviceMesh, precision: Precision) -> None:
-    """Shard block by block: gather in the compute precision, reduce in float32."""
+        names = ("replicate", "shard")
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     dtype = torch.bfloat16 if precision == "bfloat16" else None
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in model.transformer.h:
@@ -214,13 +204,9 @@ def reshard_after(model: nn.Module) -> Iterator[None]:
 def compile_model(worker: Worker, micro_batch: int) -> nn.Module:
     """Compile the model if asked for, and return the module to call in training.
 
-    Only the transformer body is compiled, as one graph; FSDP's blocks are compiled separately. DDP
-    wraps the model first: torch then splits the graph at gradient buckets, so reduction overlaps
-    the backward pass. CUDA graphs save host time, which limits small models only, and need memory
-    of their own; therefore they are optional.
-
-    Raises:
-        RunFailed: compiling fails in one of several processes with sharded weights.
+    Only the transformer body is compiled, as one graph, or FSDP's blocks separately. DDP wraps the
+    model first: torch then splits the graph at gradient buckets, so reduction overlaps the backward
+    pass. CUDA graphs are optional: they help only small models and need extra memory.
     """
     module: nn.Module = worker.model
     if worker.parallel == "ddp":
