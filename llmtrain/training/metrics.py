@@ -146,14 +146,14 @@ class MetricsLog:
         if self._path is None:
             return
         # JSON has no non-finite numbers.
-        event = {
+        finite = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in event.items()
         }
         with disk_errors(self._path):
-            self._file.write(json.dumps(event) + "\n")
+            self._file.write(json.dumps(finite) + "\n")
             self._file.flush()
-        self._boards.log(event, group)
+        self._boards.log(finite, group)
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -217,7 +217,7 @@ def _branch(config: RunConfig, run: RunFolder, data: TokenData, folder: Path) ->
 
 
 def _parent_checkpoint(run: RunFolder) -> Path | None:
-    """Return the folder of the checkpoint that a branch started from; None if it is no branch."""
+    """Return the folder of the checkpoint that a branch started from, or None for other runs."""
     if not run.parent.exists():
         return None
     record = read_json(run.parent)

@@ -64,11 +64,9 @@ class SpikeEvent:
 
 
 def robust_z(values: Tensor, history: Tensor) -> Tensor:
-    """Return the distance of each value above the median of its history, in robust deviations.
+    """Return the distance of values (n,) above the medians of history (n, window), in deviations.
 
-    Args:
-        values: shape (n,).
-        history: shape (n, window); a NaN in it, as before it is full, makes the result NaN.
+    A NaN in the history, as before it is full, makes the result NaN.
     """
     median = history.median(dim=1).values
     deviation = (history - median[:, None]).abs().median(dim=1).values

@@ -35,7 +35,7 @@ _OOM_MESSAGES = (
     "ALLOC_FAILED",
     "MPS backend out of memory",
 )
-"""Messages of the out-of-memory errors that have no type of their own."""
+"""Messages of out-of-memory errors of general types."""
 
 
 @dataclass
@@ -73,14 +73,14 @@ class Worker:
         return self.config.batch_size // self.world.size
 
     def backward(self, forward: nn.Module, windows: Tensor, parts: int = 1) -> Tensor:
-        """Add the gradients of a micro-batch, and return its loss, divided by `parts`, shape ()."""
+        """Add the gradients of `loss / parts` for a micro-batch; return that value, shape ()."""
         with autocast(self.device, self.autocast_precision):
             loss: Tensor = forward(windows[:, :-1], windows[:, 1:]) / parts
         loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
         return loss.detach()
 
     def dummy_pass(self, forward: nn.Module, sequences: int) -> None:
-        """Run a forward and backward pass over made-up tokens, and wait for it."""
+        """Run a forward and backward pass over arbitrary tokens and wait for it."""
         length = self.config.data.block_size + 1
         # The memory layout is that of a real batch: another one would be compiled separately.
         windows = torch.arange(sequences * length, device=self.device).view(sequences, length)
