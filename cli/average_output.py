@@ -1,6 +1,7 @@
 """Results of `llmtrain average`: averages, weights, and the table of a sweep."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ def average_series(
     _warn_about(series, specs, request)
     results = _average(series, specs, options)
     if as_json:
-        print_json([result.as_json() for result in results])
+        print_json([result.spec.as_json() for result in results])
     else:
         _print_averages(results)
 
@@ -62,17 +63,20 @@ def _warn_about(series: Series, specs: Sequence[AverageSpec], request: AverageRe
 
 
 def _average(series: Series, specs: Sequence[AverageSpec], options: MergeOptions) -> list[Average]:
-    """Average with a progress line."""
-    with (
-        interruptible("finished averages are kept") as interrupt,
-        ProgressLine("averaging") as line,
-    ):
+    with _progress("averaging", "finished averages are kept") as progress:
+        return average(series, specs, options, progress=progress, warn=warn)
 
-        def on_progress(done: int, total: int) -> None:
+
+@contextmanager
+def _progress(description: str, outcome: str) -> Iterator[Callable[[int, int], None]]:
+    """Show progress and stop on a signal, with a message about the outcome."""
+    with interruptible(outcome) as interrupt, ProgressLine(description) as line:
+
+        def update(done: int, total: int) -> None:
             interrupt.check()
             line.update(done, total)
 
-        return average(series, specs, options, progress=on_progress, warn=warn)
+        yield update
 
 
 def _print_averages(results: Sequence[Average]) -> None:
@@ -90,17 +94,8 @@ def _print_averages(results: Sequence[Average]) -> None:
 
 def _print_weights(specs: Sequence[AverageSpec], as_json: bool) -> None:
     if as_json:
-        print_json(
-            [
-                {
-                    "label": spec.label,
-                    "step": spec.step,
-                    "inputs": [source.step for source in spec.inputs],
-                    "weights": list(spec.weights),
-                }
-                for spec in specs
-            ]
-        )
+        entries = [spec.as_json() for spec in specs]
+        print_json([{k: v for k, v in entry.items() if k != "path"} for entry in entries])
         return
     for spec in specs:
         title = f"{spec.label}, step {spec.step}"
@@ -127,13 +122,8 @@ def evaluate_sweep(
         )
     run = require_run(Path(source)) if source is not None else newest_run()
     requests, at = parse_sweep(text), None if request.at is None else request.at_step
-    with interruptible("nothing was written") as interrupt, ProgressLine("evaluating") as line:
-
-        def on_progress(done: int, total: int) -> None:
-            interrupt.check()
-            line.update(done, total)
-
-        result = sweep(run, requests, at=at, progress=on_progress)
+    with _progress("evaluating", "nothing was written") as progress:
+        result = sweep(run, requests, at=at, progress=progress)
     for reason in result.skipped:
         warn(reason)
     rows = summary(result, run)
@@ -151,7 +141,7 @@ def evaluate_sweep(
                 "raw": {"losses": result.raw.losses},
                 "candidates": [asdict(row) | {"losses": each.losses} for row, each in curves],
                 "tokens": result.tokens,
-                "written": [average.as_json() for average in written],
+                "written": [result.spec.as_json() for result in written],
             }
         )
         return

@@ -1,7 +1,8 @@
 """The `llmtrain plan` command."""
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Column, Table
@@ -11,6 +12,7 @@ from llmtrain.planning.hardware import HardwareOptions, Parallel
 from .common import JsonFlag, SetOption, console, format_bytes, format_number, help_of, print_json
 
 if TYPE_CHECKING:
+    from llmtrain.config.schema import RunConfig
     from llmtrain.planning.estimate import CostEstimate
 
 _SPEED = "Speed"
@@ -72,11 +74,18 @@ def plan(
     from llmtrain.planning.estimate import estimate
 
     options = HardwareOptions(devices, device, parallel, mfu, tokens_per_second, interconnect_gbps)
-    result = estimate(load_config(config, settings or []), options)
+    run = load_config(config, settings or [])
+    result = estimate(run, options)
     if as_json:
-        print_json(_document(result))
+        print_json(asdict(result))
         return
-    for table in (_run(result), _memory(result), _time(result), _disk(result), _averaging(result)):
+    for table in (
+        _run(run, result),
+        _memory(result),
+        _time(result),
+        _disk(result),
+        _averaging(result),
+    ):
         console.print(table)
         console.print()
     console.print("Assumptions", style="bold")
@@ -96,16 +105,16 @@ def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right
     )
 
 
-def _run(plan: "CostEstimate") -> Table:
-    model, layout = plan.architecture, plan.machine.layout
-    tokens = f"{plan.tokens_per_step:,} per step × {plan.steps:,} = {plan.tokens:,}"
+def _run(run: "RunConfig", plan: "CostEstimate") -> Table:
+    layout = plan.machine.layout
     spread = f", {layout.parallel}" if layout.devices > 1 else ""
-    sequences = f"{plan.machine.micro_batch:,} sequences of {model.block_size:,}"
+    sequences = f"{plan.machine.micro_batch:,} sequences of {run.data.block_size:,}"
     table = _table("Model and run", "", justify="left")
-    table.add_row("parameters", f"{model.parameters:,}")
-    table.add_row("  without embeddings", f"{model.without_embeddings:,}")
-    table.add_row("tokens", tokens)
-    table.add_row("FLOPs", f"{model.flops_per_token():.3g} per token, {plan.flops:.3g} in total")
+    table.add_row("parameters", f"{plan.parameters:,}")
+    table.add_row("  without embeddings", f"{plan.parameters_without_embeddings:,}")
+    per_step = f"{run.tokens_per_step:,} per step"
+    table.add_row("tokens", f"{per_step} × {plan.steps:,} = {plan.tokens:,}")
+    table.add_row("FLOPs", f"{plan.flops_per_token:.3g} per token, {plan.flops:.3g} in total")
     table.add_row("devices", f"{layout.devices:,} × {plan.machine.device}{spread}")
     table.add_row("step of one device", f"{plan.micro_batches} × {sequences}")
     table.add_row("precision", plan.machine.precision)
@@ -114,19 +123,17 @@ def _run(plan: "CostEstimate") -> Table:
 
 def _memory(plan: "CostEstimate") -> Table:
     """Show each part at the peak and at its own maximum, which can be another moment."""
-    from llmtrain.planning.memory import peak
-
-    top = peak(plan.usages)
+    top = plan.memory.peak
     table = _table("Memory of one device", "at the peak", "at most")
     for part, name in _PARTS.items():
-        most = max(getattr(usage, part) for usage in plan.usages)
+        most = max(getattr(usage, part) for usage in plan.memory.moments)
         if most:
             table.add_row(name, format_bytes(getattr(top, part)), format_bytes(most))
     table.add_row("peak", format_bytes(top.total), "", style="bold")
     table.add_row(f"  {top.moment}")
     table.add_row("fits", _fits(plan.machine.memory, top.total))
     if plan.machine.layout.cuda:
-        table.add_row("host, saving a state", format_bytes(plan.host_memory))
+        table.add_row("host, saving a state", format_bytes(plan.memory.host))
     return table
 
 
@@ -139,16 +146,16 @@ def _fits(memory: float | None, used: int) -> str:
 
 def _time(plan: "CostEstimate") -> Table:
     table = _table("Time and communication", "")
-    devices, sent = plan.machine.layout.devices, plan.communication
-    table.add_row("tokens/s", format_number(plan.tokens_per_second))
-    table.add_row("time per step", _seconds(plan.step_seconds))
-    hours = format_number(plan.hours) if plan.hours else "n/a without --tokens-per-second"
+    time, sent = plan.time, plan.communication
+    hours = format_number(time.hours) if time.hours else "n/a without --tokens-per-second"
+    table.add_row("tokens/s", format_number(time.tokens_per_second))
+    table.add_row("time per step", _seconds(time.step_seconds))
     table.add_row("hours", hours)
-    table.add_row("device-hours", format_number(plan.hours and plan.hours * devices))
+    table.add_row("device-hours", format_number(time.device_hours))
     if sent is None:
         return table
     if sent.hidden is False:
-        table.add_row("hours, exposed added", format_number(plan.hours_exposed))
+        table.add_row("hours, exposed added", format_number(time.hours_exposed))
     table.add_row("sent per device and step", format_bytes(sent.bytes))
     table.add_row("  takes", _seconds(sent.seconds))
     exposed = f"no, {_seconds(sent.exposed_seconds)} per step are exposed"
@@ -185,39 +192,3 @@ def _seconds(value: float | None) -> str:
     if value >= 7200:
         return f"{format_number(value / 3600)} h"
     return f"{format_number(value)} s" if value >= 1 else f"{format_number(value * 1000)} ms"
-
-
-def _document(plan: "CostEstimate") -> dict[str, Any]:
-    """Return the estimate as JSON; unknown values are null."""
-    from dataclasses import asdict
-
-    from llmtrain.planning.memory import peak
-
-    top, model, memory = peak(plan.usages), plan.architecture, plan.machine.memory
-    storage = plan.storage
-    return {
-        "parameters": model.parameters,
-        "parameters_without_embeddings": model.without_embeddings,
-        "flops_per_token": model.flops_per_token(),
-        "flops": plan.flops,
-        "tokens": plan.tokens,
-        "steps": plan.steps,
-        "micro_batches": plan.micro_batches,
-        "machine": asdict(plan.machine),
-        "memory": {
-            "peak": asdict(top) | {"total": top.total},
-            "moments": [asdict(usage) | {"total": usage.total} for usage in plan.usages],
-            "fits": None if memory is None else top.total <= memory,
-            "host": plan.host_memory,
-        },
-        "time": {
-            "tokens_per_second": plan.tokens_per_second,
-            "step_seconds": plan.step_seconds,
-            "hours": plan.hours,
-            "hours_exposed": plan.hours_exposed,
-            "device_hours": plan.hours and plan.hours * plan.machine.layout.devices,
-        },
-        "communication": asdict(plan.communication) if plan.communication else None,
-        "storage": asdict(storage) | {"total": storage.total, "largest": storage.largest},
-        "averaging": [asdict(work) for work in plan.averaging],
-    }

@@ -1,9 +1,9 @@
 """Checks of the inputs: hashes, known-bad revisions, duplicates, and breaks in the trajectory.
 
-Why: public series contain wrong weights at some steps, and their average loads and runs like a right
-one. The checks are nearly free: they use declared hashes, and norms from the merge.
+Public series contain wrong weights at some steps, and their average loads like a right one. The
+checks are nearly free: they use declared hashes, and norms from the merge.
 
-Three phases: `check_metadata` before a download, `check_hashes` after it, `check_norms` after the merge.
+Phases: `check_metadata` before a download, `check_hashes` after it, `check_norms` after the merge.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ FAR = 5.0
 """A tensor is an outlier beyond this multiple of the usual distance from its neighbours."""
 
 UNRELATED = 1.2
-"""Distance from a neighbour, as a share of the norm, that no continuation reaches (√2: independent)."""
+"""A large tensor is unrelated beyond this distance as a share of its norm (√2: independent)."""
 
 _SHOWN = 12
 _WEIGHTS = (".safetensors", ".bin", ".pt")
@@ -100,10 +100,10 @@ def input_hashes(
 def hashes_of(
     source: Input, checkpoint: Checkpoint, *, compute: bool, known: Mapping[Path, str] | None = None
 ) -> InputHashes:
-    """Return the hashes of one input, or raise a UserError if a file differs from its declared hash.
+    """Return the hashes of one input; see `input_hashes`.
 
-    `known` are hashes that were computed while reading. If hashes are computed, the small files that
-    an average copies (configuration, tokenizer) are compared too.
+    `known` are hashes that were computed while reading. If hashes are computed, the small files
+    that an average copies (configuration, tokenizer) are compared too.
     """
     declared = source.declared()
     if not compute and all(path.name in declared for path in checkpoint.files):
@@ -216,13 +216,14 @@ def refuse_duplicates(
     final_names = {digest: name for name, digest in final_files.items()}
     found = []
     for digest, held in holders.items():
-        steps, name, short = sorted({step for step, _ in held}), held[0][1], f"{digest[:16]}…"
+        steps, name = sorted({step for step, _ in held}), held[0][1]
+        short = f"SHA-256 {digest[:16]}…"
         if len(steps) > 1:
-            found.append(f"{name} is the same at steps {describe_steps(steps)} (SHA-256 {short})")
+            found.append(f"{name} is the same at steps {describe_steps(steps)} ({short})")
         if digest in final_names and steps != [final_step]:
             early = describe_steps([step for step in steps if step != final_step])
             found.append(
-                f"{name} at {early} is {final_names[digest]} of the finished model (SHA-256 {short})"
+                f"{name} at {early} is {final_names[digest]} of the finished model ({short})"
             )
     _refuse(found)
 
@@ -285,8 +286,8 @@ def outliers(checkpoints: Sequence[Checkpoint], norms: Norms) -> dict[int, str]:
     """Return a message for each checkpoint that is off the trajectory, by its index.
 
     An inner checkpoint is off if its nearer neighbour is `FAR` times the median distance away. An
-    outer one is off if its only neighbour is `FAR` times the largest other distance away. Any is off
-    if a large tensor moves by more than `UNRELATED` times its norm from every neighbour.
+    outer one is off if its only neighbour is `FAR` times the largest other distance away. Any is
+    off if a large tensor is more than `UNRELATED` times its norm away from every neighbour.
     """
     specs = checkpoints[-1].tensors
     found: dict[int, list[str]] = defaultdict(list)

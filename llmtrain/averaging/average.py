@@ -1,7 +1,7 @@
 """Averages of a series, from the specs to the committed folders.
 
-Phases: `audit.check_metadata`, open and hash the inputs, `audit.check_hashes`, then for each group of
-averages `merge`, `audit.check_norms` and commit.
+Phases: `audit.check_metadata`, open and hash the inputs, `audit.check_hashes`, then for each group
+of averages `merge`, `audit.check_norms` and commit.
 
     average(series, make_specs(series, AverageRequest(method="lawa", every=1000)))
 """
@@ -251,7 +251,7 @@ def _average_in_turn(
         with writer:
             merge([total], [scaled], [writer.write], dtypes=dtypes)
         total.files[0].unlink()
-    if checkpoint.disposable:  # remove what the hub client left there
+    if checkpoint.disposable:  # remove leftovers of the hub client
         shutil.rmtree(checkpoint.folder.parent, ignore_errors=True)
     return Average(spec, cached=False)
 

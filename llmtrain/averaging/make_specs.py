@@ -65,9 +65,8 @@ def _windows(series: Series, request: AverageRequest) -> list[AverageSpec]:
     windows = series.windows(
         every=every, size=size, at=request.at_step, disjoint=bool(request.disjoint)
     )
-    weighting = _weighting(request, size, every)
-    label, options = f"{weighting.label}-{size}x{every}", weighting.options | {"window": size}
-    weighting = Weighting(weighting.weights, label, options)
+    weights, label, options = _weighting(request, size, every)
+    weighting = Weighting(weights, f"{label}-{size}x{every}", options | {"window": size})
     return [_spec(series, request, window, weighting) for window in windows]
 
 

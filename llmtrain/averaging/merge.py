@@ -1,16 +1,14 @@
 """The streaming merge: weighted sums of checkpoints, one chunk of a tensor at a time.
 
-A chunk is read from every input in order of the steps, added in float64 to each sum that contains the
-input, and written, rounded once, after its last input. Each input is read once for all sums.
-
-Why: memory use does not depend on the size of the model or the number of inputs and outputs.
+A chunk is read from every input in order of the steps, added in float64 to each sum that contains
+the input, and written, rounded once, after its last input. Each input is read once for all sums.
+Memory does not depend on the size of the model or the number of inputs.
 
     merge(checkpoints, [WeightedSum((0, 1, 2), (1 / 3, 1 / 3, 1 / 3))], [write])
 """
 
 import itertools
 import math
-import os
 import resource
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,9 +32,10 @@ from llmtrain.checkpoints.tensors import (
     to_float64,
 )
 from llmtrain.errors import UserError
+from llmtrain.runtime.device import available_cores
 
 CHUNK = 131_072
-"""Elements summed at a time: float64 buffers fit in the cache, and threads rarely block each other."""
+"""Elements summed at a time: buffers fit in the cache, and threads rarely block each other."""
 
 _RUN = 8192
 """Elements in one dot product; a longer one would start threads inside BLAS."""
@@ -158,7 +157,7 @@ def merge(
                 if progress is not None:
                     progress(next(done), len(work))
 
-        _run_threads(worker, threads or min(_cores(), 4), stopped)
+        _run_threads(worker, threads or min(available_cores(), 4), stopped)
         hashes = {path: h for reader in readers for path, h in reader.hashes().items()}
     return Merged(_norms(work, squares), hashes)
 
@@ -319,7 +318,7 @@ def _not_finite(checkpoint: Checkpoint, chunk: Chunk, values: Float64s) -> UserE
     offset = int(np.flatnonzero(~np.isfinite(values))[0])
     index = np.unravel_index(chunk.start + offset, chunk.spec.shape or (1,))
     return UserError(
-        f"{checkpoint.location}: {chunk.name} contains {values[offset]} at {[int(i) for i in index]}",
+        f"{checkpoint.location}: {chunk.name} contains {values[offset]} at {[*map(int, index)]}",
         hint=f"choose a window without step {checkpoint.step:,}, which is broken",
     )
 
@@ -342,8 +341,8 @@ class _Stopped(Exception):
 class OrderedAccess:
     """Admits threads to a file one at a time, in order of the chunks.
 
-    Why not one queue per file: threads would hand every chunk to another thread and block for it.
-    Here each thread processes whole chunks, and blocks only if the previous chunk is at the same file.
+    Why not one queue per file: threads would hand over every chunk and block for it. Here a thread
+    processes a whole chunk, and blocks only if the previous chunk is at the same file.
     """
 
     def __init__(self, stopped: threading.Event) -> None:
@@ -374,11 +373,6 @@ def _run_threads(worker: Callable[[], None], count: int, stopped: threading.Even
                     future.result()
         finally:
             stopped.set()
-
-
-def _cores() -> int:
-    """Return the cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _raise_file_limit() -> None:

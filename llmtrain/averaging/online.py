@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from typing_extensions import override
 
 from llmtrain.averaging.stored_averages import gamma_of
 from llmtrain.config.sections import (
@@ -145,6 +146,7 @@ class _Recursive(OnlineAverage):
         torch._foreach_mul_(average, decay)
         torch._foreach_add_(average, fresh)
 
+    @override
     def weights(self) -> Weights:
         return self._tensors
 
@@ -203,9 +205,11 @@ class OnlineMean(OnlineAverage):
         for total, fresh in zip(self._tensors.values(), self._current(), strict=True):
             total.add_(fresh)
 
+    @override
     def weights(self) -> Weights:
         return {name: (total / self.updates).float() for name, total in self._tensors.items()}
 
+    @override
     def residual(self) -> Weights | None:
         if isinstance(self.config, SwaConfig):
             return None
@@ -232,6 +236,7 @@ class OnlineLawa(OnlineAverage):
     def _update(self, step: int) -> None:
         self._queue.append([self._copy(p, torch.float32) for p in self._parameters.values()])
 
+    @override
     def weights(self) -> Weights:
         means = {}
         for name, (first, *others) in zip(
@@ -243,6 +248,7 @@ class OnlineLawa(OnlineAverage):
             means[name] = (total / len(self._queue)).float()
         return means
 
+    @override
     def state(self) -> dict[str, Tensor]:
         return {
             f"{position}/{name}": tensor
@@ -250,6 +256,7 @@ class OnlineLawa(OnlineAverage):
             for name, tensor in zip(self._parameters, copies, strict=True)
         }
 
+    @override
     def load(self, state: Weights, updates: int) -> None:
         self._queue.clear()
         for position in range(len(state) // len(self._parameters)):

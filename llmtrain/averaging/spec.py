@@ -1,4 +1,4 @@
-"""Specifications: one average to make, its provenance, and the comparison with an existing folder.
+"""Specifications: one average to make, its provenance, and its comparison with an existing folder.
 
 Why a provenance: it identifies the inputs by hash, so two averages can be compared, an average can
 be made again, and a repeated command keeps finished averages.
@@ -36,7 +36,7 @@ class AverageSpec:
     options: dict[str, Any] = field(default_factory=dict)
     """Parameters of the method, for the provenance."""
     audited: bool = True
-    """The inputs are checkpoints of one trajectory and are checked as such."""
+    """Check the inputs as checkpoints of one trajectory."""
     is_default: bool = False
     """The parent of the target contains averages of this label only."""
 
@@ -44,6 +44,16 @@ class AverageSpec:
     def step(self) -> int:
         """Step that the average stands for."""
         return self.inputs[-1].step
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the entry that `--json` prints."""
+        return {
+            "label": self.label,
+            "step": self.step,
+            "path": str(self.target),
+            "inputs": [source.step for source in self.inputs],
+            "weights": list(self.weights),
+        }
 
 
 @dataclass(frozen=True)
@@ -53,16 +63,6 @@ class Average:
     spec: AverageSpec
     cached: bool
     """It existed already, with the same inputs and weights."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the entry that `--json` prints."""
-        return {
-            "label": self.spec.label,
-            "step": self.spec.step,
-            "path": str(self.spec.target),
-            "inputs": [source.step for source in self.spec.inputs],
-            "weights": list(self.spec.weights),
-        }
 
 
 def unique_inputs(specs: Sequence[AverageSpec]) -> list[Input]:

@@ -3,9 +3,9 @@
 A mean over *every* step, or an EMA of a length chosen after the run, cannot be made from snapshots.
 Both are weighted sums of a few online averages that the run stored.
 
-An EMA whose memory grows with training, β(t) = (1 - 1/t)^(γ+1), weights past time τ by the profile
-p(τ) = (γ+1) τ^γ / t^(γ+1). The profiles of two γ, stored along the run, nearly span those of other γ.
-A least-squares fit of the profiles gives the weights of the stored averages.
+An EMA whose memory grows with training, β(t) = (1 - 1/t)^(γ+1), weights past time τ by the
+profile p(τ) = (γ+1) τ^γ / t^(γ+1). The profiles of two γ, stored along the run, nearly span those
+of other γ. A least-squares fit of the profiles gives the weights of the stored averages.
 
     weights, error = reconstruct([(100, 16.97), (100, 6.94), (200, 16.97), (200, 6.94)], 200, 10.0)
 
@@ -62,7 +62,7 @@ def sigma_of(gamma: float) -> float:
 
 
 def gamma_of(sigma_rel: float) -> float:
-    """Return the exponent γ ≥ 0 of a width σ_rel in (0, 1/√12], by bisection (σ falls as γ rises)."""
+    """Return the exponent γ ≥ 0 of a width σ_rel in (0, 1/√12], by bisection."""
     low, high = 0.0, 2.0 / sigma_rel
     for _ in range(200):
         middle = (low + high) / 2.0
@@ -84,8 +84,8 @@ def reconstruct(
     """Fit the EMA of (time, γ) as a sum of stored averages, each given as (time, γ).
 
     Returns:
-        One weight for each stored average, summing to 1, and the distance of the fitted profile from
-        the wanted one, as a share of its norm.
+        One weight for each stored average, summing to 1, and the distance of the fitted profile
+        from the wanted one, as a share of its norm.
     """
     matrix = np.array([[overlap(*a, *b) for b in stored] for a in stored])
     wanted = np.array([overlap(*a, time, gamma) for a in stored])
@@ -204,7 +204,7 @@ def _ends(
     steps = sorted({each.step for each in stored})
     if not steps:
         raise UserError(
-            f"{series.name} has no stored {noun}",
+            f"{series.name} did not store a {noun}",
             hint=f"add {{kind: {kind}}} under averages in the config, to store one per snapshot",
         )
     ends = {"all": steps, "last": steps[-1:]}.get(str(at), [step for step in steps if step == at])

@@ -11,6 +11,7 @@ import socket
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -36,7 +37,7 @@ def connect_ray(address: str | None) -> Iterator[Engine]:
     except ImportError:
         raise UserError("Ray is not installed", hint="pip install 'llmtrain[ray]'") from None
     if ray.is_initialized():
-        yield _RayEngine(ray)
+        yield partial(_run_on_ray, ray)
         return
     address = address or os.environ.get("RAY_ADDRESS")
     handler = signal.getsignal(signal.SIGTERM)
@@ -57,7 +58,7 @@ def connect_ray(address: str | None) -> Iterator[Engine]:
         ) from error
     signal.signal(signal.SIGTERM, handler)  # Ray installs its own handler
     try:
-        yield _RayEngine(ray)
+        yield partial(_run_on_ray, ray)
     finally:
         ray.shutdown()
 
@@ -74,32 +75,26 @@ def run_task(task: Task[ResultT]) -> Iterator[ResultT]:
     yield from task()
 
 
-class _RayEngine:
-    """See `Engine`."""
-
-    def __init__(self, ray: Any) -> None:
-        self._ray = ray
-
-    def __call__(self, tasks: Iterable[Task[ResultT]]) -> Generator[ResultT, None, None]:
-        ray, waiting = self._ray, iter(tasks)
-        remote = ray.remote(num_cpus=1, num_returns="streaming", max_retries=_RETRIES)(run_task)
-        running: deque[Any] = deque()
-        try:
-            while True:
-                room = _TASKS_PER_CPU * int(ray.cluster_resources().get("CPU", 1)) - len(running)
-                running.extend(remote.remote(task) for task in islice(waiting, max(room, 0)))
-                if not running:
-                    return
-                for reference in running[0]:
-                    yield ray.get(reference)
-                running.popleft()
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except ray.exceptions.RayError as error:
-            raise RunFailed(
-                f"the Ray cluster failed: {str(error).splitlines()[0]}",
-                hint="check its logs; the same command resumes after the last finished shard",
-            ) from error
-        finally:
-            for each in running:
-                ray.cancel(each)
+def _run_on_ray(ray: Any, tasks: Iterable[Task[ResultT]]) -> Generator[ResultT, None, None]:
+    waiting = iter(tasks)
+    remote = ray.remote(num_cpus=1, num_returns="streaming", max_retries=_RETRIES)(run_task)
+    running: deque[Any] = deque()
+    try:
+        while True:
+            room = _TASKS_PER_CPU * int(ray.cluster_resources().get("CPU", 1)) - len(running)
+            running.extend(remote.remote(task) for task in islice(waiting, max(room, 0)))
+            if not running:
+                return
+            for reference in running[0]:
+                yield ray.get(reference)
+            running.popleft()
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise RunFailed(
+            f"the Ray cluster failed: {str(error).splitlines()[0]}",
+            hint="check its logs; the same command resumes after the last finished shard",
+        ) from error
+    finally:
+        for each in running:
+            ray.cancel(each)

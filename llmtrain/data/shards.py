@@ -30,6 +30,7 @@ MAX_SHARD_TOKENS = 2**31 - 1
 TOKEN = np.dtype("<u2")
 TOKEN_BYTES = TOKEN.itemsize
 _HEADER_INT = np.dtype("<i4")
+_DAMAGED = "check it with llmtrain verify; restore it or prepare the data again"
 
 
 def header(tokens: int) -> bytes:
@@ -205,7 +206,12 @@ class TokenReader:
             part = tokens[done : done + count]
             self._fill(part, index, first)
             if part.max() >= self._vocab_size:
-                raise self._invalid_id(part, index, first)
+                position = int((part >= self._vocab_size).argmax())
+                raise UserError(
+                    f"{self._files[index].path} contains id {part[position]} at token "
+                    f"{first + position:,}, beyond the vocabulary of {self._vocab_size:,}",
+                    hint=_DAMAGED,
+                )
             done += count
         return tokens
 
@@ -218,18 +224,10 @@ class TokenReader:
             if count == 0:
                 raise UserError(
                     f"{file.path} ends at byte {position:,}, before its last token",
-                    hint="check it with llmtrain verify; restore it or prepare the data again",
+                    hint=_DAMAGED,
                 )
             view = view[count:]
             position += count
-
-    def _invalid_id(self, part: npt.NDArray[np.uint16], index: int, first: int) -> UserError:
-        position = int((part >= self._vocab_size).argmax())
-        return UserError(
-            f"{self._files[index].path} contains id {part[position]} at token "
-            f"{first + position:,}, beyond the vocabulary of {self._vocab_size:,}",
-            hint="check it with llmtrain verify; restore it or prepare the data again",
-        )
 
     def close(self) -> None:
         """Close the files, as garbage collection does."""

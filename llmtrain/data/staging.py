@@ -104,7 +104,9 @@ def _write_failed(out: Path, staging: StagingFolder, error: OSError) -> RunFaile
     if staging.folder.is_relative_to(cache_folder().resolve()):
         hint = "set another folder to build in: LLMTRAIN_CACHE=FOLDER"
     if error.errno in NO_ROOM:
-        message += f" ({_space(staging)})"
+        needed = staging.remaining_bytes
+        estimate = "" if needed is None else f"about {needed:,} bytes needed, "
+        message += f" ({estimate}{free_bytes(staging.folder):,} bytes free)"
         hint = f"free space, or {hint}"
     if error.errno == errno.EFBIG:
         hint = "raise the shell's limit on file sizes (ulimit -f), or lower --shard-tokens"
@@ -112,17 +114,6 @@ def _write_failed(out: Path, staging: StagingFolder, error: OSError) -> RunFaile
         if finished := len(staging.finished_shards):
             hint += f"; the same command resumes after the {finished:,} finished shard(s)"
     return RunFailed(message, hint=hint)
-
-
-def _space(staging: StagingFolder) -> str:
-    free = f"{_size(free_bytes(staging.folder))} are free"
-    if staging.remaining_bytes is None:
-        return free
-    return f"about {_size(staging.remaining_bytes)} more are needed, {free}"
-
-
-def _size(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def existing_data(out: Path, spec: PrepareSpec) -> Manifest | None:

@@ -64,7 +64,9 @@ def model_card(target: Target, shape: Shape, tokenizer: Tokenizer, *, dtype: str
         block_size=shape.block_size,
         tokenizer=tokenizer,
         manifests=manifests,
-        losses=[r for r in stored_results(target.run) if r.step == target.step] if target.run else [],
+        losses=[r for r in stored_results(target.run) if r.step == target.step]
+        if target.run
+        else [],
         average={key: value for key, value in average.items() if value is not None},
         columns=_INPUT_COLUMNS,
         inputs=inputs if well_formed else [],

@@ -1,6 +1,6 @@
 """Estimate the cost of a run from its configuration.
 
-estimate(load_config(Path("configs/gpt2-small.yaml")), HardwareOptions(devices=8)).hours
+result = estimate(load_config(Path("configs/gpt2-small.yaml")), HardwareOptions(devices=8))
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ DEFAULT_MICRO_BATCH = 16
 WINDOW = 5
 """Checkpoints in the LAWA window of the averaging estimate."""
 MERGE_THREADS = 4
-"""Upper limit of the streaming merge."""
+"""Highest number of threads of a merge."""
 
 
 @dataclass(frozen=True)
@@ -98,26 +98,42 @@ class Averaging:
 
 
 @dataclass(frozen=True)
-class CostEstimate:
-    """Costs of a run; sizes in bytes, unknown values None."""
+class Memory:
+    """Memory of one device, and of the host of a GPU."""
 
-    architecture: Architecture
-    machine: Machine
-    steps: int
-    tokens_per_step: int
-    """At the full sequence length."""
-    tokens: int
-    micro_batches: int
-    flops: int
+    peak: Usage
+    moments: list[Usage]
+    fits: bool | None
+    host: int
+
+
+@dataclass(frozen=True)
+class Time:
+    """Duration of a run, at the full sequence length."""
+
     tokens_per_second: float | None
-    """At the full sequence length."""
     step_seconds: float | None
     hours: float | None
     """With all communication hidden."""
     hours_exposed: float | None
     """With exposed communication added to every step."""
-    usages: list[Usage]
-    host_memory: int
+    device_hours: float | None
+
+
+@dataclass(frozen=True)
+class CostEstimate:
+    """Costs of a run, as printed by `llmtrain plan --json`; bytes, unknown values None."""
+
+    parameters: int
+    parameters_without_embeddings: int
+    flops_per_token: int
+    flops: int
+    tokens: int
+    steps: int
+    micro_batches: int
+    machine: Machine
+    memory: Memory
+    time: Time
     communication: Communication | None
     storage: DiskUsage
     averaging: list[Averaging]
@@ -132,30 +148,49 @@ def estimate(config: RunConfig, options: HardwareOptions) -> CostEstimate:
     model = Architecture(config.model, config.data.block_size)
     machine = resolve_machine(config, options, model.flops_per_token())
     config = config.with_micro_batch(machine.micro_batch)
-    speed = machine.flops and machine.flops * machine.layout.devices
-    rate = speed and speed / model.flops_per_token()
-    step_seconds = config.tokens_per_step / rate if rate else None
     flops = _flops(config, model)
-    hours = flops / speed / 3600 if speed else None
     communication = _communication(config, model, machine)
     return CostEstimate(
-        architecture=model,
-        machine=machine,
-        steps=config.train.max_steps,
-        tokens_per_step=config.tokens_per_step,
-        tokens=tokens_until(config.train.max_steps, config),
-        micro_batches=micro_batches(config, machine.layout),
+        parameters=model.parameters,
+        parameters_without_embeddings=model.without_embeddings,
+        flops_per_token=model.flops_per_token(),
         flops=flops,
-        tokens_per_second=rate,
-        step_seconds=step_seconds,
-        hours=hours,
-        hours_exposed=_hours_exposed(hours, step_seconds, communication),
-        usages=device_memory(config, machine.layout),
-        host_memory=host_memory(config, machine.layout),
+        tokens=tokens_until(config.train.max_steps, config),
+        steps=config.train.max_steps,
+        micro_batches=micro_batches(config, machine.layout),
+        machine=machine,
+        memory=_memory(config, machine),
+        time=_time(config, machine, flops, model.flops_per_token(), communication),
         communication=communication,
         storage=disk_usage(config),
         averaging=_averaging(config),
     )
+
+
+def _memory(config: RunConfig, machine: Machine) -> Memory:
+    usages = device_memory(config, machine.layout)
+    top = peak(usages)
+    fits = None if machine.memory is None else top.total <= machine.memory
+    return Memory(top, usages, fits, host_memory(config, machine.layout))
+
+
+def _time(
+    config: RunConfig,
+    machine: Machine,
+    flops: int,
+    flops_per_token: int,
+    communication: Communication | None,
+) -> Time:
+    if not machine.flops:
+        return Time(None, None, None, None, None)
+    devices = machine.layout.devices
+    speed = machine.flops * devices
+    rate = speed / flops_per_token
+    step = config.tokens_per_step / rate
+    hours = flops / speed / 3600
+    exposed = 0.0 if communication is None else communication.exposed_seconds
+    hours_exposed = None if exposed is None else hours * (1 + exposed / step)
+    return Time(rate, step, hours, hours_exposed, hours * devices)
 
 
 def resolve_machine(config: RunConfig, options: HardwareOptions, flops_per_token: int) -> Machine:
@@ -175,14 +210,17 @@ def resolve_machine(config: RunConfig, options: HardwareOptions, flops_per_token
     dense = sheet.flops if precision == "bfloat16" and sheet.flops else None
     flops, speed_note = _speed(options, dense, flops_per_token)
     link, link_note = _link(options, sheet)
-    disk_note = f"disk: {DISK / 1e9:g} GB/s, reading and writing together"
     uncounted = "; CUDA, NCCL and fragmentation take more" if layout.cuda else ""
-    memory_note = f"memory: tensors only, uncompiled{uncounted}"
-    recompute_note = (
-        "activation checkpointing adds a third more FLOPs than counted: expect a lower --mfu"
-        if config.train.activation_checkpointing
-        else None
-    )
+    recompute = config.train.activation_checkpointing
+    notes = [
+        speed_note,
+        link_note,
+        f"disk: {DISK / 1e9:g} GB/s, reading and writing together",
+        precision_note,
+        size_note,
+        f"memory: tensors only, uncompiled{uncounted}",
+        "activation checkpointing: adds a third to the FLOPs; expect a lower --mfu" * recompute,
+    ]
     return Machine(
         device=device,
         precision=precision,
@@ -193,19 +231,7 @@ def resolve_machine(config: RunConfig, options: HardwareOptions, flops_per_token
         mfu=flops / dense if flops and dense else None,
         link=link,
         disk=DISK,
-        assumptions=tuple(
-            note
-            for note in (
-                speed_note,
-                link_note,
-                disk_note,
-                precision_note,
-                size_note,
-                memory_note,
-                recompute_note,
-            )
-            if note
-        ),
+        assumptions=tuple(filter(None, notes)),
     )
 
 
@@ -251,16 +277,6 @@ def _communication(
         + max((gather + reduce) / machine.link - backward, 0.0)
     )
     return Communication(sent, seconds, exposed == 0, exposed)
-
-
-def _hours_exposed(
-    hours: float | None, step: float | None, communication: Communication | None
-) -> float | None:
-    if hours is None or step is None or communication is None:
-        return hours
-    if communication.exposed_seconds is None:
-        return None
-    return hours * (1 + communication.exposed_seconds / step)
 
 
 def _averaging(config: RunConfig) -> list[Averaging]:

@@ -15,7 +15,7 @@ CUDA context, buffers of NCCL and cuBLAS, fragmentation, Muon's copies of single
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sections import AverageConfig, LawaConfig, RunningMeanConfig, SwaConfig
@@ -74,10 +74,11 @@ class Usage:
     written: int = 0
     """The copy of weights that is written during training; on a GPU's host, not here."""
 
-    @property
-    def total(self) -> int:
-        """Sum of all parts."""
-        return sum(getattr(self, field.name) for field in fields(self) if field.name != "moment")
+    total: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        parts = (each.name for each in fields(self) if each.name not in ("moment", "total"))
+        object.__setattr__(self, "total", sum(getattr(self, name) for name in parts))
 
 
 def peak(usages: Sequence[Usage]) -> Usage:

@@ -212,17 +212,10 @@ class DiskUsage:
     states: SavedFolders
     states_saved: int
     """Training checkpoints saved in total; older ones are deleted."""
-
-    @property
-    def total(self) -> int:
-        """Bytes at the end."""
-        averages = sum(saved.bytes for saved in self.averages)
-        return self.snapshots.bytes + averages + self.states.bytes
-
-    @property
-    def largest(self) -> int:
-        """Highest number of bytes: the last state is durable before the oldest is deleted."""
-        return self.total + (self.states.bytes_each if self.states_saved > self.states.count else 0)
+    total: int
+    """Bytes at the end."""
+    largest: int
+    """Highest number of bytes: the last state is durable before the oldest is deleted."""
 
 
 def disk_usage(config: RunConfig) -> DiskUsage:
@@ -234,14 +227,13 @@ def disk_usage(config: RunConfig) -> DiskUsage:
     held = sum(bytes_held(each) for each in config.averages) * model.parameters
     state = FLOAT * (model.parameters + moments(config, model)) + held
     # A run that may rewind also saves its first state.
-    states = len(_multiples(config.checkpoint.state_every, config)) + config.may_rewind
+    saved = len(_multiples(config.checkpoint.state_every, config)) + config.may_rewind
+    states = SavedFolders("states", min(saved, config.checkpoint.keep_states), state)
     snapshots = SavedFolders("snapshots", len(snapshot_steps(config)), snapshot_bytes(config))
-    return DiskUsage(
-        snapshots=snapshots,
-        averages=tuple(_saved_average(each, config) for each in config.averages),
-        states=SavedFolders("states", min(states, config.checkpoint.keep_states), state),
-        states_saved=states,
-    )
+    averages = tuple(_saved_average(each, config) for each in config.averages)
+    total = sum(folders.bytes for folders in (snapshots, *averages, states))
+    largest = total + (state if saved > states.count else 0)
+    return DiskUsage(snapshots, averages, states, saved, total, largest)
 
 
 def moments(config: RunConfig, model: Architecture) -> int:

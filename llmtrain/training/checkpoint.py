@@ -85,10 +85,7 @@ def collect_tensors(
     *,
     copy: bool,
 ) -> dict[str, Tensor]:
-    """Return all tensors of a training checkpoint by name, in host memory, sharded as the model is.
-
-    With `copy`, training may continue while they are being saved.
-    """
+    """Return all tensors of a checkpoint by name, in host memory, sharded as the model is."""
     parameters = dict(model.named_parameters())
     tensors: dict[str, Tensor] = {f"model/{name}": tensor for name, tensor in parameters.items()}
     moments = optimizer.state_dict()["state"]
@@ -154,14 +151,10 @@ def restore_tensors(
 
 
 def read_tensors(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by name, in host memory; of sharded ones, the local part.
+    """Return the tensors of a checkpoint by name, in host memory.
 
-    Args:
-        folder: of the training checkpoint.
-        parameters: the model's, by name; tensors of the same shape are sharded like them.
-
-    Raises:
-        OSError: a process could not read a file; raised on all of them.
+    Of tensors shaped like a sharded parameter, return the local part. If one process cannot read a
+    file, raise OSError on all.
     """
     reader = HuggingFaceStorageReader(str(folder))
     tensors: dict[str, Tensor] = {}

@@ -86,12 +86,7 @@ class CheckpointWriter:
             self._saving = self._pool.submit(work)
 
     def wait(self) -> None:
-        """Block until the last checkpoint is durable.
-
-        Raises:
-            WriteFailed: the disk is full or not writable.
-            RunFailed: the processes do not share the run folder.
-        """
+        """Block until the last checkpoint is durable, or raise what failed."""
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()

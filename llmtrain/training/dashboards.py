@@ -2,9 +2,6 @@
 
 A dashboard that fails is reported once and then left out. W&B asks nothing: without an account or
 network it records offline.
-
-    boards = Dashboards(run, config, resumed_step=0, wandb_id=None, warn=print)
-    boards.log(event, "train")
 """
 
 from collections.abc import Callable, Mapping
@@ -54,11 +51,7 @@ class Dashboards:
             if key != "step" and value is not None
         }
         numbers = {key: float(value) for key, value in named.items() if not isinstance(value, str)}
-        texts = {
-            key: f"<pre>{escape(value)}</pre>"
-            for key, value in named.items()
-            if isinstance(value, str)
-        }
+        texts = {key: value for key, value in named.items() if isinstance(value, str)}
         self._each(lambda board: board.log(step, numbers, texts))
 
     def rewind(self, step: int) -> None:
@@ -99,7 +92,7 @@ class _Wandb:
     def log(self, step: int, numbers: Mapping[str, float], texts: Mapping[str, str]) -> None:
         import wandb
 
-        pages = {key: wandb.Html(text, inject=False) for key, text in texts.items()}
+        pages = {key: wandb.Html(_preformat(text), inject=False) for key, text in texts.items()}
         self._run.log({"step": step, **numbers, **pages})
 
     def rewind(self, step: int) -> None:
@@ -137,7 +130,7 @@ class _TensorBoard:
         for key, value in numbers.items():
             self._writer.add_scalar(key, value, step)
         for key, text in texts.items():
-            self._writer.add_text(key, text, step)
+            self._writer.add_text(key, _preformat(text), step)
         self._writer.flush()
 
     def rewind(self, step: int) -> None:
@@ -183,6 +176,10 @@ def _start_wandb(folder: Path, config: RunConfig, run_id: str | None, warn: Warn
     except wandb.Error as error:
         warn(f"cannot reach W&B: {_first_line(error)}; recording offline for `wandb sync`")
         return start("offline")
+
+
+def _preformat(text: str) -> str:
+    return f"<pre>{escape(text)}</pre>"
 
 
 def _first_line(error: Exception) -> str:

@@ -37,9 +37,7 @@ def open_weights(source: str) -> Checkpoint:
             f"init_from: {source} is a run, which contains many weights",
             hint="name one of them: a folder in its snapshots/ or averages/",
         )
-    return (
-        found.download() if isinstance(found, Repository) else open_checkpoint(found, step=0)
-    )
+    return found.download() if isinstance(found, Repository) else open_checkpoint(found, step=0)
 
 
 def load_initial_weights(source: Checkpoint, model: GPT, config: RunConfig) -> None:

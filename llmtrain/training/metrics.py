@@ -2,9 +2,6 @@
 
 Each event is one dict, so all of them show the same numbers. After a resume or a rewind, the file
 contains every step once: later events are removed.
-
-    metrics = MetricsLog(run.metrics, config, resumed_step=0, wandb_id=None, log=print, warn=print)
-    metrics.training(event, eta=60.0)
 """
 
 import contextlib
@@ -49,12 +46,8 @@ def format_training(event: Event, eta: float) -> str:
 
 def format_evaluation(event: Event) -> str:
     """Return `     1,000  validation 3.2100  ema-0.9 3.1900`."""
-    losses = {
-        k.removeprefix("val/loss").lstrip("/"): v
-        for k, v in event.items()
-        if k.startswith("val/loss")
-    }
-    cells = [f"{label or 'validation'} {loss:.4f}" for label, loss in losses.items()]
+    losses = {k.removeprefix("val/loss"): v for k, v in event.items() if k.startswith("val/loss")}
+    cells = [f"{label.lstrip('/') or 'validation'} {loss:.4f}" for label, loss in losses.items()]
     return f"{event['step']:>9,}  " + "  ".join(cells)
 
 
@@ -71,15 +64,9 @@ class MetricsLog:
         log: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> None:
-        """Open the log of a run and remove the events after `resumed_step`.
+        """Open `metrics.jsonl` and remove the events after `resumed_step`.
 
-        Args:
-            path: the run's `metrics.jsonl`; None writes nothing, for ranks other than 0.
-            config: selects the dashboards.
-            resumed_step: 0 for a new run.
-            wandb_id: W&B run to resume.
-            log: prints a line.
-            warn: reports a dashboard that fails.
+        Without a path, on ranks other than 0, nothing is written.
         """
         self.evaluated_steps: set[int] = set()
         """Steps with an evaluation in the file."""
@@ -159,14 +146,14 @@ class MetricsLog:
         if self._path is None:
             return
         # JSON has no non-finite numbers.
-        event = {
+        finite = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in event.items()
         }
         with disk_errors(self._path):
-            self._file.write(json.dumps(event) + "\n")
+            self._file.write(json.dumps(finite) + "\n")
             self._file.flush()
-        self._boards.log(event, group)
+        self._boards.log(finite, group)
 
     def __enter__(self) -> "MetricsLog":
         return self

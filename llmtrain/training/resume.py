@@ -185,9 +185,6 @@ def _branch(config: RunConfig, run: RunFolder, data: TokenData, folder: Path) ->
     """Return another run's checkpoint to start from, and record it in `parent.json`.
 
     Averages in both runs continue; others start here.
-
-    Raises:
-        UserError: the checkpoint is missing, damaged, or of another model or optimizer.
     """
     if not (folder / INTEGRITY_FILE).is_file():
         found = step_folders(folder.parent) or step_folders(RunFolder(folder).states)
@@ -220,7 +217,7 @@ def _branch(config: RunConfig, run: RunFolder, data: TokenData, folder: Path) ->
 
 
 def _parent_checkpoint(run: RunFolder) -> Path | None:
-    """Return the folder of the checkpoint that a branch started from; None if it is no branch."""
+    """Return the folder of the checkpoint that a branch started from, or None for other runs."""
     if not run.parent.exists():
         return None
     record = read_json(run.parent)
@@ -246,8 +243,7 @@ def checkpoint_before(
 ) -> TrainingCheckpoint:
     """Return the newest checkpoint at least `spikes.rewind_steps` before a spike, or the oldest.
 
-    In its progress, the batches from its step to the spike are skipped, and all that a rewind does
-    not undo is as in `progress`.
+    Its progress skips the batches from there to the spike, and keeps what a rewind does not undo.
 
     Raises:
         RunFailed: there were too many rewinds, or there is no checkpoint.

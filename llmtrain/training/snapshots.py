@@ -38,17 +38,11 @@ class SnapshotWriter:
         residual: Mapping[str, Tensor] | None = None,
         provenance: object = None,
     ) -> None:
-        """Start to write a folder of weights after the previous one is written.
+        """Start to write a folder of weights, replacing an existing one, after the previous write.
 
-        Args:
-            target: final name; an existing folder is replaced.
-            parts: this process's part of each float32 parameter; may change after the return.
-            origin: content of `training.json`.
-            residual: rounding error of a running mean, by parameter name.
-            provenance: of an average.
-
-        Raises:
-            WriteFailed: the previous write failed: the disk is full or not writable.
+        `parts` are this process's parts of the float32 parameters; they may change after the
+        return. `residual` is the rounding error of a running mean. Raise WriteFailed if the
+        previous write failed.
         """
         self.wait()
         weights = self._copy_whole(parts)

@@ -4,9 +4,6 @@ Why on the device: tensors alone decide whether an update is skipped, so the loo
 the device, and every rank, with the same reduced loss and norm, decides the same. The host reads
 events only when it reads numbers anyway (`drain`). If the policy is to stop or rewind, every later
 update is skipped until then, so the weights remain those before the event.
-
-    spikes = SpikeDetector(config, device)
-    skip = spikes.check(step, loss, norm); events = spikes.drain()
 """
 
 import math
@@ -67,11 +64,9 @@ class SpikeEvent:
 
 
 def robust_z(values: Tensor, history: Tensor) -> Tensor:
-    """Return the distance of each value above the median of its history, in robust deviations.
+    """Return the distance of values (n,) above the medians of history (n, window), in deviations.
 
-    Args:
-        values: shape (n,).
-        history: shape (n, window); a NaN in it, as before it is full, makes the result NaN.
+    A NaN in the history, as before it is full, makes the result NaN.
     """
     median = history.median(dim=1).values
     deviation = (history - median[:, None]).abs().median(dim=1).values
@@ -93,10 +88,7 @@ class SpikeDetector:
     def check(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
         """Return whether to skip the update of step `step`: a bool on the device, shape ().
 
-        Args:
-            step: number of the step, from 1.
-            loss: mean over the whole batch, shape ().
-            norm: of the gradient before clipping, shape ().
+        `loss` is the mean over the batch and `norm` the gradient norm before clipping, shape ().
         """
         values = torch.stack([loss.detach(), norm.detach()]).float()
         finite = values.isfinite()
@@ -117,7 +109,7 @@ class SpikeDetector:
         return skip
 
     def drain(self) -> list[SpikeEvent]:
-        """Return the events since the last call, in order, up to the first that stops or rewinds.
+        """Return the events since the last call, up to the first that stops or rewinds.
 
         Raises:
             RunFailed: too many updates in a row were skipped.

@@ -1,17 +1,11 @@
 """The training loop: one step, and what is due after it.
 
-    forward, backward → `spikes.check` → `optimizer.update` → `average.update` → `metrics.training`
-
-`run.py` decides whether a run starts, resumes or branches.
-
-    trainer = Trainer(make_worker(config, world, device, warn), run, data)
-    trainer.train(metrics, interrupt)
+forward, backward → `spikes.check` → `optimizer.update` → `average.update` → `metrics.training`
 """
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +22,7 @@ from llmtrain.errors import RunFailed, WriteFailed
 from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.model.gpt import GPT
 from llmtrain.model.tokenizer import load_tokenizer
+from llmtrain.planning.sizes import Architecture
 from llmtrain.runtime.device import peak_flops, peak_memory, to_device
 from llmtrain.runtime.signals import Interrupt, Interrupted
 from llmtrain.storage.run_folder import RunFolder, step_folders
@@ -82,14 +77,11 @@ class Trainer:
     # --- one step ------------------------------------------------------------------------------
 
     def step(self, interrupt: Interrupt) -> tuple[Tensor, Tensor]:
-        """Train on the next batch; the update is skipped if the spike detector says so.
+        """Train on the next batch, unless a signal interrupts it; then nothing has changed.
 
         Returns:
             The loss (mean over all micro-batches of all processes) and the gradient norm before
             clipping, shape ().
-
-        Raises:
-            Interrupted: a signal came; the step has changed nothing.
         """
         worker, progress, step = self.worker, self.progress, self.progress.step + 1
         loss = retry_on_oom(worker, progress, lambda: self._accumulate_gradients(step, interrupt))
@@ -199,7 +191,9 @@ class Trainer:
         step, tokens = self._logged
         stepping = self.world.sums([self._stepping])[0] / self.world.size
         rate = (self.progress.tokens - tokens) / stepping
-        flops = self.model.flops_per_token(block_size(self.progress.step, self.config.data))
+        length = block_size(self.progress.step, self.config.data)
+        architecture = Architecture(self.config.model, self.config.data.block_size)
+        flops = architecture.flops_per_token(length)
         self._restart_timing()
         event = {
             "step": self.progress.step,
@@ -219,11 +213,7 @@ class Trainer:
     # --- spikes --------------------------------------------------------------------------------
 
     def _handle_spikes(self, metrics: MetricsLog, *, now: bool = False) -> bool:
-        """Log and handle spikes at steps where the host reads numbers; return False after a rewind.
-
-        Raises:
-            RunFailed: the policy is to stop, or a rewind is impossible.
-        """
+        """Log and handle spikes when the host reads numbers; return False after a rewind."""
         config = self.config
         reading = (config.log.every, config.eval.every, config.checkpoint.snapshot_every)
         due = any(map(self._due, (*reading, config.checkpoint.state_every)))
@@ -303,17 +293,15 @@ class Trainer:
 
     def _save_weights(self, metrics: MetricsLog, *, fresh: bool) -> None:
         """Save the snapshot of this step and the averages that are due."""
-        if fresh or not self._exists(self.run.snapshot(self.progress.step)):
+        step = self.progress.step
+        if fresh or not self.world.on_rank_zero(self.run.snapshot(step).exists):
             self.save_snapshot()
         for average in self.averages:
-            target = self.run.average(average.config.label, self.progress.step)
+            target = self.run.average(average.config.label, step)
             due = average.ready and self._due(self.config.save_every(average.config))
-            if due and (fresh or not self._exists(target)):
+            if due and (fresh or not self.world.on_rank_zero(target.exists)):
                 self._finish_snapshots(metrics)
                 self.save_average(average)
-
-    def _exists(self, path: Path) -> bool:
-        return self.world.on_rank_zero(path.exists)
 
     def save_snapshot(self) -> None:
         """Start to write the weights as a Hugging Face folder."""
@@ -370,8 +358,7 @@ class Trainer:
 def sample(model: GPT, data: TokenData, tokens: int) -> str:
     """Return the beginning of the val split, `→`, and the likeliest `tokens` tokens after it.
 
-    Why greedy and from a fixed prompt: samples are comparable over steps, and the same after a
-    resume. The model must not be sharded; it computes in float32.
+    Greedy decoding of a fixed prompt makes samples comparable over steps and equal after a resume.
     """
     device = next(model.parameters()).device
     tokenizer, reader = load_tokenizer(data.tokenizer), data.reader("val")

@@ -2,9 +2,6 @@
 
 Why not in the trainer: a step is the same for DDP, FSDP2 and a single process. Only how the model
 is built, wrapped and compiled differs, and when its gradients are reduced: once per step.
-
-    worker = make_worker(config, World(), device, print)
-    worker.forward = compile_model(worker, micro_batch=8)
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -38,7 +35,7 @@ _OOM_MESSAGES = (
     "ALLOC_FAILED",
     "MPS backend out of memory",
 )
-"""Messages of the out-of-memory errors that have no type of their own."""
+"""Messages of out-of-memory errors of general types."""
 
 
 @dataclass
@@ -76,14 +73,14 @@ class Worker:
         return self.config.batch_size // self.world.size
 
     def backward(self, forward: nn.Module, windows: Tensor, parts: int = 1) -> Tensor:
-        """Add the gradients of a micro-batch, and return its loss, divided by `parts`, shape ()."""
+        """Add the gradients of `loss / parts` for a micro-batch; return that value, shape ()."""
         with autocast(self.device, self.autocast_precision):
             loss: Tensor = forward(windows[:, :-1], windows[:, 1:]) / parts
         loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
         return loss.detach()
 
     def dummy_pass(self, forward: nn.Module, sequences: int) -> None:
-        """Run a forward and backward pass over made-up tokens, and wait for it."""
+        """Run a forward and backward pass over arbitrary tokens and wait for it."""
         length = self.config.data.block_size + 1
         # The memory layout is that of a real batch: another one would be compiled separately.
         windows = torch.arange(sequences * length, device=self.device).view(sequences, length)
@@ -91,11 +88,7 @@ class Worker:
 
 
 def make_worker(config: RunConfig, world: World, device: torch.device, warn: Log) -> Worker:
-    """Build the model at step 0 and its optimizer.
-
-    Raises:
-        UserError: the batch does not divide over the processes, or the device lacks a feature.
-    """
+    """Build the model at step 0 and its optimizer."""
     precision = resolve_precision(config.train.precision, device)
     parallel = resolve_parallel(config, world, device, precision)
     to_compile, reason = resolve_compile(config.train.compile, device)
@@ -114,11 +107,7 @@ def make_worker(config: RunConfig, world: World, device: torch.device, warn: Log
 def resolve_parallel(
     config: RunConfig, world: World, device: torch.device, precision: Precision
 ) -> Parallel | None:
-    """Return how the weights are distributed; None in a single process with whole weights.
-
-    Raises:
-        UserError: the batch does not divide over the processes, or the settings exclude each other.
-    """
+    """Return how the weights are distributed, or raise a UserError for conflicting settings."""
     check_batch(config, world.size)
     setting = config.train.parallel
     if config.train.compile == "cuda-graphs" and (world.size > 1 or setting in ("fsdp", "hsdp")):
@@ -160,7 +149,7 @@ def build_model(
     else:
         with torch.device("meta"):
             model = GPT(config.model, config.data.block_size)
-        _shard(model, _mesh(parallel, world, device), precision)
+        _shard(model, parallel, world, device, precision)
         model.to_empty(device=device)
         parameters = dict(model.named_parameters())
         for name, value in model.initial_weights(config.seed):
@@ -170,15 +159,16 @@ def build_model(
     return model
 
 
-def _mesh(parallel: Parallel | None, world: World, device: torch.device) -> DeviceMesh:
+def _shard(
+    model: GPT, parallel: str | None, world: World, device: torch.device, precision: Precision
+) -> None:
+    """Shard block by block: gather in the compute precision, reduce in float32."""
+    shape: tuple[int, ...] = (world.size,)
+    names: tuple[str, ...] = ("shard",)
     if parallel == "hsdp":
         shape = (world.size // world.local_size, world.local_size)
-        return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    return init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
-
-
-def _shard(model: GPT, mesh: DeviceMesh, precision: Precision) -> None:
-    """Shard block by block: gather in the compute precision, reduce in float32."""
+        names = ("replicate", "shard")
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     dtype = torch.bfloat16 if precision == "bfloat16" else None
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in model.transformer.h:
@@ -214,13 +204,9 @@ def reshard_after(model: nn.Module) -> Iterator[None]:
 def compile_model(worker: Worker, micro_batch: int) -> nn.Module:
     """Compile the model if asked for, and return the module to call in training.
 
-    Only the transformer body is compiled, as one graph; FSDP's blocks are compiled separately. DDP
-    wraps the model first: torch then splits the graph at gradient buckets, so reduction overlaps
-    the backward pass. CUDA graphs save host time, which limits small models only, and need memory
-    of their own; therefore they are optional.
-
-    Raises:
-        RunFailed: compiling fails in one of several processes with sharded weights.
+    Only the transformer body is compiled, as one graph, or FSDP's blocks separately. DDP wraps the
+    model first: torch then splits the graph at gradient buckets, so reduction overlaps the backward
+    pass. CUDA graphs are optional: they help only small models and need extra memory.
     """
     module: nn.Module = worker.model
     if worker.parallel == "ddp":

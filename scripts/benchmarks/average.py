@@ -84,7 +84,7 @@ def measure(at: str, against: str | None, *, rounds: int, work: Path | None = No
         inputs = sorted(series.snapshots.glob("*/model.safetensors"))
         sides: dict[str, Side] = {"llmtrain": partial(_llmtrain, series, inputs, at)}
         if at == "last":
-            sides["… --no-verify"] = partial(_llmtrain, series, inputs, at, "--no-verify")
+            sides["… --no-verify"] = partial(_llmtrain, series, inputs, at, "--checks", "no-verify")
             sides["cat + cp"] = partial(_copied, inputs, folder / "copy")
         if against == "plain":
             sides["plain"] = partial(_plain, inputs, folder / "plain.safetensors")

@@ -1,4 +1,4 @@
-"""Planted faults: each is caught, named, and overridden only on request; honest series pass."""
+"""Checks of the inputs: each planted fault is rejected with its location; valid series pass."""
 
 import shutil
 from pathlib import Path
@@ -28,11 +28,11 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "s"
 
 
-def run(root: Path, **settings: Any) -> tuple[list[Average], list[str]]:
+def run(root: Path, **options: Any) -> tuple[list[Average], list[str]]:
     series = folder_series(root)
     warnings: list[str] = []
-    plans = make_specs(series, AverageRequest(every=10))
-    return average(series, plans, MergeOptions(**settings), warn=warnings.append), warnings
+    specs = make_specs(series, AverageRequest(every=10))
+    return average(series, specs, MergeOptions(**options), warn=warnings.append), warnings
 
 
 def replace_tensor(root: Path, step: int, name: str, tensor: torch.Tensor) -> None:
@@ -42,13 +42,13 @@ def replace_tensor(root: Path, step: int, name: str, tensor: torch.Tensor) -> No
             save_file(tensors | {name: tensor}, path, metadata={"format": "pt"})
 
 
-def test_an_honest_series_passes_without_a_word(root: Path) -> None:
+def test_valid_series_passes_without_warnings(root: Path) -> None:
     (result,), warnings = run(root, strict=True)
     assert not result.cached
     assert warnings == []
 
 
-def test_a_whole_file_at_two_steps_is_refused(root: Path) -> None:
+def test_rejects_duplicate_file(root: Path) -> None:
     shutil.rmtree(root / "step40")
     shutil.copytree(root / "step20", root / "step40")
     with pytest.raises(UserError, match="is the same at steps 20, 40"):
@@ -57,14 +57,14 @@ def test_a_whole_file_at_two_steps_is_refused(root: Path) -> None:
     assert run(root, allow_duplicates=True)[0]
 
 
-def test_one_foreign_shard_is_refused(root: Path) -> None:
+def test_rejects_shard_of_another_step(root: Path) -> None:
     shard = "model-00001-of-00002.safetensors"
     shutil.copyfile(root / "step50" / shard, root / "step20" / shard)
     with pytest.raises(UserError, match=rf"{shard} is the same at steps 20, 50"):
         run(root)
 
 
-def test_one_foreign_tensor_is_refused(root: Path) -> None:
+def test_rejects_tensor_of_another_step(root: Path) -> None:
     replace_tensor(root, 20, "embed.weight", model_at(40)["embed.weight"])
     with pytest.raises(UserError, match=r"embed\.weight is the same at steps 20, 40"):
         run(root)
@@ -72,13 +72,13 @@ def test_one_foreign_tensor_is_refused(root: Path) -> None:
     assert run(root, allow_duplicates=True)[0]
 
 
-def test_constant_tensors_may_be_the_same(root: Path) -> None:
+def test_allows_equal_constant_tensors(root: Path) -> None:
     for step in STEPS:
         replace_tensor(root, step, "embed.weight", torch.ones(LARGE))
     assert run(root)[0]
 
 
-def test_a_shard_of_the_finished_model_is_refused(root: Path) -> None:
+def test_rejects_shard_of_finished_model(root: Path) -> None:
     shutil.copytree(root / "step20", root / "final")
     (root / "final" / "model-00002-of-00002.safetensors").unlink()
     names = load_file(root / "step20" / "model-00002-of-00002.safetensors")
@@ -88,7 +88,7 @@ def test_a_shard_of_the_finished_model_is_refused(root: Path) -> None:
         run(root)
 
 
-def test_an_outlier_is_a_warning_that_names_step_and_tensor(root: Path) -> None:
+def test_warns_about_outlier_with_step_and_tensor(root: Path) -> None:
     replace_tensor(root, 30, "embed.weight", model_at(30)["embed.weight"] + 0.2)
     _, warnings = run(root)
     assert len(warnings) == 1
@@ -97,7 +97,7 @@ def test_an_outlier_is_a_warning_that_names_step_and_tensor(root: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [10, 20, 40, 50])
-def test_strict_makes_an_outlier_an_error_at_either_end_too(root: Path, step: int) -> None:
+def test_strict_rejects_outlier_at_any_position(root: Path, step: int) -> None:
     generator = torch.Generator().manual_seed(9)
     replace_tensor(root, step, "embed.weight", torch.randn(LARGE, generator=generator))
     with pytest.raises(UserError, match=f"step {step} is off the trajectory: embed"):
@@ -106,7 +106,7 @@ def test_strict_makes_an_outlier_an_error_at_either_end_too(root: Path, step: in
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_number_that_is_none_is_located(root: Path, value: float) -> None:
+def test_rejects_non_finite_element_with_its_index(root: Path, value: float) -> None:
     tensor = model_at(30)["embed.weight"]
     tensor[300, 5] = value
     replace_tensor(root, 30, "embed.weight", tensor)
@@ -114,13 +114,13 @@ def test_a_number_that_is_none_is_located(root: Path, value: float) -> None:
         run(root)
 
 
-def test_a_missing_step_is_told_with_what_there_is(root: Path) -> None:
+def test_missing_step_lists_existing_steps(root: Path) -> None:
     shutil.rmtree(root / "step30")
     with pytest.raises(UserError, match="10, 20, 40, 50"):
         run(root)
 
 
-def test_duplicates_among_a_runs_own_snapshots_are_refused_before_reading(
+def test_rejects_duplicate_snapshots_of_a_run(
     make_run: MakeRun,
 ) -> None:
     made = make_run([10, 20, 30])
@@ -131,13 +131,13 @@ def test_duplicates_among_a_runs_own_snapshots_are_refused_before_reading(
         average(series, make_specs(series, AverageRequest(every=10, window=3)))
 
 
-def test_known_bad_revisions_of_the_paper_are_all_there() -> None:
+def test_known_bad_revisions_are_complete() -> None:
     steps = [0, *(2**i for i in range(10)), *range(1000, 144000, 1000)]
     pythia = audit.known_bad("EleutherAI/pythia-2.8b", steps)
     assert len(steps) == 154
     assert (
         len(pythia) == 85
-    )  # the public report counts 86, with step 143000, whose weights are rightly the last
+    )  # the public report counts 86, including step 143000, which correctly has the last weights
     assert {66000, 143000}.isdisjoint(pythia)
     assert sorted(audit.known_bad("EleutherAI/pythia-12b", steps)) == [50000, 58000]
     assert len(audit.known_bad("allenai/OLMo-2-1124-7B", [101000, 175000, 300000, 301000])) == 3
@@ -145,11 +145,11 @@ def test_known_bad_revisions_of_the_paper_are_all_there() -> None:
     assert audit.known_bad(None, steps) == {}
 
 
-def test_known_bad_revisions_are_refused_with_their_issue() -> None:
+def test_rejects_known_bad_revision_with_its_issue() -> None:
     with pytest.raises(UserError, match=r"step 50,000 .*EleutherAI/pythia#206"):
         audit.refuse_known_bad("EleutherAI/pythia-12b", [48000, 50000])
 
 
-def test_known_bad_revisions_are_known_in_any_case() -> None:
+def test_known_bad_names_ignore_case() -> None:
     assert audit.known_bad("eleutherai/Pythia-12B", [50000, 51000]).keys() == {50000}
     assert audit.known_bad(None, [50000]) == {}

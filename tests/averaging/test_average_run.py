@@ -1,4 +1,4 @@
-"""LAWA over a run's snapshots: numbers, files on disk, and what bad input gets."""
+"""LAWA over the snapshots of a run: numbers, files, errors."""
 
 import errno
 import json
@@ -53,7 +53,7 @@ def test_equals_torchs_averaged_model_and_the_float64_oracle(make_run: MakeRun) 
         assert torch.equal(tensor, oracle.float()), name
 
 
-def test_transformers_loads_it_and_its_logits_are_our_models(make_run: MakeRun) -> None:
+def test_transformers_computes_the_same_logits(make_run: MakeRun) -> None:
     (result,) = lawa(make_run([10, 20, 30]), 10)
     theirs = AutoModelForCausalLM.from_pretrained(result.spec.target).eval()
     tokens = torch.arange(16).view(1, 16)
@@ -66,7 +66,7 @@ def test_transformers_loads_it_and_its_logits_are_our_models(make_run: MakeRun) 
         )
 
 
-def test_folder_is_complete_and_says_where_it_comes_from(make_run: MakeRun) -> None:
+def test_folder_is_complete_and_has_provenance(make_run: MakeRun) -> None:
     run = make_run([10, 20, 30])
     (result,) = lawa(run, 10)
     folder = run.path / "averages" / "lawa-3x10" / "step-00000030"
@@ -83,7 +83,7 @@ def test_folder_is_complete_and_says_where_it_comes_from(make_run: MakeRun) -> N
     assert json.loads((folder / "training.json").read_text())["step"] == 30
 
 
-def test_warm_up_and_step_0_never_enter(make_run: MakeRun) -> None:
+def test_excludes_warmup_and_step_0(make_run: MakeRun) -> None:
     run = make_run([5, 10, 20, 30, 40], warmup=10)
     assert run_series(run).steps == [20, 30, 40]
     with pytest.raises(UserError, match="20 to 40 every 10"):
@@ -92,7 +92,7 @@ def test_warm_up_and_step_0_never_enter(make_run: MakeRun) -> None:
     assert 0 not in run_series(run).steps
 
 
-def test_all_gives_every_complete_window_and_each_is_the_single_one(make_run: MakeRun) -> None:
+def test_all_makes_every_window_with_the_same_bytes(make_run: MakeRun) -> None:
     run = make_run(list(range(10, 80, 10)))
     results = lawa(run, 20, at="all")
     assert [tuple(i.step for i in result.spec.inputs) for result in results] == [
@@ -106,7 +106,7 @@ def test_all_gives_every_complete_window_and_each_is_the_single_one(make_run: Ma
     ).read_bytes()
 
 
-def test_an_average_that_exists_is_kept_or_refused(make_run: MakeRun) -> None:
+def test_existing_average_is_cached_or_rejected(make_run: MakeRun) -> None:
     run = make_run([10, 20, 30, 40])
     assert not lawa(run, 10, label="mine")[0].cached
     assert lawa(run, 10, label="mine")[0].cached
@@ -118,7 +118,7 @@ def test_an_average_that_exists_is_kept_or_refused(make_run: MakeRun) -> None:
         assert caught.value.hint is not None and ("delete" in caught.value.hint) is disposable
 
 
-def test_out_is_the_folder_itself_or_one_a_step(make_run: MakeRun, tmp_path: Path) -> None:
+def test_out_is_the_folder_or_its_parent(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run([10, 20, 30])
     assert lawa(run, 10, out=tmp_path / "one")[0].spec.target == tmp_path / "one"
     assert (tmp_path / "one" / "model.safetensors").exists()
@@ -126,7 +126,7 @@ def test_out_is_the_folder_itself_or_one_a_step(make_run: MakeRun, tmp_path: Pat
     assert [r.spec.target.name for r in results] == ["step-00000020", "step-00000030"]
 
 
-def test_errors_list_what_there_is(make_run: MakeRun) -> None:
+def test_errors_list_existing_steps(make_run: MakeRun) -> None:
     run = make_run([10, 20, 30, 40])
     with pytest.raises(UserError, match="it has 4: 10 to 40 every 10") as caught:
         lawa(run, 15)
@@ -136,7 +136,7 @@ def test_errors_list_what_there_is(make_run: MakeRun) -> None:
     assert "30, 40" in caught.value.hint
 
 
-def test_a_missing_file_stops_it_and_leaves_nothing(make_run: MakeRun) -> None:
+def test_missing_file_leaves_nothing(make_run: MakeRun) -> None:
     run = make_run([10, 20, 30])
     (run.snapshot(20) / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"step-00000020/model\.safetensors"):
@@ -144,7 +144,7 @@ def test_a_missing_file_stops_it_and_leaves_nothing(make_run: MakeRun) -> None:
     assert not run.averages.exists()
 
 
-def test_a_truncated_file_stops_it(make_run: MakeRun) -> None:
+def test_rejects_truncated_file(make_run: MakeRun) -> None:
     run = make_run([10, 20, 30])
     path = run.snapshot(20) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
@@ -152,7 +152,7 @@ def test_a_truncated_file_stops_it(make_run: MakeRun) -> None:
         lawa(run, 10)
 
 
-def test_a_flipped_bit_stops_it(make_run: MakeRun) -> None:
+def test_rejects_flipped_bit(make_run: MakeRun) -> None:
     run = make_run([10, 20, 30])
     path = run.snapshot(20) / "model.safetensors"
     content = bytearray(path.read_bytes())
@@ -162,7 +162,7 @@ def test_a_flipped_bit_stops_it(make_run: MakeRun) -> None:
         lawa(run, 10)
 
 
-def test_a_nan_stops_it_and_is_located(make_run: MakeRun) -> None:
+def test_rejects_nan_with_its_index(make_run: MakeRun) -> None:
     run = make_run([10, 20, 30])
     path = run.snapshot(20) / "model.safetensors"
     content = bytearray(path.read_bytes())
@@ -174,7 +174,7 @@ def test_a_nan_stops_it_and_is_located(make_run: MakeRun) -> None:
     assert not list(run.averages.rglob("step-*"))
 
 
-def test_other_shapes_are_refused_from_the_headers(make_run: MakeRun) -> None:
+def test_rejects_other_shapes_before_reading_weights(make_run: MakeRun) -> None:
     run = make_run([10, 20, 30])
     from safetensors.torch import save_file
 
@@ -189,14 +189,14 @@ def test_other_shapes_are_refused_from_the_headers(make_run: MakeRun) -> None:
     assert "F32[33] at step 20" in str(caught.value)
 
 
-def test_weights_of_the_oracle_are_not_the_newest(make_run: MakeRun) -> None:
-    """Guard of the other tests: the snapshots differ, so an average is none of them."""
+def test_snapshots_differ(make_run: MakeRun) -> None:
+    """Guard the other tests: an average must not equal a snapshot by accident."""
     assert not torch.equal(
         weights_at(10)["transformer.wte.weight"], weights_at(20)["transformer.wte.weight"]
     )
 
 
-def test_what_a_killed_process_left_is_cleared(make_run: MakeRun) -> None:
+def test_removes_leftovers_of_a_killed_process(make_run: MakeRun) -> None:
     run = make_run([10, 20, 30])
     leftover = run.averages / "lawa-3x10" / ".tmp-step-00000020"
     leftover.mkdir(parents=True)
@@ -207,7 +207,7 @@ def test_what_a_killed_process_left_is_cleared(make_run: MakeRun) -> None:
     ]
 
 
-def test_two_processes_do_not_write_one_label_at_a_time(make_run: MakeRun) -> None:
+def test_locks_the_folder_of_a_label(make_run: MakeRun) -> None:
     run = make_run([10, 20, 30])
     with (
         locked_folder(run.averages / "lawa-3x10"),
@@ -216,7 +216,7 @@ def test_two_processes_do_not_write_one_label_at_a_time(make_run: MakeRun) -> No
         lawa(run, 10)
 
 
-def test_a_full_disk_is_told_before_anything_is_summed(
+def test_full_disk_fails_before_the_merge(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int, start: int, size: int) -> None:
@@ -229,7 +229,7 @@ def test_a_full_disk_is_told_before_anything_is_summed(
     assert not list(run.averages.rglob("*.safetensors"))
 
 
-def test_a_failure_in_one_thread_ends_the_command(
+def test_error_in_one_thread_stops_the_merge(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(self: WeightsWriter, name: str, start: int, raw: object) -> None:

@@ -1,4 +1,4 @@
-"""Averaging weights: their sums, and the identities their sources state."""
+"""Averaging weights: their sums, and the identities in their sources."""
 
 import math
 
@@ -14,7 +14,7 @@ SHAPES: tuple[Shape, ...] = ("linear", "cosine", "1-sqrt", "inverse-sqrt")
 
 
 @given(COUNT, st.floats(0, 0.999), st.floats(0, 1))
-def test_weights_sum_to_1_and_none_is_negative(count: int, decay: float, share: float) -> None:
+def test_weights_sum_to_1_and_are_not_negative(count: int, decay: float, share: float) -> None:
     ways = [
         coefficients.uniform(count),
         coefficients.linear(count),
@@ -31,7 +31,7 @@ def test_weights_sum_to_1_and_none_is_negative(count: int, decay: float, share: 
 @given(
     st.integers(1, 40), st.floats(0, 0.99), st.lists(st.floats(-10, 10), min_size=40, max_size=40)
 )
-def test_exponential_is_the_recursion(count: int, decay: float, values: list[float]) -> None:
+def test_exponential_equals_the_recursion(count: int, decay: float, values: list[float]) -> None:
     mean = values[0]
     for value in values[1:count]:
         mean = decay * mean + (1 - decay) * value
@@ -42,7 +42,7 @@ def test_exponential_is_the_recursion(count: int, decay: float, values: list[flo
 
 
 @given(COUNT)
-def test_linear_decay_of_the_learning_rate_is_the_uniform_mean(count: int) -> None:
+def test_linear_decay_equals_the_uniform_mean(count: int) -> None:
     assert coefficients.decay(count, "linear") == pytest.approx(coefficients.uniform(count))
 
 
@@ -52,7 +52,7 @@ def test_linear_decay_of_the_learning_rate_is_the_uniform_mean(count: int) -> No
     st.lists(st.floats(-1, 1), min_size=30, max_size=30),
 )
 def test_decay_scales_the_displacements(count: int, shape: Shape, moves: list[float]) -> None:
-    """WSM: the merge equals walking the same displacements with a decayed rate."""
+    """WSM: the merge equals the same displacements scaled by the decayed rate."""
     positions = [0.0]
     for move in moves[: count - 1]:
         positions.append(positions[-1] + move)
@@ -80,7 +80,7 @@ def test_known_values() -> None:
     assert coefficients.decay_of_half_life(1000, 1000) == 0.5
 
 
-def test_span_takes_the_earlier_mean_out_of_the_later() -> None:
+def test_span_subtracts_the_earlier_mean() -> None:
     values = [3.0, 5.0, 7.0, 20.0]
     before, after = sum(values[:1]) / 1, sum(values) / 4
     weights = coefficients.span(1, 4)

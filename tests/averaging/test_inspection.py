@@ -1,4 +1,4 @@
-"""`inspect`: the facts of checkpoints, against numpy; and damage is shown, not thrown."""
+"""`inspect`: facts about checkpoints match numpy; damage is reported, not raised."""
 
 import math
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_facts_of_a_series(tmp_path: Path) -> None:
     assert second.problems == []
 
 
-def test_an_average_shows_its_provenance(make_run: MakeRun) -> None:
+def test_average_has_provenance(make_run: MakeRun) -> None:
     run = make_run([10, 20, 30])
     series = run_series(run)
     (result,) = average(series, make_specs(series, AverageRequest(every=10, window=3)))
@@ -53,7 +53,7 @@ def test_an_average_shows_its_provenance(make_run: MakeRun) -> None:
     assert [facts.step for facts in inspect_path(run.path)] == [10, 20, 30]
 
 
-def test_damage_and_duplicates_are_shown(tmp_path: Path) -> None:
+def test_reports_damage_and_duplicates(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         write_checkpoint(tmp_path / "s" / f"step{step}", model_at(20 if step == 40 else step))
     path = tmp_path / "s" / "step30" / "model.safetensors"
@@ -67,7 +67,7 @@ def test_damage_and_duplicates_are_shown(tmp_path: Path) -> None:
     assert "the same at steps 20, 40" in found[40].problems[0]
 
 
-def test_models_that_differ_are_inspected_one_by_one(tmp_path: Path) -> None:
+def test_different_models_are_inspected_one_by_one(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "s" / "step10", model_at(10))
     write_checkpoint(tmp_path / "s" / "step20", {"other": torch.ones(3)})
     first, second = inspect_path(tmp_path / "s")
@@ -77,6 +77,6 @@ def test_models_that_differ_are_inspected_one_by_one(tmp_path: Path) -> None:
     assert "contain different tensors" in second.problems[0]
 
 
-def test_nothing_to_inspect_is_said(tmp_path: Path) -> None:
+def test_missing_path_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere"):
         inspect_path(tmp_path / "nowhere")

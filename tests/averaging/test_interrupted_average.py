@@ -1,4 +1,4 @@
-"""`llmtrain average` killed at any system call and started again: the same bytes, and nothing done twice."""
+"""`llmtrain average`, killed at any system call and repeated, gives the same bytes."""
 
 import contextlib
 import shutil
@@ -19,7 +19,7 @@ from llmtrain.errors import UserError
 from llmtrain.storage.commit import staged_folder
 from llmtrain.storage.run_folder import RunFolder
 
-# Two averages a pass; SIGKILL just before the n-th time that a file or folder is made, renamed or removed.
+# Two averages per merge; SIGKILL before the n-th creation, rename or removal of a file or folder.
 KILLED = """
 import os, sys
 from llmtrain.averaging import average
@@ -28,7 +28,8 @@ average.MAX_GROUP = 2
 left = int(sys.argv.pop(1))
 def count(event, arguments):
     global left
-    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    flags = arguments[2] if event == "open" else 0
+    writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR)
     if writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
         left -= 1
         if left == 0:
@@ -69,7 +70,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def identities(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Inode and time of every file of every complete average."""
+    """Return inode and time of every file of every complete average."""
     complete = (
         path
         for path in folder.rglob("integrity.json")
@@ -79,19 +80,18 @@ def identities(folder: Path) -> dict[Path, tuple[int, int]]:
     return {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in every}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", COMMANDS)
-def test_killed_at_any_call_it_goes_on_and_ends_with_the_same_bytes(
-    make_run: MakeRun, tmp_path: Path, which: str
-) -> None:
+def test_resumes_after_a_kill_at_any_call(make_run: MakeRun, tmp_path: Path, which: str) -> None:
     make_run([10, 20, 30, 40])
-    calm = shutil.copytree(tmp_path / "runs", tmp_path / "calm" / "runs").parent
-    assert command(calm, which) == 0
-    expected = contents(calm)
+    reference = shutil.copytree(tmp_path / "runs", tmp_path / "reference" / "runs").parent
+    assert command(reference, which) == 0
+    expected = contents(reference)
     kills = kept = 0
     for kill_at in range(1, 400, 1 if which == "single" else 3):
         folder = shutil.copytree(tmp_path / "runs", tmp_path / str(kill_at) / "runs").parent
         if command(folder, which, kill_at) == 0:
-            break  # there are no more calls
+            break  # after the last call
         kills += 1
         assert not [check for check in verify_below(folder) if check.problems]
         before = identities(folder)
@@ -109,7 +109,7 @@ def every_window(run: RunFolder) -> list[bool]:
     return [one.cached for one in average(series, make_specs(series, request))]
 
 
-def test_only_what_is_missing_is_read(make_run: MakeRun) -> None:
+def test_reads_only_inputs_of_missing_averages(make_run: MakeRun) -> None:
     run = make_run([10, 20, 30, 40, 50])
     every_window(run)
     shutil.rmtree(run.average("lawa-2x10", 30))
@@ -123,7 +123,7 @@ def test_only_what_is_missing_is_read(make_run: MakeRun) -> None:
             shutil.rmtree(run.average("lawa-2x10", 30))
 
 
-def test_what_a_pass_may_take_on_disk_changes_no_byte(
+def test_group_size_does_not_change_the_bytes(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run([10, 20, 30, 40, 50])
@@ -135,9 +135,8 @@ def test_what_a_pass_may_take_on_disk_changes_no_byte(
     assert contents(run.averages) == together
 
 
-def test_a_killed_out_is_cleared_by_the_next_command_beside_it(
-    make_run: MakeRun, tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_next_command_removes_leftovers_of_a_killed_one(make_run: MakeRun, tmp_path: Path) -> None:
     make_run([10, 20, 30, 40])
     assert command(tmp_path, "single", 8) == -9
     assert {path.name for path in tmp_path.iterdir()} == {"runs", ".tmp-mean", ".tmp-mean.lock"}

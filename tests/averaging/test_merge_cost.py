@@ -1,4 +1,4 @@
-"""What an average costs: memory that no number of inputs or tensors raises, and each input read once."""
+"""Cost of an average: constant memory, and each input is read once."""
 
 import json
 import struct
@@ -41,7 +41,7 @@ print(peak() - before)
 
 
 def write_sparse(path: Path, tensors: int, mark: int) -> None:
-    """A gigabyte of float32, nearly all holes: it takes no disk."""
+    """Write a sparse gigabyte of float32."""
     count = GIGABYTE // 4 // tensors
     entries = {
         f"t{i}": {
@@ -58,8 +58,9 @@ def write_sparse(path: Path, tensors: int, mark: int) -> None:
         file.truncate(8 + len(text) + tensors * count * 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("inputs", "tensors"), [(2, 1), (5, 2048)])
-def test_a_gigabyte_is_averaged_in_little_memory(tmp_path: Path, inputs: int, tensors: int) -> None:
+def test_memory_of_a_gigabyte_average(tmp_path: Path, inputs: int, tensors: int) -> None:
     for number in range(1, inputs + 1):
         write_sparse(
             tmp_path / "series" / f"step{10 * number}" / "model.safetensors", tensors, number
@@ -77,7 +78,7 @@ def test_a_gigabyte_is_averaged_in_little_memory(tmp_path: Path, inputs: int, te
     written.unlink()
 
 
-def test_all_sliding_windows_read_each_input_once(
+def test_all_windows_read_each_input_once(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(list(range(10, 210, 10)))
@@ -91,10 +92,10 @@ def test_all_sliding_windows_read_each_input_once(
         return raw
 
     monkeypatch.setattr(SafetensorsReader, "read", counting)
-    hashed_apart: list[Path] = []
+    hashed_separately: list[Path] = []
     for module in (audit, integrity):
         monkeypatch.setattr(
-            module, "sha256_of", lambda path: hashed_apart.append(path) or sha256_of(path)
+            module, "sha256_of", lambda path: hashed_separately.append(path) or sha256_of(path)
         )
     series = run_series(run)
     results = average(series, make_specs(series, AverageRequest(every=10, window=5, at="all")))
@@ -103,16 +104,16 @@ def test_all_sliding_windows_read_each_input_once(
         spec.bytes for source in series.inputs.values() for spec in source.open().tensors.values()
     )
     assert read == total
-    assert hashed_apart  # configs, which an average takes over
-    assert not [path for path in hashed_apart if path.suffix == ".safetensors"]
+    assert hashed_separately  # configs, which an average copies
+    assert not [path for path in hashed_separately if path.suffix == ".safetensors"]
     assert not [problem for result in results for problem in integrity_problems(result.spec.target)]
 
 
-def test_inputs_in_another_order_of_tensors_are_hashed_all_the_same(make_run: MakeRun) -> None:
+def test_hashes_inputs_with_another_tensor_order(make_run: MakeRun) -> None:
     run = make_run([10, 20])
     path = run.snapshot(10) / "model.safetensors"
     with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     specs = {
         name: TensorSpec("F32", tuple(tensors[name].shape))
         for name in sorted(tensors, reverse=True)
@@ -121,13 +122,13 @@ def test_inputs_in_another_order_of_tensors_are_hashed_all_the_same(make_run: Ma
     path.write_bytes(header + b"".join(tensors[name].numpy().tobytes() for name in specs))
     integrity.write_integrity(path.parent)
     series = run_series(run)
-    plans = make_specs(series, AverageRequest(every=10, window=2))
+    specs = make_specs(series, AverageRequest(every=10, window=2))
     damaged = bytearray(path.read_bytes())
-    damaged[-2] ^= 1  # a bit of a number, which stays finite
+    damaged[-2] ^= 1  # flip a bit; the element stays finite
     intact = path.read_bytes()
     path.write_bytes(damaged)
     with pytest.raises(UserError, match="another SHA-256"):
-        average(series, plans)
+        average(series, specs)
     path.write_bytes(intact)
-    (result,) = average(series, plans)
+    (result,) = average(series, specs)
     assert not integrity_problems(result.spec.target)

@@ -1,4 +1,4 @@
-"""Every method, in every dtype, sharded or not, against plain float64 sums; and the properties of a mean."""
+"""Every method in every dtype equals a float64 sum; properties of the merge."""
 
 import math
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ STEPS = (100, 200, 300, 400, 500, 600)
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _change_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
@@ -43,9 +43,9 @@ def make_series(
     return root
 
 
-def run(root: Path, settings: MergeOptions | None = None, **request: Any) -> list[Average]:
+def run(root: Path, options: MergeOptions | None = None, **request: Any) -> list[Average]:
     series = folder_series(root)
-    return average(series, make_specs(series, AverageRequest(**request)), settings)
+    return average(series, make_specs(series, AverageRequest(**request)), options)
 
 
 REQUESTS: list[tuple[dict[str, Any], list[int], list[float]]] = [
@@ -137,7 +137,7 @@ def test_output_is_sharded_as_the_newest_input(tmp_path: Path) -> None:
         )
 
 
-def test_custom_weights_by_step_and_by_place(tmp_path: Path) -> None:
+def test_custom_weights_by_step_and_by_position(tmp_path: Path) -> None:
     root = make_series(tmp_path / "series")
     (tmp_path / "w.json").write_text('{"600": 1.5, "200": -0.5}')
     (result,) = run(root, method="custom", weights=tmp_path / "w.json")
@@ -170,7 +170,7 @@ def test_custom_weights_by_step_and_by_place(tmp_path: Path) -> None:
         ("[]", "does not contain weights"),
     ],
 )
-def test_wrong_weights_are_explained(tmp_path: Path, content: str, said: str) -> None:
+def test_rejects_invalid_weights(tmp_path: Path, content: str, said: str) -> None:
     root = make_series(tmp_path / "series")
     (tmp_path / "w.json").write_text(content)
     with pytest.raises(UserError, match=said):
@@ -199,16 +199,14 @@ def test_wrong_weights_are_explained(tmp_path: Path, content: str, said: str) ->
         ({"method": "lawa", "every": 100, "decay": 0.9}, "does not take --decay"),
         ({"method": "custom"}, "needs --weights"),
         ({"method": "dense", "start": 200, "at": "100"}, "A before --at B"),
-        ({"method": "dense", "start": 100, "at": "200"}, "no stored running mean"),
+        ({"method": "dense", "start": 100, "at": "200"}, "did not store a running mean"),
         ({"method": "posthoc-ema"}, "needs --sigma-rel"),
-        ({"method": "posthoc-ema", "sigma_rel": 0.1}, "has no stored power-function EMA"),
+        ({"method": "posthoc-ema", "sigma_rel": 0.1}, "did not store a power-function EMA"),
         ({"every": 100, "blend": 1.5}, "not a share"),
         ({"every": 100, "label": "a/b"}, "not a folder name"),
     ],
 )
-def test_impossible_requests_are_explained(
-    tmp_path: Path, request_: dict[str, Any], said: str
-) -> None:
+def test_rejects_invalid_requests(tmp_path: Path, request_: dict[str, Any], said: str) -> None:
     root = make_series(tmp_path / "series")
     with pytest.raises(UserError, match=said):
         run(root, **request_)
@@ -216,7 +214,7 @@ def test_impossible_requests_are_explained(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["lawa", "linear"])
-def test_summing_one_input_after_the_other_gives_the_same_bytes(
+def test_one_input_at_a_time_gives_the_same_bytes(
     tmp_path: Path, method: str, dtype: torch.dtype
 ) -> None:
     root = make_series(tmp_path / "series", dtype=dtype, shards=2)
@@ -240,7 +238,7 @@ def test_swa_at_all_grows_by_one_checkpoint(tmp_path: Path) -> None:
     ]
 
 
-def test_ema_stops_at_a_gap_when_no_start_was_named(tmp_path: Path) -> None:
+def test_ema_without_start_stops_at_a_gap(tmp_path: Path) -> None:
     root = make_series(tmp_path / "series", steps=(100, 200, 400, 500, 600))
     (result,) = run(root, method="ema", every=100, decay=0.5)
     assert [i.step for i in result.spec.inputs] == [400, 500, 600]
@@ -252,7 +250,7 @@ FLOATS = hnp.arrays(np.float32, 9, elements=st.floats(-(2.0**10), 2.0**10, width
 
 
 def mean_of(folder: Path, arrays: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    """The merge of one-tensor checkpoints, through files."""
+    """Merge one-tensor checkpoints through files."""
     checkpoints = []
     for number, array in enumerate(arrays):
         path = folder / str(number)
@@ -273,13 +271,13 @@ QUICK = settings(max_examples=40, suppress_health_check=[HealthCheck.function_sc
 
 @QUICK
 @given(FLOATS)
-def test_one_checkpoint_is_its_own_average(tmp_path: Path, array: np.ndarray) -> None:
+def test_average_of_one_checkpoint_is_itself(tmp_path: Path, array: np.ndarray) -> None:
     np.testing.assert_array_equal(mean_of(tmp_path, [array], [1.0]), array)
 
 
 @QUICK
 @given(FLOATS, st.integers(2, 7), st.booleans())
-def test_equal_inputs_give_themselves(
+def test_average_of_equal_inputs_is_the_input(
     tmp_path: Path, array: np.ndarray, count: int, linear: bool
 ) -> None:
     weights = coefficients.linear(count) if linear else coefficients.uniform(count)
@@ -288,7 +286,7 @@ def test_equal_inputs_give_themselves(
 
 @QUICK
 @given(st.lists(FLOATS, min_size=2, max_size=5), st.randoms())
-def test_the_order_of_a_uniform_window_changes_no_bit(
+def test_order_of_a_uniform_window_does_not_matter(
     tmp_path: Path, arrays: list[np.ndarray], random: Any
 ) -> None:
     shuffled = list(arrays)
@@ -301,9 +299,7 @@ def test_the_order_of_a_uniform_window_changes_no_bit(
 
 @QUICK
 @given(st.lists(FLOATS, min_size=6, max_size=6))
-def test_merging_merges_of_equal_windows_is_the_merge(
-    tmp_path: Path, arrays: list[np.ndarray]
-) -> None:
+def test_merge_of_merges_equals_the_merge(tmp_path: Path, arrays: list[np.ndarray]) -> None:
     whole = mean_of(tmp_path, arrays, [1 / 6] * 6)
     halves = [mean_of(tmp_path, part, [1 / 3] * 3) for part in (arrays[:3], arrays[3:])]
     largest = max(float(np.abs(array).max()) for array in arrays)
@@ -312,10 +308,11 @@ def test_merging_merges_of_equal_windows_is_the_merge(
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(hnp.arrays(np.float64, 20, elements=st.floats(-1e39, 1e39)))
 def test_bfloat16_is_rounded_once(values: np.ndarray) -> None:
-    """Against exact arithmetic: no bfloat16 is nearer, and ties go to the even one."""
+    """Compare with exact arithmetic: nearest bfloat16, ties to even."""
     from fractions import Fraction
 
     raw = round_to(values, "BF16")
@@ -338,14 +335,15 @@ def test_bfloat16_is_rounded_once(values: np.ndarray) -> None:
                 assert distance < neighbour or (distance == neighbour and bits % 2 == 0)
 
 
-def test_a_double_rounding_trap_of_bfloat16() -> None:
-    """1 + 2^-8 + 2^-40 is above the middle; by way of float32 it would become the tie, and 1."""
+def test_bfloat16_avoids_double_rounding() -> None:
+    """1 + 2^-8 + 2^-40 is above the midpoint; rounding to float32 first would make it a tie."""
     assert round_to(np.array([1 + 2**-8 + 2**-40]), "BF16")[0] == 0x3F81
     assert round_to(np.array([1 + 2**-8]), "BF16")[0] == 0x3F80
 
 
+@pytest.mark.slow
 def test_no_drift_over_a_thousand_windows(tmp_path: Path) -> None:
-    """Each window is summed anew: the thousandth is as exact as the first."""
+    """Each window is a new sum, so the last one is as exact as the first."""
     generator = np.random.default_rng(0)
     walk = np.cumsum(
         generator.normal(size=(1004, 8)).astype(np.float32) * 1e-3, axis=0, dtype=np.float32

@@ -1,4 +1,4 @@
-"""Online averages against float64, against torch's AveragedModel, and across a reload."""
+"""Online averages match float64 definitions and torch's AveragedModel, also after a reload."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def walk(model: nn.Module, step: int) -> None:
 
 
 def follow(model: nn.Module, average: OnlineAverage, first: int, last: int) -> dict[int, Tensor]:
-    """Walk from step `first` to `last`; the float64 weights of each step."""
+    """Train from step `first` to `last`; return the float64 weights of each step."""
     path = {}
     for step in range(first, last + 1):
         walk(model, step)
@@ -54,7 +54,7 @@ def follow(model: nn.Module, average: OnlineAverage, first: int, last: int) -> d
 
 
 def oracle(values: dict[str, Any], path: dict[int, Tensor], warmup: int) -> Tensor:
-    """The average by its definition, in float64, from all the weights there were."""
+    """Return the average by its definition, in float64, from the weights of all steps."""
     every = values.get("every", 1)
     steps = [step for step in path if step % every == 0]
     match values["kind"]:
@@ -76,7 +76,7 @@ def oracle(values: dict[str, Any], path: dict[int, Tensor], warmup: int) -> Tens
 
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("values", KINDS, ids=names)
-def test_against_the_definition_in_float64(values: dict[str, Any], offload: bool) -> None:
+def test_matches_the_float64_definition(values: dict[str, Any], offload: bool) -> None:
     model = nn.Linear(7, 5)
     average = build(model, values | ({"offload": True} if offload else {}))
     path = follow(model, average, 1, 60)
@@ -87,7 +87,7 @@ def test_against_the_definition_in_float64(values: dict[str, Any], offload: bool
 
 
 @pytest.mark.parametrize("values", KINDS, ids=names)
-def test_a_reload_goes_on_bit_for_bit(values: dict[str, Any]) -> None:
+def test_resumes_bit_for_bit(values: dict[str, Any]) -> None:
     model = nn.Linear(3, 3)
     one = build(model, values)
     follow(model, one, 1, 31)
@@ -103,7 +103,7 @@ def test_a_reload_goes_on_bit_for_bit(values: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("values", KINDS, ids=names)
-def test_the_state_is_no_view_of_the_models_weights(values: dict[str, Any]) -> None:
+def test_state_is_not_a_view_of_the_model(values: dict[str, Any]) -> None:
     model = nn.Linear(3, 3)
     average = build(model, values)
     follow(model, average, 1, 20)
@@ -112,7 +112,7 @@ def test_the_state_is_no_view_of_the_models_weights(values: dict[str, Any]) -> N
     assert torch.equal(average.weights()["weight"], before)
 
 
-def test_ema_against_torch() -> None:
+def test_ema_matches_torch() -> None:
     model = nn.Linear(7, 5)
     average = build(model, {"kind": "ema", "decay": 0.9})
 
@@ -127,7 +127,7 @@ def test_ema_against_torch() -> None:
     torch.testing.assert_close(average.weights()["weight"], reference.module.weight)
 
 
-def test_swa_against_torch() -> None:
+def test_swa_matches_torch() -> None:
     model = nn.Linear(7, 5)
     average = build(model, {"kind": "swa", "start": 1})
     reference = AveragedModel(model)
@@ -138,7 +138,7 @@ def test_swa_against_torch() -> None:
     torch.testing.assert_close(average.weights()["weight"], reference.module.weight)
 
 
-def test_a_running_mean_keeps_more_than_float32() -> None:
+def test_running_mean_is_more_precise_than_float32() -> None:
     model = nn.Linear(9, 9)
     average = build(model, {"kind": "running-mean"}, warmup=0)
     path = follow(model, average, 1, 400)
@@ -150,7 +150,7 @@ def test_a_running_mean_keeps_more_than_float32() -> None:
 
 
 @given(window=st.integers(1, 5), every=st.integers(1, 4), warmup=st.integers(0, 6))
-def test_lawa_is_ready_when_its_window_is_full_and_never_holds_warmup(
+def test_lawa_is_ready_with_a_full_window_without_warmup(
     window: int, every: int, warmup: int
 ) -> None:
     model = nn.Linear(2, 2)
@@ -168,7 +168,7 @@ def test_lawa_is_ready_when_its_window_is_full_and_never_holds_warmup(
             assert average.provenance(step)["inputs"] == held[-window:]
 
 
-def test_swapping_in_changes_the_output_and_gives_the_weights_back() -> None:
+def test_swapped_in_restores_the_weights() -> None:
     model = nn.Linear(3, 3)
     own = model.weight.detach().clone()
     zeros = {"weight": torch.zeros(3, 3), "bias": torch.zeros(3)}
@@ -180,7 +180,7 @@ def test_swapping_in_changes_the_output_and_gives_the_weights_back() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("values", KINDS, ids=names)
-def test_the_device_gives_the_cpus_bits(values: dict[str, Any]) -> None:
+def test_gpu_gives_the_bits_of_the_cpu(values: dict[str, Any]) -> None:
     on_cpu, on_gpu = nn.Linear(7, 5), nn.Linear(7, 5).cuda()
     on_gpu.load_state_dict(on_cpu.state_dict())
     averages = [

@@ -1,4 +1,4 @@
-"""Post-hoc power-function EMAs against the recursion they stand for."""
+"""Post-hoc power-function EMAs match the recursion."""
 
 import math
 
@@ -11,7 +11,7 @@ from llmtrain.averaging.stored_averages import WIDEST, gamma_of, overlap, recons
 
 
 def recursion(values: np.ndarray, gamma: float) -> np.ndarray:
-    """The EMA after each step t = 1, 2, …: β(t) = (1 - 1/t)^(γ+1)."""
+    """Return the EMA after each step t = 1, 2, …, with β(t) = (1 - 1/t)^(γ+1)."""
     mean, means = np.zeros(values.shape[1]), []
     for t, value in enumerate(values, start=1):
         beta = (1 - 1 / t) ** (gamma + 1)
@@ -32,7 +32,7 @@ def test_published_pairs() -> None:
 
 
 @given(st.floats(1, 100), st.floats(0, 20), st.floats(1, 100), st.floats(0, 20))
-def test_overlap_is_the_integral(
+def test_overlap_equals_the_integral(
     time_a: float, gamma_a: float, time_b: float, gamma_b: float
 ) -> None:
     end = min(time_a, time_b)
@@ -44,14 +44,14 @@ def test_overlap_is_the_integral(
 
 
 @pytest.mark.parametrize("sigma", [0.06, 0.08, 0.12, 0.2])
-def test_reconstructs_emas_nobody_kept(sigma: float) -> None:
+def test_reconstructs_emas_of_other_widths(sigma: float) -> None:
     generator = np.random.default_rng(0)
     steps, gammas = 400, (gamma_of(0.05), gamma_of(0.10))
     walk = np.cumsum(generator.normal(size=(steps, 50)), axis=0)
-    kept = {gamma: recursion(walk, gamma) for gamma in gammas}
+    stored_emas = {gamma: recursion(walk, gamma) for gamma in gammas}
     stored = [(float(t), gamma) for t in range(20, steps + 1, 20) for gamma in gammas]
     weights, error = reconstruct(stored, float(steps), gamma_of(sigma))
-    got = sum(w * kept[g][int(t) - 1] for w, (t, g) in zip(weights, stored, strict=True))
+    got = sum(w * stored_emas[g][int(t) - 1] for w, (t, g) in zip(weights, stored, strict=True))
     wanted = recursion(walk, gamma_of(sigma))[-1]
     assert math.isclose(sum(weights), 1.0, rel_tol=1e-9)
     assert error < 0.05
@@ -59,7 +59,7 @@ def test_reconstructs_emas_nobody_kept(sigma: float) -> None:
     assert np.linalg.norm(got - wanted) < 0.05 * spread
 
 
-def test_a_stored_one_is_found_again() -> None:
+def test_reconstructs_a_stored_ema() -> None:
     stored = [(100.0, 6.0), (200.0, 6.0), (100.0, 16.0), (200.0, 16.0)]
     weights, error = reconstruct(stored, 200.0, 6.0)
     assert weights == pytest.approx([0, 1, 0, 0], abs=1e-4)

@@ -1,4 +1,4 @@
-"""Averages from averages a run stored: the mean over every step of a span, and any power-function EMA."""
+"""Averages of stored averages: the mean over every step of a span, any power-function EMA."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ STEPS, SIZE, WARM_UP = 60, 40, 10
 
 
 def walk() -> np.ndarray:
-    """Float32 weights after each step; row t is step t."""
+    """Return float32 weights; row t is step t."""
     generator = np.random.default_rng(3)
     moves = generator.normal(size=(STEPS + 1, SIZE)) * 0.01
     return (1.0 + np.cumsum(moves, axis=0)).astype(np.float32)
@@ -82,8 +82,8 @@ def test_dense_is_the_mean_over_every_step_of_the_span(run: RunFolder, start: in
     assert "model.residual.safetensors" in document["inputs"][-1]["files"]
 
 
-def test_the_residual_is_what_makes_a_short_span_exact(run: RunFolder) -> None:
-    """Guard: without the residuals the difference of long means would be off by many units."""
+def test_short_span_needs_the_residual(run: RunFolder) -> None:
+    """Without residuals, the difference of long means loses precision."""
     for step in (50, 60):
         (run.average("running-mean", step) / "model.residual.safetensors").unlink()
         (run.average("running-mean", step) / "integrity.json").unlink()
@@ -91,7 +91,7 @@ def test_the_residual_is_what_makes_a_short_span_exact(run: RunFolder) -> None:
     assert ulps(got, torch.from_numpy(walk()[51:61].astype(np.float64).mean(0))) > 1
 
 
-def test_dense_needs_steps_that_were_stored(run: RunFolder) -> None:
+def test_dense_needs_stored_steps(run: RunFolder) -> None:
     with pytest.raises(UserError, match="no running mean at 25; it has 20 to 60 every 10"):
         made_by(run, method="dense", start=25, at="40")
 
@@ -111,7 +111,7 @@ def test_posthoc_ema_of_any_length(run: RunFolder, sigma: float, at: str) -> Non
     assert document["options"]["profile_error"] < 0.1
 
 
-def test_posthoc_ema_never_uses_what_came_later(run: RunFolder) -> None:
+def test_posthoc_ema_ignores_later_steps(run: RunFolder) -> None:
     before, _ = made_by(run, method="posthoc-ema", sigma_rel=0.08, at="40")
     for label in ("power-ema-0.05", "power-ema-0.1"):
         path = run.average(label, 60) / "model.safetensors"

@@ -1,4 +1,4 @@
-"""The sweep: its losses are those of the written averages, its savings are counted right."""
+"""The sweep: its losses match written averages, its savings are counted correctly."""
 
 import csv
 import json
@@ -25,15 +25,21 @@ from llmtrain.training.run import pretrain
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture
-def run(tiny: Callable[..., RunConfig], tmp_path: Path) -> RunFolder:
+@pytest.fixture(scope="module")
+def trained(tiny: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny(
         averages=[], train__max_steps=14, checkpoint={"snapshot_every": 1, "state_every": 14}
     )
-    return pretrain(config, tmp_path / "runs" / "tiny", log=lambda line: None).run
+    folder = tmp_path_factory.mktemp("trained") / "tiny"
+    return pretrain(config, folder, log=lambda line: None).run.path
 
 
-def test_every_combination_is_a_request_and_none_twice() -> None:
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> RunFolder:
+    return RunFolder(shutil.copytree(trained, tmp_path / "runs" / "tiny"))
+
+
+def test_parses_every_combination_once() -> None:
     requests = parse_sweep("window=3,5 every=200,400 method=lawa,ema decay=0.5,0.9")
     assert AverageRequest(method="lawa", window=3, every=200) in requests
     assert AverageRequest(method="ema", window=5, every=400, decay=0.9) in requests
@@ -47,18 +53,18 @@ def test_every_combination_is_a_request_and_none_twice() -> None:
     "text",
     ["window", "windows=3", "window=three", "window=3,", "window=3 window=5", "window=3 decay=0.9"],
 )
-def test_a_wrong_sweep_is_explained(text: str) -> None:
+def test_rejects_invalid_sweep(text: str) -> None:
     with pytest.raises(UserError, match="--sweep"):
         parse_sweep(text)
 
 
-def test_an_unknown_key_of_a_sweep_is_named() -> None:
-    with pytest.raises(UserError, match="has no key 'windows'") as caught:
+def test_unknown_key_lists_the_keys() -> None:
+    with pytest.raises(UserError, match="does not have a key 'windows'") as caught:
         parse_sweep("windows=3")
     assert caught.value.hint is not None and "half-life" in caught.value.hint
 
 
-def test_losses_are_those_of_the_written_averages(run: RunFolder) -> None:
+def test_losses_match_the_written_averages(run: RunFolder) -> None:
     result = sweep(run, parse_sweep("method=lawa,linear window=2,3 every=2,3"), at="all")
     assert len(result.candidates) == 8
     assert sorted(result.raw.losses) == list(range(3, 15))
@@ -77,7 +83,7 @@ def test_losses_are_those_of_the_written_averages(run: RunFolder) -> None:
     assert result.best.losses[14] == min(c.losses[14] for c in result.candidates)
 
 
-def test_one_step_is_compared_alone(run: RunFolder) -> None:
+def test_compares_a_single_step(run: RunFolder) -> None:
     requests = parse_sweep("window=2,3 every=2,5")
     everywhere = {c.label: c.losses for c in sweep(run, requests, at="all").candidates}
     for at, step in ((9, 9), ("last", 14)):
@@ -91,7 +97,8 @@ def test_one_step_is_compared_alone(run: RunFolder) -> None:
         sweep(run, requests, at=2)
 
 
-def test_widths_of_posthoc_emas_are_swept(tiny: Callable[..., RunConfig], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_sweeps_widths_of_posthoc_emas(tiny: Callable[..., RunConfig], tmp_path: Path) -> None:
     kept = [{"kind": "power-ema", "sigma_rel": width} for width in (0.05, 0.1)]
     config = tiny(
         averages=kept, train__max_steps=14, checkpoint={"snapshot_every": 1, "state_every": 14}
@@ -110,13 +117,16 @@ def test_widths_of_posthoc_emas_are_swept(tiny: Callable[..., RunConfig], tmp_pa
         assert row.loss == pytest.approx(candidate.losses[14], rel=1e-6)
 
 
-def test_nothing_but_reports_is_written(run: RunFolder) -> None:
+def test_writes_nothing(run: RunFolder) -> None:
     before = sorted(run.path.rglob("*"))
     sweep(run, parse_sweep("window=2 every=2"))
     assert sorted(run.path.rglob("*")) == before
 
 
-def test_small_memory_changes_no_number(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_group_size_does_not_change_the_losses(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = sweep(run, parse_sweep("window=2,4 every=1,2"))
     monkeypatch.setattr("llmtrain.averaging.sweep.MEMORY", 1)
     single = sweep(run, parse_sweep("window=2,4 every=1,2"))
@@ -125,7 +135,7 @@ def test_small_memory_changes_no_number(run: RunFolder, monkeypatch: pytest.Monk
     }
 
 
-def test_candidates_without_a_window_are_left_out_and_said(run: RunFolder) -> None:
+def test_skips_candidates_without_a_window(run: RunFolder) -> None:
     result = sweep(run, parse_sweep("window=2,50 every=2"))
     assert [candidate.label for candidate in result.candidates] == ["lawa-2x2"]
     assert "no 50 checkpoints" in result.skipped[0]
@@ -133,7 +143,7 @@ def test_candidates_without_a_window_are_left_out_and_said(run: RunFolder) -> No
         sweep(run, parse_sweep("window=50 every=2"))
 
 
-def test_savings_are_counted_from_the_first_step_that_is_as_good(
+def test_savings_start_at_the_first_step_with_the_final_raw_loss(
     run: RunFolder, tmp_path: Path
 ) -> None:
     raw = Candidate("raw", None, {6: 3.0, 10: 2.5, 14: 2.0})
@@ -157,7 +167,8 @@ def test_savings_are_counted_from_the_first_step_that_is_as_good(
     ]
 
 
-def test_the_command_shows_and_writes_the_best(run: RunFolder, llmtrain: Command) -> None:
+@pytest.mark.slow
+def test_command_writes_the_best(run: RunFolder, llmtrain: Command) -> None:
     done = llmtrain(
         "average",
         run.path,
@@ -184,19 +195,19 @@ def test_the_command_shows_and_writes_the_best(run: RunFolder, llmtrain: Command
 
 
 @pytest.mark.parametrize("text", ["window=0 every=2", "window=3 every=0", "window=-2 every=2"])
-def test_values_without_sense_are_refused(run: RunFolder, text: str) -> None:
+def test_rejects_invalid_values(run: RunFolder, text: str) -> None:
     with pytest.raises(UserError, match=r"is -?\d"):
         sweep(run, parse_sweep(text))
 
 
-def test_duplicated_snapshots_are_refused(run: RunFolder) -> None:
+def test_rejects_duplicate_snapshots(run: RunFolder) -> None:
     shutil.rmtree(run.snapshot(9))
     shutil.copytree(run.snapshot(8), run.snapshot(9))
     with pytest.raises(UserError, match="same content"):
         sweep(run, parse_sweep("window=3 every=1"))
 
 
-def test_savings_count_from_where_raw_weights_were_first_as_good(run: RunFolder) -> None:
+def test_savings_end_at_the_first_step_with_the_final_raw_loss(run: RunFolder) -> None:
     raw = {1: 3.0, 2: 2.0, 3: 1.9, 4: 2.5}
     result = SweepResult(
         Candidate("raw", None, raw), [Candidate("a", None, {1: 2.4, 4: 2.0})], [], 10
@@ -205,10 +216,11 @@ def test_savings_count_from_where_raw_weights_were_first_as_good(run: RunFolder)
     assert (row.reached, row.steps_saved) == (1, 2 - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "option", [["--dtype", "float16"], ["--strict"], ["--show-weights"], ["--no-verify"]]
+    "option", [["--dtype", "float16"], ["--checks", "strict"], ["--show-weights"], ["--no-verify"]]
 )
-def test_options_that_a_sweep_would_ignore_are_refused(
+def test_rejects_options_that_a_sweep_ignores(
     run: RunFolder, llmtrain: Command, option: list[str]
 ) -> None:
     result = llmtrain(

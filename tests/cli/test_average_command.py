@@ -1,13 +1,18 @@
-"""`llmtrain average` as a process: JSON, exit codes, and no torch where numpy does."""
+"""`llmtrain average`: JSON, exit codes, renamed options, and no import of torch."""
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from llmtrain.cli.main import main
 
 CONFIG = """
 data: {path: none, block_size: 8}
@@ -16,8 +21,17 @@ train: {max_steps: 40, batch_sequences: 16}
 """
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     run = tmp_path / "runs" / "demo"
     for step in (10, 20, 30, 40):
         folder = run / "snapshots" / f"step-{step:08d}"
@@ -25,18 +39,25 @@ def runs(tmp_path: Path) -> Path:
         save_file({"w": torch.full((3,), float(step))}, folder / "model.safetensors")
         (folder / "config.json").write_text('{"model_type": "gpt2"}')
     (run / "config.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def llmtrain(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "llmtrain", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+@pytest.fixture
+def average(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    def run(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["llmtrain", "average", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return Result(int(end.value.code or 0), *capsys.readouterr())
+
+    return run
 
 
-def test_json_is_the_documented_list_and_nothing_else(runs: Path) -> None:
-    done = llmtrain(runs, "average", "--every", "10", "--window", "3", "--json")
-    assert done.returncode == 0, done.stderr
-    (entry,) = json.loads(done.stdout)
+def test_json_is_the_documented_list(average: Command, runs: Path) -> None:
+    done = average("--every", "10", "--window", "3", "--json")
+    assert done.code == 0, done.err
+    (entry,) = json.loads(done.out)
     assert entry == {
         "label": "lawa-3x10",
         "step": 40,
@@ -47,15 +68,15 @@ def test_json_is_the_documented_list_and_nothing_else(runs: Path) -> None:
     assert (runs / entry["path"] / "model.safetensors").exists()
 
 
-def test_a_table_and_the_path_without_json(runs: Path) -> None:
-    done = llmtrain(runs, "average", "runs/demo", "--every", "10", "--window", "2", "--at", "all")
-    assert done.returncode == 0, done.stderr
+def test_prints_a_table_with_the_folders(average: Command) -> None:
+    done = average("runs/demo", "--every", "10", "--window", "2", "--at", "all")
+    assert done.code == 0, done.err
     for step in (20, 30, 40):
-        assert f"runs/demo/averages/lawa-2x10/step-{step:08d}" in done.stdout
+        assert f"runs/demo/averages/lawa-2x10/step-{step:08d}" in done.out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--every", "15", "--window", "2"], "--every 10"),
         ([], "--every is required"),
@@ -64,26 +85,57 @@ def test_a_table_and_the_path_without_json(runs: Path) -> None:
         (["--every", "10", "--at", "soon"], "--at 'soon'"),
         (["--every", "10", "--window", "2", "--label", "../x"], "--label"),
         (["nowhere", "--every", "10"], "nowhere"),
+        (["--every", "10", "--method", "median"], "--method 'median' is unknown"),
+        (["--every", "10", "--method", "ema", "--decay", "much"], "--decay 'much'"),
+        (["--every", "10", "--checks", "none"], "--checks"),
     ],
 )
-def test_a_wrong_command_line_is_exit_code_2_with_a_hint(
-    runs: Path, arguments: list[str], said: str
+def test_invalid_command_line_is_exit_code_2_with_a_hint(
+    average: Command, arguments: list[str], message: str
 ) -> None:
-    done = llmtrain(runs, "average", *arguments)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert "hint:" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+    done = average(*arguments)
+    assert done.code == 2
+    assert message in done.err
+    assert "hint:" in done.err
+    assert "Traceback" not in done.err
+    assert done.out == ""
 
 
-def test_torch_is_not_imported(runs: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (["--method", "ema", "--half-life", "20"], ["--method", "ema", "--decay", "half-life=20"]),
+        (["--strict"], ["--checks", "strict"]),
+        (["--no-verify", "--allow-duplicates"], ["--checks", "no-verify, allow-duplicates"]),
+        (["--allow-known-bad"], ["--checks", "allow-known-bad"]),
+        (["--integers", "last"], ["--checks", "allow-integers"]),
+        (["--label", "mine"], ["--out", "runs/demo/averages/mine/step-00000040"]),
+    ],
+)
+def test_renamed_options_still_work(
+    average: Command, runs: Path, old: list[str], new: list[str]
+) -> None:
+    made = []
+    for options in (old, new):
+        done = average("--every", "10", "--window", "2", "--json", *options)
+        assert done.code == 0, done.err
+        made.append(json.loads(done.out)[0]["weights"])
+        assert ("was renamed: use" in done.err) == (options is old)
+    assert made[0] == made[1]
+    assert len([*(runs / "runs" / "demo" / "averages").rglob("model.safetensors")]) == 1
+
+
+def test_help_lists_at_most_20_options(average: Command) -> None:
+    listed = set(re.findall(r"│ (--[\w-]+)", average("--help").out))
+    assert {"--every", "--decay", "--checks"} <= listed
+    assert len(listed - {"--help"}) <= 20
+
+
+def test_does_not_import_torch() -> None:
     code = (
         "import sys\nfrom llmtrain.cli.main import main\n"
         "sys.argv = ['llmtrain', 'average', '--every', '10', '--window', '2']\n"
         "try: main()\nfinally: sys.exit(3 if 'torch' in sys.modules else 0)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=runs, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

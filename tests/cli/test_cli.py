@@ -223,9 +223,11 @@ def test_a_closed_pipe_saves_the_state(prepared: Path, pipe: str) -> None:
 def test_the_next_command_can_be_pasted(prepared: Path) -> None:
     copied = invoke("recipes", "demo", "--to", "my demo.yaml", cwd=prepared)
     trained = invoke(*PRETRAIN, "--run-dir", "my run", cwd=prepared)
-    following = [shlex.split(result.stdout.rpartition("Next: ")[2]) for result in (copied, trained)]
-    assert following[0] == ["llmtrain", "pretrain", "--config", "my demo.yaml"]
-    assert following[1] == ["llmtrain", "average", "my run", "--every", "N"]
+    following = [
+        shlex.split(result.stdout.rpartition("llmtrain ")[2]) for result in (copied, trained)
+    ]
+    assert following[0] == ["pretrain", "--config", "my demo.yaml"]
+    assert following[1] == ["average", "my run", "--every", "N"]
 
 
 def test_pretrain_refuses_folders_with_other_files(prepared: Path) -> None:

@@ -1,4 +1,4 @@
-"""Recipes that travel with the package, the resolved configuration, and what helps at a prompt."""
+"""Included recipes, and the commands `recipes` and `config`."""
 
 import json
 import os
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from in_process import invoke
+from places import REPOSITORY
 
 from llmtrain import __version__
 from llmtrain.config.loading import load_config
@@ -18,10 +20,9 @@ from llmtrain.config.recipes import copy_recipe, find_recipe, list_recipes
 from llmtrain.errors import UserError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
-REPOSITORY = Path(__file__).parents[2]
 
 
-def test_every_recipe_is_listed_copied_and_sound(tmp_path: Path) -> None:
+def test_every_recipe_is_listed_and_copied(tmp_path: Path) -> None:
     assert {each.path.name for each in list_recipes()} == {
         path.name for path in (REPOSITORY / "configs").glob("*.yaml")
     }
@@ -32,7 +33,7 @@ def test_every_recipe_is_listed_copied_and_sound(tmp_path: Path) -> None:
         assert copied == load_config(each.path)
 
 
-def test_a_recipe_that_is_not_there_and_a_file_that_is(tmp_path: Path) -> None:
+def test_unknown_recipe_and_existing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean gpt2-small"):
         find_recipe("gpt2-smal")
     (tmp_path / "mine.yaml").write_text("name: mine\n")
@@ -41,7 +42,7 @@ def test_a_recipe_that_is_not_there_and_a_file_that_is(tmp_path: Path) -> None:
     assert (tmp_path / "mine.yaml").read_text() == "name: mine\n"
 
 
-def test_a_recipe_named_where_there_is_none_is_told_how_to_get(tmp_path: Path) -> None:
+def test_missing_config_with_a_recipe_name_suggests_a_copy(tmp_path: Path) -> None:
     for given, copied in [
         ("configs/gpt2-small.yaml", "configs/gpt2-small.yaml"),
         ("a b/demo", "a b/demo.yaml"),
@@ -53,7 +54,8 @@ def test_a_recipe_named_where_there_is_none_is_told_how_to_get(tmp_path: Path) -
         assert words == ["llmtrain", "recipes", Path(copied).stem, "--to", str(tmp_path / copied)]
 
 
-def test_a_wheel_holds_the_recipes_and_finds_them(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_wheel_contains_the_recipes(tmp_path: Path) -> None:
     build = [
         sys.executable,
         "-m",
@@ -73,7 +75,7 @@ def test_a_wheel_holds_the_recipes_and_finds_them(tmp_path: Path) -> None:
         shutil.copy(REPOSITORY / name, copy)
     subprocess.run([*build, "--wheel-dir", tmp_path, copy], check=True)
     zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(tmp_path / "site")
-    code = "from llmtrain.config import recipes; print(recipes.__file__, recipes.find_recipe('demo').path)"
+    code = "from llmtrain.config import recipes as r; print(r.__file__, r.find_recipe('demo').path)"
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run(
         [sys.executable, "-S", "-c", code],  # without the packages of this environment
@@ -90,21 +92,21 @@ def test_a_wheel_holds_the_recipes_and_finds_them(tmp_path: Path) -> None:
     ]
 
 
-def test_the_config_command_prints_checks_and_compares(tmp_path: Path, llmtrain: Command) -> None:
-    assert llmtrain("recipes", "gpt2-small", "--to", "mine.yaml", cwd=tmp_path).returncode == 0
-    whole = llmtrain("config", "mine.yaml", "--set", "optimizer.lr=6e-3", cwd=tmp_path)
+def test_config_command(tmp_path: Path) -> None:
+    assert invoke("recipes", "gpt2-small", "--to", "mine.yaml", cwd=tmp_path).code == 0
+    whole = invoke("config", "mine.yaml", "--set", "optimizer.lr=6e-3", cwd=tmp_path)
     (tmp_path / "whole.yaml").write_text(whole.stdout)
     assert load_config(tmp_path / "whole.yaml") == load_config(
         tmp_path / "mine.yaml", ["optimizer.lr=6e-3"]
     )
-    diff = llmtrain("config", "whole.yaml", "--diff", "mine.yaml", "--json", cwd=tmp_path)
+    diff = invoke("config", "whole.yaml", "--diff", "mine.yaml", "--json", cwd=tmp_path)
     assert json.loads(diff.stdout) == {"optimizer.lr": {"here": 6e-3, "other": 6e-4}}
-    wrong = llmtrain("config", "mine.yaml", "--set", "optimizer.rl=1", cwd=tmp_path)
-    assert wrong.returncode == 2
+    wrong = invoke("config", "mine.yaml", "--set", "optimizer.rl=1", cwd=tmp_path)
+    assert wrong.code == 2
     assert "did you mean lr?" in wrong.stderr
 
 
-def test_completion_and_version(tmp_path: Path, llmtrain: Command) -> None:
+def test_shell_completion_and_version(tmp_path: Path, llmtrain: Command) -> None:
     assert llmtrain("--version", cwd=tmp_path).stdout == f"llmtrain {__version__}\n"
     command = [Path(sys.executable).parent / "llmtrain"]
     asked = {"_LLMTRAIN_COMPLETE": "complete_bash", "COMP_WORDS": "llmtrain re", "COMP_CWORD": "1"}

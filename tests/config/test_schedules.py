@@ -1,4 +1,4 @@
-"""Learning rates: hand-computed points, continuity, bounds, and the horizon."""
+"""Learning rate, block size and SPAM's reset factor as functions of the step."""
 
 import math
 
@@ -47,11 +47,11 @@ def rate(step: int, peak: float = 1.0, max_steps: int = 100, **schedule: object)
         ({"name": "cyclic", "cycle_steps": 5, "min_lr": 0.2}, 13, 0.6),
     ],
 )
-def test_points(schedule: dict[str, object], step: int, expected: float) -> None:
+def test_hand_computed_rates(schedule: dict[str, object], step: int, expected: float) -> None:
     assert rate(step, **schedule) == pytest.approx(expected, abs=1e-12)
 
 
-ANY = st.sampled_from(
+ANY_SCHEDULE = st.sampled_from(
     [
         {"name": "constant"},
         {"name": "cosine"},
@@ -63,8 +63,8 @@ ANY = st.sampled_from(
 )
 
 
-@given(schedule=ANY, step=st.integers(1, 10_000), peak=st.floats(1e-6, 1.0))
-def test_never_above_the_peak_nor_below_zero(
+@given(schedule=ANY_SCHEDULE, step=st.integers(1, 10_000), peak=st.floats(1e-6, 1.0))
+def test_rate_is_between_zero_and_the_peak(
     schedule: dict[str, object], step: int, peak: float
 ) -> None:
     value = rate(step, peak=peak, max_steps=120, **schedule)
@@ -73,12 +73,12 @@ def test_never_above_the_peak_nor_below_zero(
 
 
 @given(name=st.sampled_from(["cosine", "linear"]), step=st.integers(11, 99))
-def test_decays_never_rise(name: str, step: int) -> None:
+def test_decay_is_monotonic(name: str, step: int) -> None:
     assert rate(step + 1, name=name) <= rate(step, name=name)
 
 
 @given(st.integers(1, 64), st.integers(1, 40), st.integers(1, 9), st.integers(1, 50))
-def test_the_block_size_grows_to_the_whole(
+def test_block_size_grows_to_its_final_value(
     start: int, steps: int, multiple_of: int, step: int
 ) -> None:
     warmup = {"start": start, "steps": steps, "multiple_of": multiple_of}
@@ -98,7 +98,7 @@ def test_the_block_size_grows_to_the_whole(
     assert tokens_until(step, config) == 16 * sum(lengths)
 
 
-def test_the_rate_comes_back_after_a_reset() -> None:
+def test_rate_recovers_after_a_reset() -> None:
     spam = SpamConfig(reset_every=10, reset_warmup=4)
     factors = [reset_factor(step, spam) for step in range(1, 23)]
     assert factors[:10] == [1.0] * 10

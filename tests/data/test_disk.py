@@ -37,7 +37,7 @@ def test_a_file_size_limit_is_reported_and_shards_are_kept(
     )
     assert result.returncode == 1
     [error] = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    space = r"\(about [12]\.\d MB more are needed, [\d.,]+ .B are free\)"
+    space = r"\(about [12],\d+,\d+ bytes needed, [\d,]+ bytes free\)"
     assert re.fullmatch(rf"error: cannot write out: File too large {space}", error)
     assert "ulimit -f" in result.stderr and "resumes after the" in result.stderr
     assert "Traceback" not in result.stderr
@@ -70,7 +70,7 @@ def test_a_full_disk_is_reported_and_shards_are_kept(
     source, expected = undisturbed
     result = llmtrain("prepare", source, "--out", small_disk / "out", *ARGUMENTS, cwd=small_disk)
     assert result.returncode == 1
-    assert "No space left on device (about" in result.stderr and "MB are free)" in result.stderr
+    assert "No space left on device (about" in result.stderr and "bytes free)" in result.stderr
     assert "hint: free space" in result.stderr
     before = identity(small_disk / ".tmp-out" / "shards")
     assert before
@@ -130,7 +130,7 @@ def test_missing_permissions_are_reported(unprivileged: tuple[Path, Command]) ->
     assert unwritable.returncode == 1
     assert "cannot write" in unwritable.stderr and "Permission denied" in unwritable.stderr
     assert (
-        "are free" not in unwritable.stderr and "hint: choose another folder" in unwritable.stderr
+        "bytes free" not in unwritable.stderr and "hint: choose another folder" in unwritable.stderr
     )
     unreadable = llmtrain("prepare", "secret.txt", "--val-fraction", "0")
     assert unreadable.returncode == 2

@@ -116,7 +116,7 @@ def test_a_killed_preparation_resumes(
 
 
 @pytest.mark.slow
-def test_after_a_kill_behind_the_rename_nothing_is_written(
+def test_a_kill_after_the_rename_loses_nothing(
     undisturbed: tuple[Path, Path], tmp_path: Path
 ) -> None:
     source, expected = undisturbed

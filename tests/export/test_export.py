@@ -1,19 +1,15 @@
-"""Exported repositories, read by those who would: transformers, tokenizers, nanoGPT's loader, a hub."""
+"""Exported repositories in transformers, tokenizers, nanoGPT and a simulated hub."""
 
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from hub_server import TOKEN, HubServer
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tokenizers import Tokenizer as FastTokenizer
 
 from llmtrain.averaging.average import average
 from llmtrain.averaging.make_specs import make_specs
@@ -32,7 +28,7 @@ from llmtrain.evaluation.results import choose_weights
 from llmtrain.export.model_card import model_card
 from llmtrain.export.publish import export
 from llmtrain.model.gpt import GPT
-from llmtrain.model.tokenizer import load_tokenizer, tokenizer_files
+from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.run import pretrain
 
@@ -48,7 +44,7 @@ sys.stdout.buffer.write(write("The", do_sample=False)[0]["generated_text"].encod
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunConfig]) -> RunFolder:
-    """A run with an average made afterwards, both measured."""
+    """Return a run with a post-hoc average, both evaluated."""
     folder = tmp_path_factory.mktemp("exports") / "runs" / "tiny"
     trained = pretrain(tiny(averages=[]), folder, log=lambda line: None).run
     series = run_series(trained)
@@ -59,8 +55,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunConfig]
     return trained
 
 
-def untouched(folder: Path, *, bias: bool = False, vocab_size: int = 264) -> Target:
-    """A folder of weights without a run, in which every layer's attention is scaled."""
+def make_weights(folder: Path, *, bias: bool = False, vocab_size: int = 264) -> Target:
+    """Write random weights without a run, with attention scaled by layer."""
     shape = Shape(
         ModelConfig(n_layer=3, n_head=2, n_embd=16, vocab_size=vocab_size, bias=bias), 24, 256
     )
@@ -75,26 +71,8 @@ def untouched(folder: Path, *, bias: bool = False, vocab_size: int = 264) -> Tar
     return Target("made", 7, folder, None)
 
 
-@cache
-def fast(name: str) -> FastTokenizer:
-    return FastTokenizer.from_str(tokenizer_files(load_tokenizer(name), 64)["tokenizer.json"])
-
-
-@given(st.text(), st.sampled_from(["byte", "gpt2"]))
-def test_the_tokenizer_files_give_our_ids(text: str, name: str) -> None:
-    ours = load_tokenizer(name)
-    assert fast(name).encode(text).ids == ours.encode(text).tolist()
-    assert fast(name).decode(ours.encode(text).tolist()) == text
-
-
-def test_the_tokenizers_know_the_end_of_text() -> None:
-    assert fast("gpt2").encode("a<|endoftext|>").ids == [64, 50256]
-    assert fast("byte").encode("a<|endoftext|>").ids == [97, 256]
-    merges = tokenizer_files(load_tokenizer("gpt2"), 64)["merges.txt"].splitlines()
-    assert (merges[:4], len(merges)) == (["#version: 0.2", "Ġ t", "Ġ a", "h e"], 50_001)
-
-
-def test_a_pipeline_runs_the_folder_as_it_is(run: RunFolder) -> None:
+@pytest.mark.slow
+def test_transformers_pipeline_loads_the_folder(run: RunFolder) -> None:
     folder = run.path / "exported"
     weights, _ = choose_weights(str(run.path))
     export(weights, folder, name="exported")
@@ -110,7 +88,7 @@ def test_a_pipeline_runs_the_folder_as_it_is(run: RunFolder) -> None:
     assert load_tokenizer("byte").encode(done.stdout.decode())[: len(ids)].tolist() == ids.tolist()
 
 
-def test_the_card_tells_data_losses_and_averaging(run: RunFolder) -> None:
+def test_model_card_has_data_losses_and_averaging(run: RunFolder) -> None:
     weights, _ = choose_weights(str(run.path))
     export(weights, run.path / "carded", name="owner/name", dtype="bf16")
     card = (run.path / "carded" / "README.md").read_text()
@@ -134,10 +112,8 @@ def test_the_card_tells_data_losses_and_averaging(run: RunFolder) -> None:
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_weights_are_rounded_once_to_the_nearest(
-    tmp_path: Path, name: str, dtype: torch.dtype
-) -> None:
-    target = untouched(tmp_path / "made", bias=True)
+def test_weights_are_rounded_to_nearest(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    target = make_weights(tmp_path / "made", bias=True)
     export(target, tmp_path / "out", name="out", dtype=name)
     before = load_file(target.path / "model.safetensors")
     after = load_file(tmp_path / "out" / "model.safetensors")
@@ -145,10 +121,11 @@ def test_weights_are_rounded_once_to_the_nearest(
     assert all(torch.equal(after[key], value.to(dtype)) for key, value in before.items())
 
 
-def test_ids_that_stand_for_no_text_are_never_generated(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_padded_ids_are_never_generated(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    target = untouched(tmp_path / "made")
+    target = make_weights(tmp_path / "made")
     export(target, tmp_path / "out", name="out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.generation_config.suppress_tokens == list(range(257, 264))
@@ -159,8 +136,8 @@ def test_ids_that_stand_for_no_text_are_never_generated(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_nanogpt_loads_it(tmp_path: Path, bias: bool) -> None:
-    target = untouched(tmp_path / "made", bias=bias)
+def test_nanogpt_checkpoint(tmp_path: Path, bias: bool) -> None:
+    target = make_weights(tmp_path / "made", bias=bias)
     export(target, tmp_path / "out", name="out", form="nanogpt")
     saved = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
     assert saved.keys() == {
@@ -174,7 +151,7 @@ def test_nanogpt_loads_it(tmp_path: Path, bias: bool) -> None:
     sizes = {"n_layer": 3, "n_head": 2, "n_embd": 16, "vocab_size": 264, "block_size": 24}
     assert saved["model_args"] == sizes | {"bias": bias, "dropout": 0.0}
     assert saved["iter_num"] == 7
-    # nanoGPT's model is ours without the scaling of layers; beside, it names the tied head.
+    # nanoGPT's model is ours without the attention scaling, plus a name for the tied output layer.
     config = ModelConfig(
         **{key: sizes[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")},
         bias=bias,
@@ -195,8 +172,8 @@ def test_nanogpt_loads_it(tmp_path: Path, bias: bool) -> None:
     assert open_checkpoint(tmp_path / "out" / "ckpt.pt", step=7).config is not None
 
 
-def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
-    target = untouched(tmp_path / "made")
+def test_invalid_exports_are_rejected(tmp_path: Path) -> None:
+    target = make_weights(tmp_path / "made")
     with pytest.raises(UserError, match="already exists"):
         export(target, tmp_path, name="out")
     with pytest.raises(UserError, match="the gpt2 tokenizer 50,257 ids"):
@@ -212,8 +189,8 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_card_without_a_run_says_what_there_is(tmp_path: Path) -> None:
-    target = untouched(tmp_path / "made")
+def test_model_card_without_a_run(tmp_path: Path) -> None:
+    target = make_weights(tmp_path / "made")
     card = model_card(
         target,
         Shape(load_model(target.path).config, 24, 256),
@@ -226,7 +203,8 @@ def test_a_card_without_a_run_says_what_there_is(tmp_path: Path) -> None:
     assert not {"## Data", "## Losses", "## Averaging", "## Recipe"} & set(card.splitlines())
 
 
-def test_push_sends_the_folder(run: RunFolder, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_push_uploads_the_folder(run: RunFolder, tmp_path: Path) -> None:
     def push(hub: HubServer, token: str, to: str) -> subprocess.CompletedProcess[str]:
         command = [
             sys.executable,
@@ -247,9 +225,9 @@ def test_push_sends_the_folder(run: RunFolder, tmp_path: Path) -> None:
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     with HubServer() as hub:
-        sent = push(hub, TOKEN, "out")
-        assert sent.returncode == 0, sent.stderr
-        assert f"{hub.url}/me/tiny" in sent.stdout
+        done = push(hub, TOKEN, "out")
+        assert done.returncode == 0, done.stderr
+        assert f"{hub.url}/me/tiny" in done.stdout
         assert hub.created["me/tiny"]["visibility"] == "private"
         assert hub.pushed["me/tiny"] == {
             path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()

@@ -1,4 +1,4 @@
-"""Runs of a tiny model, and when two of them are the same: for the tests of training."""
+"""Runs of a tiny model, and comparisons of them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +41,7 @@ def events(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def assert_same_run(one: RunFolder, two: RunFolder) -> None:
-    """Bitwise equal: state (weights, optimizer, averages), snapshots, averages, metrics but times."""
+    """Check bitwise equality of checkpoints, snapshots, averages, and of events except times."""
     a, b = final_state(one), final_state(two)
     assert a.keys() == b.keys()
     assert [name for name in a if a[name].numpy().tobytes() != b[name].numpy().tobytes()] == []
@@ -52,7 +52,7 @@ def assert_same_run(one: RunFolder, two: RunFolder) -> None:
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, check: int) -> None:
-    """Let a SIGTERM come at the n-th place (from 0) where the loop looks for one."""
+    """Simulate a SIGTERM at the n-th check (from 0) of the loop."""
 
     class Later(module.Interrupt):
         checks = 0

@@ -1,7 +1,4 @@
-"""Several processes of one run without a launcher: for tests that look at numbers, not at the command.
-
-A server that has imported torch forks them, so they start in a tenth of a second.
-"""
+"""Several processes of one run without a launcher, forked from a server that has imported torch."""
 
 import multiprocessing
 import os
@@ -21,7 +18,7 @@ _CONTEXT.set_forkserver_preload(["llmtrain.training.run"])
 def in_processes(
     size: int, function: Callable[..., Any], *arguments: Any, machines: int = 1
 ) -> list[Any]:
-    """What `function` returns on each rank, or the exception that it raised there."""
+    """Return the results or exceptions of `function` by rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -56,13 +53,13 @@ def _member(
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
         result = function(*arguments)
-    except Exception as error:  # whatever it is: the test looks at it
+    except Exception as error:  # the test checks it
         result = error if isinstance(error, UserError) else RuntimeError(traceback.format_exc())
     queue.put((rank, result))
 
 
 def train(config: RunConfig, folder: Path, options: dict[str, Any]) -> int:
-    """Train as one of the processes; the step that was reached, however it ended."""
+    """Train as one of the processes, and return the step reached, also after an interruption."""
     from llmtrain.runtime.signals import Interrupted
     from llmtrain.storage.run_folder import RunFolder, step_folders
     from llmtrain.training.run import pretrain
@@ -76,7 +73,7 @@ def train(config: RunConfig, folder: Path, options: dict[str, Any]) -> int:
 def train_together(
     size: int, config: RunConfig, folder: Path, machines: int = 1, **options: Any
 ) -> None:
-    """A run, or its continuation, by `size` processes."""
+    """Train or resume a run with `size` processes."""
     for result in in_processes(size, train, config, folder, options, machines=machines):
         if isinstance(result, Exception):
             raise result

@@ -1,4 +1,4 @@
-"""The head's loss in chunks is the cross-entropy of the whole logits, and never makes them."""
+"""Chunked cross-entropy and materialized attention against torch's own."""
 
 import math
 from collections.abc import Iterator
@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.model import chunk_sizes
-from llmtrain.model import cross_entropy as head
+from llmtrain.model import chunk_sizes, cross_entropy
 from llmtrain.model.cross_entropy import linear_cross_entropy
 from llmtrain.model.gpt import GPT, materialized_attention
 
@@ -23,14 +22,14 @@ IGNORE = -1
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A few rows in a chunk, fewer at a time in the cache, few of the weight's gradient in a slab."""
+    """Small chunks, so that small inputs have several."""
     monkeypatch.setattr(chunk_sizes, "CHUNK_BYTES", {"cpu": 6 * 4 * 97})
     monkeypatch.setattr(chunk_sizes, "CACHE_BYTES", 4 * 4 * 97)
     monkeypatch.setattr(chunk_sizes, "SLAB_ROWS", {"cpu": 20})
     yield
 
 
-def case(
+def random_inputs(
     seed: int, rows: int = 23, vocabulary: int = 97, scale: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
@@ -47,10 +46,8 @@ def with_gradients(function: Any, hidden: Tensor, weight: Tensor) -> tuple[Tenso
     return loss.detach(), hidden.grad, weight.grad
 
 
-def of_whole_logits(
-    hidden: Tensor, weight: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """In float64."""
+def reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss and gradients from all logits, in float64."""
 
     def loss(h: Tensor, w: Tensor) -> Tensor:
         return F.cross_entropy(h @ w.T, targets, ignore_index=IGNORE)
@@ -66,13 +63,13 @@ def of_whole_logits(
     st.floats(0.1, 30),
     st.floats(0, 0.9),
 )
-def test_float32_is_the_loss_and_the_gradients_of_the_whole_logits(
+def test_float32_loss_and_gradients_equal_the_reference(
     seed: int, rows: int, vocabulary: int, scale: float, ignored: float
 ) -> None:
-    hidden, weight, targets = case(seed, rows, vocabulary, scale)
+    hidden, weight, targets = random_inputs(seed, rows, vocabulary, scale)
     drawn = torch.rand(rows - 1, generator=torch.Generator().manual_seed(seed))
     targets[1:][drawn < ignored] = IGNORE
-    expected = of_whole_logits(hidden, weight, targets)
+    expected = reference(hidden, weight, targets)
     found = with_gradients(
         lambda h, w: linear_cross_entropy(h, w, targets, ignore=IGNORE), hidden, weight
     )
@@ -88,13 +85,13 @@ def test_float32_is_the_loss_and_the_gradients_of_the_whole_logits(
     assert math.isclose(found[0].item(), expected[0].item(), rel_tol=1e-5, abs_tol=1e-6)
 
 
-def test_bfloat16_products_round_and_lose_no_more() -> None:
-    hidden, weight, targets = case(5, rows=64)
+def test_bfloat16_only_rounds_the_products() -> None:
+    hidden, weight, targets = random_inputs(5, rows=64)
     hidden, weight = (
         hidden.bfloat16().float(),
         weight.bfloat16().float(),
-    )  # what is given is not what is tested
-    expected = of_whole_logits(hidden, weight, targets)
+    )  # inputs without rounding error
+    expected = reference(hidden, weight, targets)
     with torch.autocast("cpu", torch.bfloat16):
         found = with_gradients(
             lambda h, w: linear_cross_entropy(h, w, targets, ignore=IGNORE), hidden, weight
@@ -105,12 +102,12 @@ def test_bfloat16_products_round_and_lose_no_more() -> None:
         assert (mine - right).norm() / right.norm() < 2**-7  # bfloat16 has 8 bits
 
 
-def test_a_right_answer_that_is_nearly_certain_keeps_its_gradient() -> None:
+def test_gradient_of_a_confident_prediction_is_accurate() -> None:
     weight = torch.eye(97, 16)
     hidden = torch.zeros(4, 16)
     hidden[:, 3] = 12.0
     targets = torch.full((4,), 3)
-    expected = of_whole_logits(hidden, weight, targets)
+    expected = reference(hidden, weight, targets)
     with torch.autocast("cpu", torch.bfloat16):
         found = with_gradients(
             lambda h, w: linear_cross_entropy(h, w, targets, ignore=IGNORE), hidden, weight
@@ -118,8 +115,9 @@ def test_a_right_answer_that_is_nearly_certain_keeps_its_gradient() -> None:
     torch.testing.assert_close(found[2][3].double(), expected[2][3], rtol=2e-2, atol=0)
 
 
-def test_kernels_of_the_compiler_compute_the_same() -> None:
-    hidden, weight, targets = case(6)
+@pytest.mark.slow
+def test_compiled_loss_equals_eager_loss() -> None:
+    hidden, weight, targets = random_inputs(6)
     plain, fused = (
         with_gradients(
             lambda h, w, f=f: linear_cross_entropy(h, w, targets, ignore=IGNORE, fused=f),
@@ -132,8 +130,8 @@ def test_kernels_of_the_compiler_compute_the_same() -> None:
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor that any operation gave."""
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest result of an operation."""
 
     elements = 0
 
@@ -145,11 +143,11 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_the_logits_of_a_batch_never_exist_as_a_whole() -> None:
-    hidden, weight, targets = case(7, rows=600)
-    with Largest() as whole:
-        of_whole_logits(hidden, weight, targets)
-    with Largest() as chunks:
+def test_logits_are_never_materialized() -> None:
+    hidden, weight, targets = random_inputs(7, rows=600)
+    with LargestTensor() as whole:
+        reference(hidden, weight, targets)
+    with LargestTensor() as chunks:
         with_gradients(
             lambda h, w: linear_cross_entropy(h, w, targets, ignore=IGNORE), hidden, weight
         )
@@ -158,19 +156,21 @@ def test_the_logits_of_a_batch_never_exist_as_a_whole() -> None:
     assert chunks.elements == 600 * 16  # the hidden states
 
 
-def test_without_gradients_none_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
-    formed: list[Any] = []
-    monkeypatch.setattr(head, "_accumulate_product", lambda *given, first: formed.append(first))
-    hidden, weight, targets = case(8)
+def test_no_gradients_are_computed_without_grad_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(
+        cross_entropy, "_accumulate_product", lambda *given, first: calls.append(first)
+    )
+    hidden, weight, targets = random_inputs(8)
     with torch.no_grad():
         evaluated = linear_cross_entropy(hidden, weight.requires_grad_(), targets, ignore=IGNORE)
-    assert not formed
+    assert not calls
     trained = linear_cross_entropy(hidden, weight, targets, ignore=IGNORE)
     torch.testing.assert_close(evaluated, trained.detach())
-    assert formed
+    assert calls
 
 
-def test_the_model_has_one_gradient_for_its_tied_matrix() -> None:
+def test_model_gradients_equal_those_of_its_logits() -> None:
     config = ModelConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=97)
     model = GPT(config, 8, seed=3)
     tokens = torch.randint(97, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -185,7 +185,7 @@ def test_the_model_has_one_gradient_for_its_tied_matrix() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_attention_by_whole_products_is_attention(dtype: torch.dtype, tolerance: float) -> None:
+def test_materialized_attention_equals_torch(dtype: torch.dtype, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(1)
     inputs = [
         torch.randn(2, 3, 33, 8, generator=generator).to(dtype).requires_grad_() for _ in range(3)
@@ -193,23 +193,21 @@ def test_attention_by_whole_products_is_attention(dtype: torch.dtype, tolerance:
     upstream = torch.randn(2, 3, 33, 8, generator=generator)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     y = materialized_attention(*inputs, dropout_p=0.0, is_causal=True, scale=0.3)
-    right = F.scaled_dot_product_attention(*exact, is_causal=True, scale=0.3)
+    reference_y = F.scaled_dot_product_attention(*exact, is_causal=True, scale=0.3)
     found = [y, *torch.autograd.grad(y, inputs, upstream.to(dtype))]
-    expected = [right, *torch.autograd.grad(right, exact, upstream.double())]
+    expected = [reference_y, *torch.autograd.grad(reference_y, exact, upstream.double())]
     for mine, other in zip(found, expected, strict=True):
         assert (mine - other).norm() / other.norm() < tolerance
 
 
 @pytest.mark.parametrize("few", [1, 2, 5])
-def test_attention_without_gradients_is_that_of_few_sequences_per_chunk(
-    monkeypatch: pytest.MonkeyPatch, few: int
-) -> None:
+def test_attention_without_gradients_is_chunked(monkeypatch: pytest.MonkeyPatch, few: int) -> None:
     monkeypatch.setattr(chunk_sizes, "ATTENTION_BYTES", few * 4 * 3 * 17**2 + 8)
     q, k, v = torch.randn(
         3, 5, 3, 17, 8, generator=torch.Generator().manual_seed(1)
     ).requires_grad_()
     whole = materialized_attention(q, k, v, dropout_p=0.0, is_causal=True, scale=0.3)
-    with torch.no_grad(), Largest() as pieces:
+    with torch.no_grad(), LargestTensor() as chunks:
         joined = materialized_attention(q, k, v, dropout_p=0.0, is_causal=True, scale=0.3)
     torch.testing.assert_close(joined, whole.detach())
-    assert pieces.elements == max(few * 3 * 17**2, 5 * 3 * 17 * 8)
+    assert chunks.elements == max(few * 3 * 17**2, 5 * 3 * 17 * 8)

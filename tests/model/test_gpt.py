@@ -1,4 +1,4 @@
-"""The model against transformers' GPT-2, in logits, loss, gradients and size."""
+"""GPT against transformers' GPT-2, and its initialization."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ OPTIONS = list(itertools.product([False, True], [False, True]))
 
 
 def perturbed(config: ModelConfig) -> GPT:
-    """A model in which no parameter, biases and norms included, has its initial value."""
+    """Return a model with noise on all parameters, including biases and norms."""
     model = GPT(config, block_size=24, seed=3)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_published_parameter_counts(layers: int, heads: int, width: int, million
     assert model.n_parameters() / 1e6 == pytest.approx(millions, abs=0.01)
 
 
-def test_ignored_targets_do_not_count() -> None:
+def test_ignored_targets_have_no_effect() -> None:
     model = perturbed(ModelConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=50))
     tokens = torch.randint(0, 50, (1, 20))
     targets = tokens.clone()
@@ -95,7 +95,7 @@ def test_ignored_targets_do_not_count() -> None:
     torch.testing.assert_close(model(tokens, targets), model(tokens[:, :10], tokens[:, :10]))
 
 
-def test_same_seed_same_weights_and_the_papers_initialisation() -> None:
+def test_initialization_depends_on_the_seed_only() -> None:
     config = ModelConfig(n_layer=8, n_head=2, n_embd=128, vocab_size=500, bias=True)
     one, two = GPT(config, 32, seed=5), GPT(config, 32, seed=5)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
@@ -105,7 +105,7 @@ def test_same_seed_same_weights_and_the_papers_initialisation() -> None:
     assert not any(p.any() for name, p in one.named_parameters() if name.endswith("bias"))
 
 
-def test_dropout_acts_in_training_only() -> None:
+def test_dropout_is_inactive_in_eval_mode() -> None:
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=50, dropout=0.5), 8, seed=1)
     tokens = torch.randint(0, 50, (1, 8))
     assert not torch.equal(model.logits(tokens), model.logits(tokens))
@@ -117,9 +117,7 @@ def test_dropout_acts_in_training_only() -> None:
     ("key", "value"),
     [("activation_function", "relu"), ("layer_norm_epsilon", 0.1), ("scale_attn_weights", False)],
 )
-def test_a_gpt2_that_is_computed_otherwise_is_refused(
-    tmp_path: Path, key: str, value: object
-) -> None:
+def test_unsupported_architecture_is_rejected(tmp_path: Path, key: str, value: object) -> None:
     pair(tmp_path, bias=True, scaled=False)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
@@ -127,7 +125,7 @@ def test_a_gpt2_that_is_computed_otherwise_is_refused(
         load_model(tmp_path)
 
 
-def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
+def test_sharded_weights_are_loaded(tmp_path: Path) -> None:
     model, reference = pair(tmp_path / "whole", bias=True, scaled=True)
     reference.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert (tmp_path / "shards" / "model.safetensors.index.json").exists()
@@ -136,5 +134,5 @@ def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
         assert torch.equal(loaded.state_dict()[name], tensor)
     index = tmp_path / "shards" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"x": "../whole/model.safetensors"}}))
-    with pytest.raises(UserError, match="not the name of a .safetensors file"):
+    with pytest.raises(UserError, match=r"not the name of a \.safetensors file"):
         load_model(tmp_path / "shards")

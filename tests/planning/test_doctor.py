@@ -18,6 +18,7 @@ def checks(config: RunConfig | None, run: Path) -> dict[str, Check]:
     return {check.name: check for check in run_checks(config, run)}
 
 
+@pytest.mark.slow
 def test_a_healthy_machine_has_no_problems(
     tiny: Build, tmp_path: Path, llmtrain: Callable[..., CompletedProcess[str]]
 ) -> None:

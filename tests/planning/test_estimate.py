@@ -19,6 +19,7 @@ from llmtrain.errors import UserError
 from llmtrain.planning.estimate import CostEstimate, estimate
 from llmtrain.planning.hardware import HardwareOptions
 from llmtrain.planning.memory import device_memory, peak
+from llmtrain.planning.sizes import Architecture
 
 Build = Callable[..., RunConfig]
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -32,10 +33,10 @@ def small(options: HardwareOptions, *overrides: str) -> CostEstimate:
 
 def test_hours_follow_from_flops_peak_and_mfu() -> None:
     plan = small(HardwareOptions(devices=8, mfu=0.5))
-    assert plan.flops == 27_525_120_000 * plan.architecture.flops_per_token()
-    assert plan.hours == pytest.approx(plan.flops / (8 * 0.5 * 989e12) / 3600)
-    measured = small(HardwareOptions(devices=8, tokens_per_second=plan.tokens_per_second))
-    assert measured.hours == pytest.approx(plan.hours)
+    assert plan.flops == 27_525_120_000 * plan.flops_per_token
+    assert plan.time.hours == pytest.approx(plan.flops / (8 * 0.5 * 989e12) / 3600)
+    measured = small(HardwareOptions(devices=8, tokens_per_second=plan.time.tokens_per_second))
+    assert measured.time.hours == pytest.approx(plan.time.hours)
     assert measured.machine.mfu == pytest.approx(0.5)
 
 
@@ -43,13 +44,13 @@ def test_hours_follow_from_flops_peak_and_mfu() -> None:
 def test_an_unlisted_device_has_no_guessed_values(device: str) -> None:
     plan = small(HardwareOptions(devices=8, device=device), "train.precision=float32")
     assert plan.communication is not None
-    assert (plan.hours, plan.tokens_per_second, plan.machine.memory) == (None, None, None)
+    assert (plan.time.hours, plan.time.tokens_per_second, plan.machine.memory) == (None, None, None)
     assert (plan.communication.seconds, plan.communication.hidden) == (None, None)
-    assert small(HardwareOptions(device=device, tokens_per_second=1e5)).hours is not None
+    assert small(HardwareOptions(device=device, tokens_per_second=1e5)).time.hours is not None
 
 
 def test_float32_has_no_published_peak() -> None:
-    assert small(HardwareOptions(), "train.precision=float32").hours is None
+    assert small(HardwareOptions(), "train.precision=float32").time.hours is None
 
 
 def test_ddp_communicates_once_per_step_and_fsdp_for_every_micro_batch() -> None:
@@ -59,7 +60,7 @@ def test_ddp_communicates_once_per_step_and_fsdp_for_every_micro_batch() -> None
     )
     assert ddp.communication is not None
     assert fsdp.communication is not None
-    numbers = ddp.architecture.parameters * 7 / 8
+    numbers = ddp.parameters * 7 / 8
     assert ddp.micro_batches == 3
     assert ddp.communication.bytes == pytest.approx(2 * 4 * numbers)
     assert fsdp.communication.bytes == pytest.approx((3 * (2 + 2) + 4) * numbers)
@@ -72,7 +73,7 @@ def test_ddp_communicates_once_per_step_and_fsdp_for_every_micro_batch() -> None
 def test_communication_beyond_the_backward_pass_is_exposed() -> None:
     options = HardwareOptions(devices=8, mfu=0.4)
     plan = small(options)
-    micro = 16 * 1024 * plan.architecture.flops_per_token()
+    micro = 16 * 1024 * plan.flops_per_token
     backward = micro * 2 / 3 / (0.4 * 989e12)
     assert plan.communication is not None
     just = plan.communication.bytes / backward / 1e9
@@ -88,7 +89,7 @@ def test_communication_beyond_the_backward_pass_is_exposed() -> None:
 def test_shorter_first_sequences_cost_less(planned: Build) -> None:
     whole = estimate(planned(), HardwareOptions())
     short = estimate(planned(data__block_warmup={"start": 8, "steps": 2}), HardwareOptions())
-    flops = whole.architecture.flops_per_token
+    flops = Architecture(planned().model, 64).flops_per_token
     assert whole.tokens - short.tokens == 64 * (64 - 8)
     assert whole.flops - short.flops == 64 * (64 * flops(64) - 8 * flops(8))
 
@@ -133,7 +134,7 @@ def test_auto_is_the_largest_micro_batch_that_fits(devices: int, share: int) -> 
     }
     largest = max(size for size in sizes if totals[size] <= 0.9 * 80e9)
     assert (plan.machine.micro_batch, plan.micro_batches) == (largest, share // largest)
-    assert peak(plan.usages).total == totals[largest]
+    assert plan.memory.peak.total == totals[largest]
     assert any(f"auto means {largest}, the largest" in line for line in plan.machine.assumptions)
     unknown = estimate(config, HardwareOptions(devices=devices, device="other")).machine
     assert unknown.micro_batch == 16
@@ -147,7 +148,7 @@ def test_plan_prints_tables_and_json(llmtrain: Command, tmp_path: Path) -> None:
     assert "124,373,760" in shown.stdout
     printed = llmtrain("plan", "--config", SMALL, "--devices", "8", "--json", cwd=tmp_path)
     document = json.loads(printed.stdout)
-    assert document["time"]["hours"] == pytest.approx(small(HardwareOptions(devices=8)).hours)
+    assert document["time"]["hours"] == pytest.approx(small(HardwareOptions(devices=8)).time.hours)
     refused = llmtrain("plan", "--config", SMALL, "--device", "tpu", cwd=tmp_path)
     assert refused.returncode == 2
     assert len(refused.stderr.splitlines()) == 2
@@ -176,13 +177,13 @@ def test_the_readme_lists_the_estimates(interconnect: float | None) -> None:
             assert all(plan.communication and plan.communication.hidden for plan in beyond)
             continue
         plans = [eight, *beyond]
-        memory = [format_number(peak(plan.usages).total / 1e9) for plan in (plans[0], plans[-1])]
+        memory = [format_number(plan.memory.peak.total / 1e9) for plan in (plans[0], plans[-1])]
         assert cells.split(" | ") == [
-            f"{eight.architecture.parameters / 1e6:.0f}M",
+            f"{eight.parameters / 1e6:.0f}M",
             " / ".join(memory),
-            format_number(eight.hours and eight.hours * 8),
-            " / ".join(format_number(plan.hours) for plan in plans),
-            " / ".join(format_number(plan.hours_exposed) for plan in plans),
+            format_number(eight.time.hours and eight.time.hours * 8),
+            " / ".join(format_number(plan.time.hours) for plan in plans),
+            " / ".join(format_number(plan.time.hours_exposed) for plan in plans),
         ]
 
 

@@ -96,6 +96,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_peak_equals_torch_allocations(
@@ -109,6 +110,7 @@ def test_the_peak_equals_torch_allocations(
     assert planned_peak(config) == pytest.approx(held + allocated_at_most(step), rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("shape", "batch"),

@@ -20,6 +20,7 @@ from fuzzing import DEMO, EVENTS, LINES, command_lines, mutated
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from in_process import Outcome, invoke
+from places import REPOSITORY
 
 from llmtrain.checkpoints.safetensors_files import read_header
 from llmtrain.config.loading import dump_config, load_config
@@ -66,8 +67,8 @@ def fuzz(kind: str) -> Callable[[Any], Any]:
 
 
 def test_the_readme_states_the_number_of_examples() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert f"{sum(EXAMPLES.values()):,} made-up" in readme
+    readme = (REPOSITORY / "tests" / "README.md").read_text()
+    assert f"{sum(EXAMPLES.values()):,} generated" in readme
 
 
 # --- what a command may do ---------------------------------------------------------------------

@@ -73,7 +73,7 @@ def absurd_view(path: Path) -> None:
     [
         (pickle_bomb, "as tensors"),
         (plain_pickle_bomb, "as tensors"),
-        (zip_bomb, "unpacks to more bytes than the file has"),
+        pytest.param(zip_bomb, "unpacks to more bytes than the file has", marks=pytest.mark.slow),
         (absurd_storage, "as tensors"),
         (absurd_view, "claims 4,398,046,511,104 bytes"),
     ],
@@ -190,10 +190,11 @@ def test_a_loss_that_is_no_number(workplace: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (
-            {"model_type": "llama"},
+        pytest.param(
+            {"model_type": "llama"},  # a LLaMA of default size
             "the config asks for 6,477,352,960 parameters",
-        ),  # a LLaMA of default size
+            marks=pytest.mark.slow,
+        ),
         (
             {"model_type": "llama", "num_hidden_layers": 10**12},
             "the config asks for 1000000000000 layers",

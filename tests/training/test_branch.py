@@ -1,4 +1,4 @@
-"""A run that begins with the state of another one: what it takes over, what it records, what it refuses."""
+"""Branches: runs that start from a training checkpoint of another run."""
 
 import json
 import shutil
@@ -16,7 +16,10 @@ from llmtrain.training.run import pretrain
 from llmtrain.training.trainer import Trainer
 
 
-def test_a_branch_begins_with_a_state_and_records_its_parent(tiny: Build, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_branch_starts_from_a_checkpoint_and_records_its_parent(
+    tiny: Build, tmp_path: Path
+) -> None:
     trunk = quiet(tiny(), tmp_path / "trunk")
     cooldown = tiny(
         schedule={"name": "wsd", "warmup_steps": 2, "decay_steps": 4},
@@ -28,14 +31,14 @@ def test_a_branch_begins_with_a_state_and_records_its_parent(tiny: Build, tmp_pa
     parent = json.loads(branch.parent.read_text())
     assert (parent["run"], parent["step"]) == (str(trunk.path), 8)
     assert parent["changed"]["schedule.name"] == ["constant", "wsd"]
-    # The trunk's own continuation differs, and a branch that changes nothing does not.
+    # The branch differs from the trunk's continuation; a branch without changes does not.
     ours, theirs = load_weights(branch.snapshot(12)), load_weights(trunk.snapshot(12))
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
     same = quiet(tiny(), tmp_path / "same", resume=trunk.state(8))
     assert (same.snapshot(12) / "model.safetensors").read_bytes() == (
         trunk.snapshot(12) / "model.safetensors"
     ).read_bytes()
-    # The same command again goes on with the branch; another beginning is refused.
+    # The same command resumes the branch; another checkpoint is refused.
     assert pretrain(
         cooldown, branch.path, resume=trunk.state(8), log=lambda line: None
     ).already_finished
@@ -48,8 +51,9 @@ def test_a_branch_begins_with_a_state_and_records_its_parent(tiny: Build, tmp_pa
     ).already_finished
 
 
-def test_an_average_that_a_branch_adds_begins_there(tiny: Build, tmp_path: Path) -> None:
-    """And says so, after a resume as well: `average` computes weights from where it began."""
+@pytest.mark.slow
+def test_an_average_added_by_a_branch_starts_there(tiny: Build, tmp_path: Path) -> None:
+    """Its provenance contains the start, also after a resume."""
     trunk = quiet(tiny(), tmp_path / "trunk")
     averages = [
         {"kind": "ema", "save_every": 4},
@@ -65,7 +69,8 @@ def test_an_average_that_a_branch_adds_begins_there(tiny: Build, tmp_path: Path)
             assert about["start"] == start
 
 
-def test_a_branch_that_was_killed_before_its_first_state_is_bitwise_the_other_one(
+@pytest.mark.slow
+def test_a_branch_killed_before_its_first_checkpoint_resumes_exactly(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trunk = quiet(tiny(), tmp_path / "trunk")
@@ -80,11 +85,11 @@ def test_a_branch_that_was_killed_before_its_first_state_is_bitwise_the_other_on
         with pytest.raises(KeyboardInterrupt):
             quiet(config, tmp_path / "parts", resume=trunk.state(8))
     assert_same_run(whole, quiet(config, tmp_path / "parts"))
-    # What is left of one that had no config yet does not make a branch of a run that is none.
+    # `parent.json` without a config does not turn a new run into a branch.
     (tmp_path / "new").mkdir()
     shutil.copy(whole.parent, tmp_path / "new")
     assert not quiet(config, tmp_path / "new").parent.exists()
-    # Later it needs its parent no more, and where it had states of its own, they are not made up for.
+    # With checkpoints of its own it needs no parent; if they are lost, it does not restart.
     parts = RunFolder(tmp_path / "parts")
     shutil.rmtree(trunk.path)
     quiet(tiny(optimizer={"lr": 5e-3}, train__max_steps=14), parts.path)
@@ -93,7 +98,7 @@ def test_a_branch_that_was_killed_before_its_first_state_is_bitwise_the_other_on
         quiet(config, parts.path)
 
 
-def test_a_branch_needs_a_state_of_its_model(tiny: Build, tmp_path: Path) -> None:
+def test_a_branch_needs_a_checkpoint_of_its_model(tiny: Build, tmp_path: Path) -> None:
     trunk = quiet(tiny(), tmp_path / "trunk")
     with pytest.raises(UserError, match="is not a training checkpoint"):
         quiet(tiny(), tmp_path / "branch", resume=trunk.state(3))

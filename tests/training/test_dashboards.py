@@ -1,4 +1,4 @@
-"""TensorBoard and W&B hold what the log holds, and neither is ever a reason to stop or to wait."""
+"""TensorBoard and W&B contain the events of the log and never stop or block a run."""
 
 import struct
 import subprocess
@@ -20,15 +20,16 @@ from llmtrain.training.dashboards import Dashboards
 BOARD = {"every": 1, "tensorboard": True, "sample_tokens": 3}
 
 
-def told(run: RunFolder) -> EventAccumulator:
+def board_of(run: RunFolder) -> EventAccumulator:
     board = EventAccumulator(str(run.path / "tensorboard"))
     board.Reload()
     return board
 
 
-def test_tensorboard_holds_what_the_log_holds(tiny: Build, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_tensorboard_contains_the_events_of_the_log(tiny: Build, tmp_path: Path) -> None:
     run = quiet(tiny(log=BOARD), tmp_path / "run")
-    board = told(run)
+    board = board_of(run)
     logged = events(run)
     for tag, key in (
         ("train/loss", "loss"),
@@ -42,18 +43,19 @@ def test_tensorboard_holds_what_the_log_holds(tiny: Build, tmp_path: Path) -> No
     )
     (text,) = [t for t in board.Tags()["tensors"] if t.startswith("val/sample")]
     assert [tensor.step for tensor in board.Tensors(text)] == [6, 12]
-    (figure,) = board.Images("report/loss")  # of the report at the end
+    (figure,) = board.Images("report/loss")  # from the final report
     assert (figure.width, figure.height) > (400, 200)
 
 
-def test_no_point_twice_after_a_resume(
+@pytest.mark.slow
+def test_a_resume_repeats_no_point(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupt_at(monkeypatch, 19)
     with pytest.raises(Interrupted):
         quiet(tiny(log=BOARD), tmp_path / "run")
     monkeypatch.undo()
-    # As if it had been killed: what came after the last state but one is trained again.
+    # As after a kill: the steps after the previous checkpoint are trained again.
     run = RunFolder(tmp_path / "run")
     newest = max(run.states.iterdir())
     assert newest.name > "step-00000004"
@@ -61,10 +63,10 @@ def test_no_point_twice_after_a_resume(
         path.unlink()
     newest.rmdir()
     quiet(tiny(log=BOARD), run.path)
-    assert [scalar.step for scalar in told(run).Scalars("train/loss")] == list(range(1, 13))
+    assert [scalar.step for scalar in board_of(run).Scalars("train/loss")] == list(range(1, 13))
 
 
-def test_what_a_rewind_takes_back_is_taken_back(tiny: Build, tmp_path: Path) -> None:
+def test_a_rewind_removes_later_points(tiny: Build, tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     boards = Dashboards(run, tiny(log=BOARD), resumed_step=0, wandb_id=None, warn=pytest.fail)
     for step in (1, 2, 3, 4):
@@ -72,34 +74,35 @@ def test_what_a_rewind_takes_back_is_taken_back(tiny: Build, tmp_path: Path) -> 
     boards.rewind(2)
     boards.log({"step": 3, "loss": 30.0}, "train")
     boards.close(finished=False)
-    points = [(scalar.step, scalar.value) for scalar in told(run).Scalars("train/loss")]
+    points = [(scalar.step, scalar.value) for scalar in board_of(run).Scalars("train/loss")]
     assert points == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
 
+@pytest.mark.slow
 def test_wandb_drops_nothing_after_a_rewind(tiny: Build, tmp_path: Path) -> None:
     config = tiny(log={"wandb": {"mode": "offline"}})
     boards = Dashboards(
         RunFolder(tmp_path), config, resumed_step=0, wandb_id=None, warn=pytest.fail
     )
-    told = [(1, 0.5), (2, 1.5), (3, 2.5), (4, 3.5)]
-    for step, loss in told:
+    first = [(1, 0.5), (2, 1.5), (3, 2.5), (4, 3.5)]
+    for step, loss in first:
         boards.log({"step": step, "loss": loss}, "train")
     boards.rewind(2)
-    again = [(3, 4.5), (4, 5.5), (5, 6.5)]
-    for step, loss in again:
+    second = [(3, 4.5), (4, 5.5), (5, 6.5)]
+    for step, loss in second:
         boards.log({"step": step, "loss": loss}, "train")
     boards.close(finished=False)
-    wandb.teardown()  # a run that is finished may not be written out yet
+    wandb.teardown()  # flush the finished run
     (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     rows = [
         {item.key or item.nested_key[0]: item.value_json for item in row.item}
         for row in history(written)
     ]
-    assert [(int(row["step"]), float(row["train/loss"])) for row in rows] == told + again
+    assert [(int(row["step"]), float(row["train/loss"])) for row in rows] == first + second
 
 
 def history(path: Path) -> Iterator[HistoryRecord]:
-    """The rows of a W&B file: records cut up over blocks of 32 KiB, each piece with CRC, length and kind."""
+    """Yield the rows of a W&B file: blocks of 32 KiB with records split into typed pieces."""
     data, position, record = path.read_bytes(), 7, b""
     while position < len(data):
         if (left := 2**15 - position % 2**15) < 7:
@@ -108,13 +111,14 @@ def history(path: Path) -> Iterator[HistoryRecord]:
         _, length, kind = struct.unpack_from("<IHB", data, position)
         record += data[position + 7 : position + 7 + length]
         position += 7 + length
-        if kind in (1, 4):  # a whole one, or the last piece
+        if kind in (1, 4):  # a complete record, or its last piece
             parsed = Record.FromString(record)
             if parsed.HasField("history"):
                 yield parsed.history
             record = b""
 
 
+@pytest.mark.slow
 def test_samples_are_the_same_for_the_same_weights(tiny: Build, tmp_path: Path) -> None:
     runs = [quiet(tiny(log=BOARD), tmp_path / name) for name in "ab"]
     samples = [[e["sample"] for e in events(run) if "sample" in e] for run in runs]
@@ -122,22 +126,23 @@ def test_samples_are_the_same_for_the_same_weights(tiny: Build, tmp_path: Path) 
     assert all(" → " in sample for sample in samples[0])
 
 
-def test_a_dashboard_that_fails_is_left_alone(tiny: Build, tmp_path: Path) -> None:
+def test_a_failed_dashboard_is_left_out(tiny: Build, tmp_path: Path) -> None:
     config, warnings = tiny(log=BOARD), list[str]()
     boards = Dashboards(
         RunFolder(tmp_path), config, resumed_step=0, wandb_id=None, warn=warnings.append
     )
     boards.log({"step": 1, "loss": 2.0}, "train")
-    boards.log({"step": 2, "text": "\udcff"}, "train")  # which no protocol buffer can hold
+    boards.log({"step": 2, "text": "\udcff"}, "train")  # invalid in a protocol buffer
     boards.log({"step": 3, "loss": 2.0}, "train")
     boards.close(finished=True)
     assert [warning.split(" (")[0] for warning in warnings] == ["TensorBoard failed"]
 
 
-def test_wandb_that_cannot_start_is_told(
+@pytest.mark.slow
+def test_a_failed_start_of_wandb_is_a_warning(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wandb.teardown()  # else it goes by the environment that it saw when a test before this one used it
+    wandb.teardown()  # W&B caches the environment of an earlier test
     monkeypatch.setenv("WANDB_BASE_URL", "no address")
     config, warnings = tiny(log={"wandb": {"mode": "offline"}}), list[str]()
     boards = Dashboards(
@@ -148,10 +153,11 @@ def test_wandb_that_cannot_start_is_told(
     assert [warning.split(":")[0] for warning in warnings] == ["cannot start W&B"]
 
 
-def test_without_an_account_wandb_is_kept_offline_and_asks_nothing(
+@pytest.mark.slow
+def test_without_an_account_wandb_records_offline_and_asks_nothing(
     tiny: Build, tmp_path: Path, data_folder: Path
 ) -> None:
-    """On a terminal, where W&B would ask; with the report as an artifact."""
+    """On a terminal, where W&B could ask; the report is an artifact."""
     config = tiny(
         log={"every": 3, "wandb": {"mode": "online"}},
         train__max_steps=4,

@@ -1,4 +1,4 @@
-"""Several processes train what one would: the same numbers, and states that any number can go on from."""
+"""Several processes train like one, and resume from each other's training checkpoints."""
 
 import errno
 import os
@@ -23,6 +23,8 @@ from llmtrain.training.checkpoint import read_tensors
 from llmtrain.training.run import pretrain
 from llmtrain.training.worker import build_model, resolve_parallel
 
+pytestmark = pytest.mark.slow
+
 SPREADS = [
     ("ddp", 2, 1),
     ("ddp", 4, 1),
@@ -31,15 +33,15 @@ SPREADS = [
     ("fsdp", 4, 1),
     ("hsdp", 4, 2),
 ]
-"""How weights lie, processes, machines."""
+"""train.parallel, processes, machines."""
 REDUCTION = 1e-5
-"""Relative: what float32 loses when numbers are added up in another order, 40 steps long."""
+"""Relative error of float32 sums in another order over 40 steps."""
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def forty_steps(tiny: Build) -> RunConfig:
-    """Every average, most gradients clipped, and an evaluation whose windows divide over no number of processes."""
+    """Every average, mostly clipped gradients, and an evaluation that divides over no processes."""
     config: RunConfig = tiny(
         train__max_steps=40,
         train__micro_batch=2,
@@ -55,7 +57,7 @@ def forty_steps(tiny: Build) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def alone(forty_steps: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """The run of one process."""
+    """A run of one process."""
     run = quiet(forty_steps, tmp_path_factory.mktemp("alone") / "run")
     assert sum(event.get("grad_norm", 0.0) > 0.3 for event in events(run)) > 20
     return run
@@ -66,7 +68,7 @@ def with_train(config: RunConfig, **settings: Any) -> RunConfig:
 
 
 def assert_agree(one: RunFolder, other: RunFolder) -> None:
-    """Same events and folders, and every loss and norm to the error of a reduction."""
+    """Check events and folders; losses and norms up to the error of a reduction."""
     assert_same_events(events(one), events(other))
     folders = [
         {path.relative_to(run.path) for path in run.path.rglob("model.safetensors")}
@@ -79,7 +81,7 @@ def assert_same_events(expected: list[dict[str, Any]], got: list[dict[str, Any]]
     assert [event.keys() for event in got] == [event.keys() for event in expected]
     for there, here in zip(expected, got, strict=True):
         for key, value in there.items():
-            # The norm of a gradient is small where its terms cancel: of less relative precision.
+            # Terms of the norm may cancel, which increases its relative error.
             error = 100 * REDUCTION if key == "grad_norm" else REDUCTION
             assert here[key] == (value and pytest.approx(value, rel=error)), (there["step"], key)
 
@@ -89,7 +91,7 @@ def last_state(run: RunFolder) -> dict[str, bytes]:
 
 
 def bits(state: Path) -> dict[str, bytes]:
-    """Every tensor of a state, whole; the numbers of the watch are partly NaN, which equals nothing."""
+    """Return the bytes of every whole tensor: the spike history contains NaN."""
     return {name: tensor.numpy().tobytes() for name, tensor in read_tensors(state, {}).items()}
 
 
@@ -101,7 +103,7 @@ def different(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
 
 
 @pytest.mark.parametrize(("parallel", "size", "machines"), SPREADS)
-def test_the_curve_is_that_of_one_process(
+def test_the_loss_curve_equals_that_of_one_process(
     forty_steps: RunConfig,
     alone: RunFolder,
     tmp_path: Path,
@@ -115,19 +117,16 @@ def test_the_curve_is_that_of_one_process(
 
 
 def compiled_graphs(config: RunConfig, folder: Path) -> int:
-    """Train; the graphs into which the one that was compiled is divided."""
+    """Train and return the number of parts that DDP splits the graph into."""
     from torch._dynamo.utils import counters
 
     pretrain(config, folder, log=lambda line: None, warn=pytest.fail)
-    assert counters["stats"]["unique_graphs"] == 1  # the trial's is that of the steps
+    assert counters["stats"]["unique_graphs"] == 1  # the dummy pass uses the graph of the steps
     return int(counters["aot_autograd"]["total"])
 
 
-@pytest.mark.slow
-def test_compiled_replicas_have_a_graph_a_bucket_so_that_exchange_overlaps(
-    tiny: Build, tmp_path: Path
-) -> None:
-    """The first bucket is full after a megabyte of gradients: its exchange need not wait for the others."""
+def test_compiled_ddp_has_a_graph_per_gradient_bucket(tiny: Build, tmp_path: Path) -> None:
+    """The first bucket is full after 1 MB of gradients, so its reduction overlaps the rest."""
     wide = {"n_layer": 3, "n_head": 2, "n_embd": 160, "vocab_size": 257}
     shape = {"model": wide, "train__micro_batch": 2, "log": {"every": 1}}
     graphs = in_processes(
@@ -143,7 +142,7 @@ def test_compiled_replicas_have_a_graph_a_bucket_so_that_exchange_overlaps(
 
 
 def train_where_the_second_cannot_compile(config: RunConfig, folder: Path) -> list[str]:
-    """Train; what was warned of."""
+    """Train and return the warnings."""
 
     def compile_here(function: Any, **options: Any) -> Any:
         def fails(*inputs: Any) -> Any:
@@ -158,7 +157,7 @@ def train_where_the_second_cannot_compile(config: RunConfig, folder: Path) -> li
     return warnings
 
 
-def test_where_one_replica_cannot_compile_all_train_uncompiled(tiny: Build, tmp_path: Path) -> None:
+def test_if_one_process_cannot_compile_all_train_uncompiled(tiny: Build, tmp_path: Path) -> None:
     config = tiny(train__compile=True, train__micro_batch=2)
     warned = in_processes(2, train_where_the_second_cannot_compile, config, tmp_path / "run")
     assert warned == [["torch.compile failed (on another process): training uncompiled"], []]
@@ -166,17 +165,17 @@ def test_where_one_replica_cannot_compile_all_train_uncompiled(tiny: Build, tmp_
     assert events(RunFolder(tmp_path / "run")) == events(RunFolder(tmp_path / "eager"))
 
 
-def what_is_said_of_cuda_graphs(config: RunConfig, folder: Path) -> str:
+def refusal_of_cuda_graphs(config: RunConfig, folder: Path) -> str:
     with pytest.raises(UserError) as caught:
         pretrain(config, folder, log=lambda line: None)
     return f"{caught.value}; {caught.value.hint}"
 
 
-def test_cuda_graphs_are_of_one_process(tiny: Build, tmp_path: Path) -> None:
+def test_cuda_graphs_need_a_single_process(tiny: Build, tmp_path: Path) -> None:
     config = tiny(train__compile="cuda-graphs", train__micro_batch=2)
-    said = in_processes(2, what_is_said_of_cuda_graphs, config, tmp_path / "run")
-    expected = "train.compile: cuda-graphs needs a single process with whole weights; --set train.compile=true"
-    assert said == [expected] * 2
+    output = in_processes(2, refusal_of_cuda_graphs, config, tmp_path / "run")
+    expected = "train.compile: cuda-graphs needs a single process with whole weights"
+    assert output == [f"{expected}; --set train.compile=true"] * 2
     assert not (tmp_path / "run").exists()
 
 
@@ -191,8 +190,8 @@ def first_weights(config: RunConfig) -> dict[str, npt.NDArray[np.float32]]:
         return {name: tensor.numpy() for name, tensor in gathered.items()}
 
 
-def test_weights_made_in_shards_are_those_of_one_device(tiny: Build) -> None:
-    """On three processes, over which no tensor divides."""
+def test_sharded_initial_weights_equal_whole_ones(tiny: Build) -> None:
+    """With three processes, no tensor divides evenly."""
     config = tiny()
     expected = GPT(config.model, config.data.block_size, config.seed).state_dict()
     made = in_processes(3, first_weights, config)
@@ -214,15 +213,18 @@ def test_activation_checkpointing_changes_no_bit(
 @pytest.mark.parametrize(
     ("changes", "size", "message", "hint"),
     [
-        ({}, 3, "batch_sequences 8 is not divisible by 3 processes: try 6 or 9", "batch_sequences=9"),
-        ({}, 16, "batch_sequences 8 is not divisible by 16 processes: try 16", "batch_sequences=16"),
-        ({}, 4, "a step has 2 sequences for each of 4 processes, not divisible by train.micro_batch 4: try 2",
-         "micro_batch=2"),
-        ({"batch_sequences": None, "batch_tokens": 128}, 5, "batch_tokens 128 is not divisible by 5 "
-         "processes: try 80 or 160", "batch_tokens=160"),
+        ({}, 3, "batch_sequences 8 .* by 3 processes: try 6 or 9", "batch_sequences=9"),
+        ({}, 16, "batch_sequences 8 .* by 16 processes: try 16", "batch_sequences=16"),
+        ({}, 4, "2 sequences for .* by train.micro_batch 4: try 2", "micro_batch=2"),
+        (
+            {"batch_sequences": None, "batch_tokens": 128},
+            5,
+            "batch_tokens 128 .* by 5 processes: try 80 or 160",
+            "batch_tokens=160",
+        ),
     ],
-)  # fmt: skip
-def test_a_batch_that_does_not_divide(
+)
+def test_a_batch_that_does_not_divide_is_refused(
     tiny: Build, changes: dict[str, Any], size: int, message: str, hint: str
 ) -> None:
     config = tiny(train=tiny().train.model_dump() | changes)
@@ -234,7 +236,7 @@ def test_a_batch_that_does_not_divide(
 # --- states -------------------------------------------------------------------------------------
 
 
-def test_any_number_of_processes_goes_on_from_the_state_of_any_other(
+def test_any_number_of_processes_resumes_from_any_other(
     forty_steps: RunConfig, alone: RunFolder, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -245,19 +247,19 @@ def test_any_number_of_processes_goes_on_from_the_state_of_any_other(
             quiet(config, run)
         else:
             train_together(size, config, run, machines=2 if parallel == "hsdp" else 1)
-    extra = {"val/loss"}  # each part ends with an evaluation of its own
+    extra = {"val/loss"}  # each part ends with an evaluation
     ours = [e for e in events(RunFolder(run)) if e["step"] % 10 == 0 or not extra & e.keys()]
     assert_same_events(events(alone), ours)
 
 
-def test_spread_otherwise_a_state_keeps_every_bit(forty_steps: RunConfig, tmp_path: Path) -> None:
-    """Read and saved again by others, each as a branch that is ended before its first step."""
+def test_resharding_a_checkpoint_keeps_every_bit(forty_steps: RunConfig, tmp_path: Path) -> None:
+    """Each branch reads and saves it again, and stops before its first step."""
     train_together(4, with_train(forty_steps, parallel="fsdp", max_steps=8), tmp_path / "4")
     expected = last_state(RunFolder(tmp_path / "4"))
     assert len(list((tmp_path / "4/state/step-00000008").glob("*.safetensors"))) == 4
     before = tmp_path / "4/state/step-00000008"
     for number, (parallel, size) in enumerate([("ddp", 2), ("fsdp", 3), ("auto", 1), ("fsdp", 2)]):
-        # Nothing is trained, so that the batch need not divide.
+        # Nothing is trained, so the batch need not divide.
         config = with_train(forty_steps, parallel=parallel, batch_sequences=12)
         folder = tmp_path / f"{number}"
         options = {"resume": before, "max_seconds": 0.0}
@@ -284,14 +286,14 @@ def read_from_a_bad_disk(state: Path) -> str:
     return "nothing failed"
 
 
-def test_a_state_that_one_process_cannot_read_is_an_error_of_all(alone: RunFolder) -> None:
+def test_a_read_error_of_one_process_is_raised_on_all(alone: RunFolder) -> None:
     [*_, newest] = step_folders(alone.states).values()
-    said = in_processes(2, read_from_a_bad_disk, newest)
-    assert all("Input/output error" in each for each in said), said
+    output = in_processes(2, read_from_a_bad_disk, newest)
+    assert all("Input/output error" in each for each in output), output
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_that_were_interrupted_are_bitwise_those_that_were_not(
+def test_two_interrupted_processes_resume_exactly(
     tiny: Build, tmp_path: Path, parallel: str
 ) -> None:
     model = tiny().model.model_copy(update={"dropout": 0.1}).model_dump()
@@ -302,7 +304,7 @@ def test_two_processes_that_were_interrupted_are_bitwise_those_that_were_not(
         train__parallel=parallel,
         log={"every": 1},
     )
-    # Where it is interrupted depends on the machine; what comes of it must not.
+    # The machine's speed decides where it stops, but not the result.
     for folder, seconds in (("whole", [None]), ("parts", [0.0, 0.3, None])):
         for limit in seconds:
             options = {} if limit is None else {"max_seconds": limit}
@@ -321,14 +323,14 @@ def train_until(config: RunConfig, folder: Path, check: int) -> int:
         return train(config, folder, {})
 
 
-def test_interrupted_while_an_average_is_evaluated_shards_hold_their_own_weights(
+def test_an_interrupted_evaluation_restores_the_sharded_weights(
     tiny: Build, tmp_path: Path
 ) -> None:
     config = tiny(
         train__parallel="fsdp", train__max_steps=4, eval={"every": 4, "batch": 1, "tokens": 65}
     )
     train_together(2, config, tmp_path / "whole")
-    # Four steps, two batches with the weights and one with the average; heard at the second.
+    # Four steps, two batches with the weights, one with the average; stopped at the second.
     assert in_processes(2, train_until, config, tmp_path / "cut", 6) == [4, 4]
     whole_run, cut = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "cut")
     assert [event for event in events(cut) if "val/loss" in event] == []
@@ -350,9 +352,9 @@ def train_on_a_full_disk(config: RunConfig, folder: Path) -> str:
     return "nothing failed"
 
 
-def test_a_state_that_one_process_cannot_write_gets_no_name(tiny: Build, tmp_path: Path) -> None:
-    said = in_processes(2, train_on_a_full_disk, tiny(train__parallel="fsdp"), tmp_path / "run")
-    assert all("cannot write" in each and "No space left" in each for each in said), said
+def test_a_write_error_of_one_process_leaves_no_checkpoint(tiny: Build, tmp_path: Path) -> None:
+    output = in_processes(2, train_on_a_full_disk, tiny(train__parallel="fsdp"), tmp_path / "run")
+    assert all("cannot write" in each and "No space left" in each for each in output), output
     assert list((tmp_path / "run" / "state").iterdir()) == []
 
 
@@ -360,7 +362,7 @@ def test_a_state_that_one_process_cannot_write_gets_no_name(tiny: Build, tmp_pat
 
 
 def join_after_restarts() -> list[float]:
-    """On two machines, of which one counts a restart and the other does not."""
+    """Join on two machines, one of which counts a restart."""
     os.environ |= {
         "TORCHELASTIC_MAX_RESTARTS": "2",
         "TORCHELASTIC_RESTART_COUNT": os.environ["RANK"],
@@ -369,7 +371,7 @@ def join_after_restarts() -> list[float]:
         return world.sums([1.0])
 
 
-def test_processes_meet_however_often_each_machine_has_restarted() -> None:
+def test_machines_with_different_restart_counts_connect() -> None:
     assert in_processes(2, join_after_restarts, machines=2) == [[2.0], [2.0]]
 
 
@@ -385,12 +387,12 @@ def join_unreachable(patience: float) -> str:
         return str(error)
 
 
-def test_a_connection_that_cannot_be_made_is_told_though_a_launcher_watches() -> None:
-    assert all("no-such-card" in said for said in in_processes(2, join_unreachable, 0.1))
+def test_a_failed_connection_is_reported_under_a_launcher() -> None:
+    assert all("no-such-card" in output for output in in_processes(2, join_unreachable, 0.1))
 
 
 @pytest.mark.gpu
-def test_one_step_in_shards_on_one_gpu_is_the_plain_one(tiny: Build, tmp_path: Path) -> None:
+def test_sharded_training_on_one_gpu_equals_plain_training(tiny: Build, tmp_path: Path) -> None:
     plain, spread = (
         quiet(
             tiny(

@@ -1,4 +1,4 @@
-"""A disk without room while training, through the installed command and a limit on the size of files."""
+"""A full disk during training, simulated by a limit on file sizes of the installed command."""
 
 import json
 import re
@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from in_process import unmeasured
 from tiny_training import Build, events
 
 from llmtrain.config.loading import dump_config
 from llmtrain.storage.integrity import integrity_problems
 from llmtrain.storage.run_folder import RunFolder, step_folders
+
+pytestmark = pytest.mark.slow
 
 
 def train(config: Path, folder: Path, limit: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -35,14 +38,14 @@ def config_file(tiny: Build, folder: Path, **overrides: object) -> Path:
 
 
 def not_saved(run: RunFolder) -> list[int]:
-    """Steps of the snapshots that are said to be missing."""
+    """Return the steps of snapshots logged as not saved."""
     missing = [e["not_saved"] for e in events(run) if "not_saved" in e]
     found = [re.search(r"snapshots/step-(\d+)", text) for text in missing]
     return [int(match[1]) for match in found if match]
 
 
-def test_training_goes_on_without_a_snapshot(tiny: Build, tmp_path: Path) -> None:
-    """No room for weights (42 kB) at any step; no state is due before the last step."""
+def test_training_continues_without_a_snapshot(tiny: Build, tmp_path: Path) -> None:
+    """No room for weights (42 kB) at any step; no checkpoint is due before the last step."""
     config = config_file(tiny, tmp_path, checkpoint={"snapshot_every": 4, "state_every": 100})
     done = train(config, tmp_path / "run", limit=30_000)
     assert "Traceback" not in done.stderr
@@ -54,23 +57,23 @@ def test_training_goes_on_without_a_snapshot(tiny: Build, tmp_path: Path) -> Non
     assert "Training continues" in done.stderr
     assert (
         "averages/ema-0.9/step-00000012" in done.stderr
-    )  # tried, though the snapshot before it failed
+    )  # tried although the snapshot before it failed
     assert [e["step"] for e in events(run) if "lr" in e] == [3, 6, 9, 12]
-    # The state of the last step is essential, and does not fit either.
+    # The checkpoint of the last step is essential, but does not fit either.
     assert done.returncode == 1
     assert step_folders(run.snapshots) == {}
     assert not [path for path in run.path.rglob(".tmp-*") if path.is_dir()]
     assert train(config, run.path).returncode == 0
 
 
-def test_the_last_good_state_stays(tiny: Build, tmp_path: Path) -> None:
+def test_the_last_good_checkpoint_stays(tiny: Build, tmp_path: Path) -> None:
     config = config_file(tiny, tmp_path)
     whole, run = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "run")
     assert train(config, whole.path).returncode == 0
     shorter = tmp_path / "shorter.yaml"
     shorter.write_text(config.read_text().replace("max_steps: 12", "max_steps: 8"))
     assert train(shorter, run.path).returncode == 0
-    failed = train(config, run.path, limit=60_000)  # a snapshot fits, a state does not
+    failed = train(config, run.path, limit=60_000)  # a snapshot fits, a checkpoint does not
     assert failed.returncode == 1
     assert "cannot write" in failed.stderr
     assert "step-00000012" in failed.stderr

@@ -1,4 +1,4 @@
-"""Continued pre-training: whose weights it begins with, and what data it replays."""
+"""Continued pre-training: initial weights and replayed data."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def begun(source: Path, config: RunConfig) -> GPT:
 
 @pytest.fixture
 def public(tmp_path: Path) -> Path:
-    """A GPT-2 as transformers writes it, of a smaller vocabulary and a longer context."""
+    """A GPT-2 saved by transformers, with a smaller vocabulary and a longer context."""
     torch.manual_seed(1)
     config = GPT2Config(vocab_size=260, n_positions=32, n_embd=16, n_layer=2, n_head=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "public")
@@ -51,7 +51,7 @@ def test_a_public_model_gives_its_own_logits(tiny: Build, public: Path) -> None:
     assert torch.equal(model.transformer.wte.weight[260:], fresh)
 
 
-def test_a_file_of_nanogpt(tiny: Build, tmp_path: Path) -> None:
+def test_a_nanogpt_file_is_read(tiny: Build, tmp_path: Path) -> None:
     config = biased(tiny)
     trained = GPT(config.model, 16, seed=9)
     state = {f"_orig_mod.{name}": tensor for name, tensor in trained.state_dict().items()}
@@ -96,7 +96,7 @@ def test_another_model_is_refused(
     assert message in caught.value.hint
 
 
-def test_what_is_no_weights(tmp_path: Path) -> None:
+def test_sources_without_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
     with pytest.raises(UserError, match="is a run") as caught:
         open_weights(str(tmp_path))
@@ -105,10 +105,11 @@ def test_what_is_no_weights(tmp_path: Path) -> None:
         open_weights("nowhere")
 
 
-def test_a_run_goes_on_from_an_average_and_replays_earlier_data(
+@pytest.mark.slow
+def test_a_run_starts_from_an_average_and_replays_earlier_data(
     tiny: Build, tmp_path: Path, text_file: Path
 ) -> None:
-    """On one process and on two in shards: the same first loss, near the last one of the run before."""
+    """One process and two with shards start at the same loss, far below that of random weights."""
     before = quiet(tiny(train__max_steps=40), tmp_path / "before")
     average = before.average("ema-0.9", 40)
     prepare(str(text_file), tmp_path / "old", tokenizer="byte", val_fraction=0.2)

@@ -1,4 +1,4 @@
-"""The micro-batch that is chosen, kept and lowered: real trials, and memory that really runs out."""
+"""The micro-batch is found, kept and reduced, with real trials and real memory limits."""
 
 import importlib
 import os
@@ -24,21 +24,23 @@ from llmtrain.training.micro_batch import find_micro_batch
 from llmtrain.training.run import pretrain
 from llmtrain.training.worker import make_worker
 
+pytestmark = pytest.mark.slow
+
 ROOM = 64 << 20
-"""Bytes that a limited process may take beyond those that it has."""
+"""Bytes that a limited process may allocate."""
 LIMITED = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory"
 )
 
 
-def kept(run: RunFolder) -> tuple[int, int]:
-    """The micro-batch in the newest state, and for how many processes it was chosen."""
+def micro_batch_of(run: RunFolder) -> tuple[int, int]:
+    """Return the micro-batch in the newest checkpoint and the number of processes it is for."""
     progress = load_checkpoint(list(step_folders(run.states).values())[-1]).progress
     return progress.micro_batch, progress.micro_batch_for["processes"]
 
 
 def large(tiny: Build, **settings: Any) -> RunConfig:
-    """About a megabyte a sequence in training; the batch is 2 · 61 sequences, which leaves few divisors."""
+    """About 1 MB per sequence; a batch of 2 · 61 sequences has few divisors."""
     train = tiny().train.model_dump() | {"max_steps": 1, "batch_sequences": 122}
     return tiny(
         data=tiny().data.model_dump() | {"block_size": 128},
@@ -50,8 +52,8 @@ def large(tiny: Build, **settings: Any) -> RunConfig:
 
 
 @contextmanager
-def no_more_than(room: int) -> Iterator[None]:
-    """A limit on what this process may take beyond what it has."""
+def memory_limit(room: int) -> Iterator[None]:
+    """Limit what this process may allocate."""
     taken = re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())
     assert taken is not None
     limit = int(taken[1]) * 1024 + room
@@ -63,39 +65,37 @@ def no_more_than(room: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def test_auto_trains_as_the_number_it_chose(tiny: Build, tmp_path: Path) -> None:
-    """Bitwise, with dropout: its trials leave no trace. And so does a run that is resumed, without a trial."""
-    said: list[str] = []
+def test_auto_trains_like_the_number_that_it_finds(tiny: Build, tmp_path: Path) -> None:
+    """Bitwise, with dropout: trials leave no trace, and a resumed run needs none."""
+    lines: list[str] = []
     options = {"model__dropout": 0.2, "train__micro_batch": "auto"}
-    pretrain(tiny(**options, train__max_steps=4), tmp_path / "auto", log=said.append)
-    assert sum("the fastest of 1, 2" in line for line in said) == 1
-    size, _ = kept(RunFolder(tmp_path / "auto"))
+    pretrain(tiny(**options, train__max_steps=4), tmp_path / "auto", log=lines.append)
+    assert sum("the fastest of 1, 2" in line for line in lines) == 1
+    size, _ = micro_batch_of(RunFolder(tmp_path / "auto"))
     expected = quiet(tiny(**options | {"train__micro_batch": size}), tmp_path / "explicit")
-    said.clear()
-    run = pretrain(tiny(**options, log={"every": 3}), tmp_path / "auto", log=said.append).run
-    assert f"micro-batch: {size}, as before" in said
-    assert kept(run)[0] == size
-    (run.metrics).write_text(
-        expected.metrics.read_text()
-    )  # what the first part logged at its end differs
+    lines.clear()
+    run = pretrain(tiny(**options, log={"every": 3}), tmp_path / "auto", log=lines.append).run
+    assert f"micro-batch: {size}, as before" in lines
+    assert micro_batch_of(run)[0] == size
+    (run.metrics).write_text(expected.metrics.read_text())  # the first part logged its own end
     assert_same_run(expected, run)
     assert "micro_batch: auto" in run.config.read_text()
 
 
-def test_another_number_of_processes_tries_again(tiny: Build, tmp_path: Path) -> None:
+def test_another_number_of_processes_searches_again(tiny: Build, tmp_path: Path) -> None:
     run = quiet(tiny(train__micro_batch="auto", train__max_steps=4), tmp_path / "run")
-    assert kept(run)[1] == 1
+    assert micro_batch_of(run)[1] == 1
     train_together(2, tiny(train__micro_batch="auto", train__max_steps=6), run.path)
-    size, processes = kept(run)
+    size, processes = micro_batch_of(run)
     assert processes == 2
     assert 4 % size == 0
 
 
-def chosen(config: RunConfig) -> int:
-    """The micro-batch of this process; the second one is short of memory."""
+def found_micro_batch(config: RunConfig) -> int:
+    """Return the micro-batch found by this process; rank 1 is short of memory."""
     with init_distributed(torch.device("cpu"), spread=False) as (world, device):
         worker, progress = make_worker(config, world, device, lambda line: None), TrainingProgress()
-        with nullcontext() if world.is_rank_zero else no_more_than(ROOM):
+        with nullcontext() if world.is_rank_zero else memory_limit(ROOM):
             find_micro_batch(worker, progress, lambda line: None)
         assert all(parameter.grad is None for parameter in worker.model.parameters())
         return progress.micro_batch
@@ -103,15 +103,15 @@ def chosen(config: RunConfig) -> int:
 
 @LIMITED
 @pytest.mark.parametrize("asked", [61, "auto"])
-def test_processes_agree_on_what_fits_all(tiny: Build, asked: int | str) -> None:
-    assert in_processes(2, chosen, large(tiny, micro_batch=asked)) == [1, 1]
+def test_processes_agree_on_a_micro_batch_that_fits_all(tiny: Build, asked: int | str) -> None:
+    assert in_processes(2, found_micro_batch, large(tiny, micro_batch=asked)) == [1, 1]
 
 
-def limited(config: RunConfig, folder: Path, room: int) -> tuple[list[str], str]:
-    """What a run warned of under a limit, and with what it failed.
+def under_limit(config: RunConfig, folder: Path, room: int) -> tuple[list[str], str]:
+    """Return a run's warnings and its failure under a memory limit.
 
-    Once memory ran out there is more: what a failed pass leaves free lies in pieces, of which none may be large enough
-    for the stack of a thread that writes the snapshot.
+    The limit ends with the first warning: the memory freed by a failed pass may be too fragmented
+    for the stack of the thread that writes the snapshot.
     """
     warnings: list[str] = []
 
@@ -120,11 +120,11 @@ def limited(config: RunConfig, folder: Path, room: int) -> tuple[list[str], str]
         most = resource.getrlimit(resource.RLIMIT_DATA)[1]
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
-    importlib.import_module("torch._dynamo")  # as AdamW does when it is made
-    os.environ.pop("RANK")  # as a process that no launcher started: no threads of a process group
+    importlib.import_module("torch._dynamo")  # AdamW imports it
+    os.environ.pop("RANK")  # no launcher: no process group with threads
     threading.stack_size(1 << 20)
     try:
-        with no_more_than(room):
+        with memory_limit(room):
             pretrain(config, folder, log=lambda line: None, warn=warn)
     except RunFailed as error:
         return warnings, f"{error}; {error.hint}"
@@ -132,20 +132,18 @@ def limited(config: RunConfig, folder: Path, room: int) -> tuple[list[str], str]
 
 
 @LIMITED
-def test_out_of_memory_lowers_it_and_the_run_is_that_of_the_lower_one(
-    tiny: Build, tmp_path: Path
-) -> None:
+def test_out_of_memory_continues_with_a_smaller_micro_batch(tiny: Build, tmp_path: Path) -> None:
     [(warnings, failure)] = in_processes(
-        1, limited, large(tiny, micro_batch=61), tmp_path / "limited", ROOM
+        1, under_limit, large(tiny, micro_batch=61), tmp_path / "limited", ROOM
     )
     assert (warnings, failure) == (["out of memory at micro-batch 61: continuing with 2"], "")
     run = RunFolder(tmp_path / "limited")
-    assert kept(run)[0] == 2
+    assert micro_batch_of(run)[0] == 2
     assert_same_run(quiet(large(tiny, micro_batch=2), tmp_path / "explicit"), run)
 
 
 @LIMITED
-def test_no_memory_for_one_sequence_is_one_line(tiny: Build, tmp_path: Path) -> None:
+def test_no_memory_for_one_sequence_is_a_one_line_error(tiny: Build, tmp_path: Path) -> None:
     config = large(tiny, batch_sequences=1, micro_batch=1)
     config = config.model_copy(
         update={
@@ -153,27 +151,25 @@ def test_no_memory_for_one_sequence_is_one_line(tiny: Build, tmp_path: Path) -> 
             "model": config.model.model_copy(update={"dropout": 0.0}),
         }
     )
-    [(warnings, failure)] = in_processes(1, limited, config, tmp_path / "run", 24 << 20)
+    [(warnings, failure)] = in_processes(1, under_limit, config, tmp_path / "run", 24 << 20)
     assert warnings == []
     assert failure.startswith("out of memory at micro-batch 1; ")
     assert "activation_checkpointing" in failure
 
 
 @pytest.mark.gpu
-def test_a_gpu_goes_up_to_what_fits_and_down_from_what_does_not(
-    tiny: Build, tmp_path: Path
-) -> None:
+def test_a_gpu_finds_and_reduces_the_micro_batch(tiny: Build, tmp_path: Path) -> None:
     config = large(tiny, batch_sequences=4096, micro_batch="auto", device="cuda", compile=False)
     total = torch.cuda.get_device_properties(0).total_memory
     auto = quiet(config, tmp_path / "auto")
-    size, _ = kept(auto)
+    size, _ = micro_batch_of(auto)
     assert_same_run(quiet(config.with_micro_batch(size), tmp_path / "explicit"), auto)
     torch.cuda.set_per_process_memory_fraction(2e9 / total)
     try:
         warnings: list[str] = []
         lowered = quiet(config.with_micro_batch(4096), tmp_path / "lowered", warn=warnings.append)
         assert "out of GPU memory at micro-batch 4096: continuing with 2048" in warnings
-        size, _ = kept(lowered)
+        size, _ = micro_batch_of(lowered)
         assert_same_run(quiet(config.with_micro_batch(size), tmp_path / "lower"), lowered)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -1,4 +1,4 @@
-"""Muon against torch's own, held back, interrupted, spread over processes, and told when it cannot be."""
+"""Muon: compared with torch's, skipped, interrupted, sharded, and refused."""
 
 import math
 from pathlib import Path
@@ -21,7 +21,7 @@ from llmtrain.training.optimizers import build_optimizer
 from llmtrain.training.optimizers.muon import Muon, orthogonalize
 
 REDUCTION = 1e-4
-"""Relative: where a sum in another order is rounded otherwise to bfloat16, 16 steps long."""
+"""Relative error of sums in another order, rounded to bfloat16, over 16 steps."""
 
 
 def muon(model: nn.Module, **settings: Any) -> Muon:
@@ -42,10 +42,10 @@ def bits(tensors: list[Tensor]) -> list[bytes]:
 @given(
     st.integers(1, 24), st.integers(1, 24), st.integers(0, 2**31), st.sampled_from([1e-6, 1.0, 1e6])
 )  # fmt: skip
-def test_what_is_orthogonalized_keeps_its_directions(
+def test_orthogonalize_keeps_singular_vectors(
     rows: int, columns: int, seed: int, size: float
 ) -> None:
-    """Singular vectors stay; singular values, of a matrix that is not degenerate, come near 1."""
+    """The singular values of a non-degenerate matrix come near 1."""
     random = torch.Generator().manual_seed(seed)
     u, _, vt = torch.linalg.svd(torch.randn(rows, columns, generator=random), full_matrices=False)
     values = torch.rand(min(rows, columns), generator=random) * 0.9 + 0.1
@@ -56,7 +56,7 @@ def test_what_is_orthogonalized_keeps_its_directions(
 
 
 def references(model: GPT, config: OptimizerConfig) -> tuple[dict[str, list[Tensor]], list[Any]]:
-    """Copies of the parameters, queries, keys and values apart, and torch's two optimizers over them."""
+    """Return copies of the parameters, with Q, K and V separate, and torch's two optimizers."""
     pieces: dict[str, list[Tensor]] = {}
     matrices, others = [], []
     for name, parameter in model.named_parameters():
@@ -76,8 +76,8 @@ def references(model: GPT, config: OptimizerConfig) -> tuple[dict[str, list[Tens
 
 
 @pytest.mark.parametrize("keys", [{}, {"momentum": 0.8, "nesterov": False}])
-def test_steps_are_those_of_torch(keys: dict[str, Any]) -> None:
-    """Ten steps of torch.optim.Muon over blocks and AdamW over the rest, in bfloat16 as torch has it."""
+def test_steps_equal_those_of_torch(keys: dict[str, Any]) -> None:
+    """Ten steps of torch.optim.Muon for the blocks and AdamW for the rest, in bfloat16."""
     config = OptimizerConfig.model_validate({"name": "muon", "lr": 0.02, "muon": keys})
     model = small()
     optimizer = muon(model, lr=0.02, muon=keys)
@@ -101,23 +101,23 @@ def test_steps_are_those_of_torch(keys: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -3e38, 1.0])
-def test_a_step_that_is_held_back_changes_no_bit(bad: float) -> None:
+def test_a_skipped_update_changes_no_bit(bad: float) -> None:
     model = small()
     optimizer = muon(model)
-    for hold in (0.0, 1.0, 0.0):
+    for skip in (0.0, 1.0, 0.0):
         kept = [tensor for state in optimizer.state.values() for tensor in state.values()]
         before = bits([*model.parameters(), *kept])
         for parameter in model.parameters():
-            parameter.grad = torch.full_like(parameter, bad if hold else 1e-3)
-        optimizer.found_inf = torch.tensor(hold)
+            parameter.grad = torch.full_like(parameter, bad if skip else 1e-3)
+        optimizer.found_inf = torch.tensor(skip)
         optimizer.step()
         after = bits([*model.parameters(), *kept])
-        assert [a == b for a, b in zip(after, before, strict=True)] == [bool(hold)] * len(before)
+        assert [a == b for a, b in zip(after, before, strict=True)] == [bool(skip)] * len(before)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_one_learning_rate_and_weight_decay_serve_both() -> None:
-    """An update's root mean square is about a fifth of the rate, whatever the shape, as AdamW's is."""
+def test_learning_rate_and_weight_decay_apply_to_both_kinds() -> None:
+    """The RMS of an update is about a fifth of the rate for every shape, as in AdamW."""
     model = small()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = muon(model, lr=0.1, weight_decay=0.5)
@@ -149,19 +149,18 @@ def training(tiny: Build, **overrides: Any) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def alone(tiny: Build, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """The run of one process."""
+    """A run of one process."""
     return quiet(training(tiny), tmp_path_factory.mktemp("alone") / "run")
 
 
-def test_a_run_interrupted_at_every_step_is_bitwise_the_uninterrupted_one(
+@pytest.mark.slow
+def test_a_run_interrupted_at_every_step_resumes_exactly(
     tiny: Build, tmp_path: Path, alone: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sessions = 0
     for _ in range(16):
         with monkeypatch.context() as patch:
-            interrupt_at(
-                patch, 3
-            )  # after the two micro-batches of a step, in the first of the next
+            interrupt_at(patch, 3)  # in the first micro-batch of the next step
             try:
                 quiet(training(tiny), tmp_path / "parts")
             except Interrupted:
@@ -175,10 +174,11 @@ def assert_agree(one: RunFolder, other: RunFolder) -> None:
     assert ours == pytest.approx(theirs, rel=REDUCTION)
 
 
-def test_shards_and_copies_go_on_where_others_left_off(
+@pytest.mark.slow
+def test_sharded_and_replicated_runs_resume_from_each_other(
     tiny: Build, tmp_path: Path, alone: RunFolder
 ) -> None:
-    """Two processes with shards, one alone, two with copies, shards on each of two machines."""
+    """FSDP with two processes, a single process, DDP with two, HSDP on two machines."""
     run = tmp_path / "run"
     for parallel, size, steps in (("fsdp", 2, 5), ("auto", 1, 8), ("ddp", 2, 12), ("hsdp", 4, 16)):
         config = training(
@@ -194,7 +194,10 @@ def test_shards_and_copies_go_on_where_others_left_off(
     assert_agree(alone, RunFolder(run))
 
 
-def test_a_branch_keeps_its_kind_of_moments(tiny: Build, tmp_path: Path, alone: RunFolder) -> None:
+@pytest.mark.slow
+def test_a_branch_cannot_change_between_adamw_and_muon(
+    tiny: Build, tmp_path: Path, alone: RunFolder
+) -> None:
     adamw = quiet(tiny(train__max_steps=4), tmp_path / "adamw")
     changed = training(tiny, optimizer={"name": "muon", "lr": 5e-3, "muon": {"momentum": 0.9}})
     assert quiet(changed, tmp_path / "branch", resume=alone.state(12)).snapshot(16).exists()
@@ -213,6 +216,6 @@ def test_a_branch_keeps_its_kind_of_moments(tiny: Build, tmp_path: Path, alone: 
         ({"name": "muon", "muon": {"steps": 5}}, "Extra inputs"),
     ],
 )
-def test_keys_that_do_not_go_together(values: dict[str, Any], message: str) -> None:
+def test_conflicting_keys_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OptimizerConfig.model_validate(values)

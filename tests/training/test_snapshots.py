@@ -1,4 +1,4 @@
-"""Weights that are written while training goes on: as they were, and never later than a state after them."""
+"""Snapshots are written during training, unchanged and before the next checkpoint."""
 
 import contextlib
 import time
@@ -28,13 +28,15 @@ staged_folder = snapshots.staged_folder
 
 @contextlib.contextmanager
 def slowly(target: Path, **options: Any) -> Iterator[Path]:
-    """A disk on which a snapshot takes longer than several steps."""
+    """Simulate a disk on which a snapshot takes longer than several steps."""
     time.sleep(0.2)
     with staged_folder(target, **options) as folder:
         yield folder
 
 
-def test_what_is_written_is_what_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_snapshot_has_the_weights_at_the_time_of_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(snapshots, "staged_folder", slowly)
     shape = ModelConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=97)
     model = GPT(shape, 16, seed=1)
@@ -51,7 +53,8 @@ def test_what_is_written_is_what_was_saved(tmp_path: Path, monkeypatch: pytest.M
     writer.close()
 
 
-def test_no_state_stands_without_the_snapshots_before_it(
+@pytest.mark.slow
+def test_a_checkpoint_waits_for_earlier_snapshots(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny(checkpoint={"snapshot_every": 1, "state_every": 4})
@@ -72,10 +75,11 @@ def test_no_state_stands_without_the_snapshots_before_it(
     assert_same_run(plain, run)
 
 
-def test_a_failed_write_is_told_with_the_next_line_of_the_log(
+@pytest.mark.slow
+def test_a_failed_write_is_logged_with_the_next_line(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the order of the steps; W&B has it too."""
+    """In the order of steps, and in W&B."""
 
     def full(target: Path, **options: Any) -> NoReturn:
         raise WriteFailed(f"cannot write {target}: disk full", hint="make room")
@@ -104,6 +108,6 @@ def test_a_failed_write_is_told_with_the_next_line_of_the_log(
         (12, "step-00000012"),
     ]
     assert len(warnings) == 3
-    wandb.teardown()  # a run that is finished may not be written out yet
+    wandb.teardown()  # flush the finished run
     (written,) = (run.path / "wandb").glob("offline-run-*/run-*.wandb")
     assert written.read_bytes().count(b"incident/not_saved") >= 3

@@ -1,4 +1,4 @@
-"""Bad batches in real training: skipped, rewound, survived, and all of it exact after an interruption."""
+"""Bad batches in real training are skipped or rewound, exactly also after an interruption."""
 
 import json
 from collections.abc import Callable
@@ -21,9 +21,10 @@ from llmtrain.storage.integrity import write_integrity
 from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training.run import pretrain
 from llmtrain.training.trainer import Trainer
+from llmtrain.training.worker import Worker
 
 BAD_BATCH = 14
-"""From 0: step 15 reads it, until a rewind passes over it."""
+"""Counted from 0: step 15 reads it unless a rewind has skipped it."""
 SPIKES = {"window": 8, "threshold": 20.0, "rewind_steps": 4}
 CHECKPOINT = {"snapshot_every": 1, "state_every": 4, "keep_states": 3}
 
@@ -31,7 +32,7 @@ Poison = Callable[..., None]
 
 
 class Poisoned(nn.Module):
-    """The model, but a batch that begins with one window has a loss multiplied by a factor, or NaN."""
+    """A model that multiplies the loss of batches that start with one window."""
 
     def __init__(self, model: nn.Module, window: Tensor, factor: float) -> None:
         super().__init__()
@@ -44,9 +45,8 @@ class Poisoned(nn.Module):
         )
 
 
-@pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch, tiny: Build) -> Poison:
-    """Makes batches of every training bad, by a factor on their loss."""
+def bad_batches(tiny: Build, factor: float, *batches: int) -> Callable[[Worker, int], nn.Module]:
+    """Return a `compile_model` for models that multiply the loss of some batches."""
     config = tiny()
     reader = open_data(Path(config.data.path)).reader("train")
     sampler = Sampler(len(reader), 16, 8, config.seed)
@@ -54,15 +54,21 @@ def poison(monkeypatch: pytest.MonkeyPatch, tiny: Build) -> Poison:
     def window(number: int) -> Tensor:
         return torch.from_numpy(read_windows(reader, sampler.rows(number)[:1], 16))[0, :-1]
 
-    def apply(factor: float, *batches: int) -> None:
-        def poisoned(model: nn.Module) -> nn.Module:
-            for number in batches or (BAD_BATCH,):
-                model = Poisoned(model, window(number), factor)
-            return model
+    def poisoned(worker: Worker, micro_batch: int) -> nn.Module:
+        model: nn.Module = worker.model
+        for number in batches or (BAD_BATCH,):
+            model = Poisoned(model, window(number), factor)
+        return model
 
-        monkeypatch.setattr(
-            module, "compile_model", lambda worker, micro_batch: poisoned(worker.model)
-        )
+    return poisoned
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch, tiny: Build) -> Poison:
+    """Return a function that multiplies the loss of some batches in all trainings."""
+
+    def apply(factor: float, *batches: int) -> None:
+        monkeypatch.setattr(module, "compile_model", bad_batches(tiny, factor, *batches))
 
     return apply
 
@@ -75,20 +81,42 @@ def run_config(
     return tiny(spikes=SPIKES | {"action": action}, **overrides)
 
 
+@pytest.fixture(scope="module")
+def rewound(tiny: Build, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """An uninterrupted run with a rewind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "compile_model", bad_batches(tiny, 50.0))
+        return quiet(run_config(tiny, "rewind"), tmp_path_factory.mktemp("rewound") / "run")
+
+
+def few_checkpoints(tiny: Build) -> RunConfig:
+    checkpoint = CHECKPOINT | {"keep_states": 2}
+    return run_config(tiny, "rewind", checkpoint=checkpoint, eval={"every": 24, "batch": 64})
+
+
+@pytest.fixture(scope="module")
+def rewound_with_few(tiny: Build, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """An uninterrupted run with a rewind that keeps few checkpoints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "compile_model", bad_batches(tiny, 50.0))
+        return quiet(few_checkpoints(tiny), tmp_path_factory.mktemp("few") / "run")
+
+
 def weights(run: RunFolder, step: int) -> bytes:
     return (run.snapshot(step) / "model.safetensors").read_bytes()
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(
+@pytest.mark.slow
+def test_a_nonfinite_step_is_skipped_and_counted(
     tiny: Build, tmp_path: Path, poison: Poison
 ) -> None:
     poison(float("nan"))
     run = quiet(run_config(tiny, on_nonfinite="skip"), tmp_path / "run")
     assert weights(run, 14) == weights(run, 15)
     assert weights(run, 15) != weights(run, 16)
-    (incident,) = [e for e in events(run) if "incident" in e]
-    assert (incident["step"], incident["incident"], incident["action"]) == (15, "nonfinite", "skip")
-    assert incident["loss"] is None
+    (event,) = [e for e in events(run) if "incident" in e]
+    assert (event["step"], event["incident"], event["action"]) == (15, "nonfinite", "skip")
+    assert event["loss"] is None
     assert [e["skipped"] for e in events(run) if "skipped" in e] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert "NaN" not in run.metrics.read_text()
     from safetensors.torch import load_file
@@ -97,9 +125,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     assert {float(t) for name, t in state.items() if name.startswith("optimizer/step/")} == {23.0}
 
 
-def test_a_stop_leaves_the_states_and_skip_goes_on(
-    tiny: Build, tmp_path: Path, poison: Poison
-) -> None:
+@pytest.mark.slow
+def test_a_stopped_run_can_continue_with_skip(tiny: Build, tmp_path: Path, poison: Poison) -> None:
     poison(float("inf"))
     whole = quiet(run_config(tiny, on_nonfinite="skip"), tmp_path / "whole")
     with pytest.raises(RunFailed, match="stopped at step 15, update skipped: loss inf") as caught:
@@ -108,16 +135,18 @@ def test_a_stop_leaves_the_states_and_skip_goes_on(
     assert_same_run(whole, quiet(run_config(tiny, on_nonfinite="skip"), tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_spike_is_logged_or_skipped(tiny: Build, tmp_path: Path, poison: Poison) -> None:
     poison(50.0)
     for action, same in (("log", False), ("skip", True)):
         run = quiet(run_config(tiny, action), tmp_path / action)
         assert (weights(run, 14) == weights(run, 15)) == same
-        (incident,) = [e for e in events(run) if "incident" in e]
-        assert (incident["step"], incident["incident"], incident["action"]) == (15, "spike", action)
-        assert incident["z_loss"] > 20
+        (event,) = [e for e in events(run) if "incident" in e]
+        assert (event["step"], event["incident"], event["action"]) == (15, "spike", action)
+        assert event["z_loss"] > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("factor", "policy", "optimizer"),
     [
@@ -125,7 +154,7 @@ def test_a_spike_is_logged_or_skipped(tiny: Build, tmp_path: Path, poison: Poiso
         (float("nan"), ("log", "rewind"), "muon"),
     ],
 )
-def test_a_rewind_goes_back_and_passes_over_the_batches(
+def test_a_rewind_restores_a_checkpoint_and_skips_the_batches(
     tiny: Build,
     tmp_path: Path,
     poison: Poison,
@@ -138,14 +167,14 @@ def test_a_rewind_goes_back_and_passes_over_the_batches(
     config = run_config(tiny, *policy, **more)
     run = quiet(config, tmp_path / "run")
     (record,) = [e for e in events(run) if "rewound_from" in e]
-    # The newest state at least 4 steps before step 15 is that of step 8; batches 8 to 14 are passed over.
+    # The newest checkpoint at least 4 steps before step 15 is that of step 8: skip 8 to 14.
     assert (record["step"], record["rewound_from"], record["passed_batches"]) == (8, 15, 7)
     assert [e["step"] for e in events(run)] == sorted(e["step"] for e in events(run))
     assert [e["step"] for e in events(run) if "lr" in e] == [3, 6, 9, 12, 15, 18, 21, 24]
     taken_back = (run.path / "metrics-rewound.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in taken_back][-1] == 15
     assert (run.snapshots / "step-00000012-rewound").is_dir()
-    # Beside it, a run that is told at step 8 to go on with batch 15.
+    # A second run skips the batches without a rewind.
     other = quiet(run_config(tiny, **more, train__max_steps=8), tmp_path / "other")
     facts = json.loads((other.state(8) / "state.json").read_text())
     facts["progress"]["passed_batches"] = 7
@@ -159,53 +188,61 @@ def test_a_rewind_goes_back_and_passes_over_the_batches(
         assert one.read_bytes() == two.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 18, 20, 22, 26, 28, 29, 31, 36, 50])
-def test_an_interrupted_run_with_a_rewind_is_bitwise_the_uninterrupted_one(
-    tiny: Build, tmp_path: Path, poison: Poison, monkeypatch: pytest.MonkeyPatch, after: int
+def test_an_interrupted_run_with_a_rewind_resumes_exactly(
+    tiny: Build,
+    tmp_path: Path,
+    poison: Poison,
+    rewound_with_few: RunFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    after: int,
 ) -> None:
-    """Two looks for a signal a step. A state that the signal left is neither gone back to nor instead of another."""
+    """Two signal checks per step; a rewind never uses the checkpoint of an interruption."""
     poison(50.0)
-    config = run_config(
-        tiny, "rewind", checkpoint=CHECKPOINT | {"keep_states": 2}, eval={"every": 24, "batch": 64}
-    )
-    whole = quiet(config, tmp_path / "whole")
+    config = few_checkpoints(tiny)
     with monkeypatch.context() as patch:
         interrupt_at(patch, after)
         with pytest.raises(Interrupted):
             quiet(config, tmp_path / "parts")
-    assert_same_run(whole, quiet(config, tmp_path / "parts"))
+    assert_same_run(rewound_with_few, quiet(config, tmp_path / "parts"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [2, 8, 9])
-def test_a_run_whose_log_nobody_reads_any_more_is_bitwise_the_other_one(
-    tiny: Build, tmp_path: Path, poison: Poison, line: int
+def test_a_run_stopped_by_a_closed_pipe_resumes_exactly(
+    tiny: Build, tmp_path: Path, poison: Poison, rewound: RunFolder, line: int
 ) -> None:
-    """`| head` leaves before the line of a step, a spike, a rewind."""
+    """`| head` ends before the line of a step, a spike, a rewind."""
     poison(50.0)
-    config = run_config(tiny, "rewind")
-    whole, said = quiet(config, tmp_path / "whole"), iter(range(1, 100))
+    config, lines = run_config(tiny, "rewind"), iter(range(1, 100))
 
-    def say(_: str) -> None:
-        if next(said) >= line:
+    def log(_: str) -> None:
+        if next(lines) >= line:
             raise BrokenPipeError
 
     with pytest.raises(Interrupted):
-        pretrain(config, tmp_path / "parts", log=say)
-    assert_same_run(whole, quiet(config, tmp_path / "parts"))
+        pretrain(config, tmp_path / "parts", log=log)
+    assert_same_run(rewound, quiet(config, tmp_path / "parts"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crash", ["save", "set_aside_after", "rewind"])
-def test_a_crash_within_a_rewind_changes_nothing(
-    tiny: Build, tmp_path: Path, poison: Poison, monkeypatch: pytest.MonkeyPatch, crash: str
+def test_a_crash_during_a_rewind_changes_nothing(
+    tiny: Build,
+    tmp_path: Path,
+    poison: Poison,
+    rewound: RunFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    crash: str,
 ) -> None:
-    """As if the process were killed before each of a rewind's three writes."""
+    """Kill the process before each of the three writes of a rewind."""
     import llmtrain.training.trainer as trainer_module
     from llmtrain.training.checkpoint_writer import CheckpointWriter
     from llmtrain.training.metrics import MetricsLog
 
     poison(50.0)
     config = run_config(tiny, "rewind")
-    whole = quiet(config, tmp_path / "whole")
 
     class KilledError(Exception):
         pass
@@ -225,13 +262,14 @@ def test_a_crash_within_a_rewind_changes_nothing(
         patch.setattr(owner, crash, killed)
         with pytest.raises(KilledError):
             quiet(config, tmp_path / "parts")
-    assert_same_run(whole, quiet(config, tmp_path / "parts"))
+    assert_same_run(rewound, quiet(config, tmp_path / "parts"))
 
 
-def test_a_rewind_soon_after_a_beginning_goes_back_to_it(
+@pytest.mark.slow
+def test_a_rewind_soon_after_the_start_restores_it(
     tiny: Build, tmp_path: Path, poison: Poison
 ) -> None:
-    """A branch off step 13 meets its spike in step 15, and another one in step 14 of the way from there."""
+    """A branch from step 13 spikes at step 15, and at step 14 of the second attempt."""
     poison(50.0, BAD_BATCH, 15)
     trunk = quiet(run_config(tiny, train__max_steps=13), tmp_path / "trunk")
     branch = quiet(run_config(tiny, "rewind"), tmp_path / "branch", resume=trunk.state(13))
@@ -239,10 +277,11 @@ def test_a_rewind_soon_after_a_beginning_goes_back_to_it(
     assert rewinds == [(13, 15), (13, 14)]
 
 
-def test_what_several_rewinds_set_aside_is_all_kept(
+@pytest.mark.slow
+def test_several_rewinds_keep_all_attempts(
     tiny: Build, tmp_path: Path, poison: Poison, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Step 15 is bad, and step 12 on the way again: both go back to step 8. A kill after each adds nothing."""
+    """Step 15 spikes, then step 12 of the second attempt; kills in between add nothing."""
     poison(50.0, BAD_BATCH, 18)
     config, calm = (run_config(tiny, action, train__max_steps=16) for action in ("rewind", "log"))
     first = quiet(calm, tmp_path / "calm")
@@ -282,12 +321,13 @@ def test_what_several_rewinds_set_aside_is_all_kept(
     }
 
 
-def test_a_run_that_never_calms_down_ends(
+@pytest.mark.slow
+def test_an_unstable_run_fails_after_the_last_rewind(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "compile_model", lambda worker, micro_batch: _Nan(worker.model))
     config = run_config(tiny, "rewind", "rewind")
-    with pytest.raises(RunFailed, match="training is unstable: step .* would need rewind 11"):
+    with pytest.raises(RunFailed, match=r"training is unstable: step .* would need rewind 11"):
         quiet(config, tmp_path / "run")
 
 
@@ -301,12 +341,14 @@ class _Nan(nn.Module):
         return loss * float("nan")
 
 
-def test_a_rewind_needs_states_that_are_old_enough(tiny: Build) -> None:
+def test_rewind_steps_must_fit_the_kept_checkpoints(tiny: Build) -> None:
     with pytest.raises(ValueError, match=r"spikes.rewind_steps \(100\) .* \(4\)"):
         tiny(spikes={"action": "rewind"}, checkpoint={"snapshot_every": 2, "state_every": 4})
 
 
-def test_a_policy_may_change_in_a_run_and_its_window_may_not(tiny: Build, tmp_path: Path) -> None:
+def test_a_resumed_run_may_change_the_policy_but_not_the_window(
+    tiny: Build, tmp_path: Path
+) -> None:
     config = run_config(tiny, train__max_steps=4)
     quiet(config, tmp_path / "run")
     quiet(run_config(tiny, "skip", "rewind", train__max_steps=5), tmp_path / "run")
@@ -317,6 +359,6 @@ def test_a_policy_may_change_in_a_run_and_its_window_may_not(tiny: Build, tmp_pa
         )
 
 
-def test_the_states_of_a_rewinding_run_begin_at_step_0(tiny: Build, tmp_path: Path) -> None:
+def test_a_run_with_rewinds_saves_a_checkpoint_at_step_0(tiny: Build, tmp_path: Path) -> None:
     run = quiet(run_config(tiny, "rewind", train__max_steps=4), tmp_path / "run")
     assert list(step_folders(run.states)) == [0, 4]

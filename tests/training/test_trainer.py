@@ -1,4 +1,4 @@
-"""Training end to end in this process: against a plain loop, resumed, interrupted, diverged."""
+"""Training end to end: against a plain loop, resumed, interrupted, diverged."""
 
 import errno
 import json
@@ -27,7 +27,7 @@ from llmtrain.training.run import pretrain
 
 
 def test_training_equals_a_plain_loop(tiny: Build, tmp_path: Path) -> None:
-    """Accumulation, clipping, schedule and AdamW; the model's own gradients have their own test."""
+    """Accumulation, clipping, schedule and AdamW."""
     config = tiny()
     run = quiet(config, tmp_path / "run")
     data = open_data(Path(config.data.path))
@@ -59,35 +59,51 @@ def test_training_equals_a_plain_loop(tiny: Build, tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_the_micro_batch_does_not_change_the_training(tiny: Build, tmp_path: Path) -> None:
     runs = [quiet(tiny(train__micro_batch=m), tmp_path / str(m)) for m in (1, 8)]
     losses = [[e["loss"] for e in events(run) if "loss" in e] for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("cut", [3, 4, 5, 6, 11])
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
-    tiny: Build, tmp_path: Path, cut: int
-) -> None:
-    whole = quiet(tiny(model__dropout=0.2), tmp_path / "whole")
-    parts = tmp_path / "parts"
-    quiet(tiny(model__dropout=0.2, train__max_steps=cut), parts)
-    # What the shorter run did only because it was at its end would be missing from the longer one.
-    for name in ("metrics.jsonl",):
-        kept = [e for e in read_json_lines(parts / name) if not (e["step"] == cut and cut % 3)]
-        kept = [e for e in kept if "loss" in e or e["step"] % 6 == 0]
-        (parts / name).write_text("".join(json.dumps(e) + "\n" for e in kept))
-    resumed = quiet(tiny(model__dropout=0.2), parts)
-    assert_same_run(whole, resumed)
+SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("after", [0, 1, 7, 16, 21, 60, 90])
-def test_an_interrupted_run_is_bitwise_the_uninterrupted_one(
-    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
-) -> None:
-    """A signal at the n-th place where the loop looks for one: between micro-batches or while evaluating."""
+@pytest.fixture(scope="module")
+def whole(tiny: Build, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run with dropout and all averages."""
     config = tiny(model__dropout=0.2, averages=EVERY_AVERAGE)
-    whole = quiet(config, tmp_path / "whole")
+    return quiet(config, tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [3, 4, 5, 6, 11])
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    tiny: Build, tmp_path: Path, whole: RunFolder, cut: int
+) -> None:
+    options = {"model__dropout": 0.2, "averages": EVERY_AVERAGE}
+    parts = tmp_path / "parts"
+    quiet(tiny(**options, train__max_steps=cut), parts)
+    # Remove the events that the shorter run logged only because it ended.
+    log = parts / "metrics.jsonl"
+    kept = [e for e in read_json_lines(log) if not (e["step"] == cut and cut % 3)]
+    kept = [e for e in kept if "loss" in e or e["step"] % 6 == 0]
+    log.write_text("".join(json.dumps(e) + "\n" for e in kept))
+    assert_same_run(whole, quiet(tiny(**options), parts))
+
+
+@pytest.mark.parametrize(
+    "after", [16, *(pytest.param(n, marks=SLOW) for n in (0, 1, 7, 21, 60, 90))]
+)
+def test_an_interrupted_run_resumes_exactly(
+    tiny: Build,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: RunFolder,
+    after: int,
+) -> None:
+    """A signal at the n-th check: between micro-batches or during an evaluation."""
+    config = tiny(model__dropout=0.2, averages=EVERY_AVERAGE)
     interrupt_at(monkeypatch, after)
     with pytest.raises(Interrupted) as caught:
         quiet(config, tmp_path / "parts")
@@ -96,11 +112,12 @@ def test_an_interrupted_run_is_bitwise_the_uninterrupted_one(
     assert_same_run(whole, quiet(config, tmp_path / "parts"))
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_run_interrupted_at_every_step_is_bitwise_the_uninterrupted_one(
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_run_interrupted_at_every_step_resumes_exactly(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool
 ) -> None:
-    """Forty steps, forty processes' worth of sessions of one step: each resumes what the one before saved."""
+    """Forty sessions of one step, each resuming from the one before."""
     config = tiny(
         model__dropout=0.2,
         averages=EVERY_AVERAGE,
@@ -117,9 +134,7 @@ def test_a_run_interrupted_at_every_step_is_bitwise_the_uninterrupted_one(
         if newest(tmp_path / "parts") == 40:
             break
         with monkeypatch.context() as patch:
-            interrupt_at(
-                patch, 3
-            )  # after the two micro-batches of a step, in the first of the next
+            interrupt_at(patch, 3)  # in the first micro-batch of the next step
             try:
                 quiet(config, tmp_path / "parts")
             except Interrupted:
@@ -129,12 +144,12 @@ def test_a_run_interrupted_at_every_step_is_bitwise_the_uninterrupted_one(
 
 
 def newest(folder: Path) -> int:
-    """Step of the newest state; 0 for none."""
+    """Return the step of the newest training checkpoint, or 0."""
     return max(step_folders(RunFolder(folder).states), default=0)
 
 
-def test_shorter_first_sequences_equal_a_plain_loop(tiny: Build, tmp_path: Path) -> None:
-    """The windows of a step are those of a run without warm-up, cut to their first tokens."""
+def test_block_warmup_equals_a_plain_loop(tiny: Build, tmp_path: Path) -> None:
+    """The windows are those of a run without warm-up, cut to their first tokens."""
     config = tiny(
         data__block_warmup={"start": 4, "steps": 6, "multiple_of": 2},
         train__max_steps=8,
@@ -159,7 +174,8 @@ def test_shorter_first_sequences_equal_a_plain_loop(tiny: Build, tmp_path: Path)
     assert tokens == [8 * sum(lengths[:3]), 8 * sum(lengths[:6]), 8 * sum(lengths)]
 
 
-def test_metrics_past_the_resumed_step_are_cut_off(tiny: Build, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_events_after_the_resumed_step_are_removed(tiny: Build, tmp_path: Path) -> None:
     run = quiet(tiny(), tmp_path / "run")
     before = events(run)
     shutil.rmtree(run.state(12))
@@ -169,7 +185,7 @@ def test_metrics_past_the_resumed_step_are_cut_off(tiny: Build, tmp_path: Path) 
     assert events(run) == before
 
 
-def test_what_a_run_leaves(tiny: Build, tmp_path: Path) -> None:
+def test_a_run_writes_its_files(tiny: Build, tmp_path: Path) -> None:
     run = quiet(tiny(), tmp_path / "run")
     assert list(step_folders(run.snapshots)) == [4, 6, 8, 10, 12]
     assert list(step_folders(run.states)) == [8, 12]
@@ -188,6 +204,7 @@ def test_what_a_run_leaves(tiny: Build, tmp_path: Path) -> None:
     assert (provenance["method"], provenance["updates"]) == ("ema", 8)
 
 
+@pytest.mark.slow
 def test_snapshots_load_in_transformers(tiny: Build, tmp_path: Path) -> None:
     run = quiet(tiny(), tmp_path / "run")
     tokens = torch.randint(0, 257, (2, 16))
@@ -200,7 +217,7 @@ def test_snapshots_load_in_transformers(tiny: Build, tmp_path: Path) -> None:
             )
 
 
-def test_a_finished_run_says_so_and_a_longer_one_goes_on(tiny: Build, tmp_path: Path) -> None:
+def test_a_finished_run_can_be_extended(tiny: Build, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     quiet(tiny(), folder)
     assert pretrain(tiny(), folder, log=lambda line: None).already_finished
@@ -208,7 +225,8 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(tiny: Build, tmp_path: 
     assert (outcome.step, outcome.already_finished) == (14, False)
 
 
-def test_a_moving_schedule_is_told(tiny: Build, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_jump_of_the_learning_rate_is_a_warning(tiny: Build, tmp_path: Path) -> None:
     cosine = {"name": "cosine", "warmup_steps": 2}
     quiet(tiny(schedule=cosine), tmp_path / "run")
     warnings: list[str] = []
@@ -224,7 +242,8 @@ def test_another_config_is_refused_with_its_keys(tiny: Build, tmp_path: Path) ->
         quiet(tiny(), tmp_path / "run", resume="never")
 
 
-def test_other_data_is_refused_but_for_a_branch(
+@pytest.mark.slow
+def test_other_data_is_refused_except_in_a_branch(
     tiny: Build, tmp_path: Path, text_file: Path
 ) -> None:
     from preparations import prepare
@@ -245,7 +264,8 @@ def damage(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-def test_a_damaged_state_gives_way_to_the_one_before(
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = quiet(tiny(), tmp_path / "whole")
@@ -256,7 +276,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(
     assert "does not have the recorded SHA-256" in warnings[0]
     assert (run.states / "step-00000012-damaged" / "tensors.safetensors").is_file()
     assert_same_run(whole, run)
-    # Once more, by a sector that cannot be read: the first one stays as well.
+    # Again, with a bad sector: both damaged folders are kept.
     real = integrity.sha256_of
 
     def bad_sector(path: Path) -> str:
@@ -272,7 +292,8 @@ def test_a_damaged_state_gives_way_to_the_one_before(
     assert_same_run(whole, run)
 
 
-def test_no_whole_state_is_an_error(tiny: Build, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_only_damaged_checkpoints_are_an_error(tiny: Build, tmp_path: Path) -> None:
     run = quiet(tiny(), tmp_path / "run")
     for folder in step_folders(run.states).values():
         damage(folder / "tensors.safetensors")
@@ -281,7 +302,7 @@ def test_no_whole_state_is_an_error(tiny: Build, tmp_path: Path) -> None:
             quiet(tiny(), run.path, warn=lambda message: None)
 
 
-def test_lost_states_are_not_a_new_run(tiny: Build, tmp_path: Path) -> None:
+def test_lost_checkpoints_do_not_restart_the_run(tiny: Build, tmp_path: Path) -> None:
     run = quiet(tiny(), tmp_path / "run")
     before = run.metrics.read_text()
     shutil.rmtree(run.states)
@@ -290,15 +311,15 @@ def test_lost_states_are_not_a_new_run(tiny: Build, tmp_path: Path) -> None:
     assert run.metrics.read_text() == before
 
 
-def test_the_time_may_be_limited(tiny: Build, tmp_path: Path) -> None:
+def test_max_seconds_stops_the_run(tiny: Build, tmp_path: Path) -> None:
     with pytest.raises(Interrupted) as caught:
         quiet(tiny(train__max_steps=100_000), tmp_path / "run", max_seconds=1.0)
     assert caught.value.exit_code == 124
     assert len(step_folders(RunFolder(tmp_path / "run").states)) > 0
 
 
-def test_a_non_finite_loss_stops_before_the_weights(tiny: Build, tmp_path: Path) -> None:
-    """A learning rate that overflows float32 after some steps; the states before it stay whole."""
+def test_a_nonfinite_loss_stops_before_the_update(tiny: Build, tmp_path: Path) -> None:
+    """A learning rate that overflows float32 after some steps; checkpoints stay intact."""
     every_step = {"snapshot_every": 1, "state_every": 1}
     config = tiny(optimizer={"lr": 1e30, "grad_clip": 0.0}, checkpoint=every_step)
     with pytest.raises(RunFailed, match=r"stopped at step \d+, update skipped: loss ") as caught:
@@ -316,6 +337,7 @@ def test_a_small_vocabulary_is_refused(tiny: Build, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_close_to_float32(tiny: Build, tmp_path: Path) -> None:
     runs = [quiet(tiny(train__precision=p), tmp_path / p) for p in ("float32", "bfloat16")]
     losses = [[e["loss"] for e in events(run) if "loss" in e] for run in runs]
@@ -323,7 +345,8 @@ def test_bfloat16_trains_close_to_float32(tiny: Build, tmp_path: Path) -> None:
     assert losses[0] != losses[1]
 
 
-def test_wandb_offline_really_writes_a_run(tiny: Build, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_wandb_offline_writes_a_run(tiny: Build, tmp_path: Path) -> None:
     log = {"every": 3, "wandb": {"mode": "offline", "project": "test"}}
     run = quiet(tiny(log=log, train__max_steps=4), tmp_path / "run")
     written = list((run.path / "wandb").glob("offline-run-*/run-*.wandb"))
@@ -335,6 +358,7 @@ def test_wandb_offline_really_writes_a_run(tiny: Build, tmp_path: Path) -> None:
     assert all(state["progress"]["wandb_id"] in path.name for path in again)
 
 
+@pytest.mark.slow
 def test_every_online_average_is_evaluated_and_saved(tiny: Build, tmp_path: Path) -> None:
     run = quiet(tiny(averages=EVERY_AVERAGE), tmp_path / "run")
     last = [e for e in events(run) if "val/loss" in e][-1]

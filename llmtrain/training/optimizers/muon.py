@@ -52,13 +52,9 @@ class Muon(AdamW):
     def __init__(
         self, groups: list[dict[str, object]], config: OptimizerConfig, muon: MuonConfig
     ) -> None:
-        """Build the optimizer.
+        """Build the optimizer from AdamW's groups, each with a number `stacked`.
 
-        Args:
-            groups: AdamW's groups, each with `stacked`: the number of matrices stacked in each
-                parameter; 0 selects AdamW.
-            config: AdamW's hyperparameters.
-            muon: Muon's momentum.
+        Each parameter of a group consists of that many stacked matrices; 0 selects AdamW.
         """
         super().__init__(groups, config)
         self.muon = muon

@@ -1,4 +1,4 @@
-"""Which weights decay, and one step against torch's own AdamW in a plain loop."""
+"""Weight decay, SPAM, clipping and skipped updates against plain loops of torch."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def model() -> GPT:
     return GPT(ModelConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=50, bias=True), 8, seed=1)
 
 
-def test_the_papers_rule_leaves_out_embeddings() -> None:
+def test_the_rule_of_the_paper_excludes_embeddings() -> None:
     linear = decayed_parameters(model(), "linear")
     assert "transformer.h.0.attn.c_attn.weight" in linear
     assert len(linear) == 2 * 4
@@ -53,7 +53,7 @@ def test_every_parameter_is_in_one_group() -> None:
 
 
 def test_spam_equals_a_float64_oracle() -> None:
-    """Gradients that spike by 1e4 at some steps, over two resets; decay and epsilon of AdamW included."""
+    """Gradients that spike by 1e4, over two resets, with AdamW's weight decay and epsilon."""
     spam = SpamConfig(threshold=50.0, reset_every=40, reset_warmup=0)
     config = OptimizerConfig(name="spam", lr=1e-2, weight_decay=0.1, spam=spam)
     linear = torch.nn.Linear(4, 3, bias=False)
@@ -82,8 +82,8 @@ def test_spam_equals_a_float64_oracle() -> None:
     np.testing.assert_allclose(linear.weight.detach().numpy(), weight, rtol=1e-4, atol=1e-5)
 
 
-def test_spam_leaves_what_it_cannot_judge() -> None:
-    """A NaN stays one, to be seen; a weight that never had a gradient is not frozen."""
+def test_spam_clips_only_finite_gradients_with_a_history() -> None:
+    """A NaN remains, so the detector sees it; a weight without a history is not frozen."""
     linear = torch.nn.Linear(2, 1, bias=False)
     optimizer = build_optimizer(linear, OptimizerConfig(name="spam", spam=SpamConfig()))
     assert isinstance(optimizer, Spam)
@@ -95,19 +95,19 @@ def test_spam_leaves_what_it_cannot_judge() -> None:
     assert linear.weight.grad[0, 1] == 7.0
 
 
-def test_a_step_that_is_held_back_changes_nothing() -> None:
-    """torch's fused AdamW looks at `found_inf` itself; its state and its count of steps stay as well."""
+def test_found_inf_skips_an_update() -> None:
+    """torch's fused AdamW reads it; the moments and the step count also stay."""
     trained = model()
     optimizer = build_optimizer(trained, OptimizerConfig())
-    for hold in (0.0, 1.0):
+    for skip in (0.0, 1.0):
         before = [p.detach().clone() for p in trained.parameters()]
         moments = [{k: v.clone() for k, v in state.items()} for state in optimizer.state.values()]
         for parameter in trained.parameters():
-            parameter.grad = torch.full_like(parameter, torch.nan if hold else 1.0)
-        optimizer.found_inf = torch.tensor(hold)
+            parameter.grad = torch.full_like(parameter, torch.nan if skip else 1.0)
+        optimizer.found_inf = torch.tensor(skip)
         optimizer.step()
         after = list(trained.parameters())
-        assert all(torch.equal(b, a) == bool(hold) for b, a in zip(before, after, strict=True))
+        assert all(torch.equal(b, a) == bool(skip) for b, a in zip(before, after, strict=True))
     for state, saved in zip(optimizer.state.values(), moments, strict=True):
         assert all(torch.equal(state[key], saved[key]) for key in saved)
 
@@ -122,17 +122,17 @@ def filled(trained: GPT, seed: int, size: float) -> None:
         parameter.grad = size * torch.randn(parameter.shape, generator=random)
 
 
-@pytest.fixture(params=[(), ("cpu",)], ids=["the kernel", "the host"])
-def blind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once as everywhere, once as where the kernel overlooks what it is told."""
+@pytest.fixture(params=[(), ("cpu",)], ids=["fused", "unfused"])
+def scaling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test both ways: scaling in the kernel, and before it."""
     monkeypatch.setattr(adamw, "_NO_FUSED_SCALING", request.param)
 
 
-@pytest.mark.usefixtures("blind")
+@pytest.mark.usefixtures("scaling")
 @pytest.mark.parametrize("keys", OPTIMIZERS, ids=["adamw", "spam", "muon"])
 @pytest.mark.parametrize("clip", [0.0, 1.0])
-def test_a_clipped_step_is_that_of_torchs_own_clipping(keys: dict[str, Any], clip: float) -> None:
-    """Forty steps, norms between a tenth and a thousand; to a few roundings of float32."""
+def test_a_clipped_update_equals_torchs_clipping(keys: dict[str, Any], clip: float) -> None:
+    """Forty steps with norms between 0.1 and 1,000; equal up to a few float32 roundings."""
     config = OptimizerConfig.model_validate(keys)
     ours, torchs = model(), model()
     one, other = build_optimizer(ours, config), build_optimizer(torchs, config)
@@ -157,20 +157,18 @@ def test_a_clipped_step_is_that_of_torchs_own_clipping(keys: dict[str, Any], cli
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("blind")
+@pytest.mark.usefixtures("scaling")
 @pytest.mark.parametrize("keys", OPTIMIZERS, ids=["adamw", "spam", "muon"])
 @pytest.mark.parametrize("size", [1.0, torch.nan, torch.inf])
-def test_a_step_that_is_held_back_leaves_weights_and_moments(
-    keys: dict[str, Any], size: float
-) -> None:
+def test_a_skipped_update_keeps_weights_and_moments(keys: dict[str, Any], size: float) -> None:
     trained = model()
     optimizer = build_optimizer(trained, OptimizerConfig.model_validate(keys))
-    for step, hold in ((1, False), (2, True)):
+    for step, skip in ((1, False), (2, True)):
         before = [p.detach().clone() for p in trained.parameters()]
         moments = [{k: v.clone() for k, v in state.items()} for state in optimizer.state.values()]
-        filled(trained, seed=step, size=size if hold else 1.0)
-        optimizer.update(step, optimizer.gradient_norm(), clip=1.0, skip=torch.tensor(hold))
+        filled(trained, seed=step, size=size if skip else 1.0)
+        optimizer.update(step, optimizer.gradient_norm(), clip=1.0, skip=torch.tensor(skip))
         after = list(trained.parameters())
-        assert all(torch.equal(b, a) == hold for b, a in zip(before, after, strict=True))
+        assert all(torch.equal(b, a) == skip for b, a in zip(before, after, strict=True))
     for state, saved in zip(optimizer.state.values(), moments, strict=True):
         assert all(torch.equal(state[key], saved[key]) for key in saved)

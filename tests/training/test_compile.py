@@ -1,4 +1,4 @@
-"""Compiled code, and what is done for CUDA graphs: the training of the eager code, resumed as well."""
+"""Compiled training and CUDA graphs equal eager training, also after a resume."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from llmtrain.runtime.signals import Interrupted
 
 
 @pytest.mark.slow
-def test_a_compiled_run_resumed_after_the_block_warmup_is_bitwise_the_uninterrupted_one(
+def test_a_compiled_run_resumes_exactly_after_the_block_warmup(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each session compiles anew, as a process of its own does."""
+    """Each session compiles again, like a separate process."""
     config = tiny(
         model={"n_layer": 1, "n_head": 2, "n_embd": 64, "vocab_size": 264},
         data__block_size=64,
@@ -46,10 +46,10 @@ def test_compiled_training_equals_eager(tiny: Build, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_way_of_cuda_graphs_changes_nothing_where_there_are_none(
+def test_cuda_graphs_on_a_cpu_change_nothing(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Torch leaves them out on a CPU; what is done for their sake, passes before the first and zeros, stays."""
+    """torch ignores them on a CPU; the warm-up passes and zero gradients remain."""
     monkeypatch.setattr(worker, "resolve_compile", lambda setting, device: (True, None))
     runs = [
         quiet(tiny(train__compile=c), tmp_path / str(c), warn=pytest.fail)
@@ -62,10 +62,10 @@ def test_the_way_of_cuda_graphs_changes_nothing_where_there_are_none(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_cuda_graphs_give_the_curve_of_compiled_code(
+def test_cuda_graphs_give_the_losses_of_compiled_code(
     tiny: Build, tmp_path: Path, dropout: float
 ) -> None:
-    """With several micro-batches a step, whose gradients torch alone would add up wrongly; after a resume too."""
+    """With several micro-batches per step (pytorch/pytorch#96693) and after a resume."""
     shared = {
         "model__dropout": dropout,
         "train__device": "cuda",
