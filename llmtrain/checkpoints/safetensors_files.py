@@ -46,11 +46,11 @@ def open_safetensors(path: Path, step: int, location: str) -> Checkpoint:
     metadata: dict[str, str] = {}
     for file, indexed in files.items():
         reject_outside_link(file)
-        tensors, its_metadata = read_header(file)
+        tensors, file_metadata = read_header(file)
         check_shard(file, set(tensors), indexed)
         layout[file.name] = {n: TensorSpec(each.dtype, each.shape) for n, each in tensors.items()}
         places |= {name: (file, tensor) for name, tensor in tensors.items()}
-        metadata |= its_metadata
+        metadata |= file_metadata
 
     def reader() -> SafetensorsReader:
         return SafetensorsReader(places)
