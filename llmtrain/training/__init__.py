@@ -1,6 +1,6 @@
 """`llmtrain pretrain`: the training loop and everything it saves.
 
-A batch flows from `data.batches` through `Trainer.step` (forward, backward), `SpikeDetector.check`,
+A batch flows from `data.dataloader` through `Trainer.step` (forward, backward), `SpikeDetector.check`,
 `AdamW.update` and `OnlineAverage.update` to `MetricsLog.training`. Imports: every layer below
 (`planning`, `averaging`, `evaluation`, `data`, `checkpoints`, `model`, `config`, `runtime`,
 `storage`).
