@@ -6,7 +6,8 @@ To add an optimizer NAME:
 2. Add NAME, and a section for its own keys, to `OptimizerConfig` in `llmtrain/config/schema.py`.
 3. Write one test, `tests/training/test_NAME.py`.
 
-The loop, training checkpoints and spike handling need no change. Allowed imports: `config`, `runtime`.
+The loop, training checkpoints and spike handling need no change.
+Allowed imports: `config`, `runtime`.
 
 - `adamw.py`: AdamW with clipping, updates skipped on the device, and weight-decay groups
 - `muon.py`: Muon for the matrices of the blocks, AdamW for all other parameters
