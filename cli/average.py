@@ -27,14 +27,28 @@ _HIDDEN = typer.Option(hidden=True)
 """A renamed option."""
 
 
-def _option(
-    field: str, panel: str | None = None, *names: str, cls: type = AverageRequest, **more: Any
-) -> OptionInfo:
-    """Return an option that sets a field of a dataclass."""
+def _option(help: str, panel: str | None = None, *names: str, **more: Any) -> OptionInfo:
     option: OptionInfo = typer.Option(
-        *names, help=help_of(cls, field), rich_help_panel=panel, show_default=False, **more
+        *names, help=help, rich_help_panel=panel, show_default=False, **more
     )
     return option
+
+
+def _field(name: str, panel: str | None = None, *names: str, **more: Any) -> OptionInfo:
+    """Return the option that sets a field of `AverageRequest`."""
+    return _option(help_of(AverageRequest, name), panel, *names, **more)
+
+
+_METHOD_HELP = " ".join(f"{name}: {each.help}." for name, each in METHODS.items())
+_CHECKS_HELP = "Changes to the checks of the inputs, separated by commas. " + " ".join(
+    f"{name}: {text}." for name, (_, _, text) in CHECKS.items()
+)
+_REVISION_HELP = "Names of revisions: {N} is the step, * matches anything.  [default: step{N}]"
+_SWEEP_HELP = (
+    'Evaluate every combination without writing it: "window=3,5,10 every=200,400" (also method, '
+    "decay, half-life, shape, from, blend, sigma-rel). Compares at several steps, or with --at at "
+    "all snapshots, the last window, or one step."
+)
 
 
 def average(
@@ -46,69 +60,34 @@ def average(
             show_default=False,
         ),
     ] = None,
-    every: Annotated[int | None, _option("every", min=1)] = None,
-    window: Annotated[int | None, _option("window", min=1)] = None,
-    at: Annotated[str | None, _option("at")] = None,
-    disjoint: Annotated[bool, _option("disjoint", None, "--disjoint")] = False,
+    every: Annotated[int | None, _field("every", min=1)] = None,
+    window: Annotated[int | None, _field("window", min=1)] = None,
+    at: Annotated[str | None, _field("at")] = None,
+    disjoint: Annotated[bool, _field("disjoint", None, "--disjoint")] = False,
     method: Annotated[
         str,
-        typer.Option(
-            help=" ".join(f"{name}: {each.help}." for name, each in METHODS.items()),
-            metavar="METHOD",
-            rich_help_panel=_METHOD,
-        ),
+        typer.Option(help=_METHOD_HELP, metavar="METHOD", rich_help_panel=_METHOD),
     ] = "lawa",
-    start: Annotated[int | None, _option("start", _METHOD, "--from", min=1)] = None,
-    decay: Annotated[str | None, _option("decay", _METHOD)] = None,
-    shape: Annotated[Shape | None, _option("shape", _METHOD)] = None,
-    sigma_rel: Annotated[float | None, _option("sigma_rel", _METHOD)] = None,
-    weights: Annotated[Path | None, _option("weights", _METHOD)] = None,
-    blend: Annotated[float | None, _option("blend", _METHOD)] = None,
+    start: Annotated[int | None, _field("start", _METHOD, "--from", min=1)] = None,
+    decay: Annotated[str | None, _field("decay", _METHOD)] = None,
+    shape: Annotated[Shape | None, _field("shape", _METHOD)] = None,
+    sigma_rel: Annotated[float | None, _field("sigma_rel", _METHOD)] = None,
+    weights: Annotated[Path | None, _field("weights", _METHOD)] = None,
+    blend: Annotated[float | None, _field("blend", _METHOD)] = None,
     show_weights: Annotated[
-        bool,
-        typer.Option("--show-weights", help="Print the weights and stop.", rich_help_panel=_METHOD),
+        bool, _option("Print the weights and stop.", _METHOD, "--show-weights")
     ] = False,
-    out: Annotated[Path | None, _option("out", _OUTPUT)] = None,
-    dtype: Annotated[Dtype | None, _option("dtype", _OUTPUT, cls=MergeOptions)] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_OUTPUT)
-    ] = False,
-    checks: Annotated[
-        str,
-        typer.Option(
-            help="Changes to the checks of the inputs, separated by commas. "
-            + " ".join(f"{name}: {text}." for name, (_, _, text) in CHECKS.items()),
-            rich_help_panel=_INPUTS,
-            show_default=False,
-        ),
-    ] = "",
-    revision_pattern: Annotated[
-        str | None,
-        typer.Option(
-            help="Names of the revisions on the hub: {N} is the step, * matches anything.  "
-            "[default: step{N}]",
-            rich_help_panel=_INPUTS,
-            show_default=False,
-        ),
-    ] = None,
+    out: Annotated[Path | None, _field("out", _OUTPUT)] = None,
+    dtype: Annotated[Dtype | None, _option(help_of(MergeOptions, "dtype"), _OUTPUT)] = None,
+    as_json: Annotated[bool, _option("Print the result as JSON.", _OUTPUT, "--json")] = False,
+    checks: Annotated[str, _option(_CHECKS_HELP, _INPUTS)] = "",
+    revision_pattern: Annotated[str | None, _option(_REVISION_HELP, _INPUTS)] = None,
     discard_inputs: Annotated[
-        bool, _option("discard_inputs", _INPUTS, "--discard-inputs", cls=MergeOptions)
+        bool, _option(help_of(MergeOptions, "discard_inputs"), _INPUTS, "--discard-inputs")
     ] = False,
-    sweep: Annotated[
-        str | None,
-        typer.Option(
-            help='Evaluate every combination without writing it: "window=3,5,10 every=200,400" '
-            "(also method, decay, half-life, shape, from, blend, sigma-rel). Compares at several "
-            "steps, or with --at at all snapshots, the last window, or one step.",
-            rich_help_panel=_SEARCH,
-            show_default=False,
-        ),
-    ] = None,
+    sweep: Annotated[str | None, _option(_SWEEP_HELP, _SEARCH)] = None,
     write_best: Annotated[
-        bool,
-        typer.Option(
-            "--write-best", help="Write the best average of the sweep.", rich_help_panel=_SEARCH
-        ),
+        bool, _option("Write the best average of the sweep.", _SEARCH, "--write-best")
     ] = False,
     to: Annotated[str | None, _HIDDEN] = None,
     half_life: Annotated[str | None, _HIDDEN] = None,
@@ -171,7 +150,7 @@ def average(
         return
     if options != MergeOptions() or show_weights or revision_pattern is not None:
         raise UserError(
-            "--sweep evaluates in memory and takes no options for output, checks or the hub",
+            "--sweep evaluates in memory and ignores options for output, checks and the hub",
             hint="sweep first, then make the best average with these options",
         )
     evaluate_sweep(source, sweep, request, write_best=write_best, as_json=as_json)

@@ -1,8 +1,4 @@
-"""`llmtrain prepare`: convert text to token shards.
-
-llmtrain prepare
-llmtrain prepare corpus/ --tokenizer byte --val-fraction 0.01
-"""
+"""`llmtrain prepare`: convert text to token shards."""
 
 import time
 from decimal import Decimal, InvalidOperation

@@ -40,7 +40,7 @@ def recipes(
     else:
         copy_recipe(name, to)
         command = f"llmtrain pretrain --config {shlex.quote(str(to))}"
-        console.print(f"wrote {to}; train with: {command}", markup=False)
+        console.print(f"wrote {to}. Next: {command}", markup=False)
 
 
 def _print_list(as_json: bool) -> None:

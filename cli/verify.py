@@ -1,7 +1,4 @@
-"""`llmtrain verify`: compare every file on disk with its recorded hash.
-
-llmtrain verify data/openwebtext runs/demo
-"""
+"""`llmtrain verify`: compare every file on disk with its recorded hash."""
 
 from pathlib import Path
 from typing import Annotated

@@ -251,7 +251,7 @@ def _average_in_turn(
         with writer:
             merge([total], [scaled], [writer.write], dtypes=dtypes)
         total.files[0].unlink()
-    if checkpoint.disposable:  # remove what the hub client left there
+    if checkpoint.disposable:  # remove leftovers of the hub client
         shutil.rmtree(checkpoint.folder.parent, ignore_errors=True)
     return Average(spec, cached=False)
 

@@ -9,7 +9,6 @@ Memory does not depend on the size of the model or the number of inputs.
 
 import itertools
 import math
-import os
 import resource
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from llmtrain.checkpoints.tensors import (
     to_float64,
 )
 from llmtrain.errors import UserError
+from llmtrain.runtime.device import available_cores
 
 CHUNK = 131_072
 """Elements summed at a time: buffers fit in the cache, and threads rarely block each other."""
@@ -157,7 +157,7 @@ def merge(
                 if progress is not None:
                     progress(next(done), len(work))
 
-        _run_threads(worker, threads or min(_cores(), 4), stopped)
+        _run_threads(worker, threads or min(available_cores(), 4), stopped)
         hashes = {path: h for reader in readers for path, h in reader.hashes().items()}
     return Merged(_norms(work, squares), hashes)
 
@@ -373,11 +373,6 @@ def _run_threads(worker: Callable[[], None], count: int, stopped: threading.Even
                     future.result()
         finally:
             stopped.set()
-
-
-def _cores() -> int:
-    """Return the cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _raise_file_limit() -> None:

@@ -115,7 +115,7 @@ def parse_checks(text: str) -> dict[str, Any]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if unknown := [name for name in names if name not in CHECKS]:
         raise UserError(
-            f"--checks has no {', '.join(unknown)}", hint=f"use some of {', '.join(CHECKS)}"
+            f"--checks: {', '.join(unknown)} is unknown", hint=f"use some of {', '.join(CHECKS)}"
         )
     return {field: value for field, value, _ in (CHECKS[name] for name in names)}
 

@@ -204,7 +204,7 @@ def _ends(
     steps = sorted({each.step for each in stored})
     if not steps:
         raise UserError(
-            f"{series.name} has no stored {noun}",
+            f"{series.name} did not store a {noun}",
             hint=f"add {{kind: {kind}}} under averages in the config, to store one per snapshot",
         )
     ends = {"all": steps, "last": steps[-1:]}.get(str(at), [step for step in steps if step == at])

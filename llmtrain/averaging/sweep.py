@@ -39,8 +39,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.data.cache import local_folder
 from llmtrain.data.token_data import open_data
 from llmtrain.errors import UserError
-from llmtrain.evaluation.loss import evaluate
-from llmtrain.model.gpt import GPT
+from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.runtime.device import keep_freed_memory, resolve_device, resolve_precision
 from llmtrain.storage.commit import write_atomically
@@ -140,7 +139,7 @@ def _parse_key(part: str) -> tuple[str, list[Any]]:
     key, equals, values = part.partition("=")
     name = "start" if key == "from" else key.replace("-", "_")
     if not equals or name not in _PARSERS:
-        problem = f"has no key {key!r}" if equals else f"{part!r} is not key=value,value"
+        problem = f"does not have a key {key!r}" if equals else f"{part!r} is not key=value,value"
         known = ", ".join("from" if n == "start" else n.replace("_", "-") for n in _PARSERS)
         raise UserError(f"--sweep {problem}", hint=f"use the keys {known}")
     try:
@@ -185,10 +184,11 @@ def sweep(
     jobs.sort(key=lambda job: job.step)
     inputs = unique_inputs([job for job in jobs if job.audited])
     audit.check_metadata(series, inputs, MergeOptions(), audited=True)
-    evaluator = _Evaluator(config, series.inputs[steps[-1]].open().folder)
+    measure = _evaluator(config, series.inputs[steps[-1]].open().folder)
     losses: dict[str, dict[int, float]] = {}
     for done, (job, weights) in enumerate(_averages(jobs), start=1):
-        losses.setdefault(job.label, {})[job.step] = evaluator.loss(weights)
+        measured = measure(weights)
+        losses.setdefault(job.label, {})[job.step] = measured.loss
         if progress is not None:
             progress(done, len(jobs))
     candidates = []
@@ -199,7 +199,7 @@ def sweep(
         else:
             skipped.append(f"{label} has no window that ends there")
     candidates.sort(key=lambda each: (-max(each.losses), each.losses[max(each.losses)]))
-    return SweepResult(Candidate(RAW, None, losses[RAW]), candidates, skipped, evaluator.tokens)
+    return SweepResult(Candidate(RAW, None, losses[RAW]), candidates, skipped, measured.tokens)
 
 
 def _specs(
@@ -269,37 +269,31 @@ def _write_to(weights: _Weights) -> Write:
     return write
 
 
-class _Evaluator:
-    """A model that takes weights in turn and measures them on the run's validation tokens."""
+def _evaluator(config: RunConfig, folder: Path) -> Callable[[_Weights], LossResult]:
+    """Return a function that measures weights, in Hugging Face's layout, on the validation data."""
+    device = resolve_device(config.train.device)
+    model = load_model(folder).to(device)
+    data = open_data(local_folder(config.data.path))
+    reader, token_bytes = data.reader("val"), load_tokenizer(data.tokenizer).token_bytes()
 
-    def __init__(self, config: RunConfig, folder: Path) -> None:
-        self._config = config
-        self._device = resolve_device(config.train.device)
-        self._model: GPT = load_model(folder).to(self._device)
-        opened = open_data(local_folder(config.data.path))
-        self._reader = opened.reader("val")
-        self._token_bytes = load_tokenizer(opened.tokenizer).token_bytes()
-        self.tokens = 0
-
-    def loss(self, weights: _Weights) -> float:
-        """Return the loss in nats per token of `weights`, in Hugging Face's layout."""
+    def measure(weights: _Weights) -> LossResult:
         with torch.no_grad():
-            for name, parameter in self._model.named_parameters():
-                array = weights.get(name, weights.get(name.removeprefix("transformer.")))
-                parameter.copy_(transpose_conv1d(name, torch.from_numpy(array)))
-        with keep_freed_memory(self._device):
-            result = evaluate(
-                self._model,
-                self._reader,
-                self._token_bytes,
-                block_size=self._config.data.block_size,
-                batch=self._config.eval.batch,
-                device=self._device,
-                precision=resolve_precision(self._config.train.precision, self._device),
-                limit=self._config.eval.tokens,
+            for name, parameter in model.named_parameters():
+                stored = weights.get(name, weights.get(name.removeprefix("transformer.")))
+                parameter.copy_(transpose_conv1d(name, torch.from_numpy(stored)))
+        with keep_freed_memory(device):
+            return evaluate(
+                model,
+                reader,
+                token_bytes,
+                block_size=config.data.block_size,
+                batch=config.eval.batch,
+                device=device,
+                precision=resolve_precision(config.train.precision, device),
+                limit=config.eval.tokens,
             )
-        self.tokens = result.tokens
-        return result.loss
+
+    return measure
 
 
 # --- report -------------------------------------------------------------------------------------

@@ -70,11 +70,7 @@ class Reader(Protocol):
     """Open files of one checkpoint."""
 
     def read(self, name: str, start: int, stop: int, buffer: NDArray[np.uint8]) -> StoredArray:
-        """Return elements `start` to `stop` of the flattened tensor; the result may use `buffer`.
-
-        Raises:
-            UserError: the file ends before `stop`.
-        """
+        """Return elements `start` to `stop` of the flattened tensor, possibly in `buffer`."""
         ...
 
     def start_hashing(self) -> None:

@@ -110,12 +110,8 @@ def save_weights(
 ) -> None:
     """Write a Hugging Face GPT-2 folder into the existing (staged) `folder`.
 
-    Args:
-        folder: committed by the caller.
-        weights: model parameters by name, float32; emptied to avoid holding tensors twice.
-        shape: shape of the model.
-        origin: contents of `training.json`.
-        provenance: contents of an average's `provenance.json`.
+    `weights`, the float32 parameters by name, is emptied to avoid holding tensors twice.
+    `provenance` describes an average.
     """
     save_tensors(folder / WEIGHTS_FILE, weights, shape)
     write_json(folder / CONFIG_FILE, hugging_face_config(shape))

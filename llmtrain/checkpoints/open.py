@@ -45,11 +45,7 @@ FORMATS = (
 
 
 def open_checkpoint(path: Path, *, step: int, location: str | None = None) -> Checkpoint:
-    """Open a folder or file of weights and read its headers.
-
-    Raises:
-        UserError: the format is not supported, or a file is damaged or missing.
-    """
+    """Open a folder or file of weights and read its headers."""
     for candidate in FORMATS:
         if candidate.matches(path):
             opener: Callable[[Path, int, str], Checkpoint] = resolve_name(candidate.opener)

@@ -64,12 +64,7 @@ def resolve(word: str | None, *, key: str | None = None) -> RunFolder | Path | R
 def find_series(
     word: str | None, *, revision_pattern: str | None = None, discard: bool = False
 ) -> Series:
-    """Return the checkpoints of a run, a folder or a repository; see `hub_series` for the options.
-
-    Raises:
-        UserError: it does not exist, or contains no checkpoints.
-        RunFailed: the hub cannot be reached.
-    """
+    """Return the checkpoints of a run, folder or repository; for the options see `hub_series`."""
     found = resolve(word)
     if isinstance(found, Repository):
         from llmtrain.checkpoints.hub import hub_series  # takes a second to import
@@ -108,10 +103,6 @@ def find_targets(word: str | Path | None, *, every_snapshot: bool = False) -> li
     A run stands for all its averages and the raw snapshots of the same steps, or for its newest
     snapshot without an average; with `every_snapshot`, for every snapshot and average. A folder of
     weights inside a run stands for itself and the raw snapshot of its step.
-
-    Raises:
-        UserError: it does not exist or contains no weights.
-        RunFailed: the hub cannot be reached.
     """
     found = resolve(None if word is None else str(word))
     if isinstance(found, RunFolder):

@@ -9,9 +9,9 @@ length with the optional map "__metadata__", then the tensors' bytes without hol
 
 import json
 import os
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,11 @@ def open_safetensors(path: Path, step: int, location: str) -> Checkpoint:
     metadata: dict[str, str] = {}
     for file, indexed in files.items():
         reject_outside_link(file)
-        tensors, its_metadata = read_header(file)
+        tensors, file_metadata = read_header(file)
         check_shard(file, set(tensors), indexed)
         layout[file.name] = {n: TensorSpec(each.dtype, each.shape) for n, each in tensors.items()}
         places |= {name: (file, tensor) for name, tensor in tensors.items()}
-        metadata |= its_metadata
+        metadata |= file_metadata
 
     def reader() -> SafetensorsReader:
         return SafetensorsReader(places)
@@ -66,7 +66,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             entries = json.loads(file.read(length), object_pairs_hook=_unique_keys)
     except OSError as error:
         raise UserError(
-            f"cannot read {path}: {error}", hint="check that the folder is complete"
+            f"cannot read {path}: {error.strerror}", hint="check that the folder is complete"
         ) from None
     except (SafetensorError, ValueError) as error:
         raise UserError(
@@ -75,9 +75,8 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         ) from None
     metadata = entries.pop("__metadata__", None) or {}
     tensors = {}
-    for name, entry in sorted(
-        entries.items(), key=lambda item: (*item[1]["data_offsets"], item[0])
-    ):
+    for name in sorted(entries, key=lambda name: (*entries[name]["data_offsets"], name)):
+        entry = entries[name]
         if entry["dtype"] not in ITEM_BYTES:
             raise UserError(
                 f"{path}: tensor {name!r} has the unsupported dtype {entry['dtype']}",
@@ -99,20 +98,18 @@ def encode_header(
     specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, StoredTensor]]:
     """Return the header of a file with the tensors `specs` in this order, and their positions."""
-    position = 0
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    ends = dict(zip(specs, accumulate(spec.bytes for spec in specs.values()), strict=True))
     for name, spec in specs.items():
-        offsets = [position, position + spec.bytes]
+        offsets = [ends[name] - spec.bytes, ends[name]]
         entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets}
-        position = offsets[1]
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    stored = {}
-    for name, spec in specs.items():
-        stored[name] = StoredTensor(spec.dtype, spec.shape, start)
-        start += spec.bytes
-    return struct.pack("<Q", len(text)) + text, stored
+    header = len(text).to_bytes(8, "little") + text
+    return header, {
+        name: StoredTensor(spec.dtype, spec.shape, len(header) + ends[name] - spec.bytes)
+        for name, spec in specs.items()
+    }
 
 
 class SafetensorsReader:

@@ -135,7 +135,7 @@ def _state_dict(path: Path, document: Any) -> dict[str, Tensor]:
         while name.startswith(_PREFIXES):
             name = name.partition(".")[2]
         if name in tensors:
-            raise UserError(f"{path} contains {name} twice, once as {key}", hint="remove one")
+            raise UserError(f"{path} contains {name} twice, once as {key}", hint="keep one of them")
         _check_tensor(path, name, tensor)
         tensors[name] = tensor.detach()
     if not tensors:

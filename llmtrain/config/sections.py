@@ -1,4 +1,4 @@
-"""Sections of the configuration that are usable without the whole: data, schedules, averages.
+"""The data, schedule and averages sections, and the base class of all sections.
 
 DataConfig(path="data/openwebtext", mix=[MixConfig(path="data/old", weight=0.05)])
 """

@@ -10,7 +10,6 @@ preparation resumes after the last finished shard, with the same result.
 
 import hashlib
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -49,6 +48,7 @@ from llmtrain.data.sources import OPENWEBTEXT_HUB, DocumentSource, open_source
 from llmtrain.data.staging import StagingFolder, existing_data, staged
 from llmtrain.data.token_data import tokenizer_record
 from llmtrain.errors import UserError
+from llmtrain.runtime.device import available_cores
 from llmtrain.storage.urls import is_url, local_path, upload
 
 PUBLISHED_OPENWEBTEXT = {"train": 9_035_582_198, "val": 4_434_897}
@@ -246,7 +246,7 @@ class _Build:
         self, partitions: list[Partition], counts: list[int], split_ids: npt.NDArray[np.uint8]
     ) -> Iterator[Task[list[EncodedChunk]]]:
         """Yield a task for each partition with documents that are not written yet."""
-        threads = 1 if self.options.engine == "ray" else self.options.workers or _cores()
+        threads = 1 if self.options.engine == "ray" else self.options.workers or available_cores()
         for partition, count, end in zip(partitions, counts, accumulate(counts), strict=False):
             ids = split_ids[end - count : end]
             if (ids != WRITTEN).any():
@@ -283,10 +283,6 @@ class _Build:
         writer = ShardWriter(folder, split, size, list(finished), journal.add_shard)
         stack.callback(writer.abort)
         return writer
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def assign_splits(documents: int, split: SplitRule, journal: Journal) -> npt.NDArray[np.uint8]:

@@ -1,7 +1,4 @@
-"""Open folders of tokens: written by `llmtrain prepare`, or nanoGPT's `train.bin` and `val.bin`.
-
-data = open_data(Path("data/openwebtext")); data.reader("train").read(start=0, length=1025)
-"""
+"""Open folders of tokens: written by `llmtrain prepare`, or nanoGPT's `train.bin` and `val.bin`."""
 
 import hashlib
 import json

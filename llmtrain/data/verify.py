@@ -1,7 +1,4 @@
-"""Find the committed folders below a path and check every byte of them.
-
-problems = [p for check in verify_below(Path("runs/demo")) for p in check.problems]
-"""
+"""Find the committed folders below a path and check every byte of them."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -56,16 +56,18 @@ def export(
     if to.exists():
         raise UserError(f"{to} already exists", hint="choose a new folder: --to DIR")
     shape = load_shape(target.path)
-    text = tokenizer_of(target.path, shape, tokenizer)
+    text_tokenizer = tokenizer_of(target.path, shape, tokenizer)
     model = load_model(target.path)
-    number = DTYPES[dtype]
-    _check_range(target.path, model, number)
-    with staged_folder(to, needed=model.n_parameters() * number.itemsize) as folder:
+    torch_dtype = DTYPES[dtype]
+    _check_range(target.path, model, torch_dtype)
+    with staged_folder(to, needed=model.n_parameters() * torch_dtype.itemsize) as folder:
         if form == "hf":
-            _write_repository(folder, model, target, shape, text, dtype=number, name=name)
+            _write_repository(
+                folder, model, target, shape, text_tokenizer, dtype=torch_dtype, name=name
+            )
         else:
             with (folder / "ckpt.pt").open("wb") as file:  # given a path, torch hides the OSError
-                torch.save(nanogpt_checkpoint(model, target, number), file)
+                torch.save(nanogpt_checkpoint(model, target, torch_dtype), file)
 
 
 def _check_range(path: Path, model: GPT, dtype: torch.dtype) -> None:

@@ -203,12 +203,3 @@ class GPT(nn.Module):
     def n_parameters(self) -> int:
         """Return the number of parameters, counting the tied matrix once."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-    def flops_per_token(self, length: int | None = None) -> int:
-        """Return the training FLOPs per token, 6N + 12·L·C·T (Chowdhery et al. 2022, appendix B).
-
-        N excludes the position embedding. T is `length`, or the block size.
-        """
-        matrices = self.n_parameters() - self.transformer.wpe.weight.numel()
-        T = length or self.block_size
-        return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * T

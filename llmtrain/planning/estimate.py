@@ -1,6 +1,6 @@
 """Estimate the cost of a run from its configuration.
 
-estimate(load_config(Path("configs/gpt2-small.yaml")), HardwareOptions(devices=8)).hours
+result = estimate(load_config(Path("configs/gpt2-small.yaml")), HardwareOptions(devices=8))
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ DEFAULT_MICRO_BATCH = 16
 WINDOW = 5
 """Checkpoints in the LAWA window of the averaging estimate."""
 MERGE_THREADS = 4
-"""Upper limit of the streaming merge."""
+"""Highest number of threads of a merge."""
 
 
 @dataclass(frozen=True)
@@ -210,14 +210,17 @@ def resolve_machine(config: RunConfig, options: HardwareOptions, flops_per_token
     dense = sheet.flops if precision == "bfloat16" and sheet.flops else None
     flops, speed_note = _speed(options, dense, flops_per_token)
     link, link_note = _link(options, sheet)
-    disk_note = f"disk: {DISK / 1e9:g} GB/s, reading and writing together"
     uncounted = "; CUDA, NCCL and fragmentation take more" if layout.cuda else ""
-    memory_note = f"memory: tensors only, uncompiled{uncounted}"
-    recompute_note = (
-        "activation checkpointing adds a third more FLOPs than counted: expect a lower --mfu"
-        if config.train.activation_checkpointing
-        else None
-    )
+    recompute = config.train.activation_checkpointing
+    notes = [
+        speed_note,
+        link_note,
+        f"disk: {DISK / 1e9:g} GB/s, reading and writing together",
+        precision_note,
+        size_note,
+        f"memory: tensors only, uncompiled{uncounted}",
+        "activation checkpointing: adds a third to the FLOPs; expect a lower --mfu" * recompute,
+    ]
     return Machine(
         device=device,
         precision=precision,
@@ -228,19 +231,7 @@ def resolve_machine(config: RunConfig, options: HardwareOptions, flops_per_token
         mfu=flops / dense if flops and dense else None,
         link=link,
         disk=DISK,
-        assumptions=tuple(
-            note
-            for note in (
-                speed_note,
-                link_note,
-                disk_note,
-                precision_note,
-                size_note,
-                memory_note,
-                recompute_note,
-            )
-            if note
-        ),
+        assumptions=tuple(filter(None, notes)),
     )
 
 

@@ -209,6 +209,13 @@ def _cgroups() -> list[Path]:
     return [root / str(group).lstrip("/") for group in (Path(name), *Path(name).parents)]
 
 
+def available_cores() -> int:
+    """Return the CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def device_name(device: torch.device) -> str:
     """Return the product name of a GPU, or the device type."""
     import torch

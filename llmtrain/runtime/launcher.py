@@ -1,11 +1,10 @@
-"""The worker processes of one run on this machine: start them, and decide which of them prints.
+"""The worker processes of a run: start them, and print the log and each error once.
 
-Workers are started by `launch` or by torchrun; both use torch's elastic launcher. Rank 0 prints
-the log. The first worker that fails prints its error, because the launcher stops all others as
-soon as one exits.
+`launch` or torchrun starts the workers; both use torch's elastic launcher. Rank 0 prints the log.
+The first worker that fails on a machine prints its error.
 
 Why not only torchrun: `llmtrain pretrain --nproc 2` should return the run's exit code and print one
-error, not the launcher's report.
+error, not the launcher's report. Why not torch's `record`: it adds a traceback to that report.
 
     code = launch(["pretrain", "--config", "configs/demo.yaml"], processes=2)
 
@@ -21,6 +20,7 @@ from pathlib import Path
 from threading import Thread
 
 from llmtrain.errors import RunFailed
+from llmtrain.runtime.device import available_cores
 
 LAUNCHER = "LLMTRAIN_LAUNCHER"
 """Environment variable with the process number of our own launcher."""
@@ -75,10 +75,10 @@ def reports_error() -> bool:
 
 
 def worker_exit_code(code: int) -> int:
-    """Return the exit code of a process that did not fail but was interrupted with `code`.
+    """Return the exit code of a process that was interrupted with `code`.
 
-    Ranks other than 0 exit with 0: the launcher would stop rank 0 before it has printed.
-    With restarts, rank 0 does too: the launcher would start an interrupted run again.
+    Ranks other than 0 exit with 0, because the launcher would stop rank 0 before it has printed.
+    With restarts, rank 0 does too, because the launcher would restart an interrupted run.
     """
     if not is_worker() or _launcher_is_gone():
         return code
@@ -120,7 +120,7 @@ def launch(arguments: list[str], processes: int) -> int:
 
     logging.disable()  # the launcher's own reports
     # More threads than cores would wait for each other.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(_cores() // processes, 1)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(available_cores() // processes, 1)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SECONDS_TO_SAVE))
     os.environ[LAUNCHER] = str(os.getpid())
     config = LaunchConfig(
@@ -137,7 +137,7 @@ def launch(arguments: list[str], processes: int) -> int:
         elastic_launch(config, sys.executable)("-m", "llmtrain", *arguments)
     except ChildFailedError as error:
         for rank, failure in error.failures.items():
-            # SIGTERM came from the launcher itself.
+            # The launcher itself sends SIGTERM.
             if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
                 name = signal.Signals(-failure.exitcode).name
                 raise RunFailed(
@@ -145,15 +145,7 @@ def launch(arguments: list[str], processes: int) -> int:
                     hint="check the memory; the same command resumes from the newest checkpoint",
                 ) from error
         code = int(error.get_first_failure()[1].exitcode)
-        return (
-            code if code >= 0 else 128 - code
-        )  # SIGTERM before the worker's handler was installed
+        return 128 - code if code < 0 else code
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     return 0
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

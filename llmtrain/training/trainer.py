@@ -22,6 +22,7 @@ from llmtrain.errors import RunFailed, WriteFailed
 from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.model.gpt import GPT
 from llmtrain.model.tokenizer import load_tokenizer
+from llmtrain.planning.sizes import Architecture
 from llmtrain.runtime.device import peak_flops, peak_memory, to_device
 from llmtrain.runtime.signals import Interrupt, Interrupted
 from llmtrain.storage.run_folder import RunFolder, step_folders
@@ -190,7 +191,9 @@ class Trainer:
         step, tokens = self._logged
         stepping = self.world.sums([self._stepping])[0] / self.world.size
         rate = (self.progress.tokens - tokens) / stepping
-        flops = self.model.flops_per_token(block_size(self.progress.step, self.config.data))
+        length = block_size(self.progress.step, self.config.data)
+        architecture = Architecture(self.config.model, self.config.data.block_size)
+        flops = architecture.flops_per_token(length)
         self._restart_timing()
         event = {
             "step": self.progress.step,

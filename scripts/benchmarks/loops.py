@@ -20,6 +20,7 @@ from llmtrain.config.loading import load_config
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.token_data import open_training_data
 from llmtrain.model.gpt import GPT
+from llmtrain.planning.sizes import Architecture
 from llmtrain.runtime.device import keep_freed_memory, peak_memory, resolve_device
 from llmtrain.runtime.distributed import World
 from llmtrain.runtime.signals import Interrupt
@@ -161,8 +162,7 @@ def matrix_products() -> Side:
 def flops_per_token(shape: Shape) -> int:
     """Return the model FLOPs per trained token, counted like `llmtrain pretrain`."""
     config = ModelConfig(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd)
-    with torch.device("meta"):
-        return GPT(config, shape.block).flops_per_token()
+    return Architecture(config, shape.block).flops_per_token()
 
 
 def _loop(

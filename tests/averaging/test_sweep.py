@@ -59,7 +59,7 @@ def test_rejects_invalid_sweep(text: str) -> None:
 
 
 def test_unknown_key_lists_the_keys() -> None:
-    with pytest.raises(UserError, match="has no key 'windows'") as caught:
+    with pytest.raises(UserError, match="does not have a key 'windows'") as caught:
         parse_sweep("windows=3")
     assert caught.value.hint is not None and "half-life" in caught.value.hint
 
@@ -123,6 +123,7 @@ def test_writes_nothing(run: RunFolder) -> None:
     assert sorted(run.path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_group_size_does_not_change_the_losses(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

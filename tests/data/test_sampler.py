@@ -33,7 +33,7 @@ def epoch_rows(sampler: Sampler, epoch: int) -> np.ndarray:
 
 @settings(max_examples=40)
 @given(
-    st.integers(2, 3000),
+    st.integers(2, 600),
     st.integers(1, 40),
     st.integers(1, 50),
     st.integers(-(2**70), 2**70),
@@ -62,12 +62,12 @@ def test_rows_do_not_depend_on_the_batch_size() -> None:
 
 def test_epochs_and_seeds_differ() -> None:
     orders = [
-        epoch_rows(Sampler(10_000, 10, 7, seed), epoch) for seed in (1, 2) for epoch in (0, 1)
+        epoch_rows(Sampler(10_000, 10, 97, seed), epoch) for seed in (1, 2) for epoch in (0, 1)
     ]
     for i, a in enumerate(orders):
         for b in orders[i + 1 :]:
             assert np.mean(a // 10 == b // 10) < 0.02
-    offsets = {int(epoch_rows(Sampler(1_000, 64, 3, 0), epoch).min()) for epoch in range(200)}
+    offsets = {int(epoch_rows(Sampler(1_000, 64, 11, 0), epoch).min()) for epoch in range(200)}
     assert len(offsets) > 55
 
 

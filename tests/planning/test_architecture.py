@@ -25,8 +25,10 @@ def test_counts_equal_those_of_the_model(
     )
     counted, model = Architecture(config, block), GPT(config, block)
     assert counted.parameters == model.n_parameters()
-    assert counted.flops_per_token() == model.flops_per_token()
-    assert counted.flops_per_token(8) == model.flops_per_token(8)
-    embeddings = model.transformer.wte.weight.numel() + model.transformer.wpe.weight.numel()
+    positions = model.transformer.wpe.weight.numel()
+    multiplied = 6 * (model.n_parameters() - positions)
+    assert counted.flops_per_token() == multiplied + 12 * layers * config.n_embd * block
+    assert counted.flops_per_token(8) == multiplied + 12 * layers * config.n_embd * 8
+    embeddings = model.transformer.wte.weight.numel() + positions
     assert counted.without_embeddings == counted.parameters - embeddings
     assert counted.block == sum(p.numel() for p in model.transformer.h[0].parameters())
