@@ -87,6 +87,7 @@ def trained(plan: Plan, root: Path, *trainings: Training) -> None:
     execute.run(jobs, root, 2)
 
 
+@pytest.mark.slow
 def test_runs_branch_record_failures_and_run_once(
     plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -282,6 +283,7 @@ def test_a_spike_has_a_peak_and_a_mean_excess() -> None:
     assert rows["LAWA"] == ["+2.0000", "67%", "+1.0000", "+2.0000"]
 
 
+@pytest.mark.slow
 def test_the_gpu_plan_matches_its_header_and_queues_branches_last(
     tmp_path: Path,
 ) -> None:
@@ -326,6 +328,7 @@ def test_the_gpu_plan_matches_its_header_and_queues_branches_last(
     )
 
 
+@pytest.mark.slow
 def test_a_public_series_is_measured_window_by_window(data_folder: Path, tmp_path: Path) -> None:
     revisions = write_series(tmp_path / "hub", tied=False, vocab_size=264)
     with HubServer() as hub:
