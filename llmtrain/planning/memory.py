@@ -99,17 +99,16 @@ def host_memory(config: RunConfig, layout: Layout) -> int:
 
 def check_batch(config: RunConfig, processes: int) -> None:
     """Raise UserError unless a batch divides among processes, and a share into micro-batches."""
-    sequences, micro = config.batch_size, config.train.micro_batch
-    share, rest = divmod(sequences, processes)
+    micro = config.train.micro_batch
+    share, rest = divmod(config.batch_size, processes)
     if rest:
-        key, unit = "batch_sequences", 1
-        if config.train.batch_tokens is not None:
-            key, unit = "batch_tokens", config.data.block_size
+        in_tokens = config.train.batch_tokens is not None
+        key = "batch_tokens" if in_tokens else "batch_sequences"
+        unit = config.data.block_size if in_tokens else 1
         valid = [n * processes * unit for n in (share, share + 1) if n]
-        suggestion = " or ".join(f"{n:,}" for n in valid)
         raise UserError(
-            f"train.{key} {sequences * unit:,} is not divisible by {processes:,} processes: "
-            f"try {suggestion}",
+            f"train.{key} {config.batch_size * unit:,} is not divisible by {processes:,} "
+            f"processes: try {' or '.join(map('{:,}'.format, valid))}",
             hint=f"--set train.{key}={valid[-1]}, or another number of processes",
         )
     if micro != "auto" and share % micro:
