@@ -177,7 +177,7 @@ SNAPSHOT, AVERAGE, STATE = (
 )
 LAWA, MEAN = "run/averages/lawa-2x2/step-00000008", "run/averages/running-mean/step-00000008"
 newest = anew(run_of, every=2, window=2)
-dense = anew(run_of, method="dense", start=4, to=8)
+dense = anew(run_of, method="dense", start=4, at="8")
 KINDS = {
     "weights": Kind(
         f"{SNAPSHOT}/model.safetensors",
