@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from llmtrain.errors import UserError
-from llmtrain.evaluation.options import EvalOptions, TaskOptions, TextOptions
+from llmtrain.evaluation.options import EvalOptions, TaskOptions
 
 from .common import JsonFlag, ProgressLine, console, help_of, interruptible, print_json, warn
 
@@ -23,10 +23,15 @@ if TYPE_CHECKING:
     from llmtrain.evaluation.results import EvalResult, Progress, TaskResult
     from llmtrain.evaluation.text import TextResult
 
-_eval_help = partial(help_of, EvalOptions)
-_task_help = partial(help_of, TaskOptions)
-_task_option = partial(typer.Option, rich_help_panel="Zero-shot tasks (extra: eval)")
-_text_option = partial(typer.Option, rich_help_panel="Text file")
+
+def _option(options: type, field: str, *names: str, default: str | bool = True, **rest: Any) -> Any:
+    """Return an option with the help text of a field."""
+    return typer.Option(*names, help=help_of(options, field), show_default=default, **rest)
+
+
+_loss = partial(_option, EvalOptions)
+_task = partial(_option, TaskOptions, rich_help_panel="Zero-shot tasks (extra: eval)")
+_TEXT = "Text file"
 
 
 @dataclass(frozen=True)
@@ -49,47 +54,34 @@ def evaluate(
             show_default="the newest run under runs/",
         ),
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help=_eval_help("data"), show_default="the run's data.path")
-    ] = None,
-    split: Annotated[Literal["val", "train"], typer.Option(help=_eval_help("split"))] = "val",
+    data: Annotated[Path | None, _loss("data", default="the run's data.path")] = None,
+    split: Annotated[Literal["val", "train"], _loss("split")] = "val",
     tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=2, help=_eval_help("tokens"), show_default="the run's eval.tokens, else all"
-        ),
+        int | None, _loss("tokens", min=2, default="the run's eval.tokens, else all")
     ] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option(min=1, help=_eval_help("batch"), show_default="the run's eval.batch"),
-    ] = None,
-    device: Annotated[str, typer.Option(help=_eval_help("device"))] = "auto",
+    batch: Annotated[int | None, _loss("batch", min=1, default="the run's eval.batch")] = None,
+    device: Annotated[str, _loss("device")] = "auto",
     every_snapshot: Annotated[
         bool,
         typer.Option("--all", help="Evaluate every snapshot, not only those with an average."),
     ] = False,
     text: Annotated[
         Path | None,
-        _text_option(help="Measure loss and perplexity on this text file.", show_default=False),
+        typer.Option(
+            help="Measure loss and perplexity on this text file.",
+            show_default=False,
+            rich_help_panel=_TEXT,
+        ),
     ] = None,
     stride: Annotated[
-        int | None,
-        _text_option(min=1, help=help_of(TextOptions, "stride"), show_default="disjoint windows"),
+        int | None, _loss("stride", min=1, default="disjoint windows", rich_help_panel=_TEXT)
     ] = None,
-    tasks: Annotated[str | None, _task_option(help=_task_help("tasks"), show_default=False)] = None,
-    limit: Annotated[
-        int | None, _task_option(min=1, help=_task_help("limit"), show_default="all")
-    ] = None,
-    batch_size: Annotated[str, _task_option(help=_task_help("batch"))] = "auto",
-    task_data: Annotated[
-        Path | None, _task_option(help=_task_help("data"), show_default="data sets on the hub")
-    ] = None,
-    task_files: Annotated[
-        Path | None, _task_option(help=_task_help("files"), show_default=False)
-    ] = None,
-    trust_task_files: Annotated[
-        bool, _task_option("--trust-task-files", help=_task_help("trust_files"))
-    ] = False,
+    tasks: Annotated[str | None, _task("tasks", default=False)] = None,
+    limit: Annotated[int | None, _task("limit", min=1, default="all")] = None,
+    batch_size: Annotated[str, _task("batch")] = "auto",
+    task_data: Annotated[Path | None, _task("data", default="data sets on the hub")] = None,
+    task_files: Annotated[Path | None, _task("files", default=False)] = None,
+    trust_task_files: Annotated[bool, _task("trust_files", "--trust-task-files")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Evaluate weights: loss (nats per token), perplexity, bits per byte, difference from raw.
@@ -112,8 +104,7 @@ def evaluate(
         task_options = TaskOptions(
             _parse_tasks(tasks), limit, number, task_data, task_files, trust_task_files, device
         )
-    options = EvalOptions(data=data, split=split, tokens=tokens, batch=batch, device=device)
-    text_options = TextOptions(stride, batch or 16, device)
+    options = EvalOptions(data, split, tokens, batch, device=device, stride=stride)
     names: list[str | None] = [*targets] if targets else [None]
     # Two averages of a step share their raw weights: measure and show those once.
     found = {
@@ -139,7 +130,7 @@ def evaluate(
         if text is not None:
             from llmtrain.evaluation.text import measure_text
 
-            texts = [*measure_text(weights, text, text_options, progress, warn=warn)]
+            texts = [*measure_text(weights, text, options, progress, warn=warn)]
         scores: list[list[TaskResult]] = [[]] * len(weights)
         if task_options is not None:
             from llmtrain.evaluation.tasks import measure_tasks

@@ -130,10 +130,15 @@ def _misfit(folder: Path, problem: str) -> UserError:
     return UserError(f"{folder}: {problem}", hint="config.json and the weights do not match")
 
 
-def load_tokenizer_files(folder: Path) -> "PreTrainedTokenizerBase | None":
-    """Load the tokenizer in a folder, if there are tokenizer files."""
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return None
+def own_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
+    """Load the tokenizer files in a folder; a GPT-2 may lack them."""
+    if not _has_tokenizer_files(folder):
+        if not is_hf(folder):
+            return None
+        raise UserError(
+            f"{folder} has no tokenizer files, so text cannot be encoded for it",
+            hint="add its tokenizer.json to the folder",
+        )
     with _transformers(folder, "a tokenizer") as transformers:
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
             folder, **_LOCAL
@@ -141,15 +146,8 @@ def load_tokenizer_files(folder: Path) -> "PreTrainedTokenizerBase | None":
     return tokenizer
 
 
-def own_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
-    """Like `load_tokenizer_files`, but raise a UserError if a model other than GPT-2 lacks them."""
-    own = load_tokenizer_files(folder)
-    if own is None and is_hf(folder):
-        raise UserError(
-            f"{folder} has no tokenizer files, so text cannot be encoded for it",
-            hint="add its tokenizer.json to the folder",
-        )
-    return own
+def _has_tokenizer_files(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def encoding_of(folder: Path) -> Encoding:
@@ -179,7 +177,7 @@ def reencode(folder: Path, data: TokenData, split: str, limit: int) -> tuple[IdA
     """
     ours = load_tokenizer(data.tokenizer)
     same = not is_hf(folder) and load_shape(folder).eot == ours.eot and has_same_ids(folder, ours)
-    if same or load_tokenizer_files(folder) is None:
+    if same or not _has_tokenizer_files(folder):
         return None
     encoding, reader = encoding_of(folder), data.reader(split)
     probe = reader.read(0, min(_PROBE, len(reader))).astype(np.int64)

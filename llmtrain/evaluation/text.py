@@ -20,7 +20,7 @@ from llmtrain.config.loading import load_config
 from llmtrain.errors import UserError
 from llmtrain.evaluation.hf_models import IdArray, encoding_of, load_causal, require_ids
 from llmtrain.evaluation.loss import evaluate, exp, require_finite
-from llmtrain.evaluation.options import TextOptions
+from llmtrain.evaluation.options import EvalOptions
 from llmtrain.evaluation.results import Progress, cached, ignore, weights_sha256
 from llmtrain.runtime.device import keep_freed_memory, resolve_device, resolve_precision
 
@@ -53,7 +53,7 @@ class TextResult:
 def measure_text(
     targets: list[Target],
     path: Path,
-    options: TextOptions,
+    options: EvalOptions,
     on_progress: Progress,
     *,
     warn: Callable[[str], None] = ignore,
@@ -67,7 +67,7 @@ def _cached_text(
     target: Target,
     path: Path,
     text: str,
-    options: TextOptions,
+    options: EvalOptions,
     on_progress: Progress,
     warn: Callable[[str], None],
 ) -> TextResult:
@@ -93,7 +93,7 @@ def _cached_text(
                 np.zeros(model.config.vocab_size, dtype=np.int64),  # bytes are counted in the text
                 block_size=model.block_size,
                 stride=stride,
-                batch=options.batch,
+                batch=options.batch or 16,
                 device=device,
                 precision=precision,
                 on_progress=partial(on_progress, target, path.name),

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -56,23 +57,7 @@ _SIZE = (5.6, 3.6)
 _MAX_POINTS = 500
 """Points of a line whose values the page shows; longer lines are thinned."""
 _LARGEST = 1e30
-_STYLE: Any = {
-    "font.size": 11.5,
-    "font.family": "sans-serif",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "llmtrain",
-    "text.parse_math": False,  # a `$` in a name is a `$`
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#555555",
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "axes.labelcolor": "#222222",
-    "legend.frameon": False,
-}
+_STYLE = Path(__file__).parent / "page" / "charts.mplstyle"
 
 
 @dataclass(frozen=True)
@@ -215,7 +200,7 @@ def _x(record: RunRecord, axis: str, step: int) -> float | None:
 
 def draw(chart: Chart) -> Drawing:
     """Draw a chart; the same chart gives the same bytes."""
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+    with matplotlib.rc_context(fname=_STYLE), warnings.catch_warnings():
         # A glyph missing from our font is a box in the PNG; the SVG uses the reader's fonts.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure = Figure(figsize=_SIZE, dpi=144, layout="constrained")

@@ -28,7 +28,7 @@ from llmtrain.evaluation.report.charts import (
 from llmtrain.evaluation.report.records import RunRecord, Saving, gains, read_records, savings
 from llmtrain.model.tokenizer import well_formed
 from llmtrain.storage.commit import write_atomically
-from llmtrain.storage.run_folder import RAW, RunFolder
+from llmtrain.storage.run_folder import RunFolder
 
 PAGE = "report.html"
 
@@ -85,17 +85,15 @@ def render_page(
         undefined=StrictUndefined,
     )
     templates.filters |= {"brief": brief, "duration": duration, "inline": _inline}
+    templates.filters |= {"inputs": _inputs, "other_facts": _other_facts}
     settings = _settings([record.config for record in records])
     rendered = templates.get_template("report.html").render(
         runs=records,
-        leads={record.name: _lead(record) for record in records},
-        headline=_headline(saved[0]),
-        best=saved,
+        savings=saved,
         unlike=[key for key, values in settings if key in _COMPARABLE_KEYS and len({*values}) > 1],
         drawings=drawings,
         numbers=_numbers(records),
         samples=[sample for record in records for sample in _samples(record)],
-        averages=[row for record in records for row in _averages(record, len(records) > 1)],
         settings=settings,
         differing=[(key, values) for key, values in settings if len({*values}) > 1],
         environment=_settings([record.environment for record in records]),
@@ -117,34 +115,6 @@ def render_page(
 
 def _inline(drawing: Drawing) -> Markup:
     return Markup(inline_svg(drawing))  # matplotlib has escaped its text
-
-
-def _lead(record: RunRecord) -> str:
-    """Return a summary such as `900 of 900 steps, 3.69M tokens, 3.0 minutes of training`."""
-    words = [f"{record.step:,} of {record.config['train.max_steps']:,} steps"]
-    if (tokens := record.clock.tokens_at(record.step)) is not None:
-        words.append(f"{brief(tokens)} tokens")
-    if (hours := record.clock.hours_at(record.step)) is not None:
-        words.append(f"{duration(hours)} of training")
-    rate = record.config["optimizer.lr"]
-    return ", ".join([*words, f"learning rate {rate:g}, {record.config['schedule.name']}"])
-
-
-def _headline(best: Saving) -> list[tuple[str, str]]:
-    """Return the main figures of the best weights."""
-    facts = [(f"{best.loss:.4f}", f"lowest validation loss: {best.label}, step {best.step:,}")]
-    if best.label != RAW and best.gain is not None:
-        facts.append((f"{best.gain:+.4f}", "gain over the lowest raw loss of its run"))
-    if best.reached is None or best.steps_saved is None or best.steps_saved <= 0:
-        return facts
-    facts.append(
-        (f"{best.steps_saved:,}", f"steps saved: reached the best raw loss at {best.reached:,}")
-    )
-    if best.tokens_saved is not None:
-        facts.append((brief(best.tokens_saved), "tokens saved"))
-    if best.hours_saved is not None:
-        facts.append((duration(best.hours_saved), "of training saved"))
-    return facts
 
 
 def _numbers(records: Sequence[RunRecord]) -> dict[str, Any]:
@@ -169,30 +139,22 @@ def _samples(record: RunRecord) -> list[tuple[str, int, str]]:
     return [(record.name, *record.samples[i]) for i in chosen if last >= 0]
 
 
-def _averages(record: RunRecord, several: bool) -> list[dict[str, Any]]:
-    """Return the inputs and provenance of the newest average with each label."""
-    found = []
-    for label, provenance in record.provenance.items():
-        made = "online" if provenance.get("online") else "post hoc"
-        inputs = provenance.get("inputs")
-        rest = {key: value for key, value in provenance.items() if key != "inputs"}
-        found.append(
-            {
-                "name": f"{record.name}: {label}" if several else label,
-                "about": f"— {provenance.get('method')}, {made}; step {provenance.get('step')}",
-                "inputs": [_input(entry) for entry in inputs] if isinstance(inputs, list) else [],
-                "rest": json.dumps(rest, indent=1, ensure_ascii=False),
-            }
-        )
-    return found
+def _inputs(provenance: Mapping[str, Any]) -> list[list[str]]:
+    """Return step, weight, hash and path of each input; a file of others may have any content."""
+    inputs = provenance.get("inputs")
+    return [_input(entry) for entry in inputs] if isinstance(inputs, list) else []
 
 
 def _input(entry: object) -> list[str]:
-    """Return step, weight, hash and path of an input; a file of others may have any content."""
     known: Mapping[str, object] = entry if isinstance(entry, dict) else {}
     weight = known.get("weight")
     shown = f"{weight:.6g}" if isinstance(weight, float) else str(weight)
     return [str(known.get("step")), shown, str(known.get("sha256"))[:16], str(known.get("path"))]
+
+
+def _other_facts(provenance: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in provenance.items() if key != "inputs"}
+    return json.dumps(rest, indent=1, ensure_ascii=False)
 
 
 def _settings(documents: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
