@@ -265,7 +265,7 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
 
 
 def has_same_ids(folder: Path, tokenizer: Tokenizer) -> bool:
-    """Return True if a weights folder has no tokenizer files, or files with the ids of `tokenizer`."""
+    """Return True unless a weights folder has tokenizer files with other ids than `tokenizer`."""
     for name in ("tokenizer.json", "vocab.json"):
         if (folder / name).is_file():
             document = read_json(folder / name)
