@@ -5,9 +5,10 @@ more than tensors and plain containers is rejected. A tied weight, stored under 
 under one, as safetensors requires.
 """
 
+import re
 import zipfile
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from llmtrain.checkpoints.checkpoint import (
     TORCH_WEIGHTS_FILE,
-    WEIGHTS_FILE,
     Checkpoint,
     Reader,
     check_shard,
@@ -31,11 +31,11 @@ from llmtrain.checkpoints.gpt2_folder import (
     SIZES,
     Shape,
     hugging_face_config,
+    shape_of,
     transpose_conv1d,
     zero_biases,
 )
 from llmtrain.checkpoints.tensors import STORED_DTYPES, StoredArray, TensorSpec
-from llmtrain.config.schema import ModelConfig
 from llmtrain.errors import UserError
 
 _DTYPES = {
@@ -50,7 +50,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_PREFIXES = ("_orig_mod.", "module.")
+_PREFIXES = re.compile(r"^(_orig_mod\.|module\.)+")
 """Added to every name by torch.compile and DistributedDataParallel."""
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
@@ -63,30 +63,56 @@ class _GPTConfig:
 
 def open_torch(path: Path, step: int, location: str) -> Checkpoint:
     """Open a folder with `pytorch_model.bin`, whole or in shards, or one training checkpoint."""
-    if not path.is_dir():
-        return _open_training_file(path, step, location)
-    parts: dict[str, dict[str, Tensor]] = {}
-    files = weights_files(path, TORCH_WEIGHTS_FILE)
-    for file, indexed in files.items():
+    config = None
+    if path.is_dir():
+        folder, parts = path, _load_folder(path)
+    else:
+        tensors, config = _load_training_file(path)
+        folder, parts = path.parent, {path: tensors}
+    tensors = {name: tensor for part in parts.values() for name, tensor in part.items()}
+    tied = _tied_names(tensors)
+    layout: dict[str, dict[str, TensorSpec]] = {}
+    for file, part in parts.items():
+        kept = {name: tensor for name, tensor in part.items() if name not in tied}
+        if kept:
+            output = f"{file.stem.replace('pytorch_model', 'model')}.safetensors"
+            layout[output] = {
+                name: TensorSpec(_DTYPES[tensor.dtype], tuple(tensor.shape))
+                for name, tensor in kept.items()
+            }
+
+    def reader() -> _TorchReader:
+        return _TorchReader(tensors)
+
+    metadata = {"format": "pt"} | tied
+    return Checkpoint(
+        step, location, folder, layout, tuple(parts), reader, metadata=metadata, config=config
+    )
+
+
+def _load_folder(path: Path) -> dict[Path, dict[str, Tensor]]:
+    parts = {}
+    for file, indexed in weights_files(path, TORCH_WEIGHTS_FILE).items():
         if indexed is not None:
             reject_outside_link(file)
-        tensors = _state_dict(file, _load(file))
-        check_shard(file, set(tensors), indexed)
-        parts[f"{file.stem.replace('pytorch_model', 'model')}.safetensors"] = tensors
-    return _checkpoint(step, location, path, parts, tuple(files))
+        parts[file] = _state_dict(file, _load(file))
+        check_shard(file, set(parts[file]), indexed)
+    return parts
 
 
-def _open_training_file(path: Path, step: int, location: str) -> Checkpoint:
-    """Open `{'model': state_dict, …}` or a bare state dict.
+def _load_training_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Return the tensors of `{'model': state_dict, …}` or of a bare state dict, and the config.
 
-    If the file records the model's shape, convert names and layouts to Hugging Face's GPT-2.
+    If the file records the model's shape, names and layouts become those of Hugging Face's GPT-2.
     """
     document = _load(path)
     sections = document if isinstance(document, dict) else {}
     keys = [key for key in ("model", "net", "state_dict") if key in sections]
     tensors = _state_dict(path, document[keys[0]] if keys else document)
     shape = _recorded_shape(path, sections)
-    if shape is not None and "transformer.wte.weight" in tensors:
+    if shape is None:
+        return tensors, None
+    if "transformer.wte.weight" in tensors:
         tensors = {
             name: transpose_conv1d(name, tensor)
             for name, tensor in tensors.items()
@@ -94,8 +120,7 @@ def _open_training_file(path: Path, step: int, location: str) -> Checkpoint:
         }
         if not shape.model.bias:
             tensors |= zero_biases(tensors)
-    config = hugging_face_config(shape) if shape is not None else None
-    return _checkpoint(step, location, path.parent, {WEIGHTS_FILE: tensors}, (path,), config)
+    return tensors, hugging_face_config(shape)
 
 
 def _load(path: Path) -> Any:
@@ -128,15 +153,19 @@ def _state_dict(path: Path, document: Any) -> dict[str, Tensor]:
     """Return the tensors of a state dict without the prefixes of wrappers."""
     stored = document.items() if isinstance(document, dict) else ()
     tensors: dict[str, Tensor] = {}
+    size = path.stat().st_size
     for key, tensor in stored:
         if not isinstance(tensor, Tensor):
             continue
-        name = str(key)
-        while name.startswith(_PREFIXES):
-            name = name.partition(".")[2]
+        name = _PREFIXES.sub("", str(key))
         if name in tensors:
             raise UserError(f"{path} contains {name} twice, once as {key}", hint="keep one of them")
-        _check_tensor(path, name, tensor)
+        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.nbytes > size:
+            raise UserError(
+                f"{path}: {name} is not a dense tensor of numbers in this file: "
+                f"{tensor.dtype}, {tensor.layout}, {tensor.nbytes:,} bytes",
+                hint="do not trust this file, or re-save the tensor dense and .contiguous()",
+            )
         tensors[name] = tensor.detach()
     if not tensors:
         raise UserError(
@@ -144,49 +173,6 @@ def _state_dict(path: Path, document: Any) -> dict[str, Tensor]:
             hint="expected a state dict, or one under the key 'model'",
         )
     return tensors
-
-
-def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
-        raise UserError(
-            f"{path}: {name} has unsupported type {tensor.dtype}, {tensor.layout}",
-            hint="store the weights as dense numbers",
-        )
-    if tensor.nbytes > path.stat().st_size:
-        raise UserError(
-            f"{path}: {name} claims {tensor.nbytes:,} bytes in a file of {path.stat().st_size:,}",
-            hint="do not trust this file, or re-save the tensor with .contiguous()",
-        )
-
-
-def _checkpoint(
-    step: int,
-    location: str,
-    folder: Path,
-    parts: Mapping[str, Mapping[str, Tensor]],
-    files: tuple[Path, ...],
-    config: Mapping[str, Any] | None = None,
-) -> Checkpoint:
-    """Describe the tensors by output file, without the second names of tied weights."""
-    tensors = {name: tensor for part in parts.values() for name, tensor in part.items()}
-    tied = _tied_names(tensors)
-    layout = {
-        file: {
-            n: TensorSpec(_DTYPES[t.dtype], tuple(t.shape))
-            for n, t in part.items()
-            if n not in tied
-        }
-        for file, part in parts.items()
-    }
-    layout = {file: specs for file, specs in layout.items() if specs}
-    metadata = {"format": "pt"} | tied
-
-    def reader() -> AbstractContextManager[Reader]:
-        return nullcontext(_TorchReader(tensors))
-
-    return Checkpoint(
-        step, location, folder, layout, files, reader, metadata=metadata, config=config
-    )
 
 
 def _tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -202,8 +188,8 @@ def _tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return tied
 
 
-class _TorchReader:
-    """Reader of mapped tensors."""
+class _TorchReader(Reader):
+    """Reader of mapped tensors; it does not read every byte of a file, so it hashes nothing."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         # Flattening copies a transposed tensor: keep the last one.
@@ -215,13 +201,6 @@ class _TorchReader:
         bits = part.view(torch.uint16) if part.dtype == torch.bfloat16 else part
         return bits.numpy().view(STORED_DTYPES[_DTYPES[part.dtype]])
 
-    def start_hashing(self) -> None:
-        """Do nothing: reading tensors does not read every byte of the file."""
-
-    def hashes(self) -> dict[Path, str]:
-        """Return no hashes."""
-        return {}
-
 
 def _recorded_shape(path: Path, document: Mapping[str, Any]) -> Shape | None:
     """Return the shape from nanoGPT's `model_args` or build-nanogpt's `config`, if recorded."""
@@ -229,17 +208,7 @@ def _recorded_shape(path: Path, document: Mapping[str, Any]) -> Shape | None:
     values = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
     if not {*SIZES, "block_size"} <= values.keys():
         return None
-    scaled = bool(values.get("scale_attn_by_inverse_layer_idx", False))
-    try:
-        model = ModelConfig(
-            **{key: int(values[key]) for key in SIZES},
-            bias=bool(values.get("bias", True)),
-            scale_attn_by_inverse_layer_idx=scaled,
-        )
-        block_size = int(values["block_size"])
-    except (TypeError, ValueError, OverflowError):
-        raise UserError(
-            f"{path}: its model_args are not a GPT-2 shape: {dict(values)!r:.200}",
-            hint="restore the damaged file",
-        ) from None
-    return Shape(model, block_size, min(50256, model.vocab_size - 1))
+    own = {"bias": values.get("bias", True)}
+    names = {"model_type": "gpt2", "n_positions": values["block_size"], "llmtrain": own}
+    shape = shape_of({**values, **names}, path)
+    return replace(shape, eot=min(50256, shape.model.vocab_size - 1))

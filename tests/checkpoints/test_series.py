@@ -14,7 +14,7 @@ from tiny_runs import MakeRun, model_at, write_checkpoint
 from llmtrain.averaging.average import average
 from llmtrain.averaging.make_specs import make_specs
 from llmtrain.averaging.request import AverageRequest, MergeOptions
-from llmtrain.checkpoints.open import open_checkpoint
+from llmtrain.checkpoints.checkpoint import open_checkpoint
 from llmtrain.checkpoints.resolve import find_series
 from llmtrain.checkpoints.series import folder_series
 from llmtrain.errors import UserError
@@ -225,5 +225,5 @@ def test_invalid_model_args_are_an_error(tmp_path: Path) -> None:
         torch.save(
             {"model": {"x": torch.rand(3)}, "model_args": shape}, tmp_path / "s" / f"step{step}.pt"
         )
-    with pytest.raises(UserError, match="not a GPT-2 shape"):
+    with pytest.raises(UserError, match="not a valid GPT-2 config"):
         run(tmp_path / "s", window=2)
