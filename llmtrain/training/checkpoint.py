@@ -1,9 +1,8 @@
 """Training checkpoints: everything that a run needs to resume exactly.
 
-Why safetensors and JSON: nothing is unpickled, and `state.json` is readable. Several processes
-write one checkpoint in the safetensors form of torch's distributed checkpoint, so any number of
-processes can resume from it. It contains no RNG state: the data and the dropout of a step are
-functions of (seed, step).
+Several processes write one checkpoint in the safetensors form of torch's distributed checkpoint, so
+any number of processes can resume from it. It contains no RNG state: the data and the dropout of a
+step are functions of (seed, step).
 """
 
 import errno
@@ -48,12 +47,11 @@ class TrainingProgress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    """Training time over all sessions."""
     wandb_id: str | None = None
     data: str = ""
     """SHA-256 of the data's manifest."""
     skipped: int = 0
-    """Steps whose update was skipped because of a spike or a non-finite number."""
+    """Steps whose update was skipped."""
     passed_batches: int = 0
     """Step `s` trains on batch `s + passed_batches`; each rewind adds the batches that it skips."""
     rewinds: list[dict[str, Any]] = field(default_factory=list)
@@ -72,9 +70,6 @@ class TrainingCheckpoint:
     progress: TrainingProgress
     average_updates: dict[str, int]
     """Number of updates of each online average, by label."""
-
-
-# --- tensors ------------------------------------------------------------------------------------
 
 
 def collect_tensors(
@@ -115,11 +110,7 @@ def restore_tensors(
     averages: Sequence[OnlineAverage],
     spikes: SpikeDetector,
 ) -> None:
-    """Load a checkpoint into the objects that `collect_tensors` read; any number of processes may.
-
-    Raises:
-        UserError: the checkpoint belongs to another model.
-    """
+    """Load a checkpoint into the objects that `collect_tensors` read."""
     parameters = dict(model.named_parameters())
     step = checkpoint.progress.step
     try:
@@ -162,19 +153,16 @@ def read_tensors(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Te
         assert isinstance(metadata, TensorStorageMetadata)
         parameter, dtype = parameters.get(_parameter_name(key)), metadata.properties.dtype
         if parameter is not None and metadata.size == parameter.shape:
-            tensors[key] = from_local(
-                parameter, torch.empty(to_local(parameter).shape, dtype=dtype)
-            )
+            shard = torch.empty(to_local(parameter).shape, dtype=dtype)
+            tensors[key] = from_local(parameter, shard)
         else:
             tensors[key] = torch.empty(metadata.size, dtype=dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="torch.distributed is disabled", category=UserWarning
-        )
-        try:
+    try:
+        # torch warns when a single process loads.
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
             load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
-        except CheckpointException as error:  # a BaseException, which no caller expects
-            raise next(iter(error.failures.values()))[0] from error
+    except CheckpointException as error:  # a BaseException, which no caller expects
+        raise next(iter(error.failures.values()))[0] from error
     return {key: to_local(tensor) for key, tensor in tensors.items()}
 
 
@@ -199,9 +187,6 @@ def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-# --- find and load ------------------------------------------------------------------------------
-
-
 def regular_steps(steps: Sequence[int], every: int) -> list[int]:
     """Return the steps that a run saves however often it is interrupted; rewinds use only these.
 
@@ -211,11 +196,7 @@ def regular_steps(steps: Sequence[int], every: int) -> list[int]:
 
 
 def load_checkpoint(folder: Path) -> TrainingCheckpoint:
-    """Check the hashes of a training checkpoint and read its progress.
-
-    Raises:
-        UserError: a file is missing or damaged, or the format version differs.
-    """
+    """Check the hashes of a training checkpoint and read its progress."""
     if problems := integrity_problems(folder):
         raise UserError(
             f"the training checkpoint {folder} is damaged: {'; '.join(problems)}",
@@ -242,16 +223,11 @@ def newest_checkpoint(
 ) -> TrainingCheckpoint | None:
     """Return the newest intact training checkpoint (of the steps `among`, if given), or None.
 
-    Rename each damaged one to `step-…-damaged` and warn.
-
-    Raises:
-        UserError: all of them are damaged, or one has another format version.
+    Rename each damaged one to `step-…-damaged` and warn; raise a UserError if all are damaged.
     """
-    folders = {
-        step: path
-        for step, path in step_folders(run.states).items()
-        if among is None or step in among
-    }
+    folders = step_folders(run.states)
+    if among is not None:
+        folders = {step: folders[step] for step in sorted(folders.keys() & among)}
     for folder in reversed(folders.values()):
         try:
             return load_checkpoint(folder)

@@ -1,9 +1,6 @@
-"""Initial weights from an earlier training, for continued pre-training.
+"""Initial weights from an earlier training, in any format that `llmtrain average` reads.
 
-They are read one tensor at a time, so no process holds the whole model, from any format that
-`llmtrain average` reads.
-
-    load_initial_weights(open_weights("openai-community/gpt2"), model, config)
+They are read one tensor at a time, so no process holds the whole model.
 """
 
 import numpy as np
@@ -25,12 +22,7 @@ _EMBEDDINGS = ("wte.weight", "wpe.weight")
 
 
 def open_weights(source: str) -> Checkpoint:
-    """Open the weights that `init_from` names, from headers; download them if they are on the hub.
-
-    Raises:
-        UserError: they do not exist, or cannot be read.
-        RunFailed: the hub cannot be reached.
-    """
+    """Open the weights that `init_from` names; download them if they are on the hub."""
     found = resolve(source, key="init_from")
     if isinstance(found, RunFolder):
         raise UserError(
@@ -45,9 +37,6 @@ def load_initial_weights(source: Checkpoint, model: GPT, config: RunConfig) -> N
 
     Additional rows of a larger vocabulary keep their random values. If the new block size is
     smaller, only the first positions are used.
-
-    Raises:
-        UserError: the weights belong to another model.
     """
     _check_model(source, config)
     parameters = dict(model.named_parameters())
@@ -66,10 +55,8 @@ def load_initial_weights(source: Checkpoint, model: GPT, config: RunConfig) -> N
 
 
 def _check_model(source: Checkpoint, config: RunConfig) -> None:
-    if source.config is None:
-        shape = load_shape(source.folder)
-    else:
-        shape = shape_of(source.config, source.folder)
+    folder = source.folder
+    shape = load_shape(folder) if source.config is None else shape_of(source.config, folder)
     here, there = config.model.model_dump(), shape.model.model_dump()
     wrong = [
         f"model.{key}={there[key]}".lower()

@@ -1,7 +1,6 @@
 """Events of a run, written to the terminal, `metrics.jsonl` and dashboards.
 
-Each event is one dict, so all of them show the same numbers. After a resume or a rewind, the file
-contains every step once: later events are removed.
+After a resume or a rewind, the file contains every step once: later events are removed.
 """
 
 import contextlib
@@ -10,7 +9,6 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from llmtrain.config.schema import RunConfig
@@ -18,6 +16,7 @@ from llmtrain.storage.commit import write_atomically
 from llmtrain.storage.disk import disk_errors
 from llmtrain.storage.json_files import read_events
 from llmtrain.storage.run_folder import RunFolder
+from llmtrain.training.checkpoint import TrainingProgress
 from llmtrain.training.dashboards import Dashboards, Event
 from llmtrain.training.spikes import SpikeEvent
 
@@ -25,12 +24,9 @@ HEADER = "     step      loss         lr  grad norm   tokens/s     MFU       ETA
 
 
 def format_duration(seconds: float) -> str:
-    """Return `1:02:03`, `2:03` or `2d 01:02`."""
+    """Return `1:02:03` or `2:03`."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    if days:
-        return f"{days}d {hour:02}:{minute:02}"
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
@@ -58,25 +54,21 @@ class MetricsLog:
         self,
         path: Path | None,
         config: RunConfig,
+        start: TrainingProgress,
         *,
-        resumed_step: int,
-        wandb_id: str | None,
         log: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> None:
-        """Open `metrics.jsonl` and remove the events after `resumed_step`.
-
-        Without a path, on ranks other than 0, nothing is written.
-        """
+        """Open `metrics.jsonl` and remove the events after `start`; without a path, do nothing."""
         self.evaluated_steps: set[int] = set()
         """Steps with an evaluation in the file."""
         self._lines, self._path, self._log = 0, path, log
         if path is None:
             return
-        self._rewrite([event for event in read_events(path) if event["step"] <= resumed_step])
-        run = RunFolder(path.parent)
+        self._rewrite([event for event in read_events(path) if event["step"] <= start.step])
+        run, resumed = RunFolder(path.parent), start.step
         self._boards = Dashboards(
-            run, config, resumed_step=resumed_step, wandb_id=wandb_id, warn=warn
+            run, config, resumed_step=resumed, wandb_id=start.wandb_id, warn=warn
         )
 
     @property
@@ -108,8 +100,9 @@ class MetricsLog:
         self._write({"step": step, "not_saved": problem}, "incident")
 
     def contains(self, event: Event) -> bool:
-        """Return whether the file contains this event."""
-        return self._path is not None and event in read_events(self._path)
+        """On rank 0, return whether the file contains this event."""
+        assert self._path is not None
+        return event in read_events(self._path)
 
     def rewind(self, record: Event) -> None:
         """Log a rewind once, and move the events after its step to `metrics-rewound.jsonl`."""
@@ -121,16 +114,15 @@ class MetricsLog:
         self._file.close()
         self._rewrite([*(each for each in events if each["step"] <= step), dict(record)])
         self._boards.rewind(step)
-        self._print(
-            f"{step:>9,}  rewound from step {record['rewound_from']:,}, skipping its batches"
-        )
+        start = record["rewound_from"]
+        self._print(f"{step:>9,}  rewound from step {start:,}, skipping its batches")
 
     def flush(self) -> None:
-        """Make the file durable; a training checkpoint depends on it."""
-        if self._path is not None:
-            with disk_errors(self._path):
-                self._file.flush()
-                os.fsync(self._file.fileno())
+        """On rank 0, make the file durable; a training checkpoint depends on it."""
+        assert self._path is not None
+        with disk_errors(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def _rewrite(self, events: list[dict[str, Any]]) -> None:
         assert self._path is not None
@@ -158,12 +150,7 @@ class MetricsLog:
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if self._path is not None:
             # After a failed write, closing fails again and must not hide the first error.
             with contextlib.suppress(OSError) if kind else disk_errors(self._path):

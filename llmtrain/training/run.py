@@ -1,7 +1,4 @@
-"""`pretrain`: train a run, or resume it, from its configuration.
-
-outcome = pretrain(load_config(Path("configs/demo.yaml")), Path("runs/demo"))
-"""
+"""`pretrain`: train a run, or resume it, from its configuration."""
 
 import json
 import shutil
@@ -55,22 +52,18 @@ def pretrain(
         folder: of the run; created if missing.
         resume: "auto" resumes an existing run; "never" refuses it; the folder of a training
             checkpoint starts a new run from it, for a cooldown or another learning rate.
-        max_seconds: time limit; then save a training checkpoint and stop, as after a signal.
+        max_seconds: time limit.
         log: prints a line.
         warn: prints a warning.
 
     Raises:
-        UserError: config, data and run folder do not match.
-        RunFailed: a loss or gradient is not finite or spikes, and the configuration says to stop.
         Interrupted: a signal came or the time is up; a training checkpoint is saved.
     """
     device = resolve_device(config.train.device)
-    with init_distributed(device, spread=config.train.parallel in ("fsdp", "hsdp")) as (
-        world,
-        device,
-    ):
+    spread = config.train.parallel in ("fsdp", "hsdp")
+    with init_distributed(device, spread=spread) as (world, device):
         if not world.is_rank_zero:
-            log = warn = _discard
+            log = warn = lambda line: None
         world.on_rank_zero(lambda: refuse_other_files(folder))
         data = world.local_rank_zero_first(lambda: open_training_data(config.data))
         _check_vocabulary(config, data)
@@ -98,14 +91,8 @@ def pretrain(
             world.on_rank_zero(lambda: _write_config(worker, run))
             find_micro_batch(worker, trainer.progress, log)
             worker.forward = compile_model(worker, trainer.progress.micro_batch)
-            with MetricsLog(
-                run.metrics if world.is_rank_zero else None,
-                config,
-                resumed_step=trainer.progress.step,
-                wandb_id=trainer.progress.wandb_id,
-                log=log,
-                warn=warn,
-            ) as metrics:
+            path, progress = run.metrics if world.is_rank_zero else None, trainer.progress
+            with MetricsLog(path, config, progress, log=log, warn=warn) as metrics:
                 trainer.train(metrics, interrupt)
             return Outcome(run, trainer.progress.step, already_finished=False)
 
@@ -120,10 +107,6 @@ def _lock(folder: Path) -> Iterator[None]:
         finally:
             if is_new and folder.exists() and has_only_started(folder):
                 shutil.rmtree(folder)
-
-
-def _discard(line: str) -> None:
-    """Print nothing: only rank 0 prints."""
 
 
 def _print(interrupt: Interrupt, write: Log, line: str) -> None:
@@ -155,8 +138,6 @@ def _warn_about_settings(worker: Worker, data: TokenData) -> None:
 def _write_config(worker: Worker, run: RunFolder) -> None:
     """Write the run's config and the hardware and software it runs on."""
     write_atomically(run.config, dump_config(worker.config))
-    facts = environment(worker.device) | {
-        "processes": worker.world.size,
-        "precision": worker.precision,
-    }
+    facts = environment(worker.device)
+    facts |= {"processes": worker.world.size, "precision": worker.precision}
     write_atomically(run.environment, json.dumps(facts, indent=2) + "\n")

@@ -5,7 +5,6 @@ is at most one copy.
 """
 
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -17,17 +16,19 @@ from llmtrain.checkpoints.gpt2_folder import Shape, save_tensors, save_weights, 
 from llmtrain.runtime.distributed import World
 from llmtrain.runtime.sharded import gather_on_rank_zero, to_local
 from llmtrain.storage.commit import staged_folder
+from llmtrain.training.background import BackgroundWriter
 
 
-class SnapshotWriter:
-    """Writes folders of weights; the next call on every process raises what failed."""
+class SnapshotWriter(BackgroundWriter):
+    """Writes folders of weights on rank 0; the next call on every process raises what failed."""
 
     def __init__(self, model: nn.Module, world: World, shape: Shape) -> None:
-        """Create a writer; all processes make the same calls in the same order."""
-        self._parameters = dict(model.named_parameters())
-        self._world, self._shape = world, shape
-        self._pool = ThreadPoolExecutor(1, "snapshot")
-        self._writing: Future[None] | None = None
+        super().__init__(world)
+        self._parameters, self._shape = dict(model.named_parameters()), shape
+
+    def wait(self) -> None:
+        """Block until the last folder is durable; raise WriteFailed if it cannot be written."""
+        self._world.on_rank_zero(super().wait)
 
     def save(
         self,
@@ -41,12 +42,10 @@ class SnapshotWriter:
         """Start to write a folder of weights, replacing an existing one, after the previous write.
 
         `parts` are this process's parts of the float32 parameters; they may change after the
-        return. `residual` is the rounding error of a running mean. Raise WriteFailed if the
-        previous write failed.
+        return. `residual` is the rounding error of a running mean.
         """
         self.wait()
-        weights = self._copy_whole(parts)
-        rounding = None if residual is None else self._copy_whole(residual)
+        weights, rounding = self._copy_whole(parts), self._copy_whole(residual or {})
         device = next(iter(parts.values())).device
         copied: torch.cuda.Event | None = None
         if device.type == "cuda":
@@ -56,28 +55,14 @@ class SnapshotWriter:
         def write() -> None:
             if copied is not None:
                 copied.synchronize()
-            needed = tensor_bytes(weights) + tensor_bytes(rounding or {})
+            needed = tensor_bytes(weights) + tensor_bytes(rounding)
             with staged_folder(target, replace=True, needed=needed) as folder:
                 save_weights(folder, weights, self._shape, origin, provenance)
-                if rounding is not None:
+                if rounding:
                     save_tensors(folder / RESIDUAL_FILE, rounding, self._shape)
 
-        self._writing = self._pool.submit(write if self._world.is_rank_zero else lambda: None)
-
-    def wait(self) -> None:
-        """Block until the last folder is durable; raise WriteFailed if it cannot be written."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            self._world.on_rank_zero(writing.result)
-
-    def check(self) -> None:
-        """Raise the error of the last write if it has finished."""
-        if self._writing is not None and self._world.on_rank_zero(self._writing.done):
-            self.wait()
-
-    def close(self) -> None:
-        """Wait for the thread to end."""
-        self._pool.shutdown()
+        if self._world.is_rank_zero:
+            self.start(write)
 
     def _copy_whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return copies of the whole tensors in host memory; on rank 0 only."""

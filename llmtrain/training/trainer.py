@@ -35,6 +35,7 @@ from llmtrain.training.checkpoint import (
 from llmtrain.training.checkpoint_writer import CheckpointWriter
 from llmtrain.training.metrics import MetricsLog
 from llmtrain.training.micro_batch import retry_on_oom
+from llmtrain.training.optimizers.adamw import AdamW
 from llmtrain.training.resume import checkpoint_before, set_aside_after
 from llmtrain.training.snapshots import SnapshotWriter
 from llmtrain.training.spikes import LOWER_RATE_HINT, SpikeDetector, SpikeEvent
@@ -48,7 +49,6 @@ class Trainer:
     """A training run: the model, and everything that changes with it."""
 
     def __init__(self, worker: Worker, run: RunFolder, data: TokenData) -> None:
-        """Start at step 0."""
         self.worker, self.run, self.data = worker, run, data
         self.config, self.world, self.model = worker.config, worker.world, worker.model
         config, world, model = self.config, self.world, self.model
@@ -74,14 +74,10 @@ class Trainer:
         self._evaluated: set[int] = set()
         self._restart_timing()
 
-    # --- one step ------------------------------------------------------------------------------
-
     def step(self, interrupt: Interrupt) -> tuple[Tensor, Tensor]:
-        """Train on the next batch, unless a signal interrupts it; then nothing has changed.
+        """Train on the next batch; return the mean loss and the gradient norm before clipping.
 
-        Returns:
-            The loss (mean over all micro-batches of all processes) and the gradient norm before
-            clipping, shape ().
+        If a signal interrupts it, nothing has changed.
         """
         worker, progress, step = self.worker, self.progress, self.progress.step + 1
         loss = retry_on_oom(worker, progress, lambda: self._accumulate_gradients(step, interrupt))
@@ -100,7 +96,7 @@ class Trainer:
         return loss, norm
 
     def _accumulate_gradients(self, step: int, interrupt: Interrupt) -> Tensor:
-        """Compute the gradients of a batch; return the mean loss of this process, shape ()."""
+        """Compute the gradients of a batch; return the mean loss of this process."""
         worker, micro = self.worker, self.progress.micro_batch
         _seed_dropout(self.config.seed, step - 1, self.world.rank)
         parts = self.dataloader.micro_batches(step, step - 1 + self.progress.passed_batches, micro)
@@ -122,8 +118,6 @@ class Trainer:
             return 0.0
         rate = learning_rate(step, config.schedule, config.optimizer.lr, config.train.max_steps)
         return rate * self.worker.optimizer.lr_factor(step)
-
-    # --- the loop ------------------------------------------------------------------------------
 
     def train(self, metrics: MetricsLog, interrupt: Interrupt) -> None:
         """Train to `max_steps`; after a signal, save a training checkpoint and raise."""
@@ -188,29 +182,26 @@ class Trainer:
         self.checkpoint_writer.check()
         with self._tolerate_full_disk(metrics):
             self.snapshot_writer.check()
-        step, tokens = self._logged
+        progress, (step, tokens) = self.progress, self._logged
         stepping = self.world.sums([self._stepping])[0] / self.world.size
-        rate = (self.progress.tokens - tokens) / stepping
-        length = block_size(self.progress.step, self.config.data)
+        rate = (progress.tokens - tokens) / stepping
         architecture = Architecture(self.config.model, self.config.data.block_size)
-        flops = architecture.flops_per_token(length)
+        flops = architecture.flops_per_token(block_size(progress.step, self.config.data))
         self._restart_timing()
         event = {
-            "step": self.progress.step,
+            "step": progress.step,
             "loss": loss.item(),
             "lr": self.learning_rate(),
             "grad_norm": norm.item(),
-            "tokens": self.progress.tokens,
+            "tokens": progress.tokens,
             "tokens_per_second": rate,
             "mfu": flops * rate / self._peak if self._peak else None,
-            "seconds": self.progress.seconds,
-            "skipped": self.progress.skipped,
+            "seconds": progress.seconds,
+            "skipped": progress.skipped,
             "memory": peak_memory(self.worker.device),
         }
-        remaining = self.config.train.max_steps - self.progress.step
-        metrics.training(event, eta=remaining * stepping / (self.progress.step - step))
-
-    # --- spikes --------------------------------------------------------------------------------
+        remaining = self.config.train.max_steps - progress.step
+        metrics.training(event, eta=remaining * stepping / (progress.step - step))
 
     def _handle_spikes(self, metrics: MetricsLog, *, now: bool = False) -> bool:
         """Log and handle spikes when the host reads numbers; return False after a rewind."""
@@ -228,8 +219,7 @@ class Trainer:
                 raise RunFailed(
                     f"stopped at step {event.step:,}, update skipped: loss {event.loss:g}, "
                     f"gradient norm {event.grad_norm:g}",
-                    hint="--set train.on_nonfinite=skip skips such updates, and rewind goes back; "
-                    f"or {LOWER_RATE_HINT}",
+                    hint=f"--set train.on_nonfinite=skip (or rewind), or {LOWER_RATE_HINT}",
                 )
             self.progress.skipped += event.action == "skip"
         return True
@@ -237,12 +227,8 @@ class Trainer:
     def _rewind(self, event: SpikeEvent, metrics: MetricsLog) -> None:
         """Restore a checkpoint before the event, and skip the batches from there to the event."""
         self.checkpoint_writer.wait()
-        progress, config, warn = self.progress, self.config, self.worker.warn
-        self.restore(
-            self.world.on_rank_zero(
-                lambda: checkpoint_before(self.run, event, progress, config, warn)
-            )
-        )
+        arguments = (self.run, event, self.progress, self.config, self.worker.warn)
+        self.restore(self.world.on_rank_zero(lambda: checkpoint_before(*arguments)))
         self.save_checkpoint(metrics, replace=True)
         self.checkpoint_writer.wait()  # from here on, a resume finishes the rewind
         self._finish_rewind(metrics)
@@ -257,16 +243,11 @@ class Trainer:
         metrics.rewind(record)
         self._evaluated = self.world.on_rank_zero(lambda: metrics.evaluated_steps)
 
-    # --- evaluate ------------------------------------------------------------------------------
-
     def evaluate(self, interrupt: Interrupt) -> dict[str, Any]:
         """Return an event with the validation loss of the weights and of each online average."""
         raw = self._validation_loss(interrupt)
-        event: dict[str, Any] = {
-            "step": self.progress.step,
-            "val/tokens": raw.tokens,
-            "val/loss": raw.loss,
-        }
+        event: dict[str, Any] = {"step": self.progress.step}
+        event |= {"val/tokens": raw.tokens, "val/loss": raw.loss}
         for average in filter(lambda each: each.ready, self.averages):
             with swapped_in(self.model, average.weights()):
                 event[f"val/loss/{average.config.label}"] = self._validation_loss(interrupt).loss
@@ -289,8 +270,6 @@ class Trainer:
                 on_progress=lambda done, total: interrupt.check(),
             )
 
-    # --- save and restore ----------------------------------------------------------------------
-
     def _save_weights(self, metrics: MetricsLog, *, fresh: bool) -> None:
         """Save the snapshot of this step and the averages that are due."""
         step = self.progress.step
@@ -301,23 +280,18 @@ class Trainer:
             due = average.ready and self._due(self.config.save_every(average.config))
             if due and (fresh or not self.world.on_rank_zero(target.exists)):
                 self._finish_snapshots(metrics)
-                self.save_average(average)
+                self.snapshot_writer.save(
+                    target,
+                    average.weights(),
+                    self._origin(),
+                    residual=average.residual(),
+                    provenance=average.provenance(step),
+                )
 
     def save_snapshot(self) -> None:
         """Start to write the weights as a Hugging Face folder."""
         weights = dict(self.model.named_parameters())
         self.snapshot_writer.save(self.run.snapshot(self.progress.step), weights, self._origin())
-
-    def save_average(self, average: OnlineAverage) -> None:
-        """Start to write an online average as a Hugging Face folder with its provenance."""
-        step = self.progress.step
-        self.snapshot_writer.save(
-            self.run.average(average.config.label, step),
-            average.weights(),
-            self._origin(),
-            residual=average.residual(),
-            provenance=average.provenance(step),
-        )
 
     def _origin(self) -> Origin:
         progress = self.progress
@@ -341,29 +315,25 @@ class Trainer:
         self._finish_snapshots(metrics)
         self.world.on_rank_zero(metrics.flush)
         self.progress.wandb_id = metrics.wandb_id
-        copy = self.checkpoint_writer.in_background
-        tensors = collect_tensors(
-            self.model, self.worker.optimizer, self.averages, self.spikes, copy=copy
-        )
+        tensors = collect_tensors(*self._state(), copy=self.checkpoint_writer.in_background)
         updates = {average.config.label: average.updates for average in self.averages}
         self.checkpoint_writer.save(self.progress, updates, tensors, replace=replace)
 
     def restore(self, checkpoint: TrainingCheckpoint) -> None:
         """Continue from a training checkpoint."""
-        restore_tensors(checkpoint, self.model, self.worker.optimizer, self.averages, self.spikes)
+        restore_tensors(checkpoint, *self._state())
         self.progress = checkpoint.progress
+
+    def _state(self) -> tuple[GPT, AdamW, list[OnlineAverage], SpikeDetector]:
+        return self.model, self.worker.optimizer, self.averages, self.spikes
 
 
 @torch.no_grad()
 def sample(model: GPT, data: TokenData, tokens: int) -> str:
-    """Return the beginning of the val split, `→`, and the likeliest `tokens` tokens after it.
-
-    Greedy decoding of a fixed prompt makes samples comparable over steps and equal after a resume.
-    """
-    device = next(model.parameters()).device
+    """Return the beginning of the val split, `→`, and the likeliest `tokens` tokens after it."""
     tokenizer, reader = load_tokenizer(data.tokenizer), data.reader("val")
     prompt = reader.read(0, min(SAMPLE_PROMPT, len(reader), model.block_size))
-    ids = torch.tensor([prompt.tolist()], device=device)
+    ids = torch.tensor([prompt.tolist()], device=model.transformer.wte.weight.device)
     training = model.training
     model.eval()
     for _ in range(tokens):
