@@ -100,7 +100,7 @@ def retry_on_oom(worker: Worker, progress: TrainingProgress, work: Callable[[], 
 
 
 @contextmanager
-def explain_oom(device: torch.device) -> Iterator[None]:
+def explain_oom() -> Iterator[None]:
     """Convert an out-of-memory error that no smaller micro-batch avoids into a RunFailed."""
     try:
         yield

@@ -7,7 +7,6 @@ section 5.1), and keeps the weights of the first attempt as `step-…-rewound`.
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,27 +55,6 @@ _STARTED_FILES = re.compile(r"\.lock|parent\.json|\.tmp-\d+-(parent\.json|config
 """Files in the folder of a run that ended before its config was written."""
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a run starts."""
-
-    checkpoint: TrainingCheckpoint | None
-    branched: bool = False
-    """The checkpoint belongs to another run."""
-    finished: bool = False
-
-
-def find_start(
-    config: RunConfig, run: RunFolder, data: TokenData, resume: Resume, warn: Log
-) -> Start:
-    """Return where to start, and record the parent of a branch; raise a UserError if it cannot."""
-    if isinstance(resume, Path) and not is_run(run.path):
-        return Start(_branch(config, run, data, resume), branched=True)
-    checkpoint = _existing_checkpoint(config, run, data, resume, warn)
-    finished = checkpoint is not None and _is_finished(config, run, data, checkpoint.progress.step)
-    return Start(checkpoint, finished=finished)
-
-
 def refuse_other_files(folder: Path) -> None:
     """Raise a UserError if the folder contains anything other than a run or its first files."""
     if folder.exists() and not is_run(folder) and not has_only_started(folder):
@@ -84,11 +62,11 @@ def refuse_other_files(folder: Path) -> None:
 
 
 def has_only_started(folder: Path) -> bool:
-    """Return whether a run created this folder and ended before its config was written."""
+    """Return whether this folder belongs to a run that ended before its config was written."""
     return folder.is_dir() and all(_STARTED_FILES.fullmatch(p.name) for p in folder.iterdir())
 
 
-def _is_finished(config: RunConfig, run: RunFolder, data: TokenData, step: int) -> bool:
+def is_finished(config: RunConfig, run: RunFolder, data: TokenData, step: int) -> bool:
     """Return whether the last step is done, including its evaluation and weights."""
     if step != config.train.max_steps:
         return step > config.train.max_steps
@@ -98,10 +76,13 @@ def _is_finished(config: RunConfig, run: RunFolder, data: TokenData, step: int) 
     return all(path.exists() for path in saved) and not to_evaluate
 
 
-def _existing_checkpoint(
+def find_start(
     config: RunConfig, run: RunFolder, data: TokenData, resume: Resume, warn: Log
 ) -> TrainingCheckpoint | None:
+    """Return the checkpoint to start from, of this run or of the parent of a branch, or None."""
     if not is_run(run.path):
+        if isinstance(resume, Path):
+            return _branch(config, run, data, resume)
         run.parent.unlink(missing_ok=True)  # of a branch killed before its config was written
         return None
     for parent in (run.path, run.snapshots, run.states, run.evals, *run.averages.glob("[!.]*")):

@@ -21,7 +21,13 @@ from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.initial import load_initial_weights, open_weights
 from llmtrain.training.metrics import MetricsLog
 from llmtrain.training.micro_batch import explain_oom, find_micro_batch
-from llmtrain.training.resume import Resume, find_start, has_only_started, refuse_other_files
+from llmtrain.training.resume import (
+    Resume,
+    find_start,
+    has_only_started,
+    is_finished,
+    refuse_other_files,
+)
 from llmtrain.training.trainer import Trainer
 from llmtrain.training.worker import Log, Worker, compile_model, make_worker
 
@@ -73,16 +79,19 @@ def pretrain(
         )
         log, warn = partial(_print, interrupt, log), partial(_print, interrupt, warn)
         lock = world.enter_on_rank_zero(_lock(run.path))
-        with lock, interrupt, explain_oom(device), keep_freed_memory(device):
+        with lock, interrupt, explain_oom(), keep_freed_memory(device):
             start = world.on_rank_zero(lambda: find_start(config, run, data, resume, warn))
-            if start.finished and start.checkpoint is not None:
-                return Outcome(run, start.checkpoint.progress.step, already_finished=True)
+            branched = start is not None and start.folder.parent != run.states
+            if start is not None and not branched:
+                step = start.progress.step
+                if world.on_rank_zero(lambda: is_finished(config, run, data, step)):
+                    return Outcome(run, step, already_finished=True)
             worker = make_worker(config, world, device, warn)
             trainer = Trainer(worker, run, data)
             _warn_about_settings(worker, data)
-            if start.checkpoint is not None:
-                trainer.restore(start.checkpoint)
-                how = "branched off" if start.branched else "resumed"
+            if start is not None:
+                trainer.restore(start)
+                how = "branched off" if branched else "resumed"
                 log(f"{how} at step {trainer.progress.step:,}")
             elif config.init_from is not None:
                 initial = world.local_rank_zero_first(partial(open_weights, config.init_from))
