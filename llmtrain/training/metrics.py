@@ -79,25 +79,22 @@ class MetricsLog:
     def training(self, event: Event, eta: float) -> None:
         """Log a training step; `eta`, in seconds, appears on the terminal only."""
         # Write first: if the output pipe is closed, the checkpoint of this step is saved.
-        self._write(event, "train")
+        self.write(event, "train")
         if self._lines % 25 == 0:
-            self._print(HEADER)
+            self._log(HEADER)
         self._lines += 1
-        self._print(format_training(event, eta))
+        self._log(format_training(event, eta))
 
     def evaluation(self, event: Event) -> None:
         """Log the losses of an evaluation."""
-        self._write(event, "val")
-        self._print(format_evaluation(event))
+        self.write(event, "val")
+        self.evaluated_steps.add(int(event["step"] or 0))
+        self._log(format_evaluation(event))
 
     def spike(self, event: SpikeEvent) -> None:
         """Log a spike or a non-finite number."""
-        self._write(event.event(), "incident")
-        self._print(str(event))
-
-    def not_saved(self, step: int, problem: str) -> None:
-        """Log that a snapshot or an average could not be written."""
-        self._write({"step": step, "not_saved": problem}, "incident")
+        self.write(event.event(), "incident")
+        self._log(str(event))
 
     def contains(self, event: Event) -> bool:
         """On rank 0, return whether the file contains this event."""
@@ -115,7 +112,7 @@ class MetricsLog:
         self._rewrite([*(each for each in events if each["step"] <= step), dict(record)])
         self._boards.rewind(step)
         start = record["rewound_from"]
-        self._print(f"{step:>9,}  rewound from step {start:,}, skipping its batches")
+        self._log(f"{step:>9,}  rewound from step {start:,}, skipping its batches")
 
     def flush(self) -> None:
         """On rank 0, make the file durable; a training checkpoint depends on it."""
@@ -130,11 +127,8 @@ class MetricsLog:
         self._file = self._path.open("a", encoding="utf-8")
         self.evaluated_steps = {int(e["step"]) for e in events if "val/loss" in e}
 
-    def _print(self, line: str) -> None:
-        if self._path is not None:
-            self._log(line)
-
-    def _write(self, event: Event, group: str) -> None:
+    def write(self, event: Event, group: str) -> None:
+        """Write an event to the file and the dashboards, where `group/` starts the names."""
         if self._path is None:
             return
         # JSON has no non-finite numbers.

@@ -4,7 +4,7 @@ The loop waits only for a copy of the weights in host memory and for the previou
 is at most one copy.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from llmtrain.checkpoints.checkpoint import RESIDUAL_FILE, Origin
 from llmtrain.checkpoints.gpt2_folder import Shape, save_tensors, save_weights, tensor_bytes
+from llmtrain.errors import WriteFailed
 from llmtrain.runtime.distributed import World
 from llmtrain.runtime.sharded import gather_on_rank_zero, to_local
 from llmtrain.storage.commit import staged_folder
@@ -20,15 +21,22 @@ from llmtrain.training.background import BackgroundWriter
 
 
 class SnapshotWriter(BackgroundWriter):
-    """Writes folders of weights on rank 0; the next call on every process raises what failed."""
+    """Writes folders of weights on rank 0, one at a time."""
 
-    def __init__(self, model: nn.Module, world: World, shape: Shape) -> None:
+    def __init__(
+        self, model: nn.Module, world: World, shape: Shape, failed: Callable[[WriteFailed], None]
+    ) -> None:
+        """Call `failed` on every process when a folder could not be written."""
         super().__init__(world)
         self._parameters, self._shape = dict(model.named_parameters()), shape
+        self._failed = failed
 
     def wait(self) -> None:
-        """Block until the last folder is durable; raise WriteFailed if it cannot be written."""
-        self._world.on_rank_zero(super().wait)
+        """Block until the last folder is durable, or could not be written."""
+        try:
+            self._world.on_rank_zero(super().wait)
+        except WriteFailed as error:
+            self._failed(error)
 
     def save(
         self,

@@ -4,8 +4,6 @@ forward, backward → `spikes.check` → `optimizer.update` → `average.update`
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -48,6 +46,9 @@ SAMPLE_PROMPT = 32
 class Trainer:
     """A training run: the model, and everything that changes with it."""
 
+    metrics: MetricsLog
+    """Set by `train`."""
+
     def __init__(self, worker: Worker, run: RunFolder, data: TokenData) -> None:
         self.worker, self.run, self.data = worker, run, data
         self.config, self.world, self.model = worker.config, worker.world, worker.model
@@ -61,7 +62,7 @@ class Trainer:
         self.val_tokens = data.reader("val")
         self.token_bytes = load_tokenizer(data.tokenizer).token_bytes()
         shape = Shape(config.model, config.data.block_size, data.eot)
-        self.snapshot_writer = SnapshotWriter(model, world, shape)
+        self.snapshot_writer = SnapshotWriter(model, world, shape, self._log_not_saved)
         self.progress = TrainingProgress(data=data.sha256)
         self.checkpoint_writer = CheckpointWriter(
             run,
@@ -71,7 +72,6 @@ class Trainer:
             background=world.size > 1 or worker.device.type != "cpu",
         )
         self._peak = (peak_flops(worker.device, worker.precision) or 0.0) * world.size
-        self._evaluated: set[int] = set()
         self._restart_timing()
 
     def step(self, interrupt: Interrupt) -> tuple[Tensor, Tensor]:
@@ -121,24 +121,24 @@ class Trainer:
 
     def train(self, metrics: MetricsLog, interrupt: Interrupt) -> None:
         """Train to `max_steps`; after a signal, save a training checkpoint and raise."""
-        self._evaluated = self.world.on_rank_zero(lambda: metrics.evaluated_steps)
+        self.metrics = metrics
         started, earlier = time.perf_counter(), self.progress.seconds
         try:
-            self._begin(metrics, interrupt)
+            self._begin(interrupt)
             while self.progress.step < self.config.train.max_steps:
                 step_started = time.perf_counter()
                 loss, norm = self.step(interrupt)
                 self._stepping += time.perf_counter() - step_started
                 self.progress.seconds = earlier + time.perf_counter() - started
-                if self._handle_spikes(metrics):
+                if self._handle_spikes():
                     if self._due(self.config.log.every):
-                        self._log(metrics, loss, norm)
-                    self._after_step(metrics, interrupt, fresh=True)
-            self._finish_snapshots(metrics)
+                        self._log(loss, norm)
+                    self._after_step(interrupt, fresh=True)
+            self.snapshot_writer.wait()
             self.checkpoint_writer.wait()
         except Interrupted:
-            if self._handle_spikes(metrics, now=True):
-                self.save_checkpoint(metrics)
+            if self._handle_spikes(now=True):
+                self.save_checkpoint()
             self.checkpoint_writer.wait()
             raise
         finally:
@@ -146,29 +146,28 @@ class Trainer:
             self.snapshot_writer.close()
             self.checkpoint_writer.close()
 
-    def _begin(self, metrics: MetricsLog, interrupt: Interrupt) -> None:
+    def _begin(self, interrupt: Interrupt) -> None:
         """Finish what an interruption left undone, and save the start of a branch or rewind."""
         rewinds = self.progress.rewinds
         if rewinds and rewinds[-1]["step"] == self.progress.step:
-            self._finish_rewind(metrics)
+            self._finish_rewind()
         is_first = self.world.on_rank_zero(lambda: not step_folders(self.run.states))
         if is_first and (self.config.may_rewind or self.progress.step > 0):
-            self.save_checkpoint(metrics)
+            self.save_checkpoint()
         self._restart_timing()
-        self._after_step(metrics, interrupt, fresh=False)
+        self._after_step(interrupt, fresh=False)
 
-    def _after_step(self, metrics: MetricsLog, interrupt: Interrupt, *, fresh: bool) -> None:
+    def _after_step(self, interrupt: Interrupt, *, fresh: bool) -> None:
         """Evaluate and save what is due at this step; after a resume, only what is missing."""
         config, step = self.config, self.progress.step
-        to_evaluate = step not in self._evaluated and len(self.val_tokens) > 1
-        if self._due(config.eval.every) and to_evaluate:
-            metrics.evaluation(self.evaluate(interrupt))
-            self._evaluated.add(step)
+        to_evaluate = self._due(config.eval.every) and len(self.val_tokens) > 1
+        evaluated = self.metrics.evaluated_steps
+        if to_evaluate and not self.world.on_rank_zero(lambda: step in evaluated):
+            self.metrics.evaluation(self.evaluate(interrupt))
         if step > config.schedule.warmup_steps and self._due(config.checkpoint.snapshot_every):
-            self._finish_snapshots(metrics)
-            self._save_weights(metrics, fresh=fresh)
+            self._save_weights(fresh=fresh)
         if fresh and self._due(config.checkpoint.state_every):
-            self.save_checkpoint(metrics)
+            self.save_checkpoint()
 
     def _due(self, every: int) -> bool:
         step = self.progress.step
@@ -178,10 +177,9 @@ class Trainer:
         """Measure the speed from this step on."""
         self._stepping, self._logged = 0.0, (self.progress.step, self.progress.tokens)
 
-    def _log(self, metrics: MetricsLog, loss: Tensor, norm: Tensor) -> None:
+    def _log(self, loss: Tensor, norm: Tensor) -> None:
         self.checkpoint_writer.check()
-        with self._tolerate_full_disk(metrics):
-            self.snapshot_writer.check()
+        self.snapshot_writer.check()
         progress, (step, tokens) = self.progress, self._logged
         stepping = self.world.sums([self._stepping])[0] / self.world.size
         rate = (progress.tokens - tokens) / stepping
@@ -201,9 +199,9 @@ class Trainer:
             "memory": peak_memory(self.worker.device),
         }
         remaining = self.config.train.max_steps - progress.step
-        metrics.training(event, eta=remaining * stepping / (progress.step - step))
+        self.metrics.training(event, eta=remaining * stepping / (progress.step - step))
 
-    def _handle_spikes(self, metrics: MetricsLog, *, now: bool = False) -> bool:
+    def _handle_spikes(self, *, now: bool = False) -> bool:
         """Log and handle spikes when the host reads numbers; return False after a rewind."""
         config = self.config
         reading = (config.log.every, config.eval.every, config.checkpoint.snapshot_every)
@@ -211,9 +209,9 @@ class Trainer:
         if not (now or due or self.worker.device.type == "cpu"):
             return True
         for event in self.spikes.drain():
-            metrics.spike(event)
+            self.metrics.spike(event)
             if event.action == "rewind":
-                self._rewind(event, metrics)
+                self._rewind(event)
                 return False
             if event.action == "stop":
                 raise RunFailed(
@@ -224,24 +222,23 @@ class Trainer:
             self.progress.skipped += event.action == "skip"
         return True
 
-    def _rewind(self, event: SpikeEvent, metrics: MetricsLog) -> None:
+    def _rewind(self, event: SpikeEvent) -> None:
         """Restore a checkpoint before the event, and skip the batches from there to the event."""
         self.checkpoint_writer.wait()
         arguments = (self.run, event, self.progress, self.config, self.worker.warn)
         self.restore(self.world.on_rank_zero(lambda: checkpoint_before(*arguments)))
-        self.save_checkpoint(metrics, replace=True)
+        self.save_checkpoint(replace=True)
         self.checkpoint_writer.wait()  # from here on, a resume finishes the rewind
-        self._finish_rewind(metrics)
+        self._finish_rewind()
         self._restart_timing()
 
-    def _finish_rewind(self, metrics: MetricsLog) -> None:
+    def _finish_rewind(self) -> None:
         record, step = self.progress.rewinds[-1], self.progress.step
         # Once the rewind is logged, later snapshots belong to the new attempt.
         self.world.on_rank_zero(
-            lambda: None if metrics.contains(record) else set_aside_after(self.run, step)
+            lambda: None if self.metrics.contains(record) else set_aside_after(self.run, step)
         )
-        metrics.rewind(record)
-        self._evaluated = self.world.on_rank_zero(lambda: metrics.evaluated_steps)
+        self.metrics.rewind(record)
 
     def evaluate(self, interrupt: Interrupt) -> dict[str, Any]:
         """Return an event with the validation loss of the weights and of each online average."""
@@ -270,7 +267,7 @@ class Trainer:
                 on_progress=lambda done, total: interrupt.check(),
             )
 
-    def _save_weights(self, metrics: MetricsLog, *, fresh: bool) -> None:
+    def _save_weights(self, *, fresh: bool) -> None:
         """Save the snapshot of this step and the averages that are due."""
         step = self.progress.step
         if fresh or not self.world.on_rank_zero(self.run.snapshot(step).exists):
@@ -279,7 +276,6 @@ class Trainer:
             target = self.run.average(average.config.label, step)
             due = average.ready and self._due(self.config.save_every(average.config))
             if due and (fresh or not self.world.on_rank_zero(target.exists)):
-                self._finish_snapshots(metrics)
                 self.snapshot_writer.save(
                     target,
                     average.weights(),
@@ -297,24 +293,16 @@ class Trainer:
         progress = self.progress
         return Origin(progress.step, progress.tokens, self.learning_rate(), self.config.name)
 
-    def _finish_snapshots(self, metrics: MetricsLog) -> None:
-        with self._tolerate_full_disk(metrics):
-            self.snapshot_writer.wait()
-
-    @contextmanager
-    def _tolerate_full_disk(self, metrics: MetricsLog) -> Iterator[None]:
+    def _log_not_saved(self, error: WriteFailed) -> None:
         """Log weights that could not be written, at the present step, and continue without them."""
-        try:
-            yield
-        except WriteFailed as error:
-            metrics.not_saved(self.progress.step, str(error))
-            self.worker.warn(f"{error}. Training continues; averages that need it will fail")
+        self.metrics.write({"step": self.progress.step, "not_saved": str(error)}, "incident")
+        self.worker.warn(f"{error}. Training continues; averages that need it will fail")
 
-    def save_checkpoint(self, metrics: MetricsLog, *, replace: bool = False) -> None:
+    def save_checkpoint(self, *, replace: bool = False) -> None:
         """Start to save a training checkpoint once earlier snapshots are durable."""
-        self._finish_snapshots(metrics)
-        self.world.on_rank_zero(metrics.flush)
-        self.progress.wandb_id = metrics.wandb_id
+        self.snapshot_writer.wait()
+        self.world.on_rank_zero(self.metrics.flush)
+        self.progress.wandb_id = self.metrics.wandb_id
         tensors = collect_tensors(*self._state(), copy=self.checkpoint_writer.in_background)
         updates = {average.config.label: average.updates for average in self.averages}
         self.checkpoint_writer.save(self.progress, updates, tensors, replace=replace)
