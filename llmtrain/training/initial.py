@@ -55,8 +55,10 @@ def load_initial_weights(source: Checkpoint, model: GPT, config: RunConfig) -> N
 
 
 def _check_model(source: Checkpoint, config: RunConfig) -> None:
-    folder = source.folder
-    shape = load_shape(folder) if source.config is None else shape_of(source.config, folder)
+    if source.config is None:
+        shape = load_shape(source.folder)
+    else:
+        shape = shape_of(source.config, source.files[0])
     here, there = config.model.model_dump(), shape.model.model_dump()
     wrong = [
         f"model.{key}={there[key]}".lower()

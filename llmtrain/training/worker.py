@@ -257,7 +257,7 @@ def _only_in_training(
 def _compile_failure(worker: Worker, module: nn.Module, micro_batch: int) -> str | None:
     """Return the type of error that compiling raises in a dummy pass, or None.
 
-    DDP reduces nothing in it. CUDA graphs are recorded in the second pass and replayed in the third.
+    DDP reduces nothing in it. CUDA graphs are recorded in pass two and replayed in pass three.
     """
     try:
         for _ in range(3 if worker.uses_cuda_graphs else 1):

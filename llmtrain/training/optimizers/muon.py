@@ -51,7 +51,7 @@ class Muon(AdamW):
     def __init__(
         self, groups: list[dict[str, object]], config: OptimizerConfig, muon: MuonConfig
     ) -> None:
-        """Build it from AdamW's groups; `stacked` is the number of matrices in a parameter, or 0."""
+        """Build it from AdamW's groups; `stacked` is the number of matrices per parameter, or 0."""
         super().__init__(groups, config)
         self.muon = muon
         device = self.param_groups[0]["params"][0].device
