@@ -72,27 +72,32 @@ class TrainingCheckpoint:
     """Number of updates of each online average, by label."""
 
 
-def collect_tensors(
-    model: nn.Module,
-    optimizer: Optimizer,
-    averages: Sequence[OnlineAverage],
-    spikes: SpikeDetector,
-    *,
-    copy: bool,
-) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class TrainingState:
+    """The objects whose tensors are saved in a training checkpoint."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    averages: Sequence[OnlineAverage]
+    spikes: SpikeDetector
+
+    def optimized_names(self) -> list[str]:
+        """Return the parameter names in the order of the optimizer's state."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return [names[each] for group in self.optimizer.param_groups for each in group["params"]]
+
+
+def collect_tensors(state: TrainingState, *, copy: bool) -> dict[str, Tensor]:
     """Return all tensors of a checkpoint by name, in host memory, sharded as the model is."""
-    parameters = dict(model.named_parameters())
-    tensors: dict[str, Tensor] = {f"model/{name}": tensor for name, tensor in parameters.items()}
-    moments = optimizer.state_dict()["state"]
-    for index, name in enumerate(_optimized_names(model, optimizer)):
-        tensors |= {
-            f"optimizer/{key}/{name}": value for key, value in moments.get(index, {}).items()
-        }
-    for average in averages:
-        tensors |= {
-            f"average/{average.config.label}/{name}": t for name, t in average.state().items()
-        }
-    tensors |= {f"watch/{name}": tensor for name, tensor in spikes.state().items()}
+    parameters: dict[str, Tensor] = dict(state.model.named_parameters())
+    tensors = _prefixed("model/", parameters)
+    moments = state.optimizer.state_dict()["state"]
+    for index, name in enumerate(state.optimized_names()):
+        for key, value in moments.get(index, {}).items():
+            tensors[f"optimizer/{key}/{name}"] = value
+    for average in state.averages:
+        tensors |= _prefixed(f"average/{average.config.label}/", average.state())
+    tensors |= _prefixed("watch/", state.spikes.state())
     collected = {}
     for key, tensor in tensors.items():
         part = to_local(tensor.detach()).to("cpu", copy=copy).contiguous()
@@ -103,14 +108,9 @@ def collect_tensors(
     return collected
 
 
-def restore_tensors(
-    checkpoint: TrainingCheckpoint,
-    model: nn.Module,
-    optimizer: Optimizer,
-    averages: Sequence[OnlineAverage],
-    spikes: SpikeDetector,
-) -> None:
+def restore_tensors(checkpoint: TrainingCheckpoint, state: TrainingState) -> None:
     """Load a checkpoint into the objects that `collect_tensors` read."""
+    model, optimizer = state.model, state.optimizer
     parameters = dict(model.named_parameters())
     step = checkpoint.progress.step
     try:
@@ -121,14 +121,12 @@ def restore_tensors(
         load_shards(model, weights)
         moments: dict[int, dict[str, Tensor]] = {}
         saved = _with_prefix("optimizer/", tensors)
-        for index, name in enumerate(_optimized_names(model, optimizer)):
+        for index, name in enumerate(state.optimized_names()):
             keys = [key.removesuffix(f"/{name}") for key in saved if key.endswith(f"/{name}")]
             moments[index] = {k: _shard_like(parameters[name], saved[f"{k}/{name}"]) for k in keys}
-        optimizer.load_state_dict(
-            {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
-        )
-        spikes.load(_with_prefix("watch/", tensors))
-        for average in averages:
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+        state.spikes.load(_with_prefix("watch/", tensors))
+        for average in state.averages:
             label = average.config.label
             if label in checkpoint.average_updates:  # a branch may add averages, which start here
                 updates = checkpoint.average_updates[label]
@@ -167,7 +165,6 @@ def read_tensors(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def _parameter_name(key: str) -> str:
-    """Return the last part of a key: the parameter's name, if the tensor belongs to one."""
     return key.rpartition("/")[2]
 
 
@@ -177,10 +174,8 @@ def _shard_like(parameter: Tensor, value: Tensor) -> Tensor:
     return from_local(parameter, value.to(parameter.device))
 
 
-def _optimized_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """Return the parameter names in the order of the optimizer's state."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
-from llmtrain.averaging.online import OnlineAverage, build_average, swapped_in
+from llmtrain.averaging.online import build_average, swapped_in
 from llmtrain.checkpoints.checkpoint import Origin
 from llmtrain.checkpoints.gpt2_folder import Shape
 from llmtrain.config.schedules import block_size, learning_rate
@@ -27,17 +28,17 @@ from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training.checkpoint import (
     TrainingCheckpoint,
     TrainingProgress,
+    TrainingState,
     collect_tensors,
     restore_tensors,
 )
 from llmtrain.training.checkpoint_writer import CheckpointWriter
 from llmtrain.training.metrics import MetricsLog
 from llmtrain.training.micro_batch import retry_on_oom
-from llmtrain.training.optimizers.adamw import AdamW
 from llmtrain.training.resume import checkpoint_before, set_aside_after
 from llmtrain.training.snapshots import SnapshotWriter
 from llmtrain.training.spikes import LOWER_RATE_HINT, SpikeDetector, SpikeEvent
-from llmtrain.training.worker import Worker, allocate_grads, grad_sync, reshard_after
+from llmtrain.training.worker import Worker, allocate_grads, grad_sync
 
 SAMPLE_PROMPT = 32
 """Tokens from the beginning of the val split before a sample."""
@@ -58,6 +59,7 @@ class Trainer:
             for each in config.averages
         ]
         self.spikes = SpikeDetector(config, worker.device)
+        self._state = TrainingState(model, worker.optimizer, self.averages, self.spikes)
         self.dataloader = DataLoader(config, data, world)
         self.val_tokens = data.reader("val")
         self.token_bytes = load_tokenizer(data.tokenizer).token_bytes()
@@ -253,7 +255,7 @@ class Trainer:
         return event
 
     def _validation_loss(self, interrupt: Interrupt) -> LossResult:
-        with reshard_after(self.model):
+        try:
             return evaluate(
                 self.model,
                 self.val_tokens,
@@ -266,6 +268,9 @@ class Trainer:
                 limit=self.config.eval.tokens,
                 on_progress=lambda done, total: interrupt.check(),
             )
+        finally:
+            if isinstance(self.model, FSDPModule):
+                self.model.reshard()  # free the gathered weights, which no backward pass does here
 
     def _save_weights(self, *, fresh: bool) -> None:
         """Save the snapshot of this step and the averages that are due."""
@@ -303,17 +308,14 @@ class Trainer:
         self.snapshot_writer.wait()
         self.world.on_rank_zero(self.metrics.flush)
         self.progress.wandb_id = self.metrics.wandb_id
-        tensors = collect_tensors(*self._state(), copy=self.checkpoint_writer.in_background)
+        tensors = collect_tensors(self._state, copy=self.checkpoint_writer.in_background)
         updates = {average.config.label: average.updates for average in self.averages}
         self.checkpoint_writer.save(self.progress, updates, tensors, replace=replace)
 
     def restore(self, checkpoint: TrainingCheckpoint) -> None:
         """Continue from a training checkpoint."""
-        restore_tensors(checkpoint, *self._state())
+        restore_tensors(checkpoint, self._state)
         self.progress = checkpoint.progress
-
-    def _state(self) -> tuple[GPT, AdamW, list[OnlineAverage], SpikeDetector]:
-        return self.model, self.worker.optimizer, self.averages, self.spikes
 
 
 @torch.no_grad()

@@ -93,9 +93,9 @@ def make_worker(config: RunConfig, world: World, device: torch.device, warn: Log
     if reason is not None:
         warn(reason)
     model = build_model(config, parallel, world, device, precision)
-    optimizer = build_optimizer(model, config.optimizer)
+    optimizer, forward = build_optimizer(model, config.optimizer), model
     return Worker(
-        config, world, device, precision, parallel, to_compile, model, optimizer, model, warn
+        config, world, device, precision, parallel, to_compile, model, optimizer, forward, warn
     )
 
 
@@ -176,16 +176,6 @@ def grad_sync(forward: nn.Module, enabled: bool) -> Iterator[None]:
     if isinstance(forward, FSDPModule):
         forward.set_requires_gradient_sync(enabled)
     yield
-
-
-@contextmanager
-def reshard_after(model: nn.Module) -> Iterator[None]:
-    """Free the weights that FSDP gathered for forward passes without a backward pass."""
-    try:
-        yield
-    finally:
-        if isinstance(model, FSDPModule):
-            model.reshard()
 
 
 def compile_model(worker: Worker, micro_batch: int) -> nn.Module:
