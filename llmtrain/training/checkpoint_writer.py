@@ -30,7 +30,7 @@ from llmtrain.storage.commit import remove_folder, remove_leftovers, staged_fold
 from llmtrain.storage.json_files import write_json
 from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training import checkpoint as files
-from llmtrain.training.background import BackgroundWriter
+from llmtrain.training.snapshots import BackgroundWriter
 
 T = TypeVar("T")
 

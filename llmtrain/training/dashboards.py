@@ -11,6 +11,7 @@ from typing import Any
 from llmtrain.config.schema import RunConfig, flatten
 from llmtrain.errors import UserError
 from llmtrain.storage.run_folder import RunFolder
+from llmtrain.training.checkpoint import TrainingProgress
 
 Event = Mapping[str, float | int | str | None]
 Warn = Callable[[str], None]
@@ -20,23 +21,17 @@ class Dashboards:
     """The dashboards that the configuration selects, in the run's folder."""
 
     def __init__(
-        self,
-        run: RunFolder,
-        config: RunConfig,
-        *,
-        resumed_step: int,
-        wandb_id: str | None,
-        warn: Warn,
+        self, run: RunFolder, config: RunConfig, start: TrainingProgress, warn: Warn
     ) -> None:
         self._run, self._warn = run, warn
         self._boards: list[_Wandb | _TensorBoard] = []
-        self.wandb_id: str | None = wandb_id
+        self.wandb_id = start.wandb_id
         """Id of the W&B run, also while W&B is disabled."""
         if config.log.tensorboard:
-            self._boards.append(_TensorBoard(run.path / "tensorboard", resumed_step))
+            self._boards.append(_TensorBoard(run.path / "tensorboard", start.step))
         if config.log.wandb.mode != "disabled":
             try:
-                board = _Wandb(run.path, config, wandb_id, warn)
+                board = _Wandb(run.path, config, start.wandb_id, warn)
                 self._boards.append(board)
                 self.wandb_id = board.id
             except Exception as error:  # W&B raises any type of error

@@ -66,10 +66,7 @@ class MetricsLog:
         if path is None:
             return
         self._rewrite([event for event in read_events(path) if event["step"] <= start.step])
-        run, resumed = RunFolder(path.parent), start.step
-        self._boards = Dashboards(
-            run, config, resumed_step=resumed, wandb_id=start.wandb_id, warn=warn
-        )
+        self._boards = Dashboards(RunFolder(path.parent), config, start, warn)
 
     @property
     def wandb_id(self) -> str | None:
