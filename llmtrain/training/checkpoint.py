@@ -81,69 +81,72 @@ class TrainingState:
     averages: Sequence[OnlineAverage]
     spikes: SpikeDetector
 
-    def optimized_names(self) -> list[str]:
+    def _optimized_names(self) -> list[str]:
         """Return the parameter names in the order of the optimizer's state."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         return [names[each] for group in self.optimizer.param_groups for each in group["params"]]
 
+    def collect(self, *, copy: bool) -> dict[str, Tensor]:
+        """Return all tensors of a checkpoint by name, in host memory, sharded as the model is."""
+        parameters: dict[str, Tensor] = dict(self.model.named_parameters())
+        tensors = _prefixed("model/", parameters)
+        moments = self.optimizer.state_dict()["state"]
+        for index, name in enumerate(self._optimized_names()):
+            for key, value in moments.get(index, {}).items():
+                tensors[f"optimizer/{key}/{name}"] = value
+        for average in self.averages:
+            tensors |= _prefixed(f"average/{average.config.label}/", average.state())
+        tensors |= _prefixed("watch/", self.spikes.state())
+        collected = {}
+        for key, tensor in tensors.items():
+            part = to_local(tensor.detach()).to("cpu", copy=copy).contiguous()
+            parameter = parameters.get(_parameter_name(key))
+            if parameter is not None and part.shape == to_local(parameter).shape:
+                part = from_local(parameter, part)
+            collected[key] = part
+        return collected
 
-def collect_tensors(state: TrainingState, *, copy: bool) -> dict[str, Tensor]:
-    """Return all tensors of a checkpoint by name, in host memory, sharded as the model is."""
-    parameters: dict[str, Tensor] = dict(state.model.named_parameters())
-    tensors = _prefixed("model/", parameters)
-    moments = state.optimizer.state_dict()["state"]
-    for index, name in enumerate(state.optimized_names()):
-        for key, value in moments.get(index, {}).items():
-            tensors[f"optimizer/{key}/{name}"] = value
-    for average in state.averages:
-        tensors |= _prefixed(f"average/{average.config.label}/", average.state())
-    tensors |= _prefixed("watch/", state.spikes.state())
-    collected = {}
-    for key, tensor in tensors.items():
-        part = to_local(tensor.detach()).to("cpu", copy=copy).contiguous()
-        parameter = parameters.get(_parameter_name(key))
-        if parameter is not None and part.shape == to_local(parameter).shape:
-            part = from_local(parameter, part)
-        collected[key] = part
-    return collected
+    def restore(self, checkpoint: TrainingCheckpoint) -> None:
+        """Load a checkpoint into these objects."""
+        step = checkpoint.progress.step
+        try:
+            tensors = read_tensors(checkpoint.folder, dict(self.model.named_parameters()))
+            self._load_weights(_with_prefix("model/", tensors))
+            self._load_moments(_with_prefix("optimizer/", tensors))
+            self.spikes.load(_with_prefix("watch/", tensors))
+            for average in self.averages:
+                label = average.config.label
+                # A branch may add averages, which start here.
+                if (updates := checkpoint.average_updates.get(label)) is not None:
+                    average.load(_with_prefix(f"average/{label}/", tensors), updates)
+                average.resume_at(step)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise UserError(
+                f"the training checkpoint of step {step:,} does not fit this config: {error}",
+                hint="resume with the config that the run was started with (its config.yaml)",
+            ) from error
 
+    def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        names = {name for name, _ in self.model.named_parameters()}
+        if other := names ^ weights.keys():
+            raise KeyError(f"weights of {', '.join(sorted(other))}")
+        load_shards(self.model, weights)
 
-def restore_tensors(checkpoint: TrainingCheckpoint, state: TrainingState) -> None:
-    """Load a checkpoint into the objects that `collect_tensors` read."""
-    model, optimizer = state.model, state.optimizer
-    parameters = dict(model.named_parameters())
-    step = checkpoint.progress.step
-    try:
-        tensors = read_tensors(checkpoint.folder, parameters)
-        weights = _with_prefix("model/", tensors)
-        if weights.keys() != parameters.keys():
-            raise KeyError(f"weights of {', '.join(sorted(weights.keys() ^ parameters.keys()))}")
-        load_shards(model, weights)
-        moments: dict[int, dict[str, Tensor]] = {}
-        saved = _with_prefix("optimizer/", tensors)
-        for index, name in enumerate(state.optimized_names()):
-            keys = [key.removesuffix(f"/{name}") for key in saved if key.endswith(f"/{name}")]
-            moments[index] = {k: _shard_like(parameters[name], saved[f"{k}/{name}"]) for k in keys}
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-        state.spikes.load(_with_prefix("watch/", tensors))
-        for average in state.averages:
-            label = average.config.label
-            if label in checkpoint.average_updates:  # a branch may add averages, which start here
-                updates = checkpoint.average_updates[label]
-                average.load(_with_prefix(f"average/{label}/", tensors), updates)
-            average.resume_at(step)
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise UserError(
-            f"the training checkpoint of step {step:,} does not fit this config: {error}",
-            hint="resume with the config that the run was started with (its config.yaml)",
-        ) from error
+    def _load_moments(self, saved: Mapping[str, Tensor]) -> None:
+        parameters, moments = dict(self.model.named_parameters()), {}
+        for index, name in enumerate(self._optimized_names()):
+            keys = [key for key in saved if key.endswith(f"/{name}")]
+            moments[index] = {
+                key.removesuffix(f"/{name}"): _shard_like(parameters[name], saved[key])
+                for key in keys
+            }
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
 
 
 def read_tensors(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by name, in host memory.
+    """Return the tensors of a checkpoint by name, in host memory, sharded like the parameters.
 
-    Of tensors shaped like a sharded parameter, return the local part. If one process cannot read a
-    file, raise OSError on all.
+    If one process cannot read a file, raise OSError on all.
     """
     reader = HuggingFaceStorageReader(str(folder))
     tensors: dict[str, Tensor] = {}
@@ -183,10 +186,7 @@ def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def regular_steps(steps: Sequence[int], every: int) -> list[int]:
-    """Return the steps that a run saves however often it is interrupted; rewinds use only these.
-
-    They are the multiples of `every`, and the oldest, at which the run may have started.
-    """
+    """Return the steps that are saved even without interruptions; rewinds use only these."""
     return [step for step in steps if step % every == 0 or step == steps[0]]
 
 

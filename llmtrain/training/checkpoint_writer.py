@@ -29,7 +29,7 @@ from llmtrain.runtime.sharded import to_local
 from llmtrain.storage.commit import remove_folder, remove_leftovers, staged_folder
 from llmtrain.storage.json_files import write_json
 from llmtrain.storage.run_folder import RunFolder, step_folders
-from llmtrain.training import checkpoint as files
+from llmtrain.training import checkpoint
 from llmtrain.training.snapshots import BackgroundWriter
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ class CheckpointWriter(BackgroundWriter):
 
     def save(
         self,
-        progress: files.TrainingProgress,
+        progress: checkpoint.TrainingProgress,
         updates: dict[str, int],
         tensors: dict[str, Tensor],
         *,
@@ -63,7 +63,7 @@ class CheckpointWriter(BackgroundWriter):
         """
         self.wait()
         facts = {
-            "format_version": files.FORMAT_VERSION,
+            "format_version": checkpoint.FORMAT_VERSION,
             "progress": asdict(progress),
             "average_updates": updates,
         }
@@ -103,11 +103,11 @@ class CheckpointWriter(BackgroundWriter):
             with staged_folder(target, replace=replace, needed=tensor_bytes(tensors)) as folder:
                 if self._world.size == 1:
                     whole = {key: to_local(tensor) for key, tensor in tensors.items()}
-                    save_file(whole, folder / files.TENSORS_FILE)
+                    save_file(whole, folder / checkpoint.TENSORS_FILE)
                 else:
                     self._shared = self._broadcast(folder) is not None
                     self._write_all_parts(folder, tensors)
-                write_json(folder / files.FACTS_FILE, facts)
+                write_json(folder / checkpoint.FACTS_FILE, facts)
         self._remove_old(target)
 
     def _broadcast(self, value: T | None) -> T | None:
@@ -141,7 +141,7 @@ class CheckpointWriter(BackgroundWriter):
     def _remove_old(self, target: Path) -> None:
         folders = step_folders(self._run.states)
         steps = list(folders)
-        kept = {*steps[-self._keep :], *files.regular_steps(steps, self._every)[-self._keep :]}
+        kept = {*steps[-self._keep :], *checkpoint.regular_steps(steps, self._every)[-self._keep :]}
         for step, folder in folders.items():
             if step not in kept and folder != target:
                 remove_folder(folder)

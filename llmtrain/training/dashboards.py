@@ -4,6 +4,7 @@ A dashboard that fails is reported once and then left out.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -132,10 +133,6 @@ class _TensorBoard:
     name = "TensorBoard"
 
     def __init__(self, folder: Path, resumed_step: int) -> None:
-        self._folder = folder
-        self._open(resumed_step)
-
-    def _open(self, step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -143,7 +140,8 @@ class _TensorBoard:
                 f"log.tensorboard is true, but TensorBoard is not installed: {error}",
                 hint="pip install 'llmtrain[tensorboard]', or --set log.tensorboard=false",
             ) from None
-        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
+        self._open = partial(SummaryWriter, str(folder))
+        self._writer = self._open(purge_step=resumed_step + 1)
 
     def log(self, step: int, numbers: Mapping[str, float], texts: Mapping[str, str]) -> None:
         for key, value in numbers.items():
@@ -154,7 +152,7 @@ class _TensorBoard:
 
     def rewind(self, step: int) -> None:
         self._writer.close()
-        self._open(step)
+        self._writer = self._open(purge_step=step + 1)
 
     def add_report(self, page: Path) -> None:
         from matplotlib.image import imread

@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,13 @@ from llmtrain.training.spikes import SpikeEvent
 HEADER = "     step      loss         lr  grad norm   tokens/s     MFU       ETA"
 
 
-def format_duration(seconds: float) -> str:
-    """Return `1:02:03` or `2:03`."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
 def format_training(event: Event, eta: float) -> str:
     """Return a line for the columns of `HEADER`; `eta` is in seconds."""
     mfu = f"{event['mfu']:.1%}" if event["mfu"] is not None else "n/a"
     return (
         f"{event['step']:>9,}  {event['loss']:>8.4f}  {event['lr']:>9.3e}  "
         f"{event['grad_norm']:>9.3f}  {event['tokens_per_second']:>9,.0f}  {mfu:>6}  "
-        f"{format_duration(eta):>8}"
+        f"{timedelta(seconds=round(eta))!s:>8}"
     )
 
 

@@ -31,16 +31,15 @@ _SPARE = 0.05
 _CPU_FACTOR = 1.35
 """CPU memory safety factor: the allocator does not return freed memory."""
 _HINT = (
-    "see llmtrain plan; reduce memory with --set train.activation_checkpointing=true, a smaller "
-    "eval.batch, train.parallel=fsdp on several GPUs, or a smaller model or block size"
+    "see llmtrain plan; --set train.activation_checkpointing=true, a smaller eval.batch or "
+    "data.block_size, and train.parallel=fsdp on several GPUs reduce memory"
 )
 
 
 def find_micro_batch(worker: Worker, progress: TrainingProgress, log: Log) -> None:
     """Set `progress.micro_batch`: keep it unless something that it depends on has changed.
 
-    For `auto`, set the fastest of 1, 2, 4, … (divisors of a process's share of the batch) that fits
-    on every process.
+    For `auto`, set the fastest of 1, 2, 4, … (divisors of its share) that fits on every process.
     """
     config, world = worker.config, worker.world
     asked = config.train.micro_batch
@@ -90,9 +89,7 @@ def retry_on_oom(worker: Worker, progress: TrainingProgress, work: Callable[[], 
         problem = _reduce(worker, progress)
         if worker.parallel is not None:  # the other processes block in the middle of their step
             raise RunFailed(
-                problem,
-                hint=f"--set train.micro_batch={progress.micro_batch}; "
-                "the run resumes from its newest training checkpoint",
+                problem, hint=f"resume with --set train.micro_batch={progress.micro_batch}"
             )
         worker.warn(f"{problem}: continuing with {progress.micro_batch}")
         if worker.is_compiled:
@@ -132,8 +129,7 @@ def _discard_grads(worker: Worker) -> None:
 def _candidates(worker: Worker) -> list[int]:
     """Return 1 and divisors of the share that at least double each time.
 
-    Apply the planned memory if a trial cannot fail safely: the kernel kills a CPU process, and a
-    sharded process that fails leaves the others blocked.
+    Use the planned memory if a failed trial kills the process (CPU) or blocks the others (FSDP).
     """
     sizes = [1]
     for size in divisors(worker.sequences):

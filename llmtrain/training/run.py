@@ -53,17 +53,9 @@ def pretrain(
 ) -> Outcome:
     """Train to `train.max_steps`, from step 0 or from where the run stopped.
 
-    Args:
-        config: the resolved configuration.
-        folder: of the run; created if missing.
-        resume: "auto" resumes an existing run; "never" refuses it; the folder of a training
-            checkpoint starts a new run from it, for a cooldown or another learning rate.
-        max_seconds: time limit.
-        log: prints a line.
-        warn: prints a warning.
-
-    Raises:
-        Interrupted: a signal came or the time is up; a training checkpoint is saved.
+    `resume`: "auto" resumes an existing run; "never" refuses it; the folder of a training
+    checkpoint starts a new run from it, for a cooldown or another learning rate. After a signal or
+    `max_seconds`, raise Interrupted once a training checkpoint is saved.
     """
     device = resolve_device(config.train.device)
     spread = config.train.parallel in ("fsdp", "hsdp")
@@ -73,10 +65,8 @@ def pretrain(
         world.on_rank_zero(lambda: refuse_other_files(folder))
         data = world.local_rank_zero_first(lambda: open_training_data(config.data))
         _check_vocabulary(config, data)
-        run = RunFolder(folder)
-        interrupt = Interrupt(
-            max_seconds, quiet=not world.is_rank_zero, agree=world.exit_code_agreement()
-        )
+        run, agree = RunFolder(folder), world.exit_code_agreement()
+        interrupt = Interrupt(max_seconds, quiet=not world.is_rank_zero, agree=agree)
         log, warn = partial(_print, interrupt, log), partial(_print, interrupt, warn)
         lock = world.enter_on_rank_zero(_lock(run.path))
         with lock, interrupt, explain_oom(), keep_freed_memory(device):

@@ -20,8 +20,7 @@ MAX_SKIPPED_IN_A_ROW = 100
 """Skipped updates after which the run fails: the weights no longer give a finite loss."""
 
 LOWER_RATE_HINT = (
-    "resume from a training checkpoint at a lower learning rate: "
-    "--branch NAME --from STEP --set optimizer.lr=RATE"
+    "start a branch at a lower rate: --branch NAME --from STEP --set optimizer.lr=RATE"
 )
 
 _SCALE = 1.4826
@@ -123,8 +122,8 @@ class SpikeDetector:
                 return events
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise RunFailed(
-                f"the last {self._skipped_in_a_row} updates up to step {steps[-1]:,} were skipped: "
-                "no step had a finite loss and gradient norm without a spike",
+                f"the last {self._skipped_in_a_row} updates up to step {steps[-1]:,} were skipped "
+                "because of spikes or non-finite numbers",
                 hint=LOWER_RATE_HINT,
             )
         return events

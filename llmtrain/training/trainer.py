@@ -25,13 +25,7 @@ from llmtrain.planning.sizes import Architecture
 from llmtrain.runtime.device import peak_flops, peak_memory, to_device
 from llmtrain.runtime.signals import Interrupt, Interrupted
 from llmtrain.storage.run_folder import RunFolder, step_folders
-from llmtrain.training.checkpoint import (
-    TrainingCheckpoint,
-    TrainingProgress,
-    TrainingState,
-    collect_tensors,
-    restore_tensors,
-)
+from llmtrain.training.checkpoint import TrainingCheckpoint, TrainingProgress, TrainingState
 from llmtrain.training.checkpoint_writer import CheckpointWriter
 from llmtrain.training.metrics import MetricsLog
 from llmtrain.training.micro_batch import retry_on_oom
@@ -308,13 +302,13 @@ class Trainer:
         self.snapshot_writer.wait()
         self.world.on_rank_zero(self.metrics.flush)
         self.progress.wandb_id = self.metrics.wandb_id
-        tensors = collect_tensors(self._state, copy=self.checkpoint_writer.in_background)
+        tensors = self._state.collect(copy=self.checkpoint_writer.in_background)
         updates = {average.config.label: average.updates for average in self.averages}
         self.checkpoint_writer.save(self.progress, updates, tensors, replace=replace)
 
     def restore(self, checkpoint: TrainingCheckpoint) -> None:
         """Continue from a training checkpoint."""
-        restore_tensors(checkpoint, self._state)
+        self._state.restore(checkpoint)
         self.progress = checkpoint.progress
 
 

@@ -181,9 +181,8 @@ def grad_sync(forward: nn.Module, enabled: bool) -> Iterator[None]:
 def compile_model(worker: Worker, micro_batch: int) -> nn.Module:
     """Compile the model if asked for, and return the module to call in training.
 
-    Only the transformer body is compiled, as one graph, or FSDP's blocks separately. DDP wraps the
-    model first: torch then splits the graph at gradient buckets, so reduction overlaps the backward
-    pass.
+    DDP wraps it first: torch then splits the graph at gradient buckets, so reduction overlaps the
+    backward pass.
     """
     module: nn.Module = worker.model
     if worker.parallel == "ddp":
@@ -208,6 +207,7 @@ def allocate_grads(model: nn.Module) -> None:
 
 
 def _compile(worker: Worker, module: nn.Module, micro_batch: int) -> None:
+    """Compile the transformer body as one graph, or FSDP's blocks separately."""
     model = worker.model
     parts: list[nn.Module] = list(model.transformer.h) if worker.is_sharded else [model.transformer]
     # One dynamic graph from the start: else the graph of a step depends on the steps before it.
