@@ -44,14 +44,14 @@ def inspect(
         counts = [{} if tensors else {"tensors": len(facts.tensors)} for facts in found]
         print_json([asdict(facts) | count for facts, count in zip(found, counts, strict=True)])
         return
-    columns = ("step", "tensors", "parameters", "dtypes", "norm", "distance", "sha256", "path")
+    columns = "step tensors parameters dtypes norm distance sha256 path"
     _print_table(None, columns, [_row(facts) for facts in found])
     for facts in found:
         if facts.provenance is not None:
             _print_inputs(facts.path, facts.provenance)
         if tensors:
-            columns = ("tensor", "dtype", "shape", "norm", "distance")
-            _print_table(facts.path, columns, [_tensor_row(each) for each in facts.tensors])
+            rows = [_tensor_row(tensor) for tensor in facts.tensors]
+            _print_table(facts.path, "tensor dtype shape norm distance", rows)
         for problem in facts.problems:
             warn(problem)
 
@@ -87,8 +87,8 @@ def _print_inputs(path: str, provenance: dict[str, Any]) -> None:
             console.print(f"{line} ({source.get('sha256', '')[:12]})", markup=False)
 
 
-def _print_table(title: str | None, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    table = Table(*columns, box=None, header_style="bold", title=title)
+def _print_table(title: str | None, columns: str, rows: list[tuple[str, ...]]) -> None:
+    table = Table(*columns.split(), box=None, header_style="bold", title=title)
     for row in rows:
         table.add_row(*row)
     console.print(table)

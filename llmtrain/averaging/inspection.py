@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from llmtrain.averaging import audit
 from llmtrain.averaging.merge import merge
@@ -66,11 +66,8 @@ class Facts:
     problems: list[str]
 
 
-class _Measured(NamedTuple):
-    norm: Mapping[str, float]
-    distance: Mapping[str, float]
-    """Empty for the first checkpoint."""
-    problems: list[str]
+Measured = tuple[dict[str, float], dict[str, float], list[str]]
+"""Norms and distances by tensor (no distances for the first checkpoint), and problems."""
 
 
 def inspect_path(
@@ -89,7 +86,7 @@ def inspect_path(
         by_step = {s.step: known.files for s, known in zip(inputs, hashes, strict=True)}
         audit.refuse_duplicates(by_step)
     except UserError as error:
-        measured[-1].problems.append(str(error))
+        measured[-1][2].append(str(error))
     return [_facts(*each) for each in zip(opened, hashes, measured, strict=True)]
 
 
@@ -115,29 +112,28 @@ def _step_of(path: Path) -> int:
     return int(recorded or (number[1] if number else 0))
 
 
-def _measure(opened: Sequence[Checkpoint], progress: Progress | None) -> list[_Measured]:
+def _measure(opened: Sequence[Checkpoint], progress: Progress | None) -> list[Measured]:
     """Measure the checkpoints together; one by one if they differ or one is damaged."""
     try:
         require_same_tensors(opened)
         norms = merge(opened, [], [], integers="last", progress=progress).norms
     except UserError as error:
         if len(opened) == 1:
-            return [_Measured({}, {}, [str(error)])]
+            return [({}, {}, [str(error)])]
         alone = [_measure([checkpoint], progress)[0] for checkpoint in opened]
-        if not any(each.problems for each in alone):
-            alone[-1].problems.append(str(error))
+        if not any(problems for *_, problems in alone):
+            alone[-1][2].append(str(error))
         return alone
     off = audit.outliers(opened, norms)
-    rows = zip(norms.norm.tolist(), norms.distance.tolist(), strict=True)
-    measured = []
-    for row, (norm, distance) in enumerate(rows):
-        moved = dict(zip(norms.names, distance, strict=True)) if row else {}
-        problems = [off[row]] if row in off else []
-        measured.append(_Measured(dict(zip(norms.names, norm, strict=True)), moved, problems))
+    measured: list[Measured] = []
+    for row in range(len(opened)):
+        norm = dict(zip(norms.names, norms.norm[row].tolist(), strict=True))
+        distance = dict(zip(norms.names, norms.distance[row].tolist(), strict=True)) if row else {}
+        measured.append((norm, distance, [off[row]] if row in off else []))
     return measured
 
 
-def _facts(checkpoint: Checkpoint, hashes: audit.InputHashes, measured: _Measured) -> Facts:
+def _facts(checkpoint: Checkpoint, hashes: audit.InputHashes, measured: Measured) -> Facts:
     origin, provenance = checkpoint.origin, checkpoint.folder / PROVENANCE_FILE
     norm, distance, problems = measured
     specs = checkpoint.tensors
