@@ -48,7 +48,7 @@ from llmtrain.data.sources import OPENWEBTEXT_HUB, DocumentSource, open_source
 from llmtrain.data.staging import StagingFolder, existing_data, staged
 from llmtrain.data.token_data import tokenizer_record
 from llmtrain.errors import UserError
-from llmtrain.runtime.device import available_cores
+from llmtrain.runtime.hardware import available_cores
 from llmtrain.storage.urls import is_url, local_path, upload
 
 PUBLISHED_OPENWEBTEXT = {"train": 9_035_582_198, "val": 4_434_897}

@@ -20,7 +20,7 @@ from pathlib import Path
 from threading import Thread
 
 from llmtrain.errors import RunFailed
-from llmtrain.runtime.device import available_cores
+from llmtrain.runtime.hardware import available_cores
 
 LAUNCHER = "LLMTRAIN_LAUNCHER"
 """Environment variable with the process number of our own launcher."""

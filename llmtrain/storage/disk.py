@@ -2,8 +2,6 @@
 
 Why one place: any writer can fail this way, from `mkdir` to the last byte, and each library raises
 its own exception (Python an `errno`, Rust a text).
-
-    with disk_errors(target, needed=model_bytes): save_file(tensors, target)
 """
 
 import contextlib
