@@ -35,13 +35,8 @@ def staged_folder(
 ) -> Iterator[Path]:
     """Yield a temporary folder; at the end add its `integrity.json` and rename it to `target`.
 
-    If the block raises, the temporary folder is removed and `target` is unchanged.
-
-    Args:
-        target: final name.
-        replace: replace an existing `target` once the new folder is durable.
-        needed: bytes that will be written, for the message if the disk is full.
-        hashes: known SHA-256 by file name; may be filled until the block ends.
+    If the block raises, the temporary folder is removed and `target` is unchanged. `needed` is the
+    size in bytes. `hashes` are the known SHA-256 by file name, complete when the block ends.
     """
     if target.exists() and not replace:
         raise FileExistsError(f"{target} exists already")
@@ -66,10 +61,8 @@ def temporary_folder(
 ) -> Iterator[Path]:
     """Lock and yield the temporary folder next to `target`, to be renamed by `commit_folder`.
 
-    Args:
-        target: final name.
-        resumable: keep existing content, and keep the folder at the end unless it is empty.
-        wait: wait for another process that builds `target` instead of raising UserError.
+    If `resumable`, keep existing content, and keep the folder at the end unless it is empty. If
+    another process builds `target`, `wait` for it or raise UserError.
     """
     folder = temporary_path(target)
     # `remove_abandoned` deletes the folder of any lock that matches `.tmp-*.lock`.
