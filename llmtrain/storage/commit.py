@@ -135,10 +135,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
                 os.fsync(file.fileno())
                 temporary.replace(path)
                 fsync_path(path.parent)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
-                raise
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 def _remove_abandoned_files(parent: Path, pattern: str) -> None:

@@ -67,10 +67,10 @@ def concerns(target: Path, filename: str | None) -> bool:
     if filename is None:
         return False
     path, target = Path(filename).absolute(), target.absolute()
-    if path == target or path in target.parents or target in path.parents:
-        return True
-    below_parent = path.relative_to(target.parent).parts if target.parent in path.parents else ()
-    return bool(below_parent) and below_parent[0].startswith(".") and target.name in below_parent[0]
+    if target.parent not in path.parents:
+        return path in target.parents
+    name = path.parts[len(target.parent.parts)]
+    return name == target.name or (name.startswith(".") and target.name in name)
 
 
 def _errno(error: Exception) -> int | None:
