@@ -2,12 +2,10 @@
 
 Phases: `audit.check_metadata`, open and hash the inputs, `audit.check_hashes`, then for each group
 of averages `merge`, `audit.check_norms` and commit.
-
-    average(series, make_specs(series, AverageRequest(method="lawa", every=1000)))
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import replace
@@ -57,13 +55,8 @@ def average(
 ) -> list[Average]:
     """Make the averages and commit each to its folder; keep those that exist with the same inputs.
 
-    Args:
-        series: the source of the inputs.
-        specs: ascending by step.
-        options: default: `MergeOptions()`.
-        progress: called with the work done and the total, for inputs opened, inputs hashed, and the
-            chunks of each merge; may raise to stop.
-        warn: receives warnings.
+    `progress` is called with the work done and the total of each phase, and may raise to stop.
+    `specs` are ascending by step.
 
     Raises:
         UserError: an input is missing, damaged or unlike the others, fails a check, or a target
@@ -73,8 +66,11 @@ def average(
     options = options or MergeOptions()
     for parent in {spec.target.parent for spec in specs}:
         remove_abandoned(parent)
-    if options.discard_inputs:
-        _require_one(specs, options)
+    if options.discard_inputs and (len(specs) != 1 or options.strict):
+        raise UserError(
+            "--discard-inputs keeps one checkpoint on disk, so it makes one average without strict",
+            hint="select an average with --at STEP and leave out --checks strict",
+        )
     inputs, audited = unique_inputs(specs), all(spec.audited for spec in specs)
     audit.check_metadata(series, inputs, options, audited=audited)
     if options.discard_inputs:
@@ -93,7 +89,11 @@ def average(
     missing = [(spec, document) for spec, document in documented if not spec.target.exists()]
     made = {spec.target for spec, _ in missing}
     unverified = set(inputs) if verify else set()
-    for group in _groups(missing, checkpoints, options):
+    size = max(
+        1, min(MAX_GROUP, MAX_GROUP_BYTES // _output_bytes(checkpoints[inputs[-1]], options))
+    )
+    for first in range(0, len(missing), size):
+        group = missing[first : first + size]
         used = unique_inputs([spec for spec, _ in group])
         opened = {source: checkpoints[source] for source in used}
         _merge_group(group, opened, options, unverified.intersection(used), progress, warn)
@@ -102,30 +102,12 @@ def average(
 
 
 def _open(inputs: Sequence[Input], progress: Progress | None) -> dict[Input, Checkpoint]:
-    """Open the inputs; those on the hub are downloaded."""
     checkpoints = {}
     for done, source in enumerate(inputs):
         if progress is not None:
             progress(done, len(inputs))
         checkpoints[source] = source.open()
     return checkpoints
-
-
-def _groups(
-    missing: Sequence[Documented], checkpoints: Mapping[Input, Checkpoint], options: MergeOptions
-) -> Iterator[list[Documented]]:
-    """Split the averages into groups that are merged in one pass and committed together."""
-    group: list[Documented] = []
-    size = 0
-    for spec, document in missing:
-        needed = _output_bytes(checkpoints[spec.inputs[-1]], options)
-        if group and (len(group) == MAX_GROUP or size + needed > MAX_GROUP_BYTES):
-            yield group
-            group, size = [], 0
-        group.append((spec, document))
-        size += needed
-    if group:
-        yield group
 
 
 def _merge_group(
@@ -142,19 +124,19 @@ def _merge_group(
     """
     opened = list(checkpoints.values())
     sums = weighted_sums([spec for spec, _ in group], list(checkpoints))
-    sizes = [_output_bytes(checkpoints[spec.inputs[-1]], options) for spec, _ in group]
-    require_room(group[0][0].target, sum(sizes))
+    needed = _output_bytes(opened[-1], options)
+    require_room(group[0][0].target, needed * len(group))
     with ExitStack() as commits, ExitStack() as files:
         for parent in {spec.target.parent for spec, _ in group if spec.is_default}:
             commits.enter_context(locked_folder(parent))
             remove_leftovers(parent)
         writers = []
-        for (spec, document), needed in zip(group, sizes, strict=True):
+        for spec, document in group:
             hashes: dict[str, str] = {}
             folder = commits.enter_context(staged_folder(spec.target, needed=needed, hashes=hashes))
             writer = _prepare(folder, checkpoints[spec.inputs[-1]], document, options, hashes)
             writers.append(files.enter_context(writer))
-        merged = merge(
+        norms = merge(
             opened,
             sums,
             [writer.write for writer in writers],
@@ -164,10 +146,10 @@ def _merge_group(
             hash_inputs=bool(verify),
         )
         if all(spec.audited for spec, _ in group):
-            for line in audit.check_norms(opened, merged.norms, options):
+            for line in audit.check_norms(opened, norms, options):
                 warn(line)
         for source in verify:
-            audit.hashes_of(source, checkpoints[source], compute=True, known=merged.hashes)
+            audit.hashes_of(source, checkpoints[source], compute=True, known=norms.hashes)
 
 
 def _prepare(
@@ -177,7 +159,6 @@ def _prepare(
     options: MergeOptions,
     hashes: dict[str, str] | None = None,
 ) -> WeightsWriter:
-    """Write everything but the weights into a new folder; return the writer of the weights."""
     copy_companions(newest, folder, options.dtype)
     write_json(folder / PROVENANCE_FILE, document)
     layout = output_layout(newest, dtype=options.dtype)
@@ -197,20 +178,6 @@ def _output_dtypes(newest: Checkpoint, options: MergeOptions) -> dict[str, str]:
 
 
 # --- one input on disk at a time ----------------------------------------------------------------
-
-
-def _require_one(specs: Sequence[AverageSpec], options: MergeOptions) -> None:
-    """Raise a UserError if the averages need more than one input on disk."""
-    if len(specs) != 1:
-        raise UserError(
-            f"--discard-inputs would download the inputs of {len(specs)} averages repeatedly",
-            hint="make one average per command with --at STEP, or keep the inputs",
-        )
-    if options.strict:
-        raise UserError(
-            "--discard-inputs keeps one checkpoint on disk, but --checks strict compares two",
-            hint="leave out one of them",
-        )
 
 
 def _average_in_turn(

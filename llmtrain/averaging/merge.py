@@ -3,8 +3,6 @@
 A chunk is read from every input in order of the steps, added in float64 to each sum that contains
 the input, and written, rounded once, after its last input. Each input is read once for all sums.
 Memory does not depend on the size of the model or the number of inputs.
-
-    merge(checkpoints, [WeightedSum((0, 1, 2), (1 / 3, 1 / 3, 1 / 3))], [write])
 """
 
 import itertools
@@ -72,19 +70,12 @@ class WeightedSum:
 
 @dataclass(frozen=True)
 class Norms:
-    """L2 norms of the float tensors, in float64; rows are inputs, columns tensors."""
+    """L2 norms of the float tensors of the inputs; rows are inputs, columns tensors."""
 
     names: tuple[str, ...]
     norm: NDArray[np.float64]
     distance: NDArray[np.float64]
     """Norm of the difference from the previous input; row 0 is 0."""
-
-
-@dataclass(frozen=True)
-class Merged:
-    """Norms and hashes of the inputs of a merge."""
-
-    norms: Norms
     hashes: dict[Path, str]
     """SHA-256 of each file that was read sequentially, if the inputs were hashed."""
 
@@ -119,7 +110,7 @@ def merge(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     hash_inputs: bool = False,
-) -> Merged:
+) -> Norms:
     """Compute every sum in one pass over the checkpoints.
 
     Args:
@@ -143,13 +134,13 @@ def merge(
     stopped = threading.Event()
     with ExitStack() as files:
         readers = [_OrderedReader(checkpoint, files, stopped) for checkpoint in checkpoints]
-        writers = [_OrderedWriter(write, stopped) for write in writes]
-        if hash_inputs:
-            for reader in readers:
-                reader.start_hashing()
+        outputs = [(write, OrderedAccess(stopped)) for write in writes]
+        stored = [reader.stored for each in readers for reader in each.parts]
+        for reader in stored if hash_inputs else []:
+            reader.start_hashing()
 
         def worker() -> None:
-            summation = _Summation(readers, sums, writers, dtypes or {}, integers)
+            summation = _Summation(readers, sums, outputs, dtypes or {}, integers)
             for chunk in todo:
                 if stopped.is_set():
                     return
@@ -158,11 +149,11 @@ def merge(
                     progress(next(done), len(work))
 
         _run_threads(worker, threads or min(available_cores(), 4), stopped)
-        hashes = {path: h for reader in readers for path, h in reader.hashes().items()}
-    return Merged(_norms(work, squares), hashes)
+        hashes = {path: digest for reader in stored for path, digest in reader.hashes().items()}
+    return _norms(work, squares, hashes)
 
 
-def _norms(work: Sequence[Chunk], squares: NDArray[np.float64]) -> Norms:
+def _norms(work: Sequence[Chunk], squares: NDArray[np.float64], hashes: dict[Path, str]) -> Norms:
     """Add the squares in chunk order, so that threads do not change the result."""
     names = list(dict.fromkeys(chunk.name for chunk in work if chunk.spec.dtype in FLOATS))
     column = {name: index for index, name in enumerate(names)}
@@ -170,7 +161,38 @@ def _norms(work: Sequence[Chunk], squares: NDArray[np.float64]) -> Norms:
     for chunk, square in zip(work, squares, strict=True):
         if chunk.name in column:
             total[:, :, column[chunk.name]] += square
-    return Norms(tuple(names), *np.sqrt(total))
+    norm, distance = np.sqrt(total)
+    return Norms(tuple(names), norm, distance, hashes)
+
+
+class _Stopped(Exception):
+    """Another thread failed, so the awaited chunk never comes."""
+
+
+class OrderedAccess:
+    """Admits threads to a file one at a time, in order of the chunks.
+
+    Why not one queue per file: threads would hand over every chunk and block for it. Here a thread
+    processes a whole chunk, and blocks only if the previous chunk is at the same file.
+    """
+
+    def __init__(self, stopped: threading.Event) -> None:
+        self._stopped = stopped
+        self._next = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def at(self, number: int) -> Iterator[None]:
+        """Block until all chunks before `number` have passed."""
+        with self._changed:
+            while self._next != number:
+                if self._stopped.is_set():
+                    raise _Stopped
+                self._changed.wait(0.1)
+        yield
+        with self._changed:
+            self._next = number + 1
+            self._changed.notify_all()
 
 
 class _OrderedReader:
@@ -178,47 +200,28 @@ class _OrderedReader:
 
     def __init__(self, checkpoint: Checkpoint, files: ExitStack, stopped: threading.Event) -> None:
         self.checkpoint = checkpoint
+        self.stored = files.enter_context(checkpoint.reader())
         self._tensors = checkpoint.tensors
-        self._reader = files.enter_context(checkpoint.reader())
         self._access = OrderedAccess(stopped)
         residual = checkpoint.residual
-        self._residual = _OrderedReader(residual, files, stopped) if residual is not None else None
+        self.parts = [self]
+        """This file, then its residual."""
+        if residual is not None:
+            self.parts.append(_OrderedReader(residual, files, stopped))
 
     def read(self, chunk: Chunk, buffer: NDArray[np.uint8]) -> StoredArray:
         """Read a chunk in stored form."""
         with self._access.at(chunk.number):
-            return self._reader.read(chunk.name, chunk.start, chunk.stop, buffer)
+            return self.stored.read(chunk.name, chunk.start, chunk.stop, buffer)
 
     def read_floats(
         self, chunk: Chunk, buffer: NDArray[np.uint8], out: Float64s, scratch: Float64s
     ) -> None:
         """Read a chunk, plus its residual, into `out`."""
         to_float64(self.read(chunk, buffer), self._tensors[chunk.name].dtype, out)
-        if self._residual is not None:
-            self._residual.read_floats(chunk, buffer, scratch, scratch)
+        for residual in self.parts[1:]:
+            residual.read_floats(chunk, buffer, scratch, scratch)
             out += scratch
-
-    def start_hashing(self) -> None:
-        self._reader.start_hashing()
-        if self._residual is not None:
-            self._residual.start_hashing()
-
-    def hashes(self) -> dict[Path, str]:
-        """Return the hashes of the files that were read sequentially."""
-        residual = self._residual.hashes() if self._residual is not None else {}
-        return self._reader.hashes() | residual
-
-
-class _OrderedWriter:
-    """An output that receives chunks in order."""
-
-    def __init__(self, write: Write, stopped: threading.Event) -> None:
-        self._write = write
-        self._access = OrderedAccess(stopped)
-
-    def write(self, chunk: Chunk, raw: StoredArray) -> None:
-        with self._access.at(chunk.number):
-            self._write(chunk.name, chunk.start, raw)
 
 
 class _Summation:
@@ -228,13 +231,13 @@ class _Summation:
         self,
         readers: Sequence[_OrderedReader],
         sums: Sequence[WeightedSum],
-        writers: Sequence[_OrderedWriter],
+        outputs: Sequence[tuple[Write, OrderedAccess]],
         dtypes: Mapping[str, str],
         integers: Integers,
     ) -> None:
         self._readers = readers
         self._sums = sums
-        self._writers = writers
+        self._outputs = outputs
         self._dtypes = dtypes
         self._integers = integers
         self._factors = [each.factors() for each in sums]
@@ -249,14 +252,11 @@ class _Summation:
 
     def add(self, chunk: Chunk) -> NDArray[np.float64]:
         """Sum one chunk; return squares of norms and distances, shape (2, inputs)."""
-        if chunk.spec.dtype in FLOATS:
-            return self._add_floats(chunk)
-        self._copy_integers(chunk)
-        return np.zeros((2, len(self._readers)))
-
-    def _add_floats(self, chunk: Chunk) -> NDArray[np.float64]:
-        count = chunk.stop - chunk.start
         squares = np.zeros((2, len(self._readers)))
+        if chunk.spec.dtype not in FLOATS:
+            self._copy_integers(chunk)
+            return squares
+        count = chunk.stop - chunk.start
         scratch = self._scratch[:count]
         totals: dict[int, Float64s] = {}
         for index, reader in enumerate(self._readers):
@@ -295,13 +295,18 @@ class _Summation:
                 f"the average of {chunk.name} has numbers that {dtype} cannot represent",
                 hint="use a wider --dtype; check weights below 0 or above 1 with --show-weights",
             )
-        self._writers[number].write(chunk, raw)
+        self._write(number, chunk, raw)
         self._free.append(total if total.base is None else total.base)
+
+    def _write(self, number: int, chunk: Chunk, raw: StoredArray) -> None:
+        write, access = self._outputs[number]
+        with access.at(chunk.number):
+            write(chunk.name, chunk.start, raw)
 
     def _copy_integers(self, chunk: Chunk) -> None:
         """Copy elements without a mean from the newest input of each sum."""
         held = [reader.read(chunk, self._raw).copy() for reader in self._readers]
-        for each, writer in zip(self._sums, self._writers, strict=True):
+        for number, each in enumerate(self._sums):
             first, *others = each.inputs
             for other in others:
                 if self._integers == "equal" and not np.array_equal(held[other], held[first]):
@@ -311,7 +316,7 @@ class _Summation:
                         f"step {steps[0]:,} and step {steps[1]:,}",
                         hint="add --checks allow-integers to copy it from the newest checkpoint",
                     )
-            writer.write(chunk, held[each.inputs[-1]])
+            self._write(number, chunk, held[each.inputs[-1]])
 
 
 def _not_finite(checkpoint: Checkpoint, chunk: Chunk, values: Float64s) -> UserError:
@@ -325,43 +330,10 @@ def _not_finite(checkpoint: Checkpoint, chunk: Chunk, values: Float64s) -> UserE
 
 def _square(values: Float64s) -> float:
     """Return the sum of squares, computed in runs."""
-    runs, rest = np.split(values, [len(values) - len(values) % _RUN])
+    runs, rest = np.split(values, [len(values) // _RUN * _RUN])
     runs = runs.reshape(-1, _RUN)
     with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for non-finite values
         return float(np.matmul(runs[:, None, :], runs[:, :, None]).sum() + np.dot(rest, rest))
-
-
-# --- threads ------------------------------------------------------------------------------------
-
-
-class _Stopped(Exception):
-    """Another thread failed, so the awaited chunk never comes."""
-
-
-class OrderedAccess:
-    """Admits threads to a file one at a time, in order of the chunks.
-
-    Why not one queue per file: threads would hand over every chunk and block for it. Here a thread
-    processes a whole chunk, and blocks only if the previous chunk is at the same file.
-    """
-
-    def __init__(self, stopped: threading.Event) -> None:
-        self._stopped = stopped
-        self._next = 0
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def at(self, number: int) -> Iterator[None]:
-        """Block until all chunks before `number` have passed."""
-        with self._changed:
-            while self._next != number:
-                if self._stopped.is_set():
-                    raise _Stopped
-                self._changed.wait(0.1)
-        yield
-        with self._changed:
-            self._next = number + 1
-            self._changed.notify_all()
 
 
 def _run_threads(worker: Callable[[], None], count: int, stopped: threading.Event) -> None:
