@@ -89,9 +89,8 @@ def average(
     missing = [(spec, document) for spec, document in documented if not spec.target.exists()]
     made = {spec.target for spec, _ in missing}
     unverified = set(inputs) if verify else set()
-    size = max(
-        1, min(MAX_GROUP, MAX_GROUP_BYTES // _output_bytes(checkpoints[inputs[-1]], options))
-    )
+    needed = _output_bytes(checkpoints[inputs[-1]], options)
+    size = min(MAX_GROUP, max(1, MAX_GROUP_BYTES // max(1, needed)))
     for first in range(0, len(missing), size):
         group = missing[first : first + size]
         used = unique_inputs([spec for spec, _ in group])

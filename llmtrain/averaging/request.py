@@ -1,8 +1,6 @@
 """Requests: the options of `llmtrain average`, and the methods with the options that each accepts.
 
 Why apart from `make_specs.py`: the command line takes its help from here and must not import numpy.
-
-    AverageRequest(method="lawa", every=1000, window=5)
 """
 
 import re
@@ -69,17 +67,13 @@ class AverageRequest:
 
     @property
     def at_step(self) -> int | str:
-        """`last`, `all` or a step number.
-
-        Raises:
-            UserError: `at` is something else.
-        """
+        """`last`, `all` or a step number."""
         at = self.at or "last"
-        if at in ("last", "all"):
-            return at
-        if not at.isdecimal():
+        if at.isdecimal():
+            return int(at)
+        if at not in ("last", "all"):
             raise UserError(f"--at {at!r} is not last, all or a step", hint="use --at last")
-        return int(at)
+        return at
 
 
 @dataclass(frozen=True)
@@ -145,8 +139,7 @@ Weigh = Callable[[AverageRequest, int, int], Weighting]
 """Takes the request, the number of checkpoints and their spacing in steps."""
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """One averaging method."""
 
     help: str
@@ -163,11 +156,9 @@ def _plain(weights: Callable[[int], list[float]]) -> Weigh:
 
 def _decay(request: AverageRequest, count: int, every: int) -> Weighting:
     shapes = get_args(coefficients.Shape)
-    shape = next((s for s in shapes if s == (request.shape or "1-sqrt")), None)
-    if shape is None:
-        raise UserError(
-            f"--shape {request.shape!r} is unknown", hint=f"use one of {', '.join(shapes)}"
-        )
+    shape: Any = request.shape or "1-sqrt"
+    if shape not in shapes:
+        raise UserError(f"--shape {shape!r} is unknown", hint=f"use one of {', '.join(shapes)}")
     return Weighting(coefficients.decay(count, shape), f"decay-{shape}", {"shape": shape})
 
 
@@ -216,27 +207,22 @@ METHODS = {
 }
 
 
+def find_method(name: str) -> Method:
+    """Return the method with this name, or raise a UserError."""
+    if name not in METHODS:
+        raise UserError(f"--method {name!r} is unknown", hint=f"use one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
 def check_request(request: AverageRequest) -> None:
     """Raise a UserError if a method is unknown, an option does not apply, or a value is invalid."""
-    if request.method not in METHODS:
-        raise UserError(
-            f"--method {request.method!r} is unknown", hint=f"use one of {', '.join(METHODS)}"
-        )
-    accepted = METHODS[request.method].options | {"method", "label", "out"}
+    accepted = find_method(request.method).options | {"method", "label", "out"}
     given = {name for name, value in vars(request).items() if value is not None}
     if not given <= accepted:
         raise UserError(
             f"--method {request.method} does not take {_flags(given - accepted)}",
             hint=f"it takes {_flags(accepted)}",
         )
-    _check_values(request)
-
-
-def _flags(names: set[str]) -> str:
-    return ", ".join(sorted({_FLAGS.get(n, "--" + n.replace("_", "-")) for n in names}))
-
-
-def _check_values(request: AverageRequest) -> None:
     if request.label == RAW:
         raise UserError("--label raw is reserved for snapshots", hint="use another name")
     if request.label is not None and not _LABEL.fullmatch(request.label):
@@ -252,3 +238,7 @@ def _check_values(request: AverageRequest) -> None:
             f"--blend {request.blend} is not a share",
             hint="use 0 (the average) to 1 (the newest checkpoint)",
         )
+
+
+def _flags(names: set[str]) -> str:
+    return ", ".join(sorted({_FLAGS.get(n, "--" + n.replace("_", "-")) for n in names}))

@@ -1,10 +1,7 @@
 """The sweep: evaluate many averages of one run without writing them, and report what each saves.
 
-Why: the best window depends on the run, and measuring is cheaper than guessing. One pass over the
-snapshots sums all candidates of a group in memory.
-
-    result = sweep(run, parse_sweep("window=3,5,10 every=200,400,1000"))
-    result.best.request, result.best.losses
+The best window depends on the run. One pass over the snapshots sums all candidates of a group in
+memory.
 """
 
 import csv
@@ -12,6 +9,7 @@ import io
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,8 @@ import torch
 
 from llmtrain.averaging import audit
 from llmtrain.averaging.make_specs import make_specs
-from llmtrain.averaging.merge import Write, merge
-from llmtrain.averaging.request import METHODS, AverageRequest, MergeOptions
+from llmtrain.averaging.merge import merge
+from llmtrain.averaging.request import AverageRequest, MergeOptions, find_method
 from llmtrain.averaging.spec import AverageSpec, unique_inputs, weighted_sums
 from llmtrain.checkpoints.checkpoint import Checkpoint
 from llmtrain.checkpoints.gpt2_folder import load_model, transpose_conv1d
@@ -108,21 +106,14 @@ class SummaryRow:
     """Training time, from the run's metrics; None without metrics."""
 
 
-# --- parsing ------------------------------------------------------------------------------------
-
-
 def parse_sweep(text: str) -> list[AverageRequest]:
-    """Return every combination of `key=a,b key=c,d`, without options that a method does not take.
-
-    Raises:
-        UserError: the text has another form, an unknown key, or an invalid value.
-    """
-    choices = dict(_parse_key(part) for part in text.split())
-    if len(choices) < len(text.split()):
+    """Return every combination of `key=a,b key=c,d`, each with the options its method takes."""
+    parsed = [_parse_key(part) for part in text.split()]
+    choices = {"method": ["lawa"]} | dict(parsed)
+    if len(dict(parsed)) < len(parsed):
         raise UserError("--sweep has a key twice", hint="give several values as key=a,b")
-    choices = {"method": ["lawa"]} | choices
-    accepted = set().union(*(_accepted(method, choices) for method in choices["method"]))
-    if unused := set(choices) - accepted:
+    accepted = {name: find_method(name).options | {"method"} for name in choices["method"]}
+    if unused := set(choices).difference(*accepted.values()):
         raise UserError(
             f"--sweep: {', '.join(choices['method'])} does not take {', '.join(sorted(unused))}",
             hint="add a method that does, such as method=ema for decay",
@@ -130,8 +121,8 @@ def parse_sweep(text: str) -> list[AverageRequest]:
     requests = []
     for values in itertools.product(*choices.values()):
         given = dict(zip(choices, values, strict=True))
-        accepted = _accepted(given["method"], choices)
-        requests.append(AverageRequest(**{k: v for k, v in given.items() if k in accepted}))
+        taken = accepted[given["method"]]
+        requests.append(AverageRequest(**{k: v for k, v in given.items() if k in taken}))
     return list(dict.fromkeys(requests))
 
 
@@ -148,14 +139,6 @@ def _parse_key(part: str) -> tuple[str, list[Any]]:
         raise UserError(f"--sweep {part!r} has an invalid number", hint="window=3,5,10") from None
 
 
-def _accepted(method: str, choices: Mapping[str, Any]) -> set[str]:
-    """Return the keys that a method accepts; an unknown method is reported later."""
-    return (METHODS[method].options if method in METHODS else set(choices)) | {"method"}
-
-
-# --- evaluation ---------------------------------------------------------------------------------
-
-
 def sweep(
     run: RunFolder,
     requests: Sequence[AverageRequest],
@@ -165,14 +148,7 @@ def sweep(
 ) -> SweepResult:
     """Evaluate each request and the raw weights at the same steps.
 
-    Args:
-        run: source of the snapshots and the validation data.
-        requests: the candidates.
-        at: `all` snapshots, the `last` window, or one step; None: `POINTS` steps.
-        progress: called with the evaluations done and the total.
-
-    Raises:
-        UserError: no candidate has a window (at that step), or a request is invalid.
+    `at` selects `all` snapshots, the `last` window, or one step; None: `POINTS` steps.
     """
     series, config = run_series(run), load_config(run.config)
     specs, skipped = _specs(series, requests)
@@ -251,22 +227,21 @@ def _averages(jobs: Sequence[AverageSpec]) -> Iterator[tuple[AverageSpec, _Weigh
         opened = {source: opened.get(source) or source.open() for source in inputs}
         checkpoints = [opened[source] for source in inputs]
         require_same_tensors(checkpoints)
-        shapes = {name: spec.shape for name, spec in checkpoints[-1].tensors.items()}
+        tensors = checkpoints[-1].tensors.items()
         results = [
-            {name: np.empty(shape, np.float32) for name, shape in shapes.items()} for _ in group
+            {name: np.empty(spec.shape, np.float32) for name, spec in tensors} for _ in group
         ]
         merge(
-            checkpoints, weighted_sums(group, inputs), [_write_to(weights) for weights in results]
+            checkpoints,
+            weighted_sums(group, inputs),
+            [partial(_store, weights) for weights in results],
         )
         yield from zip(group, results, strict=True)
         position += len(group)
 
 
-def _write_to(weights: _Weights) -> Write:
-    def write(name: str, start: int, raw: StoredArray) -> None:
-        weights[name].reshape(-1)[start : start + len(raw)] = raw
-
-    return write
+def _store(weights: _Weights, name: str, start: int, raw: StoredArray) -> None:
+    weights[name].reshape(-1)[start : start + len(raw)] = raw
 
 
 def _evaluator(config: RunConfig, folder: Path) -> Callable[[_Weights], LossResult]:
@@ -296,9 +271,6 @@ def _evaluator(config: RunConfig, folder: Path) -> Callable[[_Weights], LossResu
     return measure
 
 
-# --- report -------------------------------------------------------------------------------------
-
-
 def summary(result: SweepResult, run: RunFolder) -> list[SummaryRow]:
     """Return a row for each candidate, best first."""
     tokens_per_step = load_config(run.config).tokens_per_step
@@ -311,12 +283,13 @@ def summary(result: SweepResult, run: RunFolder) -> list[SummaryRow]:
     for candidate in result.candidates:
         losses, step = candidate.losses, max(candidate.losses)
         reached = min((s for s, loss in losses.items() if loss <= target), default=None)
-        saved = None if reached is None else raw_reached - reached
-        hours = None
-        if reached is not None and clock:
-            logged, seconds = zip(*clock, strict=True)
-            begin, end = np.interp([reached, raw_reached], logged, seconds)
-            hours = float(end - begin) / 3600.0
+        saved, hours = None, None
+        if reached is not None:
+            saved = raw_reached - reached
+            if clock:
+                logged, seconds = np.array(clock).T
+                begin, end = np.interp([reached, raw_reached], logged, seconds)
+                hours = float(end - begin) / 3600.0
         rows.append(
             SummaryRow(
                 label=candidate.label,
@@ -352,15 +325,15 @@ def draw(result: SweepResult, path: Path, title: str) -> None:
     figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
     axes = figure.subplots()
 
-    def line(candidate: Candidate, label: str, **style: Any) -> None:
-        axes.plot(*zip(*sorted(candidate.losses.items()), strict=True), label=label, **style)
+    def line(candidate: Candidate, label: str, color: Any, width: float) -> None:
+        points = zip(*sorted(candidate.losses.items()), strict=True)
+        axes.plot(*points, label=label, color=color, linewidth=width, marker="o", markersize=3)
 
-    line(result.raw, RAW, marker="o", markersize=3, color="black", linewidth=1.6)
+    line(result.raw, RAW, "black", 1.6)
     shades = colormaps["viridis"](np.linspace(0.1, 0.9, max(len(result.candidates), 2)))
     for shade, candidate in zip(shades[1:], result.candidates[1:], strict=False):
-        line(candidate, candidate.label, marker="o", markersize=3, color=shade, linewidth=1.0)
-    best = f"{result.best.label} (best)"
-    line(result.best, best, marker="o", markersize=3, color="#D55E00", linewidth=2.2)
+        line(candidate, candidate.label, shade, 1.0)
+    line(result.best, f"{result.best.label} (best)", "#D55E00", 2.2)
     axes.set_title(title, loc="left")
     axes.set_xlabel("step")
     axes.set_ylabel("validation loss (nats per token)")
