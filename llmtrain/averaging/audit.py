@@ -62,23 +62,18 @@ class InputHashes:
 
 
 def input_hashes(
-    checkpoints: Mapping[Input, Checkpoint],
-    *,
-    compute: bool,
-    progress: Callable[[int, int], None] | None = None,
+    checkpoints: Mapping[Input, Checkpoint], progress: Callable[[int, int], None], *, compute: bool
 ) -> dict[Input, InputHashes]:
     """Return `hashes_of` every input; `progress` may raise to stop."""
     found: dict[Input, InputHashes] = {}
-    with ThreadPoolExecutor(2) as pool:  # hashing releases the GIL
+    pool = ThreadPoolExecutor(2)  # hashing releases the GIL
+    try:
         known = pool.map(lambda item: hashes_of(*item, compute=compute), checkpoints.items())
-        try:
-            for source, hashes in zip(checkpoints, known, strict=True):
-                found[source] = hashes
-                if progress is not None:
-                    progress(len(found), len(checkpoints))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for source, hashes in zip(checkpoints, known, strict=True):
+            found[source] = hashes
+            progress(len(found), len(checkpoints))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     return found
 
 
@@ -105,23 +100,34 @@ def hashes_of(
     return InputHashes({path.name: computed[path] for path in checkpoint.files}, "computed")
 
 
-def check_metadata(
-    series: Series, inputs: Sequence[Input], options: MergeOptions, *, audited: bool
-) -> None:
+def check_metadata(series: Series, inputs: Sequence[Input], options: MergeOptions) -> None:
     """Raise a UserError for known-bad revisions and for declared duplicates, before a download."""
     if not options.allow_known_bad:
         refuse_known_bad(series.repository, [source.step for source in inputs])
-    if audited:
-        declared = {source: InputHashes.declared(source) for source in inputs}
-        _check_duplicates(series, declared, options, compute=False)
+    declared = {source: InputHashes.declared(source) for source in inputs}
+    check_hashes(series, declared, options, compute=False)
 
 
 def check_hashes(
-    series: Series, hashes: Mapping[Input, InputHashes], options: MergeOptions, *, audited: bool
+    series: Series,
+    hashes: Mapping[Input, InputHashes],
+    options: MergeOptions,
+    *,
+    compute: bool = True,
 ) -> None:
-    """Raise a UserError if a weights file is identical at two steps."""
-    if audited:
-        _check_duplicates(series, hashes, options, compute=series.repository is None)
+    """Raise a UserError if a weights file is identical at two steps.
+
+    If `compute`, also hash the finished model, unless it is on the hub.
+    """
+    if options.allow_duplicates:
+        return
+    final = None
+    if series.final is not None:
+        known = InputHashes.declared(series.final)
+        if compute and not known.files and series.repository is None:
+            known = hashes_of(series.final, series.final.open(), compute=True)
+        final = series.final.step, known.files
+    refuse_duplicates({source.step: known.files for source, known in hashes.items()}, final)
 
 
 def check_norms(
@@ -136,20 +142,6 @@ def check_norms(
             "\n  ".join(lines), hint="choose a window without it, or leave out --checks strict"
         )
     return lines
-
-
-def _check_duplicates(
-    series: Series, hashes: Mapping[Input, InputHashes], options: MergeOptions, *, compute: bool
-) -> None:
-    if options.allow_duplicates:
-        return
-    final = None
-    if series.final is not None:
-        known = InputHashes.declared(series.final)
-        if compute and not known.files:
-            known = hashes_of(series.final, series.final.open(), compute=True)
-        final = series.final.step, known.files
-    refuse_duplicates({source.step: known.files for source, known in hashes.items()}, final)
 
 
 def known_bad(repository: str | None, steps: Sequence[int]) -> dict[int, str]:

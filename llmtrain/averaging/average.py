@@ -50,7 +50,7 @@ def average(
     specs: Sequence[AverageSpec],
     options: MergeOptions | None = None,
     *,
-    progress: Progress | None = None,
+    progress: Progress = lambda done, total: None,
     warn: Callable[[str], None] = lambda message: None,
 ) -> list[Average]:
     """Make the averages and commit each to its folder; keep those that exist with the same inputs.
@@ -71,14 +71,19 @@ def average(
             "--discard-inputs keeps one checkpoint on disk, so it makes one average without strict",
             hint="select an average with --at STEP and leave out --checks strict",
         )
-    inputs, audited = unique_inputs(specs), all(spec.audited for spec in specs)
-    audit.check_metadata(series, inputs, options, audited=audited)
+    if not all(spec.audited for spec in specs):
+        options = replace(options, allow_duplicates=True)
+    inputs = unique_inputs(specs)
+    audit.check_metadata(series, inputs, options)
     if options.discard_inputs:
         return [_average_in_turn(series, specs[0], options, progress)]
-    checkpoints = _open(inputs, progress)
+    checkpoints = {}
+    for done, source in enumerate(inputs):
+        progress(done, len(inputs))
+        checkpoints[source] = source.open()  # may download it
     require_same_tensors(list(checkpoints.values()))
-    hashes = audit.input_hashes(checkpoints, compute=not series.trusted, progress=progress)
-    audit.check_hashes(series, hashes, options, audited=audited)
+    hashes = audit.input_hashes(checkpoints, progress, compute=not series.trusted)
+    audit.check_hashes(series, hashes, options)
     verify = series.trusted and options.verify
     if verify:  # the merge computes these hashes, and commits only if they agree
         hashes = {source: replace(known, source="computed") for source, known in hashes.items()}
@@ -100,21 +105,12 @@ def average(
     return [Average(spec, cached=spec.target not in made) for spec in specs]
 
 
-def _open(inputs: Sequence[Input], progress: Progress | None) -> dict[Input, Checkpoint]:
-    checkpoints = {}
-    for done, source in enumerate(inputs):
-        if progress is not None:
-            progress(done, len(inputs))
-        checkpoints[source] = source.open()
-    return checkpoints
-
-
 def _merge_group(
     group: Sequence[Documented],
     checkpoints: Mapping[Input, Checkpoint],
     options: MergeOptions,
     verify: AbstractSet[Input],
-    progress: Progress | None,
+    progress: Progress,
     warn: Callable[[str], None],
 ) -> None:
     """Merge all averages of a group in one pass, check, and commit all or none.
@@ -180,7 +176,7 @@ def _output_dtypes(newest: Checkpoint, options: MergeOptions) -> dict[str, str]:
 
 
 def _average_in_turn(
-    series: Series, spec: AverageSpec, options: MergeOptions, progress: Progress | None
+    series: Series, spec: AverageSpec, options: MergeOptions, progress: Progress
 ) -> Average:
     """Make one average, opening (downloading), adding and deleting its inputs one by one.
 
@@ -201,15 +197,14 @@ def _average_in_turn(
             checkpoint = opened[source] = source.open()
             require_same_tensors(list(opened.values()))
             hashes[source] = audit.hashes_of(source, checkpoint, compute=True)
-            audit.check_hashes(series, hashes, options, audited=spec.audited)
+            audit.check_hashes(series, hashes, options)
             total = _add(folder, number, total, checkpoint, factors[number], options)
             if number + 1 == len(spec.inputs):
                 document = provenance(spec, opened, hashes, options)
                 writer = _prepare(folder, checkpoint, document, options)
             if checkpoint.disposable:
                 shutil.rmtree(checkpoint.folder)
-            if progress is not None:
-                progress(number + 1, len(spec.inputs))
+            progress(number + 1, len(spec.inputs))
         assert total is not None, "a spec has at least one input"
         dtypes = {name: each.dtype for name, each in checkpoint.tensors.items()}
         dtypes |= _output_dtypes(checkpoint, options)

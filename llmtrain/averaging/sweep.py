@@ -21,10 +21,8 @@ from llmtrain.averaging.make_specs import make_specs
 from llmtrain.averaging.merge import merge
 from llmtrain.averaging.request import AverageRequest, MergeOptions, find_method
 from llmtrain.averaging.spec import AverageSpec, unique_inputs, weighted_sums
-from llmtrain.checkpoints.checkpoint import Checkpoint
 from llmtrain.checkpoints.gpt2_folder import load_model, transpose_conv1d
 from llmtrain.checkpoints.series import (
-    Input,
     MissingCheckpoints,
     Series,
     require_same_tensors,
@@ -144,7 +142,7 @@ def sweep(
     requests: Sequence[AverageRequest],
     *,
     at: str | int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SweepResult:
     """Evaluate each request and the raw weights at the same steps.
 
@@ -159,14 +157,13 @@ def sweep(
     ]
     jobs.sort(key=lambda job: job.step)
     inputs = unique_inputs([job for job in jobs if job.audited])
-    audit.check_metadata(series, inputs, MergeOptions(), audited=True)
+    audit.check_metadata(series, inputs, MergeOptions())
     measure = _evaluator(config, series.inputs[steps[-1]].open().folder)
     losses: dict[str, dict[int, float]] = {}
     for done, (job, weights) in enumerate(_averages(jobs), start=1):
         measured = measure(weights)
         losses.setdefault(job.label, {})[job.step] = measured.loss
-        if progress is not None:
-            progress(done, len(jobs))
+        progress(done, len(jobs))
     candidates = []
     for request, each in specs.items():
         label = each[-1].label
@@ -218,26 +215,20 @@ def _compared_steps(
 
 def _averages(jobs: Sequence[AverageSpec]) -> Iterator[tuple[AverageSpec, _Weights]]:
     """Yield each average in memory; groups that fit in `MEMORY` read each snapshot once."""
-    opened: dict[Input, Checkpoint] = {}
-    position = 0
-    while position < len(jobs):
-        size = 4 * sum(spec.count for spec in jobs[position].inputs[-1].open().tensors.values())
-        group = jobs[position : position + max(1, MEMORY // size)]
+    opened = {source: source.open() for source in unique_inputs(jobs)}
+    require_same_tensors(list(opened.values()))
+    tensors = opened[jobs[-1].inputs[-1]].tensors
+    count = max(1, MEMORY // (4 * sum(spec.count for spec in tensors.values())))
+    for first in range(0, len(jobs), count):
+        group = jobs[first : first + count]
         inputs = unique_inputs(group)
-        opened = {source: opened.get(source) or source.open() for source in inputs}
-        checkpoints = [opened[source] for source in inputs]
-        require_same_tensors(checkpoints)
-        tensors = checkpoints[-1].tensors.items()
         results = [
-            {name: np.empty(spec.shape, np.float32) for name, spec in tensors} for _ in group
+            {name: np.empty(spec.shape, np.float32) for name, spec in tensors.items()}
+            for _ in group
         ]
-        merge(
-            checkpoints,
-            weighted_sums(group, inputs),
-            [partial(_store, weights) for weights in results],
-        )
+        writes = [partial(_store, weights) for weights in results]
+        merge([opened[source] for source in inputs], weighted_sums(group, inputs), writes)
         yield from zip(group, results, strict=True)
-        position += len(group)
 
 
 def _store(weights: _Weights, name: str, start: int, raw: StoredArray) -> None:
@@ -249,7 +240,17 @@ def _evaluator(config: RunConfig, folder: Path) -> Callable[[_Weights], LossResu
     device = resolve_device(config.train.device)
     model = load_model(folder).to(device)
     data = open_data(local_folder(config.data.path))
-    reader, token_bytes = data.reader("val"), load_tokenizer(data.tokenizer).token_bytes()
+    loss = partial(
+        evaluate,
+        model,
+        data.reader("val"),
+        load_tokenizer(data.tokenizer).token_bytes(),
+        block_size=config.data.block_size,
+        batch=config.eval.batch,
+        device=device,
+        precision=resolve_precision(config.train.precision, device),
+        limit=config.eval.tokens,
+    )
 
     def measure(weights: _Weights) -> LossResult:
         with torch.no_grad():
@@ -257,16 +258,7 @@ def _evaluator(config: RunConfig, folder: Path) -> Callable[[_Weights], LossResu
                 stored = weights.get(name, weights.get(name.removeprefix("transformer.")))
                 parameter.copy_(transpose_conv1d(name, torch.from_numpy(stored)))
         with keep_freed_memory(device):
-            return evaluate(
-                model,
-                reader,
-                token_bytes,
-                block_size=config.data.block_size,
-                batch=config.eval.batch,
-                device=device,
-                precision=resolve_precision(config.train.precision, device),
-                limit=config.eval.tokens,
-            )
+            return loss()
 
     return measure
 
