@@ -131,14 +131,10 @@ def evaluate_sweep(
         written = _average(series, make_specs(series, result.best.request), MergeOptions())
     if as_json:
         curves = zip(rows, result.candidates, strict=True)
-        print_json(
-            {
-                "raw": {"losses": result.raw.losses},
-                "candidates": [asdict(row) | {"losses": each.losses} for row, each in curves],
-                "tokens": result.tokens,
-                "written": [result.spec.as_json() for result in written],
-            }
-        )
+        candidates = [asdict(row) | {"losses": each.losses} for row, each in curves]
+        document = {"raw": {"losses": result.raw.losses}, "candidates": candidates}
+        written_specs = [each.spec.as_json() for each in written]
+        print_json(document | {"tokens": result.tokens, "written": written_specs})
         return
     console.print(_sweep_table(rows))
     last = max(result.raw.losses)

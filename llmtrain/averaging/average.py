@@ -14,7 +14,7 @@ from typing import Any
 
 from llmtrain.averaging import audit
 from llmtrain.averaging.merge import WeightedSum, merge
-from llmtrain.averaging.request import MergeOptions
+from llmtrain.averaging.request import Integers, MergeOptions
 from llmtrain.averaging.spec import (
     Average,
     AverageSpec,
@@ -113,10 +113,7 @@ def _merge_group(
     progress: Progress,
     warn: Callable[[str], None],
 ) -> None:
-    """Merge all averages of a group in one pass, check, and commit all or none.
-
-    `verify` are the inputs to hash while reading and to compare with their recorded hashes.
-    """
+    """Merge a group in one pass, compare the hashes of the inputs in `verify`, and commit."""
     opened = list(checkpoints.values())
     sums = weighted_sums([spec for spec, _ in group], list(checkpoints))
     needed = _output_bytes(opened[-1], options)
@@ -161,12 +158,10 @@ def _prepare(
 
 
 def _output_bytes(newest: Checkpoint, options: MergeOptions) -> int:
-    """Return the disk space of an average, except a few kilobytes."""
     return layout_bytes(output_layout(newest, dtype=options.dtype))
 
 
 def _output_dtypes(newest: Checkpoint, options: MergeOptions) -> dict[str, str]:
-    """Return the dtype of each float tensor that changes it."""
     if options.dtype is None:
         return {}
     return {name: options.dtype for name, spec in newest.tensors.items() if spec.dtype in FLOATS}
@@ -198,7 +193,8 @@ def _average_in_turn(
             require_same_tensors(list(opened.values()))
             hashes[source] = audit.hashes_of(source, checkpoint, compute=True)
             audit.check_hashes(series, hashes, options)
-            total = _add(folder, number, total, checkpoint, factors[number], options)
+            path = folder / f"sum-{number}.safetensors"
+            total = _add(total, checkpoint, factors[number], path, options.integers)
             if number + 1 == len(spec.inputs):
                 document = provenance(spec, opened, hashes, options)
                 writer = _prepare(folder, checkpoint, document, options)
@@ -208,9 +204,8 @@ def _average_in_turn(
         assert total is not None, "a spec has at least one input"
         dtypes = {name: each.dtype for name, each in checkpoint.tensors.items()}
         dtypes |= _output_dtypes(checkpoint, options)
-        scaled = WeightedSum((0,), (1.0,), divisor=divisor)
         with writer:
-            merge([total], [scaled], [writer.write], dtypes=dtypes)
+            merge([total], [WeightedSum((0,), (1.0,), divisor)], [writer.write], dtypes=dtypes)
         total.files[0].unlink()
     if checkpoint.disposable:  # remove leftovers of the hub client
         shutil.rmtree(checkpoint.folder.parent, ignore_errors=True)
@@ -218,29 +213,27 @@ def _average_in_turn(
 
 
 def _add(
-    folder: Path,
-    number: int,
     total: Checkpoint | None,
     checkpoint: Checkpoint,
     factor: float,
-    options: MergeOptions,
+    path: Path,
+    integers: Integers,
 ) -> Checkpoint:
     """Write the float64 sum with one more input to a new file, and delete the previous file."""
     specs = {
         name: TensorSpec("F64", spec.shape) if spec.dtype in FLOATS else spec
         for name, spec in checkpoint.tensors.items()
     }
-    path = folder / f"sum-{number}.safetensors"
     inputs = [checkpoint] if total is None else [total, checkpoint]
     weights = (factor,) if total is None else (1.0, factor)
     layout = {path.name: specs}
     with (
         disk_errors(path, needed=layout_bytes(layout)),
-        WeightsWriter(folder, layout, {}) as writer,
+        WeightsWriter(path.parent, layout, {}) as writer,
     ):
         dtypes = {name: spec.dtype for name, spec in specs.items()}
         added = WeightedSum(tuple(range(len(inputs))), weights)
-        merge(inputs, [added], [writer.write], dtypes=dtypes, integers=options.integers)
+        merge(inputs, [added], [writer.write], dtypes=dtypes, integers=integers)
     for old in total.files if total is not None else ():
         old.unlink()
     return open_safetensors(path, checkpoint.step, checkpoint.location)

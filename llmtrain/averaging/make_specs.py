@@ -49,9 +49,7 @@ def _every(series: Series, request: AverageRequest, size: int) -> int:
 
 def _windows(series: Series, request: AverageRequest) -> list[AverageSpec]:
     if request.start is not None:
-        raise UserError(
-            "--from and --window exclude each other", hint="leave out --window to use all --from"
-        )
+        raise UserError("--from and --window exclude each other", hint="leave out one of them")
     size = DEFAULT_WINDOW if request.window is None else request.window
     every = _every(series, request, size)
     windows = series.windows(

@@ -115,7 +115,6 @@ def merge(
 
     Args:
         checkpoints: in the order of addition, alike (`require_same_tensors`).
-        sums: the averages.
         writes: one for each sum; called in stored order, from several threads but one at a time.
         dtypes: dtype of each output tensor; default: that of the inputs.
         integers: tensors without a mean must agree in all inputs, or are the newest input's.
@@ -224,42 +223,36 @@ class _OrderedReader:
             out += scratch
 
 
+@dataclass
 class _Summation:
     """The sums of one thread, with its buffers."""
 
-    def __init__(
-        self,
-        readers: Sequence[_OrderedReader],
-        sums: Sequence[WeightedSum],
-        outputs: Sequence[tuple[Write, OrderedAccess]],
-        dtypes: Mapping[str, str],
-        integers: Integers,
-    ) -> None:
-        self._readers = readers
-        self._sums = sums
-        self._outputs = outputs
-        self._dtypes = dtypes
-        self._integers = integers
-        self._factors = [each.factors() for each in sums]
+    readers: Sequence[_OrderedReader]
+    sums: Sequence[WeightedSum]
+    outputs: Sequence[tuple[Write, OrderedAccess]]
+    dtypes: Mapping[str, str]
+    integers: Integers
+
+    def __post_init__(self) -> None:
+        self._factors = [each.factors() for each in self.sums]
         self._users = [
-            [number for number, each in enumerate(sums) if index in each.inputs]
-            for index in range(len(readers))
+            [number for number, each in enumerate(self.sums) if index in each.inputs]
+            for index in range(len(self.readers))
         ]
         self._raw = np.empty(CHUNK * 8, np.uint8)
         self._values = [np.empty(CHUNK), np.empty(CHUNK)]
         self._scratch = np.empty(CHUNK)
-        self._free: list[Float64s] = []
 
     def add(self, chunk: Chunk) -> NDArray[np.float64]:
         """Sum one chunk; return squares of norms and distances, shape (2, inputs)."""
-        squares = np.zeros((2, len(self._readers)))
+        squares = np.zeros((2, len(self.readers)))
         if chunk.spec.dtype not in FLOATS:
             self._copy_integers(chunk)
             return squares
         count = chunk.stop - chunk.start
         scratch = self._scratch[:count]
         totals: dict[int, Float64s] = {}
-        for index, reader in enumerate(self._readers):
+        for index, reader in enumerate(self.readers):
             values, previous = (self._values[(index + i) % 2][:count] for i in (0, 1))
             reader.read_floats(chunk, self._raw, values, scratch)
             squares[0, index] = _square(values)
@@ -269,26 +262,21 @@ class _Summation:
                 np.subtract(values, previous, out=scratch)
                 squares[1, index] = _square(scratch)
             for number in self._users[index]:
-                factor = self._factors[number][0][index]
-                totals[number] = self._add_to(totals.get(number), values, factor, scratch)
-                if index == self._sums[number].inputs[-1]:
+                factor, inputs = self._factors[number][0][index], self.sums[number].inputs
+                if index == inputs[0]:
+                    totals[number] = values * factor
+                else:
+                    totals[number] += (
+                        values if factor == 1.0 else np.multiply(values, factor, out=scratch)
+                    )
+                if index == inputs[-1]:
                     self._finish(number, chunk, totals.pop(number))
         return squares
-
-    def _add_to(
-        self, total: Float64s | None, values: Float64s, factor: float, scratch: Float64s
-    ) -> Float64s:
-        """Add `factor` times `values` to a total; None starts one."""
-        if total is None:
-            total = (self._free.pop() if self._free else np.empty(CHUNK))[: len(values)]
-            return np.multiply(values, factor, out=total)
-        total += values if factor == 1.0 else np.multiply(values, factor, out=scratch)
-        return total
 
     def _finish(self, number: int, chunk: Chunk, total: Float64s) -> None:
         """Round the total of sum `number` and write it."""
         total /= self._factors[number][1]
-        dtype = self._dtypes.get(chunk.name, chunk.spec.dtype)
+        dtype = self.dtypes.get(chunk.name, chunk.spec.dtype)
         raw = round_to(total, dtype)
         if overflows(raw, dtype):
             raise UserError(
@@ -296,21 +284,20 @@ class _Summation:
                 hint="use a wider --dtype; check weights below 0 or above 1 with --show-weights",
             )
         self._write(number, chunk, raw)
-        self._free.append(total if total.base is None else total.base)
 
     def _write(self, number: int, chunk: Chunk, raw: StoredArray) -> None:
-        write, access = self._outputs[number]
+        write, access = self.outputs[number]
         with access.at(chunk.number):
             write(chunk.name, chunk.start, raw)
 
     def _copy_integers(self, chunk: Chunk) -> None:
         """Copy elements without a mean from the newest input of each sum."""
-        held = [reader.read(chunk, self._raw).copy() for reader in self._readers]
-        for number, each in enumerate(self._sums):
+        held = [reader.read(chunk, self._raw).copy() for reader in self.readers]
+        for number, each in enumerate(self.sums):
             first, *others = each.inputs
             for other in others:
-                if self._integers == "equal" and not np.array_equal(held[other], held[first]):
-                    steps = [self._readers[i].checkpoint.step for i in (first, other)]
+                if self.integers == "equal" and not np.array_equal(held[other], held[first]):
+                    steps = [self.readers[i].checkpoint.step for i in (first, other)]
                     raise UserError(
                         f"{chunk.name} ({chunk.spec}) cannot be averaged and differs between "
                         f"step {steps[0]:,} and step {steps[1]:,}",

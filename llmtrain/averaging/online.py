@@ -46,7 +46,6 @@ class OnlineAverage(ABC):
         self.updates = 0
         self._parameters = dict(model.named_parameters())
         """Each process averages its own shards."""
-        self._pinned = config.offload and any(p.is_cuda for p in self._parameters.values())
         self._tensors: dict[str, Tensor] = {}
         """State by parameter name."""
 
@@ -98,14 +97,9 @@ class OnlineAverage(ABC):
 
     def provenance(self, step: int) -> dict[str, Any]:
         """Return the content of `provenance.json`."""
-        return {
-            "method": self.config.kind,
-            "online": True,
-            "step": step,
-            "updates": self.updates,
-            "every": self.config.every,
-            **self._options(step),
-        }
+        method, every = self.config.kind, self.config.every
+        common = {"method": method, "online": True, "step": step, "updates": self.updates}
+        return common | {"every": every} | self._options(step)
 
     @abstractmethod
     def _options(self, step: int) -> dict[str, Any]: ...
@@ -119,7 +113,7 @@ class OnlineAverage(ABC):
         value = to_local(parameter.detach())
         if not self.config.offload:
             return value.to(dtype, copy=True)
-        return torch.empty(value.shape, dtype=dtype, pin_memory=self._pinned).copy_(value)
+        return torch.empty(value.shape, dtype=dtype, pin_memory=value.is_cuda).copy_(value)
 
     def _current(self) -> list[Tensor]:
         """Return the current float32 weights in the memory of the average."""

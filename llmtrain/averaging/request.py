@@ -108,9 +108,7 @@ def parse_checks(text: str) -> dict[str, Any]:
     """Return the fields of `MergeOptions` that comma-separated keys of `CHECKS` set."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if unknown := [name for name in names if name not in CHECKS]:
-        raise UserError(
-            f"--checks: {', '.join(unknown)} is unknown", hint=f"use some of {', '.join(CHECKS)}"
-        )
+        raise UserError(f"--checks {unknown[0]!r} is unknown", hint=f"use {', '.join(CHECKS)}")
     return {field: value for field, value, _ in (CHECKS[name] for name in names)}
 
 
@@ -120,9 +118,7 @@ def parse_decay(text: str) -> dict[str, float]:
     try:
         return {field: float(text.removeprefix("half-life="))}
     except ValueError:
-        raise UserError(
-            f"--decay {text!r} is not a number", hint="use 0.9 or half-life=1500"
-        ) from None
+        raise UserError(f"--decay {text!r} is not a number", hint="use a value like 0.9") from None
 
 
 class Weighting(NamedTuple):
@@ -223,21 +219,17 @@ def check_request(request: AverageRequest) -> None:
             f"--method {request.method} does not take {_flags(given - accepted)}",
             hint=f"it takes {_flags(accepted)}",
         )
-    if request.label == RAW:
-        raise UserError("--label raw is reserved for snapshots", hint="use another name")
-    if request.label is not None and not _LABEL.fullmatch(request.label):
+    label = request.label
+    if label is not None and (label == RAW or not _LABEL.fullmatch(label)):
         raise UserError(
-            f"--label {request.label!r} is not a folder name", hint="use letters, digits, - _ ."
+            f"--label {label} is reserved or not a folder name",
+            hint="use another name with letters, digits, - _ .",
         )
-    for name in ("every", "window", "start"):
-        value = getattr(request, name)
-        if value is not None and value < 1:
+    for name in given & {"every", "window", "start"}:
+        if (value := getattr(request, name)) < 1:
             raise UserError(f"{_flags({name})} is {value}", hint="use a number of at least 1")
     if request.blend is not None and not 0.0 <= request.blend <= 1.0:
-        raise UserError(
-            f"--blend {request.blend} is not a share",
-            hint="use 0 (the average) to 1 (the newest checkpoint)",
-        )
+        raise UserError(f"--blend {request.blend} is not a share", hint="use a number from 0 to 1")
 
 
 def _flags(names: set[str]) -> str:

@@ -59,7 +59,7 @@ def test_rejects_invalid_sweep(text: str) -> None:
 
 
 def test_unknown_key_lists_the_keys() -> None:
-    with pytest.raises(UserError, match="does not have a key 'windows'") as caught:
+    with pytest.raises(UserError, match="'windows=3' is not a known key") as caught:
         parse_sweep("windows=3")
     assert caught.value.hint is not None and "half-life" in caught.value.hint
 
