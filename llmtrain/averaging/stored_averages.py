@@ -21,8 +21,7 @@ import numpy as np
 
 from llmtrain.averaging.coefficients import span
 from llmtrain.averaging.spec import AverageSpec
-from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint
-from llmtrain.checkpoints.open import open_checkpoint, with_residual
+from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, open_with_residual
 from llmtrain.checkpoints.series import Input, MissingCheckpoints, Series, recorded_hashes
 from llmtrain.checkpoints.windows import describe_steps
 from llmtrain.errors import UserError
@@ -197,13 +196,14 @@ def _spec(
     options: dict[str, Any],
 ) -> AverageSpec:
     inputs = tuple(
-        Input(each.step, str(each.path), partial(_open, each), partial(recorded_hashes, each.path))
+        Input(
+            each.step,
+            str(each.path),
+            partial(open_with_residual, each.path, step=each.step),
+            partial(recorded_hashes, each.path),
+        )
         for each in used
     )
     return AverageSpec(
         method, label, inputs, tuple(weights), series.averages, options, audited=False
     )
-
-
-def _open(stored: _Stored) -> Checkpoint:
-    return with_residual(open_checkpoint(stored.path, step=stored.step))
