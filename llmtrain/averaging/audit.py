@@ -169,11 +169,9 @@ def refuse_known_bad(repository: str | None, steps: Sequence[int]) -> None:
 def refuse_duplicates(
     hashes: Mapping[int, Mapping[str, str]], final: tuple[int, Mapping[str, str]] | None = None
 ) -> None:
-    """Raise a UserError if a file has the same content at two steps.
+    """Raise a UserError if a file, in `hashes` by step and name, has the same content at two steps.
 
-    Args:
-        hashes: step → file name → SHA-256.
-        final: the last step, and the files of the finished model; another step must have none.
+    `final` are the last step and the files of the finished model; another step must have none.
     """
     holders: dict[str, dict[int, str]] = defaultdict(dict)
     for step, names in hashes.items():
@@ -230,7 +228,7 @@ def _equal(one: Checkpoint, other: Checkpoint, name: str) -> bool:
     buffers = np.empty((2, CHUNK * 8), np.uint8)
     with ExitStack() as stack:
         readers = [stack.enter_context(checkpoint.reader()) for checkpoint in (one, other)]
-        for chunk in chunks({name: one.tensors[name]}, CHUNK):
+        for chunk in chunks({name: one.tensors[name]}):
             a, b = (
                 reader.read(name, chunk.start, chunk.stop, buffer)
                 for reader, buffer in zip(readers, buffers, strict=True)

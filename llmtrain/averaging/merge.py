@@ -92,12 +92,12 @@ class Chunk:
     """Position among all chunks."""
 
 
-def chunks(tensors: dict[str, TensorSpec], size: int) -> Iterator[Chunk]:
-    """Split all tensors into chunks of at most `size` elements."""
+def chunks(tensors: dict[str, TensorSpec]) -> Iterator[Chunk]:
+    """Split all tensors into chunks of at most `CHUNK` elements."""
     number = itertools.count()
     for name, spec in tensors.items():
-        for start in range(0, spec.count, size):
-            yield Chunk(name, spec, start, min(start + size, spec.count), next(number))
+        for start in range(0, spec.count, CHUNK):
+            yield Chunk(name, spec, start, min(start + CHUNK, spec.count), next(number))
 
 
 def merge(
@@ -107,7 +107,6 @@ def merge(
     *,
     dtypes: Mapping[str, str] | None = None,
     integers: Integers = "equal",
-    threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     hash_inputs: bool = False,
 ) -> Norms:
@@ -118,14 +117,13 @@ def merge(
         writes: one for each sum; called in stored order, from several threads but one at a time.
         dtypes: dtype of each output tensor; default: that of the inputs.
         integers: tensors without a mean must agree in all inputs, or are the newest input's.
-        threads: default: the cores of this process, at most 4.
         progress: called with the chunks done and the total.
         hash_inputs: hash the input files while reading.
 
     Raises:
         UserError: a NaN or infinite weight, integers that differ, or a truncated input.
     """
-    work = list(chunks(checkpoints[-1].tensors, CHUNK))
+    work = list(chunks(checkpoints[-1].tensors))
     todo = iter(work)  # shared: each thread takes the next chunk when it is free
     squares = np.zeros((len(work), 2, len(checkpoints)))
     done = itertools.count(1)
@@ -147,7 +145,7 @@ def merge(
                 if progress is not None:
                     progress(next(done), len(work))
 
-        _run_threads(worker, threads or min(available_cores(), 4), stopped)
+        _run_threads(worker, min(available_cores(), 4), stopped)
         hashes = {path: digest for reader in stored for path, digest in reader.hashes().items()}
     return _norms(work, squares, hashes)
 

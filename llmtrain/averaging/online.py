@@ -286,20 +286,21 @@ def swapped_in(model: nn.Module, weights: Weights) -> Iterator[None]:
     `weights` are by parameter name; local shards if the model is sharded.
     """
     parameters = dict(model.named_parameters())
-    if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
-        # FSDP gathers from the memory of the shards, so they must be overwritten in place.
-        own = {name: to_local(each.detach()).clone() for name, each in parameters.items()}
-        try:
-            load_shards(model, weights)
-            yield
-        finally:
-            load_shards(model, own)
-        return
-    own = {name: parameter.data for name, parameter in parameters.items()}
-    try:
+    sharded = any(isinstance(parameter, DTensor) for parameter in parameters.values())
+
+    def put(values: Weights) -> None:
+        if sharded:  # FSDP gathers from the memory of the shards: overwrite it in place
+            load_shards(model, values)
+            return
         for name, parameter in parameters.items():
-            parameter.data = weights[name].to(parameter.device)
+            parameter.data = values[name].to(parameter.device)
+
+    own = {
+        name: to_local(parameter.detach()).clone() if sharded else parameter.data
+        for name, parameter in parameters.items()
+    }
+    try:
+        put(weights)
         yield
     finally:
-        for name, parameter in parameters.items():
-            parameter.data = own[name]
+        put(own)

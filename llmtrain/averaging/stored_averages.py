@@ -77,9 +77,7 @@ def reconstruct(
 ) -> tuple[list[float], float]:
     """Fit the EMA of (time, γ) as a sum of stored averages, each given as (time, γ).
 
-    Returns:
-        One weight for each stored average, summing to 1, and the distance of the fitted profile
-        from the wanted one, as a share of its norm.
+    Return their weights, and the distance of the fitted profile as a share of the wanted norm.
     """
     matrix = np.array([[overlap(*a, *b) for b in stored] for a in stored])
     wanted = np.array([overlap(*a, time, gamma) for a in stored])

@@ -138,7 +138,7 @@ def test_group_size_does_not_change_the_losses(
 def test_skips_candidates_without_a_window(run: RunFolder) -> None:
     result = sweep(run, parse_sweep("window=2,50 every=2"))
     assert [candidate.label for candidate in result.candidates] == ["lawa-2x2"]
-    assert "no 50 checkpoints" in result.skipped[0]
+    assert "no window of 50 checkpoints" in result.skipped[0]
     with pytest.raises(UserError, match="no candidate has a window"):
         sweep(run, parse_sweep("window=50 every=2"))
 
