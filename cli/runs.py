@@ -10,7 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Column, Table
 
-from .common import console, err_console, format_bytes, print_json, warn
+from .common import JsonFlag, console, err_console, format_bytes, print_json, warn
 
 if TYPE_CHECKING:
     from llmtrain.evaluation.report.run_list import BestLoss, RunEntry
@@ -20,9 +20,7 @@ _COLOURS = {"running": "green", "finished": "default", "interrupted": "yellow", 
 
 def runs(
     folder: Annotated[Path, typer.Argument(help="Folder that contains the runs.")] = Path("runs"),
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
-    ] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """List runs: state, step, lowest validation loss of raw and averaged weights, age, size.
 
