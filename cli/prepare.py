@@ -4,7 +4,7 @@ import time
 from decimal import Decimal, InvalidOperation
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -17,9 +17,9 @@ from .common import ProgressLine, console, err_console, help_of, interruptible, 
 if TYPE_CHECKING:
     from llmtrain.data.manifest import Manifest
     from llmtrain.data.prepare import PrepareProgress
+    from llmtrain.runtime.signals import Interrupt
 
 _SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
-_help = partial(help_of, PrepareOptions)
 
 
 def parse_count(value: str | int) -> int:
@@ -34,6 +34,13 @@ def parse_count(value: str | int) -> int:
     if count != number or count >= 10**18:
         raise typer.BadParameter(f"{text!r} is not a whole number below 10^18")
     return count
+
+
+def _option(field: str, **keywords: Any) -> Any:
+    return typer.Option(help=help_of(PrepareOptions, field), **keywords)
+
+
+_count_option = partial(_option, parser=parse_count, metavar="COUNT")
 
 
 def prepare(
@@ -53,46 +60,21 @@ def prepare(
             show_default="data/ and the source's name",
         ),
     ] = None,
-    tokenizer: Annotated[
-        Literal["gpt2", "byte"], typer.Option(help=_help("tokenizer"))
-    ] = PrepareOptions.tokenizer,
-    val_fraction: Annotated[
-        float, typer.Option(help=_help("val_fraction"))
-    ] = PrepareOptions.val_fraction,
-    seed: Annotated[int, typer.Option(help=_help("seed"))] = PrepareOptions.seed,
+    tokenizer: Annotated[Literal["gpt2", "byte"], _option("tokenizer")] = PrepareOptions.tokenizer,
+    val_fraction: Annotated[float, _option("val_fraction")] = PrepareOptions.val_fraction,
+    seed: Annotated[int, _option("seed")] = PrepareOptions.seed,
     shard_tokens: Annotated[
-        int,
-        typer.Option(
-            parser=parse_count,
-            metavar="COUNT",
-            help=_help("shard_tokens"),
-            show_default="100M",
-        ),
+        int, _count_option("shard_tokens", show_default="100M")
     ] = PrepareOptions.shard_tokens,
-    workers: Annotated[
-        int | None,
-        typer.Option(help=_help("workers"), show_default="one per core"),
-    ] = None,
-    engine: Annotated[
-        Literal["local", "ray"], typer.Option(help=_help("engine"))
-    ] = PrepareOptions.engine,
+    workers: Annotated[int | None, _option("workers", show_default="one per core")] = None,
+    engine: Annotated[Literal["local", "ray"], _option("engine")] = PrepareOptions.engine,
     ray_address: Annotated[
         str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help=_help("ray_address"),
-            show_default="RAY_ADDRESS, or start one",
-        ),
+        _option("ray_address", metavar="ADDRESS", show_default="RAY_ADDRESS, or start one"),
     ] = None,
-    text_field: Annotated[str, typer.Option(help=_help("text_field"))] = PrepareOptions.text_field,
+    text_field: Annotated[str, _option("text_field")] = PrepareOptions.text_field,
     limit_documents: Annotated[
-        int | None,
-        typer.Option(
-            parser=parse_count,
-            metavar="COUNT",
-            help=_help("limit_documents"),
-            show_default="all",
-        ),
+        int | None, _count_option("limit_documents", show_default="all")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the manifest as JSON and nothing else.")
@@ -124,19 +106,9 @@ def prepare(
     started = time.monotonic()
     outcome = f"{folder} is incomplete; the same command resumes after its last finished shard"
     with interruptible(outcome) as interrupt, ProgressLine("documents") as line:
-        display = _ProgressDisplay(line)
-
-        def on_progress(progress: "PrepareProgress") -> None:
-            interrupt.check()
-            display.show(progress)
-
-        manifest = run(
-            source,
-            folder,
-            options,
-            on_progress=on_progress,
-            log=lambda message: err_console.print(escape(message)),
-        )
+        display = _ProgressDisplay(line, interrupt)
+        log = partial(err_console.print, markup=False)
+        manifest = run(source, folder, options, on_progress=display.show, log=log)
     seconds = time.monotonic() - started
     if mismatch := openwebtext_mismatch(manifest):
         warn(mismatch)
@@ -149,22 +121,22 @@ def prepare(
 class _ProgressDisplay:
     """Progress with tokens, speed and remaining time, measured from the first written text."""
 
-    def __init__(self, line: ProgressLine) -> None:
+    def __init__(self, line: ProgressLine, interrupt: "Interrupt") -> None:
         self._line = line
-        self._started = 0.0
-        self._first: PrepareProgress | None = None
+        self._interrupt = interrupt
+        self._first: tuple[float, PrepareProgress] | None = None
 
     def show(self, progress: "PrepareProgress") -> None:
-        now, total = time.monotonic(), progress.total_documents
+        self._interrupt.check()
+        total = progress.total_documents
         if total is None:
             self._line.update(progress.documents, None, "read")
             return
-        if self._first is None:
-            self._started, self._first = now, progress
-        elapsed = max(now - self._started, 1e-9)
-        rate = (progress.text_bytes - self._first.text_bytes) / elapsed
+        started, first = self._first = self._first or (time.monotonic(), progress)
+        elapsed = max(time.monotonic() - started, 1e-9)
+        rate = (progress.text_bytes - first.text_bytes) / elapsed
         detail = f"{progress.tokens / 1e6:,.1f}M tokens, {rate / 1e6:.1f} MB/s"
-        done = progress.documents - self._first.documents
+        done = progress.documents - first.documents
         # A terminal's progress bar has its own column for the remaining time.
         if done > 0 and not err_console.is_terminal:
             detail += f", {elapsed * (total - progress.documents) / done:,.0f} s left"

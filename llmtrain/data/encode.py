@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice, pairwise
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -64,19 +64,13 @@ def count_documents(
 
     Up to `limit` documents are read and checked, unless the metadata contains their number.
     """
-    recorded = [each.documents for each in partition if each.documents is not None]
-    if len(recorded) == len(partition):
-        yield sum(recorded), True
+    if all(each.documents is not None for each in partition):
+        yield sum(each.documents or 0 for each in partition), True
         return
     documents = islice(read_documents(partition, field), limit)
-    while (count := _skip(documents, _PROGRESS_DOCUMENTS)) == _PROGRESS_DOCUMENTS:
-        yield count, False
-    yield count, True
-
-
-def _skip(documents: Iterator[Document], count: int) -> int:
-    """Read up to `count` documents and return their number."""
-    return sum(1 for _ in islice(documents, count))
+    while group := list(map(len, islice(documents, _PROGRESS_DOCUMENTS))):
+        yield len(group), False
+    yield 0, True
 
 
 @dataclass(frozen=True)
@@ -108,7 +102,7 @@ def encode_partition(
     documents = read_documents(partition, field)
     first = int(np.argmax(split_ids != WRITTEN))
     for done in range(0, first, _PROGRESS_DOCUMENTS):
-        _skip(documents, min(_PROGRESS_DOCUMENTS, first - done))
+        deque(islice(documents, min(_PROGRESS_DOCUMENTS, first - done)), maxlen=0)
         yield []
     encoder = load_tokenizer(tokenizer)
     pending: deque[Future[list[EncodedChunk]]] = deque()
@@ -137,12 +131,9 @@ def _chunks(
             )
         if split_id == WRITTEN:
             continue
-        parts = split_text(document)
-        part = next(parts)
-        for following in parts:
-            yield TextChunk(part, split_id, ends_document=False)
-            part = following
-        yield TextChunk(part, split_id, ends_document=True)
+        for part, following in pairwise(chain(split_text(document), [None])):
+            assert part is not None
+            yield TextChunk(part, split_id, ends_document=following is None)
 
 
 def _encode_batch(tokenizer: Tokenizer, batch: list[TextChunk]) -> list[EncodedChunk]:
@@ -151,11 +142,7 @@ def _encode_batch(tokenizer: Tokenizer, batch: list[TextChunk]) -> list[EncodedC
         try:
             tokens = tokenizer.encode(str(chunk.text, "utf-8"))
         except UnicodeDecodeError as error:
-            start = bytes(chunk.text[:40])
-            raise UserError(
-                f"a document is not valid UTF-8 ({error.reason}, after {start!r})",
-                hint="convert the source to UTF-8, or remove that document",
-            ) from None
+            raise UserError(f"a document is not UTF-8 text: {error}", hint="remove it") from None
         if chunk.ends_document:
             tokens = np.append(tokens, np.uint16(tokenizer.eot))
         results.append(EncodedChunk(tokens, chunk.split_id, len(chunk.text), chunk.ends_document))

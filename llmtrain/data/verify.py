@@ -24,13 +24,7 @@ class FolderCheck:
 
 
 def verify_below(path: Path) -> list[FolderCheck]:
-    """Check every committed folder at or below `path`, sorted by path.
-
-    Folders of unfinished work (`.tmp-…`) are skipped.
-
-    Raises:
-        UserError: `path` is not a directory, or contains no recorded hashes.
-    """
+    """Check every committed folder at or below `path`, sorted; skip unfinished work (`.tmp-…`)."""
     if not path.is_dir():
         raise UserError(
             f"{path} is not a directory", hint="name a data folder, a weights folder, or a run"
@@ -40,17 +34,14 @@ def verify_below(path: Path) -> list[FolderCheck]:
     # Include step folders without a record: a missing record is damage as well.
     parents = [path, *(each for each in path.rglob("*") if each.is_dir())]
     found.update(step for parent in parents for step in run_folder.step_folders(parent).values())
-    folders = sorted(folder for folder in found if not _is_temporary(folder.relative_to(path)))
+    prefix = f"/{commit.TEMPORARY_PREFIX}"
+    folders = sorted(each for each in found if prefix not in f"/{each.relative_to(path)}")
     if not folders:
         raise UserError(
             f"no hashes are recorded at or below {path} ({' or '.join(records)})",
             hint="verify folders that llmtrain wrote; nanoGPT's folders contain no hashes",
         )
     return [_check(folder) for folder in folders]
-
-
-def _is_temporary(relative: Path) -> bool:
-    return any(part.startswith(commit.TEMPORARY_PREFIX) for part in relative.parts)
 
 
 def _check(folder: Path) -> FolderCheck:
@@ -68,11 +59,7 @@ def _check(folder: Path) -> FolderCheck:
 
 
 def data_problems(folder: Path) -> list[str]:
-    """Read every shard of a data folder and return all problems.
-
-    Raises:
-        UserError: the manifest is missing or damaged.
-    """
+    """Read every shard of a data folder and return all problems."""
     manifest = read_manifest(folder)
     found = (
         shard_problem(folder, shard)

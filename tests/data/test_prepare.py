@@ -197,7 +197,7 @@ def test_existing_data_is_not_written_again(
         ({"tokenizer": "gpt2"}, "tokenizer.name is 'byte', not 'gpt2'"),
         ({"seed": 3}, "split.seed is 2357, not 3"),
         ({"val_fraction": 0.1}, "split.val_fraction is 0.0005, not 0.1"),
-        ({"limit_documents": 3}, "source.limit_documents differ"),
+        ({"limit_documents": 3}, "source.limit_documents is None, not 3"),
         ({"shard_tokens": 7}, "shard_tokens is 100000000, not 7"),
     ],
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.data import prepare as library
-from llmtrain.data.journal import JOURNAL_FILE
+from llmtrain.data.staging import JOURNAL_FILE
 from llmtrain.data.manifest import Manifest
 from llmtrain.data.options import PrepareOptions
 
