@@ -1,5 +1,6 @@
 """`llmtrain prepare`: convert text to token shards."""
 
+import os
 import time
 from decimal import Decimal, InvalidOperation
 from functools import partial
@@ -7,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from llmtrain.data.options import PrepareOptions
 
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from llmtrain.data.prepare import PrepareProgress
     from llmtrain.runtime.signals import Interrupt
 
+_NO_LIBRARY_PROGRESS = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "DATASETS_VERBOSITY": "error",
+}
 _SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 
 
@@ -86,8 +91,9 @@ def prepare(
     chosen as by datasets' train_test_split. The folder appears when it is complete. After an
     interruption, the same command resumes after the last finished shard.
     """
-    from llmtrain.data.prepare import openwebtext_mismatch
-    from llmtrain.data.prepare import prepare as run
+    if not err_console.is_terminal:
+        os.environ.update(_NO_LIBRARY_PROGRESS)
+    from llmtrain.data import prepare as library
     from llmtrain.data.sources import default_name
 
     options = PrepareOptions(
@@ -102,24 +108,22 @@ def prepare(
         limit_documents=limit_documents,
     )
     folder = out or str(Path("data") / default_name(source))
-    _disable_library_progress()
     started = time.monotonic()
     outcome = f"{folder} is incomplete; the same command resumes after its last finished shard"
     with interruptible(outcome) as interrupt, ProgressLine("documents") as line:
         display = _ProgressDisplay(line, interrupt)
         log = partial(err_console.print, markup=False)
-        manifest = run(source, folder, options, on_progress=display.show, log=log)
-    seconds = time.monotonic() - started
-    if mismatch := openwebtext_mismatch(manifest):
+        manifest = library.prepare(source, folder, options, on_progress=display.show, log=log)
+    if mismatch := library.openwebtext_mismatch(manifest):
         warn(mismatch)
     if as_json:
         print_json(manifest.document())
     else:
-        _print_summary(folder, manifest, seconds)
+        _print_summary(folder, manifest, time.monotonic() - started)
 
 
 class _ProgressDisplay:
-    """Progress with tokens, speed and remaining time, measured from the first written text."""
+    """Progress with tokens and speed, measured from the first written text."""
 
     def __init__(self, line: ProgressLine, interrupt: "Interrupt") -> None:
         self._line = line
@@ -133,32 +137,15 @@ class _ProgressDisplay:
             self._line.update(progress.documents, None, "read")
             return
         started, first = self._first = self._first or (time.monotonic(), progress)
-        elapsed = max(time.monotonic() - started, 1e-9)
-        rate = (progress.text_bytes - first.text_bytes) / elapsed
+        seconds = max(time.monotonic() - started, 1e-9)
+        rate = (progress.text_bytes - first.text_bytes) / seconds
         detail = f"{progress.tokens / 1e6:,.1f}M tokens, {rate / 1e6:.1f} MB/s"
-        done = progress.documents - first.documents
-        # A terminal's progress bar has its own column for the remaining time.
-        if done > 0 and not err_console.is_terminal:
-            detail += f", {elapsed * (total - progress.documents) / done:,.0f} s left"
         self._line.update(progress.documents, total, detail)
 
 
-def _disable_library_progress() -> None:
-    """Disable the progress bars of `datasets` and the hub's client, except on a terminal."""
-    if err_console.is_terminal:
-        return
-    import datasets
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
-    disable_progress_bars()
-
-
 def _print_summary(folder: str, manifest: "Manifest", seconds: float) -> None:
-    table = Table("split")
-    for name in ("documents", "text (MB)", "tokens", "bytes/token", "shards"):
-        table.add_column(name, justify="right")
+    names = ("documents", "text (MB)", "tokens", "bytes/token", "shards")
+    table = Table("split", *(Column(name, justify="right") for name in names))
     for split in ("train", "val"):
         record = manifest.split_record(split)
         table.add_row(
@@ -172,4 +159,4 @@ def _print_summary(folder: str, manifest: "Manifest", seconds: float) -> None:
     console.print(table)
     if not manifest.val.documents:
         console.print("The val split is empty (val fraction 0): eval needs another data folder.")
-    console.print(escape(f"{manifest.tokenizer.name} tokens in {folder}, {seconds:.1f} s"))
+    console.print(f"{manifest.tokenizer.name} tokens in {folder}, {seconds:.1f} s", markup=False)

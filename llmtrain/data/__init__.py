@@ -21,7 +21,7 @@ in this order by `prepare`. A batch comes from `dataloader`, in the order that `
 - verify.py: every byte of data, weights and runs against the recorded hashes
 
 To add a data filter: apply a function from documents to documents in `encode.read_documents`, which
-both counting and encoding use. Record its parameters in `manifest.PrepareSpec`, with a default that
-keeps older manifests readable: a data folder or an interrupted preparation is reused only for an
-equal spec.
+both counting and encoding use; `count_documents` must then ignore the files' metadata. Record the
+filter's parameters in `manifest.PrepareSpec`, with a default that keeps older manifests readable:
+data and interrupted preparations are reused only for an equal spec.
 """

@@ -44,10 +44,6 @@ def local_folder(path: str, log: Callable[[str], None] = _log_to_stderr) -> Path
     """Return a local folder with the data at `path`: itself, or a verified copy of a URL.
 
     An interrupted copy resumes with the next file. Only one process copies, others wait for it.
-
-    Raises:
-        UserError: the URL contains no prepared data, or the data differs from its manifest.
-        RunFailed: the disk is full.
     """
     if not is_url(path):
         return Path(local_path(path))
@@ -57,10 +53,7 @@ def local_folder(path: str, log: Callable[[str], None] = _log_to_stderr) -> Path
     folder = cache_folder() / "data" / manifest.sha256
     if folder.exists():
         return folder
-    with (
-        disk_errors(folder),
-        temporary_folder(folder, resumable=True, wait=True) as partial,
-    ):
+    with disk_errors(folder), temporary_folder(folder, resumable=True, wait=True) as partial:
         if not folder.exists():
             _copy(path, manifest, partial, folder, log)
     return folder

@@ -63,7 +63,6 @@ class DataLoader:
         sampler = training_sampler(data, config.data.block_size, config.batch_size, config.seed)
         self._starts = lru_cache(2)(lambda batch: world.local_rows(sampler.rows(batch)))
         self._thread = ThreadPoolExecutor(1, "dataloader")
-        """The only thread that reads."""
         self._prefetched: tuple[_MicroBatch, Future[Windows]] | None = None
 
     def micro_batches(self, step: int, batch: int, size: int) -> Iterator[Windows]:

@@ -29,9 +29,6 @@ _PROGRESS_DOCUMENTS = 1000
 WRITTEN = len(SPLITS)
 """Split id of a document that a finished shard already contains."""
 
-Document = bytes | memoryview
-"""UTF-8 text."""
-
 ResultT = TypeVar("ResultT")
 Task = Callable[[], Iterator[ResultT]]
 
@@ -49,11 +46,8 @@ def run_locally(tasks: Iterable[Task[ResultT]]) -> Generator[ResultT, None, None
         yield from task()
 
 
-def read_documents(partition: Partition, field: str) -> Iterator[Document]:
-    """Yield the documents of a partition that are counted and encoded.
-
-    Data filters belong here. With a filter, `count_documents` must not use the file's metadata.
-    """
+def read_documents(partition: Partition, field: str) -> Iterator[bytes | memoryview]:
+    """Yield the documents that are counted and encoded; data filters belong here."""
     return read_partition(partition, field)
 
 
@@ -77,7 +71,7 @@ def count_documents(
 class TextChunk:
     """A document, or a part of a large one."""
 
-    text: Document
+    text: bytes | memoryview
     split_id: int
     ends_document: bool
 
@@ -120,7 +114,7 @@ def encode_partition(
 
 
 def _chunks(
-    documents: Iterator[Document], split_ids: npt.NDArray[np.uint8], partition: Partition
+    documents: Iterator[bytes | memoryview], split_ids: npt.NDArray[np.uint8], partition: Partition
 ) -> Iterator[TextChunk]:
     for split_id in split_ids.tolist():
         document = next(documents, None)

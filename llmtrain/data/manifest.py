@@ -132,8 +132,7 @@ class Manifest(PrepareSpec):
 
     def require_spec(self, spec: PrepareSpec, location: str) -> None:
         """Raise a UserError if this manifest, read from `location`, has another spec."""
-        found = PrepareSpec(**{name: getattr(self, name) for name in PrepareSpec.model_fields})
-        if differences := _differences(spec.model_dump(), found.model_dump()):
+        if differences := _differences(spec.model_dump(), self.model_dump()):
             raise UserError(
                 f"{location} contains other data: {'; '.join(differences[:3])}",
                 hint="choose another folder with --out, or delete this one",

@@ -50,10 +50,7 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PrepareProgress:
-    """Progress of a preparation: documents are counted (`total_documents` is None), then written.
-
-    `tokens` and `text_bytes` count what is written.
-    """
+    """Progress of a preparation. While documents are counted, `total_documents` is None."""
 
     documents: int
     total_documents: int | None = None
@@ -118,7 +115,10 @@ def prepare(
             return manifest
         manifest = _built_earlier(folder, spec) if url else None
         if manifest is None:
-            _log_source(source, documents, log)
+            if skipped := documents.skipped:
+                log(f"skipping {len(skipped)} file(s) of unknown kinds, such as {skipped[0]}")
+            size = sum(file.bytes for file in documents.files)
+            log(f"reading {source}: {len(documents.files):,} file(s), {size / 1e6:,.1f} MB")
             manifest = _Build(documents, spec, options, staging, on_progress, log).run()
             staging.commit(manifest)
         if url is not None:
@@ -135,13 +135,6 @@ def _built_earlier(folder: Path, spec: PrepareSpec) -> Manifest | None:
         return existing_data(folder, spec)
     shutil.rmtree(folder)
     return None
-
-
-def _log_source(source: str, documents: DocumentSource, log: Log) -> None:
-    if skipped := documents.skipped:
-        log(f"skipping {len(skipped)} file(s) of unknown kinds, such as {skipped[0]}")
-    size = sum(file.bytes for file in documents.files)
-    log(f"reading {source}: {len(documents.files):,} file(s), {size / 1e6:,.1f} MB")
 
 
 @dataclass(frozen=True)
@@ -266,9 +259,8 @@ def validation_documents(documents: int, split: SplitRule) -> npt.NDArray[np.boo
             hint="lower it, add documents, or use --val-fraction 0 to train on all of them",
         )
     is_val = np.zeros(documents, dtype=np.bool_)
-    if val_documents:
-        order = np.random.default_rng(split.seed).permutation(documents)
-        is_val[order[:val_documents]] = True
+    order = np.random.default_rng(split.seed).permutation(documents)
+    is_val[order[:val_documents]] = True
     return is_val
 
 

@@ -205,10 +205,8 @@ def _read_parquet(file_range: FileRange, field: str) -> Iterator[bytes]:
     with _open_input(path) as file, pq.ParquetFile(file) as parquet:
         text_of(dict.fromkeys(parquet.schema_arrow.names, ""), field, lambda: path)
         row = sum(parquet.metadata.row_group(i).num_rows for i in range(start))
-        end = parquet.num_row_groups if file_range.end is None else file_range.end
-        batches = parquet.iter_batches(
-            batch_size=_PARQUET_ROWS, columns=[field], row_groups=list(range(start, end))
-        )
+        row_groups = range(start, file_range.end or parquet.num_row_groups)
+        batches = parquet.iter_batches(_PARQUET_ROWS, list(row_groups), columns=[field])
         for text in (text for rows in batches for text in rows.column(0).to_pylist()):
             row += 1
             yield text_of({field: text}, field, partial("{}, row {:,}".format, path, row)).encode()
@@ -241,7 +239,7 @@ def read_errors(path: str) -> Iterator[None]:
         with url_errors(path) if is_url(path) else nullcontext():
             yield
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        number = error.errno if isinstance(error, OSError) else None
-        reason = os.strerror(number) if number else str(error)
-        hint = "check that it is complete, readable, unchanged and of the kind in its name"
-        raise UserError(f"cannot read {path}: {reason}", hint=hint) from error
+        raise UserError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or error}",
+            hint="check that it is complete, readable, unchanged and of the kind in its name",
+        ) from error

@@ -62,10 +62,7 @@ class Sampler:
         return max(1, (self.n_tokens - self.block_size) // self.block_size)
 
     def rows(self, step: int) -> npt.NDArray[np.int64]:
-        """Return the first token of each window of batch `step` (from 0), shape (batch_size,).
-
-        A batch may span two or more epochs.
-        """
+        """Return the first token of each window of batch `step` (from 0), shape (batch_size,)."""
         assert step >= 0
         return self.windows(step * self.batch_size, self.batch_size)
 
@@ -83,10 +80,7 @@ class Sampler:
 
 @dataclass(frozen=True)
 class MixtureSampler:
-    """A sampler over the concatenated tokens of several sources.
-
-    `samplers` begins with the main source; `shares` are those of the further ones.
-    """
+    """A sampler over concatenated sources: the main one, then the ones with `shares`."""
 
     samplers: Sequence[Sampler]
     shares: Sequence[Fraction]

@@ -156,18 +156,23 @@ class TokenFile:
     offset: int
 
 
+def token_files(folder: Path, record: SplitRecord) -> tuple[TokenFile, ...]:
+    """Return the files of one split of a data folder."""
+    return tuple(TokenFile(folder / each.name, each.tokens, HEADER_BYTES) for each in record.shards)
+
+
 class TokenReader:
     """The tokens of one split as one array on disk. Thread-safe; keeps no tokens in memory."""
 
-    def __init__(self, token_files: tuple[TokenFile, ...], vocab_size: int = 1 << 16) -> None:
+    def __init__(self, files: tuple[TokenFile, ...], vocab_size: int = 1 << 16) -> None:
         """Open the files of one split, in order. Reading an id >= `vocab_size` is an error."""
-        self._files = token_files
+        self._files = files
         self._vocab_size = vocab_size
-        self._ends = list(accumulate(file.tokens for file in token_files))
+        self._ends = list(accumulate(file.tokens for file in files))
         self._descriptors: list[int] = []
         self.close = weakref.finalize(self, _close_all, self._descriptors)
         """Close the files, as garbage collection does."""
-        for file in token_files:
+        for file in files:
             self._descriptors.append(os.open(file.path, os.O_RDONLY))
 
     def __len__(self) -> int:

@@ -45,8 +45,7 @@ _HUB_HINTS: dict[type[Exception], str] = {
 }
 """Hints by type of exception; the first that matches is used."""
 
-OnRead = Callable[[int], None]
-"""Called with the number of documents read so far."""
+OnRead = Callable[[int], None]  # called with the number of documents read so far
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ def _hub_source(source: str, field: str, limit: int | None, cache: Path) -> Docu
         declared = builder.config.data_files or {}
     if _SPLIT not in declared:
         raise UserError(
-            f"the dataset {name} has no split {_SPLIT!r}; it has: {', '.join(declared) or 'none'}",
+            f"the dataset {name} has no split {_SPLIT!r}; it has: {', '.join(map(str, declared))}",
             hint=_DOWNLOAD_HINT,
         )
     paths = [str(url).removeprefix(root) for url in declared[_SPLIT]]

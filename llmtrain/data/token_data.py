@@ -9,14 +9,8 @@ from pathlib import Path
 
 from llmtrain.config.sections import DataConfig
 from llmtrain.data.cache import local_folder
-from llmtrain.data.manifest import (
-    MANIFEST_FILE,
-    SPLITS,
-    SplitRecord,
-    TokenizerRecord,
-    read_manifest,
-)
-from llmtrain.data.shards import HEADER_BYTES, TOKEN_BYTES, TokenFile, TokenReader, shard_problem
+from llmtrain.data.manifest import MANIFEST_FILE, SPLITS, TokenizerRecord, read_manifest
+from llmtrain.data.shards import TOKEN_BYTES, TokenFile, TokenReader, shard_problem, token_files
 from llmtrain.errors import UserError
 from llmtrain.model.tokenizer import load_tokenizer
 
@@ -99,12 +93,8 @@ def open_data(folder: Path) -> TokenData:
         eot=manifest.tokenizer.eot,
         sha256=manifest.sha256,
         tokenizer_assumed=False,
-        files={split: _token_files(folder, manifest.split_record(split)) for split in SPLITS},
+        files={split: token_files(folder, manifest.split_record(split)) for split in SPLITS},
     )
-
-
-def _token_files(folder: Path, record: SplitRecord) -> tuple[TokenFile, ...]:
-    return tuple(TokenFile(folder / each.name, each.tokens, HEADER_BYTES) for each in record.shards)
 
 
 def tokenizer_record(name: str) -> TokenizerRecord:
@@ -121,16 +111,16 @@ def _open_nanogpt(folder: Path) -> TokenData:
             f"{folder} has its own vocabulary (meta.pkl), and llmtrain does not read pickles",
             hint="prepare the text itself: llmtrain prepare FILE --tokenizer byte",
         )
-    token_files = {split: _nanogpt_files(folder / f"{split}.bin") for split in SPLITS}
+    files = {split: _nanogpt_files(folder / f"{split}.bin") for split in SPLITS}
     tokenizer = load_tokenizer("gpt2")
     return TokenData(
         folder=folder,
         tokenizer=tokenizer.name,
         vocab_size=tokenizer.vocab_size,
         eot=tokenizer.eot,
-        sha256=_sampled_hash(token_files),
+        sha256=_sampled_hash(files),
         tokenizer_assumed=True,
-        files=token_files,
+        files=files,
     )
 
 
@@ -146,9 +136,9 @@ def _nanogpt_files(path: Path) -> tuple[TokenFile, ...]:
     return (TokenFile(path, size // TOKEN_BYTES, 0),)
 
 
-def _sampled_hash(token_files: dict[str, tuple[TokenFile, ...]]) -> str:
+def _sampled_hash(files: dict[str, tuple[TokenFile, ...]]) -> str:
     digest = hashlib.sha256()
-    for split, split_files in token_files.items():
+    for split, split_files in files.items():
         for token_file in split_files:
             digest.update(f"{split} {token_file.tokens} ".encode())
             with token_file.path.open("rb") as file:

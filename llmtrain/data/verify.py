@@ -50,10 +50,8 @@ def _check(folder: Path) -> FolderCheck:
             problems = data_problems(folder)
         else:
             problems = integrity.integrity_problems(folder)
-    except UserError as error:
+    except (UserError, OSError) as error:
         problems = [str(error)]
-    except OSError as error:
-        problems = [f"cannot read {folder}: {error}"]
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     return FolderCheck(folder, len(sizes), sum(sizes), problems)
 
