@@ -3,7 +3,6 @@
 import gzip
 import json
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -288,11 +287,3 @@ def test_the_command_reads_and_writes_urls(corpus: Path, tmp_path: Path, llmtrai
     assert data_problems(tmp_path / "bucket" / "out") == []
     missing = llmtrain("prepare", "s3://bucket/web", "--out", "x", cwd=tmp_path)
     assert missing.returncode == 2 and "hint: pip install s3fs" in missing.stderr
-
-
-def test_fsspec_is_not_imported_at_start() -> None:
-    code = "import sys, llmtrain.cli.prepare; print('fsspec' in sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout == "False\n"

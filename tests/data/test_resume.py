@@ -240,7 +240,12 @@ def test_a_damaged_journal_is_used_up_to_the_damage(
 
 @pytest.mark.parametrize(
     "options",
-    [{"seed": 5}, {"val_fraction": 0.1}, {"shard_tokens": 30_000}, {"limit_documents": 2000}],
+    [
+        {"seed": 5},
+        pytest.param({"val_fraction": 0.1}, marks=pytest.mark.slow),
+        pytest.param({"shard_tokens": 30_000}, marks=pytest.mark.slow),
+        pytest.param({"limit_documents": 2000}, marks=pytest.mark.slow),
+    ],
 )
 def test_other_options_start_over(
     undisturbed: tuple[Path, Path], interrupted: Path, options: dict[str, object]
