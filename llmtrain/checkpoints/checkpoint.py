@@ -1,16 +1,10 @@
-"""One checkpoint on disk, independent of its format: tensors, files, and a reader of byte ranges.
+"""One checkpoint on disk, independent of its format: tensors, files, and a reader of elements."""
 
-checkpoint = open_checkpoint(Path("step1000"), step=1000)
-with checkpoint.reader() as reader:
-    reader.read("lm_head.weight", 0, 10, buffer)
-"""
-
-import os
+import re
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,20 +60,25 @@ def load_origin(folder: Path) -> Origin | None:
     return Origin(**document) if types == Origin.__annotations__ else None
 
 
-class Reader(Protocol):
-    """Open files of one checkpoint."""
+class Reader:
+    """Open files of one checkpoint. A format that cannot hash while reading overrides `read`."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close the files."""
 
     def read(self, name: str, start: int, stop: int, buffer: NDArray[np.uint8]) -> StoredArray:
         """Return elements `start` to `stop` of the flattened tensor, possibly in `buffer`."""
-        ...
+        raise NotImplementedError
 
     def start_hashing(self) -> None:
         """Hash everything read from now on."""
-        ...
 
     def hashes(self) -> dict[Path, str]:
         """Return the SHA-256 of each file read completely and in order since `start_hashing`."""
-        ...
+        return {}
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Checkpoint:
     """Tensors in stored order, by the safetensors file that contains, or would contain, them."""
     files: tuple[Path, ...]
     """Weights files."""
-    reader: Callable[[], AbstractContextManager[Reader]] = field(repr=False)
+    reader: Callable[[], Reader] = field(repr=False)
     residual: "Checkpoint | None" = None
     """Numbers to add to these."""
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -135,8 +134,7 @@ def _indexed_shards(index: Path, suffix: str) -> dict[Path, set[str]]:
         raise UserError(f"{index} lacks its weight_map", hint="restore the damaged index")
     shards: dict[Path, set[str]] = {}
     for tensor, file in weight_map.items():
-        bare = isinstance(file, str) and file == os.path.basename(file)  # noqa: PTH119  (not a path yet)
-        if not bare or not file.endswith(suffix) or "\\" in file or "\0" in file:
+        if not re.fullmatch(rf"[^/\\\0]+\{suffix}", str(file)):
             raise UserError(
                 f"{index} places {tensor!r} in {file!r}, which is not the name of a {suffix} file",
                 hint="do not trust this folder: an index may only name files next to it",
@@ -159,12 +157,8 @@ def reject_outside_link(path: Path) -> None:
 
 def check_shard(path: Path, found: set[str], indexed: set[str] | None) -> None:
     """Raise unless a shard contains exactly the tensors that its index places in it."""
-    if indexed is None or found == indexed:
-        return
-    missing, extra = sorted(indexed - found), sorted(found - indexed)
-    parts = [f"it lacks {', '.join(missing[:4])}"] if missing else []
-    parts += [f"it also contains {', '.join(extra[:4])}"] if extra else []
-    raise UserError(
-        f"{path} is not the shard its index describes: {', '.join(parts)}",
-        hint="shards of different checkpoints were mixed, or a download is incomplete",
-    )
+    if indexed is not None and (different := sorted(found ^ indexed)):
+        raise UserError(
+            f"{path} is not the shard its index describes; see {', '.join(different[:4])}",
+            hint="shards of different checkpoints were mixed, or a download is incomplete",
+        )

@@ -3,9 +3,6 @@
 Why: snapshots *are* Hugging Face folders, so transformers, evaluation harnesses and serving engines
 read them without an export. The layout differs from our model in two points: linear weights are
 (in, out), as in GPT-2's Conv1D, and biases always exist (zero for a model without biases).
-
-    with staged_folder(run.snapshot(step)) as folder:
-        save_weights(folder, weights, shape, origin)
 """
 
 from collections.abc import Mapping
@@ -42,6 +39,7 @@ _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 _LAYER_NORMS = ("ln_1.weight", "ln_2.weight", "ln_f.weight")
 
 _REQUIRED_SETTINGS: dict[str, tuple[object, ...]] = {
+    "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
@@ -140,45 +138,38 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 def load_shape(folder: Path) -> Shape:
     """Read the shape of the model from `config.json`; raise a UserError unless it is a GPT-2."""
-    return shape_of(read_json(folder / CONFIG_FILE), folder)
+    return shape_of(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
 
 
-def shape_of(config: Mapping[str, Any], folder: Path) -> Shape:
-    """Return the shape that `config`, the contents of `config.json` in `folder`, describes."""
-    if config.get("model_type") != "gpt2":
-        raise UserError(
-            f"{folder} contains a model of type {config.get('model_type')!r}, not gpt2",
-            hint="name a folder with a GPT-2",
-        )
+def shape_of(config: Mapping[str, Any], path: Path) -> Shape:
+    """Return the shape that `config` describes: the contents of `config.json`, read from `path`."""
     for key, supported in _REQUIRED_SETTINGS.items():
-        if key in config and config[key] not in supported:
+        value = config.get(key, None if key == "model_type" else supported[0])
+        if value not in supported:
             raise UserError(
-                f"{folder / CONFIG_FILE}: {key} {config[key]!r} is not supported",
-                hint=f"supported: {' or '.join(map(repr, supported))}",
+                f"{path}: {key} {value!r} is not supported",
+                hint=f"name a GPT-2 whose {key} is {' or '.join(map(repr, supported))}",
             )
+    own = config.get("llmtrain", {})
     try:
+        sizes: dict[str, Any] = {key: config.get(key) for key in SIZES}
         model = ModelConfig(
-            **{key: config[key] for key in SIZES},
-            bias=config.get("llmtrain", {}).get("bias", True),
+            **sizes,
+            bias=own.get("bias", True) if isinstance(own, dict) else own,
             scale_attn_by_inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False),
         )
-        block_size = DataConfig(path="", block_size=config["n_positions"]).block_size
+        positions: Any = config.get("n_positions")
+        block_size = DataConfig(path="", block_size=positions).block_size
     except ValidationError as error:
         wrong = error.errors()[0]
-        raise _invalid_config(
-            folder, f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+        raise UserError(
+            f"{path} is not a valid GPT-2 config: "
+            f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}",
+            hint="restore the file",
         ) from error
-    except (KeyError, AttributeError) as error:
-        raise _invalid_config(folder, f"{error} is missing or invalid") from error
     # Public models have several end-of-text tokens or none; the logits do not depend on it.
     eot = config.get("eos_token_id")
     return Shape(model, block_size, eot if isinstance(eot, int) else model.vocab_size - 1)
-
-
-def _invalid_config(folder: Path, problem: str) -> UserError:
-    return UserError(
-        f"{folder / CONFIG_FILE} is not a valid GPT-2 config: {problem}", hint="restore the file"
-    )
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
@@ -219,15 +210,14 @@ def load_model(folder: Path) -> GPT:
 
 def _check_sizes(folder: Path, shape: Shape, weights: Mapping[str, Tensor]) -> None:
     """Compare the sizes in the config with the weights before allocating a model."""
-    layers = len({name.split(".")[2] for name in weights if name.startswith("transformer.h.")})
-    width, vocabulary = shape.model.n_embd, shape.model.vocab_size
-    sizes = {"wte": (vocabulary, width), "wpe": (shape.block_size, width)}
-    for name, size in sizes.items():
-        tensor = weights.get(f"transformer.{name}.weight")
-        if tensor is None or tuple(tensor.shape) != size or layers != shape.model.n_layer:
-            raise UserError(
-                f"{folder} contains {layers} layers and {name} of "
-                f"{None if tensor is None else list(tensor.shape)}, "
-                f"config.json says {shape.model.n_layer:,} and {list(size)}",
-                hint="use the config.json and model.safetensors of one model",
-            )
+    width = shape.model.n_embd
+    layers = {name.split(".")[2] for name in weights if name.startswith("transformer.h.")}
+    names = ("transformer.wte.weight", "transformer.wpe.weight")
+    tables = [list(weights.get(name, torch.empty(0)).shape) for name in names]
+    found = [len(layers), *tables]
+    expected = [shape.model.n_layer, [shape.model.vocab_size, width], [shape.block_size, width]]
+    if found != expected:
+        raise UserError(
+            f"{folder}: layers, wte and wpe are {found}, config.json says {expected}",
+            hint="use the config.json and model.safetensors of one model",
+        )

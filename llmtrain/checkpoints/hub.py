@@ -2,8 +2,6 @@
 
 Why metadata first: the hub returns commit, files and SHA-256 of a revision without a download. A
 window is pinned and checked for duplicates first; then only its files are downloaded.
-
-    series = hub_series("EleutherAI/pythia-1b-deduped")
 """
 
 import re
@@ -14,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.hf_api import ModelInfo, RepoSibling
+from huggingface_hub.hf_api import BlobLfsInfo, ModelInfo
 
 from llmtrain.checkpoints.checkpoint import (
     COMPANION_FILES,
@@ -23,7 +21,7 @@ from llmtrain.checkpoints.checkpoint import (
     Checkpoint,
 )
 from llmtrain.checkpoints.open import open_checkpoint
-from llmtrain.checkpoints.series import Input, Series
+from llmtrain.checkpoints.series import Input, Series, by_step
 from llmtrain.errors import UserError
 from llmtrain.storage.commit import TEMPORARY_PREFIX
 from llmtrain.storage.hub import hub_errors
@@ -57,7 +55,14 @@ def hub_series(
     with hub_errors(repository):
         refs = HfApi().list_repo_refs(repository)
     names = sorted({ref.name for ref in (*refs.branches, *refs.tags)})
-    revisions = _revisions_by_step(repository, names, pattern)
+    expression = re.compile(translate(pattern.replace("{N}", "\0")).replace("\0", r"(\d+)"))
+    matches = [(expression.match(name), name) for name in names]
+    revisions = by_step((int(match[1]), name) for match, name in matches if match)
+    if not revisions:
+        raise UserError(
+            f"{repository} has no revision named {pattern}; it has {', '.join(names[:8])}",
+            hint="describe the names, such as --revision-pattern 'stage1-step{N}-*'",
+        )
     averages = Path("averages") / repository.rpartition("/")[2]
     downloads = averages / f"{TEMPORARY_PREFIX}downloads" if discard else None
 
@@ -67,30 +72,9 @@ def hub_series(
             step, f"{repository}@{name}", lambda: revision.open(step), lambda: revision.hashes
         )
 
-    inputs = {step: revision_input(step, revisions[step]) for step in sorted(revisions)}
+    inputs = {step: revision_input(step, name) for step, name in revisions.items()}
     final = revision_input(max(revisions), _FINAL) if _FINAL in names else None
     return Series(repository, averages, inputs, final=final, repository=repository)
-
-
-def _revisions_by_step(repository: str, names: list[str], pattern: str) -> dict[int, str]:
-    expression = re.compile(translate(pattern.replace("{N}", "\0")).replace("\0", r"(\d+)"))
-    revisions: dict[int, str] = {}
-    for name in names:
-        match = expression.match(name)
-        step = int(match[1]) if match else 0
-        if step in revisions:
-            raise UserError(
-                f"{repository}: {revisions[step]} and {name} both have step {step:,}",
-                hint="give a narrower --revision-pattern",
-            )
-        if step:
-            revisions[step] = name
-    if not revisions:
-        raise UserError(
-            f"{repository} has no revision named {pattern}; it has {', '.join(names[:8])}",
-            hint="describe the names, such as --revision-pattern 'stage1-step{N}-*'",
-        )
-    return revisions
 
 
 def hub_checkpoint(repository: str, revision: str) -> Checkpoint:
@@ -114,44 +98,39 @@ class _Revision:
                 self._repository, revision=self._revision, files_metadata=True
             )
 
-    @property
-    def _files(self) -> dict[str, RepoSibling]:
-        return {file.rfilename: file for file in self._info.siblings or []}
-
     @cached_property
-    def _weights(self) -> list[str]:
-        """Weights files, safetensors if present, with their index if sharded."""
+    def _files(self) -> dict[str, BlobLfsInfo | None]:
+        """Weights files, safetensors if present, with their index if sharded; LFS entry by name."""
+        files = {file.rfilename: file.lfs for file in self._info.siblings or []}
         for whole in (WEIGHTS_FILE, TORCH_WEIGHTS_FILE):
+            if whole in files:
+                return {whole: files[whole]}
             stem, _, suffix = whole.partition(".")
-            index = f"{whole}.index.json"
-            shards = [n for n in self._files if re.fullmatch(rf"{stem}-\d+-of-\d+\.{suffix}", n)]
-            if whole in self._files:
-                return [whole]
-            if index in self._files and shards:
-                return [index, *sorted(shards)]
+            parts = rf"{whole}\.index\.json|{stem}-\d+-of-\d+\.{suffix}"
+            found = {name: files[name] for name in sorted(files) if re.fullmatch(parts, name)}
+            if len(found) > 1:
+                return found
         raise UserError(
             f"{self._name} contains no weights",
             hint=f"expected {WEIGHTS_FILE} or {TORCH_WEIGHTS_FILE}, or shards with an index",
         )
 
-    @cached_property
+    @property
     def hashes(self) -> Mapping[str, str]:
         """SHA-256 of the weights files from the hub."""
-        files = {name: self._files[name].lfs for name in self._weights}
-        return {name: lfs.sha256 for name, lfs in files.items() if lfs is not None}
+        return {name: lfs.sha256 for name, lfs in self._files.items() if lfs is not None}
 
     def open(self, step: int) -> Checkpoint:
         """Download the weights and their companion files, and read the headers."""
-        companions = [n for n in self._files if any(fnmatchcase(n, p) for p in COMPANION_FILES)]
+        names = [file.rfilename for file in self._info.siblings or []]
+        companions = [n for n in names if any(fnmatchcase(n, p) for p in COMPANION_FILES)]
         commit = self._info.sha
         folder = self._downloads / str(commit) if self._downloads is not None else None
-        path = Path()
         with hub_errors(self._name):
-            for name in [*companions, *self._weights]:
-                path = Path(
-                    hf_hub_download(self._repository, name, revision=commit, local_dir=folder)
-                )
-        checkpoint = open_checkpoint(
-            path.parent, step=step, location=f"{self._repository}@{commit}"
-        )
+            paths = [
+                Path(hf_hub_download(self._repository, name, revision=commit, local_dir=folder))
+                for name in [*companions, *self._files]
+            ]
+        location = f"{self._repository}@{commit}"
+        checkpoint = open_checkpoint(paths[-1].parent, step=step, location=location)
         return replace(checkpoint, disposable=folder is not None)

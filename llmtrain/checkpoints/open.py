@@ -1,7 +1,4 @@
-"""Open a checkpoint in any supported format.
-
-checkpoint = open_checkpoint(Path("step1000"), step=1000)
-"""
+"""Open a checkpoint in any supported format."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,34 +6,40 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import NamedTuple
 
-from llmtrain.checkpoints.checkpoint import RESIDUAL_FILE, Checkpoint
+from llmtrain.checkpoints.checkpoint import (
+    RESIDUAL_FILE,
+    TORCH_WEIGHTS_FILE,
+    WEIGHTS_FILE,
+    Checkpoint,
+)
 from llmtrain.checkpoints.safetensors_files import open_safetensors
 from llmtrain.errors import UserError
 
 
 class Format(NamedTuple):
-    """One way to store a checkpoint: a folder with one of `files`, or one file with a suffix."""
+    """One way to store a checkpoint: a folder with `file`, whole or in shards, or a single file."""
 
-    files: tuple[str, ...]
+    file: str
     suffixes: tuple[str, ...]
+    """Suffixes of single files."""
     opener: str
     """module:function of a function (path, step, location) -> Checkpoint."""
 
     def matches(self, path: Path) -> bool:
         """Return whether `path` has this format, judging by names."""
         if path.is_dir():
-            return any((path / name).exists() for name in self.files)
+            return any((path / f"{self.file}{end}").exists() for end in ("", ".index.json"))
         return path.is_file() and path.suffix in self.suffixes
 
 
 FORMATS = (
     Format(
-        ("model.safetensors", "model.safetensors.index.json"),
+        WEIGHTS_FILE,
         (".safetensors",),
         "llmtrain.checkpoints.safetensors_files:open_safetensors",
     ),
     Format(
-        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+        TORCH_WEIGHTS_FILE,
         (".pt", ".pth", ".ckpt", ".bin", ".tar"),
         "llmtrain.checkpoints.torch_files:open_torch",
     ),

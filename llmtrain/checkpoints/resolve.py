@@ -1,7 +1,6 @@
 """Find the run, path or repository that a word on the command line or in a config names.
 
-find_series(None)  # the newest run under runs/, for `average`
-find_targets("runs/demo")  # for `eval`, `generate` and `export`
+`find_series` serves `average`; `find_targets` serves `eval`, `generate` and `export`.
 """
 
 import re
@@ -75,12 +74,10 @@ def find_series(
                 hint=f"name the repository: {found.name}",
             )
         return hub_series(found.name, revision_pattern=revision_pattern, discard=discard)
-    if revision_pattern is not None:
-        raise UserError(f"{word or 'a run'} is not on the hub", hint="leave out --revision-pattern")
-    if discard:
+    if revision_pattern is not None or discard:
         raise UserError(
-            f"{word or 'the run'} was not downloaded",
-            hint="use --discard-inputs with a series on the hub",
+            f"{word or 'the run'} is not on the hub",
+            hint="leave out --revision-pattern and --discard-inputs",
         )
     return run_series(found) if isinstance(found, RunFolder) else folder_series(found)
 

@@ -2,22 +2,21 @@
 
 Why steps first: a window is chosen by step numbers, before any checkpoint is opened. Steps are read
 from names, never from file times.
-
-    series = run_series(RunFolder(Path("runs/demo"))); series.steps
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from llmtrain.checkpoints import windows
 from llmtrain.checkpoints.checkpoint import Checkpoint
 from llmtrain.checkpoints.open import is_checkpoint, open_checkpoint
 from llmtrain.config.loading import load_config
 from llmtrain.errors import UserError
-from llmtrain.storage.integrity import INTEGRITY_FILE, read_integrity
+from llmtrain.storage.integrity import INTEGRITY_FILE, integrity_problems, read_integrity
 from llmtrain.storage.run_folder import RunFolder, step_folders
 
 _MAX_DIFFERENCES = 8
@@ -26,6 +25,8 @@ _SHARD_SUFFIXES = (".safetensors", ".bin", ".tar")
 """Numbered files with these suffixes are shards of weights or data, not checkpoints."""
 
 _FINAL_NAMES = ("final", "main")
+
+Name = TypeVar("Name", str, Path)
 
 
 class MissingCheckpoints(UserError):
@@ -121,32 +122,34 @@ def folder_series(folder: Path) -> Series:
 
     The step is the number at the end of the name. Step 0 is left out.
     """
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder} is not a directory",
-            hint="name a run, a folder of checkpoints, or OWNER/NAME on the hub",
-        )
-    paths: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()):
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else []:
         match = _STEP.search(path.stem if path.is_file() else path.name)
-        step = int(match[1]) if match and path.suffix not in _SHARD_SUFFIXES else 0
-        if not step or not is_checkpoint(path):
-            continue
-        if step in paths:
-            raise UserError(
-                f"{paths[step]} and {path} both have step {step:,}",
-                hint="keep one of them in the folder",
-            )
-        paths[step] = path
+        if match and path.suffix not in _SHARD_SUFFIXES and is_checkpoint(path):
+            found.append((int(match[1]), path))
+    paths = by_step(found)
     if not paths:
         raise UserError(
             f"{folder} contains no checkpoints whose names end in their step",
             hint="such as step1000/ or checkpoint-1000/ with model.safetensors, or ckpt_1000.pt",
         )
-    inputs = {step: local_input(step, paths[step]) for step in sorted(paths)}
+    inputs = {step: local_input(step, path) for step, path in paths.items()}
     finals = [folder / name for name in _FINAL_NAMES if is_checkpoint(folder / name)]
     final = local_input(max(paths), finals[0]) if finals else None
     return Series(str(folder), Path("averages") / folder.resolve().name, inputs, final=final)
+
+
+def by_step(found: Iterable[tuple[int, Name]]) -> dict[int, Name]:
+    """Return the names or paths by step, ascending, without step 0; raise if two share a step."""
+    names: dict[int, Name] = {}
+    for step, name in sorted((step, name) for step, name in found if step > 0):
+        if step in names:
+            raise UserError(
+                f"{names[step]} and {name} both have step {step:,}",
+                hint="keep one of them in the folder, or give a narrower --revision-pattern",
+            )
+        names[step] = name
+    return names
 
 
 def local_input(step: int, path: Path) -> Input:
@@ -163,17 +166,11 @@ def recorded_hashes(folder: Path) -> dict[str, str]:
     """
     if not (folder / INTEGRITY_FILE).exists():
         return {}
-    record = read_integrity(folder)
-    for name, expected in record.items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if expected["bytes"] != size:
-            found = "is missing" if size is None else f"has {size:,} bytes"
-            raise UserError(
-                f"{path} {found} and was committed with {expected['bytes']:,} bytes",
-                hint="restore the damaged file, or average a window without this step",
-            )
-    return {name: str(expected["sha256"]) for name, expected in record.items()}
+    for problem in integrity_problems(folder, hashes=False):
+        raise UserError(
+            problem, hint="restore the damaged file, or average a window without this step"
+        )
+    return {name: str(entry["sha256"]) for name, entry in read_integrity(folder).items()}
 
 
 def require_same_tensors(checkpoints: Sequence[Checkpoint]) -> None:
@@ -189,10 +186,9 @@ def require_same_tensors(checkpoints: Sequence[Checkpoint]) -> None:
         if tensors.get(name) != expected.get(name)
     ]
     if differences:
-        hidden = len(differences) - _MAX_DIFFERENCES
-        shown = differences[:_MAX_DIFFERENCES] + ([f"and {hidden} more"] if hidden > 0 else [])
+        shown = "\n  ".join(differences[:_MAX_DIFFERENCES])
         raise UserError(
             f"the checkpoints contain different tensors ({len(differences)} differences):\n  "
-            + "\n  ".join(shown),
+            + shown,
             hint="average checkpoints of one model",
         )

@@ -2,12 +2,10 @@
 
 Why not numpy's casts alone: numpy lacks bfloat16. Converting float64 to bfloat16 through float32
 rounds twice, which gives a wrong result about once in 65,000 numbers. `round_to` rounds once.
-
-    to_float64(raw, "BF16", out); raw = round_to(values, "BF16")
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -47,6 +45,8 @@ class TensorSpec:
     dtype: str
     """A key of `STORED_DTYPES`."""
     shape: tuple[int, ...]
+    start: int = field(default=0, compare=False)
+    """Position of the first byte in a safetensors file."""
 
     @property
     def count(self) -> int:

@@ -5,9 +5,10 @@ more than tensors and plain containers is rejected. A tied weight, stored under 
 under one, as safetensors requires.
 """
 
+import re
 import zipfile
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,11 @@ from llmtrain.checkpoints.gpt2_folder import (
     SIZES,
     Shape,
     hugging_face_config,
+    shape_of,
     transpose_conv1d,
     zero_biases,
 )
 from llmtrain.checkpoints.tensors import STORED_DTYPES, StoredArray, TensorSpec
-from llmtrain.config.schema import ModelConfig
 from llmtrain.errors import UserError
 
 _DTYPES = {
@@ -50,7 +51,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_PREFIXES = ("_orig_mod.", "module.")
+_PREFIXES = re.compile(r"^(_orig_mod\.|module\.)+")
 """Added to every name by torch.compile and DistributedDataParallel."""
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
@@ -128,15 +129,19 @@ def _state_dict(path: Path, document: Any) -> dict[str, Tensor]:
     """Return the tensors of a state dict without the prefixes of wrappers."""
     stored = document.items() if isinstance(document, dict) else ()
     tensors: dict[str, Tensor] = {}
+    size = path.stat().st_size
     for key, tensor in stored:
         if not isinstance(tensor, Tensor):
             continue
-        name = str(key)
-        while name.startswith(_PREFIXES):
-            name = name.partition(".")[2]
+        name = _PREFIXES.sub("", str(key))
         if name in tensors:
             raise UserError(f"{path} contains {name} twice, once as {key}", hint="keep one of them")
-        _check_tensor(path, name, tensor)
+        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.nbytes > size:
+            raise UserError(
+                f"{path}: {name} is not a dense tensor of numbers in this file: "
+                f"{tensor.dtype}, {tensor.layout}, {tensor.nbytes:,} bytes",
+                hint="do not trust this file, or re-save the tensor dense and .contiguous()",
+            )
         tensors[name] = tensor.detach()
     if not tensors:
         raise UserError(
@@ -144,19 +149,6 @@ def _state_dict(path: Path, document: Any) -> dict[str, Tensor]:
             hint="expected a state dict, or one under the key 'model'",
         )
     return tensors
-
-
-def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
-        raise UserError(
-            f"{path}: {name} has unsupported type {tensor.dtype}, {tensor.layout}",
-            hint="store the weights as dense numbers",
-        )
-    if tensor.nbytes > path.stat().st_size:
-        raise UserError(
-            f"{path}: {name} claims {tensor.nbytes:,} bytes in a file of {path.stat().st_size:,}",
-            hint="do not trust this file, or re-save the tensor with .contiguous()",
-        )
 
 
 def _checkpoint(
@@ -170,20 +162,17 @@ def _checkpoint(
     """Describe the tensors by output file, without the second names of tied weights."""
     tensors = {name: tensor for part in parts.values() for name, tensor in part.items()}
     tied = _tied_names(tensors)
-    layout = {
-        file: {
-            n: TensorSpec(_DTYPES[t.dtype], tuple(t.shape))
-            for n, t in part.items()
-            if n not in tied
-        }
-        for file, part in parts.items()
-    }
-    layout = {file: specs for file, specs in layout.items() if specs}
+    layout: dict[str, dict[str, TensorSpec]] = {}
+    for file, part in parts.items():
+        for name, tensor in part.items():
+            if name not in tied:
+                spec = TensorSpec(_DTYPES[tensor.dtype], tuple(tensor.shape))
+                layout.setdefault(file, {})[name] = spec
+
+    def reader() -> _TorchReader:
+        return _TorchReader(tensors)
+
     metadata = {"format": "pt"} | tied
-
-    def reader() -> AbstractContextManager[Reader]:
-        return nullcontext(_TorchReader(tensors))
-
     return Checkpoint(
         step, location, folder, layout, files, reader, metadata=metadata, config=config
     )
@@ -202,8 +191,8 @@ def _tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return tied
 
 
-class _TorchReader:
-    """Reader of mapped tensors."""
+class _TorchReader(Reader):
+    """Reader of mapped tensors; it does not read every byte of a file, so it hashes nothing."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         # Flattening copies a transposed tensor: keep the last one.
@@ -215,13 +204,6 @@ class _TorchReader:
         bits = part.view(torch.uint16) if part.dtype == torch.bfloat16 else part
         return bits.numpy().view(STORED_DTYPES[_DTYPES[part.dtype]])
 
-    def start_hashing(self) -> None:
-        """Do nothing: reading tensors does not read every byte of the file."""
-
-    def hashes(self) -> dict[Path, str]:
-        """Return no hashes."""
-        return {}
-
 
 def _recorded_shape(path: Path, document: Mapping[str, Any]) -> Shape | None:
     """Return the shape from nanoGPT's `model_args` or build-nanogpt's `config`, if recorded."""
@@ -229,17 +211,7 @@ def _recorded_shape(path: Path, document: Mapping[str, Any]) -> Shape | None:
     values = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
     if not {*SIZES, "block_size"} <= values.keys():
         return None
-    scaled = bool(values.get("scale_attn_by_inverse_layer_idx", False))
-    try:
-        model = ModelConfig(
-            **{key: int(values[key]) for key in SIZES},
-            bias=bool(values.get("bias", True)),
-            scale_attn_by_inverse_layer_idx=scaled,
-        )
-        block_size = int(values["block_size"])
-    except (TypeError, ValueError, OverflowError):
-        raise UserError(
-            f"{path}: its model_args are not a GPT-2 shape: {dict(values)!r:.200}",
-            hint="restore the damaged file",
-        ) from None
-    return Shape(model, block_size, min(50256, model.vocab_size - 1))
+    own = {"bias": values.get("bias", True)}
+    names = {"model_type": "gpt2", "n_positions": values["block_size"], "llmtrain": own}
+    shape = shape_of({**values, **names}, path)
+    return replace(shape, eot=min(50256, shape.model.vocab_size - 1))

@@ -2,17 +2,15 @@
 
 Every file gets its header and full size first, so a disk that is too small fails at once. Files are
 hashed during the write.
-
-    with WeightsWriter(folder, layout, metadata) as writer:
-        writer.write("lm_head.weight", 0, raw)
 """
 
 import os
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, Self
 
 from llmtrain.checkpoints.checkpoint import (
     COMPANION_FILES,
@@ -22,7 +20,7 @@ from llmtrain.checkpoints.checkpoint import (
     Checkpoint,
     reject_outside_link,
 )
-from llmtrain.checkpoints.safetensors_files import StoredTensor, encode_header
+from llmtrain.checkpoints.safetensors_files import encode_header
 from llmtrain.checkpoints.tensors import FLOATS, ITEM_BYTES, StoredArray, TensorSpec
 from llmtrain.storage.integrity import SequentialHash
 from llmtrain.storage.json_files import read_json, write_json
@@ -70,8 +68,8 @@ def copy_companions(newest: Checkpoint, target: Path, dtype: str | None) -> None
         write_json(config, document | {key: torch_name})
 
 
-class _OpenFile(NamedTuple):
-    name: str
+class _OutputFile(NamedTuple):
+    stream: BinaryIO
     size: int
     hash: SequentialHash
 
@@ -86,29 +84,22 @@ class WeightsWriter:
         metadata: Mapping[str, str],
         hashes: dict[str, str] | None = None,
     ) -> None:
-        """Prepare a writer; files are created on entry.
+        """Prepare a writer; the files of `layout` are created in `folder` on entry.
 
-        Args:
-            folder: an existing folder.
-            layout: the files to create.
-            metadata: header metadata of each file.
-            hashes: receives the SHA-256 of each file written in order, when the writer closes.
+        `hashes` receives the SHA-256 of each file that is written sequentially.
         """
         self._folder = folder
         self._layout = layout
         self._metadata = {"format": "pt"} | dict(metadata)
-        self._places: dict[str, tuple[int, StoredTensor]] = {}
         self._hashes = {} if hashes is None else hashes
-        self._open: dict[int, _OpenFile] = {}
-        """By descriptor."""
+        self._places: dict[str, tuple[_OutputFile, TensorSpec]] = {}
+        self._stack = ExitStack()
 
-    def __enter__(self) -> "WeightsWriter":
-        try:
+    def __enter__(self) -> Self:
+        with self._stack:  # closes the files if one of them cannot be created
             for file, specs in self._layout.items():
                 self._create(self._folder / file, specs)
-        except BaseException:
-            self.__exit__()
-            raise
+            self._stack = self._stack.pop_all()
         if len(self._layout) > 1:
             weight_map = {name: file for file, specs in self._layout.items() for name in specs}
             sizes = {"total_size": layout_bytes(self._layout)}
@@ -116,33 +107,30 @@ class WeightsWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        while self._open:
-            descriptor, file = self._open.popitem()
-            os.close(descriptor)
-            if (digest := file.hash.hexdigest(file.size)) is not None:
-                self._hashes[file.name] = digest
+        self._stack.close()
 
     def _create(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
         header, stored = encode_header(specs, self._metadata)
         size = len(header) + sum(spec.bytes for spec in specs.values())
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        file = self._open[descriptor] = _OpenFile(path.name, size, SequentialHash())
+        stream = self._stack.enter_context(path.open("xb"))
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, size)
+            os.posix_fallocate(stream.fileno(), 0, size)
         else:  # macOS cannot reserve space: the disk may fill up later
-            os.ftruncate(descriptor, size)
-        os.pwrite(descriptor, header, 0)
-        file.hash.update(0, header)
-        self._places |= {name: (descriptor, tensor) for name, tensor in stored.items()}
+            stream.truncate(size)
+        file = _OutputFile(stream, size, SequentialHash())
+        self._places |= {name: (file, spec) for name, spec in stored.items()}
+        self._write(file, 0, memoryview(header))
 
     def write(self, name: str, start: int, raw: StoredArray) -> None:
         """Write stored numbers at element `start` of a tensor; not thread-safe."""
-        descriptor, tensor = self._places[name]
-        position = tensor.start + start * ITEM_BYTES[tensor.dtype]
-        remaining = raw.data.cast("B")
-        self._open[descriptor].hash.update(position, remaining)
-        while remaining:
-            count = os.pwrite(descriptor, remaining, position)
-            if sys.platform == "linux":  # start writing to disk without waiting for it
-                os.posix_fadvise(descriptor, position, count, os.POSIX_FADV_DONTNEED)
-            remaining, position = remaining[count:], position + count
+        file, spec = self._places[name]
+        self._write(file, spec.start + start * ITEM_BYTES[spec.dtype], raw.data.cast("B"))
+
+    def _write(self, file: "_OutputFile", position: int, data: memoryview) -> None:
+        file.stream.seek(position)
+        file.stream.write(data)
+        if sys.platform == "linux":  # start writing to disk without waiting for it
+            os.posix_fadvise(file.stream.fileno(), position, len(data), os.POSIX_FADV_DONTNEED)
+        file.hash.update(position, data)
+        if (digest := file.hash.hexdigest(file.size)) is not None:
+            self._hashes[Path(file.stream.name).name] = digest

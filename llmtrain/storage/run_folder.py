@@ -55,6 +55,12 @@ class RunFolder:
         self.report = path / "report"
         """Tables and plots."""
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RunFolder) and self.path == other.path
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
     def snapshot(self, step: int) -> Path:
         """Return the folder of the weights at `step`."""
         return self.snapshots / step_name(step)

@@ -1,9 +1,9 @@
 """`llmtrain pretrain`: the training loop and everything it saves.
 
-A batch flows from `data.dataloader` through `Trainer.step` (forward, backward), `SpikeDetector.check`,
-`AdamW.update` and `OnlineAverage.update` to `MetricsLog.training`. Imports: every layer below
-(`planning`, `averaging`, `evaluation`, `data`, `checkpoints`, `model`, `config`, `runtime`,
-`storage`).
+A batch flows from `data.dataloader` through `Trainer.step` (forward, backward),
+`SpikeDetector.check`, `AdamW.update` and `OnlineAverage.update` to `MetricsLog.training`. Allowed
+imports: all layers below (`planning`, `averaging`, `evaluation`, `data`, `checkpoints`, `model`,
+`config`, `runtime`, `storage`).
 
 - `run.py`: `pretrain`, which starts or resumes a run
 - `resume.py`: where a run starts: resume, branch, rewind

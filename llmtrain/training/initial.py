@@ -69,7 +69,7 @@ def _check_model(source: Checkpoint, config: RunConfig) -> None:
     if source.config is None:
         shape = load_shape(source.folder)
     else:
-        shape = shape_of(source.config, source.folder)
+        shape = shape_of(source.config, source.files[0])
     here, there = config.model.model_dump(), shape.model.model_dump()
     wrong = [
         f"model.{key}={there[key]}".lower()

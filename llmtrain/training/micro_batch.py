@@ -4,8 +4,6 @@ Why by trial: no table predicts what fits and what is fast on a device. The micr
 how a batch is split. A trial leaves no gradients, and its random draws do not count, because every
 step seeds its own. Training checkpoints contain the result, so a resumed run keeps it. Trials run
 uncompiled, because compiling every candidate would take minutes.
-
-    find_micro_batch(worker, progress, print); loss = retry_on_oom(worker, progress, compute_loss)
 """
 
 import time
@@ -69,7 +67,8 @@ def find_micro_batch(worker: Worker, progress: TrainingProgress, log: Log) -> No
         progress.micro_batch = asked
         # Running out of memory later, within a step, would leave the other processes blocked.
         while worker.parallel == "ddp" and not _fits_everywhere(worker, progress.micro_batch):
-            worker.warn(f"{_reduce(worker, progress)}: continuing with {progress.micro_batch}")
+            problem = _reduce(worker, progress)
+            worker.warn(f"{problem}: continuing with {progress.micro_batch}")
         return
     sizes = _candidates(worker)
     speeds = _speeds(worker, sizes) or {sizes[0]: 0.0}

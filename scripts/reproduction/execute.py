@@ -24,9 +24,11 @@ from types import FrameType
 LLMTRAIN = Path(sys.executable).parent / "llmtrain"
 _FAILED_RUN, _REFUSED = 1, 2
 """llmtrain's exit codes for a failed run and for invalid input."""
-_DIVERGED = "skipped"
+_DIVERGED = "update skipped"
 """Marks a non-finite loss or gradient: the only failure that is a result of the run itself."""
-_OF_THE_HUB = re.compile("the hub (refuses|wants to know|has no)|40[134] Client Error")
+_OF_THE_HUB = re.compile(
+    "needs a token for the hub|the hub has no|no permission for|40[134] Client Error"
+)
 """Marks a wrong repository name or a missing token: a failure that the user can fix."""
 
 

@@ -1,6 +1,5 @@
 """Formats: one entry adds a checkpoint format to every command."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +8,13 @@ import pytest
 from numpy.typing import NDArray
 
 from llmtrain.checkpoints import open as formats
-from llmtrain.checkpoints.checkpoint import Checkpoint
+from llmtrain.checkpoints.checkpoint import Checkpoint, Reader
 from llmtrain.checkpoints.resolve import find_series
 from llmtrain.checkpoints.tensors import StoredArray, TensorSpec
 from llmtrain.errors import UserError
 
 
-class NpyReader:
+class NpyReader(Reader):
     """Reader of one array, which is the tensor `w`."""
 
     def __init__(self, path: Path) -> None:
@@ -24,21 +23,14 @@ class NpyReader:
     def read(self, name: str, start: int, stop: int, buffer: NDArray[np.uint8]) -> StoredArray:
         return self._array[start:stop]
 
-    def start_hashing(self) -> None: ...
-
-    def hashes(self) -> dict[Path, str]:
-        return {}
-
 
 def open_npy(path: Path, step: int, location: str) -> Checkpoint:
     layout = {"model.safetensors": {"w": TensorSpec("F64", (3,))}}
-    return Checkpoint(
-        step, location, path.parent, layout, (path,), lambda: nullcontext(NpyReader(path))
-    )
+    return Checkpoint(step, location, path.parent, layout, (path,), lambda: NpyReader(path))
 
 
 def test_new_format_needs_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = formats.Format((), (".npy",), f"{__name__}:open_npy")
+    entry = formats.Format("x.npy", (".npy",), f"{__name__}:open_npy")
     monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, entry))
     for step in (10, 20):
         np.save(tmp_path / f"step{step}.npy", np.full(3, float(step)))

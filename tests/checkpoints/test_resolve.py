@@ -50,7 +50,7 @@ def test_find_series_rejects_hub_options_for_folders(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "s" / "step10", model_at(10))
     with pytest.raises(UserError, match="is not on the hub"):
         find_series("s", revision_pattern="step{N}")
-    with pytest.raises(UserError, match="was not downloaded"):
+    with pytest.raises(UserError, match="is not on the hub"):
         find_series("s", discard=True)
 
 

@@ -56,7 +56,9 @@ def test_library_reads_an_encoded_header(tmp_path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         assert file.get_tensor("ü").tolist() == [1.5, -2.0]
         assert file.get_tensor("n").item() == 9
-    assert read_header(path)[0] == places
+    found, _ = read_header(path)
+    assert found == places
+    assert [spec.start for spec in found.values()] == [spec.start for spec in places.values()]
 
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

@@ -225,5 +225,5 @@ def test_invalid_model_args_are_an_error(tmp_path: Path) -> None:
         torch.save(
             {"model": {"x": torch.rand(3)}, "model_args": shape}, tmp_path / "s" / f"step{step}.pt"
         )
-    with pytest.raises(UserError, match="not a GPT-2 shape"):
+    with pytest.raises(UserError, match="not a valid GPT-2 config"):
         run(tmp_path / "s", window=2)

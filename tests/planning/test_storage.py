@@ -26,6 +26,7 @@ def on_disk(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bias", "optimizer"), [(False, "muon"), (True, "adamw")])
 def test_a_run_writes_the_estimated_bytes(
     planned: Build,

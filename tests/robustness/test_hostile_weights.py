@@ -75,7 +75,7 @@ def absurd_view(path: Path) -> None:
         (plain_pickle_bomb, "as tensors"),
         pytest.param(zip_bomb, "unpacks to more bytes than the file has", marks=pytest.mark.slow),
         (absurd_storage, "as tensors"),
-        (absurd_view, "claims 4,398,046,511,104 bytes"),
+        (absurd_view, "4,398,046,511,104 bytes"),
     ],
 )
 def test_files_of_torch(
@@ -129,7 +129,7 @@ def test_headers_of_safetensors(tmp_path: Path, data_folder: Path, name: str) ->
         (tmp_path / "s" / f"step{step}").mkdir(parents=True)
         (tmp_path / "s" / f"step{step}" / "model.safetensors").write_bytes(SAFETENSORS[name])
     expected = (
-        "tensor 'a' has the unsupported dtype" if name == "unsupported dtype" else "is damaged"
+        "tensor 'a' has the unsupported dtype" if name == "unsupported dtype" else "cannot read"
     )
     refused(*AVERAGE, cwd=tmp_path, expected=expected)
     save_weights(tmp_path / "s" / "step10", weights_at(1), SHAPE, Origin(1, 1, 0.1, "x"))
@@ -212,8 +212,8 @@ def test_a_loss_that_is_no_number(workplace: Path) -> None:
         ),
         ({"model_type": ["gpt2"]}, "could not load a causal language model"),
         ({"n_layer": None}, "n_layer: Input should be a valid integer"),
-        ({"n_layer": 10**12}, "config.json says 1,000,000,000,000"),
-        ({"n_embd": 2**40}, "config.json says 2 and [264, 1099511627776]"),
+        ({"n_layer": 10**12}, "config.json says [1000000000000, "),
+        ({"n_embd": 2**40}, "config.json says [2, [264, 1099511627776]"),
         ({"vocab_size": 2**62}, "config.json says"),
         ({"n_positions": 2**40}, "config.json says"),
         ({"n_positions": "16"}, "block_size: Input should be a valid integer"),
@@ -238,5 +238,5 @@ def test_configs_that_lack_a_key(workplace: Path, key: str) -> None:
     document = json.loads(path.read_text())
     del document[key]
     path.write_text(json.dumps(document))
-    expected = "not gpt2" if key == "model_type" else f"'{key}' is missing or invalid"
+    expected = "model_type None" if key == "model_type" else "is not a valid GPT-2 config"
     refused("eval", path.parent, "--tokens", 50, cwd=workplace, expected=expected)

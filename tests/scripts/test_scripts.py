@@ -31,6 +31,7 @@ def test_random_kills_lose_nothing() -> None:
     assert done.stdout.endswith("lost: 0\n")
 
 
+@pytest.mark.slow
 def test_a_slurm_job_saves_and_is_requeued(tiny: Build, tmp_path: Path) -> None:
     """Use an `srun` that sends SIGUSR1 like Slurm, and a `scontrol` that records its arguments."""
     config = tmp_path / "run.yaml"

@@ -6,7 +6,8 @@ To add an optimizer NAME:
 2. Add NAME, and a section for its own keys, to `OptimizerConfig` in `llmtrain/config/schema.py`.
 3. Write one test, `tests/training/test_NAME.py`.
 
-The loop, training checkpoints and spike handling need no change. Imports: `config` and `runtime`.
+The loop, training checkpoints and spike handling need no change.
+Allowed imports: `config`, `runtime`.
 
 - `adamw.py`: AdamW with clipping, updates skipped on the device, and weight-decay groups
 - `muon.py`: Muon for the matrices of the blocks, AdamW for all other parameters
@@ -14,17 +15,14 @@ The loop, training checkpoints and spike handling need no change. Imports: `conf
 """
 
 import importlib
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from llmtrain.config.schema import OptimizerConfig
-
-if TYPE_CHECKING:
-    from llmtrain.training.optimizers.adamw import AdamW
+from llmtrain.training.optimizers.adamw import AdamW
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> "AdamW":
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
     """Build the optimizer named in the configuration."""
     module = importlib.import_module(f"llmtrain.training.optimizers.{config.name}")
     optimizer: AdamW = module.build(model, config)
