@@ -195,9 +195,10 @@ class TokenReader:
             part = tokens[done : done + count]
             self._fill(part, index, first)
             if part.max() >= self._vocab_size:
+                position = int((part >= self._vocab_size).argmax())
                 raise UserError(
-                    f"{self._files[index].path} contains id {part.max()} after token {first:,}, "
-                    f"beyond the vocabulary of {self._vocab_size:,}",
+                    f"{self._files[index].path} contains id {part[position]} at token "
+                    f"{first + position:,}, beyond the vocabulary of {self._vocab_size:,}",
                     hint=_DAMAGED,
                 )
             done += count

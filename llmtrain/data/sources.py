@@ -33,7 +33,6 @@ OPENWEBTEXT_HUB = "Skylion007/openwebtext"
 _OPENWEBTEXT_PARQUET = "plain_text/train-*.parquet"
 _SPLIT = "train"
 _PROGRESS_DOCUMENTS = 1000
-
 _DOWNLOAD_HINT = "download its data files and name them: llmtrain prepare FILE_OR_FOLDER"
 _ACCESS_HINT = "check the name (OWNER/NAME), accept its terms on the hub, log in: hf auth login"
 _HUB_HINTS: dict[type[Exception], str] = {
