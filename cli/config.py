@@ -1,7 +1,7 @@
 """`llmtrain config`: check, complete and compare configurations."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -19,9 +19,7 @@ def config(
     settings: SetOption = None,
     diff: Annotated[
         Path | None,
-        typer.Option(
-            metavar="OTHER", help="Show only differences to this file or run.", show_default=False
-        ),
+        typer.Option(metavar="OTHER", help="Show only differences to this file or run."),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -29,14 +27,14 @@ def config(
 
     The output is a configuration with the same meaning. The exit code is 2 if a key is invalid.
     """
+    from llmtrain.config.loading import dump_config
+
     resolved = _load(file, settings or [])
     if diff is not None:
         _print_differences(resolved, _load(diff, []), (str(file), str(diff)), as_json=as_json)
     elif as_json:
         print_json(resolved.model_dump(mode="json"))
     else:
-        from llmtrain.config.loading import dump_config
-
         typer.echo(dump_config(resolved), nl=False)
 
 
@@ -53,17 +51,14 @@ def _print_differences(
     from llmtrain.config.schema import flatten
 
     one, two = flatten(here), flatten(other)
-    keys = [key for key in one | two if one.get(key) != two.get(key)]
+    pairs = {key: (one.get(key), two.get(key)) for key in one | two}
+    changed = {key: values for key, values in pairs.items() if values[0] != values[1]}
     if as_json:
-        print_json({key: {"here": one.get(key), "other": two.get(key)} for key in keys})
-    elif not keys:
+        print_json({key: {"here": a, "other": b} for key, (a, b) in changed.items()})
+    elif not changed:
         console.print(f"{names[0]} and {names[1]} are equivalent", markup=False)
     else:
-        table = Table("key", *map(escape, names), box=box.SIMPLE, padding=(0, 1, 0, 0))
-        for key in keys:
-            table.add_row(key, _cell(one.get(key)), _cell(two.get(key)))
+        table = Table("key", *map(escape, names), box=box.SIMPLE)
+        for key, values in changed.items():
+            table.add_row(key, *("" if v is None else escape(str(v)) for v in values))
         console.print(table)
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else escape(str(value))

@@ -46,23 +46,15 @@ def export(
     name = push or str(to)
     export_weights(weights, to, dtype=dtype, form=form, name=name, tokenizer=tokenizer)
     if form == "nanogpt":
-        err_console.print(
-            "nanoGPT uses exact GELU, GPT-2 its tanh form: logits differ by about 0.001"
-        )
-    url = None if push is None else _upload(to, push)
+        err_console.print("nanoGPT uses exact GELU instead of tanh: logits differ by about 0.001")
+    url = None
+    if push is not None:
+        from llmtrain.storage.hub import push as upload
+
+        err_console.print(f"{to} is complete; uploading it to {push}", markup=False)
+        url = upload(to, push)
     if as_json:
         document = {"label": weights.label, "step": weights.step, "source": str(weights.path)}
         print_json(document | {"path": str(to), "url": url})
     else:
         console.print(f"wrote {to}" + (f", uploaded to {url}" if url else ""), markup=False)
-
-
-def _upload(folder: Path, repository: str) -> str:
-    from llmtrain.errors import RunFailed, UserError
-    from llmtrain.storage.hub import push
-
-    try:
-        return push(folder, repository)
-    except (UserError, RunFailed) as error:
-        error.hint += f"; {folder} is complete, upload it with: hf upload {repository} {folder}"
-        raise

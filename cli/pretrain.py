@@ -1,9 +1,7 @@
-"""`llmtrain pretrain`: train a model from a configuration, or resume a run.
-
-llmtrain pretrain --config configs/demo.yaml --set optimizer.lr=6e-3
-"""
+"""`llmtrain pretrain`: train a model from a configuration, or resume a run."""
 
 import json
+import os
 import shlex
 import signal
 import sys
@@ -94,12 +92,12 @@ def pretrain(
         start = RunFolder(folder).state(from_step)
         folder = folder.parent / branch
         resolved = load_config(config, [*(settings or []), f"name={json.dumps(branch)}"])
-    if nproc is not None:
-        if launcher.is_worker():
-            raise UserError(
-                "--nproc cannot be used in a process that a launcher started", hint="remove --nproc"
-            )
-        raise typer.Exit(launcher.launch(_without_nproc(sys.argv[1:]), nproc))
+    if nproc is not None and not launcher.is_worker():
+        raise typer.Exit(launcher.launch(sys.argv[1:], nproc))
+    if nproc is not None and launcher.LAUNCHER not in os.environ:
+        raise UserError(
+            "--nproc cannot be used in a process that a launcher started", hint="remove --nproc"
+        )
 
     from llmtrain.runtime.signals import Interrupted
     from llmtrain.training.run import pretrain as train
@@ -118,14 +116,10 @@ def pretrain(
         if is_pipe_closed:
             discard_stdout()
         raise typer.Exit(interrupted.exit_code) from None
+    next_step = f"Next: llmtrain average {shlex.quote(str(folder))} --every N"
     if outcome.already_finished:
-        message = (
-            f"{folder} has finished at step {outcome.step:,}; raise train.max_steps to continue"
-        )
-    else:
-        average = f"llmtrain average {shlex.quote(str(folder))} --every N"
-        message = f"{folder}: step {outcome.step:,} reached. Next: {average}"
-    console.print(message, markup=False)
+        next_step = "Already finished: raise train.max_steps to continue"
+    console.print(f"{folder}: step {outcome.step:,} reached. {next_step}", markup=False)
 
 
 def _print_config(path: Path, config: "RunConfig") -> None:
@@ -159,11 +153,3 @@ def _warn(message: str) -> None:
         warn(message)
     except SystemExit as closed:  # rich's reaction to a closed pipe
         raise BrokenPipeError from closed
-
-
-def _without_nproc(words: list[str]) -> list[str]:
-    """Return the command line for one of the processes."""
-    while "--nproc" in words:
-        start = words.index("--nproc")
-        words = words[:start] + words[start + 2 :]
-    return [word for word in words if not word.startswith("--nproc=")]

@@ -26,17 +26,17 @@ def recipes(
 
     The header of each one has the commands, the hardware, the expected loss and the source.
     """
-    from llmtrain.config.recipes import copy_recipe, find_recipe
+    from llmtrain.config.recipes import copy_recipe, read_recipe
     from llmtrain.errors import UserError
 
-    if name is None and to is not None:
-        raise UserError("--to needs the NAME of a recipe", hint="list them: llmtrain recipes")
-    if name is not None and as_json:
-        raise UserError("--json applies to the list only", hint="omit NAME or --json")
     if name is None:
+        if to is not None:
+            raise UserError("--to needs the NAME of a recipe", hint="list them: llmtrain recipes")
         _print_list(as_json)
+    elif as_json:
+        raise UserError("--json applies to the list only", hint="omit NAME or --json")
     elif to is None:
-        typer.echo(find_recipe(name).text, nl=False)
+        typer.echo(read_recipe(name), nl=False)
     else:
         copy_recipe(name, to)
         command = f"llmtrain pretrain --config {shlex.quote(str(to))}"
@@ -46,13 +46,17 @@ def recipes(
 def _print_list(as_json: bool) -> None:
     from llmtrain.config.recipes import list_recipes
 
-    found = list_recipes()
+    found = [
+        (name, path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip(), path)
+        for name, path in list_recipes().items()
+    ]
     if as_json:
-        print_json([{"name": r.name, "summary": r.summary, "path": str(r.path)} for r in found])
+        print_json(
+            [{"name": name, "summary": text, "path": str(path)} for name, text, path in found]
+        )
         return
-    name = Column("recipe", no_wrap=True)
-    table = Table(name, "what it trains", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for recipe in found:
-        table.add_row(escape(recipe.name), escape(recipe.summary))
+    table = Table(Column("recipe", no_wrap=True), "what it trains", box=box.SIMPLE)
+    for name, summary, _ in found:
+        table.add_row(name, escape(summary))
     console.print(table)
     console.print("copy one: llmtrain recipes NAME --to FILE", markup=False)

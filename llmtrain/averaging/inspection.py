@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from llmtrain.averaging import audit
 from llmtrain.averaging.merge import merge
-from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint, load_origin
-from llmtrain.checkpoints.open import is_checkpoint
+from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint, is_checkpoint, load_origin
 from llmtrain.checkpoints.resolve import resolve
 from llmtrain.checkpoints.series import Input, folder_series, local_input, require_same_tensors
 from llmtrain.errors import UserError

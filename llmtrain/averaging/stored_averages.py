@@ -23,8 +23,7 @@ import numpy as np
 
 from llmtrain.averaging.coefficients import span
 from llmtrain.averaging.spec import AverageSpec
-from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint
-from llmtrain.checkpoints.open import open_checkpoint, with_residual
+from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, open_with_residual
 from llmtrain.checkpoints.series import Input, MissingCheckpoints, Series, recorded_hashes
 from llmtrain.checkpoints.windows import describe_steps
 from llmtrain.errors import UserError
@@ -231,7 +230,5 @@ def _spec(
 
 
 def _input(step: int, folder: Path) -> Input:
-    def opened() -> Checkpoint:
-        return with_residual(open_checkpoint(folder, step=step))
-
+    opened = partial(open_with_residual, folder, step=step)
     return Input(step, str(folder), opened, partial(recorded_hashes, folder))

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmtrain.checkpoints.checkpoint import (
@@ -109,7 +109,6 @@ def save_weights(
     """Write a Hugging Face GPT-2 folder into the existing (staged) `folder`.
 
     `weights`, the float32 parameters by name, is emptied to avoid holding tensors twice.
-    `provenance` describes an average.
     """
     save_tensors(folder / WEIGHTS_FILE, weights, shape)
     write_json(folder / CONFIG_FILE, hugging_face_config(shape))
@@ -177,15 +176,15 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     weights = {}
     for path in weights_files(folder):
         try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
-                    full = name if name.startswith("transformer.") else f"transformer.{name}"
-                    weights[full] = transpose_conv1d(name, file.get_tensor(name)).contiguous()
+            tensors = load_file(path)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"cannot read {path}: {error}",
                 hint="run `llmtrain verify PATH` to find damaged files",
             ) from None
+        for name, tensor in tensors.items():
+            full = f"transformer.{name.removeprefix('transformer.')}"
+            weights[full] = transpose_conv1d(name, tensor).contiguous()
     return weights
 
 

@@ -19,8 +19,8 @@ from llmtrain.checkpoints.checkpoint import (
     TORCH_WEIGHTS_FILE,
     WEIGHTS_FILE,
     Checkpoint,
+    open_checkpoint,
 )
-from llmtrain.checkpoints.open import open_checkpoint
 from llmtrain.checkpoints.series import Input, Series, by_step
 from llmtrain.errors import UserError
 from llmtrain.storage.commit import TEMPORARY_PREFIX
@@ -35,17 +35,10 @@ _FINAL = "main"
 def hub_series(
     repository: str, *, revision_pattern: str | None = None, discard: bool = False
 ) -> Series:
-    """Return the revisions of a repository whose names contain a step; step 0 is left out.
+    """Return the revisions of a repository OWNER/NAME whose names contain a step, but not step 0.
 
-    Args:
-        repository: OWNER/NAME.
-        revision_pattern: revision name with {N} for the step and * for anything.
-        discard: download to a temporary folder instead of the hub's cache; the caller deletes
-            each revision after summing it.
-
-    Raises:
-        UserError: the repository does not exist, or no revision matches the pattern.
-        RunFailed: the hub cannot be reached.
+    In `revision_pattern`, {N} is the step and * is anything. With `discard`, revisions are
+    downloaded to a temporary folder instead of the hub's cache, and the caller deletes them.
     """
     pattern = revision_pattern or DEFAULT_PATTERN
     if pattern.count("{N}") != 1:

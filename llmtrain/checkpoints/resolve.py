@@ -40,12 +40,7 @@ class Repository:
 def resolve(word: str | None, *, key: str | None = None) -> RunFolder | Path | Repository:
     """Return the run, the existing path, or the repository that `word` names; None: the newest run.
 
-    An existing path takes precedence over a repository. It is a folder of weights, a file of
-    weights (see `is_checkpoint`), or a folder of checkpoints.
-
-    Args:
-        word: a path, or OWNER/NAME[@REVISION].
-        key: the config key with this value, for the message.
+    An existing path takes precedence over a repository. The message contains `key`, the config key.
     """
     if word is None:
         return newest_run()
@@ -69,10 +64,7 @@ def find_series(
         from llmtrain.checkpoints.hub import hub_series  # takes a second to import
 
         if found.revision is not None:
-            raise UserError(
-                f"{found} is one revision, and an average needs several",
-                hint=f"name the repository: {found.name}",
-            )
+            raise UserError(f"{found} is one revision", hint=f"name the repository: {found.name}")
         return hub_series(found.name, revision_pattern=revision_pattern, discard=discard)
     if revision_pattern is not None or discard:
         raise UserError(
@@ -106,18 +98,19 @@ def find_targets(word: str | Path | None, *, every_snapshot: bool = False) -> li
         return _run_targets(found, every_snapshot)
     if isinstance(found, Repository):
         return [Target(str(found).rpartition("/")[2], None, found.download().folder, None)]
-    if not (found / CONFIG_FILE).is_file():
-        raise UserError(
-            f"{found} is neither a run nor a folder of weights",
-            hint="a run contains config.yaml; a folder of weights contains config.json",
-        )
-    return _folder_targets(found)
+    if (found / CONFIG_FILE).is_file():
+        return _folder_targets(found)
+    raise UserError(
+        f"{found} is neither a run nor a folder of weights",
+        hint="a run contains config.yaml; a folder of weights contains config.json",
+    )
 
 
 def _run_targets(run: RunFolder, every_snapshot: bool) -> list[Target]:
+    folders = sorted(run.averages.iterdir()) if run.averages.is_dir() else []
     averages = [
         Target(folder.name, step, path, run)
-        for folder in (sorted(run.averages.iterdir()) if run.averages.is_dir() else [])
+        for folder in folders
         for step, path in step_folders(folder).items()
     ]
     snapshots = step_folders(run.snapshots)
@@ -130,25 +123,26 @@ def _run_targets(run: RunFolder, every_snapshot: bool) -> list[Target]:
     if not averages:
         steps.add(max(snapshots))
     raw = [Target(RAW, step, path, run) for step, path in snapshots.items() if step in steps]
-    return sorted(
-        [*raw, *averages], key=lambda target: (target.step, target.label != RAW, target.label)
-    )
+    return sorted([*raw, *averages], key=lambda each: (each.step, each.label != RAW, each.label))
 
 
 def _folder_targets(path: Path) -> list[Target]:
     label, run = _label_and_run(path.resolve())
     origin = load_origin(path)
     target = Target(label, origin.step if origin else None, path, run)
-    if run is None or label == RAW or target.step is None or not run.snapshot(target.step).is_dir():
-        return [target]
-    return [Target(RAW, target.step, run.snapshot(target.step), run), target]
+    if run is not None and label != RAW and target.step is not None:
+        snapshot = run.snapshot(target.step)
+        if snapshot.is_dir():
+            return [Target(RAW, target.step, snapshot, run), target]
+    return [target]
 
 
 def _label_and_run(folder: Path) -> tuple[str, RunFolder | None]:
     """Derive label and run of a folder of weights from its absolute path."""
-    parents = folder.parents
-    if len(parents) > 1 and parents[0].name == "snapshots" and is_run(parents[1]):
-        return RAW, RunFolder(parents[1])
-    if len(parents) > 2 and parents[1].name == "averages" and is_run(parents[2]):
-        return parents[0].name, RunFolder(parents[2])
+    for parent in filter(is_run, folder.parents):
+        match folder.relative_to(parent).parts:
+            case ("snapshots", _):
+                return RAW, RunFolder(parent)
+            case ("averages", label, _):
+                return label, RunFolder(parent)
     return folder.name, None

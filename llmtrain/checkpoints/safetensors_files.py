@@ -99,14 +99,12 @@ def encode_header(
 
 
 class SafetensorsReader(Reader):
-    """Reader of byte ranges."""
+    """Reader of byte ranges; not thread-safe."""
 
     def __init__(self, folder: Path, layout: Mapping[str, Mapping[str, TensorSpec]]) -> None:
         self._folder = folder
         self._layout = layout
-        self._places = {
-            name: (f, spec) for f, specs in layout.items() for name, spec in specs.items()
-        }
+        self._file_of = {name: file for file, specs in layout.items() for name in specs}
         self._files: dict[str, BufferedReader] = {}
         self._hashes: dict[str, SequentialHash] = {}
 
@@ -119,16 +117,15 @@ class SafetensorsReader(Reader):
             file.close()
 
     def read(self, name: str, start: int, stop: int, buffer: NDArray[np.uint8]) -> StoredArray:
-        """Read into `buffer`; see `Reader.read`. Not thread-safe."""
-        file, spec = self._places[name]
+        """Read into `buffer`; see `Reader.read`."""
+        file = self._file_of[name]
+        spec = self._layout[file][name]
         width = ITEM_BYTES[spec.dtype]
         target = buffer[: (stop - start) * width]
         position = spec.start + start * width
         self._files[file].seek(position)
         if self._files[file].readinto(target.data) < len(target):
-            raise UserError(
-                f"{self._folder / file} was truncated during the read", hint="restore the file"
-            )
+            raise UserError(f"{self._folder / file} is truncated", hint="restore the file")
         if file in self._hashes:
             self._hashes[file].update(position, target.data)
         raw: StoredArray = target.view(STORED_DTYPES[spec.dtype])

@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from llmtrain.checkpoints import windows
-from llmtrain.checkpoints.checkpoint import Checkpoint
-from llmtrain.checkpoints.open import is_checkpoint, open_checkpoint
+from llmtrain.checkpoints.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
 from llmtrain.config.loading import load_config
 from llmtrain.errors import UserError
 from llmtrain.storage.integrity import INTEGRITY_FILE, integrity_problems, read_integrity
 from llmtrain.storage.run_folder import RunFolder, step_folders
 
-_MAX_DIFFERENCES = 8
 _STEP = re.compile(r"(?:^|\D)(\d+)$")
 _SHARD_SUFFIXES = (".safetensors", ".bin", ".tar")
 """Numbered files with these suffixes are shards of weights or data, not checkpoints."""
@@ -73,31 +71,22 @@ class Series:
     ) -> list[windows.Window]:
         """Return the windows for `at`: `last`, `all`, or the step at which one window ends.
 
-        If none exists, the error lists the steps and the possible spacings.
+        If none exists, the error lists the steps and the possible spacings or ends.
         """
         find = windows.disjoint_windows if disjoint else windows.sliding_windows
         complete = find(self.steps, every=every, size=size)
-        if not complete:
-            raise self._no_window(every, size)
-        if at == "all":
-            return complete
-        chosen = complete[-1:] if at == "last" else [each for each in complete if each[-1] == at]
-        if not chosen:
-            raise UserError(
-                f"no complete {'disjoint ' if disjoint else ''}window of {size} checkpoints every "
-                f"{every:,} steps ends at step {at:,}; "
-                f"{self.name} has {windows.describe_steps(self.steps)}",
-                hint=f"windows end at {windows.describe_steps([each[-1] for each in complete])}",
-            )
-        return chosen
-
-    def _no_window(self, every: int, size: int) -> MissingCheckpoints:
+        chosen = complete[-1:] if at == "last" else [w for w in complete if at in ("all", w[-1])]
+        if chosen:
+            return chosen
         spacings = windows.possible_spacings(self.steps, size)
         hint = f"use --window {max(len(self.steps), 1)} or less, or continue training"
-        if spacings:
+        if complete:
+            hint = f"windows end at {windows.describe_steps([each[-1] for each in complete])}"
+        elif spacings:
             hint = f"--every {windows.describe_spacings(spacings)} gives a window of {size}"
-        return MissingCheckpoints(
-            f"{self.name} has no {size} checkpoints every {every:,} steps; "
+        end = "" if isinstance(at, str) else f" that ends at step {at:,}"
+        raise MissingCheckpoints(
+            f"{self.name} has no window of {size} checkpoints every {every:,} steps{end}; "
             f"it has {len(self.steps)}: {windows.describe_steps(self.steps)}",
             hint=hint,
         )
@@ -186,7 +175,7 @@ def require_same_tensors(checkpoints: Sequence[Checkpoint]) -> None:
         if tensors.get(name) != expected.get(name)
     ]
     if differences:
-        shown = "\n  ".join(differences[:_MAX_DIFFERENCES])
+        shown = "\n  ".join(differences[:8])
         raise UserError(
             f"the checkpoints contain different tensors ({len(differences)} differences):\n  "
             + shown,

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from llmtrain.checkpoints.checkpoint import (
     TORCH_WEIGHTS_FILE,
-    WEIGHTS_FILE,
     Checkpoint,
     Reader,
     check_shard,
@@ -64,30 +63,56 @@ class _GPTConfig:
 
 def open_torch(path: Path, step: int, location: str) -> Checkpoint:
     """Open a folder with `pytorch_model.bin`, whole or in shards, or one training checkpoint."""
-    if not path.is_dir():
-        return _open_training_file(path, step, location)
-    parts: dict[str, dict[str, Tensor]] = {}
-    files = weights_files(path, TORCH_WEIGHTS_FILE)
-    for file, indexed in files.items():
+    config = None
+    if path.is_dir():
+        folder, parts = path, _load_folder(path)
+    else:
+        tensors, config = _load_training_file(path)
+        folder, parts = path.parent, {path: tensors}
+    tensors = {name: tensor for part in parts.values() for name, tensor in part.items()}
+    tied = _tied_names(tensors)
+    layout: dict[str, dict[str, TensorSpec]] = {}
+    for file, part in parts.items():
+        kept = {name: tensor for name, tensor in part.items() if name not in tied}
+        if kept:
+            output = f"{file.stem.replace('pytorch_model', 'model')}.safetensors"
+            layout[output] = {
+                name: TensorSpec(_DTYPES[tensor.dtype], tuple(tensor.shape))
+                for name, tensor in kept.items()
+            }
+
+    def reader() -> _TorchReader:
+        return _TorchReader(tensors)
+
+    metadata = {"format": "pt"} | tied
+    return Checkpoint(
+        step, location, folder, layout, tuple(parts), reader, metadata=metadata, config=config
+    )
+
+
+def _load_folder(path: Path) -> dict[Path, dict[str, Tensor]]:
+    parts = {}
+    for file, indexed in weights_files(path, TORCH_WEIGHTS_FILE).items():
         if indexed is not None:
             reject_outside_link(file)
-        tensors = _state_dict(file, _load(file))
-        check_shard(file, set(tensors), indexed)
-        parts[f"{file.stem.replace('pytorch_model', 'model')}.safetensors"] = tensors
-    return _checkpoint(step, location, path, parts, tuple(files))
+        parts[file] = _state_dict(file, _load(file))
+        check_shard(file, set(parts[file]), indexed)
+    return parts
 
 
-def _open_training_file(path: Path, step: int, location: str) -> Checkpoint:
-    """Open `{'model': state_dict, …}` or a bare state dict.
+def _load_training_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Return the tensors of `{'model': state_dict, …}` or of a bare state dict, and the config.
 
-    If the file records the model's shape, convert names and layouts to Hugging Face's GPT-2.
+    If the file records the model's shape, names and layouts become those of Hugging Face's GPT-2.
     """
     document = _load(path)
     sections = document if isinstance(document, dict) else {}
     keys = [key for key in ("model", "net", "state_dict") if key in sections]
     tensors = _state_dict(path, document[keys[0]] if keys else document)
     shape = _recorded_shape(path, sections)
-    if shape is not None and "transformer.wte.weight" in tensors:
+    if shape is None:
+        return tensors, None
+    if "transformer.wte.weight" in tensors:
         tensors = {
             name: transpose_conv1d(name, tensor)
             for name, tensor in tensors.items()
@@ -95,8 +120,7 @@ def _open_training_file(path: Path, step: int, location: str) -> Checkpoint:
         }
         if not shape.model.bias:
             tensors |= zero_biases(tensors)
-    config = hugging_face_config(shape) if shape is not None else None
-    return _checkpoint(step, location, path.parent, {WEIGHTS_FILE: tensors}, (path,), config)
+    return tensors, hugging_face_config(shape)
 
 
 def _load(path: Path) -> Any:
@@ -149,33 +173,6 @@ def _state_dict(path: Path, document: Any) -> dict[str, Tensor]:
             hint="expected a state dict, or one under the key 'model'",
         )
     return tensors
-
-
-def _checkpoint(
-    step: int,
-    location: str,
-    folder: Path,
-    parts: Mapping[str, Mapping[str, Tensor]],
-    files: tuple[Path, ...],
-    config: Mapping[str, Any] | None = None,
-) -> Checkpoint:
-    """Describe the tensors by output file, without the second names of tied weights."""
-    tensors = {name: tensor for part in parts.values() for name, tensor in part.items()}
-    tied = _tied_names(tensors)
-    layout: dict[str, dict[str, TensorSpec]] = {}
-    for file, part in parts.items():
-        for name, tensor in part.items():
-            if name not in tied:
-                spec = TensorSpec(_DTYPES[tensor.dtype], tuple(tensor.shape))
-                layout.setdefault(file, {})[name] = spec
-
-    def reader() -> _TorchReader:
-        return _TorchReader(tensors)
-
-    metadata = {"format": "pt"} | tied
-    return Checkpoint(
-        step, location, folder, layout, files, reader, metadata=metadata, config=config
-    )
 
 
 def _tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -1,10 +1,6 @@
-"""Windows of checkpoints: steps s, s - N, …, s - (k-1)N, all present. Arithmetic on step numbers.
-
-sliding_windows([20, 40, 60, 80], every=20, size=3)  # [(20, 40, 60), (40, 60, 80)]
-"""
+"""Windows of checkpoints, as arithmetic on step numbers: s - (k-1)N, …, s - N, s, all present."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 Window = tuple[int, ...]
 """Steps, ascending; the last one is the step of the average."""
@@ -43,27 +39,20 @@ def possible_spacings(steps: Sequence[int], size: int) -> list[int]:
 
 def describe_steps(steps: Sequence[int]) -> str:
     """Format steps as ranges: `20 to 900 every 20, 950`."""
-    parts = []
-    gaps = [after - before for before, after in pairwise(steps)]
-    start = 0
-    while start < len(steps):
-        end = start + 1
-        while end < len(gaps) and gaps[end] == gaps[start]:
-            end += 1
-        if end - start >= 2:
-            every = gaps[start]
-            parts.append(f"{steps[start]:,} to {steps[end]:,} every {every:,}")
-            start = end + 1
+    parts, rest = [], list(steps)
+    while rest:
+        every = rest[1] - rest[0] if len(rest) > 1 else 0
+        count = next((i for i, step in enumerate(rest) if step != rest[0] + i * every), len(rest))
+        if count > 2:
+            parts.append(f"{rest[0]:,} to {rest[count - 1]:,} every {every:,}")
         else:
-            parts.append(f"{steps[start]:,}")
-            start += 1
+            parts.append(f"{rest[0]:,}")
+        rest = rest[count if count > 2 else 1 :]
     if len(parts) > 12:
         parts[6:-6] = ["…"]
     return ", ".join(parts) or "none"
 
 
 def describe_spacings(spacings: Sequence[int]) -> str:
-    """Format up to six spacings: `20, 40, 60, 80, … 220`."""
-    if len(spacings) <= 6:
-        return ", ".join(map(str, spacings))
-    return f"{', '.join(map(str, spacings[:4]))}, … {spacings[-1]}"
+    """Format up to six spacings: `20, 40, 60, 80, 100, 120, …`."""
+    return ", ".join([*map(str, spacings[:6]), *(["…"] if len(spacings) > 6 else [])])

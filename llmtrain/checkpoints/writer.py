@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Self
 
@@ -74,43 +75,34 @@ class _OutputFile(NamedTuple):
     hash: SequentialHash
 
 
+@dataclass
 class WeightsWriter:
-    """Weights files of one folder, open for writing at any position."""
+    """Weights files of one folder, created on entry and open for writing at any position."""
 
-    def __init__(
-        self,
-        folder: Path,
-        layout: Layout,
-        metadata: Mapping[str, str],
-        hashes: dict[str, str] | None = None,
-    ) -> None:
-        """Prepare a writer; the files of `layout` are created in `folder` on entry.
-
-        `hashes` receives the SHA-256 of each file that is written sequentially.
-        """
-        self._folder = folder
-        self._layout = layout
-        self._metadata = {"format": "pt"} | dict(metadata)
-        self._hashes = {} if hashes is None else hashes
-        self._places: dict[str, tuple[_OutputFile, TensorSpec]] = {}
-        self._stack = ExitStack()
+    folder: Path
+    layout: Layout
+    metadata: Mapping[str, str]
+    hashes: dict[str, str] | None = None
+    """Receives the SHA-256 of each file that is written sequentially."""
+    _places: dict[str, tuple[_OutputFile, TensorSpec]] = field(default_factory=dict, init=False)
+    _stack: ExitStack = field(default_factory=ExitStack, init=False)
 
     def __enter__(self) -> Self:
         with self._stack:  # closes the files if one of them cannot be created
-            for file, specs in self._layout.items():
-                self._create(self._folder / file, specs)
+            for file, specs in self.layout.items():
+                self._create(self.folder / file, specs)
             self._stack = self._stack.pop_all()
-        if len(self._layout) > 1:
-            weight_map = {name: file for file, specs in self._layout.items() for name in specs}
-            sizes = {"total_size": layout_bytes(self._layout)}
-            write_json(self._folder / INDEX_FILE, {"metadata": sizes, "weight_map": weight_map})
+        if len(self.layout) > 1:
+            weight_map = {name: file for file, specs in self.layout.items() for name in specs}
+            sizes = {"total_size": layout_bytes(self.layout)}
+            write_json(self.folder / INDEX_FILE, {"metadata": sizes, "weight_map": weight_map})
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
     def _create(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
-        header, stored = encode_header(specs, self._metadata)
+        header, stored = encode_header(specs, {"format": "pt"} | dict(self.metadata))
         size = len(header) + sum(spec.bytes for spec in specs.values())
         stream = self._stack.enter_context(path.open("xb"))
         if hasattr(os, "posix_fallocate"):
@@ -132,5 +124,6 @@ class WeightsWriter:
         if sys.platform == "linux":  # start writing to disk without waiting for it
             os.posix_fadvise(file.stream.fileno(), position, len(data), os.POSIX_FADV_DONTNEED)
         file.hash.update(position, data)
-        if (digest := file.hash.hexdigest(file.size)) is not None:
-            self._hashes[Path(file.stream.name).name] = digest
+        digest = file.hash.hexdigest(file.size)
+        if digest is not None and self.hashes is not None:
+            self.hashes[Path(file.stream.name).name] = digest

@@ -1,12 +1,10 @@
 """Load a configuration: defaults, then the YAML file, then each `--set a.b=c`.
 
 All errors are reported at once, each with file, line, key and the nearest valid key.
-
-    config = load_config(Path("configs/demo.yaml"), overrides=["optimizer.lr=6e-3"])
 """
 
 import re
-import shlex
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from llmtrain.config.recipes import did_you_mean, list_recipes
+from llmtrain.config.recipes import did_you_mean
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sections import Section
 from llmtrain.errors import UserError
@@ -24,9 +22,9 @@ _MAX_VALUES = 100_000
 
 _INTEGER = re.compile(r"[-+]?\d[\d_]*$")
 _FLOAT = re.compile(
-    r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|Inf|INF))$"
-    r"|\.(nan|NaN|NAN)$"
+    r"[-+]?(\.\d[\d_]*|\d[\d_]*(\.[\d_]*)?)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
 )
+_SET = "--set"
 
 _MESSAGES = {
     "model_type": "must be a section with keys",
@@ -38,23 +36,35 @@ _MESSAGES = {
 """Messages for pydantic's error types that name Python types."""
 
 
+class _Mapping(dict[Any, Any]):
+    """Mapping with the origin of each key, `FILE, line N` or `--set`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: dict[str, str] = {}
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML 1.1 that reads `6e-4` as a number and rejects duplicate keys."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+    source = ""
+
+    def construct_yaml_map(self, node: yaml.MappingNode) -> Generator[_Mapping, None, None]:
+        mapping = _Mapping()
+        yield mapping  # aliases inside the node may refer to it
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
             key = str(self.construct_object(key_node, deep=True))
-            if key in seen:
+            if key in mapping.places:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"duplicate key {key!r}", key_node.start_mark
                 )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+            mapping.places[key] = f"{self.source}, line {key_node.start_mark.line + 1}"
+        mapping.update(self.construct_mapping(node))
 
 
+_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_yaml_map)
 # YAML 1.1 reads 1:30 as the number 90 (base 60); keep it a string.
 _Loader.yaml_implicit_resolvers = {
     first: [
@@ -78,10 +88,11 @@ def load_config(file: Path, overrides: list[str] | None = None) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(
-            f"cannot read the config {file}: {reason}", hint=_hint_for_unreadable(file, error)
+            f"cannot read the config {file}: {reason}",
+            hint="copy an included configuration: llmtrain recipes NAME --to FILE",
         ) from None
-    values, node = _parse_yaml(text, str(file))
-    if not isinstance(values, dict):
+    values = _parse_yaml(text, str(file))
+    if not isinstance(values, _Mapping):
         raise UserError(f"{file} contains no keys", hint="print an example: llmtrain recipes demo")
     for override in overrides or []:
         _override(values, override)
@@ -90,9 +101,7 @@ def load_config(file: Path, overrides: list[str] | None = None) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as invalid:
         raise UserError(
-            "\n".join(
-                _describe(error, values, file, node, overrides or []) for error in invalid.errors()
-            ),
+            "\n".join(_describe(error, values, str(file)) for error in invalid.errors()),
             hint="every key is explained in the demo configuration: llmtrain recipes demo",
         ) from None
 
@@ -102,22 +111,16 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
 
 
-def _hint_for_unreadable(file: Path, error: Exception) -> str:
-    known = {recipe.name for recipe in list_recipes()}
-    if not isinstance(error, FileNotFoundError) or file.stem not in known:
-        return "list and copy the included configurations: llmtrain recipes"
-    to = shlex.quote(str(file.with_suffix(".yaml")))
-    return f"copy the included one: llmtrain recipes {file.stem} --to {to}"
-
-
-def _parse_yaml(text: str, source: str) -> tuple[Any, yaml.Node | None]:
-    """Return the value of a YAML text and its node tree, which has the line numbers."""
+def _parse_yaml(text: str, source: str) -> Any:
     try:
         loader = _Loader(text)
+        loader.source = source
         node = loader.get_single_node()
-        if node is not None and _count_values(node, {}) > _MAX_VALUES:
+        if node is None:
+            return None
+        if _count_values(node, {}) > _MAX_VALUES:
             raise ValueError("its aliases expand to too many values")
-        return (loader.construct_document(node) if node is not None else None), node
+        return loader.construct_document(node)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{source}, line {mark.line + 1}" if mark else source
@@ -146,15 +149,17 @@ def _override(values: dict[str, Any], override: str) -> None:
             f"--set {override!r}: not of the form SECTION.KEY=VALUE",
             hint="write it like --set optimizer.lr=6e-3",
         )
-    value, _ = _parse_yaml(text, f"--set {path}")
+    value = _parse_yaml(text, f"--set {path}")
     *parents, last = path.strip().split(".")
     place: Any = values
     try:
         for part in parents:
             if isinstance(place, dict) and place.get(part) is None:
-                place[part] = {}
+                place[part] = _Mapping()
             place = place[_key(place, part)]
         place[_key(place, last)] = value
+        if isinstance(place, _Mapping):
+            place.places[last] = _SET
     except (IndexError, TypeError, ValueError):
         raise UserError(
             f"--set {path}: the config has no such section or list item",
@@ -166,22 +171,21 @@ def _key(place: Any, part: str) -> str | int:
     return int(part) if isinstance(place, list) and part.isdecimal() else part
 
 
-def _describe(
-    error: ErrorDetails,
-    values: dict[str, Any],
-    file: Path,
-    node: yaml.Node | None,
-    overrides: list[str],
-) -> str:
-    """Return a pydantic error as `file, line n: key: problem`."""
-    location = _location(error, values)
-    key = ".".join(location)
-    place = str(file)
-    if any(_overlap(override.partition("=")[0].strip(), key) for override in overrides):
-        place = "--set"
-    elif line := _line_of(node, location):
-        place = f"{file}, line {line}"
-    return ": ".join(part for part in (place, key, _message(error)) if part)
+def _describe(error: ErrorDetails, values: _Mapping, file: str) -> str:
+    """Return a pydantic error as `file, line n: key: problem`, with the deepest known line."""
+    place, value, keys = file, values, []
+    for part in error["loc"]:  # some parts are the kind of a section
+        if isinstance(value, _Mapping) and part in value:
+            place = value.places.get(str(part), place) if place != _SET else _SET
+        elif not (isinstance(value, list) and isinstance(part, int) and part < len(value)):
+            continue
+        keys.append(str(part))
+        value = value[part]
+    if keys and isinstance(value, _Mapping) and _SET in value.places.values():
+        place = _SET
+    if error["type"] == "missing":
+        keys.append(str(error["loc"][-1]))
+    return ": ".join(part for part in (place, ".".join(keys), _message(error)) if part)
 
 
 def _message(error: ErrorDetails) -> str:
@@ -213,8 +217,8 @@ def _suggest_key(location: tuple[int | str, ...]) -> str:
         if field is not None:
             sections, kinds = _sections_in(field.annotation), []
         elif not part.isdecimal():  # pydantic adds the kind after a section with several kinds
-            sections, kinds = [s for s in sections if _kind(s) == part], sections
-    if owners := [_kind(section) for section in kinds if key in section.model_fields]:
+            sections, kinds = [s for s in sections if part in _kinds(s)], sections
+    if owners := [kind for s in kinds if key in s.model_fields for kind in _kinds(s)]:
         return f" for {parents[-1]}, valid only for {', '.join(owners)}"
     known = list(sections[0].model_fields)
     return did_you_mean(key, known) or f"; valid keys are {', '.join(known)}"
@@ -226,42 +230,6 @@ def _sections_in(annotation: Any) -> list[type[Section]]:
     return [section for inner in get_args(annotation) for section in _sections_in(inner)]
 
 
-def _kind(section: type[Section]) -> str:
+def _kinds(section: type[Section]) -> tuple[str, ...]:
     field = section.model_fields.get("kind") or section.model_fields["name"]
-    return str(get_args(field.annotation)[0])
-
-
-def _location(error: ErrorDetails, values: dict[str, Any]) -> list[str]:
-    """Return the path of the error in the file: pydantic's path without the kinds in it."""
-    location: list[str] = []
-    place: Any = values
-    for part in error["loc"]:
-        inside_list = isinstance(place, list) and isinstance(part, int) and part < len(place)
-        if inside_list or (isinstance(place, dict) and part in place):
-            location.append(str(part))
-            place = place[part]
-    if error["type"] == "missing":
-        location.append(str(error["loc"][-1]))
-    return location
-
-
-def _overlap(one: str, other: str) -> bool:
-    """Return True if two dotted keys are equal or one contains the other."""
-    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
-
-
-def _line_of(node: yaml.Node | None, location: list[str]) -> int | None:
-    """Return the line (from 1) of the deepest part of `location` that the file contains."""
-    line = None
-    for part in location:
-        if isinstance(node, yaml.MappingNode):
-            found = next(((k, v) for k, v in node.value if k.value == part), None)
-            if found is None:
-                break
-            line, node = found[0].start_mark.line + 1, found[1]
-        elif (
-            isinstance(node, yaml.SequenceNode) and part.isdecimal() and int(part) < len(node.value)
-        ):
-            node = node.value[int(part)]
-            line = node.start_mark.line + 1
-    return line
+    return get_args(field.annotation)

@@ -1,11 +1,7 @@
-"""The configurations in `configs/`, which are part of the installed package.
-
-for recipe in list_recipes(): print(recipe.name, recipe.summary)
-"""
+"""The configurations in `configs/`, which are part of the installed package."""
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrain.errors import UserError
@@ -16,28 +12,10 @@ _FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 """Folders in a wheel and in a checkout."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """An included configuration."""
-
-    name: str
-    path: Path
-
-    @property
-    def text(self) -> str:
-        """Content of the file, whose header has commands, hardware and expected loss."""
-        return self.path.read_text(encoding="utf-8")
-
-    @property
-    def summary(self) -> str:
-        """First line of the header."""
-        return self.text.partition("\n")[0].removeprefix("#").strip()
-
-
-def list_recipes() -> list[Recipe]:
-    """Return all recipes, sorted by name."""
+def list_recipes() -> dict[str, Path]:
+    """Return the files of all recipes by name, sorted."""
     folder = next(folder for folder in _FOLDERS if folder.is_dir())
-    return [Recipe(path.stem, path) for path in sorted(folder.glob("*.yaml"), key=lambda p: p.stem)]
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda p: p.stem)}
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -46,20 +24,20 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def find_recipe(name: str) -> Recipe:
-    """Return the recipe `name`, or raise a UserError."""
-    known = {recipe.name: recipe for recipe in list_recipes()}
-    if name not in known:
+def read_recipe(name: str) -> str:
+    """Return the text of the recipe `name`, or raise a UserError."""
+    recipes = list_recipes()
+    if name not in recipes:
         raise UserError(
-            f"unknown recipe {name!r}{did_you_mean(name, known)}",
-            hint=f"choose one of {', '.join(known)}",
+            f"unknown recipe {name!r}{did_you_mean(name, recipes)}",
+            hint=f"choose one of {', '.join(recipes)}",
         )
-    return known[name]
+    return recipes[name].read_text(encoding="utf-8")
 
 
 def copy_recipe(name: str, to: Path) -> None:
     """Copy a recipe to the new file `to`; raise a UserError if it exists."""
-    recipe = find_recipe(name)
+    text = read_recipe(name)
     if to.exists():
         raise UserError(f"{to} already exists", hint="choose a new file: --to FILE")
-    write_atomically(to, recipe.text)
+    write_atomically(to, text)

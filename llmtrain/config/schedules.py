@@ -1,8 +1,6 @@
 """Learning rate and block size as pure functions of the step.
 
 Why pure: a resumed run, a plot and an estimate need the values of a step from the configuration.
-
-    learning_rate(1000, config.schedule, peak=6e-3, max_steps=70_000)
 """
 
 import math
@@ -15,7 +13,6 @@ from llmtrain.config.sections import (
     CyclicSchedule,
     DataConfig,
     InverseSqrtSchedule,
-    LinearSchedule,
     ScheduleConfig,
     WsdSchedule,
 )
@@ -53,7 +50,7 @@ def learning_rate(step: int, schedule: ScheduleConfig, peak: float, max_steps: i
         case WsdSchedule():
             end = schedule.horizon or max_steps
             start, shape = end - schedule.decay_steps, schedule.shape
-        case CosineSchedule() | LinearSchedule():
+        case CosineSchedule():
             start, end, shape = warmup, schedule.horizon or max_steps, schedule.name
     share = min(max((step - start) / (end - start), 0.0), 1.0)
     return schedule.min_lr + (peak - schedule.min_lr) * DECAY_SHAPES[shape](share)

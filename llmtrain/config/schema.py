@@ -1,7 +1,4 @@
-"""The typed configuration of a run: every key, its type, its default and the checks between keys.
-
-RunConfig.model_validate({"name": "x", "data": {"path": "x"}, "train": {"batch_sequences": 8}})
-"""
+"""The typed configuration of a run: all keys with type and default, and checks between them."""
 
 import math
 from collections.abc import Iterator

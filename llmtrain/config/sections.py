@@ -1,10 +1,7 @@
-"""The data, schedule and averages sections, and the base class of all sections.
-
-DataConfig(path="data/openwebtext", mix=[MixConfig(path="data/old", weight=0.05)])
-"""
+"""The data, schedule and averages sections, and the base class of all sections."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -99,15 +96,9 @@ class ConstantSchedule(_Schedule):
 
 
 class CosineSchedule(_DecaySchedule):
-    """Cosine decay from the peak to `min_lr`, from the end of warm-up to the horizon."""
+    """Cosine or linear decay from the peak to `min_lr`, from the end of warm-up to the horizon."""
 
-    name: Literal["cosine"]
-
-
-class LinearSchedule(_DecaySchedule):
-    """Linear decay from the peak to `min_lr`, from the end of warm-up to the horizon."""
-
-    name: Literal["linear"]
+    name: Literal["cosine", "linear"]
 
 
 class InverseSqrtSchedule(_Schedule):
@@ -134,17 +125,13 @@ class CyclicSchedule(_Schedule):
 
 
 ScheduleConfig = Annotated[
-    ConstantSchedule
-    | CosineSchedule
-    | LinearSchedule
-    | InverseSqrtSchedule
-    | WsdSchedule
-    | CyclicSchedule,
+    ConstantSchedule | CosineSchedule | InverseSqrtSchedule | WsdSchedule | CyclicSchedule,
     Field(discriminator="name"),
 ]
 
 
 class _AverageConfig(Section):
+    _label: ClassVar[str]
     every: Positive = 1
     """Steps between two updates, which happen at multiples of it."""
     start: Natural | None = None
@@ -158,13 +145,8 @@ class _AverageConfig(Section):
     @property
     def label(self) -> str:
         """Name of the average in metrics and folders."""
-        return self._label()
-
-    def _label(self) -> str:
-        raise NotImplementedError
-
-    def _with_interval(self, label: str) -> str:
-        return label if self.every == 1 else f"{label}-every-{self.every}"
+        interval = "" if self.every == 1 else f"-every-{self.every}"
+        return self._label.format(self, interval)
 
 
 class EmaConfig(_AverageConfig):
@@ -173,33 +155,27 @@ class EmaConfig(_AverageConfig):
     Source: the paper's code.
     """
 
+    _label = "ema-{0.decay:g}{1}"
     kind: Literal["ema"]
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.9
-
-    def _label(self) -> str:
-        return self._with_interval(f"ema-{self.decay:g}")
 
 
 class SwaConfig(_AverageConfig):
     """Uniform mean of all weights from step `start` (stochastic weight averaging)."""
 
+    _label = "swa-from-{0.start}{1}"
     kind: Literal["swa"]
     start: Natural
-
-    def _label(self) -> str:
-        return self._with_interval(f"swa-from-{self.start}")
 
 
 class LawaConfig(_AverageConfig):
     """Mean of the last `window` weights, `every` steps apart (LAWA), queued in host memory."""
 
+    _label = "online-lawa-{0.window}x{0.every}"
     kind: Literal["lawa"]
     every: Positive
     window: Positive = 5
     offload: Literal[True] = True
-
-    def _label(self) -> str:  # the label of the post-hoc average is lawa-…
-        return f"online-lawa-{self.window}x{self.every}"
 
 
 class RunningMeanConfig(_AverageConfig):
@@ -208,10 +184,8 @@ class RunningMeanConfig(_AverageConfig):
     `llmtrain average --method dense` computes the mean of every step between two of them.
     """
 
+    _label = "running-mean"
     kind: Literal["running-mean"]
-
-    def _label(self) -> str:
-        return "running-mean"
 
 
 class PowerEmaConfig(_AverageConfig):
@@ -220,11 +194,9 @@ class PowerEmaConfig(_AverageConfig):
     `llmtrain average --method posthoc-ema` computes one of any width from two of them.
     """
 
+    _label = "power-ema-{0.sigma_rel:g}"
     kind: Literal["power-ema"]
     sigma_rel: Annotated[float, Field(gt=0, lt=0.288)]
-
-    def _label(self) -> str:
-        return f"power-ema-{self.sigma_rel:g}"
 
 
 AverageConfig = Annotated[

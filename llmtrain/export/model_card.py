@@ -2,8 +2,6 @@
 
 Everything comes from the records of the run; missing records leave out their section. Local paths
 are reduced to their last part, because the card may be published.
-
-    text = model_card(target, shape, tokenizer, dtype="bfloat16", name="gpt2-small-lawa")
 """
 
 import json
@@ -26,23 +24,19 @@ from llmtrain.planning.sizes import Architecture
 from llmtrain.storage.json_files import read_json
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_INPUT_COLUMNS = ("step", "weight", "lr", "tokens", "sha256")
 
 
 def model_card(target: Target, shape: Shape, tokenizer: Tokenizer, *, dtype: str, name: str) -> str:
     """Return the text of `README.md`: Markdown with a YAML header.
 
     `name` is OWNER/NAME for the hub, otherwise the folder.
-
-    Raises:
-        UserError: a file of the run is damaged.
     """
-    config = load_config(target.run.config) if target.run else None
+    run = target.run
+    config = load_config(run.config) if run else None
     manifests = _read_manifests(config) if config else []
     provenance = target.path / PROVENANCE_FILE
     average = read_json(provenance) if provenance.exists() else {}
-    inputs = average.pop("inputs", [])
-    well_formed = isinstance(inputs, list) and all(isinstance(each, dict) for each in inputs)
+    inputs = average.pop("inputs", None)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         trim_blocks=True,
@@ -56,20 +50,16 @@ def model_card(target: Target, shape: Shape, tokenizer: Tokenizer, *, dtype: str
         loadable_name=name if _HUB_NAME.fullmatch(name) else name.rpartition("/")[2],
         version=__version__,
         label=target.label,
-        run=target.run and target.run.path.resolve().name,
+        run=run and run.path.resolve().name,
         origin=load_origin(target.path),
         dtype=dtype,
         parameters=Architecture(shape.model, shape.block_size).parameters,
-        model=shape.model,
-        block_size=shape.block_size,
+        shape=shape,
         tokenizer=tokenizer,
         manifests=manifests,
-        losses=[r for r in stored_results(target.run) if r.step == target.step]
-        if target.run
-        else [],
+        losses=[row for row in stored_results(run) if row.step == target.step] if run else [],
         average={key: value for key, value in average.items() if value is not None},
-        columns=_INPUT_COLUMNS,
-        inputs=inputs if well_formed else [],
+        inputs=inputs if isinstance(inputs, list) else [],
         recipe=config and dump_config(_without_local_paths(config)),
     )
 

@@ -1,7 +1,5 @@
 """Export weights as a Hugging Face repository or as nanoGPT's `ckpt.pt`.
 
-    export(target, Path("exported"), dtype="bf16", form="hf", name="owner/name")
-
 Snapshots are Hugging Face folders already. A repository adds the tokenizer, generation settings and
 a model card, and may use a smaller number format.
 """
@@ -46,28 +44,23 @@ def export(
 ) -> None:
     """Write GPT-2 weights to the new folder `to`, rounded to `dtype` (a key of DTYPES).
 
-    `name` is the title of the model card, OWNER/NAME or a folder. The tokenizer is resolved by
-    `tokenizer_of`.
+    `name` is the title of the model card, OWNER/NAME or a folder.
 
     Raises:
         UserError: `to` exists, the weights are not a GPT-2, or a weight overflows the dtype.
-        WriteFailed: the disk is full or not writable.
     """
     if to.exists():
         raise UserError(f"{to} already exists", hint="choose a new folder: --to DIR")
-    shape = load_shape(target.path)
-    text_tokenizer = tokenizer_of(target.path, shape, tokenizer)
+    text_tokenizer = tokenizer_of(target.path, load_shape(target.path), tokenizer)
     model = load_model(target.path)
-    torch_dtype = DTYPES[dtype]
-    _check_range(target.path, model, torch_dtype)
-    with staged_folder(to, needed=model.n_parameters() * torch_dtype.itemsize) as folder:
+    number = DTYPES[dtype]
+    _check_range(target.path, model, number)
+    with staged_folder(to, needed=model.n_parameters() * number.itemsize) as folder:
         if form == "hf":
-            _write_repository(
-                folder, model, target, shape, text_tokenizer, dtype=torch_dtype, name=name
-            )
+            _write_repository(folder, target, model, text_tokenizer, number, name)
         else:
             with (folder / "ckpt.pt").open("wb") as file:  # given a path, torch hides the OSError
-                torch.save(nanogpt_checkpoint(model, target, torch_dtype), file)
+                torch.save(nanogpt_checkpoint(model, target, number), file)
 
 
 def _check_range(path: Path, model: GPT, dtype: torch.dtype) -> None:
@@ -82,24 +75,18 @@ def _check_range(path: Path, model: GPT, dtype: torch.dtype) -> None:
 
 
 def _write_repository(
-    folder: Path,
-    model: GPT,
-    target: Target,
-    shape: Shape,
-    tokenizer: Tokenizer,
-    *,
-    dtype: torch.dtype,
-    name: str,
+    folder: Path, target: Target, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype, name: str
 ) -> None:
+    shape = load_shape(target.path)
     save_tensors(folder / WEIGHTS_FILE, dict(model.state_dict()), shape, dtype=dtype)
     write_json(folder / CONFIG_FILE, hugging_face_config(shape) | {"dtype": _name(dtype)})
     write_json(folder / "generation_config.json", generation_config(shape, tokenizer))
-    for file, content in tokenizer_files(tokenizer, shape.block_size).items():
+    card = model_card(target, shape, tokenizer, dtype=_name(dtype), name=name)
+    texts = tokenizer_files(tokenizer, shape.block_size) | {"README.md": card}
+    for file, content in texts.items():
         (folder / file).write_text(content, encoding="utf-8")
     if load_origin(target.path) is not None:
         shutil.copyfile(target.path / TRAINING_FILE, folder / TRAINING_FILE)
-    card = model_card(target, shape, tokenizer, dtype=_name(dtype), name=name)
-    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def generation_config(shape: Shape, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -140,9 +127,10 @@ def nanogpt_checkpoint(model: GPT, target: Target, dtype: torch.dtype) -> dict[s
 
 def _new_optimizer_state(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the state of a new AdamW with nanoGPT's two groups: matrices and the rest."""
-    matrices = [tensor for tensor in weights.values() if tensor.dim() >= 2]
-    others = [tensor for tensor in weights.values() if tensor.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": [t for t in weights.values() if t.dim() >= 2], "weight_decay": 0.1},
+        {"params": [t for t in weights.values() if t.dim() < 2], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95)).state_dict()
 
 

@@ -2,8 +2,6 @@
 
 The package contains GPT-2's ranks, so no tokenizer needs the network. The byte tokenizer has a
 vocabulary of 257, small enough for a demo on a CPU.
-
-    ids = load_tokenizer("gpt2").encode("Hello world")  # uint16 array [15496, 995]
 """
 
 import base64
@@ -33,6 +31,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 CHUNK_BYTES = 1 << 20
 """Default size of the chunks in which long documents are encoded."""
+_SHORT_CHUNK_BYTES = 10_000
 
 GPT2_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 """Hash of the unpacked ranks, the same that tiktoken requires for `r50k_base`."""
@@ -41,13 +40,14 @@ _R50K_PATTERN = (
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 )
 
-_WHITESPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-r"""`\s` of tiktoken's regular expressions (Unicode White_Space); Python's has four more."""
+_WHITESPACE = (
+    rb"(?:[\t-\r ]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]"
+    rb"|\xe2\x81\x9f|\xe3\x80\x80)"
+)
+"""Unicode White_Space in UTF-8, which is `\\s` in tiktoken; Python's has four more characters."""
 
-_LONG_WHITESPACE = re.compile(rf"[{_WHITESPACE}]{{10000,}}(?=[{_WHITESPACE}][^{_WHITESPACE}])")
-
-_SAFE_CUT = re.compile(rb"[\t-\r ](?=[!-~])")
-"""ASCII whitespace before a visible ASCII character. No token crosses the point before it."""
+_SAFE_CUT = re.compile(_WHITESPACE + rb"(?!" + _WHITESPACE + rb"|\Z)")
+"""Last whitespace character before other text. No token crosses the point before it."""
 
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
@@ -111,16 +111,10 @@ class Tokenizer:
 
 @cache
 def load_tokenizer(name: str) -> Tokenizer:
-    """Return the tokenizer "gpt2" or "byte", without network access.
-
-    Raises:
-        UserError: unknown name.
-        RunFailed: the ranks in the package are damaged.
-    """
+    """Return the tokenizer "gpt2" or "byte", without network access."""
     if name not in TOKENIZERS:
-        raise UserError(
-            f"unknown tokenizer {name!r}", hint=f"choose one of {', '.join(TOKENIZERS)}"
-        )
+        hint = f"choose one of {', '.join(TOKENIZERS)}"
+        raise UserError(f"unknown tokenizer {name!r}", hint=hint)
     return _gpt2() if name == "gpt2" else _byte()
 
 
@@ -168,11 +162,10 @@ def _gpt2() -> Tokenizer:
     def encode(text: str) -> npt.NDArray[np.uint16]:
         try:
             return encode_part(text)
-        except UnicodeEncodeError:
-            raise
         except ValueError:
             # About a million whitespace characters in a row overflow the regex engine's stack.
-            return np.concatenate([encode_part(part) for part in _split_long_whitespace(text)])
+            parts = split_text(text.encode("utf-8"), _SHORT_CHUNK_BYTES)
+            return np.concatenate([encode_part(str(part, "utf-8")) for part in parts])
 
     vocabulary = (*sorted(ranks, key=ranks.__getitem__), b"")
     return Tokenizer("gpt2", GPT2_RANKS_SHA256, vocabulary, encode)
@@ -218,14 +211,6 @@ def split_text(text: bytes | memoryview, size: int = CHUNK_BYTES) -> Iterator[by
     yield text[start:]
 
 
-def _split_long_whitespace(text: str) -> Iterator[str]:
-    start = 0
-    for match in _LONG_WHITESPACE.finditer(text):
-        yield text[start : match.end()]
-        start = match.end()
-    yield text[start:]
-
-
 def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
     """Return the Hugging Face tokenizer files, content by name, for a model of this context length.
 
@@ -234,15 +219,13 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
     vocabulary = _spelled_ids(tokenizer) | {END_OF_TEXT: tokenizer.eot}
     merges = [f"{_spell(left)} {_spell(right)}" for left, right in _merges(tokenizer.vocabulary)]
     is_gpt2 = tokenizer.name == "gpt2"
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": is_gpt2,
-    }
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    byte_level["use_regex"] = is_gpt2
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = {"id": tokenizer.eot, "content": END_OF_TEXT, **flags, "special": True}
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    affixes = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+    bpe_flags = dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False)
     fast = {
         "version": "1.0",
         "truncation": None,
@@ -254,13 +237,8 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
         "decoder": byte_level,
         "model": {
             "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
+            **dict.fromkeys(affixes),
+            **bpe_flags,
             "vocab": vocabulary,
             "merges": merges,
         },
@@ -287,11 +265,7 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
 
 
 def has_same_ids(folder: Path, tokenizer: Tokenizer) -> bool:
-    """Return True if a weights folder has no tokenizer files, or files with the ids of `tokenizer`.
-
-    Raises:
-        UserError: a file is damaged.
-    """
+    """Return True unless a weights folder has tokenizer files with other ids than `tokenizer`."""
     for name in ("tokenizer.json", "vocab.json"):
         if (folder / name).is_file():
             document = read_json(folder / name)
@@ -322,25 +296,16 @@ def fast_tokenizer(tokenizer: Tokenizer) -> "PreTrainedTokenizerFast":
 def _merges(vocabulary: tuple[bytes, ...]) -> Iterator[tuple[bytes, bytes]]:
     """Yield the two tokens that each longer token was merged from, in the order of ids.
 
-    An id is the rank of its merge: encoding its bytes with lower ids only yields these two tokens.
+    An id is the rank of its merge: merging its bytes by lower ranks ends with these two tokens.
     """
-    ranks = {token: rank for rank, token in enumerate(vocabulary) if token}
-    for token, rank in ranks.items():
-        if len(token) > 1:
-            left, right = _merge(token, ranks, below=rank)
-            yield left, right
-
-
-def _merge(text: bytes, ranks: dict[bytes, int], *, below: int) -> list[bytes]:
-    """Return the parts of `text` after all merges with a rank under `below`, lowest first."""
-    parts = [text[i : i + 1] for i in range(len(text))]
-    while True:
-        pairs = [ranks.get(left + right, below) for left, right in pairwise(parts)]
-        lowest = min(pairs, default=below)
-        if lowest == below:
-            return parts
-        at = pairs.index(lowest)
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    ranks = {token: rank for rank, token in enumerate(vocabulary) if len(token) > 1}
+    for token in ranks:
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = [ranks.get(left + right, len(vocabulary)) for left, right in pairwise(parts)]
+            at = pairs.index(min(pairs))
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        yield parts[0], parts[1]
 
 
 def _spelled_ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -1,9 +1,8 @@
 """Training checkpoints: everything that a run needs to resume exactly.
 
-Why safetensors and JSON: nothing is unpickled, and `state.json` is readable. Several processes
-write one checkpoint in the safetensors form of torch's distributed checkpoint, so any number of
-processes can resume from it. It contains no RNG state: the data and the dropout of a step are
-functions of (seed, step).
+Several processes write one checkpoint in the safetensors form of torch's distributed checkpoint, so
+any number of processes can resume from it. It contains no RNG state: the data and the dropout of a
+step are functions of (seed, step).
 """
 
 import errno
@@ -48,12 +47,11 @@ class TrainingProgress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    """Training time over all sessions."""
     wandb_id: str | None = None
     data: str = ""
     """SHA-256 of the data's manifest."""
     skipped: int = 0
-    """Steps whose update was skipped because of a spike or a non-finite number."""
+    """Steps whose update was skipped."""
     passed_batches: int = 0
     """Step `s` trains on batch `s + passed_batches`; each rewind adds the batches that it skips."""
     rewinds: list[dict[str, Any]] = field(default_factory=list)
@@ -74,87 +72,81 @@ class TrainingCheckpoint:
     """Number of updates of each online average, by label."""
 
 
-# --- tensors ------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class TrainingState:
+    """The objects whose tensors are saved in a training checkpoint."""
 
+    model: nn.Module
+    optimizer: Optimizer
+    averages: Sequence[OnlineAverage]
+    spikes: SpikeDetector
 
-def collect_tensors(
-    model: nn.Module,
-    optimizer: Optimizer,
-    averages: Sequence[OnlineAverage],
-    spikes: SpikeDetector,
-    *,
-    copy: bool,
-) -> dict[str, Tensor]:
-    """Return all tensors of a checkpoint by name, in host memory, sharded as the model is."""
-    parameters = dict(model.named_parameters())
-    tensors: dict[str, Tensor] = {f"model/{name}": tensor for name, tensor in parameters.items()}
-    moments = optimizer.state_dict()["state"]
-    for index, name in enumerate(_optimized_names(model, optimizer)):
-        tensors |= {
-            f"optimizer/{key}/{name}": value for key, value in moments.get(index, {}).items()
-        }
-    for average in averages:
-        tensors |= {
-            f"average/{average.config.label}/{name}": t for name, t in average.state().items()
-        }
-    tensors |= {f"watch/{name}": tensor for name, tensor in spikes.state().items()}
-    collected = {}
-    for key, tensor in tensors.items():
-        part = to_local(tensor.detach()).to("cpu", copy=copy).contiguous()
-        parameter = parameters.get(_parameter_name(key))
-        if parameter is not None and part.shape == to_local(parameter).shape:
-            part = from_local(parameter, part)
-        collected[key] = part
-    return collected
+    def _optimized_names(self) -> list[str]:
+        """Return the parameter names in the order of the optimizer's state."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return [names[each] for group in self.optimizer.param_groups for each in group["params"]]
 
+    def collect(self, *, copy: bool) -> dict[str, Tensor]:
+        """Return all tensors of a checkpoint by name, in host memory, sharded as the model is."""
+        parameters: dict[str, Tensor] = dict(self.model.named_parameters())
+        tensors = _prefixed("model/", parameters)
+        moments = self.optimizer.state_dict()["state"]
+        for index, name in enumerate(self._optimized_names()):
+            for key, value in moments.get(index, {}).items():
+                tensors[f"optimizer/{key}/{name}"] = value
+        for average in self.averages:
+            tensors |= _prefixed(f"average/{average.config.label}/", average.state())
+        tensors |= _prefixed("watch/", self.spikes.state())
+        collected = {}
+        for key, tensor in tensors.items():
+            part = to_local(tensor.detach()).to("cpu", copy=copy).contiguous()
+            parameter = parameters.get(_parameter_name(key))
+            if parameter is not None and part.shape == to_local(parameter).shape:
+                part = from_local(parameter, part)
+            collected[key] = part
+        return collected
 
-def restore_tensors(
-    checkpoint: TrainingCheckpoint,
-    model: nn.Module,
-    optimizer: Optimizer,
-    averages: Sequence[OnlineAverage],
-    spikes: SpikeDetector,
-) -> None:
-    """Load a checkpoint into the objects that `collect_tensors` read; any number of processes may.
+    def restore(self, checkpoint: TrainingCheckpoint) -> None:
+        """Load a checkpoint into these objects."""
+        step = checkpoint.progress.step
+        try:
+            tensors = read_tensors(checkpoint.folder, dict(self.model.named_parameters()))
+            self._load_weights(_with_prefix("model/", tensors))
+            self._load_moments(_with_prefix("optimizer/", tensors))
+            self.spikes.load(_with_prefix("watch/", tensors))
+            for average in self.averages:
+                label = average.config.label
+                # A branch may add averages, which start here.
+                if (updates := checkpoint.average_updates.get(label)) is not None:
+                    average.load(_with_prefix(f"average/{label}/", tensors), updates)
+                average.resume_at(step)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise UserError(
+                f"the training checkpoint of step {step:,} does not fit this config: {error}",
+                hint="resume with the config that the run was started with (its config.yaml)",
+            ) from error
 
-    Raises:
-        UserError: the checkpoint belongs to another model.
-    """
-    parameters = dict(model.named_parameters())
-    step = checkpoint.progress.step
-    try:
-        tensors = read_tensors(checkpoint.folder, parameters)
-        weights = _with_prefix("model/", tensors)
-        if weights.keys() != parameters.keys():
-            raise KeyError(f"weights of {', '.join(sorted(weights.keys() ^ parameters.keys()))}")
-        load_shards(model, weights)
-        moments: dict[int, dict[str, Tensor]] = {}
-        saved = _with_prefix("optimizer/", tensors)
-        for index, name in enumerate(_optimized_names(model, optimizer)):
-            keys = [key.removesuffix(f"/{name}") for key in saved if key.endswith(f"/{name}")]
-            moments[index] = {k: _shard_like(parameters[name], saved[f"{k}/{name}"]) for k in keys}
-        optimizer.load_state_dict(
-            {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
-        )
-        spikes.load(_with_prefix("watch/", tensors))
-        for average in averages:
-            label = average.config.label
-            if label in checkpoint.average_updates:  # a branch may add averages, which start here
-                updates = checkpoint.average_updates[label]
-                average.load(_with_prefix(f"average/{label}/", tensors), updates)
-            average.resume_at(step)
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise UserError(
-            f"the training checkpoint of step {step:,} does not fit this config: {error}",
-            hint="resume with the config that the run was started with (its config.yaml)",
-        ) from error
+    def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        names = {name for name, _ in self.model.named_parameters()}
+        if other := names ^ weights.keys():
+            raise KeyError(f"weights of {', '.join(sorted(other))}")
+        load_shards(self.model, weights)
+
+    def _load_moments(self, saved: Mapping[str, Tensor]) -> None:
+        parameters, moments = dict(self.model.named_parameters()), {}
+        for index, name in enumerate(self._optimized_names()):
+            keys = [key for key in saved if key.endswith(f"/{name}")]
+            moments[index] = {
+                key.removesuffix(f"/{name}"): _shard_like(parameters[name], saved[key])
+                for key in keys
+            }
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
 
 
 def read_tensors(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by name, in host memory.
+    """Return the tensors of a checkpoint by name, in host memory, sharded like the parameters.
 
-    Of tensors shaped like a sharded parameter, return the local part. If one process cannot read a
-    file, raise OSError on all.
+    If one process cannot read a file, raise OSError on all.
     """
     reader = HuggingFaceStorageReader(str(folder))
     tensors: dict[str, Tensor] = {}
@@ -162,24 +154,20 @@ def read_tensors(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Te
         assert isinstance(metadata, TensorStorageMetadata)
         parameter, dtype = parameters.get(_parameter_name(key)), metadata.properties.dtype
         if parameter is not None and metadata.size == parameter.shape:
-            tensors[key] = from_local(
-                parameter, torch.empty(to_local(parameter).shape, dtype=dtype)
-            )
+            shard = torch.empty(to_local(parameter).shape, dtype=dtype)
+            tensors[key] = from_local(parameter, shard)
         else:
             tensors[key] = torch.empty(metadata.size, dtype=dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="torch.distributed is disabled", category=UserWarning
-        )
-        try:
+    try:
+        # torch warns when a single process loads.
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
             load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
-        except CheckpointException as error:  # a BaseException, which no caller expects
-            raise next(iter(error.failures.values()))[0] from error
+    except CheckpointException as error:  # a BaseException, which no caller expects
+        raise next(iter(error.failures.values()))[0] from error
     return {key: to_local(tensor) for key, tensor in tensors.items()}
 
 
 def _parameter_name(key: str) -> str:
-    """Return the last part of a key: the parameter's name, if the tensor belongs to one."""
     return key.rpartition("/")[2]
 
 
@@ -189,33 +177,21 @@ def _shard_like(parameter: Tensor, value: Tensor) -> Tensor:
     return from_local(parameter, value.to(parameter.device))
 
 
-def _optimized_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """Return the parameter names in the order of the optimizer's state."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-# --- find and load ------------------------------------------------------------------------------
-
-
 def regular_steps(steps: Sequence[int], every: int) -> list[int]:
-    """Return the steps that a run saves however often it is interrupted; rewinds use only these.
-
-    They are the multiples of `every`, and the oldest, at which the run may have started.
-    """
+    """Return the steps that are saved even without interruptions; rewinds use only these."""
     return [step for step in steps if step % every == 0 or step == steps[0]]
 
 
 def load_checkpoint(folder: Path) -> TrainingCheckpoint:
-    """Check the hashes of a training checkpoint and read its progress.
-
-    Raises:
-        UserError: a file is missing or damaged, or the format version differs.
-    """
+    """Check the hashes of a training checkpoint and read its progress."""
     if problems := integrity_problems(folder):
         raise UserError(
             f"the training checkpoint {folder} is damaged: {'; '.join(problems)}",
@@ -242,16 +218,11 @@ def newest_checkpoint(
 ) -> TrainingCheckpoint | None:
     """Return the newest intact training checkpoint (of the steps `among`, if given), or None.
 
-    Rename each damaged one to `step-…-damaged` and warn.
-
-    Raises:
-        UserError: all of them are damaged, or one has another format version.
+    Rename each damaged one to `step-…-damaged` and warn; raise a UserError if all are damaged.
     """
-    folders = {
-        step: path
-        for step, path in step_folders(run.states).items()
-        if among is None or step in among
-    }
+    folders = step_folders(run.states)
+    if among is not None:
+        folders = {step: folders[step] for step in sorted(folders.keys() & among)}
     for folder in reversed(folders.values()):
         try:
             return load_checkpoint(folder)

@@ -4,8 +4,6 @@ A checkpoint gets its name only after every process has written its part. An err
 is raised on all. On a CPU alone, a background write gains nothing, so `save` blocks.
 """
 
-import json
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -29,41 +27,31 @@ from llmtrain.errors import RunFailed, UserError
 from llmtrain.runtime.distributed import World
 from llmtrain.runtime.sharded import to_local
 from llmtrain.storage.commit import remove_folder, remove_leftovers, staged_folder
+from llmtrain.storage.json_files import write_json
 from llmtrain.storage.run_folder import RunFolder, step_folders
-from llmtrain.training.checkpoint import (
-    FACTS_FILE,
-    FORMAT_VERSION,
-    TENSORS_FILE,
-    TrainingProgress,
-    regular_steps,
-)
+from llmtrain.training import checkpoint
+from llmtrain.training.snapshots import BackgroundWriter
 
 T = TypeVar("T")
 
 
-class CheckpointWriter:
+class CheckpointWriter(BackgroundWriter):
     """Saves training checkpoints; the next call on every process raises what failed."""
 
     def __init__(
         self, run: RunFolder, world: World, *, keep: int, every: int, background: bool
     ) -> None:
-        """Create a writer; all processes make the same calls in the same order.
+        """Keep the newest `keep` checkpoints, and as many of the `regular_steps`, `every` apart.
 
-        Args:
-            run: where to save.
-            world: the processes.
-            keep: number of newest checkpoints to keep, and of `regular_steps` among them.
-            every: steps between two regular checkpoints.
-            background: write in a thread; then the tensors must be copies.
+        In the background, the saved tensors must be copies.
         """
-        self._run, self._world, self._keep, self._every = run, world, keep, every
+        super().__init__(world)
+        self._run, self._keep, self._every = run, keep, every
         self.in_background = background
-        self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
-        self._saving: Future[None] | None = None
 
     def save(
         self,
-        progress: TrainingProgress,
+        progress: checkpoint.TrainingProgress,
         updates: dict[str, int],
         tensors: dict[str, Tensor],
         *,
@@ -75,32 +63,16 @@ class CheckpointWriter:
         """
         self.wait()
         facts = {
-            "format_version": FORMAT_VERSION,
+            "format_version": checkpoint.FORMAT_VERSION,
             "progress": asdict(progress),
             "average_updates": updates,
         }
-        work = partial(self._commit, self._run.state(progress.step), facts, tensors, replace)
-        if self._pool is None:
-            work()
+        target = self._run.state(progress.step)
+        write = partial(self._commit, target, facts, tensors, replace)
+        if self.in_background:
+            self.start(write)
         else:
-            self._saving = self._pool.submit(work)
-
-    def wait(self) -> None:
-        """Block until the last checkpoint is durable, or raise what failed."""
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
-
-    def check(self) -> None:
-        """Raise the error of the last save if it has finished on all processes."""
-        done = self._saving is not None and self._saving.done()
-        if self._world.sums([done])[0] == self._world.size:
-            self.wait()
-
-    def close(self) -> None:
-        """Wait for the thread to end."""
-        if self._pool is not None:
-            self._pool.shutdown()
+            write()
 
     def _commit(
         self, target: Path, facts: dict[str, Any], tensors: dict[str, Tensor], replace: bool
@@ -131,11 +103,11 @@ class CheckpointWriter:
             with staged_folder(target, replace=replace, needed=tensor_bytes(tensors)) as folder:
                 if self._world.size == 1:
                     whole = {key: to_local(tensor) for key, tensor in tensors.items()}
-                    save_file(whole, folder / TENSORS_FILE)
+                    save_file(whole, folder / checkpoint.TENSORS_FILE)
                 else:
                     self._shared = self._broadcast(folder) is not None
                     self._write_all_parts(folder, tensors)
-                (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+                write_json(folder / checkpoint.FACTS_FILE, facts)
         self._remove_old(target)
 
     def _broadcast(self, value: T | None) -> T | None:
@@ -169,7 +141,7 @@ class CheckpointWriter:
     def _remove_old(self, target: Path) -> None:
         folders = step_folders(self._run.states)
         steps = list(folders)
-        kept = {*steps[-self._keep :], *regular_steps(steps, self._every)[-self._keep :]}
+        kept = {*steps[-self._keep :], *checkpoint.regular_steps(steps, self._every)[-self._keep :]}
         for step, folder in folders.items():
             if step not in kept and folder != target:
                 remove_folder(folder)

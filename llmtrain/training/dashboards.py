@@ -1,10 +1,10 @@
 """Weights & Biases and TensorBoard: both get the events of `metrics.jsonl` and never stop training.
 
-A dashboard that fails is reported once and then left out. W&B asks nothing: without an account or
-network it records offline.
+A dashboard that fails is reported once and then left out.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from llmtrain.config.schema import RunConfig, flatten
 from llmtrain.errors import UserError
 from llmtrain.storage.run_folder import RunFolder
+from llmtrain.training.checkpoint import TrainingProgress
 
 Event = Mapping[str, float | int | str | None]
 Warn = Callable[[str], None]
@@ -21,24 +22,19 @@ class Dashboards:
     """The dashboards that the configuration selects, in the run's folder."""
 
     def __init__(
-        self,
-        run: RunFolder,
-        config: RunConfig,
-        *,
-        resumed_step: int,
-        wandb_id: str | None,
-        warn: Warn,
+        self, run: RunFolder, config: RunConfig, start: TrainingProgress, warn: Warn
     ) -> None:
         self._run, self._warn = run, warn
         self._boards: list[_Wandb | _TensorBoard] = []
-        self.wandb_id: str | None = wandb_id
+        self.wandb_id = start.wandb_id
         """Id of the W&B run, also while W&B is disabled."""
         if config.log.tensorboard:
-            self._boards.append(_TensorBoard(run.path / "tensorboard", resumed_step))
+            self._boards.append(_TensorBoard(run.path / "tensorboard", start.step))
         if config.log.wandb.mode != "disabled":
             try:
-                self._boards.append(_Wandb(_start_wandb(run.path, config, wandb_id, warn)))
-                self.wandb_id = self._boards[-1].id
+                board = _Wandb(run.path, config, start.wandb_id, warn)
+                self._boards.append(board)
+                self.wandb_id = board.id
             except Exception as error:  # W&B raises any type of error
                 warn(f"cannot start W&B: {_first_line(error)}; training continues without it")
 
@@ -70,8 +66,7 @@ class Dashboards:
         try:
             return write_report([self._run], self._run.report).page
         except Exception as error:  # the training itself has succeeded
-            names = " and ".join(board.name for board in self._boards)
-            self._warn(f"cannot write the report for {names}: {_first_line(error)}")
+            self._warn(f"cannot write the report: {_first_line(error)}")
             return None
 
     def _each(self, action: Callable[["_Wandb | _TensorBoard"], None]) -> None:
@@ -84,24 +79,49 @@ class Dashboards:
 
 
 class _Wandb:
+    """A W&B run, new or resumed; offline, without a question, if W&B cannot be reached."""
+
     name = "W&B"
 
-    def __init__(self, run: Any) -> None:
-        self._run, self.id = run, run.id
+    def __init__(self, folder: Path, config: RunConfig, run_id: str | None, warn: Warn) -> None:
+        import wandb  # takes a third of a second
+
+        self._wandb, mode = wandb, config.log.wandb.mode
+        try:
+            if mode == "online" and not wandb.login(prompt=False):
+                raise wandb.errors.UsageError("no account is configured; run wandb login")
+            self._run = self._start(folder, config, run_id, mode)
+        except wandb.Error as error:
+            if mode == "offline":
+                raise
+            warn(f"cannot reach W&B: {_first_line(error)}; recording offline for `wandb sync`")
+            self._run = self._start(folder, config, run_id, "offline")
+        # W&B's own step must increase: after a resume or rewind it would drop repeated steps.
+        self._run.define_metric("*", step_metric="step")
+        self.id = self._run.id
+
+    def _start(self, folder: Path, config: RunConfig, run_id: str | None, mode: Any) -> Any:
+        return self._wandb.init(
+            project=config.log.wandb.project,
+            name=config.name,
+            mode=mode,
+            dir=str(folder),
+            id=run_id,
+            resume="allow" if run_id is not None else None,
+            config=flatten(config),
+            settings=self._wandb.Settings(silent=True),
+        )
 
     def log(self, step: int, numbers: Mapping[str, float], texts: Mapping[str, str]) -> None:
-        import wandb
-
-        pages = {key: wandb.Html(_preformat(text), inject=False) for key, text in texts.items()}
+        html = self._wandb.Html
+        pages = {key: html(_preformat(text), inject=False) for key, text in texts.items()}
         self._run.log({"step": step, **numbers, **pages})
 
     def rewind(self, step: int) -> None:
         """Do nothing: W&B keeps both attempts."""
 
     def add_report(self, page: Path) -> None:
-        import wandb
-
-        artifact = wandb.Artifact(f"report-{self.id}", type="report")
+        artifact = self._wandb.Artifact(f"report-{self.id}", type="report")
         artifact.add_file(str(page))
         self._run.log_artifact(artifact)
 
@@ -110,13 +130,9 @@ class _Wandb:
 
 
 class _TensorBoard:
-    name, id = "TensorBoard", None
+    name = "TensorBoard"
 
     def __init__(self, folder: Path, resumed_step: int) -> None:
-        self._folder = folder
-        self._open(resumed_step)
-
-    def _open(self, step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -124,7 +140,8 @@ class _TensorBoard:
                 f"log.tensorboard is true, but TensorBoard is not installed: {error}",
                 hint="pip install 'llmtrain[tensorboard]', or --set log.tensorboard=false",
             ) from None
-        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
+        self._open = partial(SummaryWriter, str(folder))
+        self._writer = self._open(purge_step=resumed_step + 1)
 
     def log(self, step: int, numbers: Mapping[str, float], texts: Mapping[str, str]) -> None:
         for key, value in numbers.items():
@@ -135,7 +152,7 @@ class _TensorBoard:
 
     def rewind(self, step: int) -> None:
         self._writer.close()
-        self._open(step)
+        self._writer = self._open(purge_step=step + 1)
 
     def add_report(self, page: Path) -> None:
         from matplotlib.image import imread
@@ -146,36 +163,6 @@ class _TensorBoard:
 
     def close(self, *, finished: bool) -> None:
         self._writer.close()
-
-
-def _start_wandb(folder: Path, config: RunConfig, run_id: str | None, warn: Warn) -> Any:
-    """Start a W&B run or resume `run_id`; offline if W&B cannot be reached."""
-    import wandb  # takes a third of a second
-
-    def start(mode: str) -> Any:
-        run = wandb.init(
-            project=config.log.wandb.project,
-            name=config.name,
-            mode=mode,  # type: ignore[arg-type]  # W&B's literals
-            dir=str(folder),
-            id=run_id,
-            resume="allow" if run_id is not None else None,
-            config=flatten(config),
-            settings=wandb.Settings(silent=True),
-        )
-        # W&B's own step must increase: after a resume or rewind it would drop repeated steps.
-        run.define_metric("*", step_metric="step")
-        return run
-
-    if config.log.wandb.mode == "offline":
-        return start("offline")
-    try:
-        if not wandb.login(prompt=False):
-            raise wandb.errors.UsageError("no account is configured; run wandb login")
-        return start("online")
-    except wandb.Error as error:
-        warn(f"cannot reach W&B: {_first_line(error)}; recording offline for `wandb sync`")
-        return start("offline")
 
 
 def _preformat(text: str) -> str:

@@ -1,18 +1,14 @@
-"""Initial weights from an earlier training, for continued pre-training.
+"""Initial weights from an earlier training, in any format that `llmtrain average` reads.
 
-They are read one tensor at a time, so no process holds the whole model, from any format that
-`llmtrain average` reads.
-
-    load_initial_weights(open_weights("openai-community/gpt2"), model, config)
+They are read one tensor at a time, so no process holds the whole model.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llmtrain.checkpoints.checkpoint import Checkpoint, Reader
+from llmtrain.checkpoints.checkpoint import Checkpoint, Reader, open_checkpoint
 from llmtrain.checkpoints.gpt2_folder import CAUSAL_MASKS, load_shape, shape_of, transpose_conv1d
-from llmtrain.checkpoints.open import open_checkpoint
 from llmtrain.checkpoints.resolve import Repository, resolve
 from llmtrain.checkpoints.tensors import ITEM_BYTES, to_float64
 from llmtrain.config.schema import RunConfig
@@ -25,12 +21,7 @@ _EMBEDDINGS = ("wte.weight", "wpe.weight")
 
 
 def open_weights(source: str) -> Checkpoint:
-    """Open the weights that `init_from` names, from headers; download them if they are on the hub.
-
-    Raises:
-        UserError: they do not exist, or cannot be read.
-        RunFailed: the hub cannot be reached.
-    """
+    """Open the weights that `init_from` names; download them if they are on the hub."""
     found = resolve(source, key="init_from")
     if isinstance(found, RunFolder):
         raise UserError(
@@ -45,9 +36,6 @@ def load_initial_weights(source: Checkpoint, model: GPT, config: RunConfig) -> N
 
     Additional rows of a larger vocabulary keep their random values. If the new block size is
     smaller, only the first positions are used.
-
-    Raises:
-        UserError: the weights belong to another model.
     """
     _check_model(source, config)
     parameters = dict(model.named_parameters())

@@ -1,7 +1,6 @@
 """Events of a run, written to the terminal, `metrics.jsonl` and dashboards.
 
-Each event is one dict, so all of them show the same numbers. After a resume or a rewind, the file
-contains every step once: later events are removed.
+After a resume or a rewind, the file contains every step once: later events are removed.
 """
 
 import contextlib
@@ -9,8 +8,8 @@ import json
 import math
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from llmtrain.config.schema import RunConfig
@@ -18,20 +17,11 @@ from llmtrain.storage.commit import write_atomically
 from llmtrain.storage.disk import disk_errors
 from llmtrain.storage.json_files import read_events
 from llmtrain.storage.run_folder import RunFolder
+from llmtrain.training.checkpoint import TrainingProgress
 from llmtrain.training.dashboards import Dashboards, Event
 from llmtrain.training.spikes import SpikeEvent
 
 HEADER = "     step      loss         lr  grad norm   tokens/s     MFU       ETA"
-
-
-def format_duration(seconds: float) -> str:
-    """Return `1:02:03`, `2:03` or `2d 01:02`."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    if days:
-        return f"{days}d {hour:02}:{minute:02}"
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 def format_training(event: Event, eta: float) -> str:
@@ -40,7 +30,7 @@ def format_training(event: Event, eta: float) -> str:
     return (
         f"{event['step']:>9,}  {event['loss']:>8.4f}  {event['lr']:>9.3e}  "
         f"{event['grad_norm']:>9.3f}  {event['tokens_per_second']:>9,.0f}  {mfu:>6}  "
-        f"{format_duration(eta):>8}"
+        f"{timedelta(seconds=round(eta))!s:>8}"
     )
 
 
@@ -58,26 +48,19 @@ class MetricsLog:
         self,
         path: Path | None,
         config: RunConfig,
+        start: TrainingProgress,
         *,
-        resumed_step: int,
-        wandb_id: str | None,
         log: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> None:
-        """Open `metrics.jsonl` and remove the events after `resumed_step`.
-
-        Without a path, on ranks other than 0, nothing is written.
-        """
+        """Open `metrics.jsonl` and remove the events after `start`; without a path, do nothing."""
         self.evaluated_steps: set[int] = set()
         """Steps with an evaluation in the file."""
         self._lines, self._path, self._log = 0, path, log
         if path is None:
             return
-        self._rewrite([event for event in read_events(path) if event["step"] <= resumed_step])
-        run = RunFolder(path.parent)
-        self._boards = Dashboards(
-            run, config, resumed_step=resumed_step, wandb_id=wandb_id, warn=warn
-        )
+        self._rewrite([event for event in read_events(path) if event["step"] <= start.step])
+        self._boards = Dashboards(RunFolder(path.parent), config, start, warn)
 
     @property
     def wandb_id(self) -> str | None:
@@ -87,29 +70,27 @@ class MetricsLog:
     def training(self, event: Event, eta: float) -> None:
         """Log a training step; `eta`, in seconds, appears on the terminal only."""
         # Write first: if the output pipe is closed, the checkpoint of this step is saved.
-        self._write(event, "train")
+        self.write(event, "train")
         if self._lines % 25 == 0:
-            self._print(HEADER)
+            self._log(HEADER)
         self._lines += 1
-        self._print(format_training(event, eta))
+        self._log(format_training(event, eta))
 
     def evaluation(self, event: Event) -> None:
         """Log the losses of an evaluation."""
-        self._write(event, "val")
-        self._print(format_evaluation(event))
+        self.write(event, "val")
+        self.evaluated_steps.add(int(event["step"] or 0))
+        self._log(format_evaluation(event))
 
     def spike(self, event: SpikeEvent) -> None:
         """Log a spike or a non-finite number."""
-        self._write(event.event(), "incident")
-        self._print(str(event))
-
-    def not_saved(self, step: int, problem: str) -> None:
-        """Log that a snapshot or an average could not be written."""
-        self._write({"step": step, "not_saved": problem}, "incident")
+        self.write(event.event(), "incident")
+        self._log(str(event))
 
     def contains(self, event: Event) -> bool:
-        """Return whether the file contains this event."""
-        return self._path is not None and event in read_events(self._path)
+        """On rank 0, return whether the file contains this event."""
+        assert self._path is not None
+        return event in read_events(self._path)
 
     def rewind(self, record: Event) -> None:
         """Log a rewind once, and move the events after its step to `metrics-rewound.jsonl`."""
@@ -121,16 +102,15 @@ class MetricsLog:
         self._file.close()
         self._rewrite([*(each for each in events if each["step"] <= step), dict(record)])
         self._boards.rewind(step)
-        self._print(
-            f"{step:>9,}  rewound from step {record['rewound_from']:,}, skipping its batches"
-        )
+        start = record["rewound_from"]
+        self._log(f"{step:>9,}  rewound from step {start:,}, skipping its batches")
 
     def flush(self) -> None:
-        """Make the file durable; a training checkpoint depends on it."""
-        if self._path is not None:
-            with disk_errors(self._path):
-                self._file.flush()
-                os.fsync(self._file.fileno())
+        """On rank 0, make the file durable; a training checkpoint depends on it."""
+        assert self._path is not None
+        with disk_errors(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def _rewrite(self, events: list[dict[str, Any]]) -> None:
         assert self._path is not None
@@ -138,11 +118,8 @@ class MetricsLog:
         self._file = self._path.open("a", encoding="utf-8")
         self.evaluated_steps = {int(e["step"]) for e in events if "val/loss" in e}
 
-    def _print(self, line: str) -> None:
-        if self._path is not None:
-            self._log(line)
-
-    def _write(self, event: Event, group: str) -> None:
+    def write(self, event: Event, group: str) -> None:
+        """Write an event to the file and the dashboards, where `group/` starts the names."""
         if self._path is None:
             return
         # JSON has no non-finite numbers.
@@ -158,12 +135,7 @@ class MetricsLog:
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if self._path is not None:
             # After a failed write, closing fails again and must not hide the first error.
             with contextlib.suppress(OSError) if kind else disk_errors(self._path):

@@ -1,9 +1,8 @@
 """The micro-batch: the sequences in one forward pass, found when a run starts, reduced on OOM.
 
-Why by trial: no table predicts what fits and what is fast on a device. The micro-batch changes only
-how a batch is split. A trial leaves no gradients, and its random draws do not count, because every
-step seeds its own. Training checkpoints contain the result, so a resumed run keeps it. Trials run
-uncompiled, because compiling every candidate would take minutes.
+Why by trial: no table predicts what fits and what is fast on a device. A trial leaves no gradients,
+and every step seeds its own random draws. Trials run uncompiled, because compiling every candidate
+would take minutes.
 """
 
 import time
@@ -32,19 +31,15 @@ _SPARE = 0.05
 _CPU_FACTOR = 1.35
 """CPU memory safety factor: the allocator does not return freed memory."""
 _HINT = (
-    "see llmtrain plan; reduce memory with --set train.activation_checkpointing=true, a smaller "
-    "eval.batch, train.parallel=fsdp on several GPUs, or a smaller model or block size"
+    "see llmtrain plan; --set train.activation_checkpointing=true, a smaller eval.batch or "
+    "data.block_size, and train.parallel=fsdp on several GPUs reduce memory"
 )
 
 
 def find_micro_batch(worker: Worker, progress: TrainingProgress, log: Log) -> None:
     """Set `progress.micro_batch`: keep it unless something that it depends on has changed.
 
-    For `auto`, set the fastest of 1, 2, 4, … (divisors of a process's share of the batch) that fits
-    on every process.
-
-    Raises:
-        RunFailed: memory ran out while other processes depend on this one.
+    For `auto`, set the fastest of 1, 2, 4, … (divisors of its share) that fits on every process.
     """
     config, world = worker.config, worker.world
     asked = config.train.micro_batch
@@ -66,7 +61,9 @@ def find_micro_batch(worker: Worker, progress: TrainingProgress, log: Log) -> No
     if asked != "auto":
         progress.micro_batch = asked
         # Running out of memory later, within a step, would leave the other processes blocked.
-        while worker.parallel == "ddp" and not _fits_everywhere(worker, progress.micro_batch):
+        while worker.parallel == "ddp" and any(
+            world.sums([_seconds(worker, progress.micro_batch, 1) is None])
+        ):
             problem = _reduce(worker, progress)
             worker.warn(f"{problem}: continuing with {progress.micro_batch}")
         return
@@ -81,9 +78,6 @@ def retry_on_oom(worker: Worker, progress: TrainingProgress, work: Callable[[], 
     """Return what `work` returns, repeated with smaller micro-batches while memory runs out.
 
     `work` is a part of a step whose only side effect is gradients.
-
-    Raises:
-        RunFailed: memory ran out at micro-batch 1, or with several processes.
     """
     while True:
         try:
@@ -95,9 +89,7 @@ def retry_on_oom(worker: Worker, progress: TrainingProgress, work: Callable[[], 
         problem = _reduce(worker, progress)
         if worker.parallel is not None:  # the other processes block in the middle of their step
             raise RunFailed(
-                problem,
-                hint=f"--set train.micro_batch={progress.micro_batch}; "
-                "the run resumes from its newest training checkpoint",
+                problem, hint=f"resume with --set train.micro_batch={progress.micro_batch}"
             )
         worker.warn(f"{problem}: continuing with {progress.micro_batch}")
         if worker.is_compiled:
@@ -105,34 +97,26 @@ def retry_on_oom(worker: Worker, progress: TrainingProgress, work: Callable[[], 
 
 
 @contextmanager
-def explain_oom(device: torch.device) -> Iterator[None]:
-    """Convert an out-of-memory error that no smaller micro-batch avoids into one line.
-
-    Raises:
-        RunFailed: in place of the original error.
-    """
+def explain_oom() -> Iterator[None]:
+    """Convert an out-of-memory error that no smaller micro-batch avoids into a RunFailed."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise RunFailed(f"{_out_of_memory(device)}: {reason}", hint=_HINT) from error
+        raise RunFailed(f"out of memory: {reason}", hint=_HINT) from error
 
 
 def _reduce(worker: Worker, progress: TrainingProgress) -> str:
     """Set the next smaller micro-batch and return the problem; fail at 1."""
     _discard_grads(worker)
     size = progress.micro_batch
-    problem = f"{_out_of_memory(worker.device)} at micro-batch {size}"
+    problem = f"out of memory at micro-batch {size}"
     if size == 1:
         raise RunFailed(problem, hint=_HINT)
     progress.micro_batch = max(n for n in divisors(worker.sequences) if n < size)
     return problem
-
-
-def _out_of_memory(device: torch.device) -> str:
-    return f"out of {'GPU ' if device.type == 'cuda' else ''}memory"
 
 
 def _discard_grads(worker: Worker) -> None:
@@ -142,14 +126,10 @@ def _discard_grads(worker: Worker) -> None:
         torch.cuda.reset_peak_memory_stats(worker.device)  # exclude trials from the logged memory
 
 
-# --- what fits, and how fast it is --------------------------------------------------------------
-
-
 def _candidates(worker: Worker) -> list[int]:
     """Return 1 and divisors of the share that at least double each time.
 
-    Apply the planned memory if a trial cannot fail safely: the kernel kills a CPU process, and a
-    sharded process that fails leaves the others blocked.
+    Use the planned memory if a failed trial kills the process (CPU) or blocks the others (FSDP).
     """
     sizes = [1]
     for size in divisors(worker.sequences):
@@ -168,7 +148,6 @@ def _candidates(worker: Worker) -> list[int]:
 
 
 def _layout(worker: Worker) -> Layout:
-    """Return the layout for memory planning; HSDP shards within a machine."""
     return Layout(
         worker.world.local_size if worker.parallel == "hsdp" else worker.world.size,
         "fsdp" if worker.is_sharded else "ddp",
@@ -180,8 +159,7 @@ def _layout(worker: Worker) -> Layout:
 def _speeds(worker: Worker, sizes: list[int]) -> dict[int, float]:
     """Return sequences per second by micro-batch, for those that fit.
 
-    Stop after two sizes without a gain, or when the time is up. The processes decide by sums over
-    all of them, so they decide the same.
+    Stop after two sizes without a gain, or when the time is up.
     """
     speeds: dict[int, float] = {}
     started, expected = time.perf_counter(), 0.0
@@ -200,10 +178,6 @@ def _speeds(worker: Worker, sizes: list[int]) -> dict[int, float]:
         if no_gain or spent / worker.world.size + 3 * expected > _PATIENCE:
             break
     return speeds
-
-
-def _fits_everywhere(worker: Worker, size: int) -> bool:
-    return worker.world.sums([_seconds(worker, size, 1) is None])[0] == 0
 
 
 def _seconds(worker: Worker, size: int, repeats: int) -> float | None:

@@ -1,14 +1,12 @@
 """Where a run starts: at step 0, at its newest training checkpoint, or at another run's checkpoint.
 
 A run folder is resumed only with an equivalent config and the same data, and is never overwritten.
-This file also finds the checkpoint of a rewind: after a spike, training restarts before it with
-other data (PaLM, Chowdhery et al. 2022, section 5.1), and keeps the weights of the first attempt as
-`step-…-rewound`.
+After a spike, a rewind restarts training before it with other data (PaLM, Chowdhery et al. 2022,
+section 5.1), and keeps the weights of the first attempt as `step-…-rewound`.
 """
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,65 +55,34 @@ _STARTED_FILES = re.compile(r"\.lock|parent\.json|\.tmp-\d+-(parent\.json|config
 """Files in the folder of a run that ended before its config was written."""
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a run starts."""
-
-    checkpoint: TrainingCheckpoint | None
-    branched: bool = False
-    """The checkpoint belongs to another run."""
-    finished: bool = False
-    """Nothing is left to do."""
-
-
-def find_start(
-    config: RunConfig, run: RunFolder, data: TokenData, resume: Resume, warn: Log
-) -> Start:
-    """Return where to start, and record the parent of a branch.
-
-    Raises:
-        UserError: the run must not be resumed, or config, data and run folder do not match.
-    """
-    if isinstance(resume, Path) and not is_run(run.path):
-        return Start(_branch(config, run, data, resume), branched=True)
-    checkpoint = _existing_checkpoint(config, run, data, resume, warn)
-    finished = checkpoint is not None and _is_finished(config, run, data, checkpoint.progress.step)
-    return Start(checkpoint, finished=finished)
-
-
 def refuse_other_files(folder: Path) -> None:
     """Raise a UserError if the folder contains anything other than a run or its first files."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file", hint="choose another --run-dir")
-    if folder.is_dir() and not is_run(folder) and not has_only_started(folder):
-        raise UserError(
-            f"{folder} is not a run and contains other files", hint="choose another --run-dir"
-        )
+    if folder.exists() and not is_run(folder) and not has_only_started(folder):
+        raise UserError(f"{folder} exists and is not a run", hint="choose another --run-dir")
 
 
 def has_only_started(folder: Path) -> bool:
-    """Return whether a run created this folder and ended before its config was written."""
-    return all(_STARTED_FILES.fullmatch(path.name) for path in folder.iterdir())
+    """Return whether this folder belongs to a run that ended before its config was written."""
+    return folder.is_dir() and all(_STARTED_FILES.fullmatch(p.name) for p in folder.iterdir())
 
 
-def _is_finished(config: RunConfig, run: RunFolder, data: TokenData, step: int) -> bool:
+def is_finished(config: RunConfig, run: RunFolder, data: TokenData, step: int) -> bool:
     """Return whether the last step is done, including its evaluation and weights."""
     if step != config.train.max_steps:
         return step > config.train.max_steps
     saved = [run.snapshot(step), *(run.average(average.label, step) for average in config.averages)]
-    evaluated = any(
-        "val/loss" in event and event["step"] == step for event in read_events(run.metrics)
-    )
-    return all(path.exists() for path in saved) and (evaluated or len(data.reader("val")) < 2)
+    evaluated = [event["step"] for event in read_events(run.metrics) if "val/loss" in event]
+    to_evaluate = step not in evaluated and len(data.reader("val")) > 1
+    return all(path.exists() for path in saved) and not to_evaluate
 
 
-# --- resume -------------------------------------------------------------------------------------
-
-
-def _existing_checkpoint(
+def find_start(
     config: RunConfig, run: RunFolder, data: TokenData, resume: Resume, warn: Log
 ) -> TrainingCheckpoint | None:
+    """Return the checkpoint to start from, of this run or of the parent of a branch, or None."""
     if not is_run(run.path):
+        if isinstance(resume, Path):
+            return _branch(config, run, data, resume)
         run.parent.unlink(missing_ok=True)  # of a branch killed before its config was written
         return None
     for parent in (run.path, run.snapshots, run.states, run.evals, *run.averages.glob("[!.]*")):
@@ -123,7 +90,7 @@ def _existing_checkpoint(
     if resume == "never":
         raise UserError(
             f"{run.path} already contains a run, and --resume is never",
-            hint="choose another --run-dir, or resume it with --resume auto",
+            hint="choose another --run-dir, or use --resume auto",
         )
     if isinstance(resume, Path) and not _started_from(run, resume.resolve()):
         raise UserError(
@@ -133,9 +100,8 @@ def _existing_checkpoint(
     _refuse_other_config(config, run, warn)
     checkpoint = newest_checkpoint(run, warn)
     if checkpoint is None:
-        parent_checkpoint = _parent_checkpoint(run)
-        if parent_checkpoint is not None:
-            checkpoint = _branch(config, run, data, parent_checkpoint)
+        if origin := _parent_checkpoint(run):
+            checkpoint = _branch(config, run, data, origin)
         _refuse_lost_checkpoints(run, 0 if checkpoint is None else checkpoint.progress.step, warn)
     elif checkpoint.progress.data != data.sha256:
         raise UserError(
@@ -178,9 +144,6 @@ def _refuse_lost_checkpoints(run: RunFolder, first: int, warn: Log) -> None:
         warn(f"{run.path} ended before its first training checkpoint: restarting at step {first:,}")
 
 
-# --- branch -------------------------------------------------------------------------------------
-
-
 def _branch(config: RunConfig, run: RunFolder, data: TokenData, folder: Path) -> TrainingCheckpoint:
     """Return another run's checkpoint to start from, and record it in `parent.json`.
 
@@ -217,14 +180,14 @@ def _branch(config: RunConfig, run: RunFolder, data: TokenData, folder: Path) ->
 
 
 def _parent_checkpoint(run: RunFolder) -> Path | None:
-    """Return the folder of the checkpoint that a branch started from, or None for other runs."""
+    """Return the folder of the checkpoint that a branch started from."""
     if not run.parent.exists():
         return None
     record = read_json(run.parent)
-    parent, state = record.get("run"), record.get("state")
-    if not (isinstance(parent, str) and isinstance(state, str)):
-        raise UserError(f"{run.parent} lacks the keys run and state", hint="restore the file")
-    return RunFolder(Path(parent)).states / state
+    try:
+        return RunFolder(Path(record["run"])).states / Path(record["state"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run.parent} is damaged: {error}", hint="restore the file") from None
 
 
 def _started_from(run: RunFolder, checkpoint: Path) -> bool:
@@ -235,18 +198,12 @@ def _started_from(run: RunFolder, checkpoint: Path) -> bool:
     return not recorded.parents[1].exists() and recorded.parts[-3:] == checkpoint.parts[-3:]
 
 
-# --- rewind -------------------------------------------------------------------------------------
-
-
 def checkpoint_before(
     run: RunFolder, event: SpikeEvent, progress: TrainingProgress, config: RunConfig, warn: Log
 ) -> TrainingCheckpoint:
     """Return the newest checkpoint at least `spikes.rewind_steps` before a spike, or the oldest.
 
     Its progress skips the batches from there to the spike, and keeps what a rewind does not undo.
-
-    Raises:
-        RunFailed: there were too many rewinds, or there is no checkpoint.
     """
     spikes = config.spikes
     if len(progress.rewinds) >= spikes.max_rewinds:

@@ -1,7 +1,4 @@
-"""`pretrain`: train a run, or resume it, from its configuration.
-
-outcome = pretrain(load_config(Path("configs/demo.yaml")), Path("runs/demo"))
-"""
+"""`pretrain`: train a run, or resume it, from its configuration."""
 
 import json
 import shutil
@@ -24,7 +21,13 @@ from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.initial import load_initial_weights, open_weights
 from llmtrain.training.metrics import MetricsLog
 from llmtrain.training.micro_batch import explain_oom, find_micro_batch
-from llmtrain.training.resume import Resume, find_start, has_only_started, refuse_other_files
+from llmtrain.training.resume import (
+    Resume,
+    find_start,
+    has_only_started,
+    is_finished,
+    refuse_other_files,
+)
 from llmtrain.training.trainer import Trainer
 from llmtrain.training.worker import Log, Worker, compile_model, make_worker
 
@@ -50,46 +53,35 @@ def pretrain(
 ) -> Outcome:
     """Train to `train.max_steps`, from step 0 or from where the run stopped.
 
-    Args:
-        config: the resolved configuration.
-        folder: of the run; created if missing.
-        resume: "auto" resumes an existing run; "never" refuses it; the folder of a training
-            checkpoint starts a new run from it, for a cooldown or another learning rate.
-        max_seconds: time limit; then save a training checkpoint and stop, as after a signal.
-        log: prints a line.
-        warn: prints a warning.
-
-    Raises:
-        UserError: config, data and run folder do not match.
-        RunFailed: a loss or gradient is not finite or spikes, and the configuration says to stop.
-        Interrupted: a signal came or the time is up; a training checkpoint is saved.
+    `resume`: "auto" resumes an existing run; "never" refuses it; the folder of a training
+    checkpoint starts a new run from it, for a cooldown or another learning rate. After a signal or
+    `max_seconds`, raise Interrupted once a training checkpoint is saved.
     """
     device = resolve_device(config.train.device)
-    with init_distributed(device, spread=config.train.parallel in ("fsdp", "hsdp")) as (
-        world,
-        device,
-    ):
+    spread = config.train.parallel in ("fsdp", "hsdp")
+    with init_distributed(device, spread=spread) as (world, device):
         if not world.is_rank_zero:
-            log = warn = _discard
+            log = warn = lambda line: None
         world.on_rank_zero(lambda: refuse_other_files(folder))
         data = world.local_rank_zero_first(lambda: open_training_data(config.data))
         _check_vocabulary(config, data)
-        run = RunFolder(folder)
-        interrupt = Interrupt(
-            max_seconds, quiet=not world.is_rank_zero, agree=world.exit_code_agreement()
-        )
+        run, agree = RunFolder(folder), world.exit_code_agreement()
+        interrupt = Interrupt(max_seconds, quiet=not world.is_rank_zero, agree=agree)
         log, warn = partial(_print, interrupt, log), partial(_print, interrupt, warn)
         lock = world.enter_on_rank_zero(_lock(run.path))
-        with lock, interrupt, explain_oom(device), keep_freed_memory(device):
+        with lock, interrupt, explain_oom(), keep_freed_memory(device):
             start = world.on_rank_zero(lambda: find_start(config, run, data, resume, warn))
-            if start.finished and start.checkpoint is not None:
-                return Outcome(run, start.checkpoint.progress.step, already_finished=True)
+            branched = start is not None and start.folder.parent != run.states
+            if start is not None and not branched:
+                step = start.progress.step
+                if world.on_rank_zero(lambda: is_finished(config, run, data, step)):
+                    return Outcome(run, step, already_finished=True)
             worker = make_worker(config, world, device, warn)
             trainer = Trainer(worker, run, data)
             _warn_about_settings(worker, data)
-            if start.checkpoint is not None:
-                trainer.restore(start.checkpoint)
-                how = "branched off" if start.branched else "resumed"
+            if start is not None:
+                trainer.restore(start)
+                how = "branched off" if branched else "resumed"
                 log(f"{how} at step {trainer.progress.step:,}")
             elif config.init_from is not None:
                 initial = world.local_rank_zero_first(partial(open_weights, config.init_from))
@@ -98,14 +90,8 @@ def pretrain(
             world.on_rank_zero(lambda: _write_config(worker, run))
             find_micro_batch(worker, trainer.progress, log)
             worker.forward = compile_model(worker, trainer.progress.micro_batch)
-            with MetricsLog(
-                run.metrics if world.is_rank_zero else None,
-                config,
-                resumed_step=trainer.progress.step,
-                wandb_id=trainer.progress.wandb_id,
-                log=log,
-                warn=warn,
-            ) as metrics:
+            path, progress = run.metrics if world.is_rank_zero else None, trainer.progress
+            with MetricsLog(path, config, progress, log=log, warn=warn) as metrics:
                 trainer.train(metrics, interrupt)
             return Outcome(run, trainer.progress.step, already_finished=False)
 
@@ -120,10 +106,6 @@ def _lock(folder: Path) -> Iterator[None]:
         finally:
             if is_new and folder.exists() and has_only_started(folder):
                 shutil.rmtree(folder)
-
-
-def _discard(line: str) -> None:
-    """Print nothing: only rank 0 prints."""
 
 
 def _print(interrupt: Interrupt, write: Log, line: str) -> None:
@@ -155,8 +137,6 @@ def _warn_about_settings(worker: Worker, data: TokenData) -> None:
 def _write_config(worker: Worker, run: RunFolder) -> None:
     """Write the run's config and the hardware and software it runs on."""
     write_atomically(run.config, dump_config(worker.config))
-    facts = environment(worker.device) | {
-        "processes": worker.world.size,
-        "precision": worker.precision,
-    }
+    facts = environment(worker.device)
+    facts |= {"processes": worker.world.size, "precision": worker.precision}
     write_atomically(run.environment, json.dumps(facts, indent=2) + "\n")

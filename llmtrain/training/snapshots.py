@@ -4,7 +4,7 @@ The loop waits only for a copy of the weights in host memory and for the previou
 is at most one copy.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,20 +14,58 @@ from torch.distributed.tensor import DTensor
 
 from llmtrain.checkpoints.checkpoint import RESIDUAL_FILE, Origin
 from llmtrain.checkpoints.gpt2_folder import Shape, save_tensors, save_weights, tensor_bytes
+from llmtrain.errors import WriteFailed
 from llmtrain.runtime.distributed import World
 from llmtrain.runtime.sharded import gather_on_rank_zero, to_local
 from llmtrain.storage.commit import staged_folder
 
 
-class SnapshotWriter:
-    """Writes folders of weights; the next call on every process raises what failed."""
+class BackgroundWriter:
+    """A thread that writes one folder at a time; all processes make the same calls."""
 
-    def __init__(self, model: nn.Module, world: World, shape: Shape) -> None:
-        """Create a writer; all processes make the same calls in the same order."""
-        self._parameters = dict(model.named_parameters())
-        self._world, self._shape = world, shape
-        self._pool = ThreadPoolExecutor(1, "snapshot")
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._pool = ThreadPoolExecutor(1, "writer")
         self._writing: Future[None] | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Call `write` in the thread; the previous write must have ended."""
+        self._writing = self._pool.submit(write)
+
+    def wait(self) -> None:
+        """Block until the last folder is durable, or raise what failed."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def check(self) -> None:
+        """Raise the error of the last write if it has finished on all processes."""
+        done = self._writing is None or self._writing.done()
+        if self._world.sums([done])[0] == self._world.size:
+            self.wait()
+
+    def close(self) -> None:
+        """Wait for the thread to end."""
+        self._pool.shutdown()
+
+
+class SnapshotWriter(BackgroundWriter):
+    """Writes folders of weights on rank 0, one at a time."""
+
+    def __init__(
+        self, model: nn.Module, world: World, shape: Shape, failed: Callable[[WriteFailed], None]
+    ) -> None:
+        """Call `failed` on every process when a folder could not be written."""
+        super().__init__(world)
+        self._parameters, self._shape = dict(model.named_parameters()), shape
+        self._failed = failed
+
+    def wait(self) -> None:
+        """Block until the last folder is durable, or could not be written."""
+        try:
+            self._world.on_rank_zero(super().wait)
+        except WriteFailed as error:
+            self._failed(error)
 
     def save(
         self,
@@ -41,12 +79,10 @@ class SnapshotWriter:
         """Start to write a folder of weights, replacing an existing one, after the previous write.
 
         `parts` are this process's parts of the float32 parameters; they may change after the
-        return. `residual` is the rounding error of a running mean. Raise WriteFailed if the
-        previous write failed.
+        return. `residual` is the rounding error of a running mean.
         """
         self.wait()
-        weights = self._copy_whole(parts)
-        rounding = None if residual is None else self._copy_whole(residual)
+        weights, rounding = self._copy_whole(parts), self._copy_whole(residual or {})
         device = next(iter(parts.values())).device
         copied: torch.cuda.Event | None = None
         if device.type == "cuda":
@@ -56,28 +92,14 @@ class SnapshotWriter:
         def write() -> None:
             if copied is not None:
                 copied.synchronize()
-            needed = tensor_bytes(weights) + tensor_bytes(rounding or {})
+            needed = tensor_bytes(weights) + tensor_bytes(rounding)
             with staged_folder(target, replace=True, needed=needed) as folder:
                 save_weights(folder, weights, self._shape, origin, provenance)
-                if rounding is not None:
+                if rounding:
                     save_tensors(folder / RESIDUAL_FILE, rounding, self._shape)
 
-        self._writing = self._pool.submit(write if self._world.is_rank_zero else lambda: None)
-
-    def wait(self) -> None:
-        """Block until the last folder is durable; raise WriteFailed if it cannot be written."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            self._world.on_rank_zero(writing.result)
-
-    def check(self) -> None:
-        """Raise the error of the last write if it has finished."""
-        if self._writing is not None and self._world.on_rank_zero(self._writing.done):
-            self.wait()
-
-    def close(self) -> None:
-        """Wait for the thread to end."""
-        self._pool.shutdown()
+        if self._world.is_rank_zero:
+            self.start(write)
 
     def _copy_whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return copies of the whole tensors in host memory; on rank 0 only."""

@@ -1,9 +1,8 @@
 """Spikes and non-finite numbers: detected within the step, before the weights change.
 
-Why on the device: tensors alone decide whether an update is skipped, so the loop does not wait for
-the device, and every rank, with the same reduced loss and norm, decides the same. The host reads
-events only when it reads numbers anyway (`drain`). If the policy is to stop or rewind, every later
-update is skipped until then, so the weights remain those before the event.
+Why on the device: the loop does not wait for it, and every rank, with the same reduced loss and
+norm, decides the same. The host reads events only when it reads numbers anyway (`drain`). If the
+policy is to stop or rewind, every later update is skipped until then.
 """
 
 import math
@@ -21,8 +20,7 @@ MAX_SKIPPED_IN_A_ROW = 100
 """Skipped updates after which the run fails: the weights no longer give a finite loss."""
 
 LOWER_RATE_HINT = (
-    "resume from a training checkpoint at a lower learning rate: "
-    "--branch NAME --from STEP --set optimizer.lr=RATE"
+    "start a branch at a lower rate: --branch NAME --from STEP --set optimizer.lr=RATE"
 )
 
 _SCALE = 1.4826
@@ -36,7 +34,8 @@ class SpikeEvent:
     """A step whose loss or gradient norm is not finite, or far above those before it."""
 
     step: int
-    kind: Literal["nonfinite", "spike"]
+    kind: str
+    """`nonfinite` or `spike`."""
     loss: float
     grad_norm: float
     z_loss: float
@@ -50,9 +49,8 @@ class SpikeEvent:
 
     def reason(self) -> dict[str, Any]:
         """Return its numbers for the record of a rewind; None for those that are not finite."""
-        numbers = {"loss": self.loss, "grad_norm": self.grad_norm}
-        finite = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
-        return {"reason": self.kind} | finite
+        loss, norm = (x if math.isfinite(x) else None for x in (self.loss, self.grad_norm))
+        return {"reason": self.kind, "loss": loss, "grad_norm": norm}
 
     def __str__(self) -> str:
         kind = "non-finite numbers" if self.kind == "nonfinite" else "spike"
@@ -86,10 +84,7 @@ class SpikeDetector:
         self._skipped_in_a_row = 0
 
     def check(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
-        """Return whether to skip the update of step `step`: a bool on the device, shape ().
-
-        `loss` is the mean over the batch and `norm` the gradient norm before clipping, shape ().
-        """
+        """Return whether to skip the update of step `step`: a bool on the device, shape ()."""
         values = torch.stack([loss.detach(), norm.detach()]).float()
         finite = values.isfinite()
         z = robust_z(values, self.history)
@@ -109,31 +104,26 @@ class SpikeDetector:
         return skip
 
     def drain(self) -> list[SpikeEvent]:
-        """Return the events since the last call, up to the first that stops or rewinds.
-
-        Raises:
-            RunFailed: too many updates in a row were skipped.
-        """
+        """Return the events since the last call, up to the first that stops or rewinds."""
         if not self._pending:
             return []
-        steps = [step for step, _ in self._pending]
-        rows = torch.stack([row for _, row in self._pending]).tolist()
+        steps, rows = zip(*self._pending, strict=True)
         self._pending.clear()
         events = []
-        for step, row in zip(steps, rows, strict=True):
+        for step, row in zip(steps, torch.stack(rows).tolist(), strict=True):
             loss, norm, z_loss, z_norm, nonfinite, spike, skip = row
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if skip else 0
             action = self._on_nonfinite if nonfinite else self._spikes.action if spike else "ignore"
             if action == "ignore":
                 continue
-            kind: Literal["nonfinite", "spike"] = "nonfinite" if nonfinite else "spike"
+            kind = "nonfinite" if nonfinite else "spike"
             events.append(SpikeEvent(step, kind, loss, norm, z_loss, z_norm, action))
             if action in ("stop", "rewind"):
                 return events
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise RunFailed(
-                f"the last {self._skipped_in_a_row} updates up to step {steps[-1]:,} were skipped: "
-                "no step had a finite loss and gradient norm without a spike",
+                f"the last {self._skipped_in_a_row} updates up to step {steps[-1]:,} were skipped "
+                "because of spikes or non-finite numbers",
                 hint=LOWER_RATE_HINT,
             )
         return events
@@ -145,11 +135,10 @@ class SpikeDetector:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Restore `state`; a branch with another window starts with an empty history."""
         history = state.get("history")
+        self.history.fill_(math.nan)
+        self._skipped_in_a_row = 0
         if history is not None and history.shape == self.history.shape:
             self.history.copy_(history)
             self._skipped_in_a_row = int(state["held_in_a_row"])
-        else:
-            self.history.fill_(math.nan)
-            self._skipped_in_a_row = 0
         self._halted.zero_()
         self._pending.clear()

@@ -4,15 +4,14 @@ forward, backward → `spikes.check` → `optimizer.update` → `average.update`
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
-from llmtrain.averaging.online import OnlineAverage, build_average, swapped_in
+from llmtrain.averaging.online import build_average, swapped_in
 from llmtrain.checkpoints.checkpoint import Origin
 from llmtrain.checkpoints.gpt2_folder import Shape
 from llmtrain.config.schedules import block_size, learning_rate
@@ -26,19 +25,14 @@ from llmtrain.planning.sizes import Architecture
 from llmtrain.runtime.device import peak_flops, peak_memory, to_device
 from llmtrain.runtime.signals import Interrupt, Interrupted
 from llmtrain.storage.run_folder import RunFolder, step_folders
-from llmtrain.training.checkpoint import (
-    TrainingCheckpoint,
-    TrainingProgress,
-    collect_tensors,
-    restore_tensors,
-)
+from llmtrain.training.checkpoint import TrainingCheckpoint, TrainingProgress, TrainingState
 from llmtrain.training.checkpoint_writer import CheckpointWriter
 from llmtrain.training.metrics import MetricsLog
 from llmtrain.training.micro_batch import retry_on_oom
 from llmtrain.training.resume import checkpoint_before, set_aside_after
 from llmtrain.training.snapshots import SnapshotWriter
 from llmtrain.training.spikes import LOWER_RATE_HINT, SpikeDetector, SpikeEvent
-from llmtrain.training.worker import Worker, allocate_grads, grad_sync, reshard_after
+from llmtrain.training.worker import Worker, allocate_grads, grad_sync
 
 SAMPLE_PROMPT = 32
 """Tokens from the beginning of the val split before a sample."""
@@ -47,8 +41,10 @@ SAMPLE_PROMPT = 32
 class Trainer:
     """A training run: the model, and everything that changes with it."""
 
+    metrics: MetricsLog
+    """Set by `train`."""
+
     def __init__(self, worker: Worker, run: RunFolder, data: TokenData) -> None:
-        """Start at step 0."""
         self.worker, self.run, self.data = worker, run, data
         self.config, self.world, self.model = worker.config, worker.world, worker.model
         config, world, model = self.config, self.world, self.model
@@ -57,11 +53,12 @@ class Trainer:
             for each in config.averages
         ]
         self.spikes = SpikeDetector(config, worker.device)
+        self._state = TrainingState(model, worker.optimizer, self.averages, self.spikes)
         self.dataloader = DataLoader(config, data, world)
         self.val_tokens = data.reader("val")
         self.token_bytes = load_tokenizer(data.tokenizer).token_bytes()
         shape = Shape(config.model, config.data.block_size, data.eot)
-        self.snapshot_writer = SnapshotWriter(model, world, shape)
+        self.snapshot_writer = SnapshotWriter(model, world, shape, self._log_not_saved)
         self.progress = TrainingProgress(data=data.sha256)
         self.checkpoint_writer = CheckpointWriter(
             run,
@@ -71,17 +68,12 @@ class Trainer:
             background=world.size > 1 or worker.device.type != "cpu",
         )
         self._peak = (peak_flops(worker.device, worker.precision) or 0.0) * world.size
-        self._evaluated: set[int] = set()
         self._restart_timing()
 
-    # --- one step ------------------------------------------------------------------------------
-
     def step(self, interrupt: Interrupt) -> tuple[Tensor, Tensor]:
-        """Train on the next batch, unless a signal interrupts it; then nothing has changed.
+        """Train on the next batch; return the mean loss and the gradient norm before clipping.
 
-        Returns:
-            The loss (mean over all micro-batches of all processes) and the gradient norm before
-            clipping, shape ().
+        If a signal interrupts it, nothing has changed.
         """
         worker, progress, step = self.worker, self.progress, self.progress.step + 1
         loss = retry_on_oom(worker, progress, lambda: self._accumulate_gradients(step, interrupt))
@@ -100,7 +92,7 @@ class Trainer:
         return loss, norm
 
     def _accumulate_gradients(self, step: int, interrupt: Interrupt) -> Tensor:
-        """Compute the gradients of a batch; return the mean loss of this process, shape ()."""
+        """Compute the gradients of a batch; return the mean loss of this process."""
         worker, micro = self.worker, self.progress.micro_batch
         _seed_dropout(self.config.seed, step - 1, self.world.rank)
         parts = self.dataloader.micro_batches(step, step - 1 + self.progress.passed_batches, micro)
@@ -123,28 +115,26 @@ class Trainer:
         rate = learning_rate(step, config.schedule, config.optimizer.lr, config.train.max_steps)
         return rate * self.worker.optimizer.lr_factor(step)
 
-    # --- the loop ------------------------------------------------------------------------------
-
     def train(self, metrics: MetricsLog, interrupt: Interrupt) -> None:
         """Train to `max_steps`; after a signal, save a training checkpoint and raise."""
-        self._evaluated = self.world.on_rank_zero(lambda: metrics.evaluated_steps)
+        self.metrics = metrics
         started, earlier = time.perf_counter(), self.progress.seconds
         try:
-            self._begin(metrics, interrupt)
+            self._begin(interrupt)
             while self.progress.step < self.config.train.max_steps:
                 step_started = time.perf_counter()
                 loss, norm = self.step(interrupt)
                 self._stepping += time.perf_counter() - step_started
                 self.progress.seconds = earlier + time.perf_counter() - started
-                if self._handle_spikes(metrics):
+                if self._handle_spikes():
                     if self._due(self.config.log.every):
-                        self._log(metrics, loss, norm)
-                    self._after_step(metrics, interrupt, fresh=True)
-            self._finish_snapshots(metrics)
+                        self._log(loss, norm)
+                    self._after_step(interrupt, fresh=True)
+            self.snapshot_writer.wait()
             self.checkpoint_writer.wait()
         except Interrupted:
-            if self._handle_spikes(metrics, now=True):
-                self.save_checkpoint(metrics)
+            if self._handle_spikes(now=True):
+                self.save_checkpoint()
             self.checkpoint_writer.wait()
             raise
         finally:
@@ -152,29 +142,28 @@ class Trainer:
             self.snapshot_writer.close()
             self.checkpoint_writer.close()
 
-    def _begin(self, metrics: MetricsLog, interrupt: Interrupt) -> None:
+    def _begin(self, interrupt: Interrupt) -> None:
         """Finish what an interruption left undone, and save the start of a branch or rewind."""
         rewinds = self.progress.rewinds
         if rewinds and rewinds[-1]["step"] == self.progress.step:
-            self._finish_rewind(metrics)
+            self._finish_rewind()
         is_first = self.world.on_rank_zero(lambda: not step_folders(self.run.states))
         if is_first and (self.config.may_rewind or self.progress.step > 0):
-            self.save_checkpoint(metrics)
+            self.save_checkpoint()
         self._restart_timing()
-        self._after_step(metrics, interrupt, fresh=False)
+        self._after_step(interrupt, fresh=False)
 
-    def _after_step(self, metrics: MetricsLog, interrupt: Interrupt, *, fresh: bool) -> None:
+    def _after_step(self, interrupt: Interrupt, *, fresh: bool) -> None:
         """Evaluate and save what is due at this step; after a resume, only what is missing."""
         config, step = self.config, self.progress.step
-        to_evaluate = step not in self._evaluated and len(self.val_tokens) > 1
-        if self._due(config.eval.every) and to_evaluate:
-            metrics.evaluation(self.evaluate(interrupt))
-            self._evaluated.add(step)
+        to_evaluate = self._due(config.eval.every) and len(self.val_tokens) > 1
+        evaluated = self.metrics.evaluated_steps
+        if to_evaluate and not self.world.on_rank_zero(lambda: step in evaluated):
+            self.metrics.evaluation(self.evaluate(interrupt))
         if step > config.schedule.warmup_steps and self._due(config.checkpoint.snapshot_every):
-            self._finish_snapshots(metrics)
-            self._save_weights(metrics, fresh=fresh)
+            self._save_weights(fresh=fresh)
         if fresh and self._due(config.checkpoint.state_every):
-            self.save_checkpoint(metrics)
+            self.save_checkpoint()
 
     def _due(self, every: int) -> bool:
         step = self.progress.step
@@ -184,35 +173,31 @@ class Trainer:
         """Measure the speed from this step on."""
         self._stepping, self._logged = 0.0, (self.progress.step, self.progress.tokens)
 
-    def _log(self, metrics: MetricsLog, loss: Tensor, norm: Tensor) -> None:
+    def _log(self, loss: Tensor, norm: Tensor) -> None:
         self.checkpoint_writer.check()
-        with self._tolerate_full_disk(metrics):
-            self.snapshot_writer.check()
-        step, tokens = self._logged
+        self.snapshot_writer.check()
+        progress, (step, tokens) = self.progress, self._logged
         stepping = self.world.sums([self._stepping])[0] / self.world.size
-        rate = (self.progress.tokens - tokens) / stepping
-        length = block_size(self.progress.step, self.config.data)
+        rate = (progress.tokens - tokens) / stepping
         architecture = Architecture(self.config.model, self.config.data.block_size)
-        flops = architecture.flops_per_token(length)
+        flops = architecture.flops_per_token(block_size(progress.step, self.config.data))
         self._restart_timing()
         event = {
-            "step": self.progress.step,
+            "step": progress.step,
             "loss": loss.item(),
             "lr": self.learning_rate(),
             "grad_norm": norm.item(),
-            "tokens": self.progress.tokens,
+            "tokens": progress.tokens,
             "tokens_per_second": rate,
             "mfu": flops * rate / self._peak if self._peak else None,
-            "seconds": self.progress.seconds,
-            "skipped": self.progress.skipped,
+            "seconds": progress.seconds,
+            "skipped": progress.skipped,
             "memory": peak_memory(self.worker.device),
         }
-        remaining = self.config.train.max_steps - self.progress.step
-        metrics.training(event, eta=remaining * stepping / (self.progress.step - step))
+        remaining = self.config.train.max_steps - progress.step
+        self.metrics.training(event, eta=remaining * stepping / (progress.step - step))
 
-    # --- spikes --------------------------------------------------------------------------------
-
-    def _handle_spikes(self, metrics: MetricsLog, *, now: bool = False) -> bool:
+    def _handle_spikes(self, *, now: bool = False) -> bool:
         """Log and handle spikes when the host reads numbers; return False after a rewind."""
         config = self.config
         reading = (config.log.every, config.eval.every, config.checkpoint.snapshot_every)
@@ -220,53 +205,42 @@ class Trainer:
         if not (now or due or self.worker.device.type == "cpu"):
             return True
         for event in self.spikes.drain():
-            metrics.spike(event)
+            self.metrics.spike(event)
             if event.action == "rewind":
-                self._rewind(event, metrics)
+                self._rewind(event)
                 return False
             if event.action == "stop":
                 raise RunFailed(
                     f"stopped at step {event.step:,}, update skipped: loss {event.loss:g}, "
                     f"gradient norm {event.grad_norm:g}",
-                    hint="--set train.on_nonfinite=skip skips such updates, and rewind goes back; "
-                    f"or {LOWER_RATE_HINT}",
+                    hint=f"--set train.on_nonfinite=skip (or rewind), or {LOWER_RATE_HINT}",
                 )
             self.progress.skipped += event.action == "skip"
         return True
 
-    def _rewind(self, event: SpikeEvent, metrics: MetricsLog) -> None:
+    def _rewind(self, event: SpikeEvent) -> None:
         """Restore a checkpoint before the event, and skip the batches from there to the event."""
         self.checkpoint_writer.wait()
-        progress, config, warn = self.progress, self.config, self.worker.warn
-        self.restore(
-            self.world.on_rank_zero(
-                lambda: checkpoint_before(self.run, event, progress, config, warn)
-            )
-        )
-        self.save_checkpoint(metrics, replace=True)
+        arguments = (self.run, event, self.progress, self.config, self.worker.warn)
+        self.restore(self.world.on_rank_zero(lambda: checkpoint_before(*arguments)))
+        self.save_checkpoint(replace=True)
         self.checkpoint_writer.wait()  # from here on, a resume finishes the rewind
-        self._finish_rewind(metrics)
+        self._finish_rewind()
         self._restart_timing()
 
-    def _finish_rewind(self, metrics: MetricsLog) -> None:
+    def _finish_rewind(self) -> None:
         record, step = self.progress.rewinds[-1], self.progress.step
         # Once the rewind is logged, later snapshots belong to the new attempt.
         self.world.on_rank_zero(
-            lambda: None if metrics.contains(record) else set_aside_after(self.run, step)
+            lambda: None if self.metrics.contains(record) else set_aside_after(self.run, step)
         )
-        metrics.rewind(record)
-        self._evaluated = self.world.on_rank_zero(lambda: metrics.evaluated_steps)
-
-    # --- evaluate ------------------------------------------------------------------------------
+        self.metrics.rewind(record)
 
     def evaluate(self, interrupt: Interrupt) -> dict[str, Any]:
         """Return an event with the validation loss of the weights and of each online average."""
         raw = self._validation_loss(interrupt)
-        event: dict[str, Any] = {
-            "step": self.progress.step,
-            "val/tokens": raw.tokens,
-            "val/loss": raw.loss,
-        }
+        event: dict[str, Any] = {"step": self.progress.step}
+        event |= {"val/tokens": raw.tokens, "val/loss": raw.loss}
         for average in filter(lambda each: each.ready, self.averages):
             with swapped_in(self.model, average.weights()):
                 event[f"val/loss/{average.config.label}"] = self._validation_loss(interrupt).loss
@@ -275,7 +249,7 @@ class Trainer:
         return event
 
     def _validation_loss(self, interrupt: Interrupt) -> LossResult:
-        with reshard_after(self.model):
+        try:
             return evaluate(
                 self.model,
                 self.val_tokens,
@@ -288,10 +262,11 @@ class Trainer:
                 limit=self.config.eval.tokens,
                 on_progress=lambda done, total: interrupt.check(),
             )
+        finally:
+            if isinstance(self.model, FSDPModule):
+                self.model.reshard()  # free the gathered weights, which no backward pass does here
 
-    # --- save and restore ----------------------------------------------------------------------
-
-    def _save_weights(self, metrics: MetricsLog, *, fresh: bool) -> None:
+    def _save_weights(self, *, fresh: bool) -> None:
         """Save the snapshot of this step and the averages that are due."""
         step = self.progress.step
         if fresh or not self.world.on_rank_zero(self.run.snapshot(step).exists):
@@ -300,70 +275,49 @@ class Trainer:
             target = self.run.average(average.config.label, step)
             due = average.ready and self._due(self.config.save_every(average.config))
             if due and (fresh or not self.world.on_rank_zero(target.exists)):
-                self._finish_snapshots(metrics)
-                self.save_average(average)
+                self.snapshot_writer.save(
+                    target,
+                    average.weights(),
+                    self._origin(),
+                    residual=average.residual(),
+                    provenance=average.provenance(step),
+                )
 
     def save_snapshot(self) -> None:
         """Start to write the weights as a Hugging Face folder."""
         weights = dict(self.model.named_parameters())
         self.snapshot_writer.save(self.run.snapshot(self.progress.step), weights, self._origin())
 
-    def save_average(self, average: OnlineAverage) -> None:
-        """Start to write an online average as a Hugging Face folder with its provenance."""
-        step = self.progress.step
-        self.snapshot_writer.save(
-            self.run.average(average.config.label, step),
-            average.weights(),
-            self._origin(),
-            residual=average.residual(),
-            provenance=average.provenance(step),
-        )
-
     def _origin(self) -> Origin:
         progress = self.progress
         return Origin(progress.step, progress.tokens, self.learning_rate(), self.config.name)
 
-    def _finish_snapshots(self, metrics: MetricsLog) -> None:
-        with self._tolerate_full_disk(metrics):
-            self.snapshot_writer.wait()
-
-    @contextmanager
-    def _tolerate_full_disk(self, metrics: MetricsLog) -> Iterator[None]:
+    def _log_not_saved(self, error: WriteFailed) -> None:
         """Log weights that could not be written, at the present step, and continue without them."""
-        try:
-            yield
-        except WriteFailed as error:
-            metrics.not_saved(self.progress.step, str(error))
-            self.worker.warn(f"{error}. Training continues; averages that need it will fail")
+        self.metrics.write({"step": self.progress.step, "not_saved": str(error)}, "incident")
+        self.worker.warn(f"{error}. Training continues; averages that need it will fail")
 
-    def save_checkpoint(self, metrics: MetricsLog, *, replace: bool = False) -> None:
+    def save_checkpoint(self, *, replace: bool = False) -> None:
         """Start to save a training checkpoint once earlier snapshots are durable."""
-        self._finish_snapshots(metrics)
-        self.world.on_rank_zero(metrics.flush)
-        self.progress.wandb_id = metrics.wandb_id
-        copy = self.checkpoint_writer.in_background
-        tensors = collect_tensors(
-            self.model, self.worker.optimizer, self.averages, self.spikes, copy=copy
-        )
+        self.snapshot_writer.wait()
+        self.world.on_rank_zero(self.metrics.flush)
+        self.progress.wandb_id = self.metrics.wandb_id
+        tensors = self._state.collect(copy=self.checkpoint_writer.in_background)
         updates = {average.config.label: average.updates for average in self.averages}
         self.checkpoint_writer.save(self.progress, updates, tensors, replace=replace)
 
     def restore(self, checkpoint: TrainingCheckpoint) -> None:
         """Continue from a training checkpoint."""
-        restore_tensors(checkpoint, self.model, self.worker.optimizer, self.averages, self.spikes)
+        self._state.restore(checkpoint)
         self.progress = checkpoint.progress
 
 
 @torch.no_grad()
 def sample(model: GPT, data: TokenData, tokens: int) -> str:
-    """Return the beginning of the val split, `→`, and the likeliest `tokens` tokens after it.
-
-    Greedy decoding of a fixed prompt makes samples comparable over steps and equal after a resume.
-    """
-    device = next(model.parameters()).device
+    """Return the beginning of the val split, `→`, and the likeliest `tokens` tokens after it."""
     tokenizer, reader = load_tokenizer(data.tokenizer), data.reader("val")
     prompt = reader.read(0, min(SAMPLE_PROMPT, len(reader), model.block_size))
-    ids = torch.tensor([prompt.tolist()], device=device)
+    ids = torch.tensor([prompt.tolist()], device=model.transformer.wte.weight.device)
     training = model.training
     model.eval()
     for _ in range(tokens):

@@ -1,7 +1,6 @@
 """One process of a training run: its model, whole or sharded, compiled or not, and its optimizer.
 
-Why not in the trainer: a step is the same for DDP, FSDP2 and a single process. Only how the model
-is built, wrapped and compiled differs, and when its gradients are reduced: once per step.
+Why not in the trainer: a step is the same for DDP, FSDP2 and a single process.
 """
 
 from collections.abc import Callable, Iterator
@@ -80,9 +79,8 @@ class Worker:
         return loss.detach()
 
     def dummy_pass(self, forward: nn.Module, sequences: int) -> None:
-        """Run a forward and backward pass over arbitrary tokens and wait for it."""
+        """Run a forward and backward pass over arbitrary tokens, laid out as a real batch."""
         length = self.config.data.block_size + 1
-        # The memory layout is that of a real batch: another one would be compiled separately.
         windows = torch.arange(sequences * length, device=self.device).view(sequences, length)
         self.backward(forward, windows % self.config.model.vocab_size).item()
 
@@ -95,13 +93,10 @@ def make_worker(config: RunConfig, world: World, device: torch.device, warn: Log
     if reason is not None:
         warn(reason)
     model = build_model(config, parallel, world, device, precision)
-    optimizer = build_optimizer(model, config.optimizer)
+    optimizer, forward = build_optimizer(model, config.optimizer), model
     return Worker(
-        config, world, device, precision, parallel, to_compile, model, optimizer, model, warn
+        config, world, device, precision, parallel, to_compile, model, optimizer, forward, warn
     )
-
-
-# --- whole or sharded ---------------------------------------------------------------------------
 
 
 def resolve_parallel(
@@ -140,10 +135,7 @@ def build_model(
     device: torch.device,
     precision: Precision,
 ) -> GPT:
-    """Build the model at step 0 on `device`, with the same weights for every `parallel`.
-
-    Sharded weights are initialized one parameter at a time; no process holds the whole model.
-    """
+    """Build the model at step 0; if it is sharded, no process holds the whole model."""
     if parallel in (None, "ddp"):
         model = GPT(config.model, config.data.block_size, config.seed).to(device)
     else:
@@ -163,17 +155,15 @@ def _shard(
     model: GPT, parallel: str | None, world: World, device: torch.device, precision: Precision
 ) -> None:
     """Shard block by block: gather in the compute precision, reduce in float32."""
-    shape: tuple[int, ...] = (world.size,)
-    names: tuple[str, ...] = ("shard",)
     if parallel == "hsdp":
         shape = (world.size // world.local_size, world.local_size)
-        names = ("replicate", "shard")
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
     dtype = torch.bfloat16 if precision == "bfloat16" else None
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for block in model.transformer.h:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in (*model.transformer.h, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
 @contextmanager
@@ -188,25 +178,11 @@ def grad_sync(forward: nn.Module, enabled: bool) -> Iterator[None]:
     yield
 
 
-@contextmanager
-def reshard_after(model: nn.Module) -> Iterator[None]:
-    """Free the weights that FSDP gathered for forward passes without a backward pass."""
-    try:
-        yield
-    finally:
-        if isinstance(model, FSDPModule):
-            model.reshard()
-
-
-# --- compiled -----------------------------------------------------------------------------------
-
-
 def compile_model(worker: Worker, micro_batch: int) -> nn.Module:
     """Compile the model if asked for, and return the module to call in training.
 
-    Only the transformer body is compiled, as one graph, or FSDP's blocks separately. DDP wraps the
-    model first: torch then splits the graph at gradient buckets, so reduction overlaps the backward
-    pass. CUDA graphs are optional: they help only small models and need extra memory.
+    DDP wraps it first: torch then splits the graph at gradient buckets, so reduction overlaps the
+    backward pass.
     """
     module: nn.Module = worker.model
     if worker.parallel == "ddp":
@@ -231,6 +207,7 @@ def allocate_grads(model: nn.Module) -> None:
 
 
 def _compile(worker: Worker, module: nn.Module, micro_batch: int) -> None:
+    """Compile the transformer body as one graph, or FSDP's blocks separately."""
     model = worker.model
     parts: list[nn.Module] = list(model.transformer.h) if worker.is_sharded else [model.transformer]
     # One dynamic graph from the start: else the graph of a step depends on the steps before it.
@@ -244,9 +221,8 @@ def _compile(worker: Worker, module: nn.Module, micro_batch: int) -> None:
     worker.is_compiled = True
     failure = _compile_failure(worker, module, micro_batch)
     if failure and worker.is_sharded and worker.world.size > 1:
-        raise RunFailed(  # the other processes block in the middle of this pass
-            f"torch.compile failed ({failure})", hint="--set train.compile=false trains without it"
-        )
+        # The other processes block in the middle of this pass.
+        raise RunFailed(f"torch.compile failed ({failure})", hint="--set train.compile=false")
     if worker.world.sums([failure is not None])[0]:
         where = failure or "on another process"
         worker.warn(f"torch.compile failed ({where}): training uncompiled")
@@ -271,8 +247,7 @@ def _only_in_training(
 def _compile_failure(worker: Worker, module: nn.Module, micro_batch: int) -> str | None:
     """Return the type of error that compiling raises in a dummy pass, or None.
 
-    DDP reduces nothing in it, so a failure leaves no other process blocked. CUDA graphs are
-    recorded in the second pass and replayed in the third.
+    DDP reduces nothing in it. CUDA graphs are recorded in pass two and replayed in pass three.
     """
     try:
         for _ in range(3 if worker.uses_cuda_graphs else 1):

@@ -40,7 +40,8 @@ def measure(*, rounds: int) -> list[Row]:
     """Return the rows, with ratios to a blocking save."""
     shape = ModelConfig(n_layer=12, n_head=12, n_embd=768, bias=False)
     model = GPT(shape, BLOCK, seed=1).to(resolve_device("auto"))
-    writer = SnapshotWriter(model, World(), Shape(shape, BLOCK, shape.vocab_size - 1))
+    model_shape = Shape(shape, BLOCK, shape.vocab_size - 1)
+    writer = SnapshotWriter(model, World(), model_shape, failed=print)
     with tempfile.TemporaryDirectory(prefix="bench-snapshot-") as folder:
         save = partial(_save, writer, model, RunFolder(Path(folder)))
         sides = {"llmtrain": partial(save, wait=False), "synchronous": partial(save, wait=True)}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llmtrain.checkpoints import open as formats
+from llmtrain.checkpoints import checkpoint as formats
 from llmtrain.checkpoints.checkpoint import Checkpoint, Reader
 from llmtrain.checkpoints.resolve import find_series
 from llmtrain.checkpoints.tensors import StoredArray, TensorSpec

@@ -124,7 +124,7 @@ def test_long_whitespace_is_split() -> None:
     text = "a" + " " * 1_500_000 + "b\n\n" + "\n" * 1_500_000 + " c"
     assert gpt2.decode(gpt2.encode(text)) == text
     short = "a" + " " * 30_000 + "b\n\n" + "\u3000" * 30_000 + "\u3000\u4e2d"
-    parts = [gpt2.encode(part) for part in module._split_long_whitespace(short)]
+    parts = [gpt2.encode(str(part, "utf-8")) for part in split_text(short.encode(), 10_000)]
     assert len(parts) == 3
     assert np.concatenate(parts).tolist() == gpt2.encode(short).tolist()
 

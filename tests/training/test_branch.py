@@ -109,7 +109,7 @@ def test_a_branch_needs_a_checkpoint_of_its_model(tiny: Build, tmp_path: Path) -
         quiet(tiny(model__n_layer=1), tmp_path / "branch", resume=trunk.state(8))
     assert not (tmp_path / "branch").exists()
     shutil.copytree(trunk.state(8), tmp_path / "elsewhere" / "state" / "step-00000008")
-    with pytest.raises(UserError, match="elsewhere is not a run: it has no config"):
+    with pytest.raises(UserError, match="elsewhere is not a run"):
         quiet(
             tiny(), tmp_path / "branch", resume=tmp_path / "elsewhere" / "state" / "step-00000008"
         )

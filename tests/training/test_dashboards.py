@@ -15,6 +15,7 @@ from wandb.proto.wandb_internal_pb2 import HistoryRecord, Record
 from llmtrain.config.loading import dump_config
 from llmtrain.runtime.signals import Interrupted
 from llmtrain.storage.run_folder import RunFolder
+from llmtrain.training.checkpoint import TrainingProgress
 from llmtrain.training.dashboards import Dashboards
 
 BOARD = {"every": 1, "tensorboard": True, "sample_tokens": 3}
@@ -68,7 +69,7 @@ def test_a_resume_repeats_no_point(
 
 def test_a_rewind_removes_later_points(tiny: Build, tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    boards = Dashboards(run, tiny(log=BOARD), resumed_step=0, wandb_id=None, warn=pytest.fail)
+    boards = Dashboards(run, tiny(log=BOARD), TrainingProgress(), warn=pytest.fail)
     for step in (1, 2, 3, 4):
         boards.log({"step": step, "loss": float(step)}, "train")
     boards.rewind(2)
@@ -81,9 +82,7 @@ def test_a_rewind_removes_later_points(tiny: Build, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_wandb_drops_nothing_after_a_rewind(tiny: Build, tmp_path: Path) -> None:
     config = tiny(log={"wandb": {"mode": "offline"}})
-    boards = Dashboards(
-        RunFolder(tmp_path), config, resumed_step=0, wandb_id=None, warn=pytest.fail
-    )
+    boards = Dashboards(RunFolder(tmp_path), config, TrainingProgress(), warn=pytest.fail)
     first = [(1, 0.5), (2, 1.5), (3, 2.5), (4, 3.5)]
     for step, loss in first:
         boards.log({"step": step, "loss": loss}, "train")
@@ -128,9 +127,7 @@ def test_samples_are_the_same_for_the_same_weights(tiny: Build, tmp_path: Path) 
 
 def test_a_failed_dashboard_is_left_out(tiny: Build, tmp_path: Path) -> None:
     config, warnings = tiny(log=BOARD), list[str]()
-    boards = Dashboards(
-        RunFolder(tmp_path), config, resumed_step=0, wandb_id=None, warn=warnings.append
-    )
+    boards = Dashboards(RunFolder(tmp_path), config, TrainingProgress(), warn=warnings.append)
     boards.log({"step": 1, "loss": 2.0}, "train")
     boards.log({"step": 2, "text": "\udcff"}, "train")  # invalid in a protocol buffer
     boards.log({"step": 3, "loss": 2.0}, "train")
@@ -145,9 +142,7 @@ def test_a_failed_start_of_wandb_is_a_warning(
     wandb.teardown()  # W&B caches the environment of an earlier test
     monkeypatch.setenv("WANDB_BASE_URL", "no address")
     config, warnings = tiny(log={"wandb": {"mode": "offline"}}), list[str]()
-    boards = Dashboards(
-        RunFolder(tmp_path), config, resumed_step=0, wandb_id=None, warn=warnings.append
-    )
+    boards = Dashboards(RunFolder(tmp_path), config, TrainingProgress(), warn=warnings.append)
     boards.log({"step": 1, "loss": 2.0}, "train")
     assert boards.wandb_id is None
     assert [warning.split(":")[0] for warning in warnings] == ["cannot start W&B"]

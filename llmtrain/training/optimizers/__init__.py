@@ -24,6 +24,6 @@ from llmtrain.training.optimizers.adamw import AdamW
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
     """Build the optimizer named in the configuration."""
-    module = importlib.import_module(f"llmtrain.training.optimizers.{config.name}")
+    module = importlib.import_module(f"{__name__}.{config.name}")
     optimizer: AdamW = module.build(model, config)
     return optimizer

@@ -39,13 +39,8 @@ class AdamW(torch.optim.AdamW):
         """Clip the gradients, update the weights unless `skip` is set, and free the gradients.
 
         Why: torch's fused AdamW reads the divisor and the skip flag on the device, so clipping
-        takes no extra pass over the gradients and the host does not wait.
-
-        Args:
-            step: number of the step, from 1.
-            norm: `gradient_norm()`, shape ().
-            clip: largest norm; 0 turns clipping off.
-            skip: bool on the device, shape ().
+        takes no extra pass over the gradients and the host does not wait. A `clip` of 0 turns
+        clipping off. `norm` and `skip` have shape ().
         """
         divisor = ((norm + _EPS) / clip).clamp(min=1) if clip else None
         self.found_inf = skip.float()
@@ -73,25 +68,21 @@ def build(model: nn.Module, config: OptimizerConfig) -> AdamW:
 def decay_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, object]]:
     """Return two parameter groups: with and without weight decay."""
     decayed, named = decayed_parameters(model, config.decay), list(model.named_parameters())
+    with_decay = [p for name, p in named if name in decayed]
+    without = [p for name, p in named if name not in decayed]
     return [
-        {
-            "params": [p for name, p in named if name in decayed],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
+        {"params": with_decay, "weight_decay": config.weight_decay},
+        {"params": without, "weight_decay": 0.0},
     ]
 
 
 def decayed_parameters(model: nn.Module, rule: str) -> set[str]:
     """Return the names of the parameters with weight decay.
 
-    Args:
-        model: a tied matrix counts as the embedding.
-        rule: "linear": weights of linear layers (the paper); "matrices": all parameters with two
-            or more dimensions, including embeddings (nanoGPT).
+    "linear": weights of linear layers (the paper); a tied matrix counts as the embedding.
+    "matrices": all parameters with two or more dimensions, including embeddings (nanoGPT).
     """
     if rule == "matrices":
         return {name for name, parameter in model.named_parameters() if parameter.dim() >= 2}
-    return {
-        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    }
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return {f"{name}.weight" for name in linear}

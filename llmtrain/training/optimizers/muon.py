@@ -43,8 +43,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 class Muon(AdamW):
     """Muon (Jordan et al. 2024) with the update scale of Liu et al. 2025 (arXiv 2502.16982).
 
-    The scale makes AdamW's learning rate and weight decay valid for both kinds of groups. Each rank
-    gathers and orthogonalizes every matrix: simple and correct, but the same work on each rank.
+    The scale makes AdamW's learning rate and weight decay valid for both kinds of groups.
     """
 
     fused_scaling = False
@@ -52,10 +51,7 @@ class Muon(AdamW):
     def __init__(
         self, groups: list[dict[str, object]], config: OptimizerConfig, muon: MuonConfig
     ) -> None:
-        """Build the optimizer from AdamW's groups, each with a number `stacked`.
-
-        Each parameter of a group consists of that many stacked matrices; 0 selects AdamW.
-        """
+        """Build it from AdamW's groups; `stacked` is the number of matrices per parameter, or 0."""
         super().__init__(groups, config)
         self.muon = muon
         device = self.param_groups[0]["params"][0].device
@@ -71,13 +67,12 @@ class Muon(AdamW):
         for group in self.param_groups:
             for parameter in group["params"] if group["stacked"] else ():
                 if parameter.grad is not None:
-                    self._step_matrix(
-                        parameter, group["stacked"], group["lr"], group["weight_decay"]
-                    )
+                    self._step_matrix(parameter, group)
                     parameter.grad = None  # AdamW skips parameters without a gradient
         super().step()
 
-    def _step_matrix(self, parameter: Tensor, stacked: int, lr: float, weight_decay: float) -> None:
+    def _step_matrix(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        stacked, lr, weight_decay = group["stacked"], group["lr"], group["weight_decay"]
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
