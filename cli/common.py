@@ -16,14 +16,7 @@ from typing import TYPE_CHECKING, Annotated, get_type_hints
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from typing_extensions import Doc
 
 if TYPE_CHECKING:
@@ -80,12 +73,7 @@ def help_of(cls: type, field: str) -> str:
 
 def print_json(document: object) -> None:
     """Print one JSON document on standard output."""
-    try:
-        sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        discard_stdout()
-        raise typer.Exit(128 + signal.SIGPIPE) from None
+    console.out(json.dumps(document, indent=2, allow_nan=False))
 
 
 def print_error(error: object, hint: str) -> None:
@@ -131,12 +119,9 @@ class ProgressLine:
         self._description = description
         self._last = time.monotonic()
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
+            *Progress.get_default_columns(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[detail]}"),
-            TimeRemainingColumn(),
             console=err_console,
             transient=True,
             disable=not err_console.is_terminal,

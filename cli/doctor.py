@@ -14,12 +14,7 @@ _COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 def doctor(
     config: Annotated[
         Path | None,
-        typer.Option(
-            "--config",
-            "-c",
-            help="Also check the disk space and data of this run.",
-            show_default=False,
-        ),
+        typer.Option("--config", "-c", help="Also check the disk and data of this run."),
     ] = None,
     settings: SetOption = None,
     run_dir: Annotated[
@@ -45,9 +40,8 @@ def doctor(
         checks.append(check)
         if not as_json:
             state = f"[{_COLOURS[check.state]}]{check.state:<7}[/]"
-            console.print(f"{state} {check.name:<10} {escape(check.found)}", soft_wrap=True)
-            if check.hint:
-                console.print(f"{'':<18} {escape(check.hint)}", soft_wrap=True)
+            hint = f"\n{'':<18} {check.hint}" if check.hint else ""
+            console.print(f"{state} {check.name:<10} {escape(check.found + hint)}", soft_wrap=True)
     if as_json:
         print_json([asdict(check) for check in checks])
     if problems := [check.name for check in checks if check.state == "problem"]:

@@ -3,11 +3,10 @@
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field, replace
-from enum import StrEnum
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich import box
@@ -15,26 +14,24 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from llmtrain.errors import UserError
-from llmtrain.evaluation.options import EvalOptions, TaskOptions, TextOptions
+from llmtrain.evaluation.options import EvalOptions, TaskOptions
 
-from .common import ProgressLine, console, help_of, interruptible, print_json, warn
+from .common import JsonFlag, ProgressLine, console, help_of, interruptible, print_json, warn
 
 if TYPE_CHECKING:
     from llmtrain.checkpoints.resolve import Target
     from llmtrain.evaluation.results import EvalResult, Progress, TaskResult
     from llmtrain.evaluation.text import TextResult
 
-_eval_help = partial(help_of, EvalOptions)
-_task_help = partial(help_of, TaskOptions)
-_task_option = partial(typer.Option, rich_help_panel="Zero-shot tasks (extra: eval)")
-_text_option = partial(typer.Option, rich_help_panel="Text file")
+
+def _option(options: type, field: str, *names: str, default: str | bool = True, **rest: Any) -> Any:
+    """Return an option with the help text of a field."""
+    return typer.Option(*names, help=help_of(options, field), show_default=default, **rest)
 
 
-class Split(StrEnum):
-    """Part of the data."""
-
-    VAL = "val"
-    TRAIN = "train"
+_loss = partial(_option, EvalOptions)
+_task = partial(_option, TaskOptions, rich_help_panel="Zero-shot tasks (extra: eval)")
+_TEXT = "Text file"
 
 
 @dataclass(frozen=True)
@@ -44,8 +41,8 @@ class Measured:
     target: "Target"
     loss: "EvalResult | None"
     """None if no data is known."""
-    text: "TextResult | None" = None
-    tasks: "list[TaskResult]" = field(default_factory=list)
+    text: "TextResult | None"
+    tasks: "list[TaskResult]"
 
 
 def evaluate(
@@ -57,50 +54,34 @@ def evaluate(
             show_default="the newest run under runs/",
         ),
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help=_eval_help("data"), show_default="the run's data.path")
-    ] = None,
-    split: Annotated[Split, typer.Option(help=_eval_help("split"))] = Split.VAL,
+    data: Annotated[Path | None, _loss("data", default="the run's data.path")] = None,
+    split: Annotated[Literal["val", "train"], _loss("split")] = "val",
     tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=2, help=_eval_help("tokens"), show_default="the run's eval.tokens, else all"
-        ),
+        int | None, _loss("tokens", min=2, default="the run's eval.tokens, else all")
     ] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option(min=1, help=_eval_help("batch"), show_default="the run's eval.batch"),
-    ] = None,
-    device: Annotated[str, typer.Option(help=_eval_help("device"))] = "auto",
+    batch: Annotated[int | None, _loss("batch", min=1, default="the run's eval.batch")] = None,
+    device: Annotated[str, _loss("device")] = "auto",
     every_snapshot: Annotated[
-        bool,
-        typer.Option("--all", help="Evaluate every snapshot, not only those with an average."),
+        bool, typer.Option("--all", help="Evaluate every snapshot, not only those with an average.")
     ] = False,
     text: Annotated[
         Path | None,
-        _text_option(help="Measure loss and perplexity on this text file.", show_default=False),
+        typer.Option(
+            help="Measure loss and perplexity on this text file.",
+            show_default=False,
+            rich_help_panel=_TEXT,
+        ),
     ] = None,
     stride: Annotated[
-        int | None,
-        _text_option(min=1, help=help_of(TextOptions, "stride"), show_default="disjoint windows"),
+        int | None, _loss("stride", min=1, default="disjoint windows", rich_help_panel=_TEXT)
     ] = None,
-    tasks: Annotated[str | None, _task_option(help=_task_help("tasks"), show_default=False)] = None,
-    limit: Annotated[
-        int | None, _task_option(min=1, help=_task_help("limit"), show_default="all")
-    ] = None,
-    batch_size: Annotated[str, _task_option(help=_task_help("batch"))] = "auto",
-    task_data: Annotated[
-        Path | None, _task_option(help=_task_help("data"), show_default="data sets on the hub")
-    ] = None,
-    task_files: Annotated[
-        Path | None, _task_option(help=_task_help("files"), show_default=False)
-    ] = None,
-    trust_task_files: Annotated[
-        bool, _task_option("--trust-task-files", help=_task_help("trust_files"))
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
-    ] = False,
+    tasks: Annotated[str | None, _task("tasks", default=False)] = None,
+    limit: Annotated[int | None, _task("limit", min=1, default="all")] = None,
+    batch_size: Annotated[str, _task("batch")] = "auto",
+    task_data: Annotated[Path | None, _task("data", default="data sets on the hub")] = None,
+    task_files: Annotated[Path | None, _task("files", default=False)] = None,
+    trust_task_files: Annotated[bool, _task("trust_files", "--trust-task-files")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Evaluate weights: loss (nats per token), perplexity, bits per byte, difference from raw.
 
@@ -111,20 +92,18 @@ def evaluate(
     """
     from llmtrain.checkpoints.resolve import find_targets
 
-    _require_companion("--stride", stride, "--text", text)
-    _require_companion("--limit", limit, "--tasks", tasks)
-    _require_companion("--task-data", task_data, "--tasks", tasks)
-    _require_companion("--task-files", task_files, "--tasks", tasks)
-    _require_companion("--trust-task-files", trust_task_files or None, "--task-files", task_files)
     number = _parse_batch_size(batch_size)
-    _require_companion("--batch-size", None if number == "auto" else number, "--tasks", tasks)
+    _require_companions("--text", text, {"--stride": stride})
+    _require_companions("--task-files", task_files, {"--trust-task-files": trust_task_files})
+    task_settings = {"--limit": limit, "--task-data": task_data, "--task-files": task_files}
+    custom_batch = {"--batch-size": None if number == "auto" else number}
+    _require_companions("--tasks", tasks, task_settings | custom_batch)
     task_options = None
     if tasks is not None:
-        task_names = _parse_tasks(tasks)
         task_options = TaskOptions(
-            task_names, limit, number, task_data, task_files, trust_task_files, device
+            _parse_tasks(tasks), limit, number, task_data, task_files, trust_task_files, device
         )
-    options = EvalOptions(data=data, split=split.value, tokens=tokens, batch=batch, device=device)
+    options = EvalOptions(data, split, tokens, batch, device=device, stride=stride)
     names: list[str | None] = [*targets] if targets else [None]
     # Two averages of a step share their raw weights: measure and show those once.
     found = {
@@ -132,8 +111,8 @@ def evaluate(
         for name in names
         for target in find_targets(name, every_snapshot=every_snapshot)
     }
-    outcome = "run the same command again to continue from the cached results"
     weights = list(found.values())
+    outcome = "run the same command again to continue from the cached results"
     with (
         interruptible(outcome) as interrupt,
         ProgressLine("evaluating") as line,
@@ -145,28 +124,42 @@ def evaluate(
             detail = f"{target.path} {measure} {done / max(total, 1):.0%}"
             line.update(weights.index(target), len(weights), detail)
 
-        measured = _measure(weights, options, text, stride, task_options, progress)
+        losses = _losses(weights, options, progress, needed=text is None and tasks is None)
+        texts: list[TextResult | None] = [None] * len(weights)
+        if text is not None:
+            from llmtrain.evaluation.text import measure_text
+
+            texts = [*measure_text(weights, text, options, progress, warn=warn)]
+        scores: list[list[TaskResult]] = [[]] * len(weights)
+        if task_options is not None:
+            from llmtrain.evaluation.tasks import measure_tasks
+
+            scores = measure_tasks(weights, task_options, progress, warn=warn)
+    measured = list(map(Measured, weights, losses, texts, scores))
     if as_json:
         print_json([_as_json(each) for each in measured])
     elif text is None and tasks is None:
-        console.print(loss_table([each.loss for each in measured if each.loss is not None]))
+        console.print(loss_table([loss for loss in losses if loss is not None]))
     else:
         console.print(_measures_table(measured))
         for note in dict.fromkeys(note for each in measured for note in _conditions(each)):
             console.print(note, markup=False)
 
 
-def _require_companion(option: str, value: object, companion: str, given: object) -> None:
-    if value is not None and given is None:
-        raise UserError(f"{option} requires {companion}", hint="see llmtrain eval --help")
+def _require_companions(option: str, value: object, dependents: dict[str, object]) -> None:
+    for name, given in dependents.items():
+        if given and value is None:
+            raise UserError(f"{name} requires {option}", hint="see llmtrain eval --help")
 
 
 def _parse_batch_size(text: str) -> Any:
-    if text != "auto" and not (text.isdecimal() and int(text) > 0):
+    if text == "auto":
+        return text
+    if not text.isdecimal() or int(text) == 0:
         raise UserError(
             f"--batch-size {text!r} is not a number", hint="pass auto or a positive number"
         )
-    return text if text == "auto" else int(text)
+    return int(text)
 
 
 def _parse_tasks(text: str) -> tuple[str, ...]:
@@ -177,30 +170,6 @@ def _parse_tasks(text: str) -> tuple[str, ...]:
             hint="write names with commas: --tasks lambada_openai,piqa",
         )
     return names
-
-
-def _measure(
-    targets: "list[Target]",
-    options: EvalOptions,
-    text: Path | None,
-    stride: int | None,
-    tasks: TaskOptions | None,
-    progress: "Progress",
-) -> list[Measured]:
-    losses = _losses(targets, options, progress, needed=text is None and tasks is None)
-    measured = [Measured(*pair) for pair in zip(targets, losses, strict=True)]
-    if text is not None:
-        from llmtrain.evaluation.text import measure_text
-
-        how = TextOptions(stride, options.batch or 16, options.device)
-        texts = measure_text(targets, text, how, progress, warn=warn)
-        measured = [replace(each, text=t) for each, t in zip(measured, texts, strict=True)]
-    if tasks is not None:
-        from llmtrain.evaluation.tasks import measure_tasks
-
-        scores = measure_tasks(targets, tasks, progress, warn=warn)
-        measured = [replace(each, tasks=s) for each, s in zip(measured, scores, strict=True)]
-    return measured
 
 
 def _losses(
@@ -259,9 +228,8 @@ def loss_table(results: "list[EvalResult]") -> Table:
 def _measures_table(measured: list[Measured]) -> Table:
     """Return a table with a line per measure and set of weights, grouped by measure."""
     several = len({_place(each.target)[0] for each in measured}) > 1
-    columns = [
-        Column(name, justify="right", no_wrap=True) for name in ("step", "value", "±", "minus raw")
-    ]
+    names = ("step", "value", "±", "minus raw")
+    columns = [Column(name, justify="right", no_wrap=True) for name in names]
     first = (Column("measure", overflow="fold"), Column("weights", overflow="fold"))
     table = Table(*first, *columns, box=box.SIMPLE, padding=(0, 1, 0, 0))
     groups: dict[str, list[tuple[Target, float | None, float | None]]] = {}
@@ -272,7 +240,8 @@ def _measures_table(measured: list[Measured]) -> Table:
         raw = {_place(target): value for target, value, _ in lines if target.label == "raw"}
         for i, (target, value, stderr) in enumerate(lines):
             run, step = _place(target)
-            difference = _difference(value, raw.get((run, step)))
+            base = raw.get((run, step))
+            difference = "n/a" if value is None or base is None else _format(value - base, 4, "+")
             table.add_row(
                 escape(name) if i == 0 else "",
                 escape(f"{run.name}: {target.label}" if several and target.run else target.label),
@@ -322,10 +291,6 @@ def _conditions(measured: Measured) -> "Iterator[str]":
             f"{task.task}: {first}{documents:,} documents from {task.source}, "
             f"context of {task.context:,} tokens{cut}"
         )
-
-
-def _difference(value: float | None, raw: float | None) -> str:
-    return "n/a" if value is None or raw is None else _format(value - raw, 4, "+")
 
 
 def _format(value: float, digits: int, sign: str = "") -> str:

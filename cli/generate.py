@@ -13,7 +13,15 @@ from rich.table import Column, Table
 from llmtrain.errors import UserError
 from llmtrain.evaluation.options import EvalOptions, Sampling
 
-from .common import WeightsArgument, console, err_console, help_of, interruptible, print_json
+from .common import (
+    JsonFlag,
+    WeightsArgument,
+    console,
+    err_console,
+    help_of,
+    interruptible,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from llmtrain.checkpoints.resolve import Target
@@ -42,9 +50,7 @@ def generate(
         str | None, typer.Option(help="gpt2 or byte.", show_default="from config.json")
     ] = None,
     device: Annotated[str, typer.Option(help=help_of(EvalOptions, "device"))] = "auto",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
-    ] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Generate text: the prompt and its continuation, up to the end-of-text token.
 
@@ -57,7 +63,6 @@ def generate(
 
     prompt = well_formed(prompt)  # an argument may contain invalid bytes
     first = Sampling(max_tokens, temperature, top_k, top_p, seed)
-    samplings = [replace(first, seed=seed + number) for number in range(num)]
     weights, raw = choose_weights(target)
     if compare and raw is None:
         raise UserError(
@@ -69,6 +74,7 @@ def generate(
         err_console.print(f"{each.label}: {each.path}", markup=False, style="dim", soft_wrap=True)
         loaded = load_generator(each.path, tokenizer=tokenizer, device=device)
         generators[each] = partial(generate_text, *loaded, prompt)
+    documents = []
     with interruptible("the text ends here") as interrupt:
 
         def stream(each: "Target", sampling: Sampling) -> Iterator[str]:
@@ -76,22 +82,21 @@ def generate(
                 yield part
                 interrupt.check()
 
-        if as_json:
-            documents = [
-                _document(prompt, each, sampling, "".join(stream(each, sampling)))
-                for sampling in samplings
-                for each in generators
-            ]
-            print_json(documents)
-            return
-        for number, sampling in enumerate(samplings):
-            if compare:
-                texts = {
-                    each.label: prompt + "".join(stream(each, sampling)) for each in generators
-                }
-                console.print(_columns(texts))
-            else:
+        for number in range(num):
+            sampling = replace(first, seed=seed + number)
+            if not as_json and not compare:
                 _print_stream(prompt, stream(weights, sampling), first=number == 0)
+                continue
+            texts = {each: "".join(stream(each, sampling)) for each in generators}
+            if as_json:
+                documents += [_document(prompt, *pair, sampling.seed) for pair in texts.items()]
+            else:
+                columns = [Column(escape(each.label), ratio=1) for each in texts]
+                table = Table(*columns, expand=True)
+                table.add_row(*(escape(visible(prompt + text)) for text in texts.values()))
+                console.print(table)
+    if as_json:
+        print_json(documents)
 
 
 def _print_stream(prompt: str, parts: Iterator[str], *, first: bool) -> None:
@@ -109,18 +114,12 @@ def visible(text: str) -> str:
     return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
 
 
-def _columns(texts: dict[str, str]) -> Table:
-    table = Table(*(Column(escape(label), ratio=1) for label in texts), expand=True)
-    table.add_row(*(escape(visible(text)) for text in texts.values()))
-    return table
-
-
-def _document(prompt: str, weights: "Target", sampling: Sampling, text: str) -> dict[str, object]:
+def _document(prompt: str, weights: "Target", text: str, seed: int) -> dict[str, object]:
     return {
         "label": weights.label,
         "step": weights.step,
         "path": str(weights.path),
-        "seed": sampling.seed,
+        "seed": seed,
         "prompt": prompt,
         "text": text,
     }

@@ -4,7 +4,6 @@ Why one place: exit codes are a contract. 0 success; 1 the run failed; 2 invalid
 config or input; 128 + N stopped by signal N.
 """
 
-import errno
 import sys
 from typing import Annotated
 
@@ -101,9 +100,8 @@ def options(
 
 def _print_exception(error: Exception) -> None:
     """Print an error with a hint; explain errors of the system and unexpected ones."""
-    cause = error.__context__
-    if type(error) is RuntimeError and isinstance(cause, OSError) and cause.errno == errno.ELOOP:
-        error = cause  # pathlib raises RuntimeError for a symlink loop before Python 3.13
+    if type(error) is RuntimeError and isinstance(error.__context__, OSError):
+        error = error.__context__  # pathlib's RuntimeError for a symlink loop, before Python 3.13
     if isinstance(error, UserError | RunFailed):
         print_error(error, error.hint)
     elif isinstance(error, OSError):

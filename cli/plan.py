@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Column, Table
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from llmtrain.config.schema import RunConfig
     from llmtrain.planning.estimate import CostEstimate
 
-_SPEED = "Speed"
 _PARTS = {
     "weights": "weights (float32)",
     "optimizer": "optimizer moments",
@@ -29,38 +28,26 @@ _PARTS = {
 }
 
 
+def _option(field: str, panel: str | None = None, *, default: bool | str = True) -> Any:
+    help_text = help_of(HardwareOptions, field)
+    return typer.Option(help=help_text, show_default=default, rich_help_panel=panel)
+
+
 def plan(
     config: Annotated[
         Path, typer.Option("--config", "-c", help="YAML file, such as configs/gpt2-small.yaml.")
     ],
     settings: SetOption = None,
-    devices: Annotated[int, typer.Option(help=help_of(HardwareOptions, "devices"))] = 1,
-    device: Annotated[str, typer.Option(help=help_of(HardwareOptions, "device"))] = "h100",
-    parallel: Annotated[
-        Parallel | None,
-        typer.Option(help=help_of(HardwareOptions, "parallel"), show_default="train.parallel"),
-    ] = None,
-    mfu: Annotated[
-        float | None,
-        typer.Option(
-            help=help_of(HardwareOptions, "mfu"), show_default="0.4", rich_help_panel=_SPEED
-        ),
-    ] = None,
+    devices: Annotated[int, _option("devices")] = 1,
+    device: Annotated[str, _option("device")] = "h100",
+    parallel: Annotated[Parallel | None, _option("parallel", default="train.parallel")] = None,
+    mfu: Annotated[float | None, _option("mfu", "Speed", default="0.4")] = None,
     tokens_per_second: Annotated[
-        float | None,
-        typer.Option(
-            help=help_of(HardwareOptions, "tokens_per_second"),
-            show_default=False,
-            rich_help_panel=_SPEED,
-        ),
+        float | None, _option("tokens_per_second", "Speed", default=False)
     ] = None,
     interconnect_gbps: Annotated[
         float | None,
-        typer.Option(
-            help=help_of(HardwareOptions, "interconnect_gbps"),
-            show_default="NVLink's up to 8 devices, 50 beyond",
-            rich_help_panel=_SPEED,
-        ),
+        _option("interconnect_gbps", "Speed", default="NVLink's up to 8 devices, 50 beyond"),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -79,15 +66,9 @@ def plan(
     if as_json:
         print_json(asdict(result))
         return
-    for table in (
-        _run(run, result),
-        _memory(result),
-        _time(result),
-        _disk(result),
-        _averaging(result),
-    ):
-        console.print(table)
-        console.print()
+    console.print(_run(run, result), "")
+    for table in (_memory, _time, _disk, _averaging):
+        console.print(table(result), "")
     console.print("Assumptions", style="bold")
     for line in result.machine.assumptions:
         console.print(f"  {line}", markup=False)

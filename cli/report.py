@@ -2,13 +2,14 @@
 
 import shlex
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
-from .common import console, print_json, warn
+from .common import JsonFlag, console, print_json, warn
 from .eval import loss_table
 
 if TYPE_CHECKING:
@@ -32,9 +33,7 @@ def report(
             show_default="RUN/report; for several runs, RUN/report/compared of the first",
         ),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
-    ] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Compare raw and averaged weights and write an HTML report.
 
@@ -60,12 +59,10 @@ def report(
     for path in (path for path, found in measured.items() if not found):
         command = f"llmtrain eval {shlex.quote(str(path))}"
         warn(f"{path} has losses from training only: run {command} to measure every average")
-    several = len(folders) > 1
     lines = [(saving.run, _sentence(saving)) for saving in written.savings]
     lines += [(record.name, str(record.interventions)) for record in written.records]
-    for name, line in lines:
-        if line:
-            console.print(f"{name}: {line}" if several else line, markup=False)
+    for name, line in filter(itemgetter(1), lines):
+        console.print(f"{name}: {line}" if len(folders) > 1 else line, markup=False)
     console.print(f"page: [bold]{escape(str(written.page))}[/]")
 
 
@@ -88,12 +85,10 @@ def _sentence(saving: "Saving") -> str:
         return ""
     if saving.reached is None or saving.steps_saved is None:
         return f"{saving.label} never reaches the best raw loss"
-    reached = (
-        f"{saving.label} reaches the best raw loss at step {saving.reached:,} "
-        f"(raw: step {saving.raw_step:,})"
-    )
-    if saving.steps_saved <= 0:
-        return f"{reached}: saves nothing"
-    tokens = "" if saving.tokens_saved is None else f", {brief(saving.tokens_saved)} tokens"
-    hours = "" if saving.hours_saved is None else f", {duration(saving.hours_saved)}"
-    return f"{reached}: saves {saving.steps_saved:,} steps{tokens}{hours}"
+    steps = f"step {saving.reached:,} (raw: step {saving.raw_step:,})"
+    saved = "nothing"
+    if saving.steps_saved > 0:
+        tokens = "" if saving.tokens_saved is None else f", {brief(saving.tokens_saved)} tokens"
+        hours = "" if saving.hours_saved is None else f", {duration(saving.hours_saved)}"
+        saved = f"{saving.steps_saved:,} steps{tokens}{hours}"
+    return f"{saving.label} reaches the best raw loss at {steps}: saves {saved}"

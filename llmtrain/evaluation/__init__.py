@@ -3,8 +3,7 @@
 May import data, checkpoints, model, config, runtime, storage and errors.
 
     options.py     options of all measurements and of sampling; source of the help texts
-    results.py     results, the cached losses of a run, the choice of its best weights
-    cache.py       cached results under a run's evals/, named by content
+    results.py     results, cached under a run's evals/; the choice of its best weights
     loss.py        loss on a split
     text.py        loss and perplexity on a text file
     tasks.py       zero-shot tasks: definitions, trust, cached scores

@@ -2,9 +2,6 @@
 
 Why not in the model: training never uses a cache, and the compiled model should not contain one.
 
-    model, tokenizer = load_generator(Path("runs/demo/averages/lawa-5x20/step-00000900"))
-    print("".join(generate_text(model, tokenizer, "My fellow Americans", Sampling())))
-
 Shape suffixes as in `model/gpt.py`: B batch, T tokens, C width, H heads, D head width, V
 vocabulary.
 """
@@ -35,15 +32,12 @@ class KVCache:
         shape = (2, config.n_layer, 1, config.n_head, model.block_size, width)
         self._cached = torch.empty(shape, device=weight.device, dtype=weight.dtype)
         self.length = 0
-        """Tokens in the cache."""
 
-    def extend(self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values of a layer, and return all of them."""
-        end = self.length + k_BHTD.shape[2]
-        for cached, new in zip(self._cached[:, layer], (k_BHTD, v_BHTD), strict=True):
-            cached[:, :, self.length : end] = new
-        keys, values = self._cached[:, layer, :, :, :end]
-        return keys, values
+    def extend(self, layer: int, new: Tensor) -> Tensor:
+        """Append keys and values (2, B, H, T, D) of a layer, and return all of them."""
+        end = self.length + new.shape[3]
+        self._cached[:, layer, :, :, self.length : end] = new
+        return self._cached[:, layer, :, :, :end]
 
 
 def next_logits(model: GPT, tokens_BT: Tensor, cache: KVCache) -> Tensor:
@@ -68,10 +62,10 @@ def _attend(attention: Attention, x_BTC: Tensor, layer: int, cache: KVCache) -> 
     """Compute `Attention.forward` with earlier keys and values from the cache."""
     B, T, C = x_BTC.shape
     qkv = attention.c_attn(x_BTC).view(B, T, 3, attention.n_head, C // attention.n_head)
-    q_BHTD, k_BHTD, v_BHTD = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    keys, values = cache.extend(layer, k_BHTD, v_BHTD)
+    qkv_3BHTD = qkv.permute(2, 0, 3, 1, 4)
+    k_BHTD, v_BHTD = cache.extend(layer, qkv_3BHTD[1:])
     y_BHTD = F.scaled_dot_product_attention(
-        q_BHTD, keys, values, is_causal=T > 1, scale=attention.scale
+        qkv_3BHTD[0], k_BHTD, v_BHTD, is_causal=T > 1, scale=attention.scale
     )
     y: Tensor = attention.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
     return y
@@ -89,17 +83,8 @@ def generate(
     """Yield the ids after the prompt, until the end-of-text token or `max_tokens`.
 
     When the context is full, its more recent half is read again into an empty cache, because GPT-2
-    positions end at its block size.
-
-    Args:
-        model: in evaluation mode.
-        prompt: token ids; empty for a new document.
-        sampling: how to choose each token.
-        eot: id of the end-of-text token.
-        vocabulary: number of ids; later rows of the embedding are padding.
-
-    Raises:
-        RunFailed: the logits are not finite.
+    positions end at its block size. An empty prompt starts a new document. Rows of the embedding
+    after the first `vocabulary` are padding.
     """
     device = model.transformer.wte.weight.device
     generator = torch.Generator().manual_seed(sampling.seed)
@@ -145,11 +130,7 @@ def filter_logits(logits_V: Tensor, sampling: Sampling) -> Tensor:
 
 
 def tokenizer_of(folder: Path, shape: Shape, name: str | None = None) -> Tokenizer:
-    """Return a tokenizer by name, or the one whose end-of-text id the folder's config names.
-
-    Raises:
-        UserError: it is not one of our tokenizers, or has more ids than the model.
-    """
+    """Return a tokenizer by name, or the one whose end-of-text id the folder's config names."""
     tokenizer = load_tokenizer(name) if name else tokenizer_for_eot(shape.eot, folder)
     if tokenizer.vocab_size > shape.model.vocab_size:
         raise UserError(
@@ -168,11 +149,7 @@ def tokenizer_of(folder: Path, shape: Shape, name: str | None = None) -> Tokeniz
 def load_generator(
     folder: Path, *, tokenizer: str | None = None, device: str = "auto"
 ) -> tuple[GPT, Tokenizer]:
-    """Load the GPT-2 in a folder, on a device in float32, and its tokenizer.
-
-    Raises:
-        UserError: the weights, the device or the tokenizer cannot be used.
-    """
+    """Load the GPT-2 in a folder, on a device in float32, and its tokenizer."""
     found = tokenizer_of(folder, load_shape(folder), tokenizer)
     return load_model(folder).to(resolve_device(device)), found
 

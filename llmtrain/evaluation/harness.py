@@ -56,12 +56,7 @@ class Scorer:
     def score(
         self, folder: Path, definition: TaskDefinition, on_progress: Callable[[int, int], None]
     ) -> TaskResult:
-        """Score the weights in a folder on one task.
-
-        Raises:
-            UserError: the weights or their tokenizer cannot be loaded.
-            RunFailed: a score is not finite.
-        """
+        """Score the weights in a folder on one task."""
         if self._model is None or self._model.folder != folder:
             self._model = None  # free the memory first
             self._model = _Model(folder, self._options)
@@ -84,17 +79,15 @@ class _Model(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     """A weights folder as an lm-eval model."""
 
     def __init__(self, folder: Path, options: TaskOptions) -> None:
-        tokenizer = own_tokenizer(folder)
+        own = own_tokenizer(folder)
         device = resolve_device(options.device)
         model: Any = load_transformers(folder)
+        batch = CPU_BATCH if options.batch == "auto" and device.type == "cpu" else options.batch
         super().__init__(
             pretrained=model.to(device),
-            tokenizer=tokenizer
-            or fast_tokenizer(tokenizer_for_eot(load_shape(folder).eot, folder)),
+            tokenizer=own or fast_tokenizer(tokenizer_for_eot(load_shape(folder).eot, folder)),
             backend="causal",
-            batch_size=CPU_BATCH
-            if options.batch == "auto" and device.type == "cpu"
-            else options.batch,
+            batch_size=batch,
         )
         self.folder = folder
         self.start(lambda done, total: None)
@@ -148,22 +141,20 @@ def _evaluate(model: _Model, task: dict[str, Any], limit: int | None) -> list[Sc
             f"a perplexity of {model.folder} overflows", hint="its training diverged"
         ) from None
     assert results is not None  # only rank 0 gets results, and this is the only process
-    scores = list(_scores(results))
-    for score in scores:
-        if not math.isfinite(score.value):
-            raise RunFailed(
-                f"{score.metric} of {model.folder} in {score.task} is {score.value:g}",
-                hint="check the weights with llmtrain verify; if intact, training diverged",
-            )
-    return scores
+    return list(_scores(model.folder, results))
 
 
-def _scores(results: dict[str, Any]) -> Iterator[Score]:
+def _scores(folder: Path, results: dict[str, Any]) -> Iterator[Score]:
     for task, values in results["results"].items():
         for key, value in values.items():
             metric, comma, chosen = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, float | int):
                 continue
+            if not math.isfinite(value):
+                raise RunFailed(
+                    f"{metric} of {folder} in {task} is {value:g}",
+                    hint="check the weights with llmtrain verify; if intact, training diverged",
+                )
             stderr = values.get(f"{metric}_stderr,{chosen}")
             known = isinstance(stderr, float | int) and math.isfinite(stderr)
             yield Score(
@@ -177,23 +168,15 @@ def _scores(results: dict[str, Any]) -> Iterator[Score]:
 
 
 @cache
-def _manager(files: Path | None, *, everything: bool) -> TaskManager:
-    """Return lm-eval's index of tasks; including its own tasks takes seconds."""
-    return TaskManager(include_path=files, include_defaults=everything)
+def _manager(files: Path | None, *, local: bool) -> TaskManager:
+    """Return lm-eval's index of tasks; unless `local`, with its own tasks, which takes seconds."""
+    return TaskManager(include_path=files, include_defaults=not local)
 
 
 def _load_task(definition: TaskDefinition, options: TaskOptions) -> dict[str, Any]:
-    """Load one task with its documents, or all tasks of a group.
-
-    Raises:
-        UserError: the task does not exist, or its documents lack a field or an answer.
-        RunFailed: its data set cannot be loaded.
-    """
+    """Load one task with its documents, or all tasks of a group."""
     local = isinstance(definition.config, dict)
-    manager = _manager(options.files, everything=False)
-    known = manager.task_index.get(definition.name)
-    if not local and (known is None or known.kind.name in ("GROUP", "TAG")):
-        manager = _manager(options.files, everything=True)  # a group may name any of these tasks
+    manager = _manager(options.files, local=local)
     if not local and definition.name not in manager.all_tasks:
         near = difflib.get_close_matches(definition.name, manager.all_tasks, n=3)
         suggestion = f"did you mean {' or '.join(near)}?" if near else ""
@@ -203,55 +186,46 @@ def _load_task(definition: TaskDefinition, options: TaskOptions) -> dict[str, An
         )
     try:
         loaded: dict[str, Any] = manager.load([definition.config])
+        if local:
+            _check_documents(definition, loaded["tasks"][definition.name], options.limit)
     except Exception as error:  # raised by many libraries, or by the task's own code
         if local:
-            raise _bad_data(definition, error) from error
+            raise UserError(
+                f"{definition.source} does not contain documents of {definition.name}: {error}",
+                hint="write JSON lines with the fields of its hub data set",
+            ) from error
         raise RunFailed(
             f"the task {definition.name} cannot be loaded: {type(error).__name__}: {error}",
             hint="check the network and HF_HUB_OFFLINE; offline, pass --task-data FOLDER",
         ) from error
-    if local:
-        _check_fields(definition, loaded["tasks"][definition.name])
-        _check_answers(definition, loaded["tasks"][definition.name], options.limit)
     return loaded
 
 
-def _check_fields(definition: TaskDefinition, task: Any) -> None:
-    """Raise a UserError if a document lacks a field that the task's templates use."""
+def _check_documents(definition: TaskDefinition, task: Any, limit: int | None) -> None:
     assert isinstance(definition.config, dict)
     parts = ("doc_to_text", "doc_to_target", "doc_to_choice")
     templates = [str(definition.config.get(part, "")) for part in parts]
     fields = {text for text in templates if text.isidentifier()}
     for text in templates:
         fields |= meta.find_undeclared_variables(template_environment.parse(text))
-    table = task.eval_docs.data.table
-    for name in sorted(fields):
-        if name not in table.column_names or table.column(name).null_count:
-            raise _bad_data(definition, f"a document lacks the field {name!r}")
+    for number, document in enumerate(islice(task.eval_docs, limit), start=1):
+        try:
+            _check_document(document, fields, task)
+        except Exception as error:  # a template may compute anything
+            raise ValueError(f"document {number:,}: {type(error).__name__}: {error}") from error
 
 
-def _check_answers(definition: TaskDefinition, task: Any, limit: int | None) -> None:
-    """Raise a UserError if the right answer of a document is not among its choices.
+def _check_document(document: dict[str, Any], fields: set[str], task: Any) -> None:
+    """Raise if a document lacks a field of the templates, or its answer is not among the choices.
 
     lm-eval looks up the answer only after scoring, and counts a missing one as wrong.
     """
+    if absent := sorted(name for name in fields if document.get(name) is None):
+        raise KeyError(absent[0])
     if task.config.doc_to_choice is None:
         return
-    for number, document in enumerate(islice(task.eval_docs, limit), start=1):
-        try:
-            # With several contexts for one ending (WinoGrande), the text is the answer's index.
-            right = (task.doc_to_text if task.multiple_input else task.doc_to_target)(document)
-            choices = task.doc_to_choice(document)
-        except Exception as error:  # a template may compute anything
-            reason = f"document {number:,}: {type(error).__name__}: {error}"
-            raise _bad_data(definition, reason) from error
-        if right not in range(len(choices)):
-            reason = f"document {number:,}: answer {right!r} is not one of {len(choices)} choices"
-            raise _bad_data(definition, reason)
-
-
-def _bad_data(definition: TaskDefinition, reason: object) -> UserError:
-    return UserError(
-        f"{definition.source} does not contain documents of {definition.name}: {reason}",
-        hint="write JSON lines with the fields of its hub data set",
-    )
+    # With several contexts for one ending (WinoGrande), the text is the answer's index.
+    right = (task.doc_to_text if task.multiple_input else task.doc_to_target)(document)
+    count = len(task.doc_to_choice(document))
+    if right not in range(count):
+        raise ValueError(f"answer {right!r} is not one of {count} choices")

@@ -4,7 +4,8 @@ transformers computes the logits; windows, sums and results are the same as for 
 Code that a folder brings is never run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 MAX_CONTEXT = 2048
 """Longest context given to these models: that of Pythia, and the default of lm-eval."""
 
+_LOCAL: Any = {"local_files_only": True, "trust_remote_code": False}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MAX_LAYERS = 10_000
 """Upper limit on layers: building a layer takes time even without weights."""
@@ -45,7 +47,10 @@ class HFModel(nn.Module):
         super().__init__()
         self.model = model
         self.config = model.config
-        self.block_size = min(_context(model.config), MAX_CONTEXT)
+        names = ("n_positions", "max_position_embeddings", "n_ctx")
+        known = [getattr(model.config, name, None) for name in names]
+        lengths = [length for length in known if isinstance(length, int)]
+        self.block_size = min([*lengths[:1], MAX_CONTEXT])
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Return the mean negative log-likelihood in nats, float32, shape (); see `GPT.forward`."""
@@ -87,47 +92,31 @@ def is_hf(folder: Path) -> bool:
 
 
 def load_causal(folder: Path) -> GPT | HFModel:
-    """Load the model in a folder, on the CPU in float32, in evaluation mode.
-
-    Raises:
-        UserError: it is damaged, not a causal language model, or needs its own code.
-    """
+    """Load the model in a folder, on the CPU in float32, in evaluation mode."""
     return HFModel(load_transformers(folder)).eval() if is_hf(folder) else load_model(folder)
 
 
 def load_transformers(folder: Path) -> "PreTrainedModel":
-    """Load the model in a folder with transformers, on the CPU in float32.
-
-    Raises:
-        UserError: transformers is missing, or cannot load the model.
-    """
-    transformers = _transformers()
-    options = {"local_files_only": True, "trust_remote_code": False}
+    """Load the model in a folder with transformers, on the CPU in float32."""
     model: PreTrainedModel
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, **options)
-        _check_size(folder, config)
+    with _transformers(folder, "a causal language model") as transformers:
+        config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
+        _check_size(folder, config, transformers)
         model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, **options
+            folder, dtype=torch.float32, output_loading_info=True, **_LOCAL
         )
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise _unloadable(folder, "a causal language model", error) from None
-    if missing := sorted(loaded["missing_keys"]):
-        raise _misfit(folder, f"{len(missing)} tensors are missing, such as {missing[0]}")
+        if missing := sorted(loaded["missing_keys"]):
+            raise _misfit(folder, f"{len(missing)} tensors are missing, such as {missing[0]}")
     return model
 
 
-def _check_size(folder: Path, config: Any) -> None:
+def _check_size(folder: Path, config: Any, transformers: Any) -> None:
     """Raise a UserError if the config describes more parameters than the files can contain."""
     layers = getattr(config, "num_hidden_layers", 0)
     if not isinstance(layers, int) or layers > _MAX_LAYERS:
         raise _misfit(folder, f"the config asks for {layers} layers")
     with torch.device("meta"):
-        model: Any = _transformers().AutoModelForCausalLM.from_config(
-            config, trust_remote_code=False
-        )
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     wanted = sum(parameter.numel() for parameter in model.parameters())
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     size = sum(path.stat().st_size for path in files)
@@ -141,41 +130,28 @@ def _misfit(folder: Path, problem: str) -> UserError:
     return UserError(f"{folder}: {problem}", hint="config.json and the weights do not match")
 
 
-def load_tokenizer_files(folder: Path) -> "PreTrainedTokenizerBase | None":
-    """Load the tokenizer in a folder, if there are tokenizer files.
-
-    Raises:
-        UserError: transformers is missing, or cannot load the tokenizer.
-    """
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    transformers = _transformers()
-    try:
-        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise _unloadable(folder, "a tokenizer", error) from None
-    return tokenizer
-
-
 def own_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
-    """Like `load_tokenizer_files`, but raise a UserError if a model other than GPT-2 lacks them."""
-    own = load_tokenizer_files(folder)
-    if own is None and is_hf(folder):
+    """Load the tokenizer files in a folder; a GPT-2 may lack them."""
+    if not _has_tokenizer_files(folder):
+        if not is_hf(folder):
+            return None
         raise UserError(
             f"{folder} has no tokenizer files, so text cannot be encoded for it",
             hint="add its tokenizer.json to the folder",
         )
-    return own
+    with _transformers(folder, "a tokenizer") as transformers:
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+            folder, **_LOCAL
+        )
+    return tokenizer
+
+
+def _has_tokenizer_files(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def encoding_of(folder: Path) -> Encoding:
-    """Return the encoding of the model in a folder, from its tokenizer files or our tokenizers.
-
-    Raises:
-        UserError: it lacks tokenizer files and does not use one of our tokenizers.
-    """
+    """Return the encoding of the model in a folder, from its tokenizer files or our tokenizers."""
     own = own_tokenizer(folder)
     if own is None:
         ours = tokenizer_for_eot(load_shape(folder).eot, folder)
@@ -201,7 +177,7 @@ def reencode(folder: Path, data: TokenData, split: str, limit: int) -> tuple[IdA
     """
     ours = load_tokenizer(data.tokenizer)
     same = not is_hf(folder) and load_shape(folder).eot == ours.eot and has_same_ids(folder, ours)
-    if same or load_tokenizer_files(folder) is None:
+    if same or not _has_tokenizer_files(folder):
         return None
     encoding, reader = encoding_of(folder), data.reader(split)
     probe = reader.read(0, min(_PROBE, len(reader))).astype(np.int64)
@@ -210,6 +186,18 @@ def reencode(folder: Path, data: TokenData, split: str, limit: int) -> tuple[IdA
         return None
     ids, n_bytes = _encode_documents(reader.read(0, limit).astype(np.int64), data, encoding)
     return IdArray(ids), n_bytes
+
+
+def _encode_documents(tokens: Ids, data: TokenData, encoding: Encoding) -> tuple[Ids, int]:
+    """Return the re-encoded documents, preceded and separated by end-of-text, and their bytes."""
+    tokenizer = load_tokenizer(data.tokenizer)
+    eot, n_bytes = np.array([encoding.eot]), 0
+    parts = []
+    for document in np.split(tokens, np.flatnonzero(tokens == data.eot)):
+        text = tokenizer.decode_bytes(document)
+        parts += [eot, encoding.encode(text.decode("utf-8", errors="replace"))]
+        n_bytes += len(text)
+    return np.concatenate(parts), n_bytes
 
 
 def require_ids(folder: Path, ids: Ids, model: GPT | HFModel) -> None:
@@ -222,26 +210,9 @@ def require_ids(folder: Path, ids: Ids, model: GPT | HFModel) -> None:
         )
 
 
-def _encode_documents(tokens: Ids, data: TokenData, encoding: Encoding) -> tuple[Ids, int]:
-    """Return the re-encoded documents, preceded and separated by end-of-text, and their bytes."""
-    tokenizer = load_tokenizer(data.tokenizer)
-    parts, n_bytes = [np.array([encoding.eot])], 0
-    for i, document in enumerate(np.split(tokens, np.flatnonzero(tokens == data.eot))):
-        text = tokenizer.decode_bytes(document)
-        parts += [np.array([encoding.eot])] * (i > 0)
-        parts.append(encoding.encode(text.decode("utf-8", errors="replace")))
-        n_bytes += len(text)
-    return np.concatenate(parts), n_bytes
-
-
-def _context(config: Any) -> int:
-    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-        if isinstance(length := getattr(config, name, None), int):
-            return length
-    return MAX_CONTEXT  # without a position table, any length works
-
-
-def _transformers() -> Any:
+@contextmanager
+def _transformers(folder: Path, kind: str) -> Iterator[Any]:
+    """Provide transformers, and raise a UserError if it is missing or cannot load `kind`."""
     try:
         import transformers
     except ImportError:
@@ -251,12 +222,13 @@ def _transformers() -> Any:
     logging: Any = transformers.logging  # untyped
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return transformers
-
-
-def _unloadable(folder: Path, kind: str, error: Exception) -> UserError:
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return UserError(
-        f"transformers could not load {kind} from {folder}: {reason}",
-        hint="check config.json; a folder with its own code is not run",
-    )
+    try:
+        yield transformers
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises plain Exception
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"transformers could not load {kind} from {folder}: {reason}",
+            hint="check config.json; a folder with its own code is not run",
+        ) from None

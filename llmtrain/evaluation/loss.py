@@ -23,10 +23,16 @@ from llmtrain.data.sampler import validation_windows
 from llmtrain.data.shards import Tokens
 from llmtrain.data.token_data import TokenData, open_data
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.evaluation.cache import cached, ignore, weights_sha256
 from llmtrain.evaluation.hf_models import HFModel, load_causal, reencode, require_ids
 from llmtrain.evaluation.options import EvalOptions
-from llmtrain.evaluation.results import EvalResult, Progress
+from llmtrain.evaluation.results import (
+    EvalResult,
+    Progress,
+    cached,
+    ignore,
+    weights_sha256,
+    with_delta,
+)
 from llmtrain.model.gpt import GPT, IGNORE
 from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.runtime.device import (
@@ -44,10 +50,9 @@ from llmtrain.storage.urls import is_url
 
 @dataclass(frozen=True)
 class LossResult:
-    """The loss of a model on a split."""
+    """The loss of a model on a split, in nats per token."""
 
     loss: float
-    """Mean negative log-likelihood in nats per token."""
     tokens: int
     """Predicted tokens."""
     bytes: int
@@ -55,14 +60,19 @@ class LossResult:
     seconds: float
 
     @property
-    def perplexity(self) -> float:
-        """exp(loss), infinite if it overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+    def perplexity(self) -> float | None:
+        """exp(loss), or None if it overflows."""
+        return exp(self.loss)
 
     @property
-    def bits_per_byte(self) -> float:
-        """loss · tokens / (bytes · ln 2)."""
-        return self.loss * self.tokens / (self.bytes * math.log(2)) if self.bytes else math.nan
+    def bits_per_byte(self) -> float | None:
+        """loss · tokens / (bytes · ln 2), or None without text."""
+        return self.loss * self.tokens / (self.bytes * math.log(2)) if self.bytes else None
+
+
+def exp(nats: float) -> float | None:
+    """Return exp(nats), or None if it overflows."""
+    return math.exp(nats) if nats < 700 else None
 
 
 @torch.no_grad()
@@ -84,19 +94,12 @@ def evaluate(
 
     Args:
         model: on `device`; called with (tokens, targets), returns their mean loss.
-        reader: tokens of the split.
         token_bytes: bytes of text in each token, shape (vocabulary,).
-        block_size: tokens in a window.
         stride: tokens predicted in each window after the first; None for disjoint windows.
         batch: windows in one forward pass.
-        device: device of the model.
-        precision: precision of matrix products.
         world: processes that share the windows; all of them must call this function.
         limit: use only the first `limit` tokens of the split.
         on_progress: called with windows done and total; may raise to stop, on all ranks alike.
-
-    Raises:
-        UserError: the split has fewer than two tokens.
     """
     n_tokens = min(len(reader), limit or len(reader))
     if n_tokens < 2:
@@ -109,8 +112,7 @@ def evaluate(
     windows = validation_windows(n_tokens, block_size, stride)
     was_training = model.training
     model.eval()
-    losses: list[Tensor] = []
-    counts: list[int] = []
+    losses: list[tuple[Tensor, int]] = []
     n_bytes = 0
     try:
         with autocast(device, precision):  # around all batches: the weights are cast once
@@ -122,15 +124,14 @@ def evaluate(
                 loss = model(to_device(tokens, device), to_device(targets, device))
                 if mine < len(windows):
                     counted = targets[targets != IGNORE]
-                    losses.append(loss)  # read at the end, to avoid a GPU sync per batch
-                    counts.append(counted.size)
+                    losses.append((loss, counted.size))  # read at the end: no GPU sync per batch
                     n_bytes += int(token_bytes[counted].sum())
                 if on_progress is not None:
                     on_progress(min(first + world.size * batch, len(windows)), len(windows))
     finally:
         model.train(was_training)
-    total = math.fsum(loss.item() * count for loss, count in zip(losses, counts, strict=True))
-    nats, predicted, text = world.sums([total, sum(counts), n_bytes])
+    total = math.fsum(loss.item() * count for loss, count in losses)
+    nats, predicted, text = world.sums([total, sum(count for _, count in losses), n_bytes])
     return LossResult(nats / predicted, int(predicted), int(text), time.perf_counter() - started)
 
 
@@ -164,12 +165,7 @@ def measure_losses(
     *,
     warn: Callable[[str], None] = ignore,
 ) -> list[EvalResult]:
-    """Return the loss of each target, measured or cached; raw weights must precede averages.
-
-    Raises:
-        UserError: the data is unknown or does not fit the model, or the weights are damaged.
-        RunFailed: a loss is not finite.
-    """
+    """Return the loss of each target, measured or cached; raw weights must precede averages."""
     resolved = [_resolve(target, options) for target in targets]
     if len({each.tokens for each in resolved}) > 1:
         warn("the runs are evaluated on different numbers of tokens: pass --tokens N to compare")
@@ -183,8 +179,7 @@ def measure_losses(
             place = (target.run.path.resolve(), target.step)
             if target.label == RAW:
                 raw[place] = result.loss
-            if place in raw:
-                result = replace(result, delta=result.loss - raw[place])
+            result = with_delta(result, raw.get(place))
         results.append(result)
     return results
 
@@ -205,7 +200,7 @@ def _resolve(target: Target, options: EvalOptions) -> EvalOptions:
                 f"{target.path} does not belong to a run, so its data is unknown",
                 hint="pass --data, such as --data data/openwebtext",
             )
-        return replace(options, batch=options.batch or 16, precision=options.precision or "auto")
+        return options
     config = load_config(target.run.config)
     data = options.data or local_folder(config.data.path)
     if options.data is None and not data.is_dir():
@@ -229,15 +224,14 @@ def _cached_loss(
     on_progress: Progress,
     warn: Callable[[str], None],
 ) -> EvalResult:
-    device = resolve_device(options.device)
+    split, device = options.split, resolve_device(options.device)
     precision = resolve_precision(options.precision or "auto", device)
     weights = weights_sha256(target.path)
-    limit = min(data.tokens(options.split), options.tokens or data.tokens(options.split))
-    identity = f"{weights} {data.sha256} {options.split} {limit} {precision}"
+    limit = min(data.tokens(split), options.tokens or data.tokens(split))
 
     def measure() -> EvalResult:
         model = load_causal(target.path)
-        reader, token_bytes, n_bytes = _prepare(target, model, data, options.split, limit, warn)
+        reader, token_bytes, n_bytes = _prepare(target, model, data, split, limit, warn)
         with keep_freed_memory(device):
             result = evaluate(
                 model.to(device),
@@ -248,27 +242,27 @@ def _cached_loss(
                 device=device,
                 precision=precision,
                 limit=limit if n_bytes is None else None,
-                on_progress=partial(on_progress, target, options.split),
+                on_progress=partial(on_progress, target, split),
             )
         require_finite(result, str(target.path))
-        if n_bytes is not None:
-            result = replace(result, bytes=n_bytes)
+        result = result if n_bytes is None else replace(result, bytes=n_bytes)
         return EvalResult(
             label=target.label,
             step=target.step,
             path=str(target.path),
             run=target.run.path.resolve().name if target.run else None,
             **asdict(result),
-            perplexity=result.perplexity if math.isfinite(result.perplexity) else None,
-            bits_per_byte=None if math.isnan(result.bits_per_byte) else result.bits_per_byte,
+            perplexity=result.perplexity,
+            bits_per_byte=result.bits_per_byte,
             delta=None,
-            split=options.split,
+            split=split,
             block_size=model.block_size,
             precision=precision,
             data=data.sha256,
             weights=weights,
         )
 
+    identity = f"{weights} {data.sha256} {split} {limit} {precision}"
     result = cached(target, "", identity, EvalResult, measure, warn)
     return replace(result, path=str(target.path), delta=None)
 
@@ -282,8 +276,7 @@ def _prepare(
     warn: Callable[[str], None],
 ) -> tuple[Tokens, npt.NDArray[np.int64], int | None]:
     """Return the tokens for a model, bytes per id and, if the text was re-encoded, its bytes."""
-    reencoded = reencode(target.path, data, split, limit)
-    if reencoded is not None:
+    if reencoded := reencode(target.path, data, split, limit):
         ids, n_bytes = reencoded
         require_ids(target.path, ids.read(0, len(ids)), model)
         warn(

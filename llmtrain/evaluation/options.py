@@ -28,18 +28,11 @@ class EvalOptions:
     batch: Annotated[int | None, Doc("Windows in one forward pass.")] = None
     precision: Annotated[str | None, Doc("Precision of matrix products.")] = None
     device: Device = "auto"
-
-
-@dataclass(frozen=True)
-class TextOptions:
-    """How to measure the loss on a text file."""
-
     stride: Annotated[
         int | None,
         Doc("Tokens that each window predicts; the tokens before them are context only."),
     ] = None
-    batch: Annotated[int, Doc("Windows in one forward pass.")] = 16
-    device: Device = "auto"
+    """For a text file; None for disjoint windows."""
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,35 @@
-"""Result types for losses and tasks, the cached losses of a run, the choice of its best weights."""
+"""Results of evaluation, stored as JSON under a run's `evals/`, and the choice of its best weights.
 
+Why by content: a file name contains a hash of everything the result depends on, such as the
+weights, the data and the precision. Retrained weights are measured again; a moved folder is not.
+"""
+
+import hashlib
+import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
-from pydantic import FiniteFloat
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
+from llmtrain.checkpoints.checkpoint import weights_files
 from llmtrain.checkpoints.resolve import Target, find_targets
-from llmtrain.evaluation.cache import read_result, weights_sha256
-from llmtrain.storage.run_folder import RAW, RunFolder
+from llmtrain.errors import UserError, WriteFailed
+from llmtrain.storage.commit import write_atomically
+from llmtrain.storage.integrity import INTEGRITY_FILE, read_integrity, sha256_of
+from llmtrain.storage.json_files import read_json
+from llmtrain.storage.run_folder import RAW, RunFolder, step_name
 
+Result = TypeVar("Result")
 Progress = Callable[[Target, str, int, int], None]
 """Called with the target, the split, file or task, units done and total; may raise to stop."""
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """The loss of one set of weights on a split."""
+    """The loss of one set of weights on a split, in nats per token."""
 
     label: str
     step: int | None
@@ -24,7 +37,6 @@ class EvalResult:
     run: str | None
     """Name of the run folder."""
     loss: FiniteFloat
-    """Nats per token."""
     perplexity: float | None
     """exp(loss); None if it overflows."""
     bits_per_byte: float | None
@@ -32,7 +44,7 @@ class EvalResult:
     bytes: int
     seconds: float
     delta: float | None
-    """Loss minus the raw loss of the same step and run, if that was measured."""
+    """Loss minus the raw loss of the same step and run, if measured."""
     split: str
     block_size: int
     precision: str
@@ -50,7 +62,6 @@ class Score:
     metric: str
     value: float
     stderr: float | None
-    """Standard error, if lm-eval computes one."""
     higher_is_better: bool | None
     documents: int | None
 
@@ -67,29 +78,106 @@ class TaskResult:
     lm_eval: str
     """Version of lm-eval."""
     context: int
-    """Context length in tokens."""
     truncated: float
     """Share of requests longer than the context, whose start was cut off."""
     seconds: float
     scores: list[Score]
 
 
+def ignore(message: str) -> None:
+    """Drop a warning."""
+
+
+def cached(
+    target: Target,
+    kind: str,
+    identity: str,
+    form: type[Result],
+    measure: Callable[[], Result],
+    warn: Callable[[str], None],
+) -> Result:
+    """Return the stored result, or measure and store it. Weights outside a run are always measured.
+
+    `kind` is a subfolder of `evals/`, or empty. The result depends on nothing but `identity`.
+    """
+    if target.run is None:
+        return measure()
+    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    step = "" if target.step is None else f"-{step_name(target.step)}"
+    path = target.run.evals / kind / f"{target.label}{step}-{key}.json"
+    if path.exists() and (stored := read_result(path, form)) is not None:
+        return stored
+    result: Any = measure()
+    try:
+        write_atomically(path, json.dumps(asdict(result), indent=2) + "\n")
+    except (WriteFailed, OSError) as error:
+        warn(f"result not cached: {error}")
+    return result  # type: ignore[no-any-return]
+
+
+def read_result(path: Path, form: type[Result]) -> Result | None:
+    """Return a stored result, or None if another version with other fields wrote it."""
+    document = read_json(path)
+    if document.keys() != form.__dataclass_fields__.keys():  # type: ignore[attr-defined]
+        return None
+    try:
+        return TypeAdapter(form).validate_json(json.dumps(document), strict=True)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise UserError(
+            f"{path}: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}",
+            hint="delete the file; llmtrain eval will measure it again",
+        ) from None
+
+
+def weights_sha256(folder: Path) -> str:
+    """Return the hash of the weights file; of several files, the hash of their sorted hashes.
+
+    Hashes recorded at commit are reused as long as no weights file is newer than the record.
+    """
+    torch_files = sorted(folder.glob("pytorch_model*.bin"))
+    only_torch = torch_files and not any(folder.glob("*.safetensors"))
+    paths = torch_files if only_torch else weights_files(folder)
+    record = folder / INTEGRITY_FILE
+    known = {}
+    if record.exists():
+        newest = max(path.stat().st_mtime_ns for path in paths)
+        known = read_integrity(folder) if newest <= record.stat().st_mtime_ns else {}
+    hashes = [str(known[p.name]["sha256"]) if p.name in known else sha256_of(p) for p in paths]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+
 def stored_results(run: RunFolder) -> list[EvalResult]:
     """Return the cached losses of a run, raw first, then by label and step.
 
     Results of weights that have been replaced since are left out.
-
-    Raises:
-        UserError: a file is damaged.
     """
     paths = sorted(run.evals.glob("[!.]*.json"))
     read = [found for path in paths if (found := read_result(path, EvalResult)) is not None]
     results = [result for result in read if _is_current(run, result)]
     raw = {_comparable_key(result): result.loss for result in results if result.label == RAW}
     return sorted(
-        (_with_delta(result, raw.get(_comparable_key(result))) for result in results),
+        (with_delta(result, raw.get(_comparable_key(result))) for result in results),
         key=lambda result: (result.label != RAW, result.label, result.step or 0),
     )
+
+
+def with_delta(result: EvalResult, raw: float | None) -> EvalResult:
+    """Return the result with its difference from the raw loss, if there is one."""
+    return replace(result, delta=None if raw is None else result.loss - raw)
+
+
+def _comparable_key(result: EvalResult) -> tuple[object, ...]:
+    return result.step, result.data, result.split, result.tokens, result.precision
+
+
+def _is_current(run: RunFolder, result: EvalResult) -> bool:
+    """Return whether the measured weights are still there, or their folder is gone."""
+    if result.step is None:
+        return False
+    raw = result.label == RAW
+    folder = run.snapshot(result.step) if raw else run.average(result.label, result.step)
+    return not folder.is_dir() or weights_sha256(folder) == result.weights
 
 
 def choose_weights(name: str | None) -> tuple[Target, Target | None]:
@@ -97,10 +185,6 @@ def choose_weights(name: str | None) -> tuple[Target, Target | None]:
 
     A run stands for its newest average or, without averages, its newest snapshot. Among averages of
     one step, the lowest measured loss wins, else the first name. None is the newest run.
-
-    Raises:
-        UserError: the name matches none of these.
-        RunFailed: the hub cannot be reached.
     """
     targets = find_targets(name)
     last = targets[-1]
@@ -116,21 +200,3 @@ def choose_weights(name: str | None) -> tuple[Target, Target | None]:
         if result.step == last.step and result.split == "val" and result.delta is not None
     }
     return min(averages, key=lambda each: (deltas.get(each.label, math.inf), each.label)), raw
-
-
-def _with_delta(result: EvalResult, raw: float | None) -> EvalResult:
-    return replace(result, delta=None if raw is None else result.loss - raw)
-
-
-def _comparable_key(result: EvalResult) -> tuple[object, ...]:
-    """Return what two results must share for their difference to mean something."""
-    return result.step, result.data, result.split, result.tokens, result.precision
-
-
-def _is_current(run: RunFolder, result: EvalResult) -> bool:
-    """Return whether the measured weights are still there, or their folder is gone."""
-    if result.step is None:
-        return False
-    raw = result.label == RAW
-    folder = run.snapshot(result.step) if raw else run.average(result.label, result.step)
-    return not folder.is_dir() or weights_sha256(folder) == result.weights

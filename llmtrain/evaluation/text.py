@@ -14,22 +14,15 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 
 from llmtrain.checkpoints.resolve import Target
 from llmtrain.config.loading import load_config
 from llmtrain.errors import UserError
-from llmtrain.evaluation.cache import cached, ignore, weights_sha256
 from llmtrain.evaluation.hf_models import IdArray, encoding_of, load_causal, require_ids
-from llmtrain.evaluation.loss import evaluate, require_finite
-from llmtrain.evaluation.options import TextOptions
-from llmtrain.evaluation.results import Progress
-from llmtrain.runtime.device import (
-    Precision,
-    keep_freed_memory,
-    resolve_device,
-    resolve_precision,
-)
+from llmtrain.evaluation.loss import evaluate, exp, require_finite
+from llmtrain.evaluation.options import EvalOptions
+from llmtrain.evaluation.results import Progress, cached, ignore, weights_sha256
+from llmtrain.runtime.device import keep_freed_memory, resolve_device, resolve_precision
 
 
 @dataclass(frozen=True)
@@ -46,11 +39,9 @@ class TextResult:
     loss: float
     """Nats per token."""
     perplexity: float | None
-    """Per token."""
     word_perplexity: float | None
     """Per whitespace-separated word."""
     byte_perplexity: float | None
-    """Per byte of UTF-8."""
     bits_per_byte: float
     tokens: int
     words: int
@@ -62,85 +53,75 @@ class TextResult:
 def measure_text(
     targets: list[Target],
     path: Path,
-    options: TextOptions,
+    options: EvalOptions,
     on_progress: Progress,
     *,
     warn: Callable[[str], None] = ignore,
 ) -> list[TextResult]:
-    """Return the loss of each target on a text file, measured or cached.
-
-    Raises:
-        UserError: the file is missing, empty or not UTF-8; the stride is longer than a window; a
-            target lacks a tokenizer.
-        RunFailed: a loss is not finite.
-    """
+    """Return the loss of each target on a text file, measured or cached."""
     text = _read(path)
-    sha256 = hashlib.sha256(text.encode()).hexdigest()
-    device = resolve_device(options.device)
-    results = []
-    for target in targets:
-        requested = load_config(target.run.config).train.precision if target.run else "auto"
-        precision = resolve_precision(requested, device)
-        parts = (weights_sha256(target.path), sha256, options.stride, precision)
-        identity = "\n".join(map(str, parts))
-        progress = partial(on_progress, target, path.name)
-        measure = partial(_measure, target.path, path, text, options, device, precision, progress)
-        result = cached(target, "text", identity, TextResult, measure, warn)
-        # The same text may have been cached under another name.
-        results.append(replace(result, file=str(path)))
-    return results
+    return [_cached_text(target, path, text, options, on_progress, warn) for target in targets]
 
 
-def _measure(
-    folder: Path,
+def _cached_text(
+    target: Target,
     path: Path,
     text: str,
-    options: TextOptions,
-    device: torch.device,
-    precision: Precision,
-    on_progress: Callable[[int, int], None],
+    options: EvalOptions,
+    on_progress: Progress,
+    warn: Callable[[str], None],
 ) -> TextResult:
-    model, encoding = load_causal(folder), encoding_of(folder)
-    stride = options.stride or model.block_size
-    if stride > model.block_size:
-        raise UserError(
-            f"--stride {stride:,} is longer than a window of {folder}, {model.block_size:,} tokens",
-            hint="choose a shorter stride, or omit --stride for disjoint windows",
-        )
-    ids = np.concatenate([[encoding.eot], encoding.encode(text)])
-    require_ids(folder, ids, model)
-    with keep_freed_memory(device):
-        measured = evaluate(
-            model.to(device),
-            IdArray(ids),
-            np.zeros(model.config.vocab_size, dtype=np.int64),  # bytes are counted in the text
-            block_size=model.block_size,
+    sha256, device = hashlib.sha256(text.encode()).hexdigest(), resolve_device(options.device)
+    requested = load_config(target.run.config).train.precision if target.run else "auto"
+    precision = resolve_precision(requested, device)
+
+    def measure() -> TextResult:
+        model, encoding = load_causal(target.path), encoding_of(target.path)
+        stride = options.stride or model.block_size
+        if stride > model.block_size:
+            raise UserError(
+                f"--stride {stride:,} is longer than a window of {target.path}, "
+                f"{model.block_size:,} tokens",
+                hint="choose a shorter stride, or omit --stride for disjoint windows",
+            )
+        ids = np.concatenate([[encoding.eot], encoding.encode(text)])
+        require_ids(target.path, ids, model)
+        with keep_freed_memory(device):
+            measured = evaluate(
+                model.to(device),
+                IdArray(ids),
+                np.zeros(model.config.vocab_size, dtype=np.int64),  # bytes are counted in the text
+                block_size=model.block_size,
+                stride=stride,
+                batch=options.batch or 16,
+                device=device,
+                precision=precision,
+                on_progress=partial(on_progress, target, path.name),
+            )
+        require_finite(measured, f"{target.path} on {path}")
+        nats, words = measured.loss * measured.tokens, len(text.split())
+        n_bytes = len(text.encode())
+        return TextResult(
+            file=str(path),
+            sha256=sha256,
+            windows="disjoint" if stride == model.block_size else "strided",
             stride=stride,
-            batch=options.batch,
-            device=device,
+            context=model.block_size,
+            loss=measured.loss,
+            perplexity=measured.perplexity,
+            word_perplexity=exp(nats / words) if words else None,
+            byte_perplexity=exp(nats / n_bytes),
+            bits_per_byte=nats / n_bytes / math.log(2),
+            tokens=measured.tokens,
+            words=words,
+            bytes=n_bytes,
             precision=precision,
-            on_progress=on_progress,
+            seconds=measured.seconds,
         )
-    require_finite(measured, f"{folder} on {path}")
-    nats, words = measured.loss * measured.tokens, len(text.split())
-    n_bytes = len(text.encode())
-    return TextResult(
-        file=str(path),
-        sha256=hashlib.sha256(text.encode()).hexdigest(),
-        windows="disjoint" if stride == model.block_size else "strided",
-        stride=stride,
-        context=model.block_size,
-        loss=measured.loss,
-        perplexity=_exp(measured.loss),
-        word_perplexity=_exp(nats / words) if words else None,
-        byte_perplexity=_exp(nats / n_bytes),
-        bits_per_byte=nats / n_bytes / math.log(2),
-        tokens=measured.tokens,
-        words=words,
-        bytes=n_bytes,
-        precision=precision,
-        seconds=measured.seconds,
-    )
+
+    identity = "\n".join(map(str, (weights_sha256(target.path), sha256, options.stride, precision)))
+    result = cached(target, "text", identity, TextResult, measure, warn)
+    return replace(result, file=str(path))  # it may have been cached under another name
 
 
 def _read(path: Path) -> str:
@@ -154,7 +135,3 @@ def _read(path: Path) -> str:
     if not text:
         raise UserError(f"{path} is empty", hint=hint)
     return text
-
-
-def _exp(nats: float) -> float | None:
-    return math.exp(nats) if nats < 700 else None

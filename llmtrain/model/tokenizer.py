@@ -202,10 +202,7 @@ def split_text(text: bytes | memoryview, size: int = CHUNK_BYTES) -> Iterator[by
     is cut there. Chunks without such a point are longer.
     """
     start = 0
-    while len(text) - start > size:
-        match = _SAFE_CUT.search(text, start + size)
-        if match is None:
-            break
+    while match := _SAFE_CUT.search(text, start + size):
         yield text[start : match.start()]
         start = match.start()
     yield text[start:]

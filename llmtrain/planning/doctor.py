@@ -1,7 +1,6 @@
 """Check that a machine and a folder are ready for a run.
 
-Why by trial: an old torch, a slow or full disk and data of another tokenizer otherwise show up
-late. The checks encode text, write and flush a file, and compile code.
+Why by trial: an old torch, a slow or full disk and another tokenizer otherwise show up late.
 """
 
 import os
@@ -30,8 +29,6 @@ OLDEST_TORCH = (2, 11)
 
 _TEST_BYTES = 64 << 20
 """Size of the file that measures the disk."""
-_HUB_TIMEOUT = 5.0
-"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -46,26 +43,23 @@ class Check:
 
 
 def run_checks(config: RunConfig | None = None, run: Path | None = None) -> Iterator[Check]:
-    """Check everything a run needs, one thing at a time.
-
-    Args:
-        config: Configuration of a run; None checks the machine alone.
-        run: Folder of the run, by default runs/<name>.
-    """
+    """Check everything a run needs, or the machine alone without a `config`."""
     train = config.train if config else TrainConfig(batch_sequences=1)
     folder = run or (Path("runs") / config.name if config else Path("runs"))
     yield _check("python", lambda: f"{platform.python_version()} on {platform.platform()}")
     yield _check("torch", _torch)
     yield (device := _check("device", lambda: _device(train.device)))
     if device.state == "ok":
-        yield _check("precision", lambda: _precision(train))
+        yield _check(
+            "precision", lambda: resolve_precision(train.precision, resolve_device(train.device))
+        )
         yield _check("compile", lambda: _compile(train))
     yield _check("tokenizer", _tokenizer)
     yield _check("disk speed", lambda: _disk_speed(folder))
     yield _check("disk space", lambda: _disk_space(config, folder))
     if config is not None:
         yield _check("data", lambda: _data(config))
-    yield _check("network", lambda: f"{ping(_HUB_TIMEOUT)} answers", failure="note")
+    yield _check("network", lambda: f"{ping(5.0)} answers", failure="note")
 
 
 def _check(
@@ -73,20 +67,16 @@ def _check(
 ) -> Check:
     try:
         return Check(name, "ok", run())
-    except (UserError, RunFailed) as error:
-        return Check(name, failure, str(error), error.hint)
-    except OSError as error:
-        return Check(name, failure, str(error), "check the path and the disk")
+    except (UserError, RunFailed, OSError) as error:
+        hint = getattr(error, "hint", "check the path and the disk")
+        return Check(name, failure, str(error), hint)
 
 
 def _torch() -> str:
     version = torch.__version__
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
-        raise UserError(
-            f"{version} is older than {oldest}, the oldest version that llmtrain supports",
-            hint=f"pip install 'torch>={oldest}'",
-        )
+        raise UserError(f"{version} is too old", hint=f"pip install 'torch>={oldest}'")
     return version
 
 
@@ -96,10 +86,6 @@ def _device(name: str) -> str:
         memory = torch.cuda.get_device_properties(device).total_memory
         return f"{torch.cuda.device_count()} × {device_name(device)}, {memory / 1e9:.1f} GB"
     return f"{device_name(device)}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-
-
-def _precision(train: TrainConfig) -> str:
-    return resolve_precision(train.precision, resolve_device(train.device))
 
 
 def _compile(train: TrainConfig) -> str:
@@ -113,10 +99,9 @@ def _compile(train: TrainConfig) -> str:
     try:
         torch.compile(torch.nn.functional.gelu)(torch.ones(8, device=device))
     except Exception as error:  # compilers raise errors of any type
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"torch.compile failed: {reason}", hint="--set train.compile=false trains without it"
-        ) from None
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        hint = "--set train.compile=false trains without it"
+        raise UserError(f"torch.compile failed: {reason}", hint=hint) from None
     return f"works (a first function took {time.perf_counter() - started:.1f} s)"
 
 
@@ -157,14 +142,12 @@ def _disk_space(config: RunConfig | None, run: Path) -> str:
 def _data(config: RunConfig) -> str:
     folders = [config.data.path, *(each.path for each in config.data.mix)]
     names = ", ".join(folders)
-    if any(is_url(folder) for folder in folders):
+    if any(map(is_url, folders)):
         return f"{names}: not checked, because it is downloaded when the run begins"
     for folder in folders:
         if not Path(folder).is_dir():
-            raise UserError(
-                f"{folder} does not exist",
-                hint=f"llmtrain prepare SOURCE --out {shlex.quote(folder)}",
-            )
+            hint = f"llmtrain prepare SOURCE --out {shlex.quote(folder)}"
+            raise UserError(f"{folder} does not exist", hint=hint)
     data = open_training_data(config.data)
     if data.vocab_size > config.model.vocab_size:
         raise UserError(

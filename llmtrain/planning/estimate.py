@@ -1,7 +1,4 @@
-"""Estimate the cost of a run from its configuration.
-
-result = estimate(load_config(Path("configs/gpt2-small.yaml")), HardwareOptions(devices=8))
-"""
+"""Estimate the cost of a run from its configuration."""
 
 from dataclasses import dataclass
 
@@ -10,35 +7,10 @@ from llmtrain.checkpoints.windows import Window, sliding_windows
 from llmtrain.config.schedules import block_size, tokens_until
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
-from llmtrain.planning.hardware import (
-    DEVICES_PER_MACHINE,
-    DISK,
-    MFU,
-    NETWORK,
-    HardwareOptions,
-    Parallel,
-)
-from llmtrain.planning.memory import (
-    USABLE,
-    Layout,
-    Usage,
-    check_batch,
-    device_memory,
-    divisors,
-    host_memory,
-    micro_batch,
-    micro_batches,
-    peak,
-)
-from llmtrain.planning.sizes import (
-    DOUBLE,
-    FLOAT,
-    Architecture,
-    DiskUsage,
-    disk_usage,
-    snapshot_bytes,
-    snapshot_steps,
-)
+from llmtrain.planning import memory, sizes
+from llmtrain.planning.hardware import HardwareOptions, Parallel
+from llmtrain.planning.memory import Layout, Usage, micro_batches
+from llmtrain.planning.sizes import Architecture, DiskUsage
 from llmtrain.runtime.device import Datasheet, Precision, datasheet, resolve_precision
 
 DEFAULT_MICRO_BATCH = 16
@@ -47,6 +19,17 @@ WINDOW = 5
 """Checkpoints in the LAWA window of the averaging estimate."""
 MERGE_THREADS = 4
 """Highest number of threads of a merge."""
+MFU = 0.4
+"""Assumed model FLOPs utilization: share of the dense peak."""
+DEVICES_PER_MACHINE = 8
+"""GPUs that NVLink connects; the network connects more."""
+NETWORK = 50e9
+"""Bytes/s of a GPU in each direction: NDR InfiniBand, 400 Gb/s, one card per GPU.
+
+Conservative: rings over all cards of a machine can come near eight times this.
+"""
+DISK = 2e9
+"""Assumed bytes/s of the disk, reading and writing together."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +42,6 @@ class Machine:
     micro_batch: int
     """Sequences in one forward pass on one device."""
     memory: float | None
-    """Bytes of one device."""
     flops: float | None
     """FLOP/s that one device sustains."""
     mfu: float | None
@@ -77,10 +59,10 @@ class Communication:
 
     bytes: int
     """Sent by each device, and received."""
-    seconds: float | None
-    hidden: bool | None
+    seconds: float | None = None
+    hidden: bool | None = None
     """All of it overlaps with computation."""
-    exposed_seconds: float | None
+    exposed_seconds: float | None = None
     """Seconds that do not overlap."""
 
 
@@ -111,13 +93,13 @@ class Memory:
 class Time:
     """Duration of a run, at the full sequence length."""
 
-    tokens_per_second: float | None
-    step_seconds: float | None
-    hours: float | None
+    tokens_per_second: float | None = None
+    step_seconds: float | None = None
+    hours: float | None = None
     """With all communication hidden."""
-    hours_exposed: float | None
+    hours_exposed: float | None = None
     """With exposed communication added to every step."""
-    device_hours: float | None
+    device_hours: float | None = None
 
 
 @dataclass(frozen=True)
@@ -140,16 +122,15 @@ class CostEstimate:
 
 
 def estimate(config: RunConfig, options: HardwareOptions) -> CostEstimate:
-    """Estimate the cost of a run.
-
-    Raises:
-        UserError: the options are out of range or do not fit the config.
-    """
+    """Estimate the cost of a run; raise UserError if the options do not fit the config."""
     model = Architecture(config.model, config.data.block_size)
-    machine = resolve_machine(config, options, model.flops_per_token())
+    machine = _resolve_machine(config, options, model.flops_per_token())
     config = config.with_micro_batch(machine.micro_batch)
     flops = _flops(config, model)
     communication = _communication(config, model, machine)
+    usages = memory.device_memory(config, machine.layout)
+    top = memory.peak(usages)
+    fits = None if machine.memory is None else top.total <= machine.memory
     return CostEstimate(
         parameters=model.parameters,
         parameters_without_embeddings=model.without_embeddings,
@@ -159,19 +140,12 @@ def estimate(config: RunConfig, options: HardwareOptions) -> CostEstimate:
         steps=config.train.max_steps,
         micro_batches=micro_batches(config, machine.layout),
         machine=machine,
-        memory=_memory(config, machine),
+        memory=Memory(top, usages, fits, memory.host_memory(config, machine.layout)),
         time=_time(config, machine, flops, model.flops_per_token(), communication),
         communication=communication,
-        storage=disk_usage(config),
+        storage=sizes.disk_usage(config),
         averaging=_averaging(config),
     )
-
-
-def _memory(config: RunConfig, machine: Machine) -> Memory:
-    usages = device_memory(config, machine.layout)
-    top = peak(usages)
-    fits = None if machine.memory is None else top.total <= machine.memory
-    return Memory(top, usages, fits, host_memory(config, machine.layout))
 
 
 def _time(
@@ -182,30 +156,26 @@ def _time(
     communication: Communication | None,
 ) -> Time:
     if not machine.flops:
-        return Time(None, None, None, None, None)
+        return Time()
     devices = machine.layout.devices
     speed = machine.flops * devices
     rate = speed / flops_per_token
     step = config.tokens_per_step / rate
     hours = flops / speed / 3600
-    exposed = 0.0 if communication is None else communication.exposed_seconds
+    exposed = communication.exposed_seconds if communication else 0.0
     hours_exposed = None if exposed is None else hours * (1 + exposed / step)
     return Time(rate, step, hours, hours_exposed, hours * devices)
 
 
-def resolve_machine(config: RunConfig, options: HardwareOptions, flops_per_token: int) -> Machine:
-    """Fill in the options from data sheets and the config.
-
-    Raises:
-        UserError: a value is out of range, the device is unlisted, or the batch is not divisible.
-    """
+def _resolve_machine(config: RunConfig, options: HardwareOptions, flops_per_token: int) -> Machine:
+    """Fill in the options from data sheets and the config."""
     options.check()
     device = options.device.lower()
     sheet = Datasheet(0.0, None) if device in ("cpu", "other") else datasheet(device)
     precision, precision_note = _precision(config, device)
     item = 2 if precision == "bfloat16" else 4
     layout = Layout(options.devices, _parallel(config, options), item, cuda=device != "cpu")
-    check_batch(config, options.devices)
+    memory.check_batch(config, options.devices)
     size, size_note = _micro_batch(config, layout, sheet.memory)
     dense = sheet.flops if precision == "bfloat16" and sheet.flops else None
     flops, speed_note = _speed(options, dense, flops_per_token)
@@ -250,10 +220,9 @@ def _communication(
 ) -> Communication | None:
     """Return the traffic of a step; None for one device.
 
-    DDP: a float32 ring all-reduce, overlapped with the last micro-batch's backward pass. FSDP, for
-    every micro-batch: an all-gather in the precision of matrix products during the forward pass (a
-    third of the computation) and another during the backward pass. The last backward pass also
-    overlaps a float32 reduce-scatter.
+    DDP: a float32 ring all-reduce during the last micro-batch's backward pass. FSDP: an all-gather
+    in the precision of matrix products during each forward pass (a third of the computation) and
+    each backward pass, and a float32 reduce-scatter during the last one.
     """
     layout = machine.layout
     if layout.devices == 1:
@@ -261,14 +230,14 @@ def _communication(
     once = model.parameters * (layout.devices - 1) / layout.devices  # numbers per ring pass
     times = micro_batches(config, layout)
     gather = once * layout.item if layout.sharded else 0.0
-    reduce = once * FLOAT * (1 if layout.sharded else 2)
+    reduce = once * sizes.FLOAT * (1 if layout.sharded else 2)
     sent = round(times * 2 * gather + reduce)
     if machine.link is None:
-        return Communication(sent, None, None, None)
+        return Communication(sent)
     seconds = sent / machine.link
     if not machine.flops:
-        return Communication(sent, seconds, None, None)
-    flops = micro_batch(config) * config.data.block_size * model.flops_per_token()
+        return Communication(sent, seconds)
+    flops = memory.micro_batch(config) * config.data.block_size * model.flops_per_token()
     compute = flops / machine.flops
     forward, backward = compute / 3, compute * 2 / 3
     exposed = (
@@ -282,25 +251,24 @@ def _communication(
 def _averaging(config: RunConfig) -> list[Averaging]:
     """Estimate LAWA over the run's snapshots: the last window, and a window at every snapshot."""
     every = config.checkpoint.snapshot_every
-    windows = sliding_windows(snapshot_steps(config), every=every, size=WINDOW)
-    label, folder = f"LAWA {WINDOW}×{every}", snapshot_bytes(config)
+    windows = sliding_windows(sizes.snapshot_steps(config), every=every, size=WINDOW)
+    if not windows:
+        return []
+    label, folder = f"LAWA {WINDOW}×{every}", sizes.snapshot_bytes(config)
     return [
-        _merge(f"{label}, {name}", chosen, folder)
-        for name, chosen in (("the last", windows[-1:]), ("all (--at all)", windows))
-        if chosen
+        _merge(f"{label}, the last", windows[-1:], folder),
+        _merge(f"{label}, all (--at all)", windows, folder),
     ]
 
 
 def _merge(label: str, windows: list[Window], folder: int) -> Averaging:
-    """Estimate a merge that reads each input once.
-
-    A thread holds one chunk as stored, three for work, one rounded, and one sum per open window.
-    """
+    """Estimate a merge that reads each input once."""
     read = len({step for window in windows for step in window}) * folder
     written = len(windows) * folder
     open_sums = min(len(windows), len(windows[0]))
-    memory = MERGE_THREADS * CHUNK * DOUBLE * (5 + open_sums)
-    return Averaging(label, len(windows), read, written, memory, (read + written) / DISK)
+    # A thread holds one chunk as stored, three for work, one rounded, and the open sums.
+    buffers = MERGE_THREADS * CHUNK * sizes.DOUBLE * (5 + open_sums)
+    return Averaging(label, len(windows), read, written, buffers, (read + written) / DISK)
 
 
 def _precision(config: RunConfig, device: str) -> tuple[Precision, str | None]:
@@ -326,27 +294,30 @@ def _parallel(config: RunConfig, options: HardwareOptions) -> Parallel:
     return "fsdp" if setting == "fsdp" else "ddp"
 
 
-def _micro_batch(config: RunConfig, layout: Layout, memory: float | None) -> tuple[int, str | None]:
-    """Return the largest micro-batch that fits; training may find a smaller one as fast."""
+def _micro_batch(
+    config: RunConfig, layout: Layout, available: float | None
+) -> tuple[int, str | None]:
     if config.train.micro_batch != "auto":
         return config.train.micro_batch, None
-    sizes = divisors(config.batch_size // layout.devices)
-    if memory is None:
-        size = max(n for n in sizes if n <= DEFAULT_MICRO_BATCH)
+    candidates = memory.divisors(config.batch_size // layout.devices)
+    if available is None:
+        size = max(n for n in candidates if n <= DEFAULT_MICRO_BATCH)
         return size, f"micro-batch: auto means {size}, because the device's memory is unknown"
-    totals = {n: peak(device_memory(config.with_micro_batch(n), layout)).total for n in sizes}
-    size = max((n for n in sizes if totals[n] <= USABLE * memory), default=1)
-    return size, f"micro-batch: auto means {size}, the largest in {USABLE:.0%} of the memory"
+    totals = {
+        n: memory.peak(memory.device_memory(config.with_micro_batch(n), layout)).total
+        for n in candidates
+    }
+    size = max((n for n in candidates if totals[n] <= memory.USABLE * available), default=1)
+    return size, f"micro-batch: auto means {size}, the largest in {memory.USABLE:.0%} of the memory"
 
 
 def _speed(
     options: HardwareOptions, dense: float | None, flops_per_token: int
 ) -> tuple[float | None, str | None]:
-    """Return the sustained FLOP/s of one device."""
     if options.tokens_per_second is not None:
         flops = options.tokens_per_second * flops_per_token / options.devices
-        rate = f"{options.tokens_per_second:,.0f} tokens/s"
-        return flops, f"speed: {rate} measured on all devices, --tokens-per-second"
+        note = f"{options.tokens_per_second:,.0f} tokens/s measured on all devices"
+        return flops, f"speed: {note}, --tokens-per-second"
     if dense is None:
         return None, None
     mfu = options.mfu or MFU
@@ -355,7 +326,6 @@ def _speed(
 
 
 def _link(options: HardwareOptions, sheet: Datasheet) -> tuple[float | None, str | None]:
-    """Return the bytes/s of one device in each direction."""
     if options.devices == 1:
         return None, None
     if options.interconnect_gbps is not None:

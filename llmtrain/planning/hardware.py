@@ -1,5 +1,6 @@
 """Options that describe the hardware of an estimate. Imports nothing heavy, for `--help`."""
 
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -8,19 +9,6 @@ from typing_extensions import Doc
 from llmtrain.errors import UserError
 
 Parallel = Literal["ddp", "fsdp"]
-
-MFU = 0.4
-"""Assumed model FLOPs utilization: share of the dense peak."""
-DEVICES_PER_MACHINE = 8
-"""GPUs that NVLink connects; beyond them the network does."""
-NETWORK = 50e9
-"""Bytes/s of a GPU in each direction: NDR InfiniBand, 400 Gb/s, one card per GPU.
-
-Conservative: rings over all eight cards of a machine leave most traffic to NVLink and can come near
-eight times this.
-"""
-DISK = 2e9
-"""Assumed bytes/s of the disk, reading and writing together."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +41,13 @@ class HardwareOptions:
         """Raise UserError unless the values are in range and compatible."""
         for name in ("devices", "mfu", "tokens_per_second", "interconnect_gbps"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
+            limit = 1 if name == "mfu" else sys.float_info.max
+            if value is not None and not 0 < value <= limit:
                 option = f"--{name.replace('_', '-')}"
                 raise UserError(
-                    f"{option} {value:g} is not a number above 0",
+                    f"{option} {value:g} is not above 0 and at most {limit:g}",
                     hint=f"see llmtrain plan --help for {option}",
                 )
-        if self.mfu is not None and self.mfu > 1:
-            raise UserError(
-                f"--mfu {self.mfu:g} is above 1, the device's peak", hint="try --mfu 0.4"
-            )
         if self.tokens_per_second is not None and self.mfu is not None:
             raise UserError(
                 "--tokens-per-second is a measured speed, and --mfu an assumed one",

@@ -9,13 +9,12 @@ averages, but keeps whole gradients while micro-batches accumulate. It gathers, 
 matrix products, the embeddings for the whole step and two blocks: the current and the next one. A
 block's gradients exist in that precision and in float32 while they are reduced. Not counted: the
 CUDA context, buffers of NCCL and cuBLAS, fragmentation, Muon's copies of single matrices.
-
-    usages = device_memory(config, Layout(8, "fsdp", item=2, cuda=True)); peak(usages)
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sections import AverageConfig, LawaConfig, RunningMeanConfig, SwaConfig
@@ -28,6 +27,7 @@ from llmtrain.planning.sizes import (
     Architecture,
     bytes_held,
     moments,
+    snapshot_steps,
 )
 
 USABLE = 0.9
@@ -48,11 +48,6 @@ class Layout:
     def sharded(self) -> bool:
         """Weights, gradients and optimizer are divided among the devices."""
         return self.parallel == "fsdp" and self.devices > 1
-
-    @property
-    def replicated(self) -> bool:
-        """Every device has whole weights, and gradients in buckets."""
-        return self.parallel == "ddp" and self.devices > 1
 
 
 @dataclass(frozen=True)
@@ -77,8 +72,8 @@ class Usage:
     total: int = field(init=False)
 
     def __post_init__(self) -> None:
-        parts = (each.name for each in fields(self) if each.name not in ("moment", "total"))
-        object.__setattr__(self, "total", sum(getattr(self, name) for name in parts))
+        parts = (value for name, value in vars(self).items() if name != "moment")
+        object.__setattr__(self, "total", sum(parts))
 
 
 def peak(usages: Sequence[Usage]) -> Usage:
@@ -89,22 +84,13 @@ def peak(usages: Sequence[Usage]) -> Usage:
 def device_memory(config: RunConfig, layout: Layout) -> list[Usage]:
     """Return the usage at each moment that can be the peak."""
     run = _Run(config, layout)
-    return [
-        run.loss(),
-        run.forward(),
-        run.last_block(),
-        run.first_block(),
-        run.end(),
-        run.averaging(),
-        run.evaluating(),
-    ]
+    return [*run.training(), *run.between_steps()]
 
 
 def host_memory(config: RunConfig, layout: Layout) -> int:
     """Return the host bytes of a GPU's process: offloaded averages and copies being saved.
 
-    The copies are a training checkpoint and, on the first process, whole weights and a running
-    mean's residual.
+    The copies are a training checkpoint and, on the first process, the weights it writes.
     """
     run = _Run(config, layout)
     offloaded = sum(bytes_held(each) for each in config.averages if each.offload)
@@ -113,17 +99,16 @@ def host_memory(config: RunConfig, layout: Layout) -> int:
 
 def check_batch(config: RunConfig, processes: int) -> None:
     """Raise UserError unless a batch divides among processes, and a share into micro-batches."""
-    sequences, micro = config.batch_size, config.train.micro_batch
-    share, rest = divmod(sequences, processes)
+    micro = config.train.micro_batch
+    share, rest = divmod(config.batch_size, processes)
     if rest:
-        key, unit = "batch_sequences", 1
-        if config.train.batch_tokens is not None:
-            key, unit = "batch_tokens", config.data.block_size
+        in_tokens = config.train.batch_tokens is not None
+        key = "batch_tokens" if in_tokens else "batch_sequences"
+        unit = config.data.block_size if in_tokens else 1
         valid = [n * processes * unit for n in (share, share + 1) if n]
-        suggestion = " or ".join(f"{n:,}" for n in valid)
         raise UserError(
-            f"train.{key} {sequences * unit:,} is not divisible by {processes:,} processes: "
-            f"try {suggestion}",
+            f"train.{key} {config.batch_size * unit:,} is not divisible by {processes:,} "
+            f"processes: try {' or '.join(map('{:,}'.format, valid))}",
             hint=f"--set train.{key}={valid[-1]}, or another number of processes",
         )
     if micro != "auto" and share % micro:
@@ -152,138 +137,116 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _bytes_made(average: AverageConfig) -> int:
+def _update_bytes(average: AverageConfig) -> int:
     """Return the temporary bytes per parameter while an average is updated or saved.
 
-    Recursions scale a copy of the weights, queues add before they drop, and means are divided out.
     A running mean and its residual are float32 results of a float64 quotient.
     """
     return 2 * FLOAT + DOUBLE if isinstance(average, RunningMeanConfig) else FLOAT
 
 
 class _Run:
-    """Sizes that the moments share; each public method is one moment."""
+    """Sizes that the moments share."""
 
     def __init__(self, config: RunConfig, layout: Layout) -> None:
         self.config, self.layout = config, layout
         self.model = Architecture(config.model, config.data.block_size)
         self.saved = Activations(config, micro_batch(config), layout.item, cuda=layout.cuda)
-        self.here = [each for each in config.averages if not (layout.cuda and each.offload)]
+        self.averages = [each for each in config.averages if not (layout.cuda and each.offload)]
         self.share = self._sharded(self.model.parameters)
         """Parameters whose float32 weights are on one device."""
         residual = any(isinstance(each, RunningMeanConfig) for each in config.averages)
         self.written = (2 if residual else 1) * FLOAT * self.model.parameters
         """Bytes that the first process writes: weights and a running mean's residual."""
+        # A CPU takes steps while it writes a snapshot.
+        overlaps = not layout.cuda and len(snapshot_steps(config)) > 1
         self.resident = Usage(
             "",
             weights=FLOAT * self.share,
             optimizer=FLOAT * self._sharded(moments(config, self.model)),
-            averages=sum(map(bytes_held, self.here)) * self.share,
-            written=self.written if self._writes_while_training() else 0,
+            averages=sum(map(bytes_held, self.averages)) * self.share,
+            written=self.written if overlaps else 0,
         )
+
+    def training(self) -> list[Usage]:
+        """Return the moments of the forward and backward pass."""
+        at = partial(replace, self.resident)
+        model, saved, item, sharded = self.model, self.saved, self.layout.item, self.layout.sharded
         # FSDP exchanges gradients once a step: until then each process accumulates whole ones.
-        accumulates = micro_batches(config, layout) > 1
-        accumulated = FLOAT * self.model.parameters if accumulates else 0
-        self.held_gradients = FLOAT * self.share if layout.replicated else accumulated
-        """Bytes of gradients that exist before the backward pass begins."""
-        self.tied = (layout.item if layout.sharded else FLOAT) * self.model.token_embedding
-        """Bytes of the head's gradient of the tied matrix, kept until the embedding's is added."""
+        accumulates = micro_batches(self.config, self.layout) > 1
+        # Gradients that exist before the backward pass begins.
+        held = self._buckets() or (FLOAT * model.parameters if accumulates else 0)
+        tied = FLOAT * model.token_embedding
+        # The head's gradient of the tied matrix is kept until the embedding's is added.
+        kept = item * model.token_embedding if sharded else tied
+        cast = item * model.token_embedding if not sharded and item != FLOAT else 0
+        above = FLOAT * self._sharded(model.without_embeddings - model.block)
+        own = item * model.block if item != FLOAT else 0
+        others = FLOAT * self._sharded(model.parameters - model.token_embedding)
+        return [
+            at(
+                moment="at the loss",  # everything is saved, and the head computes its gradients
+                gradients=held + tied,
+                copies=self._copies(forward=True) + cast,
+                activations=saved.blocks + saved.head,
+                logits=saved.loss,
+            ),
+            at(
+                moment="in the last block's forward",
+                gradients=held,
+                copies=self._copies(forward=True),
+                activations=saved.forward,
+            ),
+            at(
+                moment="in the last block's backward",
+                gradients=held + kept,
+                copies=self._copies(forward=False),
+                activations=saved.blocks + saved.recomputed + saved.block_backward,
+                buffers=self._reduced(model.block),
+            ),
+            at(
+                moment="in the first block's backward",  # the other blocks' gradients exist
+                gradients=(held or above) + kept,
+                copies=self._copies(forward=False) if sharded else own,
+                activations=saved.block + saved.block_backward,
+                buffers=self._reduced(model.block),
+            ),
+            at(
+                # On a CPU the tied matrix's second gradient is sparse, with the stream's gradient
+                # as values, and the sum is new.
+                moment="at the end of backward",
+                gradients=(held or others) + 2 * kept,
+                copies=item * model.root if sharded else 0,
+                activations=saved.stream,
+                buffers=self._reduced(model.root),
+            ),
+        ]
 
-    def loss(self) -> Usage:
-        """Everything saved for the backward pass, while the head computes its gradients."""
-        cast = self.layout.item * self.model.token_embedding
-        casts = not self.layout.sharded and self.layout.item != FLOAT
-        return replace(
-            self.resident,
-            moment="at the loss",
-            gradients=self.held_gradients + FLOAT * self.model.token_embedding,
-            copies=self._copies(forward=True) + (cast if casts else 0),
-            activations=self.saved.blocks + self.saved.head,
-            logits=self.saved.loss,
-        )
-
-    def forward(self) -> Usage:
-        """The last block's forward pass; with checkpointing, most of its tensors are not saved."""
-        return replace(
-            self.resident,
-            moment="in the last block's forward",
-            gradients=self.held_gradients,
-            copies=self._copies(forward=True),
-            activations=self.saved.forward,
-        )
-
-    def last_block(self) -> Usage:
-        """The last block's backward pass: the activations of all blocks still exist."""
-        return replace(
-            self.resident,
-            moment="in the last block's backward",
-            gradients=self.held_gradients + self.tied,
-            copies=self._copies(forward=False),
-            activations=self.saved.blocks + self.saved.recomputed + self.saved.block_backward,
-            buffers=self._reduced(self.model.block),
-        )
-
-    def first_block(self) -> Usage:
-        """The first block's backward pass: all gradients but its own and the embeddings' exist."""
-        above = FLOAT * self._sharded(self.model.without_embeddings - self.model.block)
-        own = self.layout.item * self.model.block if self.layout.item != FLOAT else 0
-        return replace(
-            self.resident,
-            moment="in the first block's backward",
-            gradients=(self.held_gradients or above) + self.tied,
-            copies=self._copies(forward=False) if self.layout.sharded else own,
-            activations=self.saved.block + self.saved.block_backward,
-            buffers=self._reduced(self.model.block),
-        )
-
-    def end(self) -> Usage:
-        """The two gradients of the tied matrix, the second of which becomes their sum.
-
-        On a CPU the second is sparse, with the stream's gradient as values, and the sum is new.
-        """
-        others = FLOAT * self._sharded(self.model.parameters - self.model.token_embedding)
-        return replace(
-            self.resident,
-            moment="at the end of backward",
-            gradients=(self.held_gradients or others) + 2 * self.tied,
-            copies=self.layout.item * self.model.root if self.layout.sharded else 0,
-            activations=self.saved.stream,
-            buffers=self._reduced(self.model.root),
-        )
-
-    def averaging(self) -> Usage:
-        """Updating or saving averages; saving transposes linear weights one by one, in place."""
-        made = max(map(_bytes_made, self.here), default=0) * self.share
-        return replace(
-            self.resident,
-            moment="when averages or weights are saved",
-            averages=self.resident.averages + made,
-            gradients=self._buckets,
-            written=0 if self.layout.cuda else self.written,
-        )
-
-    def evaluating(self) -> Usage:
-        """A forward pass over validation data; means are divided out, FSDP's shards set aside."""
+    def between_steps(self) -> list[Usage]:
+        """Return the moments of saving and of an evaluation, a forward pass over other data."""
+        at = partial(replace, self.resident, gradients=self._buckets())
+        averages = self.resident.averages
+        updates = max(map(_update_bytes, self.averages), default=0) * self.share
+        # Means are divided out, and FSDP's shards set aside.
         kinds = SwaConfig | RunningMeanConfig | LawaConfig
         means = any(isinstance(each, kinds) for each in self.config.averages)
         aside = self.layout.sharded and bool(self.config.averages)
-        return replace(
-            self.resident,
-            moment="in an evaluation",
-            averages=self.resident.averages + FLOAT * self.share * (means + aside),
-            gradients=self._buckets,
-            copies=self._copies(forward=True),
-            activations=self.saved.evaluation(self.config.eval.batch),
-        )
+        return [
+            at(
+                moment="when averages or weights are saved",
+                averages=averages + updates,
+                written=0 if self.layout.cuda else self.written,
+            ),
+            at(
+                moment="in an evaluation",
+                averages=averages + FLOAT * self.share * (means + aside),
+                copies=self._copies(forward=True),
+                activations=self.saved.evaluation(self.config.eval.batch),
+            ),
+        ]
 
     def _sharded(self, parameters: int) -> int:
         return math.ceil(parameters / self.layout.devices) if self.layout.sharded else parameters
-
-    def _writes_while_training(self) -> bool:
-        """Return whether a CPU takes steps while it writes a snapshot."""
-        every = self.config.checkpoint.snapshot_every
-        newest_before_end = (self.config.train.max_steps - 1) // every * every
-        return not self.layout.cuda and newest_before_end > self.config.schedule.warmup_steps
 
     def _copies(self, *, forward: bool) -> int:
         """Return the bytes of weight copies for the blocks: autocast's, or gathered by FSDP."""
@@ -301,7 +264,7 @@ class _Run:
         """Return the bytes of a gathered group's gradients before and after FSDP's reduction."""
         return (self.layout.item + FLOAT) * parameters if self.layout.sharded else 0
 
-    @property
     def _buckets(self) -> int:
-        """Bytes of gradients between two steps: DDP's buckets."""
-        return FLOAT * self.share if self.layout.replicated else 0
+        """Return the bytes of DDP's gradient buckets."""
+        replicated = self.layout.parallel == "ddp" and self.layout.devices > 1
+        return FLOAT * self.share if replicated else 0

@@ -64,10 +64,7 @@ class Architecture:
         """Numbers in a weights folder, where a model without biases stores zeros for them."""
 
     def flops_per_token(self, length: int | None = None) -> int:
-        """Return 6N + 12·L·C·T, the training FLOPs of a token (PaLM, 2022, appendix B).
-
-        T is `length`, by default the block size.
-        """
+        """Return 6N + 12·L·C·T, the training FLOPs of a token (PaLM, 2022, appendix B)."""
         width = self.model.n_embd
         matrices = self.parameters - self.block_size * width
         return 6 * matrices + 12 * self.model.n_layer * width * (length or self.block_size)
@@ -77,15 +74,9 @@ class Activations:
     """Activation bytes of one micro-batch on one device."""
 
     def __init__(self, config: RunConfig, micro_batch: int, item: int, *, cuda: bool) -> None:
-        """Derive all sizes.
-
-        Args:
-            config: Configuration of the run.
-            micro_batch: Sequences in the micro-batch.
-            item: Bytes of a matrix product's result: 4 in float32, 2 in bfloat16.
-            cuda: CUDA fuses attention with dropout and stores a dropout mask in one byte.
-        """
+        """Derive all sizes; `item` is the bytes of a matrix product's result (2 in bfloat16)."""
         self._model, self._item, self._cuda = config.model, item, cuda
+        self._kind = "cuda" if cuda else "cpu"
         self._length = config.data.block_size
         layers, width, dropout = self._model.n_layer, self._model.n_embd, self._model.dropout > 0
         tokens = micro_batch * self._length
@@ -125,10 +116,7 @@ class Activations:
         """Peak of a block's backward pass, beyond the saved activations."""
 
     def evaluation(self, batch: int) -> int:
-        """Return the peak of a forward pass without gradients over `batch` sequences.
-
-        The peak is in a block's MLP or attention, or in the head.
-        """
+        """Return the peak of a forward pass without gradients over `batch` sequences."""
         width, vocabulary = self._model.n_embd, self._model.vocab_size
         tokens = batch * self._length
         few = min(sequences_per_chunk(self._length * self._attention_weights), batch)
@@ -155,18 +143,17 @@ class Activations:
     def _dropout(self) -> int:
         """Return the bytes per token that dropout adds to a block: two masks of width C.
 
-        Off CUDA, masks are floats and attention is not fused. It then keeps softmax, mask and
-        product, and q, k, v in float32. Materialized attention keeps them in e bytes, and the
-        softmax anyway.
+        CUDA stores a mask in one byte and fuses attention. Elsewhere masks are floats, and
+        attention keeps softmax, mask and product, and q, k, v in float32. Materialized attention
+        keeps them in e bytes, and the softmax anyway.
         """
         width, e = self._model.n_embd, self._item
         if self._cuda:
             return 2 * width
         if self._materialized:
             return 2 * e * width + 2 * self._attention_weights
-        return (
-            2 * e * width + 3 * FLOAT * self._model.n_head * self._length + 3 * (FLOAT - e) * width
-        )
+        softmax = FLOAT * self._model.n_head * self._length
+        return 2 * e * width + 3 * softmax + 3 * (FLOAT - e) * width
 
     def _logits(self, tokens: int, slab: int) -> int:
         """Return a chunk of logits and the larger of its float32 gradients and `slab`."""
@@ -175,18 +162,13 @@ class Activations:
         return self._item * self._chunk_rows(tokens) * vocabulary + max(in_float32, slab)
 
     def _chunk_rows(self, tokens: int) -> int:
-        return rows_per_chunk(
-            tokens, self._model.vocab_size, itemsize=self._item, device_type=self._kind
-        )
+        vocabulary, kind = self._model.vocab_size, self._kind
+        return rows_per_chunk(tokens, vocabulary, itemsize=self._item, device_type=kind)
 
     def _softmax_rows(self, tokens: int) -> int:
         """Return how many rows of logits share one softmax call."""
         rows = self._chunk_rows(tokens)
         return rows if self._cuda else min(rows, rows_in_cache(self._model.vocab_size))
-
-    @property
-    def _kind(self) -> str:
-        return "cuda" if self._cuda else "cpu"
 
 
 @dataclass(frozen=True)
@@ -219,10 +201,7 @@ class DiskUsage:
 
 
 def disk_usage(config: RunConfig) -> DiskUsage:
-    """Return the tensor bytes that a run leaves on disk.
-
-    File headers and JSON files add a few kilobytes per folder.
-    """
+    """Return the tensor bytes that a run leaves on disk."""
     model = Architecture(config.model, config.data.block_size)
     held = sum(bytes_held(each) for each in config.averages) * model.parameters
     state = FLOAT * (model.parameters + moments(config, model)) + held
@@ -243,17 +222,12 @@ def moments(config: RunConfig, model: Architecture) -> int:
 
 def bytes_held(average: AverageConfig) -> int:
     """Return the bytes per parameter of an online average."""
-    match average:
-        case SwaConfig() | RunningMeanConfig():
-            return DOUBLE
-        case LawaConfig():
-            return FLOAT * average.window
-        case _:
-            return FLOAT
+    if isinstance(average, SwaConfig | RunningMeanConfig):
+        return DOUBLE
+    return FLOAT * average.window if isinstance(average, LawaConfig) else FLOAT
 
 
 def _multiples(every: int, config: RunConfig) -> list[int]:
-    """Return the multiples of `every` below the last step, and the last step."""
     last = config.train.max_steps
     return [*range(every, last, every), last]
 
@@ -270,7 +244,6 @@ def snapshot_bytes(config: RunConfig) -> int:
 
 
 def _saved_average(average: AverageConfig, config: RunConfig) -> SavedFolders:
-    """Return the folders of one online average, saved with snapshots."""
     grid = set(_multiples(config.save_every(average), config))
     steps = [s for s in snapshot_steps(config) if s in grid and _ready(average, s, config)]
     files = 2 if isinstance(average, RunningMeanConfig) else 1  # with the mean's residual
@@ -278,7 +251,6 @@ def _saved_average(average: AverageConfig, config: RunConfig) -> SavedFolders:
 
 
 def _ready(average: AverageConfig, step: int, config: RunConfig) -> bool:
-    """Return whether the average has enough updates by `step`."""
     warmup = config.schedule.warmup_steps
     first = 1 if isinstance(average, EmaConfig | PowerEmaConfig) else warmup + 1
     start = average.start if average.start is not None else first

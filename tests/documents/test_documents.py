@@ -1,4 +1,4 @@
-"""The documents: their shell and Python blocks run, their links resolve, their figures are measured.
+"""The documents: their blocks run, their links resolve, their figures are measured.
 
 Blocks marked `sh` and `python` run as they stand, in a folder that looks like a checkout. Blocks
 marked `console` need a GPU, the network or much time, and are not run.

@@ -11,7 +11,7 @@ from llmtrain.checkpoints.resolve import Target, find_targets
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.loss import measure_losses
-from llmtrain.evaluation.options import EvalOptions, TextOptions
+from llmtrain.evaluation.options import EvalOptions
 from llmtrain.evaluation.report.page import write_report
 from llmtrain.evaluation.report.records import loss_curves, newest_results
 from llmtrain.evaluation.results import EvalResult, stored_results
@@ -201,7 +201,7 @@ def test_a_result_that_cannot_be_cached_is_returned_with_a_warning(
     targets, warned = find_targets(run.path, every_snapshot=False)[-1:], list[str]()
     (row,) = measure_losses(targets, EvalOptions(), lambda *done: None, warn=warned.append)
     (text,) = measure_text(
-        targets, text_file, TextOptions(), lambda *done: None, warn=warned.append
+        targets, text_file, EvalOptions(), lambda *done: None, warn=warned.append
     )
     assert row.loss > 0 < text.loss
     assert len(warned) == 2 and all(line.startswith("result not cached: ") for line in warned)

@@ -16,7 +16,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.data.token_data import open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.loss import measure_losses
-from llmtrain.evaluation.options import EvalOptions, TextOptions
+from llmtrain.evaluation.options import EvalOptions
 from llmtrain.evaluation.text import TextResult, measure_text
 from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.training.run import pretrain
@@ -36,7 +36,9 @@ def measured(
 ) -> TextResult:
     path = tmp_path / "text.txt"
     path.write_bytes(text.encode())
-    (result,) = measure_text(targets(folder), path, TextOptions(stride), lambda *progress: None)
+    (result,) = measure_text(
+        targets(folder), path, EvalOptions(stride=stride), lambda *progress: None
+    )
     return result
 
 
@@ -90,9 +92,9 @@ def test_invalid_texts_and_strides_raise(tmp_path: Path) -> None:
         path = tmp_path / "text.txt"
         path.write_bytes(content)
         with pytest.raises(UserError, match=problem):
-            measure_text(targets(tmp_path / "ours"), path, TextOptions(), lambda *progress: None)
+            measure_text(targets(tmp_path / "ours"), path, EvalOptions(), lambda *progress: None)
     with pytest.raises(UserError, match="cannot read"):
-        measure_text(targets(tmp_path / "ours"), tmp_path, TextOptions(), lambda *progress: None)
+        measure_text(targets(tmp_path / "ours"), tmp_path, EvalOptions(), lambda *progress: None)
     with pytest.raises(UserError, match=r"--stride 17 is longer than a window of .*, 16 tokens"):
         measured(tmp_path / "ours", tmp_path, stride=17)
 
@@ -187,7 +189,7 @@ def test_text_results_are_cached_and_validated(
         progress.clear()
         wanted = find_targets(run.average("ema-0.9", 12), every_snapshot=False)
         return measure_text(
-            wanted, text_file, TextOptions(stride), lambda *done: progress.append(done)
+            wanted, text_file, EvalOptions(stride=stride), lambda *done: progress.append(done)
         )
 
     raw, average = measure_again()

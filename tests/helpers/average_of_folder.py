@@ -1,4 +1,4 @@
-"""An average of a folder of checkpoints, and whether it is right: for the tests of what they may be."""
+"""Average a folder of checkpoints and check the result."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def run(root: Path, settings: MergeOptions | None = None, window: int = 3) -> Av
 
 
 def assert_is_average(folder: Path, models: list[dict[str, Tensor]]) -> None:
-    """To a unit in the last place of the float64 mean; integers are equal."""
+    """Assert one unit in the last place of the float64 mean; integers are equal."""
     exact = average_of(models, [1 / len(models)] * len(models))
     got = load_all(folder)
     assert got.keys() == exact.keys()

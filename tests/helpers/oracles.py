@@ -1,4 +1,4 @@
-"""The plain way to average, to compare with: whole tensors in float64, one after the other."""
+"""Reference average: whole tensors in float64, one after the other."""
 
 from collections.abc import Mapping, Sequence
 
@@ -24,7 +24,7 @@ def average_of(
 
 
 def ulps(got: Tensor, exact: Tensor) -> int:
-    """Largest distance of `got` from `exact` (float64), in units in the last place of got's dtype."""
+    """Return the largest distance from `exact` (float64), in units in the last place of `got`."""
     if got.numel() == 0:
         return 0
     rounded = exact.to(got.dtype)

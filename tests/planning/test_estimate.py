@@ -110,7 +110,7 @@ def test_averaging_reads_each_input_once() -> None:
     [
         (HardwareOptions(devices=0), "--devices 0"),
         (HardwareOptions(devices=-1), "--devices -1"),
-        (HardwareOptions(mfu=2), "above 1"),
+        (HardwareOptions(mfu=2), "--mfu 2"),
         (HardwareOptions(mfu=float("nan")), "--mfu nan"),
         (HardwareOptions(device="tpu"), "'tpu'"),
         (HardwareOptions(devices=7), "not divisible by 7"),

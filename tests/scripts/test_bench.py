@@ -36,6 +36,7 @@ for each in started:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs /proc")
 def test_memory_of_a_process_tree_is_the_sum(tmp_path: Path) -> None:
     together = commands.run([sys.executable, "-c", TWO], tmp_path, tree=True)
@@ -95,6 +96,7 @@ def test_a_failed_benchmark_is_listed_with_its_reason() -> None:
     assert (row.what, row.median, row.note) == ("average", None, "no room")
 
 
+@pytest.mark.slow
 def test_all_sides_of_prepare_count_the_same_tokens(tmp_path: Path) -> None:
     source = tmp_path / "texts.jsonl"
     source.write_text("".join(json.dumps({"text": f"Document {i}."}) + "\n" for i in range(40)))
@@ -106,6 +108,7 @@ def test_all_sides_of_prepare_count_the_same_tokens(tmp_path: Path) -> None:
     assert {round(figures["tokens/s"] * figures["s"]) for figures in sides} == {40 * 4}
 
 
+@pytest.mark.slow
 def test_a_profile_lists_the_longest_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(shapes.MODELS, "tiny", shapes.Shape(1, 2, 32, 32, 2))
     step, *operations = profile.measure("tiny", rounds=2, settings=["train.compile=false"])
@@ -117,6 +120,7 @@ def test_a_profile_lists_the_longest_operations(monkeypatch: pytest.MonkeyPatch)
     assert all(row.median is not None and row.median >= 0 for row in operations)
 
 
+@pytest.mark.slow
 def test_a_failed_side_is_listed_and_the_others_are_measured() -> None:
     sides = {"fails": measure.Worker(int, "x"), "works": measure.Worker(partial, dict, {"s": 2.0})}
     works, fails = piece.compare("work", sides, rounds=2, against="fails")
@@ -124,6 +128,7 @@ def test_a_failed_side_is_listed_and_the_others_are_measured() -> None:
     assert fails.median is None and fails.note.startswith("ValueError: invalid literal")
 
 
+@pytest.mark.slow
 def test_a_wrong_head_has_a_large_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def half(*given: Tensor) -> Tensor:
         return head.LOSSES[head.OURS](*given) / 2
@@ -134,6 +139,7 @@ def test_a_wrong_head_has_a_large_error(monkeypatch: pytest.MonkeyPatch) -> None
     assert wrong["error"] == pytest.approx(0.5) == wrong["gradient error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bench", "options", "sides"),
     [

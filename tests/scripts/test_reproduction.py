@@ -141,6 +141,7 @@ def test_network_and_disk_failures_are_not_results(
     assert execute.failure(tmp_path, "lost") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "said"),
     [(401, "no permission for nobody"), (403, "no permission for nobody"), (None, "has no nobody")],
@@ -161,6 +162,7 @@ def test_a_refused_hub_request_is_repeated(
     assert execute.failure(tmp_path, "window") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_script_exits_like_a_command(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, SCRIPTS / "reproduce_cpu", "--quick", "--stage", "runs"]
@@ -177,6 +179,7 @@ def test_a_stopped_script_exits_like_a_command(tmp_path: Path, number: signal.Si
     assert script.returncode == 128 + number
 
 
+@pytest.mark.slow
 def test_a_signal_stops_running_commands_with_a_checkpoint(plan: Plan, tmp_path: Path) -> None:
     training = plan.constant("1e-2", 1)
     words = [*training.arguments(plan.config, tmp_path), "--set", "train.max_steps=100000"]
@@ -236,6 +239,7 @@ def made_up(seeds: tuple[int, ...], gain: float) -> Results:
     return Results("Made up", made, plan, "1e-2", "1e-2", ["1e-2"], commands, runs)
 
 
+@pytest.mark.slow
 def test_the_page_matches_the_numbers(tmp_path: Path) -> None:
     results = made_up((1, 2, 3), gain=0.048)
     results.write(tmp_path / "cpu.json")

@@ -2,8 +2,6 @@
 
 Why SVG plus the position of each point: the figure prints well, and a few lines of script show the
 values under the pointer without a plotting library.
-
-    drawing = draw(Chart("loss", "Validation loss", "step", "nats per token", lines))
 """
 
 import io
@@ -11,7 +9,9 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -34,10 +34,13 @@ DASHES = (
     (0, (8, 2, 2, 2, 2, 2)),
 )
 MARKERS = ("", "o", "s", "^", "D", "v", "P")
-LOSS_CHARTS = {"steps": "loss", "tokens": "loss-tokens", "hours": "loss-hours"}
-"""x axis of the validation loss → name of the chart."""
 
-_LOSS_AXES = {"steps": "step", "tokens": "tokens", "hours": "hours of training"}
+_LOSS_CHARTS = (
+    ("loss", "steps", "step"),
+    ("loss-tokens", "tokens", "tokens"),
+    ("loss-hours", "hours", "hours of training"),
+)
+"""Name of the chart, x axis, label of the x axis."""
 _TRAINING = (
     ("training-loss", "loss", "Training loss", "nats per token"),
     ("learning-rate", "lr", "Learning rate", "learning rate"),
@@ -54,23 +57,7 @@ _SIZE = (5.6, 3.6)
 _MAX_POINTS = 500
 """Points of a line whose values the page shows; longer lines are thinned."""
 _LARGEST = 1e30
-_STYLE: Any = {
-    "font.size": 11.5,
-    "font.family": "sans-serif",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "llmtrain",
-    "text.parse_math": False,  # a `$` in a name is a `$`
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#555555",
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "axes.labelcolor": "#222222",
-    "legend.frameon": False,
-}
+_STYLE = Path(__file__).parent / "page" / "charts.mplstyle"
 
 
 @dataclass(frozen=True)
@@ -108,6 +95,8 @@ class Chart:
     """Fit the y axis to the last 90% of the x axis."""
     shown: str = ".4g"
     """Format of values below 1,000."""
+    axis: str = ""
+    """x axis of a validation loss."""
 
 
 @dataclass(frozen=True)
@@ -152,28 +141,17 @@ def run_charts(records: Sequence[RunRecord]) -> list[Chart]:
     With one run, color, dash and marker all show the label of the weights. With several runs, the
     color shows the run.
     """
-    drawn = [*_loss_charts(records), *(_training_chart(records, *each) for each in _TRAINING)]
+    loss = partial(Chart, y_label="nats per token", late=True, shown=".4f")
+    drawn = []
+    for name, axis, x_label in _LOSS_CHARTS:
+        lines = _lines(records, lambda record: record.curves, axis)
+        title = f"Validation loss against {axis}"
+        drawn.append(loss(name, title, x_label, lines=lines, axis=axis))
+    title = "Gain over raw at the same step (up is better)"
+    lines = _lines(records, gains, "steps")
+    drawn.append(loss("gain", title, "step", lines=lines, baseline=0.0))
+    drawn += [_training_chart(records, *each) for each in _TRAINING]
     return [chart for chart in drawn if any(line.x for line in chart.lines)]
-
-
-def _loss_charts(records: Sequence[RunRecord]) -> list[Chart]:
-    charts = [
-        Chart(
-            name,
-            f"Validation loss against {axis}",
-            _LOSS_AXES[axis],
-            "nats per token",
-            _lines(records, lambda record: record.curves, axis),
-            late=True,
-            shown=".4f",
-        )
-        for axis, name in LOSS_CHARTS.items()
-    ]
-    title, lines = "Gain over raw at the same step (up is better)", _lines(records, gains, "steps")
-    gain = Chart(
-        "gain", title, "step", "nats per token", lines, baseline=0.0, late=True, shown=".4f"
-    )
-    return [*charts, gain]
 
 
 def _training_chart(
@@ -186,16 +164,10 @@ def _training_chart(
         if any(values) or (values and name != "skipped"):
             steps = [event["step"] for event in events]
             lines.append(Line(well_formed(record.name), steps, values, colour=index, dash=index))
-    return Chart(
-        name,
-        title,
-        "step",
-        y_label,
-        lines,
-        log_y=name == "gradient-norm",
-        from_zero=name not in ("training-loss", "gradient-norm"),
-        late=name == "training-loss",
-    )
+    chart = Chart(name, title, "step", y_label, lines)
+    if name == "training-loss":
+        return replace(chart, late=True)
+    return replace(chart, log_y=True) if name == "gradient-norm" else replace(chart, from_zero=True)
 
 
 def _lines(
@@ -208,18 +180,13 @@ def _lines(
     for index, record in enumerate(records):
         for label, curve in curves_of(record).items():
             points = [(x, y) for step, y in curve if (x := _x(record, axis, step)) is not None]
-            kind = labels.index(label)
-            lines.append(
-                Line(
-                    well_formed(f"{record.name}: {label}" if several else label),
-                    [x for x, _ in points],
-                    [y for _, y in points],
-                    colour=index if several else kind,
-                    dash=kind,
-                    marker=kind,
-                )
-            )
-    return [line for line in lines if line.x]
+            if points:
+                name = well_formed(f"{record.name}: {label}" if several else label)
+                xs, ys = zip(*points, strict=True)
+                kind = labels.index(label)
+                colour = index if several else kind
+                lines.append(Line(name, xs, ys, colour=colour, dash=kind, marker=kind))
+    return lines
 
 
 def _x(record: RunRecord, axis: str, step: int) -> float | None:
@@ -233,7 +200,7 @@ def _x(record: RunRecord, axis: str, step: int) -> float | None:
 
 def draw(chart: Chart) -> Drawing:
     """Draw a chart; the same chart gives the same bytes."""
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+    with matplotlib.rc_context(fname=_STYLE), warnings.catch_warnings():
         # A glyph missing from our font is a box in the PNG; the SVG uses the reader's fonts.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure = Figure(figsize=_SIZE, dpi=144, layout="constrained")
@@ -248,8 +215,10 @@ def draw(chart: Chart) -> Drawing:
         png, svg = io.BytesIO(), io.StringIO()
         figure.savefig(png, format="png", metadata={"Software": None})
         figure.set_layout_engine("none")  # keep this layout for the points and the SVG
-        points, frame = [_points(axes, line, chart) for line in chart.lines], _frame(axes)
+        points = [_points(axes, line, chart) for line in chart.lines]
+        (left, bottom), (right, top) = axes.get_position().get_points()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    frame = (*_svg_units(left, top), *_svg_units(right, bottom))
     return Drawing(chart, svg.getvalue(), png.getvalue(), points, frame)
 
 
@@ -289,14 +258,14 @@ def _label(axes: Axes, chart: Chart) -> None:
     axes.set_title(chart.title, loc="left", fontsize=12, fontweight="bold")
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
+    points = [point for line in chart.lines for point in _drawable_points(line)]
     if chart.log_x:
         axes.set_xscale("log")
         _log_ticks(axes.xaxis)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlim(left=0)
-    values = [y for line in chart.lines for y in line.y if y is not None and is_drawable(y)]
-    if chart.log_y and any(y > 0 for y in values):
+    if chart.log_y and any(y > 0 for _, y in points):
         axes.set_yscale("log")
         _log_ticks(axes.yaxis)
     for axis in (axes.xaxis, axes.yaxis):
@@ -304,7 +273,11 @@ def _label(axes: Axes, chart: Chart) -> None:
     if chart.baseline is not None:
         axes.axhline(chart.baseline, color="#777777", linewidth=0.8)
     if chart.late:
-        axes.set_ylim(_late_range(chart.lines))
+        last = max((x for line in chart.lines for x in line.x), default=0.0)
+        late = [y for x, y in points if x >= last / 10]
+        low, high = min(late, default=0.0), max(late, default=1.0)
+        margin = 0.05 * (high - low) or 0.05
+        axes.set_ylim(low - margin, high + margin)
     if chart.from_zero:
         axes.set_ylim(bottom=0)
 
@@ -314,45 +287,30 @@ def _log_ticks(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _late_range(lines: Sequence[Line]) -> tuple[float, float]:
-    last = max((x for line in lines for x in line.x), default=0.0)
-    points = [point for line in lines for point in zip(line.x, line.y, strict=True)]
-    late = [y for x, y in points if x >= last / 10 and y is not None and is_drawable(y)]
-    low, high = min(late, default=0.0), max(late, default=1.0)
-    margin = 0.05 * (high - low) or 0.05
-    return low - margin, high + margin
+def _drawable_points(line: Line) -> list[tuple[float, float]]:
+    points = zip(line.x, line.y, strict=True)
+    return [(x, y) for x, y in points if y is not None and is_drawable(y)]
 
 
 def _points(axes: Axes, line: Line, chart: Chart) -> dict[str, Any]:
     """Return a line as the script of the page reads it."""
-    every = math.ceil(len(line.x) / _MAX_POINTS) or 1
-    points = zip(line.x, line.y, strict=True)
-    known = [(x, y) for x, y in points if y is not None and is_drawable(y)]
-    chosen = [*known[::every], *known[-1:]] if (len(known) - 1) % every else known[::every]
-    return {
-        "label": line.label,
-        "colour": _colour(line),
-        "points": [
-            [*_position(axes, x, y), _value(x, ".4g"), _value(y, chart.shown)] for x, y in chosen
-        ],
-    }
+    known = _drawable_points(line)
+    chosen = known[:: math.ceil(len(line.x) / _MAX_POINTS) or 1]
+    if chosen[-1:] != known[-1:]:
+        chosen.append(known[-1])
+    lowest = axes.get_ylim()[0]
+    points = []
+    for x, y in chosen:
+        drawn = lowest if axes.get_yscale() == "log" and y <= 0 else y
+        place = axes.figure.transFigure.inverted().transform(axes.transData.transform((x, drawn)))
+        points.append([*_svg_units(*place), _value(x, ".4g"), _value(y, chart.shown)])
+    return {"label": line.label, "colour": _colour(line), "points": points}
 
 
 def _value(value: float, shown: str) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:{shown}}"
 
 
-def _position(axes: Axes, x: float, y: float) -> tuple[float, float]:
-    """Return a point in SVG units: points from the upper left corner."""
-    if axes.get_yscale() == "log" and y <= 0:
-        y = axes.get_ylim()[0]
-    across, up = axes.transData.transform((x, y))
-    scale = 72 / axes.figure.dpi
-    return round(float(across) * scale, 1), round(_SIZE[1] * 72 - float(up) * scale, 1)
-
-
-def _frame(axes: Axes) -> tuple[float, float, float, float]:
-    box, (width, height) = axes.get_position(), _SIZE
-    left, right = box.x0 * width * 72, box.x1 * width * 72
-    top, bottom = (1 - box.y1) * height * 72, (1 - box.y0) * height * 72
-    return round(left, 1), round(top, 1), round(right, 1), round(bottom, 1)
+def _svg_units(x: float, y: float) -> tuple[float, float]:
+    """Convert a position in the figure (0 to 1, upward) to points from the upper left corner."""
+    return round(x * _SIZE[0] * 72, 1), round((1 - y) * _SIZE[1] * 72, 1)

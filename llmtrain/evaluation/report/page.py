@@ -17,19 +17,11 @@ from markupsafe import Markup
 
 from llmtrain import __version__
 from llmtrain.errors import UserError
-from llmtrain.evaluation.report.charts import (
-    LOSS_CHARTS,
-    Drawing,
-    brief,
-    draw,
-    duration,
-    inline_svg,
-    run_charts,
-)
+from llmtrain.evaluation.report.charts import Drawing, brief, draw, duration, inline_svg, run_charts
 from llmtrain.evaluation.report.records import RunRecord, Saving, gains, read_records, savings
 from llmtrain.model.tokenizer import well_formed
 from llmtrain.storage.commit import write_atomically
-from llmtrain.storage.run_folder import RAW, RunFolder
+from llmtrain.storage.run_folder import RunFolder
 
 PAGE = "report.html"
 
@@ -56,12 +48,7 @@ class Report:
 
 
 def write_report(runs: Sequence[RunFolder], folder: Path) -> Report:
-    """Write the page, figures and tables into `folder`, replacing earlier ones.
-
-    Raises:
-        UserError: a run lacks validation losses, or a file of a run is damaged.
-        WriteFailed: the disk is full or not writable.
-    """
+    """Write the page, figures and tables into `folder`, replacing earlier ones."""
     records = read_records(runs)
     for record in records:
         if not any(record.curves.values()):
@@ -78,7 +65,7 @@ def write_report(runs: Sequence[RunFolder], folder: Path) -> Report:
     for name, rows in _tables(records, saved).items():
         write_atomically(folder / f"{name}.csv", _csv(rows))
     write_atomically(folder / PAGE, render_page(records, saved, drawings))
-    return Report(folder / PAGE, folder / f"{LOSS_CHARTS['steps']}.png", records, saved)
+    return Report(folder / PAGE, folder / "loss.png", records, saved)
 
 
 def render_page(
@@ -90,27 +77,19 @@ def render_page(
         autoescape=True,
         undefined=StrictUndefined,
     )
-    several = len(records) > 1
-    figures = [_figure(drawing) for drawing in drawings]
-    configs = [record.config for record in records]
+    templates.filters |= {"brief": brief, "duration": duration, "inline": _inline}
+    templates.filters |= {"inputs": _inputs, "other_facts": _other_facts}
+    settings = _settings([record.config for record in records])
     rendered = templates.get_template("report.html").render(
-        title=" · ".join(record.name for record in records),
-        runs=[
-            {"name": record.name, "lead": _lead(record), "interventions": record.interventions}
-            for record in records
-        ],
-        headline=_headline(saved),
-        best=[{"run": row.run, "label": row.label, "cells": _saving_cells(row)} for row in saved],
-        unlike=[key for key in _COMPARABLE_KEYS if len({str(each[key]) for each in configs}) > 1],
-        loss_figures=[each for each in figures if each["axis"]],
-        gain_figures=[each for each in figures if each["name"] == "gain"],
-        training_figures=[each for each in figures if not each["axis"] and each["name"] != "gain"],
+        runs=records,
+        savings=saved,
+        unlike=[key for key, values in settings if key in _COMPARABLE_KEYS and len({*values}) > 1],
+        drawings=drawings,
         numbers=_numbers(records),
-        samples=[sample for record in records for sample in _samples(record, several)],
-        averages=[average for record in records for average in _averages(record, several)],
-        config=_settings(records, configs),
-        differing=_settings(records, configs, differing=True) if several else None,
-        environment=_settings(records, [record.environment for record in records]),
+        samples=[sample for record in records for sample in _samples(record)],
+        settings=settings,
+        differing=[(key, values) for key, values in settings if len({*values}) > 1],
+        environment=_settings([record.environment for record in records]),
         points={
             d.chart.name: {"frame": d.frame, "x_label": d.chart.x_label, "lines": d.points}
             for d in drawings
@@ -123,53 +102,8 @@ def render_page(
 # --- parts of the page -------------------------------------------------------------------------
 
 
-def _figure(drawing: Drawing) -> dict[str, Any]:
-    name = drawing.chart.name
-    axis = next((axis for axis, chart in LOSS_CHARTS.items() if chart == name), "")
-    svg = Markup(inline_svg(drawing))  # matplotlib has escaped its text
-    return {"name": name, "axis": axis, "title": drawing.chart.title, "svg": svg}
-
-
-def _lead(record: RunRecord) -> str:
-    """Return a summary such as `900 of 900 steps, 3.69M tokens, 3.0 minutes of training`."""
-    words = [f"{record.step:,} of {record.config['train.max_steps']:,} steps"]
-    if (tokens := record.clock.tokens_at(record.step)) is not None:
-        words.append(f"{brief(tokens)} tokens")
-    if (hours := record.clock.hours_at(record.step)) is not None:
-        words.append(f"{duration(hours)} of training")
-    rate = record.config["optimizer.lr"]
-    return ", ".join([*words, f"learning rate {rate:g}, {record.config['schedule.name']}"])
-
-
-def _headline(saved: Sequence[Saving]) -> list[tuple[str, str]]:
-    """Return the main figures of the best weights."""
-    best = saved[0]
-    facts = [(f"{best.loss:.4f}", f"lowest validation loss: {best.label}, step {best.step:,}")]
-    if best.label != RAW and best.gain is not None:
-        facts.append((f"{best.gain:+.4f}", "gain over the lowest raw loss of its run"))
-    if best.reached is None or best.steps_saved is None or best.steps_saved <= 0:
-        return facts
-    facts.append(
-        (f"{best.steps_saved:,}", f"steps saved: reached the best raw loss at {best.reached:,}")
-    )
-    if best.tokens_saved is not None:
-        facts.append((brief(best.tokens_saved), "tokens saved"))
-    if best.hours_saved is not None:
-        facts.append((duration(best.hours_saved), "of training saved"))
-    return facts
-
-
-def _saving_cells(row: Saving) -> list[str]:
-    raw = row.label == RAW
-    return [
-        f"{row.loss:.4f}",
-        f"{row.step:,}",
-        "" if raw or row.gain is None else f"{row.gain:+.4f}",
-        "" if raw else "never" if row.reached is None else f"step {row.reached:,}",
-        "" if row.steps_saved is None else f"{row.steps_saved:,}",
-        "" if row.tokens_saved is None else brief(row.tokens_saved),
-        "" if row.hours_saved is None else duration(row.hours_saved),
-    ]
+def _inline(drawing: Drawing) -> Markup:
+    return Markup(inline_svg(drawing))  # matplotlib has escaped its text
 
 
 def _numbers(records: Sequence[RunRecord]) -> dict[str, Any]:
@@ -187,51 +121,35 @@ def _numbers(records: Sequence[RunRecord]) -> dict[str, Any]:
     return {"names": [name for name, _ in columns], "rows": rows}
 
 
-def _samples(record: RunRecord, several: bool) -> list[dict[str, str]]:
+def _samples(record: RunRecord) -> list[tuple[str, int, str]]:
+    """Return run, step and text of the shown samples."""
     last = len(record.samples) - 1
     chosen = sorted({round(i * last / (_MAX_SAMPLES - 1)) for i in range(_MAX_SAMPLES)})
-    prefix = f"{record.name}, " if several else ""
-    return [
-        {"caption": f"{prefix}step {step:,}", "text": text}
-        for step, text in (record.samples[i] for i in chosen if last >= 0)
-    ]
+    return [(record.name, *record.samples[i]) for i in chosen if last >= 0]
 
 
-def _averages(record: RunRecord, several: bool) -> list[dict[str, Any]]:
-    """Return the inputs and provenance of the newest average with each label."""
-    found = []
-    for label, provenance in record.provenance.items():
-        inputs = provenance.get("inputs")
-        made = "online" if provenance.get("online") else "post hoc"
-        rest = {key: value for key, value in provenance.items() if key != "inputs"}
-        found.append(
-            {
-                "name": f"{record.name}: {label}" if several else label,
-                "about": f"— {provenance.get('method')}, {made}; step {provenance.get('step')}",
-                "inputs": [_input(entry) for entry in inputs] if isinstance(inputs, list) else [],
-                "rest": json.dumps(rest, indent=1, ensure_ascii=False),
-            }
-        )
-    return found
+def _inputs(provenance: Mapping[str, Any]) -> list[list[str]]:
+    """Return step, weight, hash and path of each input; a file of others may have any content."""
+    inputs = provenance.get("inputs")
+    return [_input(entry) for entry in inputs] if isinstance(inputs, list) else []
 
 
 def _input(entry: object) -> list[str]:
-    """Return step, weight, hash and path of an input; a file of others may have any content."""
     known: Mapping[str, object] = entry if isinstance(entry, dict) else {}
     weight = known.get("weight")
     shown = f"{weight:.6g}" if isinstance(weight, float) else str(weight)
     return [str(known.get("step")), shown, str(known.get("sha256"))[:16], str(known.get("path"))]
 
 
-def _settings(
-    records: Sequence[RunRecord], documents: Sequence[Mapping[str, Any]], *, differing: bool = False
-) -> dict[str, Any]:
-    """Return a table with a row per key and a column per run."""
+def _other_facts(provenance: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in provenance.items() if key != "inputs"}
+    return json.dumps(rest, indent=1, ensure_ascii=False)
+
+
+def _settings(documents: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Return the rows of a table: a key and its value in each document."""
     keys = list(dict.fromkeys(key for document in documents for key in document))
-    rows = [(key, [_setting(document.get(key)) for document in documents]) for key in keys]
-    if differing:
-        rows = [(key, values) for key, values in rows if len(set(values)) > 1]
-    return {"names": [record.name for record in records], "rows": rows}
+    return [(key, [_setting(document.get(key)) for document in documents]) for key in keys]
 
 
 def _setting(value: object) -> str:

@@ -6,8 +6,8 @@ written again on a machine without the weights.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,18 +25,18 @@ Curve = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Clock:
-    """Tokens and hours of training by step, interpolated between the lines of the log."""
+    """Tokens and hours of training by step, interpolated between log lines; None without a log."""
 
     steps: Sequence[int]
     tokens: Sequence[float]
     seconds: Sequence[float]
 
     def tokens_at(self, step: int) -> float | None:
-        """Return the tokens trained on up to `step`; None without a log."""
+        """Return the tokens trained on up to `step`."""
         return float(np.interp(step, self.steps, self.tokens)) if self.steps else None
 
     def hours_at(self, step: int) -> float | None:
-        """Return the hours of training up to `step`; None without a log."""
+        """Return the hours of training up to `step`."""
         return float(np.interp(step, self.steps, self.seconds)) / 3600 if self.steps else None
 
 
@@ -78,7 +78,6 @@ class RunRecord:
     provenance: dict[str, dict[str, Any]]
     """`provenance.json` of the newest average with each label."""
     environment: dict[str, Any]
-    """Machine and versions of the training; empty if not recorded."""
 
     @property
     def step(self) -> int:
@@ -96,7 +95,6 @@ class Saving:
     step: int
     """Step with the lowest loss."""
     loss: float
-    """Nats per token."""
     gain: float | None
     """Lowest raw loss of the run minus this loss."""
     reached: int | None
@@ -145,11 +143,7 @@ def _comparable(results: Sequence[EvalResult]) -> list[EvalResult]:
 
 
 def read_records(runs: Sequence[RunFolder]) -> list[RunRecord]:
-    """Read the runs in the given order, each under a unique name.
-
-    Raises:
-        UserError: a file of a run is damaged.
-    """
+    """Read the runs in the given order, each under a unique name."""
     names = [run.path.resolve().name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.path) for run in runs]
@@ -159,19 +153,16 @@ def read_records(runs: Sequence[RunFolder]) -> list[RunRecord]:
 def _read_record(run: RunFolder, name: str) -> RunRecord:
     events = read_events(run.metrics)
     training = [event for event in events if "lr" in event]
-    timed = [
-        event
-        for event in training
-        if math.isfinite(event.get("seconds", math.nan) + event.get("tokens", math.nan))
-    ]
-    start = [0] if timed else []
-    columns = ([*start, *(each[key] for each in timed)] for key in ("step", "tokens", "seconds"))
+    keys = ("step", "tokens", "seconds")
+    rows = [[event.get(key, math.nan) for key in keys] for event in training]
+    timed = [row for row in rows if all(map(math.isfinite, row))]
+    columns = zip([0, 0, 0], *timed, strict=True)
     return RunRecord(
         name=name,
         run=run,
         config=flatten(load_config(run.config)),
         curves=loss_curves(run),
-        clock=Clock(*columns),
+        clock=Clock(*columns) if timed else Clock((), (), ()),
         training=training,
         samples=[(event["step"], str(event["sample"])) for event in events if "sample" in event],
         interventions=_interventions([*events, *read_events(run.rewound_metrics)]),
@@ -181,13 +172,12 @@ def _read_record(run: RunFolder, name: str) -> RunRecord:
 
 
 def _interventions(events: Sequence[dict[str, Any]]) -> Interventions:
-    kinds = Counter(
-        (event["incident"], event["action"] == "skip") for event in events if "incident" in event
-    )
+    incidents = [event for event in events if "incident" in event]
+    kinds = Counter(event["incident"] for event in incidents)
     return Interventions(
-        nonfinite=kinds["nonfinite", True] + kinds["nonfinite", False],
-        spikes=kinds["spike", True] + kinds["spike", False],
-        skipped=kinds["nonfinite", True] + kinds["spike", True],
+        nonfinite=kinds["nonfinite"],
+        spikes=kinds["spike"],
+        skipped=sum(event["action"] == "skip" for event in incidents),
         rewinds=sum("rewound_from" in event for event in events),
     )
 
@@ -204,33 +194,33 @@ def _provenance(run: RunFolder) -> dict[str, dict[str, Any]]:
 
 def savings(record: RunRecord) -> list[Saving]:
     """Return the best of raw weights and of each average, lowest loss first."""
-    raw = record.curves.get(RAW, [])
-    raw_step, raw_loss = min(raw, key=lambda point: point[1]) if raw else (None, None)
-    rows = [
-        _saving(record, label, curve, raw_step, raw_loss)
-        for label, curve in record.curves.items()
-        if curve
-    ]
+    curves = {label: curve for label, curve in record.curves.items() if curve}
+    rows = [_saving(record, label, curve) for label, curve in curves.items()]
     return sorted(rows, key=lambda row: row.loss)
 
 
-def _saving(
-    record: RunRecord, label: str, curve: Curve, raw_step: int | None, raw_loss: float | None
-) -> Saving:
+def _saving(record: RunRecord, label: str, curve: Curve) -> Saving:
     step, loss = min(curve, key=lambda point: point[1])
-    reached = steps = tokens = hours = None
-    if raw_loss is not None and label != RAW:
-        reached = next((at for at, value in curve if value <= raw_loss), None)
-    if reached is not None and raw_step is not None:
-        clock, steps = record.clock, raw_step - reached
-        tokens = _difference(clock.tokens_at(raw_step), clock.tokens_at(reached))
-        hours = _difference(clock.hours_at(raw_step), clock.hours_at(reached))
-    gain = _difference(raw_loss, loss)
-    return Saving(record.name, label, step, loss, gain, reached, raw_step, steps, tokens, hours)
+    raw = record.curves.get(RAW)
+    if not raw:
+        return Saving(record.name, label, step, loss, *[None] * 6)
+    raw_step, raw_loss = min(raw, key=lambda point: point[1])
+    row = Saving(record.name, label, step, loss, raw_loss - loss, None, raw_step, *[None] * 3)
+    reached = next((at for at, value in curve if value <= raw_loss), None)
+    if reached is None or label == RAW:
+        return row
+    return replace(
+        row,
+        reached=reached,
+        steps_saved=raw_step - reached,
+        tokens_saved=_change(record.clock.tokens_at, reached, raw_step),
+        hours_saved=_change(record.clock.hours_at, reached, raw_step),
+    )
 
 
-def _difference(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
+def _change(value_at: Callable[[int], float | None], start: int, end: int) -> float | None:
+    first, last = value_at(start), value_at(end)
+    return None if first is None or last is None else last - first
 
 
 def gains(record: RunRecord) -> dict[str, Curve]:

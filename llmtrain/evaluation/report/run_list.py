@@ -5,6 +5,7 @@ lock of the folder shows that a process is training.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,12 +23,11 @@ RunState = Literal["running", "finished", "interrupted", "damaged"]
 
 @dataclass(frozen=True)
 class BestLoss:
-    """The lowest validation loss of a run, for raw weights or for averages."""
+    """The lowest validation loss of a run, for raw weights or for averages, in nats per token."""
 
     label: str
     step: int
     loss: float
-    """Nats per token."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,7 @@ class RunEntry:
 
 
 def list_runs(parent: Path) -> list[RunEntry]:
-    """Return the runs directly below `parent`, most recently trained first.
-
-    Raises:
-        UserError: `parent` is not a directory.
-    """
+    """Return the runs directly below `parent`, most recently trained first."""
     if not parent.is_dir():
         raise UserError(
             f"{parent} is not a directory",
@@ -69,34 +65,27 @@ def _entry(run: RunFolder) -> RunEntry:
     log = run.metrics if run.metrics.exists() else run.config
     step = max_steps = problem = None
     curves: dict[str, Curve] = {}
+    state: RunState = "damaged"
     try:
         max_steps = load_config(run.config).train.max_steps
         step = max((event["step"] for event in read_events(run.metrics)), default=0)
         curves = loss_curves(run)
+        state = "finished" if step >= max_steps else "interrupted"
     except UserError as error:
         problem = str(error)
+    raw = {RAW: curves.pop(RAW, [])}
     return RunEntry(
         name=run.path.name,
         path=str(run.path),
-        state=_state(run, step, max_steps, problem),
+        state="running" if is_locked(run.path) else state,
         step=step,
         max_steps=max_steps,
-        raw=_best({label: curve for label, curve in curves.items() if label == RAW}),
-        average=_best({label: curve for label, curve in curves.items() if label != RAW}),
+        raw=_best(raw),
+        average=_best(curves),
         modified=log.stat().st_mtime,
         bytes=_size(run.path),
         problem=problem,
     )
-
-
-def _state(
-    run: RunFolder, step: int | None, max_steps: int | None, problem: str | None
-) -> RunState:
-    if is_locked(run.path):
-        return "running"
-    if problem is not None or step is None or max_steps is None:
-        return "damaged"
-    return "finished" if step >= max_steps else "interrupted"
 
 
 def _best(curves: Mapping[str, Curve]) -> BestLoss | None:
@@ -111,8 +100,6 @@ def _size(folder: Path) -> int:
     """Return the bytes of all files; a file deleted meanwhile counts zero."""
     total = 0
     for path in folder.rglob("*"):
-        try:
-            total += path.lstat().st_size if not path.is_dir() else 0
-        except FileNotFoundError:
-            continue
+        with suppress(FileNotFoundError):
+            total += 0 if path.is_dir() else path.lstat().st_size
     return total
