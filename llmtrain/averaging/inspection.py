@@ -116,7 +116,7 @@ def _measure(opened: Sequence[Checkpoint], progress: Progress | None) -> list[Me
     """Measure the checkpoints together; one by one if they differ or one is damaged."""
     try:
         require_same_tensors(opened)
-        norms = merge(opened, [], [], integers="last", progress=progress).norms
+        norms = merge(opened, [], [], integers="last", progress=progress)
     except UserError as error:
         if len(opened) == 1:
             return [({}, {}, [str(error)])]
