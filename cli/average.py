@@ -35,7 +35,6 @@ def _option(help: str, panel: str | None = None, *names: str, **more: Any) -> Op
 
 
 def _field(name: str, panel: str | None = None, *names: str, **more: Any) -> OptionInfo:
-    """Return the option that sets a field of `AverageRequest`."""
     return _option(help_of(AverageRequest, name), panel, *names, **more)
 
 

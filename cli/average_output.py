@@ -69,7 +69,6 @@ def _average(series: Series, specs: Sequence[AverageSpec], options: MergeOptions
 
 @contextmanager
 def _progress(description: str, outcome: str) -> Iterator[Callable[[int, int], None]]:
-    """Show progress and stop on a signal, with a message about the outcome."""
     with interruptible(outcome) as interrupt, ProgressLine(description) as line:
 
         def update(done: int, total: int) -> None:
@@ -108,11 +107,7 @@ def _print_weights(specs: Sequence[AverageSpec], as_json: bool) -> None:
 def evaluate_sweep(
     source: str | None, text: str, request: AverageRequest, *, write_best: bool, as_json: bool
 ) -> None:
-    """Evaluate candidates, write a CSV and a PNG, print a table, and write the best if requested.
-
-    Raises:
-        UserError: the request sets more than `at`.
-    """
+    """Evaluate candidates, write a CSV and a PNG, print a table, and write the best if asked."""
     from llmtrain.averaging.sweep import draw, parse_sweep, summary, sweep, write_csv
 
     if replace(request, at=None) != AverageRequest():
@@ -136,14 +131,10 @@ def evaluate_sweep(
         written = _average(series, make_specs(series, result.best.request), MergeOptions())
     if as_json:
         curves = zip(rows, result.candidates, strict=True)
-        print_json(
-            {
-                "raw": {"losses": result.raw.losses},
-                "candidates": [asdict(row) | {"losses": each.losses} for row, each in curves],
-                "tokens": result.tokens,
-                "written": [result.spec.as_json() for result in written],
-            }
-        )
+        candidates = [asdict(row) | {"losses": each.losses} for row, each in curves]
+        document = {"raw": {"losses": result.raw.losses}, "candidates": candidates}
+        written_specs = [each.spec.as_json() for each in written]
+        print_json(document | {"tokens": result.tokens, "written": written_specs})
         return
     console.print(_sweep_table(rows))
     last = max(result.raw.losses)
@@ -154,20 +145,15 @@ def evaluate_sweep(
 
 
 def _sweep_table(rows: "Sequence[SummaryRow]") -> Table:
-    table = Table(
-        "", "average", "step", "loss", "minus raw", "saved: steps", "tokens", "hours", box=None
-    )
-    for column in table.columns[2:]:
-        column.justify = "right"
+    numbers = ("step", "loss", "minus raw", "saved: steps", "tokens", "hours")
+    columns = [Column(name, justify="right") for name in numbers]
+    table = Table("", "average", *columns, box=None)
     for row in rows:
-        table.add_row(
-            "*" if row.best else "",
-            row.label,
-            f"{row.step:,}",
-            f"{row.loss:.4f}",
-            f"{row.delta:+.4f}",
-            "none" if row.steps_saved is None else f"{row.steps_saved:,}",
-            "" if row.tokens_saved is None else f"{row.tokens_saved:,}",
-            "" if row.hours_saved is None else f"{row.hours_saved:.3g}",
-        )
+        saved = ["none", "", ""]
+        if row.steps_saved is not None:
+            saved = [f"{row.steps_saved:,}", f"{row.tokens_saved:,}", ""]
+        if row.hours_saved is not None:
+            saved[2] = f"{row.hours_saved:.3g}"
+        marks = ["*" if row.best else "", row.label]
+        table.add_row(*marks, f"{row.step:,}", f"{row.loss:.4f}", f"{row.delta:+.4f}", *saved)
     return table

@@ -1,14 +1,16 @@
 """`llmtrain inspect`: describe checkpoints without loading a model."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
+
+from .common import JsonFlag, ProgressLine, console, print_json, warn
 
 if TYPE_CHECKING:
-    from llmtrain.averaging.inspection import Facts
+    from llmtrain.averaging.inspection import Facts, TensorFacts
 
 
 def inspect(
@@ -24,17 +26,13 @@ def inspect(
     verify: Annotated[
         bool, typer.Option("--verify", help="Recompute the hashes recorded on writing.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
-    ] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Show steps, tensors, parameters, dtypes, SHA-256, norms and provenance of checkpoints.
 
     The norm is that of all float tensors together; the distance is from the previous checkpoint.
     """
     from llmtrain.averaging.inspection import inspect_path
-
-    from .common import ProgressLine, print_json
 
     with ProgressLine("reading") as line:
         found = [
@@ -45,68 +43,52 @@ def inspect(
     if as_json:
         counts = [{} if tensors else {"tensors": len(facts.tensors)} for facts in found]
         print_json([asdict(facts) | count for facts, count in zip(found, counts, strict=True)])
-    else:
-        _print(found, tensors)
-
-
-def _print(found: "list[Facts]", tensors: bool) -> None:
-    from .common import console, warn
-
-    columns = ("step", "tensors", "parameters", "dtypes", "norm", "distance", "sha256", "path")
-    _print_table(
-        None,
-        columns,
-        [
-            (
-                f"{facts.step:,}",
-                f"{len(facts.tensors):,}",
-                f"{facts.parameters:,}",
-                " ".join(f"{dtype}:{count}" for dtype, count in facts.dtypes.items()),
-                "n/a" if facts.norm is None else f"{facts.norm:.6g}",
-                "" if facts.distance is None else f"{facts.distance:.4g}",
-                facts.sha256[:12],
-                facts.path,
-            )
-            for facts in found
-        ],
-    )
+        return
+    columns = "step tensors parameters dtypes norm distance sha256 path"
+    _print_table(None, columns, [_row(facts) for facts in found])
     for facts in found:
         if facts.provenance is not None:
-            method = facts.provenance.get("method", "unknown")
-            console.print(f"{facts.path}: {method}", markup=False)
-            for source in facts.provenance.get("inputs", []):
-                if isinstance(source, dict):
-                    sha256 = source.get("sha256", "")[:12]
-                    line = f"  {source.get('weight')} × {source.get('path')} ({sha256})"
-                    console.print(line, markup=False)
+            _print_inputs(facts.path, facts.provenance)
         if tensors:
-            _print_tensors(facts)
+            rows = [_tensor_row(tensor) for tensor in facts.tensors]
+            _print_table(facts.path, "tensor dtype shape norm distance", rows)
         for problem in facts.problems:
             warn(problem)
 
 
-def _print_tensors(facts: "Facts") -> None:
-    rows = [
-        (
-            tensor.name,
-            tensor.dtype,
-            " × ".join(map(str, tensor.shape)) or "scalar",
-            "" if tensor.norm is None else f"{tensor.norm:.6g}",
-            "" if tensor.distance is None else f"{tensor.distance:.4g}",
-        )
-        for tensor in facts.tensors
-    ]
-    _print_table(facts.path, ("tensor", "dtype", "shape", "norm", "distance"), rows)
+def _row(facts: "Facts") -> tuple[str, ...]:
+    return (
+        f"{facts.step:,}",
+        f"{len(facts.tensors):,}",
+        f"{facts.parameters:,}",
+        " ".join(f"{dtype}:{count}" for dtype, count in facts.dtypes.items()),
+        _number(facts.norm, 6) or "n/a",
+        _number(facts.distance, 4),
+        facts.sha256[:12],
+        facts.path,
+    )
 
 
-def _print_table(
-    title: str | None, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]
-) -> None:
-    from rich.table import Table
+def _tensor_row(tensor: "TensorFacts") -> tuple[str, ...]:
+    shape = " × ".join(map(str, tensor.shape)) or "scalar"
+    measures = _number(tensor.norm, 6), _number(tensor.distance, 4)
+    return tensor.name, tensor.dtype, shape, *measures
 
-    from .common import console
 
-    table = Table(*columns, box=None, header_style="bold", title=title)
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}g}"
+
+
+def _print_inputs(path: str, provenance: dict[str, Any]) -> None:
+    console.print(f"{path}: {provenance.get('method', 'unknown')}", markup=False)
+    for source in provenance.get("inputs", []):
+        if isinstance(source, dict):
+            line = f"  {source.get('weight')} × {source.get('path')}"
+            console.print(f"{line} ({source.get('sha256', '')[:12]})", markup=False)
+
+
+def _print_table(title: str | None, columns: str, rows: list[tuple[str, ...]]) -> None:
+    table = Table(*columns.split(), box=None, header_style="bold", title=title)
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -44,19 +44,15 @@ def recipes(
 
 
 def _print_list(as_json: bool) -> None:
-    from llmtrain.config.recipes import list_recipes
+    from llmtrain.config.recipes import list_recipes, summary
 
-    found = [
-        (name, path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip(), path)
-        for name, path in list_recipes().items()
-    ]
+    recipes = list_recipes().items()
+    found = [{"name": name, "summary": summary(path), "path": str(path)} for name, path in recipes]
     if as_json:
-        print_json(
-            [{"name": name, "summary": text, "path": str(path)} for name, text, path in found]
-        )
+        print_json(found)
         return
     table = Table(Column("recipe", no_wrap=True), "what it trains", box=box.SIMPLE)
-    for name, summary, _ in found:
-        table.add_row(name, escape(summary))
+    for recipe in found:
+        table.add_row(recipe["name"], escape(recipe["summary"]))
     console.print(table)
     console.print("copy one: llmtrain recipes NAME --to FILE", markup=False)

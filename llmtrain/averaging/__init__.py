@@ -3,16 +3,6 @@
 Imports from evaluation, data, checkpoints, model, config, runtime, storage and errors. Training
 imports `online`; the command line imports `request`, which loads neither numpy nor torch.
 
-A request passes through these phases, each with plain inputs and outputs:
-
-    checkpoints.resolve.find_series   the checkpoints of a run, folder or repository, by step
-    make_specs                        which inputs, with which weights, to which folder
-    audit.check_metadata              known-bad revisions and declared duplicates, before a download
-    audit.input_hashes, check_hashes  hash the opened inputs, reject duplicates
-    merge.merge                       weighted sums, norms and hashes, in one pass over the inputs
-    audit.check_norms                 duplicate tensors and breaks in the trajectory
-    storage.commit                    rename the finished folders
-
 To add a method: write a function in `coefficients.py` from the number of checkpoints to their
 weights, add one line to `request.METHODS`, and add one case to `REQUESTS` in
 `tests/averaging/test_methods.py`. A parameter of the method is a field of `AverageRequest` and an
@@ -27,7 +17,7 @@ Files:
     spec.py             one average to make, its provenance, and its comparison with a folder
     audit.py            hashes and checks of the inputs; known_bad.json lists public defects
     merge.py            the streaming merge
-    average.py          the phases above, including one input on disk at a time
+    average.py          all phases from specs to folders, also with one input on disk at a time
     online.py           averages that a run updates while training
     sweep.py            evaluate many averages without writing them
     inspection.py       facts about checkpoints for `llmtrain inspect`

@@ -2,8 +2,6 @@
 
 Public series contain wrong weights at some steps, and their average loads like a right one. The
 checks are nearly free: they use declared hashes, and norms from the merge.
-
-Phases: `check_metadata` before a download, `check_hashes` after it, `check_norms` after the merge.
 """
 
 import hashlib
@@ -40,15 +38,11 @@ _WEIGHTS = (".safetensors", ".bin", ".pt")
 _SMALL_FILES = (".json", ".txt", ".model")
 
 
-# --- hashes -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class InputHashes:
     """SHA-256 of the weights files of one input."""
 
     files: Mapping[str, str]
-    """SHA-256 by file name."""
     source: str
     """`recorded` when the files were committed, or `computed` now."""
 
@@ -68,39 +62,25 @@ class InputHashes:
 
 
 def input_hashes(
-    checkpoints: Mapping[Input, Checkpoint],
-    *,
-    compute: bool,
-    progress: Callable[[int, int], None] | None = None,
+    checkpoints: Mapping[Input, Checkpoint], progress: Callable[[int, int], None], *, compute: bool
 ) -> dict[Input, InputHashes]:
-    """Return the hashes of every input.
-
-    Args:
-        checkpoints: the opened inputs.
-        compute: hash the files even if hashes are declared, and compare them.
-        progress: called with the inputs done and the total; may raise to stop.
-
-    Raises:
-        UserError: a file differs from its declared hash.
-    """
+    """Return `hashes_of` every input; `progress` may raise to stop."""
     found: dict[Input, InputHashes] = {}
-    with ThreadPoolExecutor(2) as pool:  # hashing releases the GIL
+    pool = ThreadPoolExecutor(2)  # hashing releases the GIL
+    try:
         known = pool.map(lambda item: hashes_of(*item, compute=compute), checkpoints.items())
-        try:
-            for source, hashes in zip(checkpoints, known, strict=True):
-                found[source] = hashes
-                if progress is not None:
-                    progress(len(found), len(checkpoints))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for source, hashes in zip(checkpoints, known, strict=True):
+            found[source] = hashes
+            progress(len(found), len(checkpoints))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     return found
 
 
 def hashes_of(
     source: Input, checkpoint: Checkpoint, *, compute: bool, known: Mapping[Path, str] | None = None
 ) -> InputHashes:
-    """Return the hashes of one input; see `input_hashes`.
+    """Return the declared hashes of one input, or compute and compare them.
 
     `known` are hashes that were computed while reading. If hashes are computed, the small files
     that an average copies (configuration, tokenizer) are compared too.
@@ -120,36 +100,40 @@ def hashes_of(
     return InputHashes({path.name: computed[path] for path in checkpoint.files}, "computed")
 
 
-# --- phases -------------------------------------------------------------------------------------
-
-
-def check_metadata(
-    series: Series, inputs: Sequence[Input], options: MergeOptions, *, audited: bool
-) -> None:
+def check_metadata(series: Series, inputs: Sequence[Input], options: MergeOptions) -> None:
     """Raise a UserError for known-bad revisions and for declared duplicates, before a download."""
     if not options.allow_known_bad:
         refuse_known_bad(series.repository, [source.step for source in inputs])
-    if audited:
-        declared = {source: InputHashes.declared(source) for source in inputs}
-        _check_duplicates(series, declared, options, compute=False)
+    declared = {source: InputHashes.declared(source) for source in inputs}
+    check_hashes(series, declared, options, compute=False)
 
 
 def check_hashes(
-    series: Series, hashes: Mapping[Input, InputHashes], options: MergeOptions, *, audited: bool
+    series: Series,
+    hashes: Mapping[Input, InputHashes],
+    options: MergeOptions,
+    *,
+    compute: bool = True,
 ) -> None:
-    """Raise a UserError if a weights file is identical at two steps."""
-    if audited:
-        _check_duplicates(series, hashes, options, compute=series.repository is None)
+    """Raise a UserError if a weights file is identical at two steps.
+
+    If `compute`, also hash the finished model, unless it is on the hub.
+    """
+    if options.allow_duplicates:
+        return
+    final = None
+    if series.final is not None:
+        known = InputHashes.declared(series.final)
+        if compute and not known.files and series.repository is None:
+            known = hashes_of(series.final, series.final.open(), compute=True)
+        final = series.final.step, known.files
+    refuse_duplicates({source.step: known.files for source, known in hashes.items()}, final)
 
 
 def check_norms(
     checkpoints: Sequence[Checkpoint], norms: Norms, options: MergeOptions
 ) -> list[str]:
-    """Return one warning for each checkpoint that is off the trajectory.
-
-    Raises:
-        UserError: a large tensor is identical at two steps; with `strict`, an outlier.
-    """
+    """Return one warning for each outlier; with `strict`, raise. Also reject duplicate tensors."""
     if not options.allow_duplicates:
         refuse_duplicate_tensors(checkpoints, norms)
     lines = list(outliers(checkpoints, norms).values())
@@ -158,23 +142,6 @@ def check_norms(
             "\n  ".join(lines), hint="choose a window without it, or leave out --checks strict"
         )
     return lines
-
-
-def _check_duplicates(
-    series: Series, hashes: Mapping[Input, InputHashes], options: MergeOptions, *, compute: bool
-) -> None:
-    if options.allow_duplicates:
-        return
-    final = None
-    if series.final is not None:
-        known = InputHashes.declared(series.final)
-        if compute and not known.files:
-            known = hashes_of(series.final, series.final.open(), compute=True)
-        final = series.final.step, known.files
-    refuse_duplicates({source.step: known.files for source, known in hashes.items()}, final)
-
-
-# --- known-bad revisions and duplicates ---------------------------------------------------------
 
 
 def known_bad(repository: str | None, steps: Sequence[int]) -> dict[int, str]:
@@ -202,29 +169,23 @@ def refuse_known_bad(repository: str | None, steps: Sequence[int]) -> None:
 def refuse_duplicates(
     hashes: Mapping[int, Mapping[str, str]], final: tuple[int, Mapping[str, str]] | None = None
 ) -> None:
-    """Raise a UserError if a file has the same content at two steps.
+    """Raise a UserError if a file, in `hashes` by step and name, has the same content at two steps.
 
-    Args:
-        hashes: step → file name → SHA-256.
-        final: the last step, and the files of the finished model; another step must have none.
+    `final` are the last step and the files of the finished model; another step must have none.
     """
-    holders: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    holders: dict[str, dict[int, str]] = defaultdict(dict)
     for step, names in hashes.items():
         for name, digest in names.items():
-            holders[digest].append((step, name))
+            holders[digest].setdefault(step, name)
     final_step, final_files = final or (0, {})
-    final_names = {digest: name for name, digest in final_files.items()}
     found = []
-    for digest, held in holders.items():
-        steps, name = sorted({step for step, _ in held}), held[0][1]
-        short = f"SHA-256 {digest[:16]}…"
+    for digest, by_step in holders.items():
+        steps, name = sorted(by_step), next(iter(by_step.values()))
         if len(steps) > 1:
-            found.append(f"{name} is the same at steps {describe_steps(steps)} ({short})")
-        if digest in final_names and steps != [final_step]:
-            early = describe_steps([step for step in steps if step != final_step])
-            found.append(
-                f"{name} at {early} is {final_names[digest]} of the finished model ({short})"
-            )
+            found.append(f"{name} is the same at steps {describe_steps(steps)}")
+        early = [step for step in steps if step != final_step]
+        if early and digest in final_files.values():
+            found.append(f"{name} at {describe_steps(early)} is a file of the finished model")
     _refuse(found)
 
 
@@ -264,10 +225,10 @@ def _refuse(found: Sequence[str]) -> None:
 def _equal(one: Checkpoint, other: Checkpoint, name: str) -> bool:
     """Return whether a tensor has the same bits in both checkpoints and is not constant."""
     first, constant = None, True
-    buffers = np.empty(CHUNK * 8, np.uint8), np.empty(CHUNK * 8, np.uint8)
+    buffers = np.empty((2, CHUNK * 8), np.uint8)
     with ExitStack() as stack:
         readers = [stack.enter_context(checkpoint.reader()) for checkpoint in (one, other)]
-        for chunk in chunks({name: one.tensors[name]}, CHUNK):
+        for chunk in chunks({name: one.tensors[name]}):
             a, b = (
                 reader.read(name, chunk.start, chunk.stop, buffer)
                 for reader, buffer in zip(readers, buffers, strict=True)
@@ -277,9 +238,6 @@ def _equal(one: Checkpoint, other: Checkpoint, name: str) -> bool:
             first = a[0].copy() if first is None else first
             constant = constant and bool((a == first).all())
     return not constant
-
-
-# --- trajectory ---------------------------------------------------------------------------------
 
 
 def outliers(checkpoints: Sequence[Checkpoint], norms: Norms) -> dict[int, str]:
@@ -308,11 +266,9 @@ def outliers(checkpoints: Sequence[Checkpoint], norms: Norms) -> dict[int, str]:
                 found[row].append(f"{name} (unrelated)")
         if len(moves) == 1 and unrelated[0]:
             found[1].append(f"{name} (unrelated)")
-    return {
-        row: _off_trajectory(checkpoints[row].step, names) for row, names in sorted(found.items())
-    }
-
-
-def _off_trajectory(step: int, names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
-    return f"step {step:,} is off the trajectory: {', '.join(names[:3])}{more}"
+    lines = {}
+    for row, names in sorted(found.items()):
+        more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+        shown = ", ".join(names[:3]) + more
+        lines[row] = f"step {checkpoints[row].step:,} is off the trajectory: {shown}"
+    return lines

@@ -2,12 +2,10 @@
 
 Phases: `audit.check_metadata`, open and hash the inputs, `audit.check_hashes`, then for each group
 of averages `merge`, `audit.check_norms` and commit.
-
-    average(series, make_specs(series, AverageRequest(method="lawa", every=1000)))
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,7 +14,7 @@ from typing import Any
 
 from llmtrain.averaging import audit
 from llmtrain.averaging.merge import WeightedSum, merge
-from llmtrain.averaging.request import MergeOptions
+from llmtrain.averaging.request import Integers, MergeOptions
 from llmtrain.averaging.spec import (
     Average,
     AverageSpec,
@@ -52,18 +50,13 @@ def average(
     specs: Sequence[AverageSpec],
     options: MergeOptions | None = None,
     *,
-    progress: Progress | None = None,
+    progress: Progress = lambda done, total: None,
     warn: Callable[[str], None] = lambda message: None,
 ) -> list[Average]:
     """Make the averages and commit each to its folder; keep those that exist with the same inputs.
 
-    Args:
-        series: the source of the inputs.
-        specs: ascending by step.
-        options: default: `MergeOptions()`.
-        progress: called with the work done and the total, for inputs opened, inputs hashed, and the
-            chunks of each merge; may raise to stop.
-        warn: receives warnings.
+    `progress` is called with the work done and the total of each phase, and may raise to stop.
+    `specs` are ascending by step.
 
     Raises:
         UserError: an input is missing, damaged or unlike the others, fails a check, or a target
@@ -73,16 +66,24 @@ def average(
     options = options or MergeOptions()
     for parent in {spec.target.parent for spec in specs}:
         remove_abandoned(parent)
-    if options.discard_inputs:
-        _require_one(specs, options)
-    inputs, audited = unique_inputs(specs), all(spec.audited for spec in specs)
-    audit.check_metadata(series, inputs, options, audited=audited)
+    if options.discard_inputs and (len(specs) != 1 or options.strict):
+        raise UserError(
+            "--discard-inputs keeps one checkpoint on disk, so it makes one average without strict",
+            hint="select an average with --at STEP and leave out --checks strict",
+        )
+    if not all(spec.audited for spec in specs):
+        options = replace(options, allow_duplicates=True)
+    inputs = unique_inputs(specs)
+    audit.check_metadata(series, inputs, options)
     if options.discard_inputs:
         return [_average_in_turn(series, specs[0], options, progress)]
-    checkpoints = _open(inputs, progress)
+    checkpoints = {}
+    for done, source in enumerate(inputs):
+        progress(done, len(inputs))
+        checkpoints[source] = source.open()  # may download it
     require_same_tensors(list(checkpoints.values()))
-    hashes = audit.input_hashes(checkpoints, compute=not series.trusted, progress=progress)
-    audit.check_hashes(series, hashes, options, audited=audited)
+    hashes = audit.input_hashes(checkpoints, progress, compute=not series.trusted)
+    audit.check_hashes(series, hashes, options)
     verify = series.trusted and options.verify
     if verify:  # the merge computes these hashes, and commits only if they agree
         hashes = {source: replace(known, source="computed") for source, known in hashes.items()}
@@ -93,7 +94,10 @@ def average(
     missing = [(spec, document) for spec, document in documented if not spec.target.exists()]
     made = {spec.target for spec, _ in missing}
     unverified = set(inputs) if verify else set()
-    for group in _groups(missing, checkpoints, options):
+    needed = _output_bytes(checkpoints[inputs[-1]], options)
+    size = min(MAX_GROUP, max(1, MAX_GROUP_BYTES // max(1, needed)))
+    for first in range(0, len(missing), size):
+        group = missing[first : first + size]
         used = unique_inputs([spec for spec, _ in group])
         opened = {source: checkpoints[source] for source in used}
         _merge_group(group, opened, options, unverified.intersection(used), progress, warn)
@@ -101,60 +105,30 @@ def average(
     return [Average(spec, cached=spec.target not in made) for spec in specs]
 
 
-def _open(inputs: Sequence[Input], progress: Progress | None) -> dict[Input, Checkpoint]:
-    """Open the inputs; those on the hub are downloaded."""
-    checkpoints = {}
-    for done, source in enumerate(inputs):
-        if progress is not None:
-            progress(done, len(inputs))
-        checkpoints[source] = source.open()
-    return checkpoints
-
-
-def _groups(
-    missing: Sequence[Documented], checkpoints: Mapping[Input, Checkpoint], options: MergeOptions
-) -> Iterator[list[Documented]]:
-    """Split the averages into groups that are merged in one pass and committed together."""
-    group: list[Documented] = []
-    size = 0
-    for spec, document in missing:
-        needed = _output_bytes(checkpoints[spec.inputs[-1]], options)
-        if group and (len(group) == MAX_GROUP or size + needed > MAX_GROUP_BYTES):
-            yield group
-            group, size = [], 0
-        group.append((spec, document))
-        size += needed
-    if group:
-        yield group
-
-
 def _merge_group(
     group: Sequence[Documented],
     checkpoints: Mapping[Input, Checkpoint],
     options: MergeOptions,
     verify: AbstractSet[Input],
-    progress: Progress | None,
+    progress: Progress,
     warn: Callable[[str], None],
 ) -> None:
-    """Merge all averages of a group in one pass, check, and commit all or none.
-
-    `verify` are the inputs to hash while reading and to compare with their recorded hashes.
-    """
+    """Merge a group in one pass, compare the hashes of the inputs in `verify`, and commit."""
     opened = list(checkpoints.values())
     sums = weighted_sums([spec for spec, _ in group], list(checkpoints))
-    sizes = [_output_bytes(checkpoints[spec.inputs[-1]], options) for spec, _ in group]
-    require_room(group[0][0].target, sum(sizes))
+    needed = _output_bytes(opened[-1], options)
+    require_room(group[0][0].target, needed * len(group))
     with ExitStack() as commits, ExitStack() as files:
         for parent in {spec.target.parent for spec, _ in group if spec.is_default}:
             commits.enter_context(locked_folder(parent))
             remove_leftovers(parent)
         writers = []
-        for (spec, document), needed in zip(group, sizes, strict=True):
+        for spec, document in group:
             hashes: dict[str, str] = {}
             folder = commits.enter_context(staged_folder(spec.target, needed=needed, hashes=hashes))
             writer = _prepare(folder, checkpoints[spec.inputs[-1]], document, options, hashes)
             writers.append(files.enter_context(writer))
-        merged = merge(
+        norms = merge(
             opened,
             sums,
             [writer.write for writer in writers],
@@ -164,10 +138,10 @@ def _merge_group(
             hash_inputs=bool(verify),
         )
         if all(spec.audited for spec, _ in group):
-            for line in audit.check_norms(opened, merged.norms, options):
+            for line in audit.check_norms(opened, norms, options):
                 warn(line)
         for source in verify:
-            audit.hashes_of(source, checkpoints[source], compute=True, known=merged.hashes)
+            audit.hashes_of(source, checkpoints[source], compute=True, known=norms.hashes)
 
 
 def _prepare(
@@ -177,7 +151,6 @@ def _prepare(
     options: MergeOptions,
     hashes: dict[str, str] | None = None,
 ) -> WeightsWriter:
-    """Write everything but the weights into a new folder; return the writer of the weights."""
     copy_companions(newest, folder, options.dtype)
     write_json(folder / PROVENANCE_FILE, document)
     layout = output_layout(newest, dtype=options.dtype)
@@ -185,12 +158,10 @@ def _prepare(
 
 
 def _output_bytes(newest: Checkpoint, options: MergeOptions) -> int:
-    """Return the disk space of an average, except a few kilobytes."""
     return layout_bytes(output_layout(newest, dtype=options.dtype))
 
 
 def _output_dtypes(newest: Checkpoint, options: MergeOptions) -> dict[str, str]:
-    """Return the dtype of each float tensor that changes it."""
     if options.dtype is None:
         return {}
     return {name: options.dtype for name, spec in newest.tensors.items() if spec.dtype in FLOATS}
@@ -199,22 +170,8 @@ def _output_dtypes(newest: Checkpoint, options: MergeOptions) -> dict[str, str]:
 # --- one input on disk at a time ----------------------------------------------------------------
 
 
-def _require_one(specs: Sequence[AverageSpec], options: MergeOptions) -> None:
-    """Raise a UserError if the averages need more than one input on disk."""
-    if len(specs) != 1:
-        raise UserError(
-            f"--discard-inputs would download the inputs of {len(specs)} averages repeatedly",
-            hint="make one average per command with --at STEP, or keep the inputs",
-        )
-    if options.strict:
-        raise UserError(
-            "--discard-inputs keeps one checkpoint on disk, but --checks strict compares two",
-            hint="leave out one of them",
-        )
-
-
 def _average_in_turn(
-    series: Series, spec: AverageSpec, options: MergeOptions, progress: Progress | None
+    series: Series, spec: AverageSpec, options: MergeOptions, progress: Progress
 ) -> Average:
     """Make one average, opening (downloading), adding and deleting its inputs one by one.
 
@@ -235,21 +192,20 @@ def _average_in_turn(
             checkpoint = opened[source] = source.open()
             require_same_tensors(list(opened.values()))
             hashes[source] = audit.hashes_of(source, checkpoint, compute=True)
-            audit.check_hashes(series, hashes, options, audited=spec.audited)
-            total = _add(folder, number, total, checkpoint, factors[number], options)
+            audit.check_hashes(series, hashes, options)
+            path = folder / f"sum-{number}.safetensors"
+            total = _add(total, checkpoint, factors[number], path, options.integers)
             if number + 1 == len(spec.inputs):
                 document = provenance(spec, opened, hashes, options)
                 writer = _prepare(folder, checkpoint, document, options)
             if checkpoint.disposable:
                 shutil.rmtree(checkpoint.folder)
-            if progress is not None:
-                progress(number + 1, len(spec.inputs))
+            progress(number + 1, len(spec.inputs))
         assert total is not None, "a spec has at least one input"
         dtypes = {name: each.dtype for name, each in checkpoint.tensors.items()}
         dtypes |= _output_dtypes(checkpoint, options)
-        scaled = WeightedSum((0,), (1.0,), divisor=divisor)
         with writer:
-            merge([total], [scaled], [writer.write], dtypes=dtypes)
+            merge([total], [WeightedSum((0,), (1.0,), divisor)], [writer.write], dtypes=dtypes)
         total.files[0].unlink()
     if checkpoint.disposable:  # remove leftovers of the hub client
         shutil.rmtree(checkpoint.folder.parent, ignore_errors=True)
@@ -257,29 +213,27 @@ def _average_in_turn(
 
 
 def _add(
-    folder: Path,
-    number: int,
     total: Checkpoint | None,
     checkpoint: Checkpoint,
     factor: float,
-    options: MergeOptions,
+    path: Path,
+    integers: Integers,
 ) -> Checkpoint:
     """Write the float64 sum with one more input to a new file, and delete the previous file."""
     specs = {
         name: TensorSpec("F64", spec.shape) if spec.dtype in FLOATS else spec
         for name, spec in checkpoint.tensors.items()
     }
-    path = folder / f"sum-{number}.safetensors"
     inputs = [checkpoint] if total is None else [total, checkpoint]
     weights = (factor,) if total is None else (1.0, factor)
     layout = {path.name: specs}
     with (
         disk_errors(path, needed=layout_bytes(layout)),
-        WeightsWriter(folder, layout, {}) as writer,
+        WeightsWriter(path.parent, layout, {}) as writer,
     ):
         dtypes = {name: spec.dtype for name, spec in specs.items()}
         added = WeightedSum(tuple(range(len(inputs))), weights)
-        merge(inputs, [added], [writer.write], dtypes=dtypes, integers=options.integers)
+        merge(inputs, [added], [writer.write], dtypes=dtypes, integers=integers)
     for old in total.files if total is not None else ():
         old.unlink()
     return open_safetensors(path, checkpoint.step, checkpoint.location)

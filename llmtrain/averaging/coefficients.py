@@ -2,8 +2,6 @@
 
 Each function returns one weight c_i for each of n checkpoints θ_0 … θ_(n-1), oldest first. The
 average is Σ c_i θ_i, and the weights sum to 1.
-
-    uniform(5)  # [0.2, 0.2, 0.2, 0.2, 0.2]
 """
 
 import json
@@ -50,8 +48,7 @@ def exponential(count: int, decay: float) -> list[float]:
 
     c_0 = d^(n-1), and c_i = (1 - d) d^(n-1-i) for i > 0, with `decay` d in [0, 1) per checkpoint.
     """
-    weights = []
-    remaining = 1.0
+    weights, remaining = [], 1.0
     for _ in range(count - 1):
         weights.append((1.0 - decay) * remaining)
         remaining *= decay
@@ -78,12 +75,7 @@ def decay(count: int, shape: Shape) -> list[float]:
 
 
 def blend(weights: Sequence[float], share: float) -> list[float]:
-    """Mix an average with its newest checkpoint: (1 - λ)·c_i, plus λ for the last.
-
-    Args:
-        weights: c_i.
-        share: λ in [0, 1].
-    """
+    """Mix an average with its newest checkpoint: (1 - λ)·c_i, plus λ for the last, λ in [0, 1]."""
     mixed = [(1.0 - share) * weight for weight in weights]
     mixed[-1] += share
     return mixed
@@ -102,11 +94,7 @@ def span(updates_before: int, updates_until: int) -> list[float]:
 
 
 def read_weights(path: Path) -> dict[int, float] | list[float]:
-    """Read custom weights from JSON: by step (returned ascending), or by position in a window.
-
-    Raises:
-        UserError: the file cannot be read, has another form, or its weights do not sum to 1.
-    """
+    """Read custom weights from JSON: by step (returned ascending), or by position in a window."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_distinct)
     except (OSError, ValueError, RecursionError) as error:
@@ -124,7 +112,7 @@ def read_weights(path: Path) -> dict[int, float] | list[float]:
     if not math.isclose(total, 1.0, abs_tol=1e-6):
         raise UserError(f"the weights in {path} sum to {total:g}", hint="make them sum to 1")
     if by_step:
-        return {step: float(w) for step, w in sorted((int(k), w) for k, w in document.items())}
+        return {int(key): float(document[key]) for key in sorted(document, key=int)}
     return [float(value) for value in values]
 
 

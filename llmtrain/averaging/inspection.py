@@ -1,8 +1,4 @@
-"""Facts about checkpoints for `llmtrain inspect`: tensors, hashes, norms, distances, provenance.
-
-for checkpoint in inspect_path(Path("runs/demo")):
-    print(checkpoint.step, checkpoint.norm)
-"""
+"""Facts about checkpoints for `llmtrain inspect`: tensors, hashes, norms, distances, provenance."""
 
 import math
 import re
@@ -12,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from llmtrain.averaging import audit
 from llmtrain.averaging.merge import merge
-from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint, is_checkpoint, load_origin
+from llmtrain.checkpoints.checkpoint import (
+    PROVENANCE_FILE,
+    Checkpoint,
+    is_checkpoint,
+    load_origin,
+)
 from llmtrain.checkpoints.resolve import resolve
 from llmtrain.checkpoints.series import Input, folder_series, local_input, require_same_tensors
 from llmtrain.errors import UserError
@@ -29,26 +27,27 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """One tensor of a checkpoint."""
+    """One tensor of a checkpoint; integers have neither norm nor distance."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     norm: float | None
-    """L2 norm; None for integers."""
     distance: float | None
-    """L2 norm of the difference from the previous checkpoint."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """One checkpoint."""
+    """One checkpoint.
+
+    `norm` is the L2 norm of all float tensors and `distance` that of the difference from the
+    previous checkpoint; None if an element is not finite.
+    """
 
     step: int
     path: str
     tensors: list[TensorFacts]
     parameters: int
-    """Elements of all tensors; a tied matrix is stored, and counted, once."""
     bytes: int
     dtypes: dict[str, int]
     """Number of tensors by dtype."""
@@ -61,22 +60,14 @@ class Facts:
     tokens: int | None
     """Tokens trained on so far."""
     norm: float | None
-    """L2 norm of all float tensors; None if an element is not finite."""
     distance: float | None
-    """L2 norm of the difference from the previous checkpoint."""
     provenance: dict[str, Any] | None
     """Method, weights and inputs of an average."""
     problems: list[str]
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """Norms and distances of one checkpoint by tensor, and its problems."""
-
-    norm: Mapping[str, float]
-    distance: Mapping[str, float]
-    """Empty for the first checkpoint."""
-    problems: list[str]
+Measured = tuple[dict[str, float], dict[str, float], list[str]]
+"""Norms and distances by tensor (no distances for the first checkpoint), and problems."""
 
 
 def inspect_path(
@@ -84,13 +75,8 @@ def inspect_path(
 ) -> list[Facts]:
     """Return facts about every checkpoint of a run or folder, or about a single one, by step.
 
-    Args:
-        path: a run, a folder of checkpoints, or a checkpoint.
-        verify: compute hashes even if they were recorded.
-        progress: called with the chunks done and the total.
-
-    Raises:
-        UserError: there is no checkpoint, or a file cannot be opened.
+    With `verify`, compute hashes even if they were recorded. `progress` is called with the chunks
+    done and the total. Raise UserError if there is no checkpoint or a file cannot be opened.
     """
     inputs = _inputs(path)
     opened = [source.open() for source in inputs]
@@ -100,7 +86,7 @@ def inspect_path(
         by_step = {s.step: known.files for s, known in zip(inputs, hashes, strict=True)}
         audit.refuse_duplicates(by_step)
     except UserError as error:
-        measured[-1].problems.append(str(error))
+        measured[-1][2].append(str(error))
     return [_facts(*each) for each in zip(opened, hashes, measured, strict=True)]
 
 
@@ -118,52 +104,44 @@ def _inputs(path: Path) -> list[Input]:
 
 def _step_of(path: Path) -> int:
     """Return the recorded step of a checkpoint, else the number at the end of its name, else 0."""
-    origin = load_origin(path) if path.is_dir() else None
-    if origin is not None:
-        return origin.step
     provenance = path / PROVENANCE_FILE
+    if origin := load_origin(path):
+        return origin.step
     recorded = read_json(provenance).get("step") if provenance.exists() else None
     number = re.search(r"(\d+)$", path.stem)
     return int(recorded or (number[1] if number else 0))
 
 
-def _measure(opened: Sequence[Checkpoint], progress: Progress | None) -> list[_Measured]:
+def _measure(opened: Sequence[Checkpoint], progress: Progress | None) -> list[Measured]:
     """Measure the checkpoints together; one by one if they differ or one is damaged."""
     try:
         require_same_tensors(opened)
-        norms = merge(opened, [], [], integers="last", progress=progress).norms
+        norms = merge(opened, [], [], integers="last", progress=progress)
     except UserError as error:
         if len(opened) == 1:
-            return [_Measured({}, {}, [str(error)])]
+            return [({}, {}, [str(error)])]
         alone = [_measure([checkpoint], progress)[0] for checkpoint in opened]
-        if not any(each.problems for each in alone):
-            alone[-1].problems.append(str(error))
+        if not any(problems for *_, problems in alone):
+            alone[-1][2].append(str(error))
         return alone
     off = audit.outliers(opened, norms)
-
-    def by_name(values: NDArray[np.float64]) -> dict[str, float]:
-        return dict(zip(norms.names, map(float, values), strict=True))
-
-    return [
-        _Measured(
-            by_name(norms.norm[row]),
-            by_name(norms.distance[row]) if row else {},
-            [off[row]] if row in off else [],
-        )
-        for row in range(len(opened))
-    ]
+    measured: list[Measured] = []
+    for row in range(len(opened)):
+        norm = dict(zip(norms.names, norms.norm[row].tolist(), strict=True))
+        distance = dict(zip(norms.names, norms.distance[row].tolist(), strict=True)) if row else {}
+        measured.append((norm, distance, [off[row]] if row in off else []))
+    return measured
 
 
-def _facts(checkpoint: Checkpoint, hashes: audit.InputHashes, measured: _Measured) -> Facts:
+def _facts(checkpoint: Checkpoint, hashes: audit.InputHashes, measured: Measured) -> Facts:
     origin, provenance = checkpoint.origin, checkpoint.folder / PROVENANCE_FILE
+    norm, distance, problems = measured
     specs = checkpoint.tensors
     return Facts(
         step=checkpoint.step,
         path=checkpoint.location,
         tensors=[
-            TensorFacts(
-                name, spec.dtype, spec.shape, measured.norm.get(name), measured.distance.get(name)
-            )
+            TensorFacts(name, spec.dtype, spec.shape, norm.get(name), distance.get(name))
             for name, spec in specs.items()
         ],
         parameters=sum(spec.count for spec in specs.values()),
@@ -174,10 +152,10 @@ def _facts(checkpoint: Checkpoint, hashes: audit.InputHashes, measured: _Measure
         hash_source=hashes.source,
         lr=origin.lr if origin else None,
         tokens=origin.tokens if origin else None,
-        norm=_total(measured.norm),
-        distance=_total(measured.distance) if measured.distance else None,
+        norm=_total(norm),
+        distance=_total(distance),
         provenance=read_json(provenance) if provenance.exists() else None,
-        problems=measured.problems,
+        problems=problems,
     )
 
 

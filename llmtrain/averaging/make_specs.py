@@ -1,7 +1,4 @@
-"""From a request to specs: the checkpoints, weights, label and folder of each average.
-
-make_specs(series, AverageRequest(method="lawa", every=1000, window=5))
-"""
+"""From a request to specs: the checkpoints, weights, label and folder of each average."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,11 +20,7 @@ from llmtrain.storage.run_folder import step_name
 
 
 def make_specs(series: Series, request: AverageRequest) -> list[AverageSpec]:
-    """Return the specs of a request, ascending by step.
-
-    Raises:
-        UserError: the method, an option or a value is invalid, or the checkpoints do not exist.
-    """
+    """Return the specs of a request, ascending by step."""
     check_request(request)
     if request.method == "dense":
         specs = dense_specs(series, request.start, request.at_step)
@@ -55,11 +48,8 @@ def _every(series: Series, request: AverageRequest, size: int) -> int:
 
 
 def _windows(series: Series, request: AverageRequest) -> list[AverageSpec]:
-    """Return windows of a fixed size."""
     if request.start is not None:
-        raise UserError(
-            "--from and --window exclude each other", hint="leave out --window to use all --from"
-        )
+        raise UserError("--from and --window exclude each other", hint="leave out one of them")
     size = DEFAULT_WINDOW if request.window is None else request.window
     every = _every(series, request, size)
     windows = series.windows(
@@ -115,12 +105,11 @@ def _grid(series: Series, request: AverageRequest, end: int, every: int) -> list
 def _weighting(request: AverageRequest, count: int, every: int) -> Weighting:
     weigh = METHODS[request.method].weigh
     assert weigh is not None, f"{request.method} selects its own inputs"
-    weights, label, options = weigh(request, count, every)
-    return Weighting(weights, label, {"every": every} | options)
+    weighting = weigh(request, count, every)
+    return weighting._replace(options={"every": every} | weighting.options)
 
 
 def _custom(series: Series, request: AverageRequest) -> list[AverageSpec]:
-    """Return averages with weights from a file, by step or by position in a window."""
     if request.weights is None:
         raise UserError(
             "--method custom needs --weights FILE",
@@ -159,8 +148,7 @@ def _spec(
 def _with_target(spec: AverageSpec, series: Series, request: AverageRequest) -> AverageSpec:
     """Return the spec with its final label and folder."""
     label = request.label or spec.label
-    if request.out is None:
-        target = series.averages / label / step_name(spec.step)
-    else:
-        target = request.out / step_name(spec.step) if request.at_step == "all" else request.out
+    target = request.out or series.averages / label
+    if request.out is None or request.at_step == "all":
+        target /= step_name(spec.step)
     return replace(spec, label=label, target=target, is_default=request.out is None)

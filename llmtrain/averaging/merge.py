@@ -3,8 +3,6 @@
 A chunk is read from every input in order of the steps, added in float64 to each sum that contains
 the input, and written, rounded once, after its last input. Each input is read once for all sums.
 Memory does not depend on the size of the model or the number of inputs.
-
-    merge(checkpoints, [WeightedSum((0, 1, 2), (1 / 3, 1 / 3, 1 / 3))], [write])
 """
 
 import itertools
@@ -32,7 +30,7 @@ from llmtrain.checkpoints.tensors import (
     to_float64,
 )
 from llmtrain.errors import UserError
-from llmtrain.runtime.device import available_cores
+from llmtrain.runtime.hardware import available_cores
 
 CHUNK = 131_072
 """Elements summed at a time: buffers fit in the cache, and threads rarely block each other."""
@@ -72,19 +70,12 @@ class WeightedSum:
 
 @dataclass(frozen=True)
 class Norms:
-    """L2 norms of the float tensors, in float64; rows are inputs, columns tensors."""
+    """L2 norms of the float tensors of the inputs; rows are inputs, columns tensors."""
 
     names: tuple[str, ...]
     norm: NDArray[np.float64]
     distance: NDArray[np.float64]
     """Norm of the difference from the previous input; row 0 is 0."""
-
-
-@dataclass(frozen=True)
-class Merged:
-    """Norms and hashes of the inputs of a merge."""
-
-    norms: Norms
     hashes: dict[Path, str]
     """SHA-256 of each file that was read sequentially, if the inputs were hashed."""
 
@@ -101,12 +92,12 @@ class Chunk:
     """Position among all chunks."""
 
 
-def chunks(tensors: dict[str, TensorSpec], size: int) -> Iterator[Chunk]:
-    """Split all tensors into chunks of at most `size` elements."""
+def chunks(tensors: dict[str, TensorSpec]) -> Iterator[Chunk]:
+    """Split all tensors into chunks of at most `CHUNK` elements."""
     number = itertools.count()
     for name, spec in tensors.items():
-        for start in range(0, spec.count, size):
-            yield Chunk(name, spec, start, min(start + size, spec.count), next(number))
+        for start in range(0, spec.count, CHUNK):
+            yield Chunk(name, spec, start, min(start + CHUNK, spec.count), next(number))
 
 
 def merge(
@@ -116,26 +107,23 @@ def merge(
     *,
     dtypes: Mapping[str, str] | None = None,
     integers: Integers = "equal",
-    threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     hash_inputs: bool = False,
-) -> Merged:
+) -> Norms:
     """Compute every sum in one pass over the checkpoints.
 
     Args:
         checkpoints: in the order of addition, alike (`require_same_tensors`).
-        sums: the averages.
         writes: one for each sum; called in stored order, from several threads but one at a time.
         dtypes: dtype of each output tensor; default: that of the inputs.
         integers: tensors without a mean must agree in all inputs, or are the newest input's.
-        threads: default: the cores of this process, at most 4.
         progress: called with the chunks done and the total.
         hash_inputs: hash the input files while reading.
 
     Raises:
         UserError: a NaN or infinite weight, integers that differ, or a truncated input.
     """
-    work = list(chunks(checkpoints[-1].tensors, CHUNK))
+    work = list(chunks(checkpoints[-1].tensors))
     todo = iter(work)  # shared: each thread takes the next chunk when it is free
     squares = np.zeros((len(work), 2, len(checkpoints)))
     done = itertools.count(1)
@@ -143,13 +131,13 @@ def merge(
     stopped = threading.Event()
     with ExitStack() as files:
         readers = [_OrderedReader(checkpoint, files, stopped) for checkpoint in checkpoints]
-        writers = [_OrderedWriter(write, stopped) for write in writes]
-        if hash_inputs:
-            for reader in readers:
-                reader.start_hashing()
+        outputs = [(write, OrderedAccess(stopped)) for write in writes]
+        stored = [reader.stored for each in readers for reader in each.parts]
+        for reader in stored if hash_inputs else []:
+            reader.start_hashing()
 
         def worker() -> None:
-            summation = _Summation(readers, sums, writers, dtypes or {}, integers)
+            summation = _Summation(readers, sums, outputs, dtypes or {}, integers)
             for chunk in todo:
                 if stopped.is_set():
                     return
@@ -157,12 +145,12 @@ def merge(
                 if progress is not None:
                     progress(next(done), len(work))
 
-        _run_threads(worker, threads or min(available_cores(), 4), stopped)
-        hashes = {path: h for reader in readers for path, h in reader.hashes().items()}
-    return Merged(_norms(work, squares), hashes)
+        _run_threads(worker, min(available_cores(), 4), stopped)
+        hashes = {path: digest for reader in stored for path, digest in reader.hashes().items()}
+    return _norms(work, squares, hashes)
 
 
-def _norms(work: Sequence[Chunk], squares: NDArray[np.float64]) -> Norms:
+def _norms(work: Sequence[Chunk], squares: NDArray[np.float64], hashes: dict[Path, str]) -> Norms:
     """Add the squares in chunk order, so that threads do not change the result."""
     names = list(dict.fromkeys(chunk.name for chunk in work if chunk.spec.dtype in FLOATS))
     column = {name: index for index, name in enumerate(names)}
@@ -170,168 +158,8 @@ def _norms(work: Sequence[Chunk], squares: NDArray[np.float64]) -> Norms:
     for chunk, square in zip(work, squares, strict=True):
         if chunk.name in column:
             total[:, :, column[chunk.name]] += square
-    return Norms(tuple(names), *np.sqrt(total))
-
-
-class _OrderedReader:
-    """An open input that returns chunks in order."""
-
-    def __init__(self, checkpoint: Checkpoint, files: ExitStack, stopped: threading.Event) -> None:
-        self.checkpoint = checkpoint
-        self._tensors = checkpoint.tensors
-        self._reader = files.enter_context(checkpoint.reader())
-        self._access = OrderedAccess(stopped)
-        residual = checkpoint.residual
-        self._residual = _OrderedReader(residual, files, stopped) if residual is not None else None
-
-    def read(self, chunk: Chunk, buffer: NDArray[np.uint8]) -> StoredArray:
-        """Read a chunk in stored form."""
-        with self._access.at(chunk.number):
-            return self._reader.read(chunk.name, chunk.start, chunk.stop, buffer)
-
-    def read_floats(
-        self, chunk: Chunk, buffer: NDArray[np.uint8], out: Float64s, scratch: Float64s
-    ) -> None:
-        """Read a chunk, plus its residual, into `out`."""
-        to_float64(self.read(chunk, buffer), self._tensors[chunk.name].dtype, out)
-        if self._residual is not None:
-            self._residual.read_floats(chunk, buffer, scratch, scratch)
-            out += scratch
-
-    def start_hashing(self) -> None:
-        self._reader.start_hashing()
-        if self._residual is not None:
-            self._residual.start_hashing()
-
-    def hashes(self) -> dict[Path, str]:
-        """Return the hashes of the files that were read sequentially."""
-        residual = self._residual.hashes() if self._residual is not None else {}
-        return self._reader.hashes() | residual
-
-
-class _OrderedWriter:
-    """An output that receives chunks in order."""
-
-    def __init__(self, write: Write, stopped: threading.Event) -> None:
-        self._write = write
-        self._access = OrderedAccess(stopped)
-
-    def write(self, chunk: Chunk, raw: StoredArray) -> None:
-        with self._access.at(chunk.number):
-            self._write(chunk.name, chunk.start, raw)
-
-
-class _Summation:
-    """The sums of one thread, with its buffers."""
-
-    def __init__(
-        self,
-        readers: Sequence[_OrderedReader],
-        sums: Sequence[WeightedSum],
-        writers: Sequence[_OrderedWriter],
-        dtypes: Mapping[str, str],
-        integers: Integers,
-    ) -> None:
-        self._readers = readers
-        self._sums = sums
-        self._writers = writers
-        self._dtypes = dtypes
-        self._integers = integers
-        self._factors = [each.factors() for each in sums]
-        self._users = [
-            [number for number, each in enumerate(sums) if index in each.inputs]
-            for index in range(len(readers))
-        ]
-        self._raw = np.empty(CHUNK * 8, np.uint8)
-        self._values = [np.empty(CHUNK), np.empty(CHUNK)]
-        self._scratch = np.empty(CHUNK)
-        self._free: list[Float64s] = []
-
-    def add(self, chunk: Chunk) -> NDArray[np.float64]:
-        """Sum one chunk; return squares of norms and distances, shape (2, inputs)."""
-        if chunk.spec.dtype in FLOATS:
-            return self._add_floats(chunk)
-        self._copy_integers(chunk)
-        return np.zeros((2, len(self._readers)))
-
-    def _add_floats(self, chunk: Chunk) -> NDArray[np.float64]:
-        count = chunk.stop - chunk.start
-        squares = np.zeros((2, len(self._readers)))
-        scratch = self._scratch[:count]
-        totals: dict[int, Float64s] = {}
-        for index, reader in enumerate(self._readers):
-            values, previous = (self._values[(index + i) % 2][:count] for i in (0, 1))
-            reader.read_floats(chunk, self._raw, values, scratch)
-            squares[0, index] = _square(values)
-            if not math.isfinite(squares[0, index]) and not np.isfinite(values).all():
-                raise _not_finite(reader.checkpoint, chunk, values)
-            if index:
-                np.subtract(values, previous, out=scratch)
-                squares[1, index] = _square(scratch)
-            for number in self._users[index]:
-                factor = self._factors[number][0][index]
-                totals[number] = self._add_to(totals.get(number), values, factor, scratch)
-                if index == self._sums[number].inputs[-1]:
-                    self._finish(number, chunk, totals.pop(number))
-        return squares
-
-    def _add_to(
-        self, total: Float64s | None, values: Float64s, factor: float, scratch: Float64s
-    ) -> Float64s:
-        """Add `factor` times `values` to a total; None starts one."""
-        if total is None:
-            total = (self._free.pop() if self._free else np.empty(CHUNK))[: len(values)]
-            return np.multiply(values, factor, out=total)
-        total += values if factor == 1.0 else np.multiply(values, factor, out=scratch)
-        return total
-
-    def _finish(self, number: int, chunk: Chunk, total: Float64s) -> None:
-        """Round the total of sum `number` and write it."""
-        total /= self._factors[number][1]
-        dtype = self._dtypes.get(chunk.name, chunk.spec.dtype)
-        raw = round_to(total, dtype)
-        if overflows(raw, dtype):
-            raise UserError(
-                f"the average of {chunk.name} has numbers that {dtype} cannot represent",
-                hint="use a wider --dtype; check weights below 0 or above 1 with --show-weights",
-            )
-        self._writers[number].write(chunk, raw)
-        self._free.append(total if total.base is None else total.base)
-
-    def _copy_integers(self, chunk: Chunk) -> None:
-        """Copy elements without a mean from the newest input of each sum."""
-        held = [reader.read(chunk, self._raw).copy() for reader in self._readers]
-        for each, writer in zip(self._sums, self._writers, strict=True):
-            first, *others = each.inputs
-            for other in others:
-                if self._integers == "equal" and not np.array_equal(held[other], held[first]):
-                    steps = [self._readers[i].checkpoint.step for i in (first, other)]
-                    raise UserError(
-                        f"{chunk.name} ({chunk.spec}) cannot be averaged and differs between "
-                        f"step {steps[0]:,} and step {steps[1]:,}",
-                        hint="add --checks allow-integers to copy it from the newest checkpoint",
-                    )
-            writer.write(chunk, held[each.inputs[-1]])
-
-
-def _not_finite(checkpoint: Checkpoint, chunk: Chunk, values: Float64s) -> UserError:
-    offset = int(np.flatnonzero(~np.isfinite(values))[0])
-    index = np.unravel_index(chunk.start + offset, chunk.spec.shape or (1,))
-    return UserError(
-        f"{checkpoint.location}: {chunk.name} contains {values[offset]} at {[*map(int, index)]}",
-        hint=f"choose a window without step {checkpoint.step:,}, which is broken",
-    )
-
-
-def _square(values: Float64s) -> float:
-    """Return the sum of squares, computed in runs."""
-    runs, rest = np.split(values, [len(values) - len(values) % _RUN])
-    runs = runs.reshape(-1, _RUN)
-    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for non-finite values
-        return float(np.matmul(runs[:, None, :], runs[:, :, None]).sum() + np.dot(rest, rest))
-
-
-# --- threads ------------------------------------------------------------------------------------
+    norm, distance = np.sqrt(total)
+    return Norms(tuple(names), norm, distance, hashes)
 
 
 class _Stopped(Exception):
@@ -362,6 +190,135 @@ class OrderedAccess:
         with self._changed:
             self._next = number + 1
             self._changed.notify_all()
+
+
+class _OrderedReader:
+    """An open input that returns chunks in order."""
+
+    def __init__(self, checkpoint: Checkpoint, files: ExitStack, stopped: threading.Event) -> None:
+        self.checkpoint = checkpoint
+        self.stored = files.enter_context(checkpoint.reader())
+        self._tensors = checkpoint.tensors
+        self._access = OrderedAccess(stopped)
+        residual = checkpoint.residual
+        self.parts = [self]
+        """This file, then its residual."""
+        if residual is not None:
+            self.parts.append(_OrderedReader(residual, files, stopped))
+
+    def read(self, chunk: Chunk, buffer: NDArray[np.uint8]) -> StoredArray:
+        """Read a chunk in stored form."""
+        with self._access.at(chunk.number):
+            return self.stored.read(chunk.name, chunk.start, chunk.stop, buffer)
+
+    def read_floats(
+        self, chunk: Chunk, buffer: NDArray[np.uint8], out: Float64s, scratch: Float64s
+    ) -> None:
+        """Read a chunk, plus its residual, into `out`."""
+        to_float64(self.read(chunk, buffer), self._tensors[chunk.name].dtype, out)
+        for residual in self.parts[1:]:
+            residual.read_floats(chunk, buffer, scratch, scratch)
+            out += scratch
+
+
+@dataclass
+class _Summation:
+    """The sums of one thread, with its buffers."""
+
+    readers: Sequence[_OrderedReader]
+    sums: Sequence[WeightedSum]
+    outputs: Sequence[tuple[Write, OrderedAccess]]
+    dtypes: Mapping[str, str]
+    integers: Integers
+
+    def __post_init__(self) -> None:
+        self._factors = [each.factors() for each in self.sums]
+        self._users = [
+            [number for number, each in enumerate(self.sums) if index in each.inputs]
+            for index in range(len(self.readers))
+        ]
+        self._raw = np.empty(CHUNK * 8, np.uint8)
+        self._values = [np.empty(CHUNK), np.empty(CHUNK)]
+        self._scratch = np.empty(CHUNK)
+
+    def add(self, chunk: Chunk) -> NDArray[np.float64]:
+        """Sum one chunk; return squares of norms and distances, shape (2, inputs)."""
+        squares = np.zeros((2, len(self.readers)))
+        if chunk.spec.dtype not in FLOATS:
+            self._copy_integers(chunk)
+            return squares
+        count = chunk.stop - chunk.start
+        scratch = self._scratch[:count]
+        totals: dict[int, Float64s] = {}
+        for index, reader in enumerate(self.readers):
+            values, previous = (self._values[(index + i) % 2][:count] for i in (0, 1))
+            reader.read_floats(chunk, self._raw, values, scratch)
+            squares[0, index] = _square(values)
+            if not math.isfinite(squares[0, index]) and not np.isfinite(values).all():
+                raise _not_finite(reader.checkpoint, chunk, values)
+            if index:
+                np.subtract(values, previous, out=scratch)
+                squares[1, index] = _square(scratch)
+            for number in self._users[index]:
+                factor, inputs = self._factors[number][0][index], self.sums[number].inputs
+                if index == inputs[0]:
+                    totals[number] = values * factor
+                else:
+                    totals[number] += (
+                        values if factor == 1.0 else np.multiply(values, factor, out=scratch)
+                    )
+                if index == inputs[-1]:
+                    self._finish(number, chunk, totals.pop(number))
+        return squares
+
+    def _finish(self, number: int, chunk: Chunk, total: Float64s) -> None:
+        """Round the total of sum `number` and write it."""
+        total /= self._factors[number][1]
+        dtype = self.dtypes.get(chunk.name, chunk.spec.dtype)
+        raw = round_to(total, dtype)
+        if overflows(raw, dtype):
+            raise UserError(
+                f"the average of {chunk.name} has numbers that {dtype} cannot represent",
+                hint="use a wider --dtype; check weights below 0 or above 1 with --show-weights",
+            )
+        self._write(number, chunk, raw)
+
+    def _write(self, number: int, chunk: Chunk, raw: StoredArray) -> None:
+        write, access = self.outputs[number]
+        with access.at(chunk.number):
+            write(chunk.name, chunk.start, raw)
+
+    def _copy_integers(self, chunk: Chunk) -> None:
+        """Copy elements without a mean from the newest input of each sum."""
+        held = [reader.read(chunk, self._raw).copy() for reader in self.readers]
+        for number, each in enumerate(self.sums):
+            first, *others = each.inputs
+            for other in others:
+                if self.integers == "equal" and not np.array_equal(held[other], held[first]):
+                    steps = [self.readers[i].checkpoint.step for i in (first, other)]
+                    raise UserError(
+                        f"{chunk.name} ({chunk.spec}) cannot be averaged and differs between "
+                        f"step {steps[0]:,} and step {steps[1]:,}",
+                        hint="add --checks allow-integers to copy it from the newest checkpoint",
+                    )
+            self._write(number, chunk, held[each.inputs[-1]])
+
+
+def _not_finite(checkpoint: Checkpoint, chunk: Chunk, values: Float64s) -> UserError:
+    offset = int(np.flatnonzero(~np.isfinite(values))[0])
+    index = np.unravel_index(chunk.start + offset, chunk.spec.shape or (1,))
+    return UserError(
+        f"{checkpoint.location}: {chunk.name} contains {values[offset]} at {[*map(int, index)]}",
+        hint=f"choose a window without step {checkpoint.step:,}, which is broken",
+    )
+
+
+def _square(values: Float64s) -> float:
+    """Return the sum of squares, computed in runs."""
+    runs, rest = np.split(values, [len(values) // _RUN * _RUN])
+    runs = runs.reshape(-1, _RUN)
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for non-finite values
+        return float(np.matmul(runs[:, None, :], runs[:, :, None]).sum() + np.dot(rest, rest))
 
 
 def _run_threads(worker: Callable[[], None], count: int, stopped: threading.Event) -> None:

@@ -3,16 +3,14 @@
 A recursion rounds each operation to float32 (no fused multiply-add). A mean is a float64 sum,
 divided and rounded once. So the same weights give the same bits on every device and after a resume,
 and an online LAWA equals the average of stored checkpoints.
-
-    average = build_average(EmaConfig(kind="ema", decay=0.9), model, warmup_steps=100)
-    average.update(step=101)
-    average.weights()
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,7 +46,6 @@ class OnlineAverage(ABC):
         self.updates = 0
         self._parameters = dict(model.named_parameters())
         """Each process averages its own shards."""
-        self._pinned = config.offload and any(p.is_cuda for p in self._parameters.values())
         self._tensors: dict[str, Tensor] = {}
         """State by parameter name."""
 
@@ -100,17 +97,12 @@ class OnlineAverage(ABC):
 
     def provenance(self, step: int) -> dict[str, Any]:
         """Return the content of `provenance.json`."""
-        return {
-            "method": self.config.kind,
-            "online": True,
-            "step": step,
-            "updates": self.updates,
-            "every": self.config.every,
-            **self._parameters_of_method(step),
-        }
+        method, every = self.config.kind, self.config.every
+        common = {"method": method, "online": True, "step": step, "updates": self.updates}
+        return common | {"every": every} | self._options(step)
 
     @abstractmethod
-    def _parameters_of_method(self, step: int) -> dict[str, Any]: ...
+    def _options(self, step: int) -> dict[str, Any]: ...
 
     @property
     def _before_start(self) -> int:
@@ -121,7 +113,7 @@ class OnlineAverage(ABC):
         value = to_local(parameter.detach())
         if not self.config.offload:
             return value.to(dtype, copy=True)
-        return torch.empty(value.shape, dtype=dtype, pin_memory=self._pinned).copy_(value)
+        return torch.empty(value.shape, dtype=dtype, pin_memory=value.is_cuda).copy_(value)
 
     def _current(self) -> list[Tensor]:
         """Return the current float32 weights in the memory of the average."""
@@ -162,7 +154,7 @@ class OnlineEma(_Recursive):
     def _decay(self, step: int) -> float:
         return float(min(self.config.decay, 1.0 - (1.0 + self.updates) ** (-2.0 / 3.0)))
 
-    def _parameters_of_method(self, step: int) -> dict[str, Any]:
+    def _options(self, step: int) -> dict[str, Any]:
         warmup = "min(decay, 1 - (1 + n)^(-2/3))"
         return {"decay": self.config.decay, "warmup": warmup, "start": self.start}
 
@@ -175,15 +167,16 @@ class OnlinePowerEma(_Recursive):
 
     config: PowerEmaConfig
 
-    def __init__(self, config: PowerEmaConfig, model: nn.Module, start: int) -> None:
-        super().__init__(config, model, start)
-        self.gamma = gamma_of(config.sigma_rel)
+    @cached_property
+    def gamma(self) -> float:
+        """γ of the configured width."""
+        return gamma_of(self.config.sigma_rel)
 
     def _decay(self, step: int) -> float:
         time = step - self._before_start
         return float(max(1.0 - self.config.every / time, 0.0) ** (self.gamma + 1.0))
 
-    def _parameters_of_method(self, step: int) -> dict[str, Any]:
+    def _options(self, step: int) -> dict[str, Any]:
         sigma_rel = self.config.sigma_rel
         return {"sigma_rel": sigma_rel, "gamma": self.gamma, "start": self._before_start}
 
@@ -205,18 +198,21 @@ class OnlineMean(OnlineAverage):
         for total, fresh in zip(self._tensors.values(), self._current(), strict=True):
             total.add_(fresh)
 
+    def _means(self) -> Iterator[tuple[str, Tensor]]:
+        for name, total in self._tensors.items():
+            yield name, total / self.updates
+
     @override
     def weights(self) -> Weights:
-        return {name: (total / self.updates).float() for name, total in self._tensors.items()}
+        return {name: mean.float() for name, mean in self._means()}
 
     @override
     def residual(self) -> Weights | None:
         if isinstance(self.config, SwaConfig):
             return None
-        means = {name: total / self.updates for name, total in self._tensors.items()}
-        return {name: (mean - mean.float().double()).float() for name, mean in means.items()}
+        return {name: (mean - mean.float().double()).float() for name, mean in self._means()}
 
-    def _parameters_of_method(self, step: int) -> dict[str, Any]:
+    def _options(self, step: int) -> dict[str, Any]:
         return {"start": self._before_start}  # the mean covers (start, step]
 
 
@@ -239,12 +235,10 @@ class OnlineLawa(OnlineAverage):
     @override
     def weights(self) -> Weights:
         means = {}
-        for name, (first, *others) in zip(
-            self._parameters, zip(*self._queue, strict=True), strict=True
-        ):
-            total = first.double()
-            for each in others:
-                total.add_(each)
+        for index, name in enumerate(self._parameters):
+            total = self._queue[0][index].double()
+            for copies in itertools.islice(self._queue, 1, None):
+                total.add_(copies[index])
             means[name] = (total / len(self._queue)).float()
         return means
 
@@ -263,10 +257,10 @@ class OnlineLawa(OnlineAverage):
             self._queue.append([state[f"{position}/{name}"].clone() for name in self._parameters])
         self.updates = updates
 
-    def _parameters_of_method(self, step: int) -> dict[str, Any]:
-        last = step - step % self.config.every
-        steps = [last - i * self.config.every for i in range(self.config.window)][::-1]
-        return {"window": self.config.window, "inputs": steps}
+    def _options(self, step: int) -> dict[str, Any]:
+        every, window = self.config.every, self.config.window
+        last = step - step % every
+        return {"window": window, "inputs": [last - i * every for i in range(window)][::-1]}
 
 
 def build_average(config: AverageConfig, model: nn.Module, *, warmup_steps: int) -> OnlineAverage:
@@ -276,13 +270,13 @@ def build_average(config: AverageConfig, model: nn.Module, *, warmup_steps: int)
     """
     match config:
         case EmaConfig():
-            return OnlineEma(config, model, start=1)
+            return OnlineEma(config, model, 1)
         case PowerEmaConfig():
-            return OnlinePowerEma(config, model, start=1)
+            return OnlinePowerEma(config, model, 1)
         case LawaConfig():
-            return OnlineLawa(config, model, start=warmup_steps + 1)
+            return OnlineLawa(config, model, warmup_steps + 1)
         case SwaConfig() | RunningMeanConfig():
-            return OnlineMean(config, model, start=warmup_steps + 1)
+            return OnlineMean(config, model, warmup_steps + 1)
 
 
 @contextmanager
@@ -292,20 +286,21 @@ def swapped_in(model: nn.Module, weights: Weights) -> Iterator[None]:
     `weights` are by parameter name; local shards if the model is sharded.
     """
     parameters = dict(model.named_parameters())
-    if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
-        # FSDP gathers from the memory of the shards, so they must be overwritten in place.
-        own = {name: to_local(each.detach()).clone() for name, each in parameters.items()}
-        try:
-            load_shards(model, weights)
-            yield
-        finally:
-            load_shards(model, own)
-        return
-    own = {name: parameter.data for name, parameter in parameters.items()}
-    try:
+    sharded = any(isinstance(parameter, DTensor) for parameter in parameters.values())
+
+    def put(values: Weights) -> None:
+        if sharded:  # FSDP gathers from the memory of the shards: overwrite it in place
+            load_shards(model, values)
+            return
         for name, parameter in parameters.items():
-            parameter.data = weights[name].to(parameter.device)
+            parameter.data = values[name].to(parameter.device)
+
+    own = {
+        name: to_local(parameter.detach()).clone() if sharded else parameter.data
+        for name, parameter in parameters.items()
+    }
+    try:
+        put(weights)
         yield
     finally:
-        for name, parameter in parameters.items():
-            parameter.data = own[name]
+        put(own)

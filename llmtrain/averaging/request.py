@@ -1,8 +1,6 @@
 """Requests: the options of `llmtrain average`, and the methods with the options that each accepts.
 
 Why apart from `make_specs.py`: the command line takes its help from here and must not import numpy.
-
-    AverageRequest(method="lawa", every=1000, window=5)
 """
 
 import re
@@ -69,17 +67,13 @@ class AverageRequest:
 
     @property
     def at_step(self) -> int | str:
-        """`last`, `all` or a step number.
-
-        Raises:
-            UserError: `at` is something else.
-        """
+        """`last`, `all` or a step number."""
         at = self.at or "last"
-        if at in ("last", "all"):
-            return at
-        if not at.isdecimal():
+        if at.isdecimal():
+            return int(at)
+        if at not in ("last", "all"):
             raise UserError(f"--at {at!r} is not last, all or a step", hint="use --at last")
-        return int(at)
+        return at
 
 
 @dataclass(frozen=True)
@@ -114,9 +108,7 @@ def parse_checks(text: str) -> dict[str, Any]:
     """Return the fields of `MergeOptions` that comma-separated keys of `CHECKS` set."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if unknown := [name for name in names if name not in CHECKS]:
-        raise UserError(
-            f"--checks: {', '.join(unknown)} is unknown", hint=f"use some of {', '.join(CHECKS)}"
-        )
+        raise UserError(f"--checks {unknown[0]!r} is unknown", hint=f"use {', '.join(CHECKS)}")
     return {field: value for field, value, _ in (CHECKS[name] for name in names)}
 
 
@@ -126,9 +118,7 @@ def parse_decay(text: str) -> dict[str, float]:
     try:
         return {field: float(text.removeprefix("half-life="))}
     except ValueError:
-        raise UserError(
-            f"--decay {text!r} is not a number", hint="use 0.9 or half-life=1500"
-        ) from None
+        raise UserError(f"--decay {text!r} is not a number", hint="use a value like 0.9") from None
 
 
 class Weighting(NamedTuple):
@@ -145,8 +135,7 @@ Weigh = Callable[[AverageRequest, int, int], Weighting]
 """Takes the request, the number of checkpoints and their spacing in steps."""
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """One averaging method."""
 
     help: str
@@ -163,11 +152,9 @@ def _plain(weights: Callable[[int], list[float]]) -> Weigh:
 
 def _decay(request: AverageRequest, count: int, every: int) -> Weighting:
     shapes = get_args(coefficients.Shape)
-    shape = next((s for s in shapes if s == (request.shape or "1-sqrt")), None)
-    if shape is None:
-        raise UserError(
-            f"--shape {request.shape!r} is unknown", hint=f"use one of {', '.join(shapes)}"
-        )
+    shape: Any = request.shape or "1-sqrt"
+    if shape not in shapes:
+        raise UserError(f"--shape {shape!r} is unknown", hint=f"use one of {', '.join(shapes)}")
     return Weighting(coefficients.decay(count, shape), f"decay-{shape}", {"shape": shape})
 
 
@@ -216,39 +203,34 @@ METHODS = {
 }
 
 
+def find_method(name: str) -> Method:
+    """Return the method with this name, or raise a UserError."""
+    if name not in METHODS:
+        raise UserError(f"--method {name!r} is unknown", hint=f"use one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
 def check_request(request: AverageRequest) -> None:
     """Raise a UserError if a method is unknown, an option does not apply, or a value is invalid."""
-    if request.method not in METHODS:
-        raise UserError(
-            f"--method {request.method!r} is unknown", hint=f"use one of {', '.join(METHODS)}"
-        )
-    accepted = METHODS[request.method].options | {"method", "label", "out"}
+    accepted = find_method(request.method).options | {"method", "label", "out"}
     given = {name for name, value in vars(request).items() if value is not None}
     if not given <= accepted:
         raise UserError(
             f"--method {request.method} does not take {_flags(given - accepted)}",
             hint=f"it takes {_flags(accepted)}",
         )
-    _check_values(request)
+    label = request.label
+    if label is not None and (label == RAW or not _LABEL.fullmatch(label)):
+        raise UserError(
+            f"--label {label} is reserved or not a folder name",
+            hint="use another name with letters, digits, - _ .",
+        )
+    for name in given & {"every", "window", "start"}:
+        if (value := getattr(request, name)) < 1:
+            raise UserError(f"{_flags({name})} is {value}", hint="use a number of at least 1")
+    if request.blend is not None and not 0.0 <= request.blend <= 1.0:
+        raise UserError(f"--blend {request.blend} is not a share", hint="use a number from 0 to 1")
 
 
 def _flags(names: set[str]) -> str:
     return ", ".join(sorted({_FLAGS.get(n, "--" + n.replace("_", "-")) for n in names}))
-
-
-def _check_values(request: AverageRequest) -> None:
-    if request.label == RAW:
-        raise UserError("--label raw is reserved for snapshots", hint="use another name")
-    if request.label is not None and not _LABEL.fullmatch(request.label):
-        raise UserError(
-            f"--label {request.label!r} is not a folder name", hint="use letters, digits, - _ ."
-        )
-    for name in ("every", "window", "start"):
-        value = getattr(request, name)
-        if value is not None and value < 1:
-            raise UserError(f"{_flags({name})} is {value}", hint="use a number of at least 1")
-    if request.blend is not None and not 0.0 <= request.blend <= 1.0:
-        raise UserError(
-            f"--blend {request.blend} is not a share",
-            hint="use 0 (the average) to 1 (the newest checkpoint)",
-        )

@@ -1,7 +1,6 @@
 """Specifications: one average to make, its provenance, and its comparison with an existing folder.
 
-Why a provenance: it identifies the inputs by hash, so two averages can be compared, an average can
-be made again, and a repeated command keeps finished averages.
+The provenance identifies the inputs by hash, so a repeated command keeps finished averages.
 """
 
 import math
@@ -121,10 +120,7 @@ def require_same(target: Path, document: Mapping[str, Any]) -> None:
     except (TypeError, KeyError, AttributeError, OverflowError):  # not written by llmtrain
         same = False
     if same and (problems := integrity_problems(target, hashes=False)):
-        raise UserError(
-            f"{target} exists and is damaged: {problems[0]}",
-            hint="delete it and repeat the command",
-        )
+        raise UserError(f"{target} exists and is damaged: {problems[0]}", hint="delete it first")
     if not same:
         raise UserError(
             f"{target} exists and is not the average of these checkpoints with these weights",
@@ -153,10 +149,6 @@ def _arithmetic(options: MergeOptions) -> dict[str, Any]:
 
 def _identity(document: Mapping[str, Any]) -> list[object]:
     """Return everything that determines the numbers of an average, except the weights."""
-    return [
-        document.get("arithmetic"),
-        document.get("dtype"),
-        document.get("max_shard_bytes"),
-        document.get("integers", "equal"),
-        [(i.get("step"), i.get("sha256")) for i in document.get("inputs") or []],
-    ]
+    inputs = [(i.get("step"), i.get("sha256")) for i in document.get("inputs") or []]
+    options = [document.get(key) for key in ("arithmetic", "dtype", "max_shard_bytes")]
+    return [*options, document.get("integers", "equal"), inputs]

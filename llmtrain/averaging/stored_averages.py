@@ -7,8 +7,6 @@ An EMA whose memory grows with training, β(t) = (1 - 1/t)^(γ+1), weights past 
 profile p(τ) = (γ+1) τ^γ / t^(γ+1). The profiles of two γ, stored along the run, nearly span those
 of other γ. A least-squares fit of the profiles gives the weights of the stored averages.
 
-    weights, error = reconstruct([(100, 16.97), (100, 6.94), (200, 16.97), (200, 6.94)], 200, 10.0)
-
 Source: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models"
 (arXiv 2312.02696), section 3 and appendix C. σ_rel is the width of the profile as a share of t.
 """
@@ -52,9 +50,6 @@ class _Stored(NamedTuple):
     every: Any
 
 
-# --- power-function EMAs ------------------------------------------------------------------------
-
-
 def sigma_of(gamma: float) -> float:
     """Return σ_rel of an exponent: √(γ + 1) / ((γ + 2) √(γ + 3))."""
     return math.sqrt(gamma + 1.0) / ((gamma + 2.0) * math.sqrt(gamma + 3.0))
@@ -82,9 +77,7 @@ def reconstruct(
 ) -> tuple[list[float], float]:
     """Fit the EMA of (time, γ) as a sum of stored averages, each given as (time, γ).
 
-    Returns:
-        One weight for each stored average, summing to 1, and the distance of the fitted profile
-        from the wanted one, as a share of its norm.
+    Return their weights, and the distance of the fitted profile as a share of the wanted norm.
     """
     matrix = np.array([[overlap(*a, *b) for b in stored] for a in stored])
     wanted = np.array([overlap(*a, time, gamma) for a in stored])
@@ -98,11 +91,7 @@ def reconstruct(
 
 
 def power_ema_specs(series: Series, sigma_rel: float | None, at: int | str) -> list[AverageSpec]:
-    """Return power-function EMAs of width `sigma_rel`, each from the stored ones up to its step.
-
-    Raises:
-        UserError: the width is missing or invalid, or no EMA was stored at that step.
-    """
+    """Return power-function EMAs of width `sigma_rel`, each from the stored ones up to its step."""
     if sigma_rel is None or not 0.0 < sigma_rel <= WIDEST:
         raise UserError(
             f"--method posthoc-ema needs --sigma-rel between 0 and {WIDEST:.4f}",
@@ -112,10 +101,9 @@ def power_ema_specs(series: Series, sigma_rel: float | None, at: int | str) -> l
     stored = [each for folder in folders for each in _stored(folder, POWER_EMA, "gamma")]
     gamma = gamma_of(sigma_rel)
     specs = []
+    stored.sort(key=lambda each: (each.step, str(each.path)))
     for end in _ends(series, stored, at, "power-function EMA", POWER_EMA):
-        used = sorted(
-            (each for each in stored if each.step <= end), key=lambda e: (e.step, str(e.path))
-        )
+        used = [each for each in stored if each.step <= end]
         times = [(float(each.step - int(each.start)), float(each.value)) for each in used]
         weights, error = reconstruct(times, max(time for time, _ in times), gamma)
         options = {"sigma_rel": sigma_rel, "gamma": gamma, "profile_error": error}
@@ -124,16 +112,10 @@ def power_ema_specs(series: Series, sigma_rel: float | None, at: int | str) -> l
     return specs
 
 
-# --- running means ------------------------------------------------------------------------------
-
-
 def dense_specs(series: Series, start: int | None, at: int | str) -> list[AverageSpec]:
     """Return means over every step in (start, at], each from two stored running means.
 
     See `coefficients.span`. One is enough from the step at which the running mean began.
-
-    Raises:
-        UserError: a step is missing, or no running mean was stored there.
     """
     if start is None or (isinstance(at, int) and start >= at):
         raise UserError(
@@ -167,27 +149,16 @@ def _dense(series: Series, stored: dict[int, _Stored], start: int, end: int) -> 
     return _spec(series, "dense", f"dense-{start}-{end}", used, weights, options)
 
 
-# --- stored folders -----------------------------------------------------------------------------
-
-
 def _stored(folder: Path, method: str, value: str) -> list[_Stored]:
-    """Return the folders of one online average, by step; `value` is a key of its provenance.
-
-    Raises:
-        UserError: the provenance is damaged.
-    """
+    """Return the folders of one online average, by step; `value` is a key of its provenance."""
     found = []
     for step, path in step_folders(folder).items():
         document = read_json(path / PROVENANCE_FILE)
         if document.get("method") != method:
             continue
         for key in ("start", value):
-            number = document.get(key)
-            if (
-                not isinstance(number, int | float)
-                or isinstance(number, bool)
-                or not 0 <= number < 2**63
-            ):
+            number: Any = document.get(key)
+            if type(number) not in (int, float) or not 0 <= number < 2**63:
                 raise UserError(
                     f"{path / PROVENANCE_FILE}: {key} is {number!r:.40}, not a valid number",
                     hint="restore the damaged file, or delete the folder",
@@ -199,7 +170,6 @@ def _stored(folder: Path, method: str, value: str) -> list[_Stored]:
 def _ends(
     series: Series, stored: Sequence[_Stored], at: int | str, noun: str, kind: str
 ) -> list[int]:
-    """Return the steps that `at` selects."""
     steps = sorted({each.step for each in stored})
     if not steps:
         raise UserError(
@@ -223,12 +193,15 @@ def _spec(
     weights: Sequence[float],
     options: dict[str, Any],
 ) -> AverageSpec:
-    inputs = tuple(_input(each.step, each.path) for each in used)
+    inputs = tuple(
+        Input(
+            each.step,
+            str(each.path),
+            partial(open_with_residual, each.path, step=each.step),
+            partial(recorded_hashes, each.path),
+        )
+        for each in used
+    )
     return AverageSpec(
         method, label, inputs, tuple(weights), series.averages, options, audited=False
     )
-
-
-def _input(step: int, folder: Path) -> Input:
-    opened = partial(open_with_residual, folder, step=step)
-    return Input(step, str(folder), opened, partial(recorded_hashes, folder))

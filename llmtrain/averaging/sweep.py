@@ -1,10 +1,7 @@
 """The sweep: evaluate many averages of one run without writing them, and report what each saves.
 
-Why: the best window depends on the run, and measuring is cheaper than guessing. One pass over the
-snapshots sums all candidates of a group in memory.
-
-    result = sweep(run, parse_sweep("window=3,5,10 every=200,400,1000"))
-    result.best.request, result.best.losses
+The best window depends on the run. One pass over the snapshots sums all candidates of a group in
+memory.
 """
 
 import csv
@@ -12,6 +9,7 @@ import io
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,11 @@ import torch
 
 from llmtrain.averaging import audit
 from llmtrain.averaging.make_specs import make_specs
-from llmtrain.averaging.merge import Write, merge
-from llmtrain.averaging.request import METHODS, AverageRequest, MergeOptions
+from llmtrain.averaging.merge import merge
+from llmtrain.averaging.request import AverageRequest, MergeOptions, find_method
 from llmtrain.averaging.spec import AverageSpec, unique_inputs, weighted_sums
-from llmtrain.checkpoints.checkpoint import Checkpoint
 from llmtrain.checkpoints.gpt2_folder import load_model, transpose_conv1d
 from llmtrain.checkpoints.series import (
-    Input,
     MissingCheckpoints,
     Series,
     require_same_tensors,
@@ -108,21 +104,14 @@ class SummaryRow:
     """Training time, from the run's metrics; None without metrics."""
 
 
-# --- parsing ------------------------------------------------------------------------------------
-
-
 def parse_sweep(text: str) -> list[AverageRequest]:
-    """Return every combination of `key=a,b key=c,d`, without options that a method does not take.
-
-    Raises:
-        UserError: the text has another form, an unknown key, or an invalid value.
-    """
-    choices = dict(_parse_key(part) for part in text.split())
-    if len(choices) < len(text.split()):
+    """Return every combination of `key=a,b key=c,d`, each with the options its method takes."""
+    parsed = [_parse_key(part) for part in text.split()]
+    choices = {"method": ["lawa"]} | dict(parsed)
+    if len(dict(parsed)) < len(parsed):
         raise UserError("--sweep has a key twice", hint="give several values as key=a,b")
-    choices = {"method": ["lawa"]} | choices
-    accepted = set().union(*(_accepted(method, choices) for method in choices["method"]))
-    if unused := set(choices) - accepted:
+    accepted = {name: find_method(name).options | {"method"} for name in choices["method"]}
+    if unused := set(choices).difference(*accepted.values()):
         raise UserError(
             f"--sweep: {', '.join(choices['method'])} does not take {', '.join(sorted(unused))}",
             hint="add a method that does, such as method=ema for decay",
@@ -130,30 +119,22 @@ def parse_sweep(text: str) -> list[AverageRequest]:
     requests = []
     for values in itertools.product(*choices.values()):
         given = dict(zip(choices, values, strict=True))
-        accepted = _accepted(given["method"], choices)
-        requests.append(AverageRequest(**{k: v for k, v in given.items() if k in accepted}))
+        taken = accepted[given["method"]]
+        requests.append(AverageRequest(**{k: v for k, v in given.items() if k in taken}))
     return list(dict.fromkeys(requests))
 
 
 def _parse_key(part: str) -> tuple[str, list[Any]]:
-    key, equals, values = part.partition("=")
+    key, _, values = part.partition("=")
     name = "start" if key == "from" else key.replace("-", "_")
-    if not equals or name not in _PARSERS:
-        problem = f"does not have a key {key!r}" if equals else f"{part!r} is not key=value,value"
-        known = ", ".join("from" if n == "start" else n.replace("_", "-") for n in _PARSERS)
-        raise UserError(f"--sweep {problem}", hint=f"use the keys {known}")
     try:
         return name, [_PARSERS[name](value) for value in values.split(",")]
-    except ValueError:
-        raise UserError(f"--sweep {part!r} has an invalid number", hint="window=3,5,10") from None
-
-
-def _accepted(method: str, choices: Mapping[str, Any]) -> set[str]:
-    """Return the keys that a method accepts; an unknown method is reported later."""
-    return (METHODS[method].options if method in METHODS else set(choices)) | {"method"}
-
-
-# --- evaluation ---------------------------------------------------------------------------------
+    except (KeyError, ValueError):
+        known = ", ".join("from" if n == "start" else n.replace("_", "-") for n in _PARSERS)
+        raise UserError(
+            f"--sweep {part!r} is not a known key with values, such as window=3,5",
+            hint=f"use the keys {known}",
+        ) from None
 
 
 def sweep(
@@ -161,18 +142,11 @@ def sweep(
     requests: Sequence[AverageRequest],
     *,
     at: str | int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SweepResult:
     """Evaluate each request and the raw weights at the same steps.
 
-    Args:
-        run: source of the snapshots and the validation data.
-        requests: the candidates.
-        at: `all` snapshots, the `last` window, or one step; None: `POINTS` steps.
-        progress: called with the evaluations done and the total.
-
-    Raises:
-        UserError: no candidate has a window (at that step), or a request is invalid.
+    `at` selects `all` snapshots, the `last` window, or one step; None: `POINTS` steps.
     """
     series, config = run_series(run), load_config(run.config)
     specs, skipped = _specs(series, requests)
@@ -183,14 +157,13 @@ def sweep(
     ]
     jobs.sort(key=lambda job: job.step)
     inputs = unique_inputs([job for job in jobs if job.audited])
-    audit.check_metadata(series, inputs, MergeOptions(), audited=True)
+    audit.check_metadata(series, inputs, MergeOptions())
     measure = _evaluator(config, series.inputs[steps[-1]].open().folder)
     losses: dict[str, dict[int, float]] = {}
     for done, (job, weights) in enumerate(_averages(jobs), start=1):
         measured = measure(weights)
         losses.setdefault(job.label, {})[job.step] = measured.loss
-        if progress is not None:
-            progress(done, len(jobs))
+        progress(done, len(jobs))
     candidates = []
     for request, each in specs.items():
         label = each[-1].label
@@ -242,31 +215,24 @@ def _compared_steps(
 
 def _averages(jobs: Sequence[AverageSpec]) -> Iterator[tuple[AverageSpec, _Weights]]:
     """Yield each average in memory; groups that fit in `MEMORY` read each snapshot once."""
-    opened: dict[Input, Checkpoint] = {}
-    position = 0
-    while position < len(jobs):
-        size = 4 * sum(spec.count for spec in jobs[position].inputs[-1].open().tensors.values())
-        group = jobs[position : position + max(1, MEMORY // size)]
+    opened = {source: source.open() for source in unique_inputs(jobs)}
+    require_same_tensors(list(opened.values()))
+    tensors = opened[jobs[-1].inputs[-1]].tensors
+    count = max(1, MEMORY // (4 * sum(spec.count for spec in tensors.values())))
+    for first in range(0, len(jobs), count):
+        group = jobs[first : first + count]
         inputs = unique_inputs(group)
-        opened = {source: opened.get(source) or source.open() for source in inputs}
-        checkpoints = [opened[source] for source in inputs]
-        require_same_tensors(checkpoints)
-        shapes = {name: spec.shape for name, spec in checkpoints[-1].tensors.items()}
         results = [
-            {name: np.empty(shape, np.float32) for name, shape in shapes.items()} for _ in group
+            {name: np.empty(spec.shape, np.float32) for name, spec in tensors.items()}
+            for _ in group
         ]
-        merge(
-            checkpoints, weighted_sums(group, inputs), [_write_to(weights) for weights in results]
-        )
+        writes = [partial(_store, weights) for weights in results]
+        merge([opened[source] for source in inputs], weighted_sums(group, inputs), writes)
         yield from zip(group, results, strict=True)
-        position += len(group)
 
 
-def _write_to(weights: _Weights) -> Write:
-    def write(name: str, start: int, raw: StoredArray) -> None:
-        weights[name].reshape(-1)[start : start + len(raw)] = raw
-
-    return write
+def _store(weights: _Weights, name: str, start: int, raw: StoredArray) -> None:
+    weights[name].reshape(-1)[start : start + len(raw)] = raw
 
 
 def _evaluator(config: RunConfig, folder: Path) -> Callable[[_Weights], LossResult]:
@@ -274,7 +240,17 @@ def _evaluator(config: RunConfig, folder: Path) -> Callable[[_Weights], LossResu
     device = resolve_device(config.train.device)
     model = load_model(folder).to(device)
     data = open_data(local_folder(config.data.path))
-    reader, token_bytes = data.reader("val"), load_tokenizer(data.tokenizer).token_bytes()
+    loss = partial(
+        evaluate,
+        model,
+        data.reader("val"),
+        load_tokenizer(data.tokenizer).token_bytes(),
+        block_size=config.data.block_size,
+        batch=config.eval.batch,
+        device=device,
+        precision=resolve_precision(config.train.precision, device),
+        limit=config.eval.tokens,
+    )
 
     def measure(weights: _Weights) -> LossResult:
         with torch.no_grad():
@@ -282,21 +258,9 @@ def _evaluator(config: RunConfig, folder: Path) -> Callable[[_Weights], LossResu
                 stored = weights.get(name, weights.get(name.removeprefix("transformer.")))
                 parameter.copy_(transpose_conv1d(name, torch.from_numpy(stored)))
         with keep_freed_memory(device):
-            return evaluate(
-                model,
-                reader,
-                token_bytes,
-                block_size=config.data.block_size,
-                batch=config.eval.batch,
-                device=device,
-                precision=resolve_precision(config.train.precision, device),
-                limit=config.eval.tokens,
-            )
+            return loss()
 
     return measure
-
-
-# --- report -------------------------------------------------------------------------------------
 
 
 def summary(result: SweepResult, run: RunFolder) -> list[SummaryRow]:
@@ -311,12 +275,13 @@ def summary(result: SweepResult, run: RunFolder) -> list[SummaryRow]:
     for candidate in result.candidates:
         losses, step = candidate.losses, max(candidate.losses)
         reached = min((s for s, loss in losses.items() if loss <= target), default=None)
-        saved = None if reached is None else raw_reached - reached
-        hours = None
-        if reached is not None and clock:
-            logged, seconds = zip(*clock, strict=True)
-            begin, end = np.interp([reached, raw_reached], logged, seconds)
-            hours = float(end - begin) / 3600.0
+        saved, hours = None, None
+        if reached is not None:
+            saved = raw_reached - reached
+            if clock:
+                logged, seconds = np.array(clock).T
+                begin, end = np.interp([reached, raw_reached], logged, seconds)
+                hours = float(end - begin) / 3600.0
         rows.append(
             SummaryRow(
                 label=candidate.label,
@@ -352,18 +317,17 @@ def draw(result: SweepResult, path: Path, title: str) -> None:
     figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
     axes = figure.subplots()
 
-    def line(candidate: Candidate, label: str, **style: Any) -> None:
-        axes.plot(*zip(*sorted(candidate.losses.items()), strict=True), label=label, **style)
+    def line(candidate: Candidate, label: str, color: Any, width: float) -> None:
+        points = zip(*sorted(candidate.losses.items()), strict=True)
+        axes.plot(*points, label=label, color=color, linewidth=width, marker="o", markersize=3)
 
-    line(result.raw, RAW, marker="o", markersize=3, color="black", linewidth=1.6)
+    line(result.raw, RAW, "black", 1.6)
     shades = colormaps["viridis"](np.linspace(0.1, 0.9, max(len(result.candidates), 2)))
     for shade, candidate in zip(shades[1:], result.candidates[1:], strict=False):
-        line(candidate, candidate.label, marker="o", markersize=3, color=shade, linewidth=1.0)
-    best = f"{result.best.label} (best)"
-    line(result.best, best, marker="o", markersize=3, color="#D55E00", linewidth=2.2)
+        line(candidate, candidate.label, shade, 1.0)
+    line(result.best, f"{result.best.label} (best)", "#D55E00", 2.2)
     axes.set_title(title, loc="left")
-    axes.set_xlabel("step")
-    axes.set_ylabel("validation loss (nats per token)")
+    axes.set(xlabel="step", ylabel="validation loss (nats per token)")
     axes.grid(visible=True, alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)

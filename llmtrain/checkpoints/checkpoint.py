@@ -50,7 +50,6 @@ class Origin:
     lr: float
     """Learning rate of the last step."""
     run: str
-    """Name of the run."""
 
 
 def load_origin(folder: Path) -> Origin | None:
@@ -62,7 +61,7 @@ def load_origin(folder: Path) -> Origin | None:
 
 
 class Reader:
-    """Open files of one checkpoint. A format that cannot hash while reading overrides `read`."""
+    """Open files of one checkpoint. A format without hashes overrides only `read`."""
 
     def __enter__(self) -> Self:
         return self
@@ -94,7 +93,6 @@ class Checkpoint:
     layout: Mapping[str, Mapping[str, TensorSpec]]
     """Tensors in stored order, by the safetensors file that contains, or would contain, them."""
     files: tuple[Path, ...]
-    """Weights files."""
     reader: Callable[[], Reader] = field(repr=False)
     residual: "Checkpoint | None" = None
     """Numbers to add to these."""

@@ -26,11 +26,6 @@ from llmtrain.errors import UserError
 from llmtrain.storage.commit import TEMPORARY_PREFIX
 from llmtrain.storage.hub import hub_errors
 
-DEFAULT_PATTERN = "step{N}"
-"""Revision names of Pythia."""
-
-_FINAL = "main"
-
 
 def hub_series(
     repository: str, *, revision_pattern: str | None = None, discard: bool = False
@@ -40,11 +35,9 @@ def hub_series(
     In `revision_pattern`, {N} is the step and * is anything. With `discard`, revisions are
     downloaded to a temporary folder instead of the hub's cache, and the caller deletes them.
     """
-    pattern = revision_pattern or DEFAULT_PATTERN
+    pattern = revision_pattern or "step{N}"  # of Pythia
     if pattern.count("{N}") != 1:
-        raise UserError(
-            f"--revision-pattern {pattern!r} lacks {{N}}", hint=f"such as {DEFAULT_PATTERN}"
-        )
+        raise UserError(f"--revision-pattern {pattern!r} lacks {{N}}", hint="such as step{N}")
     with hub_errors(repository):
         refs = HfApi().list_repo_refs(repository)
     names = sorted({ref.name for ref in (*refs.branches, *refs.tags)})
@@ -66,7 +59,7 @@ def hub_series(
         )
 
     inputs = {step: revision_input(step, name) for step, name in revisions.items()}
-    final = revision_input(max(revisions), _FINAL) if _FINAL in names else None
+    final = revision_input(max(revisions), "main") if "main" in names else None
     return Series(repository, averages, inputs, final=final, repository=repository)
 
 

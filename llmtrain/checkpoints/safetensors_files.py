@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Self
@@ -41,10 +42,7 @@ def open_safetensors(path: Path, step: int, location: str) -> Checkpoint:
         layout[file.name], file_metadata = read_header(file)
         check_shard(file, set(layout[file.name]), indexed)
         metadata |= file_metadata
-
-    def reader() -> SafetensorsReader:
-        return SafetensorsReader(folder, layout)
-
+    reader = partial(SafetensorsReader, folder, layout)
     return Checkpoint(step, location, folder, layout, tuple(files), reader, metadata=metadata)
 
 

@@ -49,7 +49,6 @@ class Series:
     """Checkpoints that can be averaged."""
 
     name: str
-    """Name in messages."""
     averages: Path
     """Default parent folder of its averages."""
     inputs: Mapping[int, Input]
@@ -59,7 +58,6 @@ class Series:
     trusted: bool = False
     """Declared hashes come from our own commit and need not be recomputed."""
     repository: str | None = None
-    """Name on the hub."""
 
     @property
     def steps(self) -> list[int]:

@@ -86,8 +86,7 @@ def overflows(raw: StoredArray, dtype: str) -> bool:
 def _to_bfloat16(values: Float64s) -> NDArray[np.uint16]:
     """Round to float32 with round-to-odd, which makes the second rounding exact.
 
-    Source: Boldo & Melquiond 2008, "Emulation of FMA and correctly rounded sums: proved algorithms
-    using rounding to odd".
+    Source: Boldo & Melquiond 2008, "Emulation of FMA and correctly rounded sums".
     """
     nearest = values.astype(np.float32)
     bits = nearest.view(np.uint32)

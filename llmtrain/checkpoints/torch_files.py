@@ -9,7 +9,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +73,12 @@ def open_torch(path: Path, step: int, location: str) -> Checkpoint:
     tied = _tied_names(tensors)
     layout: dict[str, dict[str, TensorSpec]] = {}
     for file, part in parts.items():
-        kept = {name: tensor for name, tensor in part.items() if name not in tied}
-        if kept:
-            output = f"{file.stem.replace('pytorch_model', 'model')}.safetensors"
-            layout[output] = {
-                name: TensorSpec(_DTYPES[tensor.dtype], tuple(tensor.shape))
-                for name, tensor in kept.items()
-            }
-
-    def reader() -> _TorchReader:
-        return _TorchReader(tensors)
-
+        output = f"{file.stem.replace('pytorch_model', 'model')}.safetensors"
+        for name, tensor in part.items():
+            if name not in tied:
+                spec = TensorSpec(_DTYPES[tensor.dtype], tuple(tensor.shape))
+                layout.setdefault(output, {})[name] = spec
+    reader = partial(_TorchReader, tensors)
     metadata = {"format": "pt"} | tied
     return Checkpoint(
         step, location, folder, layout, tuple(parts), reader, metadata=metadata, config=config
@@ -101,9 +96,9 @@ def _load_folder(path: Path) -> dict[Path, dict[str, Tensor]]:
 
 
 def _load_training_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Return the tensors of `{'model': state_dict, …}` or of a bare state dict, and the config.
+    """Return the tensors of `{'model': state_dict, …}` or of a bare state dict.
 
-    If the file records the model's shape, names and layouts become those of Hugging Face's GPT-2.
+    If the file records the model's shape, convert to Hugging Face's GPT-2 and return its config.
     """
     document = _load(path)
     sections = document if isinstance(document, dict) else {}

@@ -29,9 +29,6 @@ _SET = "--set"
 _MESSAGES = {
     "model_type": "must be a section with keys",
     "tuple_type": "must be a list of numbers",
-    "list_type": "must be a list",
-    "string_pattern_mismatch": "must start with a letter or digit and contain only letters, "
-    "digits, '.', '_' and '-'",
 }
 """Messages for pydantic's error types that name Python types."""
 
@@ -78,11 +75,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 
 
 def load_config(file: Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a YAML configuration and apply `section.key=value` overrides.
-
-    Raises:
-        UserError: the file is unreadable, or a key, a type or a combination is invalid.
-    """
+    """Read a YAML configuration, apply `section.key=value` overrides and check it."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

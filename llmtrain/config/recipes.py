@@ -18,6 +18,11 @@ def list_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda p: p.stem)}
 
 
+def summary(recipe: Path) -> str:
+    """Return the first line of a recipe's header."""
+    return recipe.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return the suggestion of the most similar known word, or an empty string."""
     near = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)

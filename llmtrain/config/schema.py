@@ -231,11 +231,9 @@ class RunConfig(Section):
     def save_every(self, average: AverageConfig) -> int:
         """Return the number of steps between two saves of an online average."""
         snapshot, state = self.checkpoint.snapshot_every, self.checkpoint.state_every
-        if average.save_every is not None:
-            return average.save_every
         if isinstance(average, RunningMeanConfig | PowerEmaConfig):
-            return snapshot  # post-hoc averages combine them at the steps of snapshots
-        return math.ceil(state / snapshot) * snapshot
+            state = snapshot  # post-hoc averages combine them at the steps of snapshots
+        return average.save_every or math.ceil(state / snapshot) * snapshot
 
     def _problems(self) -> Iterator[str]:
         yield from self._batch_problems()
@@ -252,11 +250,9 @@ class RunConfig(Section):
             yield f"averages contains {', '.join(sorted(repeated))} twice"
         every = self.checkpoint.snapshot_every
         for index, average in enumerate(self.averages):
-            if average.save_every is not None and average.save_every % every:
-                yield (
-                    f"averages.{index}.save_every ({average.save_every}) must be a multiple of "
-                    f"checkpoint.snapshot_every ({every})"
-                )
+            if (average.save_every or 0) % every:
+                key = f"averages.{index}.save_every ({average.save_every})"
+                yield f"{key} must be a multiple of checkpoint.snapshot_every ({every})"
 
     def _batch_problems(self) -> Iterator[str]:
         tokens, block, micro = self.train.batch_tokens, self.data.block_size, self.train.micro_batch
@@ -267,10 +263,8 @@ class RunConfig(Section):
             )
         if micro != "auto" and self.batch_size % micro:
             divisor = max(n for n in range(1, micro + 1) if self.batch_size % n == 0)
-            yield (
-                f"train.micro_batch ({micro}) must divide the {self.batch_size} sequences of a "
-                f"step, for example {divisor}"
-            )
+            sequences = f"{self.batch_size} sequences of a step"
+            yield f"train.micro_batch ({micro}) must divide the {sequences}, for example {divisor}"
         if self.train.compile == "cuda-graphs" and self.data.block_warmup is not None:
             yield (
                 "train.compile: cuda-graphs needs a constant block size, "
@@ -280,12 +274,9 @@ class RunConfig(Section):
     def _schedule_problems(self) -> Iterator[str]:
         schedule, steps = self.schedule, self.train.max_steps
         horizon, warmup = getattr(schedule, "horizon", None) or steps, schedule.warmup_steps
-        if warmup >= min(horizon, steps):
-            key = "schedule.horizon" if horizon < steps else "train.max_steps"
-            yield (
-                f"schedule.warmup_steps ({warmup:,}) must be smaller than {key} "
-                f"({min(horizon, steps):,})"
-            )
+        end, key = min(horizon, steps), "schedule.horizon" if horizon < steps else "train.max_steps"
+        if warmup >= end:
+            yield f"schedule.warmup_steps ({warmup:,}) must be smaller than {key} ({end:,})"
         if isinstance(schedule, WsdSchedule) and warmup + schedule.decay_steps > horizon:
             yield (
                 f"schedule.warmup_steps + schedule.decay_steps ({warmup:,} + "

@@ -4,8 +4,6 @@ Why not torch's: the output layer is most of the work and nearly all of the memo
 A chunk of logits stays in the cache while the loss and both gradients are computed from it, so the
 backward pass only scales them.
 
-    loss = linear_cross_entropy(hidden, weight, targets, ignore=-1)
-
 Shape suffixes: N rows, C width, V vocabulary, R rows of a chunk, S rows of a slab.
 """
 
@@ -102,14 +100,12 @@ def _loss_only(
     N, V, device_type = len(hidden_NC), len(weight_VC), hidden_NC.device.type
     rows = rows_per_chunk(N, V, itemsize=dtype.itemsize, device_type=device_type)
     loss = hidden_NC.new_zeros((), dtype=torch.float32)
-    for hidden_RC, targets_R in zip(
-        torch.split(hidden_NC, rows), torch.split(targets_N, rows), strict=True
-    ):
+    few = rows_in_cache(V) if device_type == "cpu" else rows
+    chunks = zip(torch.split(hidden_NC, rows), torch.split(targets_N, rows), strict=True)
+    for hidden_RC, targets_R in chunks:
         logits_RV = F.linear(hidden_RC, weight_VC)
-        few = rows_in_cache(V) if device_type == "cpu" else rows
-        for logits, targets in zip(
-            torch.split(logits_RV, few), torch.split(targets_R, few), strict=True
-        ):
+        pieces = zip(torch.split(logits_RV, few), torch.split(targets_R, few), strict=True)
+        for logits, targets in pieces:
             loss += F.cross_entropy(logits.float(), targets, ignore_index=ignore, reduction="sum")
     return loss / (targets_N != ignore).sum()
 
@@ -125,11 +121,8 @@ def _logits_to_gradient(
     rows = min(rows_in_cache(logits_RV.shape[1]), len(logits_RV))
     chunks = (torch.split(each, rows) for each in (logits_RV, targets_R1, shares_R1))
     # Reuse one buffer: repeated allocation costs more than the arithmetic.
-    buffer_RV = (
-        None
-        if logits_RV.dtype == torch.float32
-        else logits_RV.new_empty(rows, logits_RV.shape[1], dtype=torch.float32)
-    )
+    is_rounded, shape = logits_RV.dtype != torch.float32, (rows, logits_RV.shape[1])
+    buffer_RV = logits_RV.new_empty(shape, dtype=torch.float32) if is_rounded else None
     losses = []
     for logits, targets, shares in zip(*chunks, strict=True):
         x = None if buffer_RV is None else buffer_RV[: len(logits)].copy_(logits)
@@ -165,9 +158,8 @@ def _accumulate_product(
     """Add logitsᵀ · hidden to the total, in slabs that bound the memory of products and casts."""
     rows, C = rows_per_slab(len(total_VC), total_VC.device.type), total_VC.shape[1]
     products_SC, buffer_SC = hidden_RC.new_empty(rows, C), total_VC.new_empty(rows, C)
-    for total_SC, logits_RS in zip(
-        torch.split(total_VC, rows), torch.split(logits_RV, rows, 1), strict=True
-    ):
+    slabs = zip(torch.split(total_VC, rows), torch.split(logits_RV, rows, 1), strict=True)
+    for total_SC, logits_RS in slabs:
         product_SC = torch.mm(logits_RS.T, hidden_RC, out=products_SC[: len(total_SC)])
         if first:
             total_SC.copy_(product_SC)

@@ -3,14 +3,11 @@
 Why not transformers: training needs the fastest attention, initial weights that depend only on the
 seed, and a chunked loss in float32.
 
-    model = GPT(ModelConfig(), block_size=1024, seed=1337); loss = model(tokens, targets)
-
 Shape suffixes: B sequences, T tokens, C width, H heads, D width of a head, V vocabulary, N = B·T.
 """
 
 import math
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,27 +24,18 @@ IGNORE = -1
 
 
 def materialized_attention(
-    q_BHTD: Tensor,
-    k_BHTD: Tensor,
-    v_BHTD: Tensor,
-    *,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float,
+    q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, *, dropout_p: float, scale: float
 ) -> Tensor:
-    """Compute `scaled_dot_product_attention` with materialized attention weights (B, H, T, T).
+    """Compute causal attention with materialized attention weights (B, H, T, T).
 
     Without gradients, process a few sequences at a time to save memory.
     """
-    assert is_causal
     H, T = q_BHTD.shape[1:3]
     few = sequences_per_chunk(q_BHTD.element_size() * H * T * T)
     if not torch.is_grad_enabled() and len(q_BHTD) > few:
-        chunks = zip(*(torch.split(each, few) for each in (q_BHTD, k_BHTD, v_BHTD)), strict=True)
-        attend = partial(
-            materialized_attention, dropout_p=dropout_p, is_causal=is_causal, scale=scale
-        )
-        return torch.cat([attend(*chunk) for chunk in chunks])
+        chunks = zip(*(torch.split(x, few) for x in (q_BHTD, k_BHTD, v_BHTD)), strict=True)
+        parts = [materialized_attention(*c, dropout_p=dropout_p, scale=scale) for c in chunks]
+        return torch.cat(parts)
     mask_TT = torch.full((T, T), -math.inf, dtype=q_BHTD.dtype, device=q_BHTD.device).triu(1)
     scores_BHTT = (q_BHTD * scale) @ k_BHTD.transpose(2, 3)
     weights_BHTT = scores_BHTT.add_(mask_TT).softmax(-1)  # backward does not need the scores
@@ -73,13 +61,15 @@ class Attention(nn.Module):
         qkv = self.c_attn(x_BTC).view(B, T, 3, self.n_head, C // self.n_head)
         q_BHTD, k_BHTD, v_BHTD = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         dropout = self.dropout if self.training else 0.0
-        materialize = (
-            T <= MAX_MATERIALIZED_LENGTH
-            and q_BHTD.device.type == "cpu"
-            and q_BHTD.dtype == torch.bfloat16
-        )
-        attend = materialized_attention if materialize else F.scaled_dot_product_attention
-        y_BHTD = attend(q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, is_causal=True, scale=self.scale)
+        on_cpu = q_BHTD.device.type == "cpu"
+        if on_cpu and q_BHTD.dtype == torch.bfloat16 and T <= MAX_MATERIALIZED_LENGTH:
+            y_BHTD = materialized_attention(
+                q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, scale=self.scale
+            )
+        else:
+            y_BHTD = F.scaled_dot_product_attention(
+                q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, is_causal=True, scale=self.scale
+            )
         y: Tensor = self.resid_dropout(self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C)))
         return y
 

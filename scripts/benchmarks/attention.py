@@ -9,6 +9,7 @@ attention matrix matters too, because the allocator may return such blocks to th
 Shapes in names: B sequences, T tokens, C width, H heads, D width of a head.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -82,7 +83,8 @@ def one_form(name: str, shape: tuple[int, ...], precision: Precision) -> Side:
 
 def _attend(name: str, qkv: Tensor) -> Tensor:
     """(B, T, 3, H, D) → (B, T, C)."""
-    attend = materialized_attention if name == PRODUCTS else F.scaled_dot_product_attention
+    torch_attention = partial(F.scaled_dot_product_attention, is_causal=True)
+    attend = materialized_attention if name == PRODUCTS else torch_attention
     q_BHTD, k_BHTD, v_BHTD = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    y_BHTD = attend(q_BHTD, k_BHTD, v_BHTD, dropout_p=0.0, is_causal=True, scale=HEAD**-0.5)
+    y_BHTD = attend(q_BHTD, k_BHTD, v_BHTD, dropout_p=0.0, scale=HEAD**-0.5)
     return y_BHTD.transpose(1, 2).flatten(2)

@@ -262,7 +262,7 @@ def mean_of(folder: Path, arrays: Sequence[np.ndarray], weights: Sequence[float]
     def write(name: str, start: int, raw: np.ndarray) -> None:
         out[start : start + len(raw)] = raw
 
-    merge(checkpoints, [WeightedSum(tuple(range(len(arrays))), tuple(weights))], [write], threads=1)
+    merge(checkpoints, [WeightedSum(tuple(range(len(arrays))), tuple(weights))], [write])
     return out
 
 

@@ -59,7 +59,7 @@ def test_rejects_invalid_sweep(text: str) -> None:
 
 
 def test_unknown_key_lists_the_keys() -> None:
-    with pytest.raises(UserError, match="does not have a key 'windows'") as caught:
+    with pytest.raises(UserError, match="'windows=3' is not a known key") as caught:
         parse_sweep("windows=3")
     assert caught.value.hint is not None and "half-life" in caught.value.hint
 
@@ -138,7 +138,7 @@ def test_group_size_does_not_change_the_losses(
 def test_skips_candidates_without_a_window(run: RunFolder) -> None:
     result = sweep(run, parse_sweep("window=2,50 every=2"))
     assert [candidate.label for candidate in result.candidates] == ["lawa-2x2"]
-    assert "no 50 checkpoints" in result.skipped[0]
+    assert "no window of 50 checkpoints" in result.skipped[0]
     with pytest.raises(UserError, match="no candidate has a window"):
         sweep(run, parse_sweep("window=50 every=2"))
 

@@ -192,7 +192,7 @@ def test_materialized_attention_equals_torch(dtype: torch.dtype, tolerance: floa
     ]
     upstream = torch.randn(2, 3, 33, 8, generator=generator)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    y = materialized_attention(*inputs, dropout_p=0.0, is_causal=True, scale=0.3)
+    y = materialized_attention(*inputs, dropout_p=0.0, scale=0.3)
     reference_y = F.scaled_dot_product_attention(*exact, is_causal=True, scale=0.3)
     found = [y, *torch.autograd.grad(y, inputs, upstream.to(dtype))]
     expected = [reference_y, *torch.autograd.grad(reference_y, exact, upstream.double())]
@@ -206,8 +206,8 @@ def test_attention_without_gradients_is_chunked(monkeypatch: pytest.MonkeyPatch,
     q, k, v = torch.randn(
         3, 5, 3, 17, 8, generator=torch.Generator().manual_seed(1)
     ).requires_grad_()
-    whole = materialized_attention(q, k, v, dropout_p=0.0, is_causal=True, scale=0.3)
+    whole = materialized_attention(q, k, v, dropout_p=0.0, scale=0.3)
     with torch.no_grad(), LargestTensor() as chunks:
-        joined = materialized_attention(q, k, v, dropout_p=0.0, is_causal=True, scale=0.3)
+        joined = materialized_attention(q, k, v, dropout_p=0.0, scale=0.3)
     torch.testing.assert_close(joined, whole.detach())
     assert chunks.elements == max(few * 3 * 17**2, 5 * 3 * 17 * 8)
