@@ -44,11 +44,8 @@ class Origin:
     """Position in a training run, stored in `training.json`."""
 
     step: int
-    """Optimizer steps taken."""
     tokens: int
-    """Tokens trained on so far."""
     lr: float
-    """Learning rate of the last step."""
     run: str
 
 
@@ -89,13 +86,11 @@ class Checkpoint:
     location: str
     """Path or repository@commit, for messages and the provenance."""
     folder: Path
-    """Folder of the companion files."""
     layout: Mapping[str, Mapping[str, TensorSpec]]
     """Tensors in stored order, by the safetensors file that contains, or would contain, them."""
     files: tuple[Path, ...]
     reader: Callable[[], Reader] = field(repr=False)
     residual: "Checkpoint | None" = None
-    """Numbers to add to these."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     disposable: bool = False
     """Downloaded to a temporary folder, to be deleted after use."""

@@ -83,7 +83,6 @@ class Target:
     step: int | None
     path: Path
     run: RunFolder | None
-    """The run that contains it, if any."""
 
 
 def find_targets(word: str | Path | None, *, every_snapshot: bool = False) -> list[Target]:
@@ -138,7 +137,6 @@ def _folder_targets(path: Path) -> list[Target]:
 
 
 def _label_and_run(folder: Path) -> tuple[str, RunFolder | None]:
-    """Derive label and run of a folder of weights from its absolute path."""
     for parent in filter(is_run, folder.parents):
         match folder.relative_to(parent).parts:
             case ("snapshots", _):

@@ -2,9 +2,6 @@
 
 Why not the library's tensors: its memory map counts as memory of this process, and crashes it if
 the file is truncated meanwhile. The library only parses and checks the header.
-
-Format: 8 bytes little-endian length, a JSON object {name: {dtype, shape, data_offsets}} of that
-length with the optional map "__metadata__", then the tensors' bytes without holes.
 """
 
 import json

@@ -26,10 +26,7 @@ _FLOAT = re.compile(
 )
 _SET = "--set"
 
-_MESSAGES = {
-    "model_type": "must be a section with keys",
-    "tuple_type": "must be a list of numbers",
-}
+_MESSAGES = {"model_type": "must be a section with keys", "tuple_type": "must be a list of numbers"}
 """Messages for pydantic's error types that name Python types."""
 
 

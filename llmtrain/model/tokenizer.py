@@ -1,8 +1,4 @@
-"""Text to token ids and back: GPT-2's byte-pair encoding, or plain bytes.
-
-The package contains GPT-2's ranks, so no tokenizer needs the network. The byte tokenizer has a
-vocabulary of 257, small enough for a demo on a CPU.
-"""
+"""Text to token ids and back: GPT-2's byte-pair encoding, or plain bytes."""
 
 import base64
 import hashlib

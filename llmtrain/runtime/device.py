@@ -1,8 +1,4 @@
-"""Device, precision and compile settings, available memory, and published peak performance.
-
-Why: a setting that the device does not support is an error or a warning, never a silent change.
-Utilization is reported only against a published peak.
-"""
+"""Device, precision and compile settings, available memory, and published peak performance."""
 
 import ctypes
 import math
@@ -42,11 +38,8 @@ def resolve_device(name: str) -> torch.device:
             f"{name!r} is not a device",
             hint="set train.device or --device to auto, cpu, cuda, cuda:N or mps",
         ) from None
-    count = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }.get(device.type, 0)
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.mps.device_count()}
+    count = counts.get(device.type, 0)
     if (device.index or 0) >= count:
         raise UserError(
             f"device {name!r}: this machine has {count} of type {device.type}",
@@ -59,10 +52,10 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
     """Return the precision of matrix products; auto: bfloat16 if the hardware supports it."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     else:
-        native = False
+        native = device.type == "cpu" and (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
     if name == "bfloat16":
         if device.type != "cpu" and not native:
             raise UserError(
@@ -108,8 +101,7 @@ def keep_freed_memory(device: torch.device) -> Iterator[None]:
     """On a CPU with glibc, reuse freed memory within the block; return it to the kernel at the end.
 
     Why: by default glibc returns large blocks at once, and clearing new pages then costs a tenth of
-    a step or more. The setting belongs to the process: with nested blocks or several threads, the
-    first block to end resets it for all.
+    a step or more. The setting belongs to the process: the first block to end resets it for all.
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         yield

@@ -16,13 +16,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"cannot read {path}: {error}", hint="check that the weights folder is complete"
-        ) from None
+        hint = "check that the weights folder is complete"
+        raise UserError(f"cannot read {path}: {error}", hint=hint) from None
     if not isinstance(document, dict):
-        raise UserError(
-            f"{path} does not contain a JSON object", hint="the file is damaged: restore it"
-        )
+        raise UserError(f"{path} does not contain a JSON object", hint="restore the damaged file")
     return document
 
 

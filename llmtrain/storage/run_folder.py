@@ -21,9 +21,8 @@ def step_folders(parent: Path) -> dict[int, Path]:
     """Return the committed `step-…` folders in `parent` by step, ascending."""
     if not parent.is_dir():
         return {}
-    matches = (
-        (_STEP_NAME.fullmatch(path.name), path) for path in parent.iterdir() if path.is_dir()
-    )
+    folders = filter(Path.is_dir, parent.iterdir())
+    matches = ((_STEP_NAME.fullmatch(path.name), path) for path in folders)
     return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
 
@@ -39,9 +38,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         """Training and evaluation events, one JSON object per line."""
         self.rewound_metrics = path / "metrics-rewound.jsonl"
-        """Events that a rewind undid."""
         self.environment = path / "environment.json"
-        """Versions and device of the newest session."""
         self.snapshots = path / "snapshots"
         self.states = path / "state"
         """Training checkpoints by step."""
@@ -91,6 +88,5 @@ def newest_run(parent: Path = Path("runs")) -> RunFolder:
             f"no run in {parent}/",
             hint="train one (llmtrain pretrain --config FILE) or name its folder",
         )
-
     changed = [run.metrics if run.metrics.exists() else run.config for run in runs]
     return RunFolder(max(changed, key=os.path.getmtime).parent)

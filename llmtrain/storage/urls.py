@@ -96,9 +96,8 @@ def list_files(url: str) -> list[RemoteFile]:
         if not any(part.startswith(".") for part in name.split("/")):
             found.append(RemoteFile(system.unstrip_protocol(each), name, info["size"], version))
     if not found:
-        raise UserError(
-            f"{url}: no such file or folder", hint="name a file, a folder or a glob in quotes"
-        )
+        hint = "name a file, a folder or a glob in quotes"
+        raise UserError(f"{url}: no such file or folder", hint=hint)
     return found
 
 
@@ -111,9 +110,8 @@ def download(url: str, path: Path, *, sha256: str) -> None:
             target.write(chunk)
     if digest.hexdigest() != sha256:
         partial.unlink()
-        raise UserError(
-            f"{url} does not have the SHA-256 in its manifest", hint="upload or prepare it again"
-        )
+        message = f"{url} does not have the SHA-256 in its manifest"
+        raise UserError(message, hint="upload or prepare it again")
     fsync_path(partial)
     partial.replace(path)
 
