@@ -62,8 +62,7 @@ def evaluate(
     batch: Annotated[int | None, _loss("batch", min=1, default="the run's eval.batch")] = None,
     device: Annotated[str, _loss("device")] = "auto",
     every_snapshot: Annotated[
-        bool,
-        typer.Option("--all", help="Evaluate every snapshot, not only those with an average."),
+        bool, typer.Option("--all", help="Evaluate every snapshot, not only those with an average.")
     ] = False,
     text: Annotated[
         Path | None,

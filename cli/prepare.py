@@ -1,14 +1,14 @@
 """`llmtrain prepare`: convert text to token shards."""
 
+import os
 import time
 from decimal import Decimal, InvalidOperation
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from llmtrain.data.options import PrepareOptions
 
@@ -17,9 +17,14 @@ from .common import ProgressLine, console, err_console, help_of, interruptible, 
 if TYPE_CHECKING:
     from llmtrain.data.manifest import Manifest
     from llmtrain.data.prepare import PrepareProgress
+    from llmtrain.runtime.signals import Interrupt
 
+_NO_LIBRARY_PROGRESS = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "DATASETS_VERBOSITY": "error",
+}
 _SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
-_help = partial(help_of, PrepareOptions)
 
 
 def parse_count(value: str | int) -> int:
@@ -34,6 +39,13 @@ def parse_count(value: str | int) -> int:
     if count != number or count >= 10**18:
         raise typer.BadParameter(f"{text!r} is not a whole number below 10^18")
     return count
+
+
+def _option(field: str, **keywords: Any) -> Any:
+    return typer.Option(help=help_of(PrepareOptions, field), **keywords)
+
+
+_count_option = partial(_option, parser=parse_count, metavar="COUNT")
 
 
 def prepare(
@@ -53,46 +65,21 @@ def prepare(
             show_default="data/ and the source's name",
         ),
     ] = None,
-    tokenizer: Annotated[
-        Literal["gpt2", "byte"], typer.Option(help=_help("tokenizer"))
-    ] = PrepareOptions.tokenizer,
-    val_fraction: Annotated[
-        float, typer.Option(help=_help("val_fraction"))
-    ] = PrepareOptions.val_fraction,
-    seed: Annotated[int, typer.Option(help=_help("seed"))] = PrepareOptions.seed,
+    tokenizer: Annotated[Literal["gpt2", "byte"], _option("tokenizer")] = PrepareOptions.tokenizer,
+    val_fraction: Annotated[float, _option("val_fraction")] = PrepareOptions.val_fraction,
+    seed: Annotated[int, _option("seed")] = PrepareOptions.seed,
     shard_tokens: Annotated[
-        int,
-        typer.Option(
-            parser=parse_count,
-            metavar="COUNT",
-            help=_help("shard_tokens"),
-            show_default="100M",
-        ),
+        int, _count_option("shard_tokens", show_default="100M")
     ] = PrepareOptions.shard_tokens,
-    workers: Annotated[
-        int | None,
-        typer.Option(help=_help("workers"), show_default="one per core"),
-    ] = None,
-    engine: Annotated[
-        Literal["local", "ray"], typer.Option(help=_help("engine"))
-    ] = PrepareOptions.engine,
+    workers: Annotated[int | None, _option("workers", show_default="one per core")] = None,
+    engine: Annotated[Literal["local", "ray"], _option("engine")] = PrepareOptions.engine,
     ray_address: Annotated[
         str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help=_help("ray_address"),
-            show_default="RAY_ADDRESS, or start one",
-        ),
+        _option("ray_address", metavar="ADDRESS", show_default="RAY_ADDRESS, or start one"),
     ] = None,
-    text_field: Annotated[str, typer.Option(help=_help("text_field"))] = PrepareOptions.text_field,
+    text_field: Annotated[str, _option("text_field")] = PrepareOptions.text_field,
     limit_documents: Annotated[
-        int | None,
-        typer.Option(
-            parser=parse_count,
-            metavar="COUNT",
-            help=_help("limit_documents"),
-            show_default="all",
-        ),
+        int | None, _count_option("limit_documents", show_default="all")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the manifest as JSON and nothing else.")
@@ -104,8 +91,9 @@ def prepare(
     chosen as by datasets' train_test_split. The folder appears when it is complete. After an
     interruption, the same command resumes after the last finished shard.
     """
-    from llmtrain.data.prepare import openwebtext_mismatch
-    from llmtrain.data.prepare import prepare as run
+    if not err_console.is_terminal:
+        os.environ.update(_NO_LIBRARY_PROGRESS)
+    from llmtrain.data import prepare as library
     from llmtrain.data.sources import default_name
 
     options = PrepareOptions(
@@ -120,73 +108,44 @@ def prepare(
         limit_documents=limit_documents,
     )
     folder = out or str(Path("data") / default_name(source))
-    _disable_library_progress()
     started = time.monotonic()
     outcome = f"{folder} is incomplete; the same command resumes after its last finished shard"
     with interruptible(outcome) as interrupt, ProgressLine("documents") as line:
-        display = _ProgressDisplay(line)
-
-        def on_progress(progress: "PrepareProgress") -> None:
-            interrupt.check()
-            display.show(progress)
-
-        manifest = run(
-            source,
-            folder,
-            options,
-            on_progress=on_progress,
-            log=lambda message: err_console.print(escape(message)),
-        )
-    seconds = time.monotonic() - started
-    if mismatch := openwebtext_mismatch(manifest):
+        display = _ProgressDisplay(line, interrupt)
+        log = partial(err_console.print, markup=False)
+        manifest = library.prepare(source, folder, options, on_progress=display.show, log=log)
+    if mismatch := library.openwebtext_mismatch(manifest):
         warn(mismatch)
     if as_json:
         print_json(manifest.document())
     else:
-        _print_summary(folder, manifest, seconds)
+        _print_summary(folder, manifest, time.monotonic() - started)
 
 
 class _ProgressDisplay:
-    """Progress with tokens, speed and remaining time, measured from the first written text."""
+    """Progress with tokens and speed, measured from the first written text."""
 
-    def __init__(self, line: ProgressLine) -> None:
+    def __init__(self, line: ProgressLine, interrupt: "Interrupt") -> None:
         self._line = line
-        self._started = 0.0
-        self._first: PrepareProgress | None = None
+        self._interrupt = interrupt
+        self._first: tuple[float, PrepareProgress] | None = None
 
     def show(self, progress: "PrepareProgress") -> None:
-        now, total = time.monotonic(), progress.total_documents
+        self._interrupt.check()
+        total = progress.total_documents
         if total is None:
             self._line.update(progress.documents, None, "read")
             return
-        if self._first is None:
-            self._started, self._first = now, progress
-        elapsed = max(now - self._started, 1e-9)
-        rate = (progress.text_bytes - self._first.text_bytes) / elapsed
+        started, first = self._first = self._first or (time.monotonic(), progress)
+        seconds = max(time.monotonic() - started, 1e-9)
+        rate = (progress.text_bytes - first.text_bytes) / seconds
         detail = f"{progress.tokens / 1e6:,.1f}M tokens, {rate / 1e6:.1f} MB/s"
-        done = progress.documents - self._first.documents
-        # A terminal's progress bar has its own column for the remaining time.
-        if done > 0 and not err_console.is_terminal:
-            detail += f", {elapsed * (total - progress.documents) / done:,.0f} s left"
         self._line.update(progress.documents, total, detail)
 
 
-def _disable_library_progress() -> None:
-    """Disable the progress bars of `datasets` and the hub's client, except on a terminal."""
-    if err_console.is_terminal:
-        return
-    import datasets
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
-    disable_progress_bars()
-
-
 def _print_summary(folder: str, manifest: "Manifest", seconds: float) -> None:
-    table = Table("split")
-    for name in ("documents", "text (MB)", "tokens", "bytes/token", "shards"):
-        table.add_column(name, justify="right")
+    names = ("documents", "text (MB)", "tokens", "bytes/token", "shards")
+    table = Table("split", *(Column(name, justify="right") for name in names))
     for split in ("train", "val"):
         record = manifest.split_record(split)
         table.add_row(
@@ -200,4 +159,4 @@ def _print_summary(folder: str, manifest: "Manifest", seconds: float) -> None:
     console.print(table)
     if not manifest.val.documents:
         console.print("The val split is empty (val fraction 0): eval needs another data folder.")
-    console.print(escape(f"{manifest.tokenizer.name} tokens in {folder}, {seconds:.1f} s"))
+    console.print(f"{manifest.tokenizer.name} tokens in {folder}, {seconds:.1f} s", markup=False)

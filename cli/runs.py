@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from .common import JsonFlag, console, err_console, format_bytes, print_json, warn
 
 if TYPE_CHECKING:
-    from llmtrain.evaluation.report.run_list import BestLoss, RunEntry
+    from llmtrain.evaluation.report.run_list import RunEntry
 
 _COLOURS = {"running": "green", "finished": "default", "interrupted": "yellow", "damaged": "red"}
 
@@ -59,17 +59,12 @@ def _table(entries: "list[RunEntry]") -> Table:
             escape(entry.name),
             f"[{_COLOURS[entry.state]}]{entry.state}[/]",
             "" if entry.step is None else f"{entry.step:,}/{entry.max_steps:,}",
-            _loss(entry.raw),
-            _loss(entry.average),
+            *("" if best is None else f"{best.loss:.4f}" for best in (entry.raw, entry.average)),
             _age(time.time() - entry.modified),
             format_bytes(entry.bytes),
             "" if entry.average is None else escape(entry.average.label),
         )
     return table
-
-
-def _loss(best: "BestLoss | None") -> str:
-    return "" if best is None else f"{best.loss:.4f}"
 
 
 def _age(seconds: float) -> str:

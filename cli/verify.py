@@ -45,5 +45,4 @@ def verify(
             hint="restore them from a copy, or delete them and create them again",
         )
     if not as_json:
-        total = sum(check.bytes for check in checks)
-        console.print(f"{len(checks):,} folder(s), {total:,} bytes: all match their records")
+        console.print(f"{len(checks):,} folder(s): all match their records")

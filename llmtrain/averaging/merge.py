@@ -30,7 +30,7 @@ from llmtrain.checkpoints.tensors import (
     to_float64,
 )
 from llmtrain.errors import UserError
-from llmtrain.runtime.device import available_cores
+from llmtrain.runtime.hardware import available_cores
 
 CHUNK = 131_072
 """Elements summed at a time: buffers fit in the cache, and threads rarely block each other."""

@@ -8,14 +8,12 @@ in this order by `prepare`. A batch comes from `dataloader`, in the order that `
 - options.py: options of `llmtrain prepare`
 - prepare.py: the steps of a preparation: count, split, encode, write, commit
 - sources.py: files, globs, URLs, hub datasets and corpus packages as a list of files
-- hub_dataset.py: a dataset on the Hugging Face hub at one commit
 - readers.py: files divided into partitions; the documents of a partition
 - encode.py: documents counted and encoded by threads; the engine interface
 - ray_engine.py: the engine for a Ray cluster
 - shards.py: the file format: writer and random-access reader
 - manifest.py: `manifest.json` and its records
-- journal.py: finished shards of an unfinished preparation
-- staging.py: the temporary folder of a preparation
+- staging.py: the temporary folder of a preparation and the journal of its finished shards
 - cache.py: local copies of data behind URLs
 - token_data.py: an opened data folder, its splits, nanoGPT's files, mixtures
 - sampler.py: the data order as a pure function of the step, without torch
@@ -23,7 +21,7 @@ in this order by `prepare`. A batch comes from `dataloader`, in the order that `
 - verify.py: every byte of data, weights and runs against the recorded hashes
 
 To add a data filter: apply a function from documents to documents in `encode.read_documents`, which
-both counting and encoding use. Record its parameters in `manifest.PrepareSpec`, with a default that
-keeps older manifests readable: a data folder or an interrupted preparation is reused only for an
-equal spec.
+both counting and encoding use; `count_documents` must then ignore the files' metadata. Record the
+filter's parameters in `manifest.PrepareSpec`, with a default that keeps older manifests readable:
+data and interrupted preparations are reused only for an equal spec.
 """

@@ -2,8 +2,6 @@
 
 Training reads at random and a preparation must be resumable, so both use local folders, and whole
 files are transferred. Behind a URL, too, a folder with a manifest is complete.
-
-    folder = local_folder("s3://bucket/openwebtext")
 """
 
 import hashlib
@@ -14,8 +12,8 @@ from pathlib import Path
 
 from llmtrain.data.manifest import MANIFEST_FILE, Manifest, no_data, parse_manifest, write_manifest
 from llmtrain.data.shards import shard_bytes
-from llmtrain.errors import RunFailed
 from llmtrain.storage.commit import commit_folder, temporary_folder
+from llmtrain.storage.disk import disk_errors
 from llmtrain.storage.urls import download, file_system, is_url, local_path, url_errors
 
 
@@ -46,10 +44,6 @@ def local_folder(path: str, log: Callable[[str], None] = _log_to_stderr) -> Path
     """Return a local folder with the data at `path`: itself, or a verified copy of a URL.
 
     An interrupted copy resumes with the next file. Only one process copies, others wait for it.
-
-    Raises:
-        UserError: the URL contains no prepared data, or the data differs from its manifest.
-        RunFailed: the disk is full.
     """
     if not is_url(path):
         return Path(local_path(path))
@@ -59,15 +53,9 @@ def local_folder(path: str, log: Callable[[str], None] = _log_to_stderr) -> Path
     folder = cache_folder() / "data" / manifest.sha256
     if folder.exists():
         return folder
-    try:
-        with temporary_folder(folder, resumable=True, wait=True) as partial:
-            if not folder.exists():
-                _copy(path, manifest, partial, folder, log)
-    except OSError as error:
-        raise RunFailed(
-            f"cannot write {folder}: {error.strerror or error}",
-            hint="free space, or set another folder for copies: LLMTRAIN_CACHE=FOLDER",
-        ) from error
+    with disk_errors(folder), temporary_folder(folder, resumable=True, wait=True) as partial:
+        if not folder.exists():
+            _copy(path, manifest, partial, folder, log)
     return folder
 
 

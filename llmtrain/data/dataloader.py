@@ -3,9 +3,6 @@
 Why: reading tokens from a slow disk between steps would leave the device idle. The next micro-batch
 is a function of the step, so prefetching adds no state to save. A prefetched micro-batch of another
 step is discarded.
-
-    loader = DataLoader(config, data, world)
-    for windows in loader.micro_batches(step, batch, size): ...
 """
 
 from collections.abc import Iterator
@@ -18,7 +15,7 @@ import numpy.typing as npt
 
 from llmtrain.config.schedules import block_size
 from llmtrain.config.schema import RunConfig
-from llmtrain.data.sampler import MixtureSampler
+from llmtrain.data.sampler import MixtureSampler, Sampler
 from llmtrain.data.shards import Tokens
 from llmtrain.data.token_data import TokenData
 from llmtrain.runtime.distributed import World
@@ -42,8 +39,8 @@ def training_sampler(
 ) -> MixtureSampler:
     """Return the sampler over `data.train_tokens()`; a source below one window is a UserError."""
     lengths = [source.tokens("train") for source in data.sources]
-    shares = [share for _, share in data.mix]
-    return MixtureSampler(lengths, shares, block_size, batch_size, seed)
+    samplers = [Sampler(length, block_size, batch_size, seed) for length in lengths]
+    return MixtureSampler(samplers, [share for _, share in data.mix])
 
 
 @dataclass(frozen=True)
@@ -66,16 +63,13 @@ class DataLoader:
         sampler = training_sampler(data, config.data.block_size, config.batch_size, config.seed)
         self._starts = lru_cache(2)(lambda batch: world.local_rows(sampler.rows(batch)))
         self._thread = ThreadPoolExecutor(1, "dataloader")
-        """The only thread that reads."""
         self._prefetched: tuple[_MicroBatch, Future[Windows]] | None = None
 
     def micro_batches(self, step: int, batch: int, size: int) -> Iterator[Windows]:
         """Yield the micro-batches of a step, each of shape (size, block size + 1).
 
-        Args:
-            step: from 1; determines the sequence length.
-            batch: from 0; differs from `step - 1` after batches were skipped.
-            size: sequences in a micro-batch; divides this rank's part of a batch.
+        `step` (from 1) determines the sequence length. `batch` (from 0) differs from `step - 1`
+        after batches were skipped.
         """
         for first in range(0, self._rank_batch_size, size):
             yield self._get(_MicroBatch(step, batch, first, size))

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice, pairwise
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -29,9 +29,6 @@ _PROGRESS_DOCUMENTS = 1000
 WRITTEN = len(SPLITS)
 """Split id of a document that a finished shard already contains."""
 
-Document = bytes | memoryview
-"""UTF-8 text."""
-
 ResultT = TypeVar("ResultT")
 Task = Callable[[], Iterator[ResultT]]
 
@@ -49,11 +46,8 @@ def run_locally(tasks: Iterable[Task[ResultT]]) -> Generator[ResultT, None, None
         yield from task()
 
 
-def read_documents(partition: Partition, field: str) -> Iterator[Document]:
-    """Yield the documents of a partition that are counted and encoded.
-
-    Data filters belong here. With a filter, `count_documents` must not use the file's metadata.
-    """
+def read_documents(partition: Partition, field: str) -> Iterator[bytes | memoryview]:
+    """Yield the documents that are counted and encoded; data filters belong here."""
     return read_partition(partition, field)
 
 
@@ -64,26 +58,20 @@ def count_documents(
 
     Up to `limit` documents are read and checked, unless the metadata contains their number.
     """
-    recorded = [each.documents for each in partition if each.documents is not None]
-    if len(recorded) == len(partition):
-        yield sum(recorded), True
+    if all(each.documents is not None for each in partition):
+        yield sum(each.documents or 0 for each in partition), True
         return
     documents = islice(read_documents(partition, field), limit)
-    while (count := _skip(documents, _PROGRESS_DOCUMENTS)) == _PROGRESS_DOCUMENTS:
-        yield count, False
-    yield count, True
-
-
-def _skip(documents: Iterator[Document], count: int) -> int:
-    """Read up to `count` documents and return their number."""
-    return sum(1 for _ in islice(documents, count))
+    while group := list(map(len, islice(documents, _PROGRESS_DOCUMENTS))):
+        yield len(group), False
+    yield 0, True
 
 
 @dataclass(frozen=True)
 class TextChunk:
     """A document, or a part of a large one."""
 
-    text: Document
+    text: bytes | memoryview
     split_id: int
     ends_document: bool
 
@@ -108,7 +96,7 @@ def encode_partition(
     documents = read_documents(partition, field)
     first = int(np.argmax(split_ids != WRITTEN))
     for done in range(0, first, _PROGRESS_DOCUMENTS):
-        _skip(documents, min(_PROGRESS_DOCUMENTS, first - done))
+        deque(islice(documents, min(_PROGRESS_DOCUMENTS, first - done)), maxlen=0)
         yield []
     encoder = load_tokenizer(tokenizer)
     pending: deque[Future[list[EncodedChunk]]] = deque()
@@ -126,7 +114,7 @@ def encode_partition(
 
 
 def _chunks(
-    documents: Iterator[Document], split_ids: npt.NDArray[np.uint8], partition: Partition
+    documents: Iterator[bytes | memoryview], split_ids: npt.NDArray[np.uint8], partition: Partition
 ) -> Iterator[TextChunk]:
     for split_id in split_ids.tolist():
         document = next(documents, None)
@@ -137,12 +125,9 @@ def _chunks(
             )
         if split_id == WRITTEN:
             continue
-        parts = split_text(document)
-        part = next(parts)
-        for following in parts:
-            yield TextChunk(part, split_id, ends_document=False)
-            part = following
-        yield TextChunk(part, split_id, ends_document=True)
+        for part, following in pairwise(chain(split_text(document), [None])):
+            assert part is not None
+            yield TextChunk(part, split_id, ends_document=following is None)
 
 
 def _encode_batch(tokenizer: Tokenizer, batch: list[TextChunk]) -> list[EncodedChunk]:
@@ -151,11 +136,7 @@ def _encode_batch(tokenizer: Tokenizer, batch: list[TextChunk]) -> list[EncodedC
         try:
             tokens = tokenizer.encode(str(chunk.text, "utf-8"))
         except UnicodeDecodeError as error:
-            start = bytes(chunk.text[:40])
-            raise UserError(
-                f"a document is not valid UTF-8 ({error.reason}, after {start!r})",
-                hint="convert the source to UTF-8, or remove that document",
-            ) from None
+            raise UserError(f"a document is not UTF-8 text: {error}", hint="remove it") from None
         if chunk.ends_document:
             tokens = np.append(tokens, np.uint16(tokenizer.eot))
         results.append(EncodedChunk(tokens, chunk.split_id, len(chunk.text), chunk.ends_document))

@@ -71,7 +71,7 @@ class ShardRecord(_Record):
 
     @property
     def split(self) -> str:
-        """The split in the shard's name: "train" or "val"."""
+        """The name of the split: "train" or "val"."""
         return self.name.partition("-")[0]
 
 
@@ -127,13 +127,12 @@ class Manifest(PrepareSpec):
         return self.train if split == "train" else self.val
 
     def document(self) -> dict[str, object]:
-        """Return the JSON document: all fields and their hash."""
+        """Return the JSON document with its hash."""
         return {**self.model_dump(mode="json"), "sha256": self.sha256}
 
     def require_spec(self, spec: PrepareSpec, location: str) -> None:
         """Raise a UserError if this manifest, read from `location`, has another spec."""
-        found = PrepareSpec(**{name: getattr(self, name) for name in PrepareSpec.model_fields})
-        if differences := _differences(spec.model_dump(), found.model_dump()):
+        if differences := _differences(spec.model_dump(), self.model_dump()):
             raise UserError(
                 f"{location} contains other data: {'; '.join(differences[:3])}",
                 hint="choose another folder with --out, or delete this one",
@@ -166,14 +165,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a data folder; raise a UserError if it is missing or damaged."""
     path = folder / MANIFEST_FILE
-    try:
-        return parse_manifest(path.read_bytes(), str(path))
-    except (FileNotFoundError, NotADirectoryError):
-        raise no_data(str(folder)) from None
+    if not path.exists():
+        raise no_data(str(folder))
+    return parse_manifest(path.read_bytes(), str(path))
 
 
 def no_data(location: str) -> UserError:
-    """Return the error for a folder or URL without a manifest."""
+    """Return the error for a missing manifest."""
     return UserError(
         f"{location} contains no prepared data ({MANIFEST_FILE} is missing)",
         hint=f"prepare it: llmtrain prepare SOURCE --out {shlex.quote(location)}",
@@ -184,11 +182,9 @@ def parse_manifest(content: bytes, location: str) -> Manifest:
     """Parse the manifest at `location`; raise a UserError if it is damaged or of a newer format."""
     damaged = "restore it, or delete the folder and prepare it again"
     try:
-        document = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{location} is not JSON ({error})", hint=damaged) from None
-    if not isinstance(document, dict):
-        raise UserError(f"{location} is not a JSON object", hint=damaged)
+        document = dict(json.loads(content))
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{location} is not a JSON object", hint=damaged) from None
     if (found := document.get("format")) != FORMAT_VERSION:
         raise UserError(
             f"{location} has format {found!r}; this llmtrain reads format {FORMAT_VERSION}",
@@ -210,11 +206,10 @@ def _differences(wanted: dict[str, Any], found: dict[str, Any], prefix: str = ""
     """Return `key is X, not Y` for each leaf that differs between two nested records."""
     differences = []
     for key, value in wanted.items():
-        other, name = found[key], f"{prefix}{key}"
         if isinstance(value, dict):
-            differences += _differences(value, other, f"{name}.")
-        elif value != other:
-            short = isinstance(value, str | int | float) and isinstance(other, str | int | float)
-            difference = f"is {other!r}, not {value!r}" if short else "differ(s)"
-            differences.append(f"{name} {difference}")
+            differences += _differences(value, found[key], f"{prefix}{key}.")
+        elif value != found[key]:
+            is_list = isinstance(value, tuple)
+            difference = "differ" if is_list else f"is {found[key]!r}, not {value!r}"
+            differences.append(f"{prefix}{key} {difference}")
     return differences

@@ -39,36 +39,24 @@ class PrepareOptions:
     limit_documents: Annotated[int | None, Doc("Read only the first COUNT documents.")] = None
 
     def __post_init__(self) -> None:
-        _require(
-            0 <= self.val_fraction < 1,
-            f"val fraction {self.val_fraction} is outside 0 <= fraction < 1",
-            "0.0005 takes one document in 2,000; 0 takes none",
-        )
-        _require(0 <= self.seed < 2**32, f"seed {self.seed} is outside 0 to {2**32 - 1}")
-        _require(
-            1 <= self.shard_tokens <= MAX_SHARD_TOKENS,
-            f"{self.shard_tokens:,} tokens per shard is outside 1 to {MAX_SHARD_TOKENS:,}",
-        )
-        _require(
-            self.workers is None or self.workers >= 1, f"{self.workers} workers is less than 1"
-        )
-        _require(
-            self.limit_documents is None or self.limit_documents >= 1,
-            f"a limit of {self.limit_documents} documents is less than 1",
-        )
-        _require(self.engine in ("local", "ray"), f"unknown engine {self.engine!r}")
-        _require(
-            self.engine != "ray" or self.workers is None,
-            "--workers counts local threads, not those of a cluster",
-            "omit --workers with --engine ray",
-        )
-        _require(
-            self.engine == "ray" or self.ray_address is None,
-            "--ray-address needs --engine ray",
-            "add --engine ray, or omit the address",
-        )
-
-
-def _require(valid: bool, message: str, hint: str = "see llmtrain prepare --help") -> None:
-    if not valid:
-        raise UserError(message, hint=hint)
+        valid = {
+            f"val fraction {self.val_fraction} is outside 0 <= fraction < 1": (
+                0 <= self.val_fraction < 1
+            ),
+            f"seed {self.seed} is outside 0 to {2**32 - 1}": 0 <= self.seed < 2**32,
+            f"{self.shard_tokens:,} tokens per shard is outside 1 to {MAX_SHARD_TOKENS:,}": (
+                1 <= self.shard_tokens <= MAX_SHARD_TOKENS
+            ),
+            f"{self.workers} workers is less than 1": self.workers is None or self.workers >= 1,
+            f"a limit of {self.limit_documents} documents is less than 1": (
+                self.limit_documents is None or self.limit_documents >= 1
+            ),
+            f"unknown engine {self.engine!r}": self.engine in ("local", "ray"),
+            "--workers counts local threads: omit it with --engine ray": (
+                self.engine != "ray" or self.workers is None
+            ),
+            "--ray-address needs --engine ray": self.engine == "ray" or self.ray_address is None,
+        }
+        for message, is_valid in valid.items():
+            if not is_valid:
+                raise UserError(message, hint="see llmtrain prepare --help")

@@ -27,11 +27,7 @@ _TASKS_PER_CPU = 2
 
 @contextmanager
 def connect_ray(address: str | None) -> Iterator[Engine]:
-    """Connect to the cluster at `address` or RAY_ADDRESS; without either, start a local one.
-
-    Raises:
-        UserError: Ray is not installed, or the cluster does not respond.
-    """
+    """Connect to the cluster at `address` or RAY_ADDRESS; without either, start a local one."""
     try:
         import ray
     except ImportError:
@@ -50,10 +46,9 @@ def connect_ray(address: str | None) -> Iterator[Engine]:
             logging_level=logging.ERROR,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         failure = f"cannot be reached at {address}" if address else "cannot be started here"
         raise UserError(
-            f"a Ray cluster {failure} ({reason})",
+            f"a Ray cluster {failure}: {error}",
             hint="start one (ray start --head), or omit --ray-address to start one here",
         ) from error
     signal.signal(signal.SIGTERM, handler)  # Ray installs its own handler

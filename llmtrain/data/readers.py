@@ -3,8 +3,6 @@
 Files are divided into partitions that can be read independently, on any machine.
 
 Why own readers: errors name the file and line, and one column is read in bounded memory.
-
-    for partition in partitions_of(["web.jsonl"]): texts = list(read_partition(partition, "text"))
 """
 
 import io
@@ -12,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +29,8 @@ T = TypeVar("T")
 
 KINDS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
+_FIELD_HINT = "name the field that contains the text: --text-field NAME"
+_TEXT_HINT = "convert it to UTF-8 (iconv -f latin1 -t utf-8) or leave the file out"
 _PARQUET_ROWS = 64
 _READ_BYTES = 1 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -40,9 +40,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class FileRange:
     """Bytes `start` to `end` of JSON lines, row groups of parquet, else a whole file.
 
-    Attributes:
-        bytes: size in the file.
-        documents: number of documents, if the file's metadata contains it.
+    `documents` is None if the file's metadata does not contain their number.
     """
 
     path: str
@@ -110,7 +108,17 @@ def _open_input(path: str) -> AbstractContextManager[Any]:
     return open_url(path) if is_url(path) else Path(local_path(path)).open("rb")
 
 
-# --- text and JSON lines -----------------------------------------------------------------------
+def text_of(row: Any, field: str, location: Callable[[], str]) -> str:
+    """Return the text in `field` of a document; raise a UserError if there is none."""
+    if not isinstance(row, dict):
+        raise UserError(f"{location()} is not a JSON object", hint=f'write {{"{field}": "…"}}')
+    if field not in row:
+        found = ", ".join(map(str, row)) or "none"
+        raise UserError(f"{location()} has no field {field!r}; it has: {found}", hint=_FIELD_HINT)
+    if not isinstance(row[field], str):
+        found = json.dumps(row[field], default=str)[:40]
+        raise UserError(f"{location()}: field {field!r} is {found}, not text", hint=_FIELD_HINT)
+    return str(row[field])
 
 
 def _read_text(file_range: FileRange, field: str) -> Iterator[bytes]:
@@ -118,11 +126,12 @@ def _read_text(file_range: FileRange, field: str) -> Iterator[bytes]:
     with _open_input(path) as file:
         content = file.read().removeprefix(_BYTE_ORDER_MARK)
     if b"\0" in content:
-        raise _not_text(f"{path} is not a text file (zero byte at {content.index(0):,})")
+        zero = f"zero byte at {content.index(0):,}"
+        raise UserError(f"{path} is not a text file ({zero})", hint=_TEXT_HINT)
     try:
         content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _not_text(f"{path} is not UTF-8 text (byte {error.start:,})") from None
+        raise UserError(f"{path} is not UTF-8 text: {error}", hint=_TEXT_HINT) from None
     yield content
 
 
@@ -131,7 +140,7 @@ def _read_json_lines(file_range: FileRange, field: str) -> Iterator[bytes]:
         is_first = number == 1 and not file_range.start
         content = line.removeprefix(_BYTE_ORDER_MARK) if is_first else line
         if content.strip():
-            yield _text_of_line(content, partial(_location, file_range, number), field)
+            yield _text_of_line(content, field, partial(_location, file_range, number))
 
 
 def _lines(file_range: FileRange) -> Iterator[bytes]:
@@ -162,88 +171,54 @@ def _location(file_range: FileRange, number: int) -> str:
     return f"{file_range.path}, line {number + (file_range.start > 0)}"
 
 
-def _text_of_line(line: bytes, location: Callable[[], str], field: str) -> bytes:
+def _text_of_line(line: bytes, field: str, location: Callable[[], str]) -> bytes:
     try:
         row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise _not_text(f"{location()} is not UTF-8 text") from None
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{location()} is not valid JSON: {error}",
-            hint="each line must be one JSON object; fix or remove it",
+            hint="each line must be one JSON object in UTF-8; fix or remove it",
         ) from None
-    if not isinstance(row, dict):
-        kind = _json_type(row)
-        raise UserError(
-            f"{location()} is a JSON {kind}, not an object", hint=f'write {{"{field}": "…"}}'
-        )
-    if field not in row:
-        raise missing_field(location(), field, list(row))
-    text = row[field]
-    if not isinstance(text, str):
-        raise not_a_string(location(), field, _json_type(text))
-    return well_formed(text).encode()
-
-
-def _json_type(value: Any) -> str:
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
-
-
-# --- parquet and Arrow -------------------------------------------------------------------------
+    return well_formed(text_of(row, field, location)).encode()
 
 
 def _parquet_ranges(path: str, file: Any) -> list[FileRange]:
     """Group consecutive row groups into ranges of about `PARTITION_BYTES`."""
     with pq.ParquetFile(file) as parquet:
-        row_groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
-    ranges = [
-        FileRange(path, each.total_byte_size, i, i + 1, each.num_rows)
-        for i, each in enumerate(row_groups)
-    ]
+        row_groups = [(i, parquet.metadata.row_group(i)) for i in range(parquet.num_row_groups)]
     return [
-        replace(
-            group[0],
-            bytes=sum(each.bytes for each in group),
-            end=group[-1].end,
-            documents=sum(each.documents or 0 for each in group),
+        FileRange(
+            path,
+            bytes=sum(row_group.total_byte_size for _, row_group in group),
+            start=group[0][0],
+            end=group[-1][0] + 1,
+            documents=sum(row_group.num_rows for _, row_group in group),
         )
-        for group in group_by_size(ranges, lambda each: each.bytes, PARTITION_BYTES)
+        for group in group_by_size(
+            row_groups, lambda each: each[1].total_byte_size, PARTITION_BYTES
+        )
     ]
 
 
 def _read_parquet(file_range: FileRange, field: str) -> Iterator[bytes]:
     path, start = file_range.path, file_range.start
     with _open_input(path) as file, pq.ParquetFile(file) as parquet:
-        names = parquet.schema_arrow.names
-        if field not in names:
-            raise missing_field(path, field, names)
-        kind = parquet.schema_arrow.field(field).type
-        if pa.types.is_dictionary(kind):
-            kind = kind.value_type
-        string_types = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-        if not any(is_type(kind) for is_type in string_types):
-            raise not_a_string(path, field, str(kind))
+        text_of(dict.fromkeys(parquet.schema_arrow.names, ""), field, lambda: path)
         row = sum(parquet.metadata.row_group(i).num_rows for i in range(start))
-        end = parquet.num_row_groups if file_range.end is None else file_range.end
-        batches = parquet.iter_batches(
-            batch_size=_PARQUET_ROWS, columns=[field], row_groups=list(range(start, end))
-        )
+        row_groups = range(start, file_range.end or parquet.num_row_groups)
+        batches = parquet.iter_batches(_PARQUET_ROWS, list(row_groups), columns=[field])
         for text in (text for rows in batches for text in rows.column(0).to_pylist()):
             row += 1
-            if text is None:
-                raise not_a_string(f"{path}, row {row:,}", field, "null")
-            yield text.encode()
+            yield text_of({field: text}, field, partial("{}, row {:,}".format, path, row)).encode()
 
 
 def _read_arrow(file_range: FileRange, field: str) -> Iterator[memoryview]:
     """Yield the documents of an Arrow stream, not memory-mapped: mapped pages count as memory."""
-    number = 0
     with _open_input(file_range.path) as file, pa.ipc.open_stream(file) as stream:
-        for text in (text for rows in stream for text in rows.column(field)):
-            number += 1
+        texts = (text for rows in stream for text in rows.column(field))
+        for number, text in enumerate(texts, start=1):
             if not text.is_valid:
-                raise not_a_string(f"document {number:,}", field, "null")
+                text_of({field: None}, field, partial("document {:,}".format, number))
             yield memoryview(text.as_buffer())
 
 
@@ -257,28 +232,6 @@ _READERS: dict[str, Callable[[FileRange, str], Iterator[bytes | memoryview]]] = 
 }
 
 
-# --- errors ------------------------------------------------------------------------------------
-
-_FIELD_HINT = "name the field that contains the text: --text-field NAME"
-
-
-def missing_field(location: str, field: str, present: list[str]) -> UserError:
-    """Return the error for a document without `field`."""
-    found = ", ".join(map(str, present)) or "none"
-    return UserError(f"{location} has no field {field!r}; it has: {found}", hint=_FIELD_HINT)
-
-
-def not_a_string(location: str, field: str, kind: str) -> UserError:
-    """Return the error for a field of another type than string."""
-    return UserError(f"{location}: field {field!r} is {kind}, not text", hint=_FIELD_HINT)
-
-
-def _not_text(message: str) -> UserError:
-    return UserError(
-        message, hint="convert it to UTF-8 (iconv -f latin1 -t utf-8) or leave the file out"
-    )
-
-
 @contextmanager
 def read_errors(path: str) -> Iterator[None]:
     """Convert a failure to open or parse a file to a UserError that names it."""
@@ -286,9 +239,7 @@ def read_errors(path: str) -> Iterator[None]:
         with url_errors(path) if is_url(path) else nullcontext():
             yield
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        number = error.errno if isinstance(error, OSError) else None
-        reason = os.strerror(number) if number else str(error)
-        hint = "check that it is complete and of the kind in its name"
-        if isinstance(error, PermissionError | FileNotFoundError):
-            hint = "keep it in place and readable until the last shard is written"
-        raise UserError(f"cannot read {path}: {reason}", hint=hint) from error
+        raise UserError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or error}",
+            hint="check that it is complete, readable, unchanged and of the kind in its name",
+        ) from error

@@ -14,14 +14,11 @@ With a mixture (`data.mix`), each further source has a share w of the rows. Row 
 first further source if floor((r + 1)·w) > floor(r·w), as that source's row floor(r·w). The other
 rows are renumbered and assigned to the next source by its share of the remainder, and finally to
 the main source.
-
-    starts = Sampler(n_tokens, block_size=1024, batch_size=384, seed=1337).rows(step)
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate
 from math import floor
 
 import numpy as np
@@ -41,14 +38,8 @@ _GOLDEN = 0x9E3779B97F4A7C15
 class Sampler:
     """The endless sequence of training windows over `n_tokens` tokens.
 
-    Attributes:
-        n_tokens: tokens of the split.
-        block_size: tokens that a window predicts; a window contains one more.
-        batch_size: windows (sequences) per step, over all ranks and micro-batches.
-        seed: any integer.
-
-    Raises:
-        UserError: the split is shorter than one window.
+    A window predicts `block_size` tokens. `batch_size` counts windows per step, over all ranks. A
+    split shorter than one window raises a UserError.
     """
 
     n_tokens: int
@@ -71,10 +62,7 @@ class Sampler:
         return max(1, (self.n_tokens - self.block_size) // self.block_size)
 
     def rows(self, step: int) -> npt.NDArray[np.int64]:
-        """Return the first token of each window of batch `step` (from 0), shape (batch_size,).
-
-        A batch may span two or more epochs.
-        """
+        """Return the first token of each window of batch `step` (from 0), shape (batch_size,)."""
         assert step >= 0
         return self.windows(step * self.batch_size, self.batch_size)
 
@@ -86,43 +74,25 @@ class Sampler:
         # Data shorter than two windows has fewer possible offsets than block_size.
         offsets = min(self.block_size, self.n_tokens - self.windows_per_epoch * self.block_size)
         window = _shuffle(row % in_epoch, in_epoch, epoch_key)
-        start: npt.NDArray[np.uint64] = _mix(epoch_key) % _U64(offsets) + window * _U64(
-            self.block_size
-        )
-        return start.astype(np.int64)
+        offset = _mix(epoch_key) % _U64(offsets)
+        return np.asarray(offset + window * _U64(self.block_size), dtype=np.int64)
 
 
+@dataclass(frozen=True)
 class MixtureSampler:
-    """A sampler over the concatenated tokens of several sources with fixed shares.
+    """A sampler over concatenated sources: the main one, then the ones with `shares`."""
 
-    Without further sources, its rows are those of `Sampler`.
-    """
-
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        shares: Sequence[Fraction],
-        block_size: int,
-        batch_size: int,
-        seed: int,
-    ) -> None:
-        """Take the tokens of each source, the main one first, and the share of each further one."""
-        self._batch_size = batch_size
-        self._shares = shares
-        self._samplers = [Sampler(length, block_size, batch_size, seed) for length in lengths]
-        self._offsets = [0, *accumulate(lengths)]
+    samplers: Sequence[Sampler]
+    shares: Sequence[Fraction]
 
     def rows(self, step: int) -> npt.NDArray[np.int64]:
         """Return the first token of each window of batch `step` (from 0), shape (batch_size,)."""
-        first = step * self._batch_size
-        ranges = divide_rows(first, first + self._batch_size, self._shares)
-        parts = zip(self._samplers, self._offsets[:-1], ranges, strict=True)
-        return np.concatenate(
-            [
-                sampler.windows(start, stop - start) + offset
-                for sampler, offset, (start, stop) in parts
-            ]
-        )
+        batch_size, parts, offset = self.samplers[0].batch_size, [], 0
+        ranges = divide_rows(step * batch_size, (step + 1) * batch_size, self.shares)
+        for sampler, (start, stop) in zip(self.samplers, ranges, strict=True):
+            parts.append(sampler.windows(start, stop - start) + offset)
+            offset += sampler.n_tokens
+        return np.concatenate(parts)
 
 
 def divide_rows(first: int, last: int, shares: Sequence[Fraction]) -> list[tuple[int, int]]:

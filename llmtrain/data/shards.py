@@ -6,6 +6,7 @@ truncated under a map kills the process instead of raising.
 
 import contextlib
 import os
+import struct
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable
@@ -29,15 +30,12 @@ MAX_SHARD_TOKENS = 2**31 - 1
 
 TOKEN = np.dtype("<u2")
 TOKEN_BYTES = TOKEN.itemsize
-_HEADER_INT = np.dtype("<i4")
 _DAMAGED = "check it with llmtrain verify; restore it or prepare the data again"
 
 
 def header(tokens: int) -> bytes:
     """Return a shard's header: 256 little-endian int32 values, zero after the first three."""
-    values = np.zeros(HEADER_BYTES // 4, dtype=_HEADER_INT)
-    values[:3] = MAGIC, VERSION, tokens
-    return values.tobytes()
+    return struct.pack("<3i", MAGIC, VERSION, tokens).ljust(HEADER_BYTES, b"\0")
 
 
 def shard_bytes(tokens: int) -> int:
@@ -54,10 +52,8 @@ def shard_problem(folder: Path, shard: ShardRecord) -> str | None:
     if size != expected:
         return f"{path} has {size:,} bytes instead of {expected:,} ({shard.tokens:,} tokens)"
     with path.open("rb") as file:
-        found = file.read(HEADER_BYTES)
-    if found != header(shard.tokens):
-        values = np.frombuffer(found, dtype=_HEADER_INT)[:3].tolist()
-        return f"{path} has the header {values} instead of {[MAGIC, VERSION, shard.tokens]}"
+        if file.read(HEADER_BYTES) != header(shard.tokens):
+            return f"{path} has another header than {[MAGIC, VERSION, shard.tokens]}"
     return None
 
 
@@ -68,15 +64,11 @@ def hash_problem(folder: Path, shard: ShardRecord) -> str | None:
     return f"{folder / shard.name} does not have the recorded SHA-256"
 
 
-# --- writing -----------------------------------------------------------------------------------
-
-
 @dataclass
 class ShardWriter:
     """Writer of one split's documents; a shard ends with the document that fills it.
 
     A shard is written under a temporary name, flushed to disk, renamed and passed to `on_shard`.
-    `finished` contains the shards written so far.
     """
 
     folder: Path
@@ -92,7 +84,7 @@ class ShardWriter:
     def add(self, tokens: npt.NDArray[np.uint16], text_bytes: int, *, ends_document: bool) -> None:
         """Append the tokens of a document, or of a part of it."""
         if self._file is None:
-            self._file = self._temporary.open("wb", buffering=1 << 20)
+            self._file = commit.temporary_path(self._path).open("wb", buffering=1 << 20)
             self._file.write(bytes(HEADER_BYTES))
         self._file.write(tokens.astype(TOKEN, copy=False).data)
         self._tokens += len(tokens)
@@ -119,15 +111,11 @@ class ShardWriter:
             with contextlib.suppress(OSError):  # flushing the buffer fails again on a full disk
                 self._file.close()
             self._file = None
-            self._temporary.unlink()
+            commit.temporary_path(self._path).unlink()
 
     @property
-    def _name(self) -> str:
-        return shard_name(self.split, len(self.finished))
-
-    @property
-    def _temporary(self) -> Path:
-        return self.folder / f"{commit.TEMPORARY_PREFIX}{self._name}"
+    def _path(self) -> Path:
+        return self.folder / shard_name(self.split, len(self.finished))
 
     def _finish_shard(self) -> None:
         assert self._file is not None
@@ -135,30 +123,26 @@ class ShardWriter:
         self._file.write(header(self._tokens))
         self._file.close()
         self._file = None
-        commit.fsync_path(self._temporary)
+        temporary = commit.temporary_path(self._path)
+        commit.fsync_path(temporary)
         record = ShardRecord(
-            name=self._name,
+            name=self._path.name,
             tokens=self._tokens,
             documents=self._documents,
             text_bytes=self._text_bytes,
-            sha256=integrity.sha256_of(self._temporary),
+            sha256=integrity.sha256_of(temporary),
         )
-        self._temporary.replace(self.folder / self._name)
+        temporary.replace(self._path)
         commit.fsync_path(self.folder)
         self.on_shard(record)
         self.finished.append(record)
         self._tokens = self._documents = self._text_bytes = 0
 
 
-# --- reading -----------------------------------------------------------------------------------
-
-
 class Tokens(Protocol):
-    """A random-access sequence of tokens, such as a `TokenReader`."""
+    """A random-access sequence of tokens."""
 
-    def __len__(self) -> int:
-        """Return the number of tokens."""
-
+    def __len__(self) -> int: ...
     def read(self, start: int, length: int) -> npt.NDArray[np.integer[Any]]:
         """Return tokens `start` to `start + length`."""
 
@@ -172,17 +156,23 @@ class TokenFile:
     offset: int
 
 
+def token_files(folder: Path, record: SplitRecord) -> tuple[TokenFile, ...]:
+    """Return the files of one split of a data folder."""
+    return tuple(TokenFile(folder / each.name, each.tokens, HEADER_BYTES) for each in record.shards)
+
+
 class TokenReader:
     """The tokens of one split as one array on disk. Thread-safe; keeps no tokens in memory."""
 
-    def __init__(self, token_files: tuple[TokenFile, ...], vocab_size: int = 1 << 16) -> None:
+    def __init__(self, files: tuple[TokenFile, ...], vocab_size: int = 1 << 16) -> None:
         """Open the files of one split, in order. Reading an id >= `vocab_size` is an error."""
-        self._files = token_files
+        self._files = files
         self._vocab_size = vocab_size
-        self._ends = list(accumulate(file.tokens for file in token_files))
+        self._ends = list(accumulate(file.tokens for file in files))
         self._descriptors: list[int] = []
-        self._close = weakref.finalize(self, _close_all, self._descriptors)
-        for file in token_files:
+        self.close = weakref.finalize(self, _close_all, self._descriptors)
+        """Close the files, as garbage collection does."""
+        for file in files:
             self._descriptors.append(os.open(file.path, os.O_RDONLY))
 
     def __len__(self) -> int:
@@ -192,7 +182,6 @@ class TokenReader:
         """Return tokens `start` to `start + length`, shape (length,), across shards.
 
         Raises:
-            IndexError: the range exceeds the split.
             UserError: a file was truncated after it was opened, or contains an invalid id.
         """
         if start < 0 or length < 0 or start + length > len(self):
@@ -223,15 +212,10 @@ class TokenReader:
             count = os.preadv(self._descriptors[index], [view], position)
             if count == 0:
                 raise UserError(
-                    f"{file.path} ends at byte {position:,}, before its last token",
-                    hint=_DAMAGED,
+                    f"{file.path} ends at byte {position:,}, before its last token", hint=_DAMAGED
                 )
             view = view[count:]
             position += count
-
-    def close(self) -> None:
-        """Close the files, as garbage collection does."""
-        self._close()
 
 
 def _close_all(descriptors: list[int]) -> None:

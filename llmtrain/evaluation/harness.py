@@ -141,22 +141,20 @@ def _evaluate(model: _Model, task: dict[str, Any], limit: int | None) -> list[Sc
             f"a perplexity of {model.folder} overflows", hint="its training diverged"
         ) from None
     assert results is not None  # only rank 0 gets results, and this is the only process
-    scores = list(_scores(results))
-    for score in scores:
-        if not math.isfinite(score.value):
-            raise RunFailed(
-                f"{score.metric} of {model.folder} in {score.task} is {score.value:g}",
-                hint="check the weights with llmtrain verify; if intact, training diverged",
-            )
-    return scores
+    return list(_scores(model.folder, results))
 
 
-def _scores(results: dict[str, Any]) -> Iterator[Score]:
+def _scores(folder: Path, results: dict[str, Any]) -> Iterator[Score]:
     for task, values in results["results"].items():
         for key, value in values.items():
             metric, comma, chosen = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, float | int):
                 continue
+            if not math.isfinite(value):
+                raise RunFailed(
+                    f"{metric} of {folder} in {task} is {value:g}",
+                    hint="check the weights with llmtrain verify; if intact, training diverged",
+                )
             stderr = values.get(f"{metric}_stderr,{chosen}")
             known = isinstance(stderr, float | int) and math.isfinite(stderr)
             yield Score(

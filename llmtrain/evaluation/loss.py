@@ -112,8 +112,7 @@ def evaluate(
     windows = validation_windows(n_tokens, block_size, stride)
     was_training = model.training
     model.eval()
-    losses: list[Tensor] = []
-    counts: list[int] = []
+    losses: list[tuple[Tensor, int]] = []
     n_bytes = 0
     try:
         with autocast(device, precision):  # around all batches: the weights are cast once
@@ -125,15 +124,14 @@ def evaluate(
                 loss = model(to_device(tokens, device), to_device(targets, device))
                 if mine < len(windows):
                     counted = targets[targets != IGNORE]
-                    losses.append(loss)  # read at the end, to avoid a GPU sync per batch
-                    counts.append(counted.size)
+                    losses.append((loss, counted.size))  # read at the end: no GPU sync per batch
                     n_bytes += int(token_bytes[counted].sum())
                 if on_progress is not None:
                     on_progress(min(first + world.size * batch, len(windows)), len(windows))
     finally:
         model.train(was_training)
-    total = math.fsum(loss.item() * count for loss, count in zip(losses, counts, strict=True))
-    nats, predicted, text = world.sums([total, sum(counts), n_bytes])
+    total = math.fsum(loss.item() * count for loss, count in losses)
+    nats, predicted, text = world.sums([total, sum(count for _, count in losses), n_bytes])
     return LossResult(nats / predicted, int(predicted), int(text), time.perf_counter() - started)
 
 

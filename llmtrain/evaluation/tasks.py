@@ -18,13 +18,7 @@ import yaml
 from llmtrain.checkpoints.resolve import Target
 from llmtrain.errors import UserError
 from llmtrain.evaluation.options import TaskDefinition, TaskOptions
-from llmtrain.evaluation.results import (
-    Progress,
-    TaskResult,
-    cached,
-    ignore,
-    weights_sha256,
-)
+from llmtrain.evaluation.results import Progress, TaskResult, cached, ignore, weights_sha256
 from llmtrain.storage.integrity import sha256_of
 
 if TYPE_CHECKING:

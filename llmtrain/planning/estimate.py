@@ -11,7 +11,7 @@ from llmtrain.planning import memory, sizes
 from llmtrain.planning.hardware import HardwareOptions, Parallel
 from llmtrain.planning.memory import Layout, Usage, micro_batches
 from llmtrain.planning.sizes import Architecture, DiskUsage
-from llmtrain.runtime.device import Datasheet, Precision, datasheet, resolve_precision
+from llmtrain.runtime.hardware import Datasheet, Precision, datasheet
 
 DEFAULT_MICRO_BATCH = 16
 """Upper limit of an `auto` micro-batch if the device's memory is unknown."""
@@ -279,6 +279,8 @@ def _precision(config: RunConfig, device: str) -> tuple[Precision, str | None]:
     if device != "cpu":
         return "bfloat16", None
     import torch  # only a CPU's precision depends on this machine
+
+    from llmtrain.runtime.device import resolve_precision
 
     precision = resolve_precision("auto", torch.device("cpu"))
     return precision, f"precision: auto means {precision} on this machine"

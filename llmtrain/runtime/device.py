@@ -2,11 +2,7 @@
 
 Why: a setting that the device does not support is an error or a warning, never a silent change.
 Utilization is reported only against a published peak.
-
-    device = resolve_device("auto"); precision = resolve_precision("auto", device)
 """
-
-from __future__ import annotations
 
 import ctypes
 import math
@@ -14,48 +10,18 @@ import os
 import platform
 import resource
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
 
 from llmtrain import __version__
 from llmtrain.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-    import torch
-
-Precision = Literal["float32", "bfloat16"]
-
-
-@dataclass(frozen=True)
-class Datasheet:
-    """Published figures of an NVIDIA device."""
-
-    flops: float
-    """Dense bfloat16 FLOP/s, without sparsity."""
-    memory: float | None
-    """Bytes (1 GB = 1e9); None if the name is sold with several sizes."""
-    link: float | None = None
-    """NVLink bytes/s in each direction, if it connects all devices of a machine."""
-
-
-_DATASHEETS = {
-    "H200": Datasheet(989e12, 141e9, 450e9),
-    "H100 PCIe": Datasheet(756e12, 80e9),
-    "H100 NVL": Datasheet(835e12, 94e9),
-    "H100": Datasheet(989e12, 80e9, 450e9),
-    "A100 40GB": Datasheet(312e12, 40e9),
-    "A100 80GB": Datasheet(312e12, 80e9),
-    "A100": Datasheet(312e12, None),
-    "L40S": Datasheet(362e12, 48e9),
-    "L4": Datasheet(121e12, 24e9),
-    "A10G": Datasheet(70e12, 24e9),
-}
+from llmtrain.runtime.hardware import DATASHEETS
+from llmtrain.runtime.hardware import Precision as Precision
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt, from malloc.h."""
@@ -65,8 +31,6 @@ _LARGE_BLOCK = 32 << 20
 
 def resolve_device(name: str) -> torch.device:
     """Return the device for `train.device` or `--device`; auto: CUDA, else MPS, else CPU."""
-    import torch
-
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -93,8 +57,6 @@ def resolve_device(name: str) -> torch.device:
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
     """Return the precision of matrix products; auto: bfloat16 if the hardware supports it."""
-    import torch
-
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
@@ -128,8 +90,6 @@ def resolve_compile(setting: bool | str, device: torch.device) -> tuple[bool, st
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
     """Return the autocast context for bfloat16, or an empty context."""
-    import torch
-
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device_type=device.type, dtype=torch.bfloat16)
@@ -137,8 +97,6 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 def to_device(array: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
     """Copy an array to the device; on CUDA asynchronously, from pinned memory."""
-    import torch
-
     on_host = torch.from_numpy(array)
     if device.type == "cuda":
         on_host = on_host.pin_memory()
@@ -170,29 +128,20 @@ def keep_freed_memory(device: torch.device) -> Iterator[None]:
 
 def peak_memory(device: torch.device) -> int:
     """Return the peak bytes of tensors on a GPU, or the peak resident bytes of this process."""
-    import torch
-
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage includes the parent process before exec
-        lines = status.read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    if peaks := _proc("self/status", "VmHWM"):  # getrusage includes the parent before exec
+        return int(peaks[0].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def available_memory(device: torch.device) -> float:
     """Return the available bytes of a GPU, or of the host and its cgroups; infinite if unknown."""
-    import torch
-
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     limits = [math.inf]
-    if (meminfo := Path("/proc/meminfo")).exists():
-        lines = meminfo.read_text().splitlines()
-        limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    limits += [int(value.split()[0]) * 1024 for value in _proc("meminfo", "MemAvailable")]
     for group in _cgroups():
         maximum, usage = group / "memory.max", group / "memory.stat"
         if maximum.exists() and maximum.read_text().strip() != "max":
@@ -203,30 +152,24 @@ def available_memory(device: torch.device) -> float:
 
 def _cgroups() -> list[Path]:
     """Return the folders of this process's cgroup (version 2) and its parents."""
-    own, root = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-    lines = own.read_text().splitlines() if own.exists() else []
-    name = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
-    return [root / str(group).lstrip("/") for group in (Path(name), *Path(name).parents)]
+    own = Path("/", *(name.lstrip(":/") for name in _proc("self/cgroup", "0")))
+    return [Path("/sys/fs/cgroup", group.relative_to("/")) for group in (own, *own.parents)]
 
 
-def available_cores() -> int:
-    """Return the CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _proc(file: str, key: str) -> list[str]:
+    """Return the values of the `key: value` lines in a file of /proc; none on other systems."""
+    path = Path("/proc") / file
+    pairs = (line.partition(":") for line in path.read_text().splitlines()) if path.exists() else ()
+    return [value.strip() for name, _, value in pairs if name.strip() == key]
 
 
 def device_name(device: torch.device) -> str:
     """Return the product name of a GPU, or the device type."""
-    import torch
-
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
     """Return the versions and the hardware that a run records."""
-    import torch
-
     cuda = {"cuda": torch.version.cuda} if torch.version.cuda and device.type == "cuda" else {}
     return {
         "llmtrain": __version__,
@@ -234,29 +177,11 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "torch": torch.__version__,
         **cuda,
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": next(iter(_proc("cpuinfo", "model name")), platform.processor()),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "device": device_name(device),
     }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def datasheet(name: str) -> Datasheet:
-    """Return the datasheet for a short name such as `h100` or `a100-80gb`, or raise UserError."""
-    sheets = {key.lower().replace(" ", "-"): sheet for key, sheet in _DATASHEETS.items()}
-    if name.lower() not in sheets:
-        raise UserError(
-            f"unknown device {name!r}",
-            hint=f"{', '.join(sheets)}; or cpu, or other, with --flops or --tokens-per-second",
-        )
-    return sheets[name.lower()]
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float | None:
@@ -264,4 +189,4 @@ def peak_flops(device: torch.device, precision: Precision) -> float | None:
     if device.type != "cuda" or precision != "bfloat16":
         return None
     name = device_name(device)
-    return next((sheet.flops for key, sheet in _DATASHEETS.items() if key in name), None)
+    return next((sheet.flops for key, sheet in DATASHEETS.items() if key in name), None)

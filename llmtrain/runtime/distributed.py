@@ -2,8 +2,6 @@
 
 Why: N processes must train like one. Decisions (stop, rewind, resume) are made on rank 0 and
 broadcast; logged numbers are reduced over all ranks. A single process needs no group.
-
-    with init_distributed(device, spread=False) as (world, device): loss = world.mean(loss)
 """
 
 import functools
@@ -21,11 +19,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import (  # public as torch.distributed.…, untyped there
-    HashStore,
-    PrefixStore,
-    Store,
-)
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store  # typed only there
 from torch.distributed.rendezvous import rendezvous
 
 from llmtrain.errors import RunFailed, UserError
@@ -79,16 +73,12 @@ class World:
         """Call `function` on rank 0; return or raise its outcome on all ranks."""
         if self.size == 1:
             return function()
-        outcome: list[T | Exception | None] = [None, None]
-        if self.is_rank_zero:
-            try:
-                outcome[0] = function()
-            except (UserError, RunFailed, OSError) as error:
-                outcome[1] = error
+        outcome = [*_attempt(function)] if self.is_rank_zero else [None, None]
         dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
-        if isinstance(outcome[1], Exception):
-            raise outcome[1]
-        return outcome[0]  # type: ignore[return-value]  # the value of `function`
+        value, failure = outcome
+        if isinstance(failure, Exception):
+            raise failure
+        return value  # type: ignore[return-value]  # the value of `function`
 
     def local_rank_zero_first(self, function: Callable[[], T]) -> T:
         """Call `function` on one rank of each machine, then on the others.
@@ -97,13 +87,8 @@ class World:
         """
         if self.size == 1:
             return function()
-        failure = None
-        if self.local_rank == 0:
-            try:
-                function()
-            except (UserError, RunFailed, OSError) as error:
-                failure = error
-        failures: list[Exception | None] = [None] * self.size
+        failure = _attempt(function)[1] if self.local_rank == 0 else None
+        failures = [failure] * self.size
         dist.all_gather_object(failures, failure)
         if first := next(filter(None, failures), None):
             raise first
@@ -121,12 +106,15 @@ class World:
         return _MaxExitCode() if self.size > 1 else lambda code: code
 
 
-class _MaxExitCode:
-    """The maximum of an exit code over all ranks, one call late.
+def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return function(), None
+    except (UserError, RunFailed, OSError) as error:
+        return None, error
 
-    Each call starts a reduction on the CPU and returns the result of the previous one, so training
-    does not wait for it.
-    """
+
+class _MaxExitCode:
+    """The maximum of an exit code over all ranks, one call late, so that training does not wait."""
 
     def __init__(self) -> None:
         self._code = torch.zeros((), dtype=torch.int64)
@@ -157,9 +145,7 @@ def init_distributed(device: torch.device, *, spread: bool) -> Iterator[tuple[Wo
                 dist.destroy_process_group()
         return
     launcher.stop_with_launcher()
-    rank, size, local_rank = (
-        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    )
+    rank, size, local_rank = (int(os.environ[name]) for name in launcher.RANK_VARIABLES)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     try:
         device = _own_device(device, local_rank, local_size, size)
@@ -210,11 +196,10 @@ def _own_device(device: torch.device, local_rank: int, local_size: int, size: in
 
 
 def _is_lost_connection(error: Exception) -> bool:
-    if not isinstance(error, RuntimeError) or isinstance(error, RunFailed):
-        return False
-    return isinstance(error, dist.DistError) or bool(
-        re.search(r"gloo|NCCL|[Cc]onnection", str(error))
-    )
+    if isinstance(error, dist.DistError):
+        return True
+    foreign = isinstance(error, RuntimeError) and not isinstance(error, RunFailed)
+    return foreign and re.search(r"gloo|NCCL|[Cc]onnection", str(error)) is not None
 
 
 @functools.cache

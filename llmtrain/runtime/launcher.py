@@ -2,13 +2,10 @@
 
 `launch` or torchrun starts the workers; both use torch's elastic launcher. Rank 0 prints the log.
 The first worker that fails on a machine prints its error.
+Only `launch` imports torch, because each command calls the others at its start.
 
 Why not only torchrun: `llmtrain pretrain --nproc 2` should return the run's exit code and print one
 error, not the launcher's report. Why not torch's `record`: it adds a traceback to that report.
-
-    code = launch(["pretrain", "--config", "configs/demo.yaml"], processes=2)
-
-Torch is imported only by `launch`, because the command line reads the environment at start.
 """
 
 import os
@@ -20,13 +17,13 @@ from pathlib import Path
 from threading import Thread
 
 from llmtrain.errors import RunFailed
-from llmtrain.runtime.device import available_cores
+from llmtrain.runtime.hardware import available_cores
 
 LAUNCHER = "LLMTRAIN_LAUNCHER"
 """Environment variable with the process number of our own launcher."""
 
-_WORKER_ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_FORWARDED_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGUSR1"
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_WORKER_VARIABLES = (*RANK_VARIABLES, "MASTER_ADDR", "MASTER_PORT")
 _SECONDS_TO_SAVE = 600
 """Time that stopped workers have before the launcher kills them."""
 _SECONDS_TO_REPORT = 20
@@ -35,7 +32,7 @@ _SECONDS_TO_REPORT = 20
 
 def is_worker() -> bool:
     """Return whether torchrun or another launcher with its variables started this process."""
-    return all(name in os.environ for name in _WORKER_ENVIRONMENT)
+    return all(name in os.environ for name in _WORKER_VARIABLES)
 
 
 def rank() -> int:
@@ -107,11 +104,7 @@ def _launcher_is_gone() -> bool:
 
 
 def launch(arguments: list[str], processes: int) -> int:
-    """Run `llmtrain ARGUMENTS` in several processes; return 0 or the code of the first failure.
-
-    Raises:
-        RunFailed: a process was killed.
-    """
+    """Run `llmtrain ARGUMENTS` in several processes; return 0 or the code of the first failure."""
     import logging
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -131,7 +124,7 @@ def launch(arguments: list[str], processes: int) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        signals_to_handle=_FORWARDED_SIGNALS,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGUSR1",
     )
     try:
         elastic_launch(config, sys.executable)("-m", "llmtrain", *arguments)

@@ -1,8 +1,6 @@
 """Sharded tensors (DTensor): access one rank's shard, gather full tensors, copy full tensors back.
 
 Why: averaging, copying and saving work on plain local tensors; only this module handles placement.
-
-    shard = to_local(parameter); weights = gather_on_rank_zero(parameters, {"wte": shard})
 """
 
 import functools

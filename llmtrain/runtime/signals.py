@@ -2,8 +2,6 @@
 
 Why: Slurm, spot machines and Ctrl-C all send one signal and expect a saved training checkpoint.
 The handler only sets a flag, which long work checks. A second signal stops the process at once.
-
-    with Interrupt(max_seconds=3600) as interrupt: ...; interrupt.check()
 """
 
 import contextlib

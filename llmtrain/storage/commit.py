@@ -3,15 +3,13 @@
 Why: a run must survive a kill between any two system calls. Anything with its final name is
 complete and durable. Temporary names start with `.tmp-`; the next command that writes there
 removes or resumes the unfinished work of a killed process.
-
-    with staged_folder(run.snapshot(1000)) as folder: save_weights(model, folder)
 """
 
 import contextlib
-import errno
 import fcntl
+import glob
 import os
-import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +23,6 @@ from llmtrain.storage.integrity import INTEGRITY_FILE, write_integrity
 TEMPORARY_PREFIX = ".tmp-"
 _REPLACED_PREFIX = f"{TEMPORARY_PREFIX}replaced-"
 _LOCK = ".lock"
-_LOCKS_UNAVAILABLE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESTALE)
-"""The file system does not support locks, or (NFS) the file was removed."""
 
 
 @contextlib.contextmanager
@@ -39,13 +35,8 @@ def staged_folder(
 ) -> Iterator[Path]:
     """Yield a temporary folder; at the end add its `integrity.json` and rename it to `target`.
 
-    If the block raises, the temporary folder is removed and `target` is unchanged.
-
-    Args:
-        target: final name.
-        replace: replace an existing `target` once the new folder is durable.
-        needed: bytes that will be written, for the message if the disk is full.
-        hashes: known SHA-256 by file name; may be filled until the block ends.
+    If the block raises, the temporary folder is removed and `target` is unchanged. `needed` is the
+    size in bytes. `hashes` are the known SHA-256 by file name, complete when the block ends.
     """
     if target.exists() and not replace:
         raise FileExistsError(f"{target} exists already")
@@ -70,10 +61,8 @@ def temporary_folder(
 ) -> Iterator[Path]:
     """Lock and yield the temporary folder next to `target`, to be renamed by `commit_folder`.
 
-    Args:
-        target: final name.
-        resumable: keep existing content, and keep the folder at the end unless it is empty.
-        wait: wait for another process that builds `target` instead of raising UserError.
+    If `resumable`, keep existing content, and keep the folder at the end unless it is empty. If
+    another process builds `target`, `wait` for it or raise UserError.
     """
     folder = temporary_path(target)
     # `remove_abandoned` deletes the folder of any lock that matches `.tmp-*.lock`.
@@ -135,38 +124,29 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Create or replace one file; a reader sees the old content or the new."""
     encoded = content.encode() if isinstance(content, str) else content
     # Two processes may write the same file: each has its own temporary name, the last one wins.
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.randbits(32)}-{path.name}")
     with disk_errors(path, needed=len(encoded)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned_files(path.parent, re.escape(path.name))
+        _remove_abandoned_files(path.parent, f"[0-9]*-{glob.escape(path.name)}")
         with _open_locked(temporary, wait=True, optional=True) as file:
-            file.truncate(0)  # a process with this number on another machine may have written it
             try:
                 file.write(encoded)
                 file.flush()
                 os.fsync(file.fileno())
                 temporary.replace(path)
                 fsync_path(path.parent)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
-                raise
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
-def _remove_abandoned_files(parent: Path, name: str = ".+") -> None:
-    """Delete temporary files of killed `write_atomically` calls for `name` (a pattern)."""
-    for path in parent.glob(f"{TEMPORARY_PREFIX}*"):
-        if _is_temporary_file(path, name):
-            # An error means that its writer lives, or that the file is not ours.
-            with contextlib.suppress(OSError), path.open("r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _still_named(file, path):
-                    path.unlink()
-
-
-def _is_temporary_file(path: Path, name: str = ".+") -> bool:
-    match = re.fullmatch(rf"{re.escape(TEMPORARY_PREFIX)}\d+-{name}", path.name)
-    return match is not None and path.suffix != _LOCK and path.is_file()
+def _remove_abandoned_files(parent: Path, pattern: str) -> None:
+    """Delete the temporary files that match a glob pattern and that no process has locked."""
+    for path in parent.glob(f"{TEMPORARY_PREFIX}{pattern}"):
+        # An error means that its writer lives, or that it is a folder or not ours.
+        with contextlib.suppress(OSError), path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _still_named(file, path):
+                path.unlink()
 
 
 def remove_folder(folder: Path) -> None:
@@ -183,20 +163,15 @@ def remove_leftovers(parent: Path) -> None:
     A folder whose replacement was not committed gets its name back.
     """
     remove_abandoned(parent)
-    _remove_abandoned_files(parent)
-    locks = parent.glob(f"{TEMPORARY_PREFIX}*{_LOCK}")
-    live = {lock.name.removesuffix(_LOCK) for lock in locks}
+    _remove_abandoned_files(parent, "*")
+    live = {lock.stem for lock in parent.glob(f"{TEMPORARY_PREFIX}*{_LOCK}")}
     for path in parent.glob(f"{_REPLACED_PREFIX}*"):
         target = parent / path.name.removeprefix(_REPLACED_PREFIX)
         if not target.exists():
             path.rename(target)
     for path in parent.glob(f"{TEMPORARY_PREFIX}*"):
-        if path.name.removesuffix(_LOCK) in live or _is_temporary_file(path):
-            continue
-        if path.is_dir():
+        if path.is_dir() and path.name not in live:
             shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)  # its writer may have renamed it
 
 
 def remove_abandoned(parent: Path) -> None:
@@ -204,7 +179,7 @@ def remove_abandoned(parent: Path) -> None:
     for lock in parent.glob(f"{TEMPORARY_PREFIX}*{_LOCK}"):
         # An error means that its process lives, or that the lock is not ours.
         with contextlib.suppress(UserError, OSError), _locked(lock, lock):
-            shutil.rmtree(parent / lock.name.removesuffix(_LOCK), ignore_errors=True)
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -263,8 +238,8 @@ def _open_locked(path: Path, *, wait: bool, optional: bool = False) -> IO[bytes]
         file = path.open("a+b")
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if not optional or error.errno not in _LOCKS_UNAVAILABLE:
+        except OSError:
+            if not optional:
                 file.close()
                 raise
         if _still_named(file, path):

@@ -2,8 +2,6 @@
 
 Why one place: any writer can fail this way, from `mkdir` to the last byte, and each library raises
 its own exception (Python an `errno`, Rust a text).
-
-    with disk_errors(target, needed=model_bytes): save_file(tensors, target)
 """
 
 import contextlib
@@ -69,10 +67,10 @@ def concerns(target: Path, filename: str | None) -> bool:
     if filename is None:
         return False
     path, target = Path(filename).absolute(), target.absolute()
-    if path == target or path in target.parents or target in path.parents:
-        return True
-    below_parent = path.relative_to(target.parent).parts if target.parent in path.parents else ()
-    return bool(below_parent) and below_parent[0].startswith(".") and target.name in below_parent[0]
+    if target.parent not in path.parents:
+        return path in target.parents
+    name = path.parts[len(target.parent.parts)]
+    return name == target.name or (name.startswith(".") and target.name in name)
 
 
 def _errno(error: Exception) -> int | None:

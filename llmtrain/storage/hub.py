@@ -2,8 +2,6 @@
 
 Why: the client raises a dozen types of errors, including those of its HTTP library. For users there
 are three causes: a wrong name, a denied access, or a failed connection.
-
-    url = push(Path("exported"), "owner/name")
 """
 
 from collections.abc import Iterator
@@ -17,7 +15,6 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -26,7 +23,7 @@ from llmtrain.errors import RunFailed, UserError
 
 _TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 """Base class of HTTP errors; the HTTP library depends on the client's version."""
-_FORBIDDEN = (401, 403)
+_MISSING = (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)
 
 
 def push(folder: Path, repository: str) -> str:
@@ -57,38 +54,24 @@ def hub_errors(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except LocalTokenNotFoundError:
-        raise UserError(
-            f"{what} needs a token for the hub", hint="run hf auth login, or set HF_TOKEN"
-        ) from None
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise UserError(
-            f"the hub has no {what}: {_first_line(error)}",
+    except (_TRANSPORT_ERROR, EntryNotFoundError, HFValidationError, OSError) as error:
+        raise _failure(what, error) from None
+
+
+def _failure(what: str, error: Exception) -> UserError | RunFailed:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, _MISSING) and not isinstance(error, LocalEntryNotFoundError):
+        return UserError(
+            f"the hub has no {what}: {reason}",
             hint="check the name and the revision; private and gated ones need `hf auth login`",
-        ) from None
-    except LocalEntryNotFoundError as error:
-        raise _unreachable(what, error) from None
-    except EntryNotFoundError as error:
-        raise UserError(
-            f"{what} has no such file: {_first_line(error)}", hint="choose another revision"
-        ) from None
-    except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code in _FORBIDDEN:
-            raise UserError(
-                f"no permission for {what} on the hub: {_first_line(error)}",
-                hint="run hf auth login, or set HF_TOKEN, with a token that allows it",
-            ) from None
-        raise _unreachable(what, error) from None
-    except (_TRANSPORT_ERROR, OfflineModeIsEnabled, OSError) as error:
-        raise _unreachable(what, error) from None
-
-
-def _unreachable(what: str, error: Exception) -> RunFailed:
+        )
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, LocalTokenNotFoundError) or status in (401, 403):
+        return UserError(
+            f"no permission for {what} on the hub: {reason}",
+            hint="run hf auth login, or set HF_TOKEN, with a token that allows it",
+        )
     return RunFailed(
-        f"cannot reach the hub for {what}: {_first_line(error)}",
+        f"cannot reach the hub for {what}: {reason}",
         hint="check the network and HF_HUB_OFFLINE, then retry; finished downloads are kept",
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,8 +1,6 @@
 """SHA-256 hashes, and the record of sizes and hashes in each committed folder.
 
 Why: a disk, a copy or a person can change a complete file without a visible trace.
-
-    write_integrity(folder); ...; assert not integrity_problems(folder)
 """
 
 import hashlib

@@ -1,7 +1,4 @@
-"""JSON documents, and JSON Lines files such as a run's `metrics.jsonl`.
-
-losses = [event["loss"] for event in read_events(run.metrics) if "loss" in event]
-"""
+"""JSON documents, and JSON Lines files such as a run's `metrics.jsonl`."""
 
 import json
 from pathlib import Path
@@ -58,24 +55,19 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     """Return the events of a `metrics.jsonl`; raise UserError if a value has the wrong type."""
     events = read_json_lines(path)
     for number, event in enumerate(events, start=1):
-        for key, value in event.items():
-            nullable = key in _MEASUREMENTS or key.startswith("val/")
-            if (nullable or key in _COUNTS) and not _is_number(value, nullable=nullable):
-                raise _invalid_event(path, number, key, value)
-        step = event.get("step")
-        if type(step) is not int or not 0 <= step < 2**63:
-            raise _invalid_event(path, number, "step", step)
+        for key, value in {"step": None, **event}.items():
+            if not _is_valid(key, value):
+                raise UserError(
+                    f"{path}, line {number}: invalid training event: {key} is {value!r:.40}",
+                    hint="the file is damaged: restore it or delete the line",
+                )
     return events
 
 
-def _is_number(value: object, *, nullable: bool) -> bool:
-    if type(value) is int:
-        return abs(value) < 2**63
-    return type(value) is float or (nullable and value is None)
-
-
-def _invalid_event(path: Path, number: int, key: str, value: object) -> UserError:
-    return UserError(
-        f"{path}, line {number}: invalid training event: {key} is {value!r:.40}",
-        hint="the file is damaged: restore it or delete the line",
-    )
+def _is_valid(key: str, value: object) -> bool:
+    is_integer = type(value) is int and abs(value) < 2**63
+    if key == "step":
+        return is_integer and value >= 0  # type: ignore[operator]  # an integer
+    if key in _MEASUREMENTS or key.startswith("val/"):
+        return is_integer or value is None or type(value) is float
+    return key not in _COUNTS or is_integer or type(value) is float

@@ -1,8 +1,6 @@
-"""Paths of the files and folders in a run.
+"""Paths of the files and folders in a run."""
 
-run = newest_run(); run.snapshot(1000)
-"""
-
+import os
 import re
 from pathlib import Path
 
@@ -45,15 +43,11 @@ class RunFolder:
         self.environment = path / "environment.json"
         """Versions and device of the newest session."""
         self.snapshots = path / "snapshots"
-        """Weights by step."""
         self.states = path / "state"
         """Training checkpoints by step."""
         self.averages = path / "averages"
-        """Averages by label and step."""
         self.evals = path / "evals"
-        """Evaluation results."""
         self.report = path / "report"
-        """Tables and plots."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RunFolder) and self.path == other.path
@@ -98,8 +92,5 @@ def newest_run(parent: Path = Path("runs")) -> RunFolder:
             hint="train one (llmtrain pretrain --config FILE) or name its folder",
         )
 
-    def changed(run: RunFolder) -> float:
-        file = run.metrics if run.metrics.exists() else run.config
-        return file.stat().st_mtime
-
-    return max(runs, key=changed)
+    changed = [run.metrics if run.metrics.exists() else run.config for run in runs]
+    return RunFolder(max(changed, key=os.path.getmtime).parent)

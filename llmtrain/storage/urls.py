@@ -1,9 +1,4 @@
-"""Files behind URLs (`s3://`, `gs://`, `hf://`, `memory://`, …) through fsspec.
-
-`file://` means a local path.
-
-    with open_url("s3://bucket/web.jsonl") as file: ...
-"""
+"""Files behind URLs (`s3://`, `gs://`, `hf://`, …) through fsspec; `file://` means a local path."""
 
 import hashlib
 import io
@@ -91,23 +86,15 @@ def list_files(url: str) -> list[RemoteFile]:
     """Return the files that a file, folder or glob URL matches, sorted, without hidden files."""
     system, path = file_system(url)
     with url_errors(url):
-        listed = (
-            system.glob(path, detail=True) if has_magic(path) else system.find(path, detail=True)
-        )
-        infos = {each: info for each, info in sorted(listed.items()) if info["type"] == "file"}
-        base = posixpath.commonpath([posixpath.dirname(each) for each in infos]) if infos else ""
-        found = [
-            RemoteFile(
-                system.unstrip_protocol(each),
-                posixpath.relpath(each, base or "."),
-                info["size"],
-                hashlib.sha256(repr(sorted(info.items(), key=str)).encode()).hexdigest(),
-            )
-            for each, info in infos.items()
-        ]
-    found = [
-        file for file in found if not any(part.startswith(".") for part in file.name.split("/"))
-    ]
+        listed = (system.glob if has_magic(path) else system.find)(path, detail=True)
+    infos = {each: info for each, info in sorted(listed.items()) if info["type"] == "file"}
+    base = posixpath.commonpath([posixpath.dirname(each) for each in infos]) if infos else ""
+    found = []
+    for each, info in infos.items():
+        name = posixpath.relpath(each, base or ".")
+        version = hashlib.sha256(repr(sorted(info.items(), key=str)).encode()).hexdigest()
+        if not any(part.startswith(".") for part in name.split("/")):
+            found.append(RemoteFile(system.unstrip_protocol(each), name, info["size"], version))
     if not found:
         raise UserError(
             f"{url}: no such file or folder", hint="name a file, a folder or a glob in quotes"

@@ -127,7 +127,7 @@ def test_invalid_counts_are_rejected(text: str) -> None:
 def test_help_does_not_import_heavy_packages() -> None:
     code = (
         "import sys; from llmtrain.cli import prepare, verify; "
-        "heavy = {'torch', 'numpy', 'datasets', 'tiktoken', 'pyarrow', 'pydantic'}; "
+        "heavy = {'torch', 'numpy', 'datasets', 'fsspec', 'tiktoken', 'pyarrow', 'pydantic'}; "
         "print(heavy & set(sys.modules))"
     )
     result = subprocess.run(

@@ -44,7 +44,7 @@ class Reference:
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS)
 def test_each_step_returns_its_own_batch(
     tiny: Build, world: World, steps: list[tuple[int, int, int, int]]

@@ -180,7 +180,7 @@ def test_a_dataset_without_parquet_is_read(run: Run, tmp_path: Path) -> None:
         ("hub:who/lines:fr", "'fr' not found. Available: ['default']", "hub:NAME:CONFIG"),
         (
             "hub:who/absent",
-            "the dataset 'who/absent' does not exist on the hub, or is private",
+            "the dataset who/absent cannot be read from the hub (RepositoryNotFoundError",
             "check the name",
         ),
         ("hub:who/script", "Dataset scripts are no longer supported", "download its data files"),

@@ -281,6 +281,7 @@ def test_invalid_options_are_reported(
         prepare("absent", tmp_path / "out", **options)
 
 
+@pytest.mark.slow
 def test_ray_is_not_imported_at_start() -> None:
     code = "import sys, llmtrain.data.prepare; print('ray' in sys.modules)"
     result = subprocess.run(

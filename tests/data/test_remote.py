@@ -3,7 +3,6 @@
 import gzip
 import json
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,7 +115,7 @@ def test_file_urls_are_paths(corpus: Path, tmp_path: Path) -> None:
         ("gs://bucket/a.jsonl", "install gcsfs", "pip install gcsfs"),
         ("nowhere://a.jsonl", "Protocol not known: nowhere", "s3://"),
         ("memory://bucket/none", "no such file or folder", "name a file"),
-        ("memory://bucket/web/readme.md", "contains no file of a known kind", "name a file"),
+        ("memory://bucket/web/readme.md", "found no file of a known kind", "name a file"),
     ],
 )
 def test_missing_inputs_are_reported(
@@ -258,7 +257,7 @@ def test_a_full_cache_disk_is_reported(
     monkeypatch.setattr(urls, "fsync_path", full)
     with pytest.raises(RunFailed, match="No space left on device") as caught:
         local_folder("memory://bucket/out")
-    assert "LLMTRAIN_CACHE" in caught.value.hint
+    assert "free space there" in caught.value.hint
 
 
 @pytest.mark.slow
@@ -288,11 +287,3 @@ def test_the_command_reads_and_writes_urls(corpus: Path, tmp_path: Path, llmtrai
     assert data_problems(tmp_path / "bucket" / "out") == []
     missing = llmtrain("prepare", "s3://bucket/web", "--out", "x", cwd=tmp_path)
     assert missing.returncode == 2 and "hint: pip install s3fs" in missing.stderr
-
-
-def test_fsspec_is_not_imported_at_start() -> None:
-    code = "import sys, llmtrain.cli.prepare; print('fsspec' in sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout == "False\n"

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from preparations import ARGUMENTS, COMMAND, OPTIONS, contents, identity, prepare, recorded
 
-from llmtrain.data.journal import JOURNAL_FILE
+from llmtrain.data.staging import JOURNAL_FILE
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def interrupted(killed: Path, tmp_path: Path) -> Path:
 
 def kill_at(folder: Path, source: Path, moment: str) -> None:
     """Run the command after the Python code `moment`, which makes it kill itself."""
-    program = "import os, signal\nfrom llmtrain.data import journal, staging\n"
+    program = "import os, signal\nfrom llmtrain.data import staging\n"
     program += f"from llmtrain.storage import commit\n{moment}\n"
     program += "from llmtrain.cli.main import main\nmain()"
     command = [sys.executable, "-c", program, "prepare", str(source), "--out", "out", *ARGUMENTS]
@@ -46,23 +46,23 @@ def kill_at(folder: Path, source: Path, moment: str) -> None:
 
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 APPENDED = f"""
-real, lines = journal.Journal._append, []
+real, lines = staging.Journal._append, []
 def append(self, entry):
     real(self, entry)
     lines.append(entry)
     if len(lines) == {{line}} - 1:
         {KILL}
-journal.Journal._append = append"""
+staging.Journal._append = append"""
 BEFORE_LINE = f"""
-real, lines = journal.Journal._append, []
+real, lines = staging.Journal._append, []
 def append(self, entry):
     lines.append(entry)
     if len(lines) == 12:
         {KILL}
     real(self, entry)
-journal.Journal._append = append"""
+staging.Journal._append = append"""
 WITHIN_LINE = f"""
-real, lines = journal._line, []
+real, lines = staging._line, []
 def line(entry):
     lines.append(entry)
     if len(lines) == 12:
@@ -70,7 +70,7 @@ def line(entry):
             file.write(real(entry)[:70])
         {KILL}
     return real(entry)
-journal._line = line"""
+staging._line = line"""
 BEFORE_MANIFEST = f"staging.write_manifest = lambda *_: {KILL}"
 BEFORE_RENAME = f"""
 real = commit.fsync_path
@@ -240,7 +240,12 @@ def test_a_damaged_journal_is_used_up_to_the_damage(
 
 @pytest.mark.parametrize(
     "options",
-    [{"seed": 5}, {"val_fraction": 0.1}, {"shard_tokens": 30_000}, {"limit_documents": 2000}],
+    [
+        {"seed": 5},
+        pytest.param({"val_fraction": 0.1}, marks=pytest.mark.slow),
+        pytest.param({"shard_tokens": 30_000}, marks=pytest.mark.slow),
+        pytest.param({"limit_documents": 2000}, marks=pytest.mark.slow),
+    ],
 )
 def test_other_options_start_over(
     undisturbed: tuple[Path, Path], interrupted: Path, options: dict[str, object]

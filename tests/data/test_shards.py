@@ -72,7 +72,6 @@ def test_an_opened_folder_has_its_tokens(folder: Path) -> None:
     data = open_data(folder)
     assert (data.tokenizer, data.vocab_size, data.eot) == ("byte", 257, 256)
     assert (data.tokens("train"), data.tokens("val")) == (50, 0)
-    assert (data.text_bytes("train"), data.text_bytes("val")) == (44, 0)
     assert not data.tokenizer_assumed
     assert len(data.reader("val")) == 0
 
@@ -151,14 +150,14 @@ def test_intact_data_has_no_problems(folder: Path) -> None:
             lambda p: p.write_bytes(p.read_bytes()[:-2]),
             r"has 1,056 bytes instead of 1,058 \(17 tokens\)|bytes instead of",
         ),
-        (lambda p: p.write_bytes(b"\0" + p.read_bytes()[1:]), "has the header"),
+        (lambda p: p.write_bytes(b"\0" + p.read_bytes()[1:]), "has another header than"),
         (
             lambda p: p.write_bytes(p.read_bytes()[:8] + b"\x63\0\0\0" + p.read_bytes()[12:]),
-            r"has the header .* instead of",
+            "has another header than",
         ),
         (
             lambda p: p.write_bytes(p.read_bytes()[:1000] + b"\x01" + p.read_bytes()[1001:]),
-            "has the header",
+            "has another header than",
         ),
     ],
 )
@@ -282,7 +281,7 @@ def test_a_nanogpt_folder_can_be_opened(tmp_path: Path) -> None:
     data = open_data(tmp_path)
     assert data.tokenizer_assumed
     assert (data.tokenizer, data.vocab_size, data.eot) == ("gpt2", 50257, 50256)
-    assert (data.tokens("train"), data.tokens("val"), data.text_bytes("train")) == (1000, 10, None)
+    assert (data.tokens("train"), data.tokens("val")) == (1000, 10)
     assert data.reader("train").read(990, 10).tolist() == list(range(990, 1000))
     tokens[::-1].tofile(tmp_path / "train.bin")
     assert open_data(tmp_path).sha256 != data.sha256

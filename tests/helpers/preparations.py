@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.data import prepare as library
-from llmtrain.data.journal import JOURNAL_FILE
 from llmtrain.data.manifest import Manifest
 from llmtrain.data.options import PrepareOptions
+from llmtrain.data.staging import JOURNAL_FILE
 
 OPTIONS = {"tokenizer": "byte", "val_fraction": 0.3, "shard_tokens": 20_000}
 ARGUMENTS = ("--tokenizer", "byte", "--val-fraction", "0.3", "--shard-tokens", "20k")

@@ -17,14 +17,7 @@ from markupsafe import Markup
 
 from llmtrain import __version__
 from llmtrain.errors import UserError
-from llmtrain.evaluation.report.charts import (
-    Drawing,
-    brief,
-    draw,
-    duration,
-    inline_svg,
-    run_charts,
-)
+from llmtrain.evaluation.report.charts import Drawing, brief, draw, duration, inline_svg, run_charts
 from llmtrain.evaluation.report.records import RunRecord, Saving, gains, read_records, savings
 from llmtrain.model.tokenizer import well_formed
 from llmtrain.storage.commit import write_atomically
@@ -98,12 +91,8 @@ def render_page(
         differing=[(key, values) for key, values in settings if len({*values}) > 1],
         environment=_settings([record.environment for record in records]),
         points={
-            drawing.chart.name: {
-                "frame": drawing.frame,
-                "x_label": drawing.chart.x_label,
-                "lines": drawing.points,
-            }
-            for drawing in drawings
+            d.chart.name: {"frame": d.frame, "x_label": d.chart.x_label, "lines": d.points}
+            for d in drawings
         },
         version=__version__,
     )
