@@ -26,7 +26,6 @@ def export(
         typer.Option(
             metavar="OWNER/NAME",
             help="Also upload the folder to this repository on the hub; a new one is private.",
-            show_default=False,
         ),
     ] = None,
     tokenizer: Annotated[

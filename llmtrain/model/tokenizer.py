@@ -119,10 +119,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def tokenizer_for_eot(eot: int, source: object) -> Tokenizer:
-    """Return the tokenizer with this end-of-text id, which is unique; else raise a UserError.
-
-    `source` is the weights folder, for the message.
-    """
+    """Return the tokenizer with this end-of-text id; an error names the weights folder `source`."""
     for tokenizer in map(load_tokenizer, TOKENIZERS):
         if tokenizer.eot == eot:
             return tokenizer
@@ -274,10 +271,7 @@ def has_same_ids(folder: Path, tokenizer: Tokenizer) -> bool:
 
 @cache
 def fast_tokenizer(tokenizer: Tokenizer) -> "PreTrainedTokenizerFast":
-    """Return the tokenizer for transformers, which must be installed.
-
-    `<|endoftext|>` in a text is ordinary text, as in `Tokenizer.encode`.
-    """
+    """Return the tokenizer for transformers; `<|endoftext|>` in a text is ordinary text."""
     from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast
 

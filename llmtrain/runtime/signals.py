@@ -31,11 +31,7 @@ class Interrupt:
     """Context that records the first signal; the second one has its default effect.
 
     If another rank received the signal first, this one handles its own even after the context.
-
-    Args:
-        max_seconds: time limit, treated like a signal.
-        quiet: print nothing when a signal arrives.
-        agree: maps this rank's exit code to the one of all ranks (0: continue).
+    `agree` maps this rank's exit code to the one of all ranks (0: continue).
     """
 
     def __init__(
