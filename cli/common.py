@@ -29,7 +29,12 @@ _PIPE_INTERVAL = 10.0
 
 
 class _Console(Console):
-    """Console that exits with the code of a closed pipe."""
+    """Console that is wide in a pipe, and exits with the code of a closed one."""
+
+    def __init__(self, *, stderr: bool) -> None:
+        super().__init__(stderr=stderr, highlight=False)
+        if not self.is_terminal:
+            self.width, self.soft_wrap = _PIPE_WIDTH, True
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -37,15 +42,9 @@ class _Console(Console):
         raise SystemExit(128 + signal.SIGPIPE)
 
 
-def _console(*, stderr: bool) -> Console:
-    terminal = Console(stderr=stderr).is_terminal
-    width = None if terminal else _PIPE_WIDTH
-    return _Console(stderr=stderr, width=width, highlight=False, soft_wrap=not terminal)
-
-
-console = _console(stderr=False)
+console = _Console(stderr=False)
 """Standard output: results."""
-err_console = _console(stderr=True)
+err_console = _Console(stderr=True)
 """Standard error: progress, warnings and errors."""
 
 WeightsArgument = Annotated[

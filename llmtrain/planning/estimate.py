@@ -24,10 +24,7 @@ MFU = 0.4
 DEVICES_PER_MACHINE = 8
 """GPUs that NVLink connects; the network connects more."""
 NETWORK = 50e9
-"""Bytes/s of a GPU in each direction: NDR InfiniBand, 400 Gb/s, one card per GPU.
-
-Conservative: rings over all cards of a machine can come near eight times this.
-"""
+"""Bytes/s of a GPU in each direction: one 400 Gb/s card. Rings over eight cards can be faster."""
 DISK = 2e9
 """Assumed bytes/s of the disk, reading and writing together."""
 
@@ -126,7 +123,6 @@ def estimate(config: RunConfig, options: HardwareOptions) -> CostEstimate:
     model = Architecture(config.model, config.data.block_size)
     machine = _resolve_machine(config, options, model.flops_per_token())
     config = config.with_micro_batch(machine.micro_batch)
-    flops = _flops(config, model)
     communication = _communication(config, model, machine)
     usages = memory.device_memory(config, machine.layout)
     top = memory.peak(usages)
@@ -135,13 +131,13 @@ def estimate(config: RunConfig, options: HardwareOptions) -> CostEstimate:
         parameters=model.parameters,
         parameters_without_embeddings=model.without_embeddings,
         flops_per_token=model.flops_per_token(),
-        flops=flops,
+        flops=_flops(config, model),
         tokens=tokens_until(config.train.max_steps, config),
         steps=config.train.max_steps,
         micro_batches=micro_batches(config, machine.layout),
         machine=machine,
         memory=Memory(top, usages, fits, memory.host_memory(config, machine.layout)),
-        time=_time(config, machine, flops, model.flops_per_token(), communication),
+        time=_time(config, model, machine, communication),
         communication=communication,
         storage=sizes.disk_usage(config),
         averaging=_averaging(config),
@@ -149,19 +145,15 @@ def estimate(config: RunConfig, options: HardwareOptions) -> CostEstimate:
 
 
 def _time(
-    config: RunConfig,
-    machine: Machine,
-    flops: int,
-    flops_per_token: int,
-    communication: Communication | None,
+    config: RunConfig, model: Architecture, machine: Machine, communication: Communication | None
 ) -> Time:
     if not machine.flops:
         return Time()
     devices = machine.layout.devices
     speed = machine.flops * devices
-    rate = speed / flops_per_token
+    rate = speed / model.flops_per_token()
     step = config.tokens_per_step / rate
-    hours = flops / speed / 3600
+    hours = _flops(config, model) / speed / 3600
     exposed = communication.exposed_seconds if communication else 0.0
     hours_exposed = None if exposed is None else hours * (1 + exposed / step)
     return Time(rate, step, hours, hours_exposed, hours * devices)

@@ -88,10 +88,7 @@ def device_memory(config: RunConfig, layout: Layout) -> list[Usage]:
 
 
 def host_memory(config: RunConfig, layout: Layout) -> int:
-    """Return the host bytes of a GPU's process: offloaded averages and copies being saved.
-
-    The copies are a training checkpoint and, on the first process, the weights it writes.
-    """
+    """Return the host bytes of a GPU's process: offloaded averages and copies being saved."""
     run = _Run(config, layout)
     offloaded = sum(bytes_held(each) for each in config.averages if each.offload)
     return offloaded * run.share + run.resident.total + run.written

@@ -35,10 +35,8 @@ from llmtrain.model.chunk_sizes import (
     sequences_per_chunk,
 )
 
-FLOAT = 4
-"""Bytes of a float32."""
-DOUBLE = 8
-"""Bytes of a float64."""
+FLOAT, DOUBLE = 4, 8
+"""Bytes of a float32 and a float64."""
 
 
 class Architecture:

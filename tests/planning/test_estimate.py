@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from places import REPOSITORY
 
 from llmtrain.cli.common import format_number
 from llmtrain.config.loading import load_config
@@ -23,7 +24,6 @@ from llmtrain.planning.sizes import Architecture
 
 Build = Callable[..., RunConfig]
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
-REPOSITORY = Path(__file__).parents[2]
 SMALL = REPOSITORY / "configs" / "gpt2-small.yaml"
 
 
@@ -54,10 +54,8 @@ def test_float32_has_no_published_peak() -> None:
 
 
 def test_ddp_communicates_once_per_step_and_fsdp_for_every_micro_batch() -> None:
-    ddp, fsdp = (
-        small(HardwareOptions(devices=8)),
-        small(HardwareOptions(devices=8, parallel="fsdp")),
-    )
+    ddp = small(HardwareOptions(devices=8))
+    fsdp = small(HardwareOptions(devices=8, parallel="fsdp"))
     assert ddp.communication is not None
     assert fsdp.communication is not None
     numbers = ddp.parameters * 7 / 8
