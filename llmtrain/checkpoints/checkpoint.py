@@ -138,10 +138,8 @@ def open_checkpoint(path: Path, *, step: int, location: str | None = None) -> Ch
         if candidate.matches(path):
             opener: Callable[[Path, int, str], Checkpoint] = resolve_name(candidate.opener)
             return opener(path, step, location or str(path))
-    raise UserError(
-        f"{path} contains no weights",
-        hint="expected model.safetensors or pytorch_model.bin, whole or in shards with an index",
-    )
+    hint = "expected model.safetensors or pytorch_model.bin, whole or in shards with an index"
+    raise UserError(f"{path} contains no weights", hint=hint)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -195,10 +193,8 @@ def reject_outside_link(path: Path) -> None:
     blobs = folder.parent.parent / "blobs"  # <repo>/snapshots/<commit>/file -> <repo>/blobs/<hash>
     in_cache = folder.parent.name == "snapshots" and real.parent == blobs
     if folder not in real.parents and not in_cache:
-        raise UserError(
-            f"{path} is a link to a file outside its folder",
-            hint="do not trust this folder, or replace the link by the file",
-        )
+        hint = "do not trust this folder, or replace the link by the file"
+        raise UserError(f"{path} is a link to a file outside its folder", hint=hint)
 
 
 def check_shard(path: Path, found: set[str], indexed: set[str] | None) -> None:

@@ -142,10 +142,8 @@ def shape_of(config: Mapping[str, Any], path: Path) -> Shape:
     for key, supported in _REQUIRED_SETTINGS.items():
         value = config.get(key, None if key == "model_type" else supported[0])
         if value not in supported:
-            raise UserError(
-                f"{path}: {key} {value!r} is not supported",
-                hint=f"name a GPT-2 whose {key} is {' or '.join(map(repr, supported))}",
-            )
+            hint = f"name a GPT-2 whose {key} is {' or '.join(map(repr, supported))}"
+            raise UserError(f"{path}: {key} {value!r} is not supported", hint=hint)
     own = config.get("llmtrain", {})
     try:
         sizes: dict[str, Any] = {key: config.get(key) for key in SIZES}
@@ -209,7 +207,5 @@ def _check_sizes(folder: Path, shape: Shape, weights: Mapping[str, Tensor]) -> N
     found = [len(layers), *tables]
     expected = [shape.model.n_layer, [shape.model.vocab_size, width], [shape.block_size, width]]
     if found != expected:
-        raise UserError(
-            f"{folder}: layers, wte and wpe are {found}, config.json says {expected}",
-            hint="use the config.json and model.safetensors of one model",
-        )
+        message = f"{folder}: layers, wte and wpe are {found}, config.json says {expected}"
+        raise UserError(message, hint="use the config.json and model.safetensors of one model")

@@ -89,10 +89,8 @@ class _Revision:
             found = {name: files[name] for name in sorted(files) if re.fullmatch(parts, name)}
             if len(found) > 1:
                 return found
-        raise UserError(
-            f"{self._name} contains no weights",
-            hint=f"expected {WEIGHTS_FILE} or {TORCH_WEIGHTS_FILE}, or shards with an index",
-        )
+        hint = f"expected {WEIGHTS_FILE} or {TORCH_WEIGHTS_FILE}, or shards with an index"
+        raise UserError(f"{self._name} contains no weights", hint=hint)
 
     @property
     def hashes(self) -> Mapping[str, str]:

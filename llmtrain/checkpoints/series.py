@@ -126,10 +126,8 @@ def by_step(found: Iterable[tuple[int, Name]]) -> dict[int, Name]:
     names: dict[int, Name] = {}
     for step, name in sorted((step, name) for step, name in found if step > 0):
         if step in names:
-            raise UserError(
-                f"{names[step]} and {name} both have step {step:,}",
-                hint="keep one of them in the folder, or give a narrower --revision-pattern",
-            )
+            hint = "keep one of them in the folder, or give a narrower --revision-pattern"
+            raise UserError(f"{names[step]} and {name} both have step {step:,}", hint=hint)
         names[step] = name
     return names
 

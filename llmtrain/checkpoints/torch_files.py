@@ -122,10 +122,8 @@ def _load(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many types for damaged or hostile files
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"cannot read {path} as tensors: {reason}",
-            hint="re-save the weights as safetensors: only `weights_only` files are read",
-        ) from None
+        hint = "re-save the weights as safetensors: only `weights_only` files are read"
+        raise UserError(f"cannot read {path} as tensors: {reason}", hint=hint) from None
 
 
 def _reject_compressed(path: Path) -> None:
@@ -155,10 +153,8 @@ def _state_dict(path: Path, document: Any) -> dict[str, Tensor]:
             )
         tensors[name] = tensor.detach()
     if not tensors:
-        raise UserError(
-            f"{path} contains no weights",
-            hint="expected a state dict, or one under the key 'model'",
-        )
+        hint = "expected a state dict, or one under the key 'model'"
+        raise UserError(f"{path} contains no weights", hint=hint)
     return tensors
 
 

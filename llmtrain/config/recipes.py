@@ -30,10 +30,8 @@ def read_recipe(name: str) -> str:
     """Return the text of the recipe `name`, or raise a UserError."""
     recipes = list_recipes()
     if name not in recipes:
-        raise UserError(
-            f"unknown recipe {name!r}{did_you_mean(name, recipes)}",
-            hint=f"choose one of {', '.join(recipes)}",
-        )
+        hint = f"choose one of {', '.join(recipes)}"
+        raise UserError(f"unknown recipe {name!r}{did_you_mean(name, recipes)}", hint=hint)
     return recipes[name].read_text(encoding="utf-8")
 
 

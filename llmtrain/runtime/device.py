@@ -34,17 +34,13 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(
-            f"{name!r} is not a device",
-            hint="set train.device or --device to auto, cpu, cuda, cuda:N or mps",
-        ) from None
+        hint = "set train.device or --device to auto, cpu, cuda, cuda:N or mps"
+        raise UserError(f"{name!r} is not a device", hint=hint) from None
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.mps.device_count()}
     count = counts.get(device.type, 0)
     if (device.index or 0) >= count:
-        raise UserError(
-            f"device {name!r}: this machine has {count} of type {device.type}",
-            hint="use auto (train.device, --device)",
-        )
+        message = f"device {name!r}: this machine has {count} of type {device.type}"
+        raise UserError(message, hint="use auto (train.device, --device)")
     return device
 
 
@@ -58,10 +54,8 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
         )
     if name == "bfloat16":
         if device.type != "cpu" and not native:
-            raise UserError(
-                f"train.precision bfloat16: {device_name(device)} does not support it",
-                hint="use precision: auto or float32",
-            )
+            message = f"train.precision bfloat16: {device_name(device)} does not support it"
+            raise UserError(message, hint="use precision: auto or float32")
         return "bfloat16"
     return "bfloat16" if name == "auto" and native else "float32"
 
@@ -69,10 +63,8 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
 def resolve_compile(setting: bool | str, device: torch.device) -> tuple[bool, str | None]:
     """Return whether to call torch.compile, and a warning if it is requested but not available."""
     if setting == "cuda-graphs" and device.type != "cuda":
-        raise UserError(
-            f"train.compile cuda-graphs: {device_name(device)} does not support it",
-            hint="use compile: auto, true or false",
-        )
+        message = f"train.compile cuda-graphs: {device_name(device)} does not support it"
+        raise UserError(message, hint="use compile: auto, true or false")
     requested = device.type == "cuda" if setting == "auto" else bool(setting)
     if requested and device.type == "cpu" and not (shutil.which("c++") or shutil.which("g++")):
         return False, "train.compile needs a C++ compiler on CPU, none found: training uncompiled"

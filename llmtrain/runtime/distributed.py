@@ -170,10 +170,8 @@ def _backend(device: torch.device) -> str:
 
 def _own_device(device: torch.device, local_rank: int, local_size: int, size: int) -> torch.device:
     if size > 1 and (device.index is not None or device.type == "mps"):
-        raise UserError(
-            f"train.device {device} cannot be shared by {size} processes",
-            hint="use --set train.device=cuda for one GPU per process, or --set train.device=cpu",
-        )
+        hint = "use --set train.device=cuda for one GPU per process, or --set train.device=cpu"
+        raise UserError(f"train.device {device} cannot be shared by {size} processes", hint=hint)
     if device.type != "cuda":
         return device
     if local_size > torch.cuda.device_count():

@@ -209,10 +209,8 @@ def _locked(lock: Path, what: Path, *, keep: bool = False, wait: bool = False) -
         file = _open_locked(lock, wait=wait)
     except BlockingIOError:
         holder = lock.read_text().strip() if lock.exists() else ""
-        raise UserError(
-            f"{what} is in use by another llmtrain process (pid {holder or 'unknown'})",
-            hint="wait for it, stop it, or choose another folder",
-        ) from None
+        message = f"{what} is in use by another llmtrain process (pid {holder or 'unknown'})"
+        raise UserError(message, hint="wait for it, stop it, or choose another folder") from None
     with file:
         try:
             with disk_errors(what):

@@ -47,17 +47,11 @@ def hub_errors(what: str) -> Iterator[None]:
     except (_TRANSPORT_ERROR, EntryNotFoundError, HFValidationError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if isinstance(error, _MISSING) and not isinstance(error, LocalEntryNotFoundError):
-            raise UserError(
-                f"the hub has no {what}: {reason}",
-                hint="check the name and the revision; private and gated ones need `hf auth login`",
-            ) from None
+            hint = "check the name and the revision; private and gated ones need `hf auth login`"
+            raise UserError(f"the hub has no {what}: {reason}", hint=hint) from None
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, LocalTokenNotFoundError) or status in (401, 403):
-            raise UserError(
-                f"no permission for {what} on the hub: {reason}",
-                hint="run hf auth login, or set HF_TOKEN, with a token that allows it",
-            ) from None
-        raise RunFailed(
-            f"cannot reach the hub for {what}: {reason}",
-            hint="check the network and HF_HUB_OFFLINE, then retry; finished downloads are kept",
-        ) from None
+            hint = "run hf auth login, or set HF_TOKEN, with a token that allows it"
+            raise UserError(f"no permission for {what} on the hub: {reason}", hint=hint) from None
+        hint = "check the network and HF_HUB_OFFLINE, then retry; finished downloads are kept"
+        raise RunFailed(f"cannot reach the hub for {what}: {reason}", hint=hint) from None

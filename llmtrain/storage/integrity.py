@@ -58,10 +58,8 @@ def read_integrity(folder: Path) -> dict[str, dict[str, int | str]]:
             for name, entry in files.items()
         }
     except FileNotFoundError:
-        raise UserError(
-            f"cannot verify {folder}: {INTEGRITY_FILE} is missing",
-            hint="llmtrain did not write this folder, or the copy is incomplete",
-        ) from None
+        hint = "llmtrain did not write this folder, or the copy is incomplete"
+        raise UserError(f"cannot verify {folder}: {INTEGRITY_FILE} is missing", hint=hint) from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise UserError(
             f"cannot read {path}: {e}", hint="the folder is damaged: restore it or delete it"

@@ -54,10 +54,8 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     for number, event in enumerate(events, start=1):
         for key, value in {"step": None, **event}.items():
             if not _is_valid(key, value):
-                raise UserError(
-                    f"{path}, line {number}: invalid training event: {key} is {value!r:.40}",
-                    hint="the file is damaged: restore it or delete the line",
-                )
+                message = f"{path}, line {number}: invalid training event: {key} is {value!r:.40}"
+                raise UserError(message, hint="the file is damaged: restore it or delete the line")
     return events
 
 

@@ -73,10 +73,8 @@ def is_run(path: Path) -> bool:
 def require_run(path: Path) -> RunFolder:
     """Return the run in `path`, or raise UserError."""
     if not is_run(path):
-        raise UserError(
-            f"{path} is not a run: config.yaml is missing",
-            hint="name a folder that llmtrain pretrain wrote, such as runs/NAME",
-        )
+        hint = "name a folder that llmtrain pretrain wrote, such as runs/NAME"
+        raise UserError(f"{path} is not a run: config.yaml is missing", hint=hint)
     return RunFolder(path)
 
 
@@ -84,9 +82,7 @@ def newest_run(parent: Path = Path("runs")) -> RunFolder:
     """Return the run in `parent` whose metrics changed last, or raise UserError."""
     runs = [RunFolder(path) for path in parent.iterdir() if is_run(path)] if parent.is_dir() else []
     if not runs:
-        raise UserError(
-            f"no run in {parent}/",
-            hint="train one (llmtrain pretrain --config FILE) or name its folder",
-        )
+        hint = "train one (llmtrain pretrain --config FILE) or name its folder"
+        raise UserError(f"no run in {parent}/", hint=hint)
     changed = [run.metrics if run.metrics.exists() else run.config for run in runs]
     return RunFolder(max(changed, key=os.path.getmtime).parent)

@@ -39,10 +39,8 @@ def file_system(url: str) -> tuple[Any, str]:
         package = known_implementations[scheme]["class"].partition(".")[0]
         raise UserError(f"cannot open {url}: {error}", hint=f"pip install {package}") from None
     except ValueError as error:
-        raise UserError(
-            f"cannot open {url}: {error}",
-            hint="use s3://, gs://, hf:// or file://; fsspec's documentation lists others",
-        ) from None
+        hint = "use s3://, gs://, hf:// or file://; fsspec's documentation lists others"
+        raise UserError(f"cannot open {url}: {error}", hint=hint) from None
     return system, path
 
 
