@@ -178,14 +178,16 @@ def refuse_duplicates(
         for name, digest in names.items():
             holders[digest].setdefault(step, name)
     final_step, final_files = final or (0, {})
+    final_names = {digest: name for name, digest in final_files.items()}
     found = []
     for digest, by_step in holders.items():
         steps, name = sorted(by_step), next(iter(by_step.values()))
         if len(steps) > 1:
             found.append(f"{name} is the same at steps {describe_steps(steps)}")
         early = [step for step in steps if step != final_step]
-        if early and digest in final_files.values():
-            found.append(f"{name} at {describe_steps(early)} is a file of the finished model")
+        if early and digest in final_names:
+            same = f"{final_names[digest]} of the finished model"
+            found.append(f"{name} at {describe_steps(early)} is {same}")
     _refuse(found)
 
 
