@@ -71,7 +71,7 @@ def _as_json(written: "Report") -> dict[str, object]:
     return {
         "page": str(written.page),
         "plot": str(written.plot),
-        "best": [asdict(saving) for saving in written.savings],
+        "best": list(map(asdict, written.savings)),
         "interventions": {key: sum(each[key] for each in counts) for key in counts[0]},
     }
 

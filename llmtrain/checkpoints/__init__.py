@@ -15,12 +15,7 @@ May import model, config, runtime, storage and errors. Files, from the lowest:
 
 To add a checkpoint format:
 
-1. Write one file with a function `(path, step, location) -> Checkpoint`. It reads only headers, and
-   gives the checkpoint a `Reader`. Name the tensors as the Hugging Face model does.
-2. Add one entry to `FORMATS` in `checkpoint.py`: the file name and suffixes that identify the
-   format, and the function. `average`, `inspect` and `init_from` then accept the format.
-3. Add one test to `tests/checkpoints/`.
-
-A format's module is imported only when a file matches, because importing torch takes longer than
-averaging small safetensors files.
+1. Write a file with a function `(path, step, location) -> Checkpoint`, which reads only headers.
+   Name the tensors as the Hugging Face model does.
+2. Add an entry to `FORMATS` in `checkpoint.py`, and a test to `tests/checkpoints/`.
 """

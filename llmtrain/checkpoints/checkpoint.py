@@ -44,11 +44,8 @@ class Origin:
     """Position in a training run, stored in `training.json`."""
 
     step: int
-    """Optimizer steps taken."""
     tokens: int
-    """Tokens trained on so far."""
     lr: float
-    """Learning rate of the last step."""
     run: str
 
 
@@ -89,13 +86,11 @@ class Checkpoint:
     location: str
     """Path or repository@commit, for messages and the provenance."""
     folder: Path
-    """Folder of the companion files."""
     layout: Mapping[str, Mapping[str, TensorSpec]]
     """Tensors in stored order, by the safetensors file that contains, or would contain, them."""
     files: tuple[Path, ...]
     reader: Callable[[], Reader] = field(repr=False)
     residual: "Checkpoint | None" = None
-    """Numbers to add to these."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     disposable: bool = False
     """Downloaded to a temporary folder, to be deleted after use."""
@@ -143,10 +138,8 @@ def open_checkpoint(path: Path, *, step: int, location: str | None = None) -> Ch
         if candidate.matches(path):
             opener: Callable[[Path, int, str], Checkpoint] = resolve_name(candidate.opener)
             return opener(path, step, location or str(path))
-    raise UserError(
-        f"{path} contains no weights",
-        hint="expected model.safetensors or pytorch_model.bin, whole or in shards with an index",
-    )
+    hint = "expected model.safetensors or pytorch_model.bin, whole or in shards with an index"
+    raise UserError(f"{path} contains no weights", hint=hint)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -200,10 +193,8 @@ def reject_outside_link(path: Path) -> None:
     blobs = folder.parent.parent / "blobs"  # <repo>/snapshots/<commit>/file -> <repo>/blobs/<hash>
     in_cache = folder.parent.name == "snapshots" and real.parent == blobs
     if folder not in real.parents and not in_cache:
-        raise UserError(
-            f"{path} is a link to a file outside its folder",
-            hint="do not trust this folder, or replace the link by the file",
-        )
+        hint = "do not trust this folder, or replace the link by the file"
+        raise UserError(f"{path} is a link to a file outside its folder", hint=hint)
 
 
 def check_shard(path: Path, found: set[str], indexed: set[str] | None) -> None:

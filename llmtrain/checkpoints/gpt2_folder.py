@@ -85,15 +85,12 @@ def hugging_face_config(shape: Shape) -> dict[str, Any]:
         "n_layer": model.n_layer,
         "n_head": model.n_head,
         "activation_function": "gelu_new",
-        "resid_pdrop": model.dropout,
-        "embd_pdrop": model.dropout,
-        "attn_pdrop": model.dropout,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), model.dropout),
         "layer_norm_epsilon": 1e-5,
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": model.scale_attn_by_inverse_layer_idx,
         "tie_word_embeddings": True,
-        "bos_token_id": shape.eot,
-        "eos_token_id": shape.eot,
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), shape.eot),
         "dtype": "float32",
         "llmtrain": {"bias": model.bias},
     }
@@ -145,10 +142,8 @@ def shape_of(config: Mapping[str, Any], path: Path) -> Shape:
     for key, supported in _REQUIRED_SETTINGS.items():
         value = config.get(key, None if key == "model_type" else supported[0])
         if value not in supported:
-            raise UserError(
-                f"{path}: {key} {value!r} is not supported",
-                hint=f"name a GPT-2 whose {key} is {' or '.join(map(repr, supported))}",
-            )
+            hint = f"name a GPT-2 whose {key} is {' or '.join(map(repr, supported))}"
+            raise UserError(f"{path}: {key} {value!r} is not supported", hint=hint)
     own = config.get("llmtrain", {})
     try:
         sizes: dict[str, Any] = {key: config.get(key) for key in SIZES}
@@ -161,11 +156,9 @@ def shape_of(config: Mapping[str, Any], path: Path) -> Shape:
         block_size = DataConfig(path="", block_size=positions).block_size
     except ValidationError as error:
         wrong = error.errors()[0]
-        raise UserError(
-            f"{path} is not a valid GPT-2 config: "
-            f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}",
-            hint="restore the file",
-        ) from error
+        problem = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+        message = f"{path} is not a valid GPT-2 config: {problem}"
+        raise UserError(message, hint="restore the file") from error
     # Public models have several end-of-text tokens or none; the logits do not depend on it.
     eot = config.get("eos_token_id")
     return Shape(model, block_size, eot if isinstance(eot, int) else model.vocab_size - 1)
@@ -178,10 +171,8 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
         try:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"cannot read {path}: {error}",
-                hint="run `llmtrain verify PATH` to find damaged files",
-            ) from None
+            hint = "run `llmtrain verify PATH` to find damaged files"
+            raise UserError(f"cannot read {path}: {error}", hint=hint) from None
         for name, tensor in tensors.items():
             full = f"transformer.{name.removeprefix('transformer.')}"
             weights[full] = transpose_conv1d(name, tensor).contiguous()
@@ -216,7 +207,5 @@ def _check_sizes(folder: Path, shape: Shape, weights: Mapping[str, Tensor]) -> N
     found = [len(layers), *tables]
     expected = [shape.model.n_layer, [shape.model.vocab_size, width], [shape.block_size, width]]
     if found != expected:
-        raise UserError(
-            f"{folder}: layers, wte and wpe are {found}, config.json says {expected}",
-            hint="use the config.json and model.safetensors of one model",
-        )
+        message = f"{folder}: layers, wte and wpe are {found}, config.json says {expected}"
+        raise UserError(message, hint="use the config.json and model.safetensors of one model")

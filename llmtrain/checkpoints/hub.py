@@ -1,8 +1,4 @@
-"""Checkpoints that are revisions of a repository on the Hugging Face hub, such as Pythia's.
-
-Why metadata first: the hub returns commit, files and SHA-256 of a revision without a download. A
-window is pinned and checked for duplicates first; then only its files are downloaded.
-"""
+"""Checkpoints that are revisions of a repository on the Hugging Face hub, such as Pythia's."""
 
 import re
 from collections.abc import Mapping
@@ -53,10 +49,8 @@ def hub_series(
     downloads = averages / f"{TEMPORARY_PREFIX}downloads" if discard else None
 
     def revision_input(step: int, name: str) -> Input:
-        revision = _Revision(repository, name, downloads)
-        return Input(
-            step, f"{repository}@{name}", lambda: revision.open(step), lambda: revision.hashes
-        )
+        revision, location = _Revision(repository, name, downloads), f"{repository}@{name}"
+        return Input(step, location, lambda: revision.open(step), lambda: revision.hashes)
 
     inputs = {step: revision_input(step, name) for step, name in revisions.items()}
     final = revision_input(max(revisions), "main") if "main" in names else None
@@ -80,9 +74,8 @@ class _Revision:
     @cached_property
     def _info(self) -> ModelInfo:
         with hub_errors(self._name):
-            return HfApi().model_info(
-                self._repository, revision=self._revision, files_metadata=True
-            )
+            api, name = HfApi(), self._repository
+            return api.model_info(name, revision=self._revision, files_metadata=True)
 
     @cached_property
     def _files(self) -> dict[str, BlobLfsInfo | None]:
@@ -96,10 +89,8 @@ class _Revision:
             found = {name: files[name] for name in sorted(files) if re.fullmatch(parts, name)}
             if len(found) > 1:
                 return found
-        raise UserError(
-            f"{self._name} contains no weights",
-            hint=f"expected {WEIGHTS_FILE} or {TORCH_WEIGHTS_FILE}, or shards with an index",
-        )
+        hint = f"expected {WEIGHTS_FILE} or {TORCH_WEIGHTS_FILE}, or shards with an index"
+        raise UserError(f"{self._name} contains no weights", hint=hint)
 
     @property
     def hashes(self) -> Mapping[str, str]:

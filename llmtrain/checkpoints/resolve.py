@@ -49,10 +49,8 @@ def resolve(word: str | None, *, key: str | None = None) -> RunFolder | Path | R
         return RunFolder(path) if is_run(path) else path
     if match := _REPOSITORY.fullmatch(word):
         return Repository(match[1], match[2])
-    raise UserError(
-        f"{key}: {word} does not exist" if key else f"{word} does not exist",
-        hint="name a run, a folder or file of weights, or OWNER/NAME on the hub",
-    )
+    hint = "name a run, a folder or file of weights, or OWNER/NAME on the hub"
+    raise UserError(f"{key}: {word} does not exist" if key else f"{word} does not exist", hint=hint)
 
 
 def find_series(
@@ -67,10 +65,8 @@ def find_series(
             raise UserError(f"{found} is one revision", hint=f"name the repository: {found.name}")
         return hub_series(found.name, revision_pattern=revision_pattern, discard=discard)
     if revision_pattern is not None or discard:
-        raise UserError(
-            f"{word or 'the run'} is not on the hub",
-            hint="leave out --revision-pattern and --discard-inputs",
-        )
+        hint = "leave out --revision-pattern and --discard-inputs"
+        raise UserError(f"{word or 'the run'} is not on the hub", hint=hint)
     return run_series(found) if isinstance(found, RunFolder) else folder_series(found)
 
 
@@ -83,7 +79,6 @@ class Target:
     step: int | None
     path: Path
     run: RunFolder | None
-    """The run that contains it, if any."""
 
 
 def find_targets(word: str | Path | None, *, every_snapshot: bool = False) -> list[Target]:
@@ -100,10 +95,8 @@ def find_targets(word: str | Path | None, *, every_snapshot: bool = False) -> li
         return [Target(str(found).rpartition("/")[2], None, found.download().folder, None)]
     if (found / CONFIG_FILE).is_file():
         return _folder_targets(found)
-    raise UserError(
-        f"{found} is neither a run nor a folder of weights",
-        hint="a run contains config.yaml; a folder of weights contains config.json",
-    )
+    hint = "a run contains config.yaml; a folder of weights contains config.json"
+    raise UserError(f"{found} is neither a run nor a folder of weights", hint=hint)
 
 
 def _run_targets(run: RunFolder, every_snapshot: bool) -> list[Target]:
@@ -115,10 +108,8 @@ def _run_targets(run: RunFolder, every_snapshot: bool) -> list[Target]:
     ]
     snapshots = step_folders(run.snapshots)
     if not snapshots and not averages:
-        raise UserError(
-            f"{run.path} contains no snapshot yet",
-            hint="continue training: checkpoint.snapshot_every sets the steps between snapshots",
-        )
+        hint = "continue training: checkpoint.snapshot_every sets the steps between snapshots"
+        raise UserError(f"{run.path} contains no snapshot yet", hint=hint)
     steps = set(snapshots) if every_snapshot else {target.step for target in averages}
     if not averages:
         steps.add(max(snapshots))
@@ -138,7 +129,6 @@ def _folder_targets(path: Path) -> list[Target]:
 
 
 def _label_and_run(folder: Path) -> tuple[str, RunFolder | None]:
-    """Derive label and run of a folder of weights from its absolute path."""
     for parent in filter(is_run, folder.parents):
         match folder.relative_to(parent).parts:
             case ("snapshots", _):

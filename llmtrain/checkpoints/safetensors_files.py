@@ -2,9 +2,6 @@
 
 Why not the library's tensors: its memory map counts as memory of this process, and crashes it if
 the file is truncated meanwhile. The library only parses and checks the header.
-
-Format: 8 bytes little-endian length, a JSON object {name: {dtype, shape, data_offsets}} of that
-length with the optional map "__metadata__", then the tensors' bytes without holes.
 """
 
 import json
@@ -53,19 +50,15 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
             length = int.from_bytes(file.read(8), "little")
             entries = json.loads(file.read(length), object_pairs_hook=_unique_keys)
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path}: {error}",
-            hint="restore the file; run `llmtrain verify PATH` to find damaged files",
-        ) from None
+        hint = "restore the file; run `llmtrain verify PATH` to find damaged files"
+        raise UserError(f"cannot read {path}: {error}", hint=hint) from None
     metadata = entries.pop("__metadata__", None) or {}
     tensors = {}
     for name in sorted(entries, key=lambda name: (*entries[name]["data_offsets"], name)):
         entry = entries[name]
         if entry["dtype"] not in ITEM_BYTES:
-            raise UserError(
-                f"{path}: tensor {name!r} has the unsupported dtype {entry['dtype']}",
-                hint=f"convert it to one of {', '.join(ITEM_BYTES)}",
-            )
+            message = f"{path}: tensor {name!r} has the unsupported dtype {entry['dtype']}"
+            raise UserError(message, hint=f"convert it to one of {', '.join(ITEM_BYTES)}")
         start = 8 + length + entry["data_offsets"][0]
         tensors[name] = TensorSpec(entry["dtype"], tuple(entry["shape"]), start)
     return tensors, metadata

@@ -1,8 +1,4 @@
-"""Checkpoints of one training run by step: our runs, and folders on disk.
-
-Why steps first: a window is chosen by step numbers, before any checkpoint is opened. Steps are read
-from names, never from file times.
-"""
+"""Checkpoints of one training run by step: our runs, and folders on disk."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,7 +33,6 @@ class Input:
 
     step: int
     location: str
-    """Path, or repository@commit."""
     open: Callable[[], Checkpoint] = field(compare=False, repr=False)
     """Find the files, or download them from the hub, and read their headers."""
     declared: Callable[[], Mapping[str, str]] = field(compare=False, repr=False, default=dict)
@@ -131,19 +126,16 @@ def by_step(found: Iterable[tuple[int, Name]]) -> dict[int, Name]:
     names: dict[int, Name] = {}
     for step, name in sorted((step, name) for step, name in found if step > 0):
         if step in names:
-            raise UserError(
-                f"{names[step]} and {name} both have step {step:,}",
-                hint="keep one of them in the folder, or give a narrower --revision-pattern",
-            )
+            hint = "keep one of them in the folder, or give a narrower --revision-pattern"
+            raise UserError(f"{names[step]} and {name} both have step {step:,}", hint=hint)
         names[step] = name
     return names
 
 
 def local_input(step: int, path: Path) -> Input:
     """Return the input for a folder or file of weights in any format."""
-    return Input(
-        step, str(path), partial(open_checkpoint, path, step=step), partial(recorded_hashes, path)
-    )
+    opener, hashes = partial(open_checkpoint, path, step=step), partial(recorded_hashes, path)
+    return Input(step, str(path), opener, hashes)
 
 
 def recorded_hashes(folder: Path) -> dict[str, str]:
@@ -154,9 +146,8 @@ def recorded_hashes(folder: Path) -> dict[str, str]:
     if not (folder / INTEGRITY_FILE).exists():
         return {}
     for problem in integrity_problems(folder, hashes=False):
-        raise UserError(
-            problem, hint="restore the damaged file, or average a window without this step"
-        )
+        hint = "restore the damaged file, or average a window without this step"
+        raise UserError(problem, hint=hint)
     return {name: str(entry["sha256"]) for name, entry in read_integrity(folder).items()}
 
 
@@ -173,9 +164,6 @@ def require_same_tensors(checkpoints: Sequence[Checkpoint]) -> None:
         if tensors.get(name) != expected.get(name)
     ]
     if differences:
-        shown = "\n  ".join(differences[:8])
-        raise UserError(
-            f"the checkpoints contain different tensors ({len(differences)} differences):\n  "
-            + shown,
-            hint="average checkpoints of one model",
-        )
+        title = f"the checkpoints contain different tensors ({len(differences)} differences):"
+        message = "\n  ".join([title, *differences[:8]])
+        raise UserError(message, hint="average checkpoints of one model")

@@ -43,7 +43,6 @@ class TensorSpec:
     """Dtype and shape of a tensor."""
 
     dtype: str
-    """A key of `STORED_DTYPES`."""
     shape: tuple[int, ...]
     start: int = field(default=0, compare=False)
     """Position of the first byte in a safetensors file."""

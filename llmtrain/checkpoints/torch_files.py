@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llmtrain.checkpoints import gpt2_folder
 from llmtrain.checkpoints.checkpoint import (
     TORCH_WEIGHTS_FILE,
     Checkpoint,
@@ -25,15 +26,6 @@ from llmtrain.checkpoints.checkpoint import (
     check_shard,
     reject_outside_link,
     weights_files,
-)
-from llmtrain.checkpoints.gpt2_folder import (
-    CAUSAL_MASKS,
-    SIZES,
-    Shape,
-    hugging_face_config,
-    shape_of,
-    transpose_conv1d,
-    zero_biases,
 )
 from llmtrain.checkpoints.tensors import STORED_DTYPES, StoredArray, TensorSpec
 from llmtrain.errors import UserError
@@ -109,13 +101,13 @@ def _load_training_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] |
         return tensors, None
     if "transformer.wte.weight" in tensors:
         tensors = {
-            name: transpose_conv1d(name, tensor)
+            name: gpt2_folder.transpose_conv1d(name, tensor)
             for name, tensor in tensors.items()
-            if not name.endswith(CAUSAL_MASKS)
+            if not name.endswith(gpt2_folder.CAUSAL_MASKS)
         }
         if not shape.model.bias:
-            tensors |= zero_biases(tensors)
-    return tensors, hugging_face_config(shape)
+            tensors |= gpt2_folder.zero_biases(tensors)
+    return tensors, gpt2_folder.hugging_face_config(shape)
 
 
 def _load(path: Path) -> Any:
@@ -130,10 +122,8 @@ def _load(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many types for damaged or hostile files
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"cannot read {path} as tensors: {reason}",
-            hint="re-save the weights as safetensors: only `weights_only` files are read",
-        ) from None
+        hint = "re-save the weights as safetensors: only `weights_only` files are read"
+        raise UserError(f"cannot read {path} as tensors: {reason}", hint=hint) from None
 
 
 def _reject_compressed(path: Path) -> None:
@@ -163,10 +153,8 @@ def _state_dict(path: Path, document: Any) -> dict[str, Tensor]:
             )
         tensors[name] = tensor.detach()
     if not tensors:
-        raise UserError(
-            f"{path} contains no weights",
-            hint="expected a state dict, or one under the key 'model'",
-        )
+        hint = "expected a state dict, or one under the key 'model'"
+        raise UserError(f"{path} contains no weights", hint=hint)
     return tensors
 
 
@@ -197,13 +185,13 @@ class _TorchReader(Reader):
         return bits.numpy().view(STORED_DTYPES[_DTYPES[part.dtype]])
 
 
-def _recorded_shape(path: Path, document: Mapping[str, Any]) -> Shape | None:
+def _recorded_shape(path: Path, document: Mapping[str, Any]) -> gpt2_folder.Shape | None:
     """Return the shape from nanoGPT's `model_args` or build-nanogpt's `config`, if recorded."""
     settings = document.get("model_args") or document.get("config")
     values = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
-    if not {*SIZES, "block_size"} <= values.keys():
+    if not {*gpt2_folder.SIZES, "block_size"} <= values.keys():
         return None
     own = {"bias": values.get("bias", True)}
     names = {"model_type": "gpt2", "n_positions": values["block_size"], "llmtrain": own}
-    shape = shape_of({**values, **names}, path)
+    shape = gpt2_folder.shape_of({**values, **names}, path)
     return replace(shape, eot=min(50256, shape.model.vocab_size - 1))

@@ -1,8 +1,4 @@
-"""Write an average: a Hugging Face folder whose tensors arrive in chunks.
-
-Every file gets its header and full size first, so a disk that is too small fails at once. Files are
-hashed during the write.
-"""
+"""Write an average: a Hugging Face folder whose tensors arrive in chunks."""
 
 import os
 import shutil

@@ -26,10 +26,7 @@ _FLOAT = re.compile(
 )
 _SET = "--set"
 
-_MESSAGES = {
-    "model_type": "must be a section with keys",
-    "tuple_type": "must be a list of numbers",
-}
+_MESSAGES = {"model_type": "must be a section with keys", "tuple_type": "must be a list of numbers"}
 """Messages for pydantic's error types that name Python types."""
 
 
@@ -80,10 +77,8 @@ def load_config(file: Path, overrides: list[str] | None = None) -> RunConfig:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
-        raise UserError(
-            f"cannot read the config {file}: {reason}",
-            hint="copy an included configuration: llmtrain recipes NAME --to FILE",
-        ) from None
+        hint = "copy an included configuration: llmtrain recipes NAME --to FILE"
+        raise UserError(f"cannot read the config {file}: {reason}", hint=hint) from None
     values = _parse_yaml(text, str(file))
     if not isinstance(values, _Mapping):
         raise UserError(f"{file} contains no keys", hint="print an example: llmtrain recipes demo")
@@ -118,10 +113,8 @@ def _parse_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f"{source}, line {mark.line + 1}" if mark else source
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(
-            f"{place}: not valid YAML: {problem}",
-            hint="check indentation, quotes and brackets around that line",
-        ) from None
+        hint = "check indentation, quotes and brackets around that line"
+        raise UserError(f"{place}: not valid YAML: {problem}", hint=hint) from None
 
 
 def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
@@ -138,10 +131,8 @@ def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
 def _override(values: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path.strip("."):
-        raise UserError(
-            f"--set {override!r}: not of the form SECTION.KEY=VALUE",
-            hint="write it like --set optimizer.lr=6e-3",
-        )
+        hint = "write it like --set optimizer.lr=6e-3"
+        raise UserError(f"--set {override!r}: not of the form SECTION.KEY=VALUE", hint=hint)
     value = _parse_yaml(text, f"--set {path}")
     *parents, last = path.strip().split(".")
     place: Any = values
@@ -154,10 +145,8 @@ def _override(values: dict[str, Any], override: str) -> None:
         if isinstance(place, _Mapping):
             place.places[last] = _SET
     except (IndexError, TypeError, ValueError):
-        raise UserError(
-            f"--set {path}: the config has no such section or list item",
-            hint="print all keys: llmtrain config FILE",
-        ) from None
+        message = f"--set {path}: the config has no such section or list item"
+        raise UserError(message, hint="print all keys: llmtrain config FILE") from None
 
 
 def _key(place: Any, part: str) -> str | int:

@@ -7,15 +7,12 @@ from pathlib import Path
 from llmtrain.errors import UserError
 from llmtrain.storage.commit import write_atomically
 
-_PACKAGE = Path(__file__).parents[1]
-_FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
-"""Folders in a wheel and in a checkout."""
-
 
 def list_recipes() -> dict[str, Path]:
     """Return the files of all recipes by name, sorted."""
-    folder = next(folder for folder in _FOLDERS if folder.is_dir())
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda p: p.stem)}
+    package = Path(__file__).parents[1]  # in a checkout, configs/ is next to the package
+    files = [*package.glob("configs/*.yaml")] or package.parent.glob("configs/*.yaml")
+    return {path.stem: path for path in sorted(files, key=lambda path: path.stem)}
 
 
 def summary(recipe: Path) -> str:
@@ -33,10 +30,8 @@ def read_recipe(name: str) -> str:
     """Return the text of the recipe `name`, or raise a UserError."""
     recipes = list_recipes()
     if name not in recipes:
-        raise UserError(
-            f"unknown recipe {name!r}{did_you_mean(name, recipes)}",
-            hint=f"choose one of {', '.join(recipes)}",
-        )
+        hint = f"choose one of {', '.join(recipes)}"
+        raise UserError(f"unknown recipe {name!r}{did_you_mean(name, recipes)}", hint=hint)
     return recipes[name].read_text(encoding="utf-8")
 
 

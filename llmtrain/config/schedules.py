@@ -1,21 +1,10 @@
-"""Learning rate and block size as pure functions of the step.
-
-Why pure: a resumed run, a plot and an estimate need the values of a step from the configuration.
-"""
+"""Learning rate and block size as pure functions of the step."""
 
 import math
 from collections.abc import Callable
 
+from llmtrain.config import sections
 from llmtrain.config.schema import RunConfig, SpamConfig
-from llmtrain.config.sections import (
-    ConstantSchedule,
-    CosineSchedule,
-    CyclicSchedule,
-    DataConfig,
-    InverseSqrtSchedule,
-    ScheduleConfig,
-    WsdSchedule,
-)
 
 DECAY_SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1.0 - x,
@@ -28,29 +17,27 @@ DECAY_SHAPES: dict[str, Callable[[float], float]] = {
 """
 
 
-def learning_rate(step: int, schedule: ScheduleConfig, peak: float, max_steps: int) -> float:
-    """Return the learning rate of update `step` (from 1).
-
-    Linear warm-up ends with exactly `peak` at step `warmup_steps`. A decay ends at the schedule's
-    horizon, or at `max_steps` without one.
-    """
+def learning_rate(
+    step: int, schedule: sections.ScheduleConfig, peak: float, max_steps: int
+) -> float:
+    """Return the learning rate of update `step` (from 1)."""
     assert step >= 1, f"steps count from 1, not {step}"
     warmup = schedule.warmup_steps
     if step <= warmup:
         return peak * step / warmup
     match schedule:
-        case ConstantSchedule():
+        case sections.ConstantSchedule():
             return peak
-        case InverseSqrtSchedule():
+        case sections.InverseSqrtSchedule():
             return max(peak * math.sqrt(max(warmup, 1) / step), schedule.min_lr)
-        case CyclicSchedule():
+        case sections.CyclicSchedule():
             cycle = schedule.cycle_steps
             start, end, shape = 0, max(cycle - 1, 1), "linear"
             step = (step - warmup - 1) % cycle
-        case WsdSchedule():
+        case sections.WsdSchedule():
             end = schedule.horizon or max_steps
             start, shape = end - schedule.decay_steps, schedule.shape
-        case CosineSchedule():
+        case sections.CosineSchedule():
             start, end, shape = warmup, schedule.horizon or max_steps, schedule.name
     share = min(max((step - start) / (end - start), 0.0), 1.0)
     return schedule.min_lr + (peak - schedule.min_lr) * DECAY_SHAPES[shape](share)
@@ -67,7 +54,7 @@ def reset_factor(step: int, spam: SpamConfig) -> float:
     return 0.5 * (1.0 - math.cos(math.pi * (since + 1) / spam.reset_warmup))
 
 
-def block_size(step: int, data: DataConfig) -> int:
+def block_size(step: int, data: sections.DataConfig) -> int:
     """Return the context length in tokens of step `step` (from 1).
 
     Source: the truncating schedule of Li et al. 2021 (arXiv 2108.06084), linear from

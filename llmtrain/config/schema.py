@@ -33,7 +33,6 @@ class ModelConfig(Section):
     vocab_size: Positive = 50304
     """Rows of the embedding; may exceed the tokenizer's vocabulary for speed."""
     bias: bool = False
-    """Biases in linear layers and layer norms."""
     dropout: Fraction = 0.0
     scale_attn_by_inverse_layer_idx: bool = True
     """Divide the attention logits of layer i (from 0) by i + 1."""
@@ -71,7 +70,6 @@ class OptimizerConfig(Section):
 
     name: Literal["adamw", "spam", "muon"] = "adamw"
     lr: Rate = 6e-4
-    """Peak learning rate."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
     eps: Rate = 1e-8
     weight_decay: NonNegative = 0.1
@@ -80,9 +78,7 @@ class OptimizerConfig(Section):
     grad_clip: NonNegative = 1.0
     """Maximum global gradient norm; 0: no clipping."""
     spam: SpamConfig | None = None
-    """Only with name: spam."""
     muon: MuonConfig | None = None
-    """Only with name: muon."""
 
     @model_validator(mode="before")
     @classmethod
@@ -105,7 +101,6 @@ class TrainConfig(Section):
     batch_tokens: Positive | None = None
     """Tokens in a step, a multiple of data.block_size. Set this or batch_sequences."""
     batch_sequences: Positive | None = None
-    """Sequences in a step."""
     micro_batch: Literal["auto"] | Positive = 16
     """Sequences in a forward pass on one device. auto: find the fastest that fits at the start."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -136,7 +131,6 @@ class CheckpointConfig(Section):
     state_every: Positive = 1000
     """Steps between two training checkpoints, from which a run resumes."""
     keep_states: Positive = 2
-    """Number of most recent training checkpoints to keep."""
 
 
 class SpikesConfig(Section):
@@ -164,7 +158,6 @@ class EvalConfig(Section):
     tokens: Annotated[Int, Field(ge=2)] | None = None
     """Number of tokens from the start of the val split; default: all."""
     batch: Positive = 16
-    """Sequences in a forward pass."""
 
 
 class WandbConfig(Section):
@@ -178,7 +171,6 @@ class LogConfig(Section):
     """Logging during training."""
 
     every: Positive = 10
-    """Steps between two log lines."""
     sample_tokens: Natural = 0
     """Tokens to generate greedily at each evaluation, from the start of the val split."""
     tensorboard: bool = False
@@ -192,7 +184,6 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run folder, runs/<name>; default: name of the file."""
     seed: Annotated[Natural, Field(lt=2**63)] = 1337
-    """Random seed for initialization, dropout and data order."""
     init_from: str | None = None
     """Initial weights instead of random ones: a weights folder, a nanoGPT .pt file, or a GPT-2 on
     the hub (owner/name or owner/name@revision)."""

@@ -42,7 +42,6 @@ class BlockWarmupConfig(Section):
     """
 
     start: Positive = 64
-    """Context length of the first step, in tokens."""
     steps: Positive
     """Step at which the linearly growing context reaches data.block_size."""
     multiple_of: Positive = 8
@@ -64,10 +63,9 @@ class DataConfig(Section):
     path: str
     """Folder written by `llmtrain prepare`, or nanoGPT's folder with train.bin and val.bin."""
     block_size: Positive = 1024
-    """Context length of a training sample, in tokens."""
     block_warmup: BlockWarmupConfig | None = None
     mix: list[MixConfig] = Field(default=[])
-    """Additional training data; validation uses only data.path."""
+    """Validation uses only data.path."""
 
     def _problems(self) -> Iterator[str]:
         if (total := sum(each.weight for each in self.mix)) >= 1:
@@ -150,10 +148,7 @@ class _AverageConfig(Section):
 
 
 class EmaConfig(_AverageConfig):
-    """Exponential moving average with decay min(decay, 1 - (1 + n)^(-2/3)) at update n.
-
-    Source: the paper's code.
-    """
+    """Exponential moving average with decay min(decay, 1 - (1 + n)^(-2/3)) at update n."""
 
     _label = "ema-{0.decay:g}{1}"
     kind: Literal["ema"]

@@ -164,10 +164,7 @@ def generate_text(
 
 
 def stream_text(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield the text of ids, each character when its last byte arrives.
-
-    Invalid bytes become U+FFFD; an incomplete character at the end is dropped.
-    """
+    """Yield each character when its last byte arrives; invalid bytes become U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in ids:
         if text := decoder.decode(tokenizer.decode_bytes([token])):

@@ -33,12 +33,13 @@ from llmtrain.runtime.device import resolve_device
 
 CPU_BATCH = 8
 """Batch size for "auto" on a CPU, where lm-eval cannot probe the memory."""
-
 BOOTSTRAPS = 1000
 """Resamples for the standard error of a perplexity; lm-eval's 100,000 take minutes, change 2%."""
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval: bootstrap in this process
+
+_task_manager = cache(TaskManager)  # indexing lm-eval's own tasks takes seconds
 
 _Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """Context and answer as text, tokens of the context, tokens of the answer."""
@@ -69,7 +70,7 @@ class Scorer:
             limit=self._options.limit,
             lm_eval=importlib.metadata.version("lm-eval"),
             context=model.max_length,
-            truncated=model.truncated / model.requests if model.requests else 0.0,
+            truncated=model.truncated / max(model.requests, 1),
             seconds=time.perf_counter() - started,
             scores=scores,
         )
@@ -167,16 +168,10 @@ def _scores(folder: Path, results: dict[str, Any]) -> Iterator[Score]:
             )
 
 
-@cache
-def _manager(files: Path | None, *, local: bool) -> TaskManager:
-    """Return lm-eval's index of tasks; unless `local`, with its own tasks, which takes seconds."""
-    return TaskManager(include_path=files, include_defaults=not local)
-
-
 def _load_task(definition: TaskDefinition, options: TaskOptions) -> dict[str, Any]:
     """Load one task with its documents, or all tasks of a group."""
     local = isinstance(definition.config, dict)
-    manager = _manager(options.files, local=local)
+    manager = _task_manager(include_path=options.files, include_defaults=not local)
     if not local and definition.name not in manager.all_tasks:
         near = difflib.get_close_matches(definition.name, manager.all_tasks, n=3)
         suggestion = f"did you mean {' or '.join(near)}?" if near else ""
@@ -205,7 +200,7 @@ def _check_documents(definition: TaskDefinition, task: Any, limit: int | None) -
     assert isinstance(definition.config, dict)
     parts = ("doc_to_text", "doc_to_target", "doc_to_choice")
     templates = [str(definition.config.get(part, "")) for part in parts]
-    fields = {text for text in templates if text.isidentifier()}
+    fields = set(filter(str.isidentifier, templates))
     for text in templates:
         fields |= meta.find_undeclared_variables(template_environment.parse(text))
     for number, document in enumerate(islice(task.eval_docs, limit), start=1):

@@ -31,7 +31,6 @@ MAX_CONTEXT = 2048
 """Longest context given to these models: that of Pythia, and the default of lm-eval."""
 
 _LOCAL: Any = {"local_files_only": True, "trust_remote_code": False}
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MAX_LAYERS = 10_000
 """Upper limit on layers: building a layer takes time even without weights."""
 _PROBE = 4096
@@ -64,12 +63,10 @@ class HFModel(nn.Module):
 
 @dataclass(frozen=True)
 class Encoding:
-    """The text encoding of one model."""
+    """The text encoding of one model, without special tokens, and its end-of-text id."""
 
     encode: Callable[[str], Ids]
-    """Text to ids, without special tokens."""
     eot: int
-    """Id that precedes the first document and separates documents."""
 
 
 class IdArray:
@@ -118,12 +115,11 @@ def _check_size(folder: Path, config: Any, transformers: Any) -> None:
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     wanted = sum(parameter.numel() for parameter in model.parameters())
-    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    files = (*folder.glob("*.safetensors"), *folder.glob("*.bin"))
     size = sum(path.stat().st_size for path in files)
     if wanted > size:  # a parameter takes at least one byte
-        raise _misfit(
-            folder, f"the config asks for {wanted:,} parameters, the files have {size:,} bytes"
-        )
+        problem = f"the config asks for {wanted:,} parameters, the files have {size:,} bytes"
+        raise _misfit(folder, problem)
 
 
 def _misfit(folder: Path, problem: str) -> UserError:
@@ -147,7 +143,8 @@ def own_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
 
 
 def _has_tokenizer_files(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    return any((folder / name).is_file() for name in names)
 
 
 def encoding_of(folder: Path) -> Encoding:

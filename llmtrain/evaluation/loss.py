@@ -25,14 +25,7 @@ from llmtrain.data.token_data import TokenData, open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.hf_models import HFModel, load_causal, reencode, require_ids
 from llmtrain.evaluation.options import EvalOptions
-from llmtrain.evaluation.results import (
-    EvalResult,
-    Progress,
-    cached,
-    ignore,
-    weights_sha256,
-    with_delta,
-)
+from llmtrain.evaluation.results import EvalResult, Progress, cached, ignore, weights_sha256
 from llmtrain.model.gpt import GPT, IGNORE
 from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.runtime.device import (
@@ -50,18 +43,17 @@ from llmtrain.storage.urls import is_url
 
 @dataclass(frozen=True)
 class LossResult:
-    """The loss of a model on a split, in nats per token."""
+    """The loss of a model on a split, in nats per predicted token."""
 
     loss: float
     tokens: int
-    """Predicted tokens."""
     bytes: int
     """Bytes of text in those tokens; the end-of-text token has none."""
     seconds: float
 
     @property
     def perplexity(self) -> float | None:
-        """exp(loss), or None if it overflows."""
+        """See `exp`."""
         return exp(self.loss)
 
     @property
@@ -179,7 +171,7 @@ def measure_losses(
             place = (target.run.path.resolve(), target.step)
             if target.label == RAW:
                 raw[place] = result.loss
-            result = with_delta(result, raw.get(place))
+            result = result.with_delta(raw.get(place))
         results.append(result)
     return results
 

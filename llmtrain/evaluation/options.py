@@ -29,10 +29,8 @@ class EvalOptions:
     precision: Annotated[str | None, Doc("Precision of matrix products.")] = None
     device: Device = "auto"
     stride: Annotated[
-        int | None,
-        Doc("Tokens that each window predicts; the tokens before them are context only."),
+        int | None, Doc("Tokens that each window predicts; earlier tokens are context only.")
     ] = None
-    """For a text file; None for disjoint windows."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +49,18 @@ class TaskOptions:
         int | Literal["auto"],
         Doc("Requests in one forward pass; auto: as many as fit on the GPU, 8 on a CPU."),
     ] = "auto"
-    data: Annotated[Path | None, Doc("Folder with TASK.jsonl (.zst, .gz) for these six tasks.")] = (
-        None
-    )
+    data: Annotated[Path | None, Doc("Folder with TASK.jsonl (.zst, .gz) of these tasks.")] = None
     files: Annotated[Path | None, Doc("Folder of lm-eval task files. They are code.")] = None
-    trust_files: Annotated[bool, Doc("Allow --task-files to run their code. Read it first.")] = (
-        False
-    )
+    trust_files: Annotated[bool, Doc("Let --task-files run their code. Read it first.")] = False
     device: Device = "auto"
 
 
 @dataclass(frozen=True)
 class TaskDefinition:
-    """A task as lm-eval loads it."""
+    """A task as lm-eval loads it: by name, or from the content of a task file."""
 
     name: str
     config: str | dict[str, Any]
-    """Name of a task that lm-eval finds itself, or the content of a task file."""
     source: str
     """Location of the documents: `hub`, a local file, or a folder of task files."""
     sha256: str
@@ -85,7 +78,7 @@ class Sampling:
     top_k: Annotated[int | None, Doc("Sample only from the K most likely tokens.")] = None
     top_p: Annotated[
         float | None,
-        Doc("Sample only from the fewest tokens whose probabilities sum to at least P."),
+        Doc("Sample only from the fewest tokens with a total probability of at least P."),
     ] = None
     seed: Annotated[int, Doc("Random seed of the sampling.")] = 1337
 

@@ -35,10 +35,9 @@ class EvalResult:
     step: int | None
     path: str
     run: str | None
-    """Name of the run folder."""
     loss: FiniteFloat
     perplexity: float | None
-    """exp(loss); None if it overflows."""
+    """None if it overflows."""
     bits_per_byte: float | None
     tokens: int
     bytes: int
@@ -49,9 +48,12 @@ class EvalResult:
     block_size: int
     precision: str
     data: str
-    """SHA-256 of the data's manifest."""
+    """SHA-256 of the manifest."""
     weights: str
-    """SHA-256 of the weights."""
+
+    def with_delta(self, raw: float | None) -> "EvalResult":
+        """Return the result with its difference from the raw loss, if there is one."""
+        return replace(self, delta=None if raw is None else self.loss - raw)
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,8 @@ class TaskResult:
     """Scores of one set of weights in a task, or in each task of a group."""
 
     task: str
-    """Name of the task or group, as requested."""
     source: str
-    """Location of the documents: `hub`, a local file, or a folder of task files."""
+    """See `TaskDefinition`."""
     limit: int | None
     lm_eval: str
     """Version of lm-eval."""
@@ -148,23 +149,15 @@ def weights_sha256(folder: Path) -> str:
 
 
 def stored_results(run: RunFolder) -> list[EvalResult]:
-    """Return the cached losses of a run, raw first, then by label and step.
-
-    Results of weights that have been replaced since are left out.
-    """
+    """Return the cached losses of the weights still in a run, raw first, then by label and step."""
     paths = sorted(run.evals.glob("[!.]*.json"))
-    read = [found for path in paths if (found := read_result(path, EvalResult)) is not None]
-    results = [result for result in read if _is_current(run, result)]
+    read = [read_result(path, EvalResult) for path in paths]
+    results = [result for result in read if result is not None and _is_current(run, result)]
     raw = {_comparable_key(result): result.loss for result in results if result.label == RAW}
     return sorted(
-        (with_delta(result, raw.get(_comparable_key(result))) for result in results),
+        (result.with_delta(raw.get(_comparable_key(result))) for result in results),
         key=lambda result: (result.label != RAW, result.label, result.step or 0),
     )
-
-
-def with_delta(result: EvalResult, raw: float | None) -> EvalResult:
-    """Return the result with its difference from the raw loss, if there is one."""
-    return replace(result, delta=None if raw is None else result.loss - raw)
 
 
 def _comparable_key(result: EvalResult) -> tuple[object, ...]:

@@ -22,7 +22,7 @@ from llmtrain.evaluation.hf_models import IdArray, encoding_of, load_causal, req
 from llmtrain.evaluation.loss import evaluate, exp, require_finite
 from llmtrain.evaluation.options import EvalOptions
 from llmtrain.evaluation.results import Progress, cached, ignore, weights_sha256
-from llmtrain.runtime.device import keep_freed_memory, resolve_device, resolve_precision
+from llmtrain.runtime.device import Precision, keep_freed_memory, resolve_device, resolve_precision
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,12 @@ class TextResult:
     sha256: str
     windows: Literal["disjoint", "strided"]
     stride: int
-    """Tokens predicted in each window after the first."""
     context: int
     """Tokens in a window."""
     loss: float
     """Nats per token."""
     perplexity: float | None
     word_perplexity: float | None
-    """Per whitespace-separated word."""
     byte_perplexity: float | None
     bits_per_byte: float
     tokens: int
@@ -59,23 +57,10 @@ def measure_text(
     warn: Callable[[str], None] = ignore,
 ) -> list[TextResult]:
     """Return the loss of each target on a text file, measured or cached."""
-    text = _read(path)
-    return [_cached_text(target, path, text, options, on_progress, warn) for target in targets]
+    text, device = _read(path), resolve_device(options.device)
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
 
-
-def _cached_text(
-    target: Target,
-    path: Path,
-    text: str,
-    options: EvalOptions,
-    on_progress: Progress,
-    warn: Callable[[str], None],
-) -> TextResult:
-    sha256, device = hashlib.sha256(text.encode()).hexdigest(), resolve_device(options.device)
-    requested = load_config(target.run.config).train.precision if target.run else "auto"
-    precision = resolve_precision(requested, device)
-
-    def measure() -> TextResult:
+    def measure(target: Target, precision: Precision) -> TextResult:
         model, encoding = load_causal(target.path), encoding_of(target.path)
         stride = options.stride or model.block_size
         if stride > model.block_size:
@@ -119,9 +104,15 @@ def _cached_text(
             seconds=measured.seconds,
         )
 
-    identity = "\n".join(map(str, (weights_sha256(target.path), sha256, options.stride, precision)))
-    result = cached(target, "text", identity, TextResult, measure, warn)
-    return replace(result, file=str(path))  # it may have been cached under another name
+    results = []
+    for target in targets:
+        requested = load_config(target.run.config).train.precision if target.run else "auto"
+        precision = resolve_precision(requested, device)
+        parts = (weights_sha256(target.path), sha256, options.stride, precision)
+        measure_one = partial(measure, target, precision)
+        result = cached(target, "text", "\n".join(map(str, parts)), TextResult, measure_one, warn)
+        results.append(replace(result, file=str(path)))  # may be cached under another name
+    return results
 
 
 def _read(path: Path) -> str:

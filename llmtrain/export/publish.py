@@ -1,8 +1,4 @@
-"""Export weights as a Hugging Face repository or as nanoGPT's `ckpt.pt`.
-
-Snapshots are Hugging Face folders already. A repository adds the tokenizer, generation settings and
-a model card, and may use a smaller number format.
-"""
+"""Export weights as a Hugging Face repository or as nanoGPT's `ckpt.pt`."""
 
 import shutil
 from collections.abc import Mapping
@@ -12,14 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llmtrain.checkpoints import gpt2_folder
 from llmtrain.checkpoints.checkpoint import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE, load_origin
-from llmtrain.checkpoints.gpt2_folder import (
-    Shape,
-    hugging_face_config,
-    load_model,
-    load_shape,
-    save_tensors,
-)
 from llmtrain.checkpoints.resolve import Target
 from llmtrain.errors import UserError
 from llmtrain.evaluation.generation import tokenizer_of
@@ -45,14 +35,11 @@ def export(
     """Write GPT-2 weights to the new folder `to`, rounded to `dtype` (a key of DTYPES).
 
     `name` is the title of the model card, OWNER/NAME or a folder.
-
-    Raises:
-        UserError: `to` exists, the weights are not a GPT-2, or a weight overflows the dtype.
     """
     if to.exists():
         raise UserError(f"{to} already exists", hint="choose a new folder: --to DIR")
-    text_tokenizer = tokenizer_of(target.path, load_shape(target.path), tokenizer)
-    model = load_model(target.path)
+    text_tokenizer = tokenizer_of(target.path, gpt2_folder.load_shape(target.path), tokenizer)
+    model = gpt2_folder.load_model(target.path)
     number = DTYPES[dtype]
     _check_range(target.path, model, number)
     with staged_folder(to, needed=model.n_parameters() * number.itemsize) as folder:
@@ -77,9 +64,11 @@ def _check_range(path: Path, model: GPT, dtype: torch.dtype) -> None:
 def _write_repository(
     folder: Path, target: Target, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype, name: str
 ) -> None:
-    shape = load_shape(target.path)
-    save_tensors(folder / WEIGHTS_FILE, dict(model.state_dict()), shape, dtype=dtype)
-    write_json(folder / CONFIG_FILE, hugging_face_config(shape) | {"dtype": _name(dtype)})
+    shape = gpt2_folder.load_shape(target.path)
+    gpt2_folder.save_tensors(folder / WEIGHTS_FILE, dict(model.state_dict()), shape, dtype=dtype)
+    write_json(
+        folder / CONFIG_FILE, gpt2_folder.hugging_face_config(shape) | {"dtype": _name(dtype)}
+    )
     write_json(folder / "generation_config.json", generation_config(shape, tokenizer))
     card = model_card(target, shape, tokenizer, dtype=_name(dtype), name=name)
     texts = tokenizer_files(tokenizer, shape.block_size) | {"README.md": card}
@@ -89,7 +78,7 @@ def _write_repository(
         shutil.copyfile(target.path / TRAINING_FILE, folder / TRAINING_FILE)
 
 
-def generation_config(shape: Shape, tokenizer: Tokenizer) -> dict[str, Any]:
+def generation_config(shape: gpt2_folder.Shape, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return transformers' generation settings: no padded ids, at most the block size."""
     unused = list(range(tokenizer.vocab_size, shape.model.vocab_size))
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)

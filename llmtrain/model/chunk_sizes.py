@@ -1,7 +1,4 @@
-"""Chunk sizes of attention and loss, which determine the memory of a step.
-
-Why a module of its own: memory estimates need these numbers without importing torch.
-"""
+"""Chunk sizes of attention and loss, also for memory estimates, which do not import torch."""
 
 import math
 

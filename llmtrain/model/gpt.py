@@ -176,19 +176,11 @@ class GPT(nn.Module):
         return F.linear(self.transformer(tokens_BT), self.transformer.wte.weight)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Return the mean cross-entropy of the targets in nats, float32, shape ().
-
-        Targets equal to `IGNORE` do not count.
-        """
+        """Return the mean cross-entropy of the targets in nats, float32, shape ()."""
         hidden_NC = self.transformer(tokens_BT).flatten(0, 1)
-        weight_VC = self.transformer.wte.weight
-        return linear_cross_entropy(
-            hidden_NC,
-            weight_VC,
-            targets_BT.reshape(-1),
-            ignore=IGNORE,
-            fused=self.fused_loss and self.training,
-        )
+        weight_VC, targets_N = self.transformer.wte.weight, targets_BT.reshape(-1)
+        fused = self.fused_loss and self.training
+        return linear_cross_entropy(hidden_NC, weight_VC, targets_N, ignore=IGNORE, fused=fused)
 
     def n_parameters(self) -> int:
         """Return the number of parameters, counting the tied matrix once."""

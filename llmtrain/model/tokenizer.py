@@ -1,8 +1,4 @@
-"""Text to token ids and back: GPT-2's byte-pair encoding, or plain bytes.
-
-The package contains GPT-2's ranks, so no tokenizer needs the network. The byte tokenizer has a
-vocabulary of 257, small enough for a demo on a CPU.
-"""
+"""Text to token ids and back: GPT-2's byte-pair encoding, or plain bytes."""
 
 import base64
 import hashlib
@@ -175,10 +171,8 @@ def _gpt2_ranks() -> dict[bytes, int]:
     except lzma.LZMAError:
         content = b""
     if hashlib.sha256(content).hexdigest() != GPT2_RANKS_SHA256:
-        raise RunFailed(
-            "llmtrain/model/gpt2.tiktoken.xz is damaged: the hash does not match",
-            hint="reinstall llmtrain",
-        )
+        message = "llmtrain/model/gpt2.tiktoken.xz is damaged: the hash does not match"
+        raise RunFailed(message, hint="reinstall llmtrain")
     lines = (line.split() for line in content.splitlines())
     return {base64.b64decode(token): int(rank) for token, rank in lines}
 

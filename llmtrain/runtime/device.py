@@ -1,8 +1,4 @@
-"""Device, precision and compile settings, available memory, and published peak performance.
-
-Why: a setting that the device does not support is an error or a warning, never a silent change.
-Utilization is reported only against a published peak.
-"""
+"""Device, precision and compile settings, available memory, and published peak performance."""
 
 import ctypes
 import math
@@ -38,20 +34,13 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(
-            f"{name!r} is not a device",
-            hint="set train.device or --device to auto, cpu, cuda, cuda:N or mps",
-        ) from None
-    count = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }.get(device.type, 0)
+        hint = "set train.device or --device to auto, cpu, cuda, cuda:N or mps"
+        raise UserError(f"{name!r} is not a device", hint=hint) from None
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.mps.device_count()}
+    count = counts.get(device.type, 0)
     if (device.index or 0) >= count:
-        raise UserError(
-            f"device {name!r}: this machine has {count} of type {device.type}",
-            hint="use auto (train.device, --device)",
-        )
+        message = f"device {name!r}: this machine has {count} of type {device.type}"
+        raise UserError(message, hint="use auto (train.device, --device)")
     return device
 
 
@@ -59,16 +48,14 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
     """Return the precision of matrix products; auto: bfloat16 if the hardware supports it."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     else:
-        native = False
+        native = device.type == "cpu" and (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
     if name == "bfloat16":
         if device.type != "cpu" and not native:
-            raise UserError(
-                f"train.precision bfloat16: {device_name(device)} does not support it",
-                hint="use precision: auto or float32",
-            )
+            message = f"train.precision bfloat16: {device_name(device)} does not support it"
+            raise UserError(message, hint="use precision: auto or float32")
         return "bfloat16"
     return "bfloat16" if name == "auto" and native else "float32"
 
@@ -76,10 +63,8 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
 def resolve_compile(setting: bool | str, device: torch.device) -> tuple[bool, str | None]:
     """Return whether to call torch.compile, and a warning if it is requested but not available."""
     if setting == "cuda-graphs" and device.type != "cuda":
-        raise UserError(
-            f"train.compile cuda-graphs: {device_name(device)} does not support it",
-            hint="use compile: auto, true or false",
-        )
+        message = f"train.compile cuda-graphs: {device_name(device)} does not support it"
+        raise UserError(message, hint="use compile: auto, true or false")
     requested = device.type == "cuda" if setting == "auto" else bool(setting)
     if requested and device.type == "cpu" and not (shutil.which("c++") or shutil.which("g++")):
         return False, "train.compile needs a C++ compiler on CPU, none found: training uncompiled"
@@ -108,8 +93,7 @@ def keep_freed_memory(device: torch.device) -> Iterator[None]:
     """On a CPU with glibc, reuse freed memory within the block; return it to the kernel at the end.
 
     Why: by default glibc returns large blocks at once, and clearing new pages then costs a tenth of
-    a step or more. The setting belongs to the process: with nested blocks or several threads, the
-    first block to end resets it for all.
+    a step or more. The setting belongs to the process: the first block to end resets it for all.
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         yield

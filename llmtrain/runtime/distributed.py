@@ -1,8 +1,4 @@
-"""The process group of a run: ranks, collective helpers, and errors that all ranks raise together.
-
-Why: N processes must train like one. Decisions (stop, rewind, resume) are made on rank 0 and
-broadcast; logged numbers are reduced over all ranks. A single process needs no group.
-"""
+"""The process group of a run: ranks, collective helpers, and errors raised by all ranks."""
 
 import functools
 import os
@@ -51,8 +47,7 @@ class World:
 
     def local_rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return this rank's rows of a batch, which must divide evenly."""
-        each = len(rows) // self.size
-        return rows[self.rank * each : (self.rank + 1) * each]
+        return np.split(rows, self.size)[self.rank]
 
     def mean(self, value: Tensor) -> Tensor:
         """Replace a scalar tensor by its mean over all ranks."""
@@ -81,10 +76,7 @@ class World:
         return value  # type: ignore[return-value]  # the value of `function`
 
     def local_rank_zero_first(self, function: Callable[[], T]) -> T:
-        """Call `function` on one rank of each machine, then on the others.
-
-        An error on any machine is raised on all ranks.
-        """
+        """Call `function` on one rank of each machine, then on the others; all raise its error."""
         if self.size == 1:
             return function()
         failure = _attempt(function)[1] if self.local_rank == 0 else None
@@ -178,18 +170,14 @@ def _backend(device: torch.device) -> str:
 
 def _own_device(device: torch.device, local_rank: int, local_size: int, size: int) -> torch.device:
     if size > 1 and (device.index is not None or device.type == "mps"):
-        raise UserError(
-            f"train.device {device} cannot be shared by {size} processes",
-            hint="use --set train.device=cuda for one GPU per process, or --set train.device=cpu",
-        )
+        hint = "use --set train.device=cuda for one GPU per process, or --set train.device=cpu"
+        raise UserError(f"train.device {device} cannot be shared by {size} processes", hint=hint)
     if device.type != "cuda":
         return device
     if local_size > torch.cuda.device_count():
-        raise UserError(
-            f"{local_size} processes on this machine need as many GPUs: it has "
-            f"{torch.cuda.device_count()}",
-            hint=f"--nproc {torch.cuda.device_count()}",
-        )
+        count = torch.cuda.device_count()
+        message = f"{local_size} processes on this machine need as many GPUs: it has {count}"
+        raise UserError(message, hint=f"--nproc {count}")
     own = torch.device("cuda", local_rank if device.index is None else device.index)
     torch.cuda.set_device(own)
     return own

@@ -1,7 +1,4 @@
-"""Sharded tensors (DTensor): access one rank's shard, gather full tensors, copy full tensors back.
-
-Why: averaging, copying and saving work on plain local tensors; only this module handles placement.
-"""
+"""Sharded tensors (DTensor): access a shard, gather full tensors, copy full tensors back."""
 
 import functools
 from collections.abc import Mapping
@@ -78,9 +75,8 @@ def load_shards(model: nn.Module, shards: Mapping[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         target, source = to_local(parameter), shards[name]
         if target.shape != source.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(source.shape)}, expected {tuple(target.shape)}"
-            )
+            shapes = f"{tuple(source.shape)}, expected {tuple(target.shape)}"
+            raise ValueError(f"{name} has shape {shapes}")
         target.copy_(source)
 
 

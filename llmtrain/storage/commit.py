@@ -44,10 +44,8 @@ def staged_folder(
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
-            raise UserError(
-                f"cannot create the directory {target.parent}: {error.strerror}",
-                hint="choose another output path",
-            ) from None
+            message = f"cannot create the directory {target.parent}: {error.strerror}"
+            raise UserError(message, hint="choose another output path") from None
         remove_abandoned(target.parent)
         with temporary_folder(target) as folder:
             yield folder
@@ -140,7 +138,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def _remove_abandoned_files(parent: Path, pattern: str) -> None:
-    """Delete the temporary files that match a glob pattern and that no process has locked."""
     for path in parent.glob(f"{TEMPORARY_PREFIX}{pattern}"):
         # An error means that its writer lives, or that it is a folder or not ours.
         with contextlib.suppress(OSError), path.open("r+b") as file:
@@ -212,10 +209,8 @@ def _locked(lock: Path, what: Path, *, keep: bool = False, wait: bool = False) -
         file = _open_locked(lock, wait=wait)
     except BlockingIOError:
         holder = lock.read_text().strip() if lock.exists() else ""
-        raise UserError(
-            f"{what} is in use by another llmtrain process (pid {holder or 'unknown'})",
-            hint="wait for it, stop it, or choose another folder",
-        ) from None
+        message = f"{what} is in use by another llmtrain process (pid {holder or 'unknown'})"
+        raise UserError(message, hint="wait for it, stop it, or choose another folder") from None
     with file:
         try:
             with disk_errors(what):
@@ -248,7 +243,6 @@ def _open_locked(path: Path, *, wait: bool, optional: bool = False) -> IO[bytes]
 
 
 def _still_named(file: IO[Any], path: Path) -> bool:
-    """Return whether an open file still has the name under which it was opened."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except OSError:

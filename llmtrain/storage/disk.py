@@ -1,8 +1,4 @@
-"""Disks that are full, over quota or read-only: one error with the bytes needed and available.
-
-Why one place: any writer can fail this way, from `mkdir` to the last byte, and each library raises
-its own exception (Python an `errno`, Rust a text).
-"""
+"""Disks that are full, over quota or read-only: one error with the bytes needed and available."""
 
 import contextlib
 import errno

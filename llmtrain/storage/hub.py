@@ -1,8 +1,4 @@
-"""The Hugging Face hub: push a folder, and short messages for the exceptions of its client.
-
-Why: the client raises a dozen types of errors, including those of its HTTP library. For users there
-are three causes: a wrong name, a denied access, or a failed connection.
-"""
+"""The Hugging Face hub: push a folder, and short messages for the exceptions of its client."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,9 +27,8 @@ def push(folder: Path, repository: str) -> str:
     api = HfApi()
     with hub_errors(repository):
         url = api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(
-            repo_id=url.repo_id, folder_path=folder, commit_message="Exported by llmtrain"
-        )
+        message = "Exported by llmtrain"
+        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=message)
     return str(url)
 
 
@@ -46,32 +41,17 @@ def ping(seconds: float) -> str:
 
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Replace the client's exceptions by messages about `what`, such as a repository.
-
-    Raises:
-        UserError: it does not exist, or access is denied.
-        RunFailed: the hub cannot be reached.
-    """
+    """Replace the client's exceptions by messages about `what`, such as a repository."""
     try:
         yield
     except (_TRANSPORT_ERROR, EntryNotFoundError, HFValidationError, OSError) as error:
-        raise _failure(what, error) from None
-
-
-def _failure(what: str, error: Exception) -> UserError | RunFailed:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    if isinstance(error, _MISSING) and not isinstance(error, LocalEntryNotFoundError):
-        return UserError(
-            f"the hub has no {what}: {reason}",
-            hint="check the name and the revision; private and gated ones need `hf auth login`",
-        )
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, LocalTokenNotFoundError) or status in (401, 403):
-        return UserError(
-            f"no permission for {what} on the hub: {reason}",
-            hint="run hf auth login, or set HF_TOKEN, with a token that allows it",
-        )
-    return RunFailed(
-        f"cannot reach the hub for {what}: {reason}",
-        hint="check the network and HF_HUB_OFFLINE, then retry; finished downloads are kept",
-    )
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, _MISSING) and not isinstance(error, LocalEntryNotFoundError):
+            hint = "check the name and the revision; private and gated ones need `hf auth login`"
+            raise UserError(f"the hub has no {what}: {reason}", hint=hint) from None
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, LocalTokenNotFoundError) or status in (401, 403):
+            hint = "run hf auth login, or set HF_TOKEN, with a token that allows it"
+            raise UserError(f"no permission for {what} on the hub: {reason}", hint=hint) from None
+        hint = "check the network and HF_HUB_OFFLINE, then retry; finished downloads are kept"
+        raise RunFailed(f"cannot reach the hub for {what}: {reason}", hint=hint) from None

@@ -1,7 +1,4 @@
-"""SHA-256 hashes, and the record of sizes and hashes in each committed folder.
-
-Why: a disk, a copy or a person can change a complete file without a visible trace.
-"""
+"""SHA-256 hashes, and the record of sizes and hashes in each committed folder."""
 
 import hashlib
 import json
@@ -15,10 +12,7 @@ INTEGRITY_FILE = "integrity.json"
 
 
 class SequentialHash:
-    """SHA-256 of a file that is read or written sequentially; out-of-order data is ignored.
-
-    Why: a merge hashes gigabytes in the pass that reads or writes them, so each byte is read once.
-    """
+    """SHA-256 of a file that is read or written sequentially; out-of-order data is ignored."""
 
     def __init__(self) -> None:
         self._sha256 = hashlib.sha256()
@@ -47,10 +41,8 @@ def write_integrity(folder: Path, hashes: Mapping[str, str] | None = None) -> No
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != INTEGRITY_FILE:
             name = path.relative_to(folder).as_posix()
-            files[name] = {
-                "bytes": path.stat().st_size,
-                "sha256": known.get(name) or sha256_of(path),
-            }
+            sha256 = known.get(name) or sha256_of(path)
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256}
     (folder / INTEGRITY_FILE).write_text(json.dumps({"files": files}, indent=1) + "\n")
 
 
@@ -59,19 +51,15 @@ def read_integrity(folder: Path) -> dict[str, dict[str, int | str]]:
     path = folder / INTEGRITY_FILE
     try:
         files = json.loads(path.read_text())["files"]
-        if any(
-            Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name for name in files
-        ):
+        if any(name.startswith("/") or ".." in name.split("/") or "\0" in name for name in files):
             raise ValueError("a file name points outside the folder")
         return {
             name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
             for name, entry in files.items()
         }
     except FileNotFoundError:
-        raise UserError(
-            f"cannot verify {folder}: {INTEGRITY_FILE} is missing",
-            hint="llmtrain did not write this folder, or the copy is incomplete",
-        ) from None
+        hint = "llmtrain did not write this folder, or the copy is incomplete"
+        raise UserError(f"cannot verify {folder}: {INTEGRITY_FILE} is missing", hint=hint) from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise UserError(
             f"cannot read {path}: {e}", hint="the folder is damaged: restore it or delete it"
@@ -82,13 +70,11 @@ def integrity_problems(folder: Path, *, hashes: bool = True) -> list[str]:
     """Return the differences between a folder and its record; compare contents if `hashes`."""
     problems = []
     for name, expected in read_integrity(folder).items():
-        path = folder / name
+        path, size = folder / name, expected["bytes"]
         if not path.is_file():
             problems.append(f"{path} is missing")
-        elif path.stat().st_size != expected["bytes"]:
-            problems.append(
-                f"{path} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
-            )
+        elif path.stat().st_size != size:
+            problems.append(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}")
         elif hashes and sha256_of(path) != expected["sha256"]:
             problems.append(f"{path} does not have the recorded SHA-256")
     return problems

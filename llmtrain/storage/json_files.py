@@ -16,13 +16,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"cannot read {path}: {error}", hint="check that the weights folder is complete"
-        ) from None
+        hint = "check that the weights folder is complete"
+        raise UserError(f"cannot read {path}: {error}", hint=hint) from None
     if not isinstance(document, dict):
-        raise UserError(
-            f"{path} does not contain a JSON object", hint="the file is damaged: restore it"
-        )
+        raise UserError(f"{path} does not contain a JSON object", hint="restore the damaged file")
     return document
 
 
@@ -57,10 +54,8 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     for number, event in enumerate(events, start=1):
         for key, value in {"step": None, **event}.items():
             if not _is_valid(key, value):
-                raise UserError(
-                    f"{path}, line {number}: invalid training event: {key} is {value!r:.40}",
-                    hint="the file is damaged: restore it or delete the line",
-                )
+                message = f"{path}, line {number}: invalid training event: {key} is {value!r:.40}"
+                raise UserError(message, hint="the file is damaged: restore it or delete the line")
     return events
 
 

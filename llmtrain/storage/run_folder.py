@@ -21,9 +21,8 @@ def step_folders(parent: Path) -> dict[int, Path]:
     """Return the committed `step-…` folders in `parent` by step, ascending."""
     if not parent.is_dir():
         return {}
-    matches = (
-        (_STEP_NAME.fullmatch(path.name), path) for path in parent.iterdir() if path.is_dir()
-    )
+    folders = filter(Path.is_dir, parent.iterdir())
+    matches = ((_STEP_NAME.fullmatch(path.name), path) for path in folders)
     return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
 
@@ -39,9 +38,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         """Training and evaluation events, one JSON object per line."""
         self.rewound_metrics = path / "metrics-rewound.jsonl"
-        """Events that a rewind undid."""
         self.environment = path / "environment.json"
-        """Versions and device of the newest session."""
         self.snapshots = path / "snapshots"
         self.states = path / "state"
         """Training checkpoints by step."""
@@ -76,10 +73,8 @@ def is_run(path: Path) -> bool:
 def require_run(path: Path) -> RunFolder:
     """Return the run in `path`, or raise UserError."""
     if not is_run(path):
-        raise UserError(
-            f"{path} is not a run: config.yaml is missing",
-            hint="name a folder that llmtrain pretrain wrote, such as runs/NAME",
-        )
+        hint = "name a folder that llmtrain pretrain wrote, such as runs/NAME"
+        raise UserError(f"{path} is not a run: config.yaml is missing", hint=hint)
     return RunFolder(path)
 
 
@@ -87,10 +82,7 @@ def newest_run(parent: Path = Path("runs")) -> RunFolder:
     """Return the run in `parent` whose metrics changed last, or raise UserError."""
     runs = [RunFolder(path) for path in parent.iterdir() if is_run(path)] if parent.is_dir() else []
     if not runs:
-        raise UserError(
-            f"no run in {parent}/",
-            hint="train one (llmtrain pretrain --config FILE) or name its folder",
-        )
-
+        hint = "train one (llmtrain pretrain --config FILE) or name its folder"
+        raise UserError(f"no run in {parent}/", hint=hint)
     changed = [run.metrics if run.metrics.exists() else run.config for run in runs]
     return RunFolder(max(changed, key=os.path.getmtime).parent)

@@ -39,10 +39,8 @@ def file_system(url: str) -> tuple[Any, str]:
         package = known_implementations[scheme]["class"].partition(".")[0]
         raise UserError(f"cannot open {url}: {error}", hint=f"pip install {package}") from None
     except ValueError as error:
-        raise UserError(
-            f"cannot open {url}: {error}",
-            hint="use s3://, gs://, hf:// or file://; fsspec's documentation lists others",
-        ) from None
+        hint = "use s3://, gs://, hf:// or file://; fsspec's documentation lists others"
+        raise UserError(f"cannot open {url}: {error}", hint=hint) from None
     return system, path
 
 
@@ -96,9 +94,8 @@ def list_files(url: str) -> list[RemoteFile]:
         if not any(part.startswith(".") for part in name.split("/")):
             found.append(RemoteFile(system.unstrip_protocol(each), name, info["size"], version))
     if not found:
-        raise UserError(
-            f"{url}: no such file or folder", hint="name a file, a folder or a glob in quotes"
-        )
+        hint = "name a file, a folder or a glob in quotes"
+        raise UserError(f"{url}: no such file or folder", hint=hint)
     return found
 
 
@@ -111,9 +108,8 @@ def download(url: str, path: Path, *, sha256: str) -> None:
             target.write(chunk)
     if digest.hexdigest() != sha256:
         partial.unlink()
-        raise UserError(
-            f"{url} does not have the SHA-256 in its manifest", hint="upload or prepare it again"
-        )
+        message = f"{url} does not have the SHA-256 in its manifest"
+        raise UserError(message, hint="upload or prepare it again")
     fsync_path(partial)
     partial.replace(path)
 

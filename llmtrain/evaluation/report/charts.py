@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -25,14 +26,8 @@ from llmtrain.model.tokenizer import well_formed
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """The color-blind-safe palette of Okabe and Ito."""
-DASHES = (
-    "-",
-    (0, (5, 1.5)),
-    (0, (1.5, 1)),
-    (0, (6, 1.5, 1.5, 1.5)),
-    (0, (3, 3)),
-    (0, (8, 2, 2, 2, 2, 2)),
-)
+_GAPS = ((5, 1.5), (1.5, 1), (6, 1.5, 1.5, 1.5), (3, 3), (8, 2, 2, 2, 2, 2))
+DASHES = ("-", *((0, lengths) for lengths in _GAPS))
 MARKERS = ("", "o", "s", "^", "D", "v", "P")
 
 _LOSS_CHARTS = (
@@ -70,7 +65,6 @@ class Line:
     spread: Sequence[float] = ()
     """Half the length of the error bar at each point; NaN draws none."""
     colour: int = 0
-    """Index into `COLOURS`; like `dash` and `marker`, it wraps around."""
     dash: int = 0
     marker: int = 0
 
@@ -80,17 +74,16 @@ class Chart:
     """Lines over one x axis."""
 
     name: str
-    """File name and HTML id: letters and hyphens."""
+    """Letters and hyphens; also the file name and HTML id."""
     title: str
     x_label: str
     y_label: str
     lines: Sequence[Line]
     log_x: bool = False
     log_y: bool = False
-    """Use a logarithmic y axis if any value is positive."""
+    """Ignored unless a value is positive."""
     from_zero: bool = False
     baseline: float | None = None
-    """y of a thin horizontal line."""
     late: bool = False
     """Fit the y axis to the last 90% of the x axis."""
     shown: str = ".4g"
@@ -130,9 +123,6 @@ def duration(hours: float) -> str:
 def is_drawable(value: float | None) -> bool:
     """Return whether a chart can show a value: finite, and small enough for axis arithmetic."""
     return value is not None and abs(value) < _LARGEST
-
-
-# --- charts of runs ----------------------------------------------------------------------------
 
 
 def run_charts(records: Sequence[RunRecord]) -> list[Chart]:
@@ -195,9 +185,6 @@ def _x(record: RunRecord, axis: str, step: int) -> float | None:
     return record.clock.tokens_at(step) if axis == "tokens" else record.clock.hours_at(step)
 
 
-# --- drawing -----------------------------------------------------------------------------------
-
-
 def draw(chart: Chart) -> Drawing:
     """Draw a chart; the same chart gives the same bytes."""
     with matplotlib.rc_context(fname=_STYLE), warnings.catch_warnings():
@@ -222,14 +209,15 @@ def draw(chart: Chart) -> Drawing:
     return Drawing(chart, svg.getvalue(), png.getvalue(), points, frame)
 
 
-def inline_svg(drawing: Drawing) -> str:
+def inline_svg(drawing: Drawing) -> Markup:
     """Return the SVG as a page element without prologue or size, with ids unique to the figure."""
     svg = drawing.svg[drawing.svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{drawing.chart.name}-', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{drawing.chart.name}-", svg)
     start, end = svg.split(">", maxsplit=1)
-    return re.sub(r' (width|height)="[^"]*"', "", start) + ">" + end
+    start = re.sub(r' (width|height)="[^"]*"', "", start)
+    return Markup(f"{start}>{end}")  # matplotlib has escaped its text
 
 
 def _colour(line: Line) -> str:

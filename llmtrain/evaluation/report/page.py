@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from llmtrain import __version__
 from llmtrain.errors import UserError
@@ -25,8 +24,6 @@ from llmtrain.storage.run_folder import RunFolder
 
 PAGE = "report.html"
 
-_MAX_SAMPLES = 4
-"""Samples shown of a run: the first, the last, and evenly spaced ones between."""
 _TRAINING_COLUMNS = (
     "step", "loss", "lr", "grad_norm", "tokens",
     "tokens_per_second", "mfu", "memory", "seconds", "skipped",
@@ -37,14 +34,12 @@ _COMPARABLE_KEYS = ("data.path", "data.block_size", "eval.tokens")
 
 @dataclass(frozen=True)
 class Report:
-    """A written report."""
+    """A written report; `plot` shows the validation loss, savings start with the lowest loss."""
 
     page: Path
     plot: Path
-    """PNG of the validation loss against steps."""
     records: list[RunRecord]
     savings: list[Saving]
-    """Savings of all runs, lowest loss first."""
 
 
 def write_report(runs: Sequence[RunFolder], folder: Path) -> Report:
@@ -77,7 +72,7 @@ def render_page(
         autoescape=True,
         undefined=StrictUndefined,
     )
-    templates.filters |= {"brief": brief, "duration": duration, "inline": _inline}
+    templates.filters |= {"brief": brief, "duration": duration, "inline": inline_svg}
     templates.filters |= {"inputs": _inputs, "other_facts": _other_facts}
     settings = _settings([record.config for record in records])
     rendered = templates.get_template("report.html").render(
@@ -99,13 +94,6 @@ def render_page(
     return well_formed(rendered)
 
 
-# --- parts of the page -------------------------------------------------------------------------
-
-
-def _inline(drawing: Drawing) -> Markup:
-    return Markup(inline_svg(drawing))  # matplotlib has escaped its text
-
-
 def _numbers(records: Sequence[RunRecord]) -> dict[str, Any]:
     """Return the validation losses as a table: a row per step, a column per line of the chart."""
     columns = [
@@ -122,9 +110,9 @@ def _numbers(records: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def _samples(record: RunRecord) -> list[tuple[str, int, str]]:
-    """Return run, step and text of the shown samples."""
+    """Return run, step and text of the first sample, the last, and two evenly spaced between."""
     last = len(record.samples) - 1
-    chosen = sorted({round(i * last / (_MAX_SAMPLES - 1)) for i in range(_MAX_SAMPLES)})
+    chosen = sorted({round(i * last / 3) for i in range(4)})
     return [(record.name, *record.samples[i]) for i in chosen if last >= 0]
 
 
@@ -158,9 +146,6 @@ def _setting(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-# --- CSV files ---------------------------------------------------------------------------------
-
-
 def _tables(records: Sequence[RunRecord], saved: Sequence[Saving]) -> dict[str, list[list[Any]]]:
     """Return the rows of each CSV file by name, header first."""
     losses: list[list[Any]] = [["run", "weights", "step", "tokens", "hours", "loss", "gain"]]
@@ -172,10 +157,8 @@ def _tables(records: Sequence[RunRecord], saved: Sequence[Saving]) -> dict[str, 
                 place = [clock.tokens_at(step), clock.hours_at(step)]
                 gain = gained.get(label, {}).get(step)
                 losses.append([record.name, label, step, *place, loss, gain])
-        training += [
-            [record.name, *(event.get(key) for key in _TRAINING_COLUMNS)]
-            for event in record.training
-        ]
+        rows = [[record.name, *map(event.get, _TRAINING_COLUMNS)] for event in record.training]
+        training += rows
     header = [field.name for field in fields(Saving)]
     best = [header, *(list(asdict(row).values()) for row in saved)]
     return {"losses": losses, "training": training, "best": best}

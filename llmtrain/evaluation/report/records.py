@@ -6,8 +6,9 @@ written again on a machine without the weights.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,24 +33,27 @@ class Clock:
     seconds: Sequence[float]
 
     def tokens_at(self, step: int) -> float | None:
-        """Return the tokens trained on up to `step`."""
+        """Return the tokens trained on up to a step."""
         return float(np.interp(step, self.steps, self.tokens)) if self.steps else None
 
     def hours_at(self, step: int) -> float | None:
         """Return the hours of training up to `step`."""
         return float(np.interp(step, self.steps, self.seconds)) / 3600 if self.steps else None
 
+    def between(self, start: int, end: int) -> tuple[float | None, float | None]:
+        """Return the tokens and hours from one step to another."""
+        values = [(at(start), at(end)) for at in (self.tokens_at, self.hours_at)]
+        tokens, hours = (None if a is None or b is None else b - a for a, b in values)
+        return tokens, hours
+
 
 @dataclass(frozen=True)
 class Interventions:
-    """Counts of spikes and non-finite values in training, and of the reactions."""
+    """Steps with a non-finite or far too high loss or gradient norm, and the reactions."""
 
     nonfinite: int
-    """Steps with a loss or gradient norm that is not finite."""
     spikes: int
-    """Steps with a loss or gradient norm far above the recent ones."""
     skipped: int
-    """Steps of both kinds whose update was skipped."""
     rewinds: int
 
     def __str__(self) -> str:
@@ -73,7 +77,6 @@ class RunRecord:
     training: list[dict[str, Any]]
     """Log lines of training steps."""
     samples: list[tuple[int, str]]
-    """Step and generated text."""
     interventions: Interventions
     provenance: dict[str, dict[str, Any]]
     """`provenance.json` of the newest average with each label."""
@@ -93,7 +96,6 @@ class Saving:
     run: str
     label: str
     step: int
-    """Step with the lowest loss."""
     loss: float
     gain: float | None
     """Lowest raw loss of the run minus this loss."""
@@ -102,7 +104,6 @@ class Saving:
     raw_step: int | None
     """First measured step with the lowest raw loss."""
     steps_saved: int | None
-    """`raw_step` minus `reached`."""
     tokens_saved: float | None
     hours_saved: float | None
 
@@ -205,22 +206,12 @@ def _saving(record: RunRecord, label: str, curve: Curve) -> Saving:
     if not raw:
         return Saving(record.name, label, step, loss, *[None] * 6)
     raw_step, raw_loss = min(raw, key=lambda point: point[1])
-    row = Saving(record.name, label, step, loss, raw_loss - loss, None, raw_step, *[None] * 3)
+    row = partial(Saving, record.name, label, step, loss, raw_loss - loss)
     reached = next((at for at, value in curve if value <= raw_loss), None)
     if reached is None or label == RAW:
-        return row
-    return replace(
-        row,
-        reached=reached,
-        steps_saved=raw_step - reached,
-        tokens_saved=_change(record.clock.tokens_at, reached, raw_step),
-        hours_saved=_change(record.clock.hours_at, reached, raw_step),
-    )
-
-
-def _change(value_at: Callable[[int], float | None], start: int, end: int) -> float | None:
-    first, last = value_at(start), value_at(end)
-    return None if first is None or last is None else last - first
+        return row(None, raw_step, None, None, None)
+    tokens, hours = record.clock.between(reached, raw_step)
+    return row(reached, raw_step, raw_step - reached, tokens, hours)
 
 
 def gains(record: RunRecord) -> dict[str, Curve]:

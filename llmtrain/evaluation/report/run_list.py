@@ -32,22 +32,20 @@ class BestLoss:
 
 @dataclass(frozen=True)
 class RunEntry:
-    """One run."""
+    """One run; a damaged one has a problem and may lack the steps."""
 
     name: str
     path: str
     state: RunState
     step: int | None
-    """Last logged step; None if the run is damaged."""
+    """Last logged step."""
     max_steps: int | None
     raw: BestLoss | None
     average: BestLoss | None
     modified: float
     """Time of the last log line, in seconds since 1970."""
     bytes: int
-    """Size of all files."""
     problem: str | None
-    """Error message of a damaged run."""
 
 
 def list_runs(parent: Path) -> list[RunEntry]:
@@ -89,11 +87,8 @@ def _entry(run: RunFolder) -> RunEntry:
 
 
 def _best(curves: Mapping[str, Curve]) -> BestLoss | None:
-    points = [(loss, step, label) for label, curve in curves.items() for step, loss in curve]
-    if not points:
-        return None
-    loss, step, label = min(points)
-    return BestLoss(label, step, loss)
+    points = [BestLoss(label, *point) for label, curve in curves.items() for point in curve]
+    return min(points, key=lambda best: (best.loss, best.step, best.label), default=None)
 
 
 def _size(folder: Path) -> int:
