@@ -5,6 +5,7 @@ config or input; 128 + N stopped by signal N.
 """
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -39,20 +40,12 @@ app = typer.Typer(
     epilog="Exit codes: 0 success, 1 the run failed, 2 invalid command line, config or input, "
     "128 + N stopped by signal N with everything saved (130 Ctrl-C, 143 SIGTERM).",
 )
-app.command()(prepare)
-app.command()(plan)
-app.command()(pretrain)
-app.command()(average)
-app.command()(inspect)
+command: Callable[..., None]
+for command in (prepare, plan, pretrain, average, inspect):
+    app.command()(command)
 app.command(name="eval")(evaluate)
-app.command()(report)
-app.command()(runs)
-app.command()(generate)
-app.command()(export)
-app.command()(recipes)
-app.command()(config)
-app.command()(doctor)
-app.command()(verify)
+for command in (report, runs, generate, export, recipes, config, doctor, verify):
+    app.command()(command)
 
 _debug = False
 

@@ -51,11 +51,9 @@ class TrainingProgress:
     data: str = ""
     """SHA-256 of the data's manifest."""
     skipped: int = 0
-    """Steps whose update was skipped."""
     passed_batches: int = 0
     """Step `s` trains on batch `s + passed_batches`; each rewind adds the batches that it skips."""
     rewinds: list[dict[str, Any]] = field(default_factory=list)
-    """Records of all rewinds as in `metrics.jsonl`, oldest first."""
     micro_batch: int = 0
     """Sequences in one forward pass; 0: not yet chosen."""
     micro_batch_for: dict[str, Any] = field(default_factory=dict)
@@ -127,18 +125,18 @@ class TrainingState:
             ) from error
 
     def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        names = {name for name, _ in self.model.named_parameters()}
-        if other := names ^ weights.keys():
+        if other := dict(self.model.named_parameters()).keys() ^ weights.keys():
             raise KeyError(f"weights of {', '.join(sorted(other))}")
         load_shards(self.model, weights)
 
     def _load_moments(self, saved: Mapping[str, Tensor]) -> None:
         parameters, moments = dict(self.model.named_parameters()), {}
         for index, name in enumerate(self._optimized_names()):
-            keys = [key for key in saved if key.endswith(f"/{name}")]
+            suffix, parameter = f"/{name}", parameters[name]
+            own = {key: value for key, value in saved.items() if key.endswith(suffix)}
             moments[index] = {
-                key.removesuffix(f"/{name}"): _shard_like(parameters[name], saved[key])
-                for key in keys
+                key.removesuffix(suffix): _shard_like(parameter, value)
+                for key, value in own.items()
             }
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from llmtrain.checkpoints.gpt2_folder import tensor_bytes
+from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.runtime.distributed import World
 from llmtrain.runtime.sharded import to_local
@@ -30,30 +31,30 @@ from llmtrain.storage.commit import remove_folder, remove_leftovers, staged_fold
 from llmtrain.storage.json_files import write_json
 from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training import checkpoint
+from llmtrain.training.checkpoint import TrainingProgress
 from llmtrain.training.snapshots import BackgroundWriter
 
 T = TypeVar("T")
+Tensors = dict[str, Tensor]
 
 
 class CheckpointWriter(BackgroundWriter):
     """Saves training checkpoints; the next call on every process raises what failed."""
 
     def __init__(
-        self, run: RunFolder, world: World, *, keep: int, every: int, background: bool
+        self, run: RunFolder, world: World, config: RunConfig, *, background: bool
     ) -> None:
-        """Keep the newest `keep` checkpoints, and as many of the `regular_steps`, `every` apart.
-
-        In the background, the saved tensors must be copies.
-        """
+        """In the background, the saved tensors must be copies."""
         super().__init__(world)
-        self._run, self._keep, self._every = run, keep, every
+        self._run, self._keep = run, config.checkpoint.keep_states
+        self._every = config.checkpoint.state_every if config.may_rewind else 1
         self.in_background = background
 
     def save(
         self,
-        progress: checkpoint.TrainingProgress,
+        progress: TrainingProgress,
         updates: dict[str, int],
-        tensors: dict[str, Tensor],
+        tensors: Tensors,
         *,
         replace: bool,
     ) -> None:
@@ -62,11 +63,8 @@ class CheckpointWriter(BackgroundWriter):
         Keep an existing checkpoint of this step, which is the same, unless `replace` is set.
         """
         self.wait()
-        facts = {
-            "format_version": checkpoint.FORMAT_VERSION,
-            "progress": asdict(progress),
-            "average_updates": updates,
-        }
+        facts: dict[str, object] = {"format_version": checkpoint.FORMAT_VERSION}
+        facts |= {"progress": asdict(progress), "average_updates": updates}
         target = self._run.state(progress.step)
         write = partial(self._commit, target, facts, tensors, replace)
         if self.in_background:
@@ -74,9 +72,7 @@ class CheckpointWriter(BackgroundWriter):
         else:
             write()
 
-    def _commit(
-        self, target: Path, facts: dict[str, Any], tensors: dict[str, Tensor], replace: bool
-    ) -> None:
+    def _commit(self, target: Path, facts: object, tensors: Tensors, replace: bool) -> None:
         """Create and rename the folder on rank 0; in between, every process writes its part."""
         outcome: Exception | None = None
         self._shared = self._world.size == 1
@@ -90,13 +86,10 @@ class CheckpointWriter(BackgroundWriter):
         elif (folder := self._broadcast(None)) is not None:
             with suppress(CheckpointException):  # rank 0 raises it too, and broadcasts it
                 self._write_part(folder, tensors)
-        outcome = self._broadcast(outcome)
-        if outcome is not None:
+        if (outcome := self._broadcast(outcome)) is not None:
             raise outcome
 
-    def _write_folder(
-        self, target: Path, facts: dict[str, Any], tensors: dict[str, Tensor], replace: bool
-    ) -> None:
+    def _write_folder(self, target: Path, facts: object, tensors: Tensors, replace: bool) -> None:
         remove_leftovers(target.parent)
         if replace or not target.exists():
             # `needed` is rank 0's part; the other processes need as much again.
@@ -118,11 +111,11 @@ class CheckpointWriter(BackgroundWriter):
         dist.broadcast_object_list(values, src=0, group=group, device=torch.device("cpu"))
         return values[0]
 
-    def _write_part(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+    def _write_part(self, folder: Path, tensors: Tensors) -> None:
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         save(tensors, storage_writer=writer, process_group=self._world.saving)
 
-    def _write_all_parts(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+    def _write_all_parts(self, folder: Path, tensors: Tensors) -> None:
         """Write rank 0's part and check that the parts of all processes arrived."""
         try:
             self._write_part(folder, tensors)
@@ -141,6 +134,7 @@ class CheckpointWriter(BackgroundWriter):
     def _remove_old(self, target: Path) -> None:
         folders = step_folders(self._run.states)
         steps = list(folders)
+        # A rewind needs regular checkpoints, which interruptions must not displace.
         kept = {*steps[-self._keep :], *checkpoint.regular_steps(steps, self._every)[-self._keep :]}
         for step, folder in folders.items():
             if step not in kept and folder != target:

@@ -32,8 +32,7 @@ class Dashboards:
             self._boards.append(_TensorBoard(run.path / "tensorboard", start.step))
         if config.log.wandb.mode != "disabled":
             try:
-                board = _Wandb(run.path, config, start.wandb_id, warn)
-                self._boards.append(board)
+                self._boards.append(board := _Wandb(run.path, config, start.wandb_id, warn))
                 self.wandb_id = board.id
             except Exception as error:  # W&B raises any type of error
                 warn(f"cannot start W&B: {_first_line(error)}; training continues without it")
@@ -56,18 +55,15 @@ class Dashboards:
 
     def close(self, *, finished: bool) -> None:
         """Close the dashboards; add the report of a finished run."""
-        if finished and self._boards and (page := self._write_report()) is not None:
-            self._each(lambda board: board.add_report(page))
+        if finished and self._boards:
+            from llmtrain.evaluation.report.page import write_report
+
+            try:
+                page = write_report([self._run], self._run.report).page
+                self._each(lambda board: board.add_report(page))
+            except Exception as error:  # the training itself has succeeded
+                self._warn(f"cannot write the report: {_first_line(error)}")
         self._each(lambda board: board.close(finished=finished))
-
-    def _write_report(self) -> Path | None:
-        from llmtrain.evaluation.report.page import write_report
-
-        try:
-            return write_report([self._run], self._run.report).page
-        except Exception as error:  # the training itself has succeeded
-            self._warn(f"cannot write the report: {_first_line(error)}")
-            return None
 
     def _each(self, action: Callable[["_Wandb | _TensorBoard"], None]) -> None:
         for board in list(self._boards):

@@ -24,10 +24,8 @@ def open_weights(source: str) -> Checkpoint:
     """Open the weights that `init_from` names; download them if they are on the hub."""
     found = resolve(source, key="init_from")
     if isinstance(found, RunFolder):
-        raise UserError(
-            f"init_from: {source} is a run, which contains many weights",
-            hint="name one of them: a folder in its snapshots/ or averages/",
-        )
+        problem = f"init_from: {source} is a run, which contains many weights"
+        raise UserError(problem, hint="name one of them: a folder in its snapshots/ or averages/")
     return found.download() if isinstance(found, Repository) else open_checkpoint(found, step=0)
 
 

@@ -7,7 +7,6 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.checkpoint import TrainingProgress
 from llmtrain.training.dashboards import Dashboards, Event
 from llmtrain.training.spikes import SpikeEvent
+from llmtrain.training.worker import Log
 
 HEADER = "     step      loss         lr  grad norm   tokens/s     MFU       ETA"
 
@@ -45,21 +45,14 @@ class MetricsLog:
     """Writes events; a context manager that closes the dashboards however the run ends."""
 
     def __init__(
-        self,
-        path: Path | None,
-        config: RunConfig,
-        start: TrainingProgress,
-        *,
-        log: Callable[[str], None],
-        warn: Callable[[str], None],
+        self, path: Path | None, config: RunConfig, start: TrainingProgress, *, log: Log, warn: Log
     ) -> None:
         """Open `metrics.jsonl` and remove the events after `start`; without a path, do nothing."""
         self.evaluated_steps: set[int] = set()
-        """Steps with an evaluation in the file."""
         self._lines, self._path, self._log = 0, path, log
         if path is None:
             return
-        self._rewrite([event for event in read_events(path) if event["step"] <= start.step])
+        self._rewrite(path, [each for each in read_events(path) if each["step"] <= start.step])
         self._boards = Dashboards(RunFolder(path.parent), config, start, warn)
 
     @property
@@ -100,7 +93,8 @@ class MetricsLog:
         with RunFolder(self._path.parent).rewound_metrics.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(each) + "\n" for each in events if each["step"] > step)
         self._file.close()
-        self._rewrite([*(each for each in events if each["step"] <= step), dict(record)])
+        kept = [each for each in events if each["step"] <= step]
+        self._rewrite(self._path, [*kept, dict(record)])
         self._boards.rewind(step)
         start = record["rewound_from"]
         self._log(f"{step:>9,}  rewound from step {start:,}, skipping its batches")
@@ -112,10 +106,9 @@ class MetricsLog:
             self._file.flush()
             os.fsync(self._file.fileno())
 
-    def _rewrite(self, events: list[dict[str, Any]]) -> None:
-        assert self._path is not None
-        write_atomically(self._path, "".join(json.dumps(event) + "\n" for event in events))
-        self._file = self._path.open("a", encoding="utf-8")
+    def _rewrite(self, path: Path, events: list[dict[str, Any]]) -> None:
+        write_atomically(path, "".join(json.dumps(event) + "\n" for event in events))
+        self._file = path.open("a", encoding="utf-8")
         self.evaluated_steps = {int(e["step"]) for e in events if "val/loss" in e}
 
     def write(self, event: Event, group: str) -> None:
@@ -123,10 +116,8 @@ class MetricsLog:
         if self._path is None:
             return
         # JSON has no non-finite numbers.
-        finite = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in event.items()
-        }
+        invalid = [k for k, v in event.items() if isinstance(v, float) and not math.isfinite(v)]
+        finite = {**event, **dict.fromkeys(invalid)}
         with disk_errors(self._path):
             self._file.write(json.dumps(finite) + "\n")
             self._file.flush()

@@ -20,16 +20,11 @@ from llmtrain.training.worker import Log, Worker, is_out_of_memory
 
 T = TypeVar("T")
 
-_GAIN = 1.03
-"""Speedup that justifies the memory of a larger micro-batch."""
-_LONG_ENOUGH = 0.1
-"""Seconds to time the passes of a small model."""
-_PATIENCE = 60.0
-"""Seconds for the whole search."""
-_SPARE = 0.05
-"""Share of GPU memory left free in a trial for library buffers and fragmentation."""
-_CPU_FACTOR = 1.35
-"""CPU memory safety factor: the allocator does not return freed memory."""
+_GAIN = 1.03  # speedup that justifies the memory of a larger micro-batch
+_LONG_ENOUGH = 0.1  # seconds to time the passes of a small model
+_PATIENCE = 60.0  # seconds for the whole search
+_SPARE = 0.05  # share of GPU memory left free in a trial for library buffers and fragmentation
+_CPU_FACTOR = 1.35  # safety factor: the CPU allocator does not return freed memory
 _HINT = (
     "see llmtrain plan; --set train.activation_checkpointing=true, a smaller eval.batch or "
     "data.block_size, and train.parallel=fsdp on several GPUs reduce memory"
@@ -88,9 +83,8 @@ def retry_on_oom(worker: Worker, progress: TrainingProgress, work: Callable[[], 
         # After the except block: the error's frames no longer hold tensors.
         problem = _reduce(worker, progress)
         if worker.parallel is not None:  # the other processes block in the middle of their step
-            raise RunFailed(
-                problem, hint=f"resume with --set train.micro_batch={progress.micro_batch}"
-            )
+            smaller = f"--set train.micro_batch={progress.micro_batch}"
+            raise RunFailed(problem, hint=f"resume with {smaller}")
         worker.warn(f"{problem}: continuing with {progress.micro_batch}")
         if worker.is_compiled:
             torch.compiler.reset()  # else torch replaces this size by code for any size

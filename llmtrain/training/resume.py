@@ -52,7 +52,6 @@ MAY_CHANGE = (
 """Keys that may change when a run resumes: they do not affect what was learned so far."""
 
 _STARTED_FILES = re.compile(r"\.lock|parent\.json|\.tmp-\d+-(parent\.json|config\.yaml)")
-"""Files in the folder of a run that ended before its config was written."""
 
 
 def refuse_other_files(folder: Path) -> None:
@@ -88,15 +87,11 @@ def find_start(
     for parent in (run.path, run.snapshots, run.states, run.evals, *run.averages.glob("[!.]*")):
         remove_leftovers(parent)
     if resume == "never":
-        raise UserError(
-            f"{run.path} already contains a run, and --resume is never",
-            hint="choose another --run-dir, or use --resume auto",
-        )
+        problem = f"{run.path} already contains a run, and --resume is never"
+        raise UserError(problem, hint="choose another --run-dir, or use --resume auto")
     if isinstance(resume, Path) and not _started_from(run, resume.resolve()):
-        raise UserError(
-            f"{run.path} already contains a run that did not start from {resume}",
-            hint="choose another name for the branch",
-        )
+        problem = f"{run.path} already contains a run that did not start from {resume}"
+        raise UserError(problem, hint="choose another name for the branch")
     _refuse_other_config(config, run, warn)
     checkpoint = newest_checkpoint(run, warn)
     if checkpoint is None:
@@ -115,10 +110,8 @@ def _refuse_other_config(config: RunConfig, run: RunFolder, warn: Log) -> None:
     changed = _changed_keys(load_config(run.config), config)
     if fixed := {key: values for key, values in changed.items() if not key.startswith(MAY_CHANGE)}:
         listed = "; ".join(f"{key}: {old} there, {new} here" for key, (old, new) in fixed.items())
-        raise UserError(
-            f"{run.path} was trained with another config ({listed})",
-            hint="choose another --run-dir (or name:), or restore that config",
-        )
+        problem = f"{run.path} was trained with another config ({listed})"
+        raise UserError(problem, hint="choose another --run-dir (or name:), or restore that config")
     if "train.max_steps" in changed and getattr(config.schedule, "horizon", 0) is None:
         old, new = changed["train.max_steps"]
         warn(
@@ -159,22 +152,16 @@ def _branch(config: RunConfig, run: RunFolder, data: TokenData, folder: Path) ->
     parent = require_run(folder.resolve().parents[1])
     changed = _changed_keys(load_config(parent.config), config)
     if other := [key for key in changed if key.startswith(("model.", "data.block_size"))]:
-        raise UserError(
-            f"{folder} belongs to another model: {', '.join(other)} differ",
-            hint="set the model as in the parent's config.yaml",
-        )
+        problem = f"{folder} belongs to another model: {', '.join(other)} differ"
+        raise UserError(problem, hint="set the model as in the parent's config.yaml")
     if "muon" in changed.get("optimizer.name", ()):
         raise UserError(
             f"{folder} belongs to another optimizer: Muon has one moment per matrix, AdamW two",
             hint="keep the optimizer, or take only the weights with init_from: SNAPSHOT",
         )
     checkpoint.progress.wandb_id, checkpoint.progress.data = None, data.sha256
-    record = {
-        "run": str(parent.path),
-        "state": folder.name,
-        "step": checkpoint.progress.step,
-        "changed": changed,
-    }
+    record = {"run": str(parent.path), "state": folder.name, "step": checkpoint.progress.step}
+    record["changed"] = changed
     write_atomically(run.parent, json.dumps(record, indent=2) + "\n")
     return checkpoint
 
@@ -215,19 +202,12 @@ def checkpoint_before(
     old = [step for step in steps if step <= event.step - spikes.rewind_steps]
     checkpoint = newest_checkpoint(run, warn, among=old or steps[:1])
     if checkpoint is None:
-        raise RunFailed(
-            f"cannot rewind step {event.step:,}: {run.states} has no training checkpoint",
-            hint="restore the folder, which was emptied during training",
-        )
+        problem = f"cannot rewind step {event.step:,}: {run.states} has no training checkpoint"
+        raise RunFailed(problem, hint="restore the folder, which was emptied during training")
     back = checkpoint.progress
     back.passed_batches = event.step + progress.passed_batches - back.step
-    record = {
-        "step": back.step,
-        "rewound_from": event.step,
-        "passed_batches": back.passed_batches,
-        **event.reason(),
-    }
-    back.rewinds = [*progress.rewinds, record]
+    record = {"step": back.step, "rewound_from": event.step, "passed_batches": back.passed_batches}
+    back.rewinds = [*progress.rewinds, record | event.reason()]
     for kept in ("seconds", "wandb_id", "skipped", "micro_batch", "micro_batch_for"):
         setattr(back, kept, getattr(progress, kept))
     return checkpoint

@@ -72,7 +72,6 @@ class SnapshotWriter(BackgroundWriter):
         target: Path,
         parts: Mapping[str, Tensor],
         origin: Origin,
-        *,
         residual: Mapping[str, Tensor] | None = None,
         provenance: object = None,
     ) -> None:

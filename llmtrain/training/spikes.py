@@ -19,14 +19,9 @@ from llmtrain.errors import RunFailed
 MAX_SKIPPED_IN_A_ROW = 100
 """Skipped updates after which the run fails: the weights no longer give a finite loss."""
 
-LOWER_RATE_HINT = (
-    "start a branch at a lower rate: --branch NAME --from STEP --set optimizer.lr=RATE"
-)
-
-_SCALE = 1.4826
-"""Ratio of standard deviation to median absolute deviation in a normal distribution."""
-_FLOOR = 1e-3
-"""Smallest scale relative to the median: noise in a flat loss is not a spike."""
+LOWER_RATE_HINT = "branch at a lower rate: --branch NAME --from STEP --set optimizer.lr=RATE"
+_SCALE = 1.4826  # ratio of standard deviation to median absolute deviation (normal distribution)
+_FLOOR = 1e-3  # smallest scale relative to the median: noise in a flat loss is not a spike
 
 
 @dataclass(frozen=True)
@@ -121,11 +116,9 @@ class SpikeDetector:
             if action in ("stop", "rewind"):
                 return events
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise RunFailed(
-                f"the last {self._skipped_in_a_row} updates up to step {steps[-1]:,} were skipped "
-                "because of spikes or non-finite numbers",
-                hint=LOWER_RATE_HINT,
-            )
+            skipped = f"the last {self._skipped_in_a_row} updates up to step {steps[-1]:,}"
+            problem = f"{skipped} were skipped because of spikes or non-finite numbers"
+            raise RunFailed(problem, hint=LOWER_RATE_HINT)
         return events
 
     def state(self) -> dict[str, Tensor]:

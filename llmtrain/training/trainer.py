@@ -4,6 +4,7 @@ forward, backward → `spikes.check` → `optimizer.update` → `average.update`
 """
 
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,10 +49,8 @@ class Trainer:
         self.worker, self.run, self.data = worker, run, data
         self.config, self.world, self.model = worker.config, worker.world, worker.model
         config, world, model = self.config, self.world, self.model
-        self.averages = [
-            build_average(each, model, warmup_steps=config.schedule.warmup_steps)
-            for each in config.averages
-        ]
+        build = partial(build_average, model=model, warmup_steps=config.schedule.warmup_steps)
+        self.averages = [build(average) for average in config.averages]
         self.spikes = SpikeDetector(config, worker.device)
         self._state = TrainingState(model, worker.optimizer, self.averages, self.spikes)
         self.dataloader = DataLoader(config, data, world)
@@ -60,13 +59,8 @@ class Trainer:
         shape = Shape(config.model, config.data.block_size, data.eot)
         self.snapshot_writer = SnapshotWriter(model, world, shape, self._log_not_saved)
         self.progress = TrainingProgress(data=data.sha256)
-        self.checkpoint_writer = CheckpointWriter(
-            run,
-            world,
-            keep=config.checkpoint.keep_states,
-            every=config.checkpoint.state_every if config.may_rewind else 1,
-            background=world.size > 1 or worker.device.type != "cpu",
-        )
+        background = world.size > 1 or worker.device.type != "cpu"
+        self.checkpoint_writer = CheckpointWriter(run, world, config, background=background)
         self._peak = (peak_flops(worker.device, worker.precision) or 0.0) * world.size
         self._restart_timing()
 
@@ -275,13 +269,9 @@ class Trainer:
             target = self.run.average(average.config.label, step)
             due = average.ready and self._due(self.config.save_every(average.config))
             if due and (fresh or not self.world.on_rank_zero(target.exists)):
-                self.snapshot_writer.save(
-                    target,
-                    average.weights(),
-                    self._origin(),
-                    residual=average.residual(),
-                    provenance=average.provenance(step),
-                )
+                weights, origin = average.weights(), self._origin()
+                residual, provenance = average.residual(), average.provenance(step)
+                self.snapshot_writer.save(target, weights, origin, residual, provenance)
 
     def save_snapshot(self) -> None:
         """Start to write the weights as a Hugging Face folder."""

@@ -25,6 +25,7 @@ from llmtrain.training.optimizers import build_optimizer
 from llmtrain.training.optimizers.adamw import AdamW
 
 Log = Callable[[str], None]
+Device = torch.device
 Parallel = Literal["ddp", "fsdp", "hsdp"]
 
 _OOM_MESSAGES = (
@@ -93,10 +94,8 @@ def make_worker(config: RunConfig, world: World, device: torch.device, warn: Log
     if reason is not None:
         warn(reason)
     model = build_model(config, parallel, world, device, precision)
-    optimizer, forward = build_optimizer(model, config.optimizer), model
-    return Worker(
-        config, world, device, precision, parallel, to_compile, model, optimizer, forward, warn
-    )
+    shared = (config, world, device, precision, parallel, to_compile)
+    return Worker(*shared, model, build_optimizer(model, config.optimizer), model, warn)
 
 
 def resolve_parallel(
@@ -106,15 +105,11 @@ def resolve_parallel(
     check_batch(config, world.size)
     setting = config.train.parallel
     if config.train.compile == "cuda-graphs" and (world.size > 1 or setting in ("fsdp", "hsdp")):
-        raise UserError(
-            "train.compile: cuda-graphs needs a single process with whole weights",
-            hint="--set train.compile=true",
-        )
+        problem = "train.compile: cuda-graphs needs a single process with whole weights"
+        raise UserError(problem, hint="--set train.compile=true")
     if setting == "hsdp" and world.sums([world.local_size])[0] != world.local_size * world.size:
-        raise UserError(
-            "train.parallel: hsdp needs the same number of processes on each machine",
-            hint="--set train.parallel=fsdp",
-        )
+        problem = "train.parallel: hsdp needs the same number of processes on each machine"
+        raise UserError(problem, hint="--set train.parallel=fsdp")
     if setting in ("fsdp", "hsdp"):
         return setting
     if world.size == 1:
@@ -129,11 +124,7 @@ def resolve_parallel(
 
 
 def build_model(
-    config: RunConfig,
-    parallel: Parallel | None,
-    world: World,
-    device: torch.device,
-    precision: Precision,
+    config: RunConfig, parallel: Parallel | None, world: World, device: Device, precision: Precision
 ) -> GPT:
     """Build the model at step 0; if it is sharded, no process holds the whole model."""
     if parallel in (None, "ddp"):

@@ -13,6 +13,9 @@ _EPS = 1e-6
 """Added to the norm before dividing by it, as in torch's `clip_grad_norm_`."""
 
 
+Groups = list[dict[str, object]]
+
+
 class AdamW(torch.optim.AdamW):
     """Fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
 
@@ -22,7 +25,7 @@ class AdamW(torch.optim.AdamW):
     """Set before a step, shape (), on the parameters' device: 1 skips the update."""
     grad_scale: Tensor | None = None
 
-    def __init__(self, groups: list[dict[str, object]], config: OptimizerConfig) -> None:
+    def __init__(self, groups: Groups, config: OptimizerConfig) -> None:
         super().__init__(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
     def lr_factor(self, step: int) -> float:
@@ -65,15 +68,13 @@ def build(model: nn.Module, config: OptimizerConfig) -> AdamW:
     return AdamW(decay_groups(model, config), config)
 
 
-def decay_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, object]]:
+def decay_groups(model: nn.Module, config: OptimizerConfig) -> Groups:
     """Return two parameter groups: with and without weight decay."""
     decayed, named = decayed_parameters(model, config.decay), list(model.named_parameters())
     with_decay = [p for name, p in named if name in decayed]
     without = [p for name, p in named if name not in decayed]
-    return [
-        {"params": with_decay, "weight_decay": config.weight_decay},
-        {"params": without, "weight_decay": 0.0},
-    ]
+    group = {"params": with_decay, "weight_decay": config.weight_decay}
+    return [group, {"params": without, "weight_decay": 0.0}]
 
 
 def decayed_parameters(model: nn.Module, rule: str) -> set[str]:

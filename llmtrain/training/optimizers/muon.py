@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from llmtrain.config.schema import MuonConfig, OptimizerConfig
 from llmtrain.runtime.device import resolve_precision
 from llmtrain.runtime.sharded import full_tensor, shard_like, to_local
-from llmtrain.training.optimizers.adamw import AdamW, decayed_parameters
+from llmtrain.training.optimizers.adamw import AdamW, Groups, decayed_parameters
 
 UPDATE_RMS = 0.2
 """Root mean square of an update at learning rate 1, as in AdamW (arXiv 2502.16982, section 2.2)."""
@@ -48,9 +48,7 @@ class Muon(AdamW):
 
     fused_scaling = False
 
-    def __init__(
-        self, groups: list[dict[str, object]], config: OptimizerConfig, muon: MuonConfig
-    ) -> None:
+    def __init__(self, groups: Groups, config: OptimizerConfig, muon: MuonConfig) -> None:
         """Build it from AdamW's groups; `stacked` is the number of matrices per parameter, or 0."""
         super().__init__(groups, config)
         self.muon = muon
@@ -103,11 +101,8 @@ def build(model: nn.Module, config: OptimizerConfig) -> Muon:
     for name, parameter in model.named_parameters():
         stacked = (3 if name.endswith("c_attn.weight") else 1) if name in linear else 0
         groups.setdefault((stacked, name in decayed), []).append(parameter)
-    return Muon(
-        [
-            {"params": group, "stacked": stacked, "weight_decay": config.weight_decay * decays}
-            for (stacked, decays), group in groups.items()
-        ],
-        config,
-        config.muon,
-    )
+    listed: Groups = [
+        {"params": group, "stacked": stacked, "weight_decay": config.weight_decay * decays}
+        for (stacked, decays), group in groups.items()
+    ]
+    return Muon(listed, config, config.muon)

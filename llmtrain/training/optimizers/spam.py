@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from llmtrain.config.schedules import reset_factor
 from llmtrain.config.schema import OptimizerConfig, SpamConfig
 from llmtrain.runtime.sharded import to_local
-from llmtrain.training.optimizers.adamw import AdamW, decay_groups
+from llmtrain.training.optimizers.adamw import AdamW, Groups, decay_groups
 
 SETTLE_STEPS = 20
 """Steps without clipping after a reset, until the second moment is large enough."""
@@ -18,9 +18,7 @@ SETTLE_STEPS = 20
 class Spam(AdamW):
     """SPAM without its sparse momentum (Huang et al. 2025, arXiv 2501.06842)."""
 
-    def __init__(
-        self, groups: list[dict[str, object]], config: OptimizerConfig, spam: SpamConfig
-    ) -> None:
+    def __init__(self, groups: Groups, config: OptimizerConfig, spam: SpamConfig) -> None:
         super().__init__(groups, config)
         self.spam = spam
 
