@@ -15,18 +15,6 @@ if TYPE_CHECKING:
     from llmtrain.config.schema import RunConfig
     from llmtrain.planning.estimate import CostEstimate
 
-_PARTS = {
-    "weights": "weights (float32)",
-    "optimizer": "optimizer moments",
-    "averages": "online averages",
-    "gradients": "gradients",
-    "copies": "cast weights",
-    "activations": "activations",
-    "logits": "logits and loss",
-    "buffers": "buffers",
-    "written": "snapshot being written",
-}
-
 
 def _option(field: str, panel: str | None = None, *, default: bool | str = True) -> Any:
     help_text = help_of(HardwareOptions, field)
@@ -106,10 +94,10 @@ def _memory(plan: "CostEstimate") -> Table:
     """Show each part at the peak and at its own maximum, which can be another moment."""
     top = plan.memory.peak
     table = _table("Memory of one device", "at the peak", "at most")
-    for part, name in _PARTS.items():
+    for part in (name for name in vars(top) if name not in ("moment", "total")):
         most = max(getattr(usage, part) for usage in plan.memory.moments)
         if most:
-            table.add_row(name, format_bytes(getattr(top, part)), format_bytes(most))
+            table.add_row(part, format_bytes(getattr(top, part)), format_bytes(most))
     table.add_row("peak", format_bytes(top.total), "", style="bold")
     table.add_row(f"  {top.moment}")
     table.add_row("fits", _fits(plan.machine.memory, top.total))

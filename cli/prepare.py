@@ -12,12 +12,20 @@ from rich.table import Column, Table
 
 from llmtrain.data.options import PrepareOptions
 
-from .common import ProgressLine, console, err_console, help_of, interruptible, print_json, warn
+from .common import (
+    JsonFlag,
+    ProgressLine,
+    console,
+    err_console,
+    help_of,
+    interruptible,
+    print_json,
+    warn,
+)
 
 if TYPE_CHECKING:
     from llmtrain.data.manifest import Manifest
     from llmtrain.data.prepare import PrepareProgress
-    from llmtrain.runtime.signals import Interrupt
 
 _NO_LIBRARY_PROGRESS = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -59,11 +67,7 @@ def prepare(
     ] = "openwebtext",
     out: Annotated[
         str | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Folder or URL for the shards.",
-            show_default="data/ and the source's name",
-        ),
+        typer.Option(help="Folder or URL for the shards.", show_default="data/ and SOURCE's name"),
     ] = None,
     tokenizer: Annotated[Literal["gpt2", "byte"], _option("tokenizer")] = PrepareOptions.tokenizer,
     val_fraction: Annotated[float, _option("val_fraction")] = PrepareOptions.val_fraction,
@@ -81,9 +85,7 @@ def prepare(
     limit_documents: Annotated[
         int | None, _count_option("limit_documents", show_default="all")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the manifest as JSON and nothing else.")
-    ] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Convert documents to token shards for pretrain and eval.
 
@@ -97,13 +99,7 @@ def prepare(
     from llmtrain.data.sources import default_name
 
     options = PrepareOptions(
-        tokenizer=tokenizer,
-        val_fraction=val_fraction,
-        seed=seed,
-        shard_tokens=shard_tokens,
-        workers=workers,
-        engine=engine,
-        ray_address=ray_address,
+        *(tokenizer, val_fraction, seed, shard_tokens, workers, engine, ray_address),
         text_field=text_field,
         limit_documents=limit_documents,
     )
@@ -111,36 +107,20 @@ def prepare(
     started = time.monotonic()
     outcome = f"{folder} is incomplete; the same command resumes after its last finished shard"
     with interruptible(outcome) as interrupt, ProgressLine("documents") as line:
-        display = _ProgressDisplay(line, interrupt)
+
+        def show(progress: "PrepareProgress") -> None:
+            interrupt.check()
+            detail = f"{progress.tokens / 1e6:,.1f}M tokens" if progress.total_documents else "read"
+            line.update(progress.documents, progress.total_documents, detail)
+
         log = partial(err_console.print, markup=False)
-        manifest = library.prepare(source, folder, options, on_progress=display.show, log=log)
+        manifest = library.prepare(source, folder, options, on_progress=show, log=log)
     if mismatch := library.openwebtext_mismatch(manifest):
         warn(mismatch)
     if as_json:
         print_json(manifest.document())
     else:
         _print_summary(folder, manifest, time.monotonic() - started)
-
-
-class _ProgressDisplay:
-    """Progress with tokens and speed, measured from the first written text."""
-
-    def __init__(self, line: ProgressLine, interrupt: "Interrupt") -> None:
-        self._line = line
-        self._interrupt = interrupt
-        self._first: tuple[float, PrepareProgress] | None = None
-
-    def show(self, progress: "PrepareProgress") -> None:
-        self._interrupt.check()
-        total = progress.total_documents
-        if total is None:
-            self._line.update(progress.documents, None, "read")
-            return
-        started, first = self._first = self._first or (time.monotonic(), progress)
-        seconds = max(time.monotonic() - started, 1e-9)
-        rate = (progress.text_bytes - first.text_bytes) / seconds
-        detail = f"{progress.tokens / 1e6:,.1f}M tokens, {rate / 1e6:.1f} MB/s"
-        self._line.update(progress.documents, total, detail)
 
 
 def _print_summary(folder: str, manifest: "Manifest", seconds: float) -> None:

@@ -6,19 +6,15 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .common import console, print_json
+from .common import JsonFlag, console, print_json
 
 
 def verify(
     paths: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="PATH", help="Data folders, weights, runs, or any folder that contains some."
-        ),
+        typer.Argument(metavar="PATH", help="Data, weights, runs, or a folder that contains some."),
     ],
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
-    ] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Hash every file of every committed folder below PATH and compare it with its record.
 

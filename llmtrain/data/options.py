@@ -39,24 +39,21 @@ class PrepareOptions:
     limit_documents: Annotated[int | None, Doc("Read only the first COUNT documents.")] = None
 
     def __post_init__(self) -> None:
-        valid = {
-            f"val fraction {self.val_fraction} is outside 0 <= fraction < 1": (
-                0 <= self.val_fraction < 1
+        limit, shard_tokens = self.limit_documents, self.shard_tokens
+        ray, address = self.engine == "ray", self.ray_address
+        problems = {
+            f"val fraction {self.val_fraction} is outside 0 <= f < 1": not 0
+            <= self.val_fraction
+            < 1,
+            f"seed {self.seed} is outside 0 to {2**32 - 1}": not 0 <= self.seed < 2**32,
+            f"{shard_tokens:,} tokens per shard is outside 1 to {MAX_SHARD_TOKENS:,}": (
+                not 1 <= shard_tokens <= MAX_SHARD_TOKENS
             ),
-            f"seed {self.seed} is outside 0 to {2**32 - 1}": 0 <= self.seed < 2**32,
-            f"{self.shard_tokens:,} tokens per shard is outside 1 to {MAX_SHARD_TOKENS:,}": (
-                1 <= self.shard_tokens <= MAX_SHARD_TOKENS
-            ),
-            f"{self.workers} workers is less than 1": self.workers is None or self.workers >= 1,
-            f"a limit of {self.limit_documents} documents is less than 1": (
-                self.limit_documents is None or self.limit_documents >= 1
-            ),
-            f"unknown engine {self.engine!r}": self.engine in ("local", "ray"),
-            "--workers counts local threads: omit it with --engine ray": (
-                self.engine != "ray" or self.workers is None
-            ),
-            "--ray-address needs --engine ray": self.engine == "ray" or self.ray_address is None,
+            f"{self.workers} workers is less than 1": self.workers is not None and self.workers < 1,
+            f"a limit of {limit} documents is less than 1": limit is not None and limit < 1,
+            f"unknown engine {self.engine!r}": self.engine not in ("local", "ray"),
+            "--workers counts local threads: omit it with --engine ray": ray and self.workers,
+            "--ray-address needs --engine ray": address is not None and not ray,
         }
-        for message, is_valid in valid.items():
-            if not is_valid:
-                raise UserError(message, hint="see llmtrain prepare --help")
+        for message in (message for message, applies in problems.items() if applies):
+            raise UserError(message, hint="see llmtrain prepare --help")

@@ -34,7 +34,7 @@ from llmtrain.data.options import PrepareOptions
 from llmtrain.data.readers import Partition, partitions_of
 from llmtrain.data.shards import ShardWriter
 from llmtrain.data.sources import OPENWEBTEXT_HUB, DocumentSource, open_source
-from llmtrain.data.staging import Journal, StagingFolder, existing_data, staged
+from llmtrain.data.staging import Journal, Log, StagingFolder, existing_data, staged
 from llmtrain.data.token_data import tokenizer_record
 from llmtrain.errors import UserError
 from llmtrain.runtime.hardware import available_cores
@@ -45,7 +45,7 @@ PUBLISHED_TOKENS = (9_035_582_198, 4_434_897)
 
 _DEFAULT_OPTIONS = PrepareOptions()
 
-Log = Callable[[str], None]
+EncodeTask = Task[list[EncodedChunk]]
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,18 @@ class PrepareProgress:
     documents: int
     total_documents: int | None = None
     tokens: int = 0
-    text_bytes: int = 0
 
     @classmethod
     def from_shards(cls, shards: list[ShardRecord], total_documents: int | None = None) -> Self:
         """Return the progress when `shards` are finished."""
         done = SplitRecord.from_shards(shards)
-        return cls(done.documents, total_documents, done.tokens, done.text_bytes)
+        return cls(done.documents, total_documents, done.tokens)
 
     def advanced(self, batch: list[EncodedChunk]) -> Self:
         """Return the progress after one more batch was written."""
-        return replace(
-            self,
-            documents=self.documents + sum(chunk.ends_document for chunk in batch),
-            tokens=self.tokens + sum(len(chunk.tokens) for chunk in batch),
-            text_bytes=self.text_bytes + sum(chunk.text_bytes for chunk in batch),
-        )
+        documents = self.documents + sum(chunk.ends_document for chunk in batch)
+        tokens = self.tokens + sum(len(chunk.tokens) for chunk in batch)
+        return replace(self, documents=documents, tokens=tokens)
 
 
 OnProgress = Callable[[PrepareProgress], None]
@@ -165,9 +161,7 @@ class _Build:
             train, val = self._write_shards(engine, tasks, journal, len(split_ids))
         if not train.text_bytes + val.text_bytes:
             shutil.rmtree(self.staging.shards)
-            raise UserError(
-                "the source contains no text: every document is empty", hint="check --text-field"
-            )
+            raise UserError("every document is empty", hint="check --text-field")
         return Manifest(**dict(self.spec), train=train, val=val)
 
     def _engine(self) -> AbstractContextManager[Engine]:
@@ -203,7 +197,7 @@ class _Build:
 
     def _encode_tasks(
         self, partitions: list[Partition], counts: list[int], split_ids: npt.NDArray[np.uint8]
-    ) -> Iterator[Task[list[EncodedChunk]]]:
+    ) -> Iterator[EncodeTask]:
         """Yield a task for each partition with documents that are not written yet."""
         threads = 1 if self.options.engine == "ray" else self.options.workers or available_cores()
         for partition, count, end in zip(partitions, counts, accumulate(counts), strict=False):
@@ -213,18 +207,16 @@ class _Build:
                 yield partial(encode.encode_partition, partition, field, ids, tokenizer, threads)
 
     def _write_shards(
-        self,
-        engine: Engine,
-        tasks: Iterable[Task[list[EncodedChunk]]],
-        journal: Journal,
-        total_documents: int,
+        self, engine: Engine, tasks: Iterable[EncodeTask], journal: Journal, documents: int
     ) -> list[SplitRecord]:
         """Encode the documents, write the shards of both splits, and return the splits' records."""
-        progress = PrepareProgress.from_shards(journal.finished, total_documents)
-        size = self.spec.shard_tokens
+        progress = PrepareProgress.from_shards(journal.finished, documents)
+        shard_tokens = self.spec.shard_tokens
         with ExitStack() as stack:
             writers = [
-                ShardWriter(self.staging.shards, split, size, [*finished], journal.add_shard)
+                ShardWriter(
+                    self.staging.shards, split, shard_tokens, [*finished], journal.add_shard
+                )
                 for split, finished in journal.shards.items()
             ]
             for writer in writers:
@@ -232,9 +224,8 @@ class _Build:
             # Close the generator on any exception, so that the engine cancels its queued tasks.
             for batch in stack.enter_context(closing(engine(tasks))):
                 for chunk in batch:
-                    writers[chunk.split_id].add(
-                        chunk.tokens, chunk.text_bytes, ends_document=chunk.ends_document
-                    )
+                    tokens, size, ends = chunk.tokens, chunk.text_bytes, chunk.ends_document
+                    writers[chunk.split_id].add(tokens, size, ends_document=ends)
                 progress = progress.advanced(batch)
                 self.on_progress(progress)
             return [writer.close() for writer in writers]

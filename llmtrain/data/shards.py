@@ -156,11 +156,6 @@ class TokenFile:
     offset: int
 
 
-def token_files(folder: Path, record: SplitRecord) -> tuple[TokenFile, ...]:
-    """Return the files of one split of a data folder."""
-    return tuple(TokenFile(folder / each.name, each.tokens, HEADER_BYTES) for each in record.shards)
-
-
 class TokenReader:
     """The tokens of one split as one array on disk. Thread-safe; keeps no tokens in memory."""
 

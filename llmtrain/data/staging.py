@@ -33,6 +33,8 @@ from llmtrain.storage.disk import disk_errors
 JOURNAL_FILE = "journal.jsonl"
 _JOURNAL_VERSION = 1
 
+Log = Callable[[str], None]
+
 
 class StagingFolder:
     """`.tmp-NAME` in the target's parent; see `staged`."""
@@ -70,9 +72,8 @@ def staged(out: Path) -> Iterator[StagingFolder]:
                 if not any(staging.shards.glob("[!.]*.bin")):
                     shutil.rmtree(staging.folder, ignore_errors=True)
     except OSError as error:
-        raise RunFailed(
-            f"cannot write {out}: {error}", hint="choose another folder with --out"
-        ) from error
+        hint = "choose another folder with --out"
+        raise RunFailed(f"cannot write {out}: {error}", hint=hint) from error
     finally:
         for folder in created:  # only empty ones: rmdir fails on others
             with suppress(OSError):
@@ -88,9 +89,8 @@ def existing_data(out: Path, spec: PrepareSpec) -> Manifest | None:
     if is_empty and not out.resolve().is_mount():
         return None
     if not (out / MANIFEST_FILE).is_file():
-        raise UserError(
-            f"{out} exists and is not a data folder", hint="choose another folder with --out"
-        )
+        hint = "choose another folder with --out"
+        raise UserError(f"{out} exists and is not a data folder", hint=hint)
     manifest = read_manifest(out)
     manifest.require_spec(spec, str(out))
     open_data(out)
@@ -113,9 +113,7 @@ class Journal:
         """The finished shards of each split, in order."""
 
     @classmethod
-    def open(
-        cls, staging: StagingFolder, spec: PrepareSpec, log: Callable[[str], None]
-    ) -> "Journal":
+    def open(cls, staging: StagingFolder, spec: PrepareSpec, log: Log) -> "Journal":
         """Read the journal of `spec`; drop entries and shards that do not match."""
         journal = cls(staging.journal)
         header = {"journal": _JOURNAL_VERSION, "plan": spec.model_dump(mode="json")}
@@ -153,7 +151,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def _restore(self, entry: dict[str, Any], folder: Path, log: Callable[[str], None]) -> bool:
+    def _restore(self, entry: dict[str, Any], folder: Path, log: Log) -> bool:
         """Restore an entry; return False for a damaged shard and for those after it."""
         if "counts" in entry:
             self.counts, self.layout = entry["counts"], entry["layout"]

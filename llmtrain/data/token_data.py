@@ -10,11 +10,13 @@ from pathlib import Path
 from llmtrain.config.sections import DataConfig
 from llmtrain.data.cache import local_folder
 from llmtrain.data.manifest import MANIFEST_FILE, SPLITS, TokenizerRecord, read_manifest
-from llmtrain.data.shards import TOKEN_BYTES, TokenFile, TokenReader, shard_problem, token_files
+from llmtrain.data.shards import HEADER_BYTES, TOKEN_BYTES, TokenFile, TokenReader, shard_problem
 from llmtrain.errors import UserError
 from llmtrain.model.tokenizer import load_tokenizer
 
 _SAMPLE_BYTES = 1 << 20
+
+Files = Mapping[str, tuple[TokenFile, ...]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class TokenData:
     eot: int
     sha256: str
     tokenizer_assumed: bool
-    files: Mapping[str, tuple[TokenFile, ...]]
+    files: Files
     mix: "tuple[tuple[TokenData, Fraction], ...]" = ()
 
     def tokens(self, split: str) -> int:
@@ -86,15 +88,21 @@ def open_data(folder: Path) -> TokenData:
             f"{folder} was prepared with a different {manifest.tokenizer.name} tokenizer",
             hint="use the llmtrain that prepared it, or prepare the data again",
         )
-    return TokenData(
-        folder=folder,
-        tokenizer=manifest.tokenizer.name,
-        vocab_size=manifest.tokenizer.vocab_size,
-        eot=manifest.tokenizer.eot,
-        sha256=manifest.sha256,
-        tokenizer_assumed=False,
-        files={split: token_files(folder, manifest.split_record(split)) for split in SPLITS},
-    )
+    files = {
+        split: tuple(
+            TokenFile(folder / shard.name, shard.tokens, HEADER_BYTES)
+            for shard in manifest.split_record(split).shards
+        )
+        for split in SPLITS
+    }
+    return _token_data(folder, manifest.tokenizer, manifest.sha256, files)
+
+
+def _token_data(
+    folder: Path, tokenizer: TokenizerRecord, sha256: str, files: Files, *, assumed: bool = False
+) -> TokenData:
+    name, vocab_size, eot = tokenizer.name, tokenizer.vocab_size, tokenizer.eot
+    return TokenData(folder, name, vocab_size, eot, sha256, assumed, files)
 
 
 def tokenizer_record(name: str) -> TokenizerRecord:
@@ -112,16 +120,8 @@ def _open_nanogpt(folder: Path) -> TokenData:
             hint="prepare the text itself: llmtrain prepare FILE --tokenizer byte",
         )
     files = {split: _nanogpt_files(folder / f"{split}.bin") for split in SPLITS}
-    tokenizer = load_tokenizer("gpt2")
-    return TokenData(
-        folder=folder,
-        tokenizer=tokenizer.name,
-        vocab_size=tokenizer.vocab_size,
-        eot=tokenizer.eot,
-        sha256=_sampled_hash(files),
-        tokenizer_assumed=True,
-        files=files,
-    )
+    tokenizer = tokenizer_record("gpt2")
+    return _token_data(folder, tokenizer, _sampled_hash(files), files, assumed=True)
 
 
 def _nanogpt_files(path: Path) -> tuple[TokenFile, ...]:
@@ -136,7 +136,7 @@ def _nanogpt_files(path: Path) -> tuple[TokenFile, ...]:
     return (TokenFile(path, size // TOKEN_BYTES, 0),)
 
 
-def _sampled_hash(files: dict[str, tuple[TokenFile, ...]]) -> str:
+def _sampled_hash(files: Files) -> str:
     digest = hashlib.sha256()
     for split, split_files in files.items():
         for token_file in split_files:

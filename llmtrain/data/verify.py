@@ -3,14 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from llmtrain.data.manifest import MANIFEST_FILE, ShardRecord, TokenizerRecord, read_manifest
-from llmtrain.data.shards import HEADER_BYTES, TOKEN, hash_problem, shard_problem
+from llmtrain.data.manifest import MANIFEST_FILE, read_manifest
+from llmtrain.data.shards import hash_problem, shard_problem
 from llmtrain.errors import UserError
 from llmtrain.storage import commit, integrity, run_folder
-
-_READ_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -59,28 +55,7 @@ def _check(folder: Path) -> FolderCheck:
 def data_problems(folder: Path) -> list[str]:
     """Read every shard of a data folder and return all problems."""
     manifest = read_manifest(folder)
-    found = (
-        shard_problem(folder, shard)
-        or hash_problem(folder, shard)
-        or _token_problem(folder, shard, manifest.tokenizer)
-        for shard in manifest.shards
-    )
+    found = (shard_problem(folder, each) or hash_problem(folder, each) for each in manifest.shards)
     listed = {shard.name for shard in manifest.shards}
     unlisted = (path for path in sorted(folder.glob("*.bin")) if path.name not in listed)
     return [*filter(None, found), *(f"{path} is not in the manifest" for path in unlisted)]
-
-
-def _token_problem(folder: Path, shard: ShardRecord, tokenizer: TokenizerRecord) -> str | None:
-    path = folder / shard.name
-    largest, documents = 0, 0
-    with path.open("rb") as file:
-        file.seek(HEADER_BYTES)
-        while content := file.read(_READ_BYTES):
-            tokens = np.frombuffer(content, dtype=TOKEN)
-            largest = max(largest, int(tokens.max()))
-            documents += int(np.count_nonzero(tokens == tokenizer.eot))
-    if largest >= tokenizer.vocab_size:
-        return f"{path} contains id {largest}, beyond the vocabulary of {tokenizer.vocab_size:,}"
-    if documents != shard.documents:
-        return f"{path} contains {documents:,} documents instead of {shard.documents:,}"
-    return None

@@ -18,7 +18,6 @@ DEFAULT_MICRO_BATCH = 16
 WINDOW = 5
 """Checkpoints in the LAWA window of the averaging estimate."""
 MERGE_THREADS = 4
-"""Highest number of threads of a merge."""
 MFU = 0.4
 """Assumed model FLOPs utilization: share of the dense peak."""
 DEVICES_PER_MACHINE = 8
@@ -37,16 +36,13 @@ class Machine:
     precision: Precision
     layout: Layout
     micro_batch: int
-    """Sequences in one forward pass on one device."""
     memory: float | None
     flops: float | None
     """FLOP/s that one device sustains."""
     mfu: float | None
-    """Ratio of `flops` to the dense peak."""
     link: float | None
     """Bytes/s of one device in each direction."""
     disk: float
-    """Bytes/s."""
     assumptions: tuple[str, ...]
 
 
@@ -55,12 +51,10 @@ class Communication:
     """Traffic of one device in a step, and how much of it computation hides."""
 
     bytes: int
-    """Sent by each device, and received."""
     seconds: float | None = None
     hidden: bool | None = None
-    """All of it overlaps with computation."""
     exposed_seconds: float | None = None
-    """Seconds that do not overlap."""
+    """Seconds that do not overlap with computation."""
 
 
 @dataclass(frozen=True)
@@ -247,10 +241,8 @@ def _averaging(config: RunConfig) -> list[Averaging]:
     if not windows:
         return []
     label, folder = f"LAWA {WINDOW}×{every}", sizes.snapshot_bytes(config)
-    return [
-        _merge(f"{label}, the last", windows[-1:], folder),
-        _merge(f"{label}, all (--at all)", windows, folder),
-    ]
+    last, all_ = f"{label}, the last", f"{label}, all (--at all)"
+    return [_merge(last, windows[-1:], folder), _merge(all_, windows, folder)]
 
 
 def _merge(label: str, windows: list[Window], folder: int) -> Averaging:

@@ -193,7 +193,6 @@ class DiskUsage:
     states_saved: int
     """Training checkpoints saved in total; older ones are deleted."""
     total: int
-    """Bytes at the end."""
     largest: int
     """Highest number of bytes: the last state is durable before the oldest is deleted."""
 

@@ -134,11 +134,11 @@ def test_progress_is_reported(
     monkeypatch.setattr("llmtrain.data.encode.CHUNK_BYTES", 2000)
     seen: list[PrepareProgress] = []
     manifest = prepare(str(source), tmp_path / "out", tokenizer="byte", on_progress=seen.append)
-    assert seen.pop(0) == PrepareProgress(500, None, 0, 0)
+    assert seen.pop(0) == PrepareProgress(500, None, 0)
     assert len(seen) > 5
-    assert all(a.text_bytes < b.text_bytes for a, b in itertools.pairwise(seen))
+    assert all(a.tokens < b.tokens for a, b in itertools.pairwise(seen))
     total = manifest.train.tokens + manifest.val.tokens
-    assert seen[-1] == PrepareProgress(500, 500, total, total - 500)
+    assert seen[-1] == PrepareProgress(500, 500, total)
 
 
 @pytest.mark.parametrize("documents", [1000, 1001, 4321])

@@ -257,20 +257,6 @@ def test_a_different_tokenizer_is_rejected(folder: Path) -> None:
         open_data(folder)
 
 
-def test_verify_finds_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
-    write_data(tmp_path, [[1, 2], [300]])
-    assert data_problems(tmp_path) == [
-        f"{tmp_path}/train-00000.bin contains id 300, beyond the vocabulary of 257"
-    ]
-
-
-def test_verify_counts_documents(tmp_path: Path) -> None:
-    write_data(tmp_path, [[1, 256], [3]])
-    assert data_problems(tmp_path) == [
-        f"{tmp_path}/train-00000.bin contains 3 documents instead of 2"
-    ]
-
-
 # --- nanoGPT's files ---------------------------------------------------------------------------
 
 
