@@ -256,6 +256,5 @@ def _compile_failure(worker: Worker, module: nn.Module, micro_batch: int) -> str
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether a GPU or the host ran out of memory."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        message in str(error) for message in _OOM_MESSAGES
-    )
+    has_message = any(message in str(error) for message in _OOM_MESSAGES)
+    return has_message or isinstance(error, torch.OutOfMemoryError | MemoryError)
