@@ -27,8 +27,7 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the page, figures and tables.",
-            show_default="RUN/report; for several runs, RUN/report/compared of the first",
+            help="Folder for the files.", show_default="RUN/report or RUN/report/compared"
         ),
     ] = None,
     as_json: JsonFlag = False,

@@ -210,9 +210,7 @@ def _transformers(folder: Path, kind: str) -> Iterator[Any]:
     try:
         import transformers
     except ImportError:
-        raise UserError(
-            "the package transformers is not installed", hint="pip install 'llmtrain[eval]'"
-        ) from None
+        raise UserError("transformers is missing", hint="pip install 'llmtrain[eval]'") from None
     logging: Any = transformers.logging  # untyped
     logging.set_verbosity_error()
     logging.disable_progress_bar()

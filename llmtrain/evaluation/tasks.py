@@ -97,8 +97,7 @@ def _sha256_of_trusted(options: TaskOptions) -> str:
         raise UserError(problem, hint="pass a folder of lm-eval task files")
     if not options.trust_files:
         raise UserError(
-            f"the task files in {options.files} are code: lm-eval runs any Python they name "
-            "(!function, class)",
+            f"the task files in {options.files} are code: lm-eval runs any Python they name",
             hint="read them, then pass --trust-task-files to run them",
         )
     suffixes = (".yaml", ".py", ".jsonl", ".json")
