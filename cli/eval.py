@@ -31,7 +31,7 @@ def _option(options: type, field: str, *names: str, default: str | bool = True, 
 
 _loss = partial(_option, EvalOptions)
 _task = partial(_option, TaskOptions, rich_help_panel="Zero-shot tasks (extra: eval)")
-_TEXT = "Text file"
+_TEXT: Any = {"rich_help_panel": "Text file"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ class Measured:
 
     target: "Target"
     loss: "EvalResult | None"
-    """None if no data is known."""
     text: "TextResult | None"
     tasks: "list[TaskResult]"
 
@@ -66,14 +65,10 @@ def evaluate(
     ] = False,
     text: Annotated[
         Path | None,
-        typer.Option(
-            help="Measure loss and perplexity on this text file.",
-            show_default=False,
-            rich_help_panel=_TEXT,
-        ),
+        typer.Option(help="Measure loss and perplexity on this text.", show_default=False, **_TEXT),
     ] = None,
     stride: Annotated[
-        int | None, _loss("stride", min=1, default="disjoint windows", rich_help_panel=_TEXT)
+        int | None, _loss("stride", min=1, default="disjoint windows", **_TEXT)
     ] = None,
     tasks: Annotated[str | None, _task("tasks", default=False)] = None,
     limit: Annotated[int | None, _task("limit", min=1, default="all")] = None,
@@ -96,8 +91,7 @@ def evaluate(
     _require_companions("--text", text, {"--stride": stride})
     _require_companions("--task-files", task_files, {"--trust-task-files": trust_task_files})
     task_settings = {"--limit": limit, "--task-data": task_data, "--task-files": task_files}
-    custom_batch = {"--batch-size": None if number == "auto" else number}
-    _require_companions("--tasks", tasks, task_settings | custom_batch)
+    _require_companions("--tasks", tasks, task_settings | {"--batch-size": number != "auto"})
     task_options = None
     if tasks is not None:
         task_options = TaskOptions(
@@ -156,19 +150,14 @@ def _parse_batch_size(text: str) -> Any:
     if text == "auto":
         return text
     if not text.isdecimal() or int(text) == 0:
-        raise UserError(
-            f"--batch-size {text!r} is not a number", hint="pass auto or a positive number"
-        )
+        raise UserError(f"--batch-size {text!r} is not a number", hint="pass auto or 1 or more")
     return int(text)
 
 
 def _parse_tasks(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     if not all(names):
-        raise UserError(
-            f"--tasks {text!r} contains an empty name",
-            hint="write names with commas: --tasks lambada_openai,piqa",
-        )
+        raise UserError(f"--tasks {text!r} contains an empty name", hint="write --tasks piqa,sciq")
     return names
 
 
@@ -277,11 +266,10 @@ def _values(measured: Measured) -> "Iterator[tuple[str, float | None, float | No
 def _conditions(measured: Measured) -> "Iterator[str]":
     """Yield a line for the text and for each task: size, windows and context."""
     if text := measured.text:
-        strided = f"strided by {text.stride:,}: windows"
+        strided = "" if text.windows == "disjoint" else f" by {text.stride:,}:"
         yield (
             f"{text.file}: {text.tokens:,} tokens, {text.words:,} words, {text.bytes:,} bytes; "
-            f"{'disjoint windows' if text.windows == 'disjoint' else strided} "
-            f"of {text.context:,} tokens, {text.precision}"
+            f"{text.windows}{strided} windows of {text.context:,} tokens, {text.precision}"
         )
     for task in measured.tasks:
         documents = sum({score.task: score.documents or 0 for score in task.scores}.values())

@@ -65,10 +65,8 @@ def generate(
     first = Sampling(max_tokens, temperature, top_k, top_p, seed)
     weights, raw = choose_weights(target)
     if compare and raw is None:
-        raise UserError(
-            f"{weights.path} is not an average with raw weights of the same step",
-            hint="pass a run with averages, or an average inside its run, to --compare",
-        )
+        problem = f"{weights.path} is not an average with raw weights of the same step"
+        raise UserError(problem, hint="pass a run with averages, or an average inside its run")
     generators: dict[Target, Callable[[Sampling], Iterator[str]]] = {}
     for each in [raw, weights] if compare and raw is not None else [weights]:
         err_console.print(f"{each.label}: {each.path}", markup=False, style="dim", soft_wrap=True)
@@ -89,7 +87,10 @@ def generate(
                 continue
             texts = {each: "".join(stream(each, sampling)) for each in generators}
             if as_json:
-                documents += [_document(prompt, *pair, sampling.seed) for pair in texts.items()]
+                for each, text in texts.items():
+                    place = {"label": each.label, "step": each.step, "path": str(each.path)}
+                    document = place | {"seed": sampling.seed, "prompt": prompt, "text": text}
+                    documents.append(document)
             else:
                 columns = [Column(escape(each.label), ratio=1) for each in texts]
                 table = Table(*columns, expand=True)
@@ -112,14 +113,3 @@ def _print_stream(prompt: str, parts: Iterator[str], *, first: bool) -> None:
 def visible(text: str) -> str:
     """Replace control characters with U+FFFD, because a terminal would execute them."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
-
-
-def _document(prompt: str, weights: "Target", text: str, seed: int) -> dict[str, object]:
-    return {
-        "label": weights.label,
-        "step": weights.step,
-        "path": str(weights.path),
-        "seed": seed,
-        "prompt": prompt,
-        "text": text,
-    }

@@ -95,9 +95,8 @@ def pretrain(
     if nproc is not None and not launcher.is_worker():
         raise typer.Exit(launcher.launch(sys.argv[1:], nproc))
     if nproc is not None and launcher.LAUNCHER not in os.environ:
-        raise UserError(
-            "--nproc cannot be used in a process that a launcher started", hint="remove --nproc"
-        )
+        problem = "--nproc cannot be used in a process that a launcher started"
+        raise UserError(problem, hint="remove --nproc")
 
     from llmtrain.runtime.signals import Interrupted
     from llmtrain.training.run import pretrain as train
@@ -105,14 +104,13 @@ def pretrain(
     _print_config(config, resolved)
     try:
         outcome = train(
-            resolved, folder, resume=start, max_seconds=max_time, log=_print_line, warn=_warn
+            resolved, folder, resume=start, max_seconds=max_time, log=_print, warn=_warn
         )
     except Interrupted as interrupted:
         is_pipe_closed = interrupted.exit_code == 128 + signal.SIGPIPE
         reason = "output closed" if is_pipe_closed else str(interrupted)
-        print_outcome(
-            f"{reason}: training checkpoint saved in {folder}; run the same command to resume"
-        )
+        saved = f"training checkpoint saved in {folder}"
+        print_outcome(f"{reason}: {saved}; run the same command to resume")
         if is_pipe_closed:
             discard_stdout()
         raise typer.Exit(interrupted.exit_code) from None
@@ -140,7 +138,7 @@ def _print_config(path: Path, config: "RunConfig") -> None:
     console.print(table)
 
 
-def _print_line(line: str) -> None:
+def _print(line: str) -> None:
     # Not through rich, which exits when the pipe is closed; training saves a checkpoint first.
     try:
         print(line, flush=True)

@@ -21,9 +21,7 @@ def report(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="RUN",
-            help="Runs to show on one page.",
-            show_default="the newest run under runs/",
+            metavar="RUN", help="Runs to show.", show_default="the newest run under runs/"
         ),
     ] = None,
     out: Annotated[

@@ -38,10 +38,8 @@ def runs(
     if entries:
         console.print(_table(entries))
     else:
-        err_console.print(
-            f"{escape(str(folder))}/ contains no runs: start one with "
-            "llmtrain pretrain --config FILE"
-        )
+        hint = "start one with llmtrain pretrain --config FILE"
+        err_console.print(f"{escape(str(folder))}/ contains no runs: {hint}")
 
 
 def _table(entries: "list[RunEntry]") -> Table:

@@ -2,8 +2,7 @@
 
 Why not in the model: training never uses a cache, and the compiled model should not contain one.
 
-Shape suffixes as in `model/gpt.py`: B batch, T tokens, C width, H heads, D head width, V
-vocabulary.
+Shape suffixes as in `model/gpt.py`.
 """
 
 import codecs

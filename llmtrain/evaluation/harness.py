@@ -121,10 +121,7 @@ class _Model(HFLM):  # type: ignore[misc]  # lm-eval is untyped
 def _split(request: _Request, context: int) -> Iterator[_Request]:
     """Split an answer longer than the context into parts, each after the text before it."""
     _, before, answer = request
-    if len(answer) <= context:
-        yield request
-        return
-    for start in range(0, len(answer), context):
+    for start in range(0, len(answer) or 1, context):
         yield None, before + answer[:start], answer[start : start + context]
 
 
@@ -133,14 +130,12 @@ def _evaluate(model: _Model, task: dict[str, Any], limit: int | None) -> list[Sc
         if each.get_config("num_fewshot") is None:
             each.set_config(key="num_fewshot", value=0)
         each.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    settings: Any = {"bootstrap_iters": BOOTSTRAPS, "log_samples": False}
     try:
-        results = lm_eval.evaluate(
-            lm=model, task_dict=task, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False
-        )
+        results = lm_eval.evaluate(lm=model, task_dict=task, limit=limit, **settings)
     except OverflowError:
-        raise RunFailed(
-            f"a perplexity of {model.folder} overflows", hint="its training diverged"
-        ) from None
+        problem = f"a perplexity of {model.folder} overflows"
+        raise RunFailed(problem, hint="its training diverged") from None
     assert results is not None  # only rank 0 gets results, and this is the only process
     return list(_scores(model.folder, results))
 
@@ -174,11 +169,8 @@ def _load_task(definition: TaskDefinition, options: TaskOptions) -> dict[str, An
     manager = _task_manager(include_path=options.files, include_defaults=not local)
     if not local and definition.name not in manager.all_tasks:
         near = difflib.get_close_matches(definition.name, manager.all_tasks, n=3)
-        suggestion = f"did you mean {' or '.join(near)}?" if near else ""
-        raise UserError(
-            f"lm-eval has no task {definition.name!r}",
-            hint=suggestion or "list the tasks with `lm-eval ls tasks`",
-        )
+        suggestion = f"did you mean {' or '.join(near)}?" if near else "see `lm-eval ls tasks`"
+        raise UserError(f"lm-eval has no task {definition.name!r}", hint=suggestion)
     try:
         loaded: dict[str, Any] = manager.load([definition.config])
         if local:

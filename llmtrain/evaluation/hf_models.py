@@ -131,10 +131,7 @@ def own_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
     if not _has_tokenizer_files(folder):
         if not is_hf(folder):
             return None
-        raise UserError(
-            f"{folder} has no tokenizer files, so text cannot be encoded for it",
-            hint="add its tokenizer.json to the folder",
-        )
+        raise UserError(f"{folder} has no tokenizer files", hint="add the model's tokenizer.json")
     with _transformers(folder, "a tokenizer") as transformers:
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
             folder, **_LOCAL

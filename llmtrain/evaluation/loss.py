@@ -88,9 +88,7 @@ def evaluate(
         model: on `device`; called with (tokens, targets), returns their mean loss.
         token_bytes: bytes of text in each token, shape (vocabulary,).
         stride: tokens predicted in each window after the first; None for disjoint windows.
-        batch: windows in one forward pass.
         world: processes that share the windows; all of them must call this function.
-        limit: use only the first `limit` tokens of the split.
         on_progress: called with windows done and total; may raise to stop, on all ranks alike.
     """
     n_tokens = min(len(reader), limit or len(reader))

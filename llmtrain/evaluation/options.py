@@ -85,10 +85,9 @@ class Sampling:
     def __post_init__(self) -> None:
         """Raise a UserError if a value is out of range."""
         temperature, top_k, top_p = self.temperature, self.top_k, self.top_p
-        hot = LOWEST_TEMPERATURE <= temperature < math.inf
         problems = {
             "max_tokens": self.max_tokens < 1 and "is below 1",
-            "temperature": not (temperature == 0 or hot)
+            "temperature": not (temperature == 0 or LOWEST_TEMPERATURE <= temperature < math.inf)
             and f"is neither 0 nor at least {LOWEST_TEMPERATURE:g}",
             "top_k": top_k is not None and top_k < 1 and "is below 1",
             "top_p": top_p is not None and not 0 < top_p <= 1 and "is not in (0, 1]",

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 SHIPPED = ("lambada_openai", "hellaswag", "piqa", "arc_easy", "sciq", "winogrande")
 """Tasks with a definition in `task_files/`."""
 
-_DATA_SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
-
 
 def measure_tasks(
     targets: list[Target],
@@ -75,7 +73,7 @@ def find_definition(name: str, options: TaskOptions) -> TaskDefinition:
             f"--task-data has no task file for {name!r}",
             hint=f"it supports {', '.join(SHIPPED)}; for other tasks, pass --task-files FOLDER",
         )
-    candidates = (options.data / f"{name}{suffix}" for suffix in _DATA_SUFFIXES)
+    candidates = (options.data / f"{name}.jsonl{suffix}" for suffix in ("", ".zst", ".gz"))
     path = next(filter(Path.is_file, candidates), None)
     if path is None:
         raise UserError(
@@ -92,15 +90,11 @@ def _sha256_of_trusted(options: TaskOptions) -> str:
     """Return the hash of the user's task files; raise a UserError unless they are trusted."""
     assert options.files is not None
     if options.data is not None:
-        raise UserError(
-            "--task-files and --task-data cannot be combined",
-            hint="drop --task-data: task files name their own data",
-        )
+        problem = "--task-files and --task-data cannot be combined"
+        raise UserError(problem, hint="drop --task-data: task files name their own data")
     if not options.files.is_dir():
-        raise UserError(
-            f"--task-files: {options.files} is not a directory",
-            hint="pass a folder of lm-eval task files",
-        )
+        problem = f"--task-files: {options.files} is not a directory"
+        raise UserError(problem, hint="pass a folder of lm-eval task files")
     if not options.trust_files:
         raise UserError(
             f"the task files in {options.files} are code: lm-eval runs any Python they name "

@@ -8,7 +8,7 @@ token more context than disjoint ones, and a lower loss; the result records whic
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -92,16 +92,13 @@ def measure_text(
             windows="disjoint" if stride == model.block_size else "strided",
             stride=stride,
             context=model.block_size,
-            loss=measured.loss,
+            **asdict(replace(measured, bytes=n_bytes)),
             perplexity=measured.perplexity,
             word_perplexity=exp(nats / words) if words else None,
             byte_perplexity=exp(nats / n_bytes),
             bits_per_byte=nats / n_bytes / math.log(2),
-            tokens=measured.tokens,
             words=words,
-            bytes=n_bytes,
             precision=precision,
-            seconds=measured.seconds,
         )
 
     results = []

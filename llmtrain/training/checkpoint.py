@@ -119,10 +119,8 @@ class TrainingState:
                     average.load(_with_prefix(f"average/{label}/", tensors), updates)
                 average.resume_at(step)
         except (RuntimeError, KeyError, ValueError) as error:
-            raise UserError(
-                f"the training checkpoint of step {step:,} does not fit this config: {error}",
-                hint="resume with the config that the run was started with (its config.yaml)",
-            ) from error
+            problem = f"the training checkpoint of step {step:,} does not fit this config: {error}"
+            raise UserError(problem, hint="resume with the run's own config.yaml") from error
 
     def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
         if other := dict(self.model.named_parameters()).keys() ^ weights.keys():
@@ -130,14 +128,11 @@ class TrainingState:
         load_shards(self.model, weights)
 
     def _load_moments(self, saved: Mapping[str, Tensor]) -> None:
-        parameters, moments = dict(self.model.named_parameters()), {}
-        for index, name in enumerate(self._optimized_names()):
-            suffix, parameter = f"/{name}", parameters[name]
-            own = {key: value for key, value in saved.items() if key.endswith(suffix)}
-            moments[index] = {
-                key.removesuffix(suffix): _shard_like(parameter, value)
-                for key, value in own.items()
-            }
+        parameters, names = dict(self.model.named_parameters()), self._optimized_names()
+        moments: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(names))}
+        for key, value in saved.items():
+            moment, _, name = key.rpartition("/")
+            moments[names.index(name)][moment] = _shard_like(parameters[name], value)
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
 
 
@@ -191,24 +186,18 @@ def regular_steps(steps: Sequence[int], every: int) -> list[int]:
 def load_checkpoint(folder: Path) -> TrainingCheckpoint:
     """Check the hashes of a training checkpoint and read its progress."""
     if problems := integrity_problems(folder):
-        raise UserError(
-            f"the training checkpoint {folder} is damaged: {'; '.join(problems)}",
-            hint="restore it from a copy; the run can resume from the one before it",
-        )
+        problem = f"the training checkpoint {folder} is damaged: {'; '.join(problems)}"
+        raise UserError(problem, hint="restore it from a copy, or resume from the one before it")
     facts = read_json(folder / FACTS_FILE)
-    if facts.get("format_version") != FORMAT_VERSION:
-        raise OtherVersion(
-            f"{folder} has format version {facts.get('format_version')}, "
-            f"but this llmtrain reads version {FORMAT_VERSION}",
-            hint="use the version of llmtrain that wrote it",
-        )
+    if (version := facts.get("format_version")) != FORMAT_VERSION:
+        problem = f"{folder} has format version {version}, but this llmtrain reads {FORMAT_VERSION}"
+        raise OtherVersion(problem, hint="use the version of llmtrain that wrote it")
     try:
         progress = TrainingProgress(**facts["progress"])
         return TrainingCheckpoint(folder, progress, facts["average_updates"])
     except (TypeError, KeyError) as error:
-        raise UserError(
-            f"cannot read the training checkpoint {folder}: {error}", hint="move it away"
-        ) from error
+        problem = f"cannot read the training checkpoint {folder}: {error}"
+        raise UserError(problem, hint="move it away") from error
 
 
 def newest_checkpoint(
@@ -232,10 +221,8 @@ def newest_checkpoint(
             kept = set_aside(folder, "damaged")
             warn(f"{error}; kept as {kept.name}, resuming from the one before it")
     if folders or (among is None and any(run.states.glob("*-damaged*"))):
-        raise UserError(
-            f"every training checkpoint of {run.path} is damaged",
-            hint="restore one from a copy, or start again in another --run-dir",
-        )
+        problem = f"every training checkpoint of {run.path} is damaged"
+        raise UserError(problem, hint="restore one from a copy, or choose another --run-dir")
     return None
 
 

@@ -67,10 +67,8 @@ def _check_model(source: Checkpoint, config: RunConfig) -> None:
     if config.data.block_size > shape.block_size:
         wrong.append(f"data.block_size={shape.block_size}")
     if wrong:
-        raise UserError(
-            f"{source.location} does not fit the model of the config",
-            hint=" ".join(f"--set {each}" for each in wrong),
-        )
+        hint = " ".join(f"--set {each}" for each in wrong)
+        raise UserError(f"{source.location} does not fit the model of the config", hint=hint)
 
 
 def _read(reader: Reader, source: Checkpoint, name: str) -> Tensor:

@@ -54,7 +54,7 @@ MAY_CHANGE = (
 _STARTED_FILES = re.compile(r"\.lock|parent\.json|\.tmp-\d+-(parent\.json|config\.yaml)")
 
 
-def refuse_other_files(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Raise a UserError if the folder contains anything other than a run or its first files."""
     if folder.exists() and not is_run(folder) and not has_only_started(folder):
         raise UserError(f"{folder} exists and is not a run", hint="choose another --run-dir")
@@ -99,10 +99,8 @@ def find_start(
             checkpoint = _branch(config, run, data, origin)
         _refuse_lost_checkpoints(run, 0 if checkpoint is None else checkpoint.progress.step, warn)
     elif checkpoint.progress.data != data.sha256:
-        raise UserError(
-            f"{run.path} was trained on other data than {config.data.path}",
-            hint="set data.path to the original data, or choose another --run-dir",
-        )
+        problem = f"{run.path} was trained on other data than {config.data.path}"
+        raise UserError(problem, hint="restore data.path, or choose another --run-dir")
     return checkpoint
 
 
@@ -129,10 +127,8 @@ def _refuse_lost_checkpoints(run: RunFolder, first: int, warn: Log) -> None:
     """Restart a run without training checkpoints only if it cannot have had one."""
     steps = [event["step"] for event in read_events(run.metrics)]
     if steps and max(steps) > first + load_config(run.config).checkpoint.state_every:
-        raise UserError(
-            f"{run.path} reached step {max(steps):,}, but its training checkpoints are missing",
-            hint="restore its folder state/, or start again in another --run-dir",
-        )
+        problem = f"{run.path} reached step {max(steps):,}, but lacks its training checkpoints"
+        raise UserError(problem, hint="restore its folder state/, or choose another --run-dir")
     if steps:
         warn(f"{run.path} ended before its first training checkpoint: restarting at step {first:,}")
 
@@ -144,10 +140,8 @@ def _branch(config: RunConfig, run: RunFolder, data: TokenData, folder: Path) ->
     """
     if not (folder / INTEGRITY_FILE).is_file():
         found = step_folders(folder.parent) or step_folders(RunFolder(folder).states)
-        raise UserError(
-            f"{folder} is not a training checkpoint",
-            hint=f"existing training checkpoints: {', '.join(map(str, found.values())) or 'none'}",
-        )
+        hint = f"existing training checkpoints: {', '.join(map(str, found.values())) or 'none'}"
+        raise UserError(f"{folder} is not a training checkpoint", hint=hint)
     checkpoint = load_checkpoint(folder)
     parent = require_run(folder.resolve().parents[1])
     changed = _changed_keys(load_config(parent.config), config)
@@ -155,10 +149,8 @@ def _branch(config: RunConfig, run: RunFolder, data: TokenData, folder: Path) ->
         problem = f"{folder} belongs to another model: {', '.join(other)} differ"
         raise UserError(problem, hint="set the model as in the parent's config.yaml")
     if "muon" in changed.get("optimizer.name", ()):
-        raise UserError(
-            f"{folder} belongs to another optimizer: Muon has one moment per matrix, AdamW two",
-            hint="keep the optimizer, or take only the weights with init_from: SNAPSHOT",
-        )
+        problem = f"{folder} belongs to another optimizer: Muon has other moments than AdamW"
+        raise UserError(problem, hint="keep the optimizer, or use init_from: SNAPSHOT")
     checkpoint.progress.wandb_id, checkpoint.progress.data = None, data.sha256
     record = {"run": str(parent.path), "state": folder.name, "step": checkpoint.progress.step}
     record["changed"] = changed

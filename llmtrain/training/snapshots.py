@@ -102,9 +102,8 @@ class SnapshotWriter(BackgroundWriter):
 
     def _copy_whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return copies of the whole tensors in host memory; on rank 0 only."""
-        gathered = gather_on_rank_zero(
-            self._parameters, {name: to_local(part.detach()) for name, part in parts.items()}
-        )
+        local = {name: to_local(part.detach()) for name, part in parts.items()}
+        gathered = gather_on_rank_zero(self._parameters, local)
         if not self._world.is_rank_zero:
             return {}
         # Tensors gathered from shards are copies already.

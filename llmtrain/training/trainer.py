@@ -35,8 +35,7 @@ from llmtrain.training.snapshots import SnapshotWriter
 from llmtrain.training.spikes import LOWER_RATE_HINT, SpikeDetector, SpikeEvent
 from llmtrain.training.worker import Worker, allocate_grads, grad_sync
 
-SAMPLE_PROMPT = 32
-"""Tokens from the beginning of the val split before a sample."""
+SAMPLE_PROMPT = 32  # tokens from the beginning of the val split before a sample
 
 
 class Trainer:

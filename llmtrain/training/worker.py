@@ -26,6 +26,7 @@ from llmtrain.training.optimizers.adamw import AdamW
 
 Log = Callable[[str], None]
 Device = torch.device
+Forward = Callable[[Tensor], Tensor]
 Parallel = Literal["ddp", "fsdp", "hsdp"]
 
 _OOM_MESSAGES = (
@@ -222,9 +223,7 @@ def _compile(worker: Worker, module: nn.Module, micro_batch: int) -> None:
             del part.forward
 
 
-def _only_in_training(
-    part: nn.Module, compiled: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], Tensor]:
+def _only_in_training(part: nn.Module, compiled: Forward) -> Forward:
     """Run evaluation uncompiled: it has too many shapes to compile each."""
     eager = part.forward
 
@@ -256,6 +255,5 @@ def _compile_failure(worker: Worker, module: nn.Module, micro_batch: int) -> str
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether a GPU or the host ran out of memory."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        message in str(error) for message in _OOM_MESSAGES
-    )
+    has_message = any(message in str(error) for message in _OOM_MESSAGES)
+    return has_message or isinstance(error, torch.OutOfMemoryError | MemoryError)

@@ -202,7 +202,7 @@ def test_a_branch_cannot_change_between_adamw_and_muon(
     changed = training(tiny, optimizer={"name": "muon", "lr": 5e-3, "muon": {"momentum": 0.9}})
     assert quiet(changed, tmp_path / "branch", resume=alone.state(12)).snapshot(16).exists()
     for config, state in ((training(tiny), adamw.state(4)), (tiny(), alone.state(12))):
-        with pytest.raises(UserError, match="Muon has one moment per matrix, AdamW two"):
+        with pytest.raises(UserError, match="Muon has other moments than AdamW"):
             quiet(config, tmp_path / "other", resume=state)
 
 

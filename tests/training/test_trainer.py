@@ -306,7 +306,7 @@ def test_lost_checkpoints_do_not_restart_the_run(tiny: Build, tmp_path: Path) ->
     run = quiet(tiny(), tmp_path / "run")
     before = run.metrics.read_text()
     shutil.rmtree(run.states)
-    with pytest.raises(UserError, match="its training checkpoints are missing"):
+    with pytest.raises(UserError, match="lacks its training checkpoints"):
         quiet(tiny(), run.path)
     assert run.metrics.read_text() == before
 

@@ -48,10 +48,8 @@ def write_report(runs: Sequence[RunFolder], folder: Path) -> Report:
     for record in records:
         if not any(record.curves.values()):
             path = record.run.path
-            raise UserError(
-                f"{path} does not contain validation losses",
-                hint=f"train with eval.every, or run llmtrain eval {shlex.quote(str(path))}",
-            )
+            hint = f"train with eval.every, or run llmtrain eval {shlex.quote(str(path))}"
+            raise UserError(f"{path} does not contain validation losses", hint=hint)
     saved = sorted((row for record in records for row in savings(record)), key=lambda row: row.loss)
     drawings = [draw(chart) for chart in run_charts(records)]
     for drawing in drawings:

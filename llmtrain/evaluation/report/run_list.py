@@ -51,10 +51,7 @@ class RunEntry:
 def list_runs(parent: Path) -> list[RunEntry]:
     """Return the runs directly below `parent`, most recently trained first."""
     if not parent.is_dir():
-        raise UserError(
-            f"{parent} is not a directory",
-            hint="train a run (llmtrain pretrain --config FILE), or pass the folder of the runs",
-        )
+        raise UserError(f"{parent} is not a directory", hint="pretrain, or pass the folder of runs")
     entries = [_entry(RunFolder(path)) for path in sorted(parent.iterdir()) if is_run(path)]
     return sorted(entries, key=lambda entry: -entry.modified)
 

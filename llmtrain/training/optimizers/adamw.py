@@ -9,8 +9,7 @@ from llmtrain.runtime.sharded import to_local
 
 _NO_FUSED_SCALING = ("mps",)
 """Devices whose fused AdamW ignores `grad_scale` and `found_inf` (pytorch/pytorch#186360)."""
-_EPS = 1e-6
-"""Added to the norm before dividing by it, as in torch's `clip_grad_norm_`."""
+_EPS = 1e-6  # added to the norm before dividing by it, as in torch's `clip_grad_norm_`
 
 
 Groups = list[dict[str, object]]
