@@ -45,6 +45,5 @@ def doctor(
     if as_json:
         print_json([asdict(check) for check in checks])
     if problems := [check.name for check in checks if check.state == "problem"]:
-        raise RunFailed(
-            f"this machine is not ready: {', '.join(problems)}", hint="follow the hints above"
-        )
+        names = ", ".join(problems)
+        raise RunFailed(f"this machine is not ready: {names}", hint="follow the hints above")

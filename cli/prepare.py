@@ -2,7 +2,8 @@
 
 import os
 import time
-from decimal import Decimal, InvalidOperation
+from contextlib import suppress
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -39,14 +40,11 @@ def parse_count(value: str | int) -> int:
     """Parse a whole number such as 100M, 1_000, 2.5e6, 10k or 1B."""
     text = str(value).strip()
     scale = _SUFFIXES.get(text[-1:].lower(), 1)
-    try:
+    with suppress(ArithmeticError):
         number = Decimal(text[:-1] if scale > 1 else text) * scale
-        count = int(number)
-    except (InvalidOperation, ValueError, OverflowError):
-        raise typer.BadParameter(f"{text!r} is not a number such as 100M, 1_000 or 2.5e6") from None
-    if count != number or count >= 10**18:
-        raise typer.BadParameter(f"{text!r} is not a whole number below 10^18")
-    return count
+        if abs(number) < 10**18 and number == int(number):
+            return int(number)
+    raise typer.BadParameter(f"{text!r} is not a whole number such as 100M, 1_000 or 2.5e6")
 
 
 def _option(field: str, **keywords: Any) -> Any:

@@ -20,12 +20,8 @@ from llmtrain.data.readers import Partition, group_by_size, read_partition
 from llmtrain.errors import UserError
 from llmtrain.model.tokenizer import CHUNK_BYTES, Tokenizer, load_tokenizer, split_text
 
-_BATCHES_PER_THREAD = 4
-"""Batches queued per thread, so that no thread waits until the previous result is written."""
-
+_BATCHES_PER_THREAD = 4  # so that no thread waits until the previous result is written
 _PROGRESS_DOCUMENTS = 1000
-"""Documents between two progress reports while documents are only read."""
-
 WRITTEN = len(SPLITS)
 """Split id of a document that a finished shard already contains."""
 

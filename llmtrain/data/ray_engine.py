@@ -19,8 +19,6 @@ from llmtrain.data.encode import Engine, ResultT, Task
 from llmtrain.errors import RunFailed, UserError
 
 _RETRIES = 5
-"""Restarts of a task after its worker died."""
-
 _TASKS_PER_CPU = 2
 """Tasks running or queued per CPU: enough to keep it busy, few enough to bound stored results."""
 
@@ -39,12 +37,8 @@ def connect_ray(address: str | None) -> Iterator[Engine]:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         _check_port(address)
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-        )
+        level = logging.ERROR
+        ray.init(address, log_to_driver=False, include_dashboard=False, logging_level=level)
     except (OSError, ValueError, RuntimeError) as error:
         failure = f"cannot be reached at {address}" if address else "cannot be started here"
         raise UserError(

@@ -174,11 +174,7 @@ class TokenReader:
         return self._ends[-1] if self._ends else 0
 
     def read(self, start: int, length: int) -> npt.NDArray[np.uint16]:
-        """Return tokens `start` to `start + length`, shape (length,), across shards.
-
-        Raises:
-            UserError: a file was truncated after it was opened, or contains an invalid id.
-        """
+        """Return tokens `start` to `start + length`, shape (length,), across shards."""
         if start < 0 or length < 0 or start + length > len(self):
             raise IndexError(f"tokens {start} to {start + length} of {len(self)}")
         tokens = np.empty(length, dtype=TOKEN)

@@ -43,7 +43,6 @@ class StagingFolder:
         self.target = out.resolve()
         self.folder = commit.temporary_path(self.target)
         self.shards = self.folder / "shards"
-        """The folder that becomes the target."""
         self.documents = self.folder / "documents"
         """Downloaded or extracted text, which is deleted at the end."""
         self.journal = self.folder / JOURNAL_FILE
@@ -106,11 +105,9 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.counts: list[int] = []
-        """Documents of each partition of the input."""
         self.layout = ""
         """Hash of the partitions that were counted; empty before counting."""
         self.shards: dict[str, list[ShardRecord]] = {split: [] for split in SPLITS}
-        """The finished shards of each split, in order."""
 
     @classmethod
     def open(cls, staging: StagingFolder, spec: PrepareSpec, log: Log) -> "Journal":

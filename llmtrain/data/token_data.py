@@ -54,8 +54,8 @@ class TokenData:
 
     def train_tokens(self) -> TokenReader:
         """Return a reader of the training tokens of all `sources` in order."""
-        files = [file for source in self.sources for file in source.files["train"]]
-        return TokenReader(tuple(files), self.vocab_size)
+        files = tuple(file for source in self.sources for file in source.files["train"])
+        return TokenReader(files, self.vocab_size)
 
 
 def open_training_data(config: DataConfig) -> TokenData:

@@ -22,9 +22,8 @@ class FolderCheck:
 def verify_below(path: Path) -> list[FolderCheck]:
     """Check every committed folder at or below `path`, sorted; skip unfinished work (`.tmp-…`)."""
     if not path.is_dir():
-        raise UserError(
-            f"{path} is not a directory", hint="name a data folder, a weights folder, or a run"
-        )
+        hint = "name a data folder, a weights folder, or a run"
+        raise UserError(f"{path} is not a directory", hint=hint)
     records = (MANIFEST_FILE, integrity.INTEGRITY_FILE)
     found = {record.parent for name in records for record in path.rglob(name)}
     # Include step folders without a record: a missing record is damage as well.

@@ -28,7 +28,6 @@ from llmtrain.storage.urls import is_url
 OLDEST_TORCH = (2, 11)
 
 _TEST_BYTES = 64 << 20
-"""Size of the file that measures the disk."""
 
 
 @dataclass(frozen=True)

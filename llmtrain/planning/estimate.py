@@ -66,7 +66,6 @@ class Averaging:
     read: int
     written: int
     memory: int
-    """Bytes of its buffers, independent of the model size."""
     seconds: float
 
 

@@ -135,10 +135,7 @@ def divisors(number: int) -> list[int]:
 
 
 def _update_bytes(average: AverageConfig) -> int:
-    """Return the temporary bytes per parameter while an average is updated or saved.
-
-    A running mean and its residual are float32 results of a float64 quotient.
-    """
+    # A running mean and its residual are float32 results of a float64 quotient.
     return 2 * FLOAT + DOUBLE if isinstance(average, RunningMeanConfig) else FLOAT
 
 

@@ -53,9 +53,7 @@ class Architecture:
         self.parameters = self.token_embedding + block_size * width + self.without_embeddings
         """All parameters, with the tied matrix counted once."""
         self.root = self.parameters - layers * self.block
-        """Parameters outside the blocks."""
         self.matrices = layers * 12 * width**2
-        """Weights of the blocks' linear layers."""
         self.autocast = self.matrices + 9 * biases * layers * width
         """Parameters of the blocks that autocast copies: linear layers with their biases."""
         self.stored = self.parameters + (1 - biases) * (11 * layers + 1) * width
@@ -90,13 +88,10 @@ class Activations:
         """Bytes per token: embedding, stream, norm, q, k, v, a copy of v, result."""
 
         self.stream = tokens * FLOAT * width
-        """The residual stream, or its gradient."""
         kept = self._attention_weights if self._materialized else FLOAT * self._model.n_head
         per_token = (2 * FLOAT + 14 * item) * width + 4 * FLOAT + kept
         self.block = tokens * (per_token + (self._dropout() if dropout else 0))
-        """Saved by one block for its backward pass."""
         self.recomputed = self.block if config.train.activation_checkpointing else 0
-        """Recomputed in a block's backward pass."""
         mask = (1 if cuda else FLOAT) * width if dropout else 0
         saved = self.stream if config.train.activation_checkpointing else self.block
         self.blocks = layers * saved + tokens * mask

@@ -54,7 +54,7 @@ MAY_CHANGE = (
 _STARTED_FILES = re.compile(r"\.lock|parent\.json|\.tmp-\d+-(parent\.json|config\.yaml)")
 
 
-def refuse_other_files(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Raise a UserError if the folder contains anything other than a run or its first files."""
     if folder.exists() and not is_run(folder) and not has_only_started(folder):
         raise UserError(f"{folder} exists and is not a run", hint="choose another --run-dir")

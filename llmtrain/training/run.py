@@ -21,13 +21,7 @@ from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.initial import load_initial_weights, open_weights
 from llmtrain.training.metrics import MetricsLog
 from llmtrain.training.micro_batch import explain_oom, find_micro_batch
-from llmtrain.training.resume import (
-    Resume,
-    find_start,
-    has_only_started,
-    is_finished,
-    refuse_other_files,
-)
+from llmtrain.training.resume import Resume, check_folder, find_start, has_only_started, is_finished
 from llmtrain.training.trainer import Trainer
 from llmtrain.training.worker import Log, Worker, compile_model, make_worker
 
@@ -39,7 +33,6 @@ class Outcome:
     run: RunFolder
     step: int
     already_finished: bool
-    """Nothing was left to do."""
 
 
 def pretrain(
@@ -62,7 +55,7 @@ def pretrain(
     with init_distributed(device, spread=spread) as (world, device):
         if not world.is_rank_zero:
             log = warn = lambda line: None
-        world.on_rank_zero(lambda: refuse_other_files(folder))
+        world.on_rank_zero(lambda: check_folder(folder))
         data = world.local_rank_zero_first(lambda: open_training_data(config.data))
         _check_vocabulary(config, data)
         run, agree = RunFolder(folder), world.exit_code_agreement()

@@ -26,6 +26,7 @@ from llmtrain.training.optimizers.adamw import AdamW
 
 Log = Callable[[str], None]
 Device = torch.device
+Forward = Callable[[Tensor], Tensor]
 Parallel = Literal["ddp", "fsdp", "hsdp"]
 
 _OOM_MESSAGES = (
@@ -222,9 +223,7 @@ def _compile(worker: Worker, module: nn.Module, micro_batch: int) -> None:
             del part.forward
 
 
-def _only_in_training(
-    part: nn.Module, compiled: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], Tensor]:
+def _only_in_training(part: nn.Module, compiled: Forward) -> Forward:
     """Run evaluation uncompiled: it has too many shapes to compile each."""
     eager = part.forward
 
