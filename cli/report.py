@@ -27,7 +27,7 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the files.", show_default="RUN/report or RUN/report/compared"
+            help="Folder of the report.", show_default="RUN/report or RUN/report/compared"
         ),
     ] = None,
     as_json: JsonFlag = False,

@@ -73,7 +73,8 @@ class Line:
 class Chart:
     """Lines over one x axis."""
 
-    name: str  # letters and hyphens; also the file name and HTML id
+    name: str
+    """Letters and hyphens; also the file name and HTML id."""
     title: str
     x_label: str
     y_label: str
