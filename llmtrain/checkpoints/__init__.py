@@ -17,5 +17,6 @@ To add a checkpoint format:
 
 1. Write a file with a function `(path, step, location) -> Checkpoint`, which reads only headers.
    Name the tensors as the Hugging Face model does.
-2. Add an entry to `FORMATS` in `checkpoint.py`, and a test to `tests/checkpoints/`.
+2. Add an entry to `FORMATS` in `checkpoint.py`, and a test to `tests/checkpoints/`. For public
+   series, add its file names to `hub.py`.
 """

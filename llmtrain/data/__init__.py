@@ -22,6 +22,7 @@ in this order by `prepare`. A batch comes from `dataloader`, in the order that `
 
 To add a data filter: apply a function from documents to documents in `encode.read_documents`, which
 both counting and encoding use; `count_documents` must then ignore the files' metadata. Record the
-filter's parameters in `manifest.PrepareSpec`, with a default that keeps older manifests readable:
-data and interrupted preparations are reused only for an equal spec.
+filter's parameters in `manifest.PrepareSpec`, because data and interrupted preparations are reused
+only for an equal spec; leave a parameter that is not set out of the manifest, whose hash earlier
+data has recorded. Add the option to `options.py` and `cli/prepare.py`, and a test.
 """

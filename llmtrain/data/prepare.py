@@ -111,6 +111,8 @@ def prepare(
             return manifest
         manifest = _built_earlier(folder, spec) if url else None
         if manifest is None:
+            if skipped := documents.skipped:
+                log(f"skipping {len(skipped)} file(s) of unknown kinds, such as {skipped[0]}")
             size = sum(file.bytes for file in documents.files)
             log(f"reading {source}: {len(documents.files):,} file(s), {size / 1e6:,.1f} MB")
             manifest = _Build(documents, spec, options, staging, on_progress, log).run()

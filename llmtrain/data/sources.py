@@ -56,6 +56,8 @@ class DocumentSource:
     files: list[SourceFile]
     fetch: Callable[[OnRead], list[str]]
     """Returns the paths or URLs of the files, after downloading or writing them if needed."""
+    skipped: tuple[str, ...] = ()
+    """Files of a folder that have an unknown kind."""
 
     def record(self, text_field: str, limit: int | None) -> SourceRecord:
         """Return the manifest's record of the source."""
@@ -94,7 +96,7 @@ def default_name(source: str) -> str:
 
 
 def _local_source(source: str) -> DocumentSource:
-    paths = find_files(source)
+    paths, skipped = find_files(source)
     base = Path(os.path.commonpath([path.parent for path in paths]))
     files = []
     for path in paths:
@@ -104,14 +106,14 @@ def _local_source(source: str) -> DocumentSource:
     # Record only the name: the location on this machine is private.
     id_ = f"files:{Path(source).expanduser().resolve().name}"
     absolute = [str(path.absolute()) for path in paths]
-    return DocumentSource(id_, None, files, lambda _: absolute)
+    return DocumentSource(id_, None, files, lambda _: absolute, tuple(map(str, skipped)))
 
 
-def find_files(source: str) -> list[Path]:
-    """Return the files of a path, a folder or a glob, sorted by path.
+def find_files(source: str) -> tuple[list[Path], list[Path]]:
+    """Return the files of a path, a folder or a glob in order, and the skipped files of a folder.
 
-    In a folder, hidden files and files of unknown kinds are ignored. A file given by name or glob
-    must be of a known kind.
+    Files are sorted by path. In a folder, hidden files are ignored and files of unknown kinds are
+    skipped. A file given by name or glob must be of a known kind.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -127,11 +129,12 @@ def find_files(source: str) -> list[Path]:
     known = [each for each in found if kind_of(each.name)]
     unknown = [each for each in found if not kind_of(each.name)]
     if unknown and not path.is_dir():
-        hint = f"known kinds: {', '.join(KINDS)}"
-        raise UserError(f"{unknown[0]} is of an unknown kind", hint=hint)
+        raise UserError(
+            f"{unknown[0]} is of an unknown kind", hint=f"known kinds: {', '.join(KINDS)}"
+        )
     if not known:
         raise _no_known_files(source)
-    return known
+    return known, unknown
 
 
 def _no_known_files(source: str) -> UserError:
@@ -142,14 +145,16 @@ def _no_known_files(source: str) -> UserError:
 
 
 def _remote_source(source: str) -> DocumentSource:
-    known = [file for file in list_files(source) if kind_of(file.url)]
+    found = list_files(source)
+    known = [file for file in found if kind_of(file.url)]
     if not known:
         raise _no_known_files(source)
     # Hash the store's version metadata: hashing the files would transfer them once more.
     revision = hashlib.sha256("\n".join(file.version for file in known).encode()).hexdigest()
     files = [SourceFile(name=file.name, bytes=file.bytes, sha256=None) for file in known]
     id_ = f"files:{source.rstrip('/').rpartition('/')[2]}"
-    return DocumentSource(id_, revision, files, lambda _: [file.url for file in known])
+    skipped = tuple(file.url for file in found if not kind_of(file.url))
+    return DocumentSource(id_, revision, files, lambda _: [file.url for file in known], skipped)
 
 
 def _hub_source(source: str, field: str, limit: int | None, cache: Path) -> DocumentSource:

@@ -39,7 +39,7 @@ def datasheet(name: str) -> Datasheet:
     """Return the datasheet for a short name such as `h100` or `a100-80gb`, or raise UserError."""
     sheets = {key.lower().replace(" ", "-"): sheet for key, sheet in DATASHEETS.items()}
     if name.lower() not in sheets:
-        hint = f"{', '.join(sheets)}; or cpu, or other, with --flops or --tokens-per-second"
+        hint = f"{', '.join(sheets)}; or cpu, or other, with --tokens-per-second"
         raise UserError(f"unknown device {name!r}", hint=hint)
     return sheets[name.lower()]
 

@@ -89,7 +89,7 @@ def _library(path: Path) -> Path:
 
 
 def _documents(path: Path) -> Iterator[str]:
-    paths = find_files(str(path))
+    paths, _ = find_files(str(path))
     for partition in partitions_of(map(str, paths)):
         for document in read_partition(partition, "text"):
             yield str(document, "utf-8")

@@ -141,6 +141,7 @@ def corpus(tmp_path: Path) -> Path:
 def test_a_folder_is_read_in_the_order_of_paths(corpus: Path, tmp_path: Path) -> None:
     assert texts(corpus, tmp_path) == ["a", "b/a", "b/c 1", "b/c 2", "c", "d 1", "d 2"]
     opened = open_source(str(corpus), "text", None, tmp_path / "cache")
+    assert list(opened.skipped) == [str(corpus / "readme.md")]
     names = [file.name for file in opened.files]
     assert names == ["a.txt", "b/a.jsonl", "b/c.jsonl.gz", "c.TXT", "d.parquet"]
     assert opened.files[0].bytes == 1

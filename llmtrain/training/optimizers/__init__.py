@@ -3,8 +3,10 @@
 To add an optimizer NAME:
 
 1. Write `NAME.py` with a subclass of `adamw.AdamW` and a function `build(model, config)`.
-2. Add NAME, and a section for its own keys, to `OptimizerConfig` in `llmtrain/config/schema.py`.
+2. Add NAME, and a section for its own keys, to `OptimizerConfig` in `llmtrain/config/schema.py`;
+   describe the keys in `configs/README.md` and `configs/demo.yaml`.
 3. Write one test, `tests/training/test_NAME.py`.
+4. If it stores other moments than AdamW, count them in `llmtrain/planning/sizes.py`.
 
 The loop, training checkpoints and spike handling need no change.
 Allowed imports: `config`, `runtime`.
