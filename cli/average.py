@@ -45,7 +45,7 @@ _CHECKS_HELP = "Changes to the checks of the inputs, separated by commas. " + " 
 _REVISION_HELP = "Names of revisions: {N} is the step, * matches anything.  [default: step{N}]"
 _SWEEP_HELP = (
     'Evaluate every combination without writing it: "window=3,5,10 every=200,400" (also method, '
-    "decay, half-life, shape, from, blend, sigma-rel). Compares at several steps, or with --at at "
+    "decay, half-life, shape, from, blend, sigma-rel). Compares at several steps; --at selects "
     "all snapshots, the last window, or one step."
 )
 
@@ -99,7 +99,7 @@ def average(
 ) -> None:
     """Average checkpoints of one run (LAWA: the mean of the last --window, --every steps apart).
 
-    Training never changes. Windows are complete and exclude checkpoints from warm-up.
+    Training is unaffected. Windows are complete and exclude checkpoints from warm-up.
     """
     renamed = {
         "--to": (to, "--at"),
@@ -149,7 +149,7 @@ def average(
         return
     if options != MergeOptions() or show_weights or revision_pattern is not None:
         raise UserError(
-            "--sweep evaluates in memory and ignores options for output, checks and the hub",
+            "--sweep evaluates in memory and takes no options for output, checks or the hub",
             hint="sweep first, then make the best average with these options",
         )
     evaluate_sweep(source, sweep, request, write_best=write_best, as_json=as_json)

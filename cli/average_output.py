@@ -112,7 +112,7 @@ def evaluate_sweep(
 
     if replace(request, at=None) != AverageRequest():
         raise UserError(
-            "--sweep takes the options of the methods in its text, and apart from it only --at",
+            "--sweep takes the options of the methods in its text; only --at can be added to it",
             hint='use --sweep "method=lawa,linear window=3,5 every=200"',
         )
     run = require_run(Path(source)) if source is not None else newest_run()

@@ -24,7 +24,7 @@ def doctor(
 ) -> None:
     """Check Python, torch, device, precision, compile, tokenizer, disk, data and network.
 
-    Writes and removes a file of 64 MiB. A note concerns some runs only. Exits with 1 if there is a
+    Writes and removes a file of 64 MiB. A note affects only some runs. Exits with 1 if there is a
     problem.
     """
     from dataclasses import asdict

@@ -169,7 +169,7 @@ def _losses(
 
     known = [target for target in targets if needed or has_data(target, options)]
     if any(target.run and target not in known for target in targets):
-        warn("the training data of the run is not found: pass --data FOLDER to measure losses")
+        warn("the training data of the run was not found: pass --data FOLDER to measure losses")
     losses = measure_losses(known, options, progress, warn=warn)
     by_path = dict(zip((target.path for target in known), losses, strict=True))
     return [by_path.get(target.path) for target in targets]

@@ -1,4 +1,4 @@
-"""`llmtrain export`: write weights in a format that runs without llmtrain."""
+"""`llmtrain export`: write weights in a format that does not need llmtrain."""
 
 from pathlib import Path
 from typing import Annotated, Literal

@@ -1,4 +1,4 @@
-"""`llmtrain generate`: generate text and print it as it is written."""
+"""`llmtrain generate`: print text as it is generated."""
 
 import unicodedata
 from collections.abc import Callable, Iterator

@@ -42,8 +42,8 @@ def plan(
     """Estimate the cost of a run from its configuration, without data or a GPU.
 
     Prints parameters, FLOPs, peak memory of one device, hours, communication, disk and averaging.
-    The model is uncompiled; torch.compile needs less memory. Lists its assumptions; unknown values
-    are n/a.
+    Assumes an uncompiled model; torch.compile needs less memory. Lists its assumptions; unknown
+    values are n/a.
     """
     from llmtrain.config.loading import load_config
     from llmtrain.planning.estimate import estimate
@@ -102,7 +102,7 @@ def _memory(plan: "CostEstimate") -> Table:
     table.add_row(f"  {top.moment}")
     table.add_row("fits", _fits(plan.machine.memory, top.total))
     if plan.machine.layout.cuda:
-        table.add_row("host, saving a state", format_bytes(plan.memory.host))
+        table.add_row("host, saving checkpoint", format_bytes(plan.memory.host))
     return table
 
 
@@ -135,7 +135,7 @@ def _time(plan: "CostEstimate") -> Table:
 
 def _disk(plan: "CostEstimate") -> Table:
     storage = plan.storage
-    table = _table("Disk at the end of the run", "folders", "each", "together")
+    table = _table("Disk at the end of the run", "folders", "each", "total")
     for saved in (storage.snapshots, *storage.averages, storage.states):
         sizes = map(format_bytes, (saved.bytes_each, saved.bytes))
         table.add_row(saved.label, f"{saved.count:,}", *sizes)
@@ -145,7 +145,7 @@ def _disk(plan: "CostEstimate") -> Table:
 
 
 def _averaging(plan: "CostEstimate") -> Table:
-    columns = ("averages", "read", "written", "buffers", "takes")
+    columns = ("averages", "read", "written", "buffers", "time")
     table = _table("Averaging with llmtrain average", *columns)
     for work in plan.averaging:
         sizes = map(format_bytes, (work.read, work.written, work.memory))

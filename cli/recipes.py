@@ -24,7 +24,7 @@ def recipes(
 ) -> None:
     """List the included configurations, print one, or copy one to a file.
 
-    The header of each one has the commands, the hardware, the expected loss and the source.
+    Each file's header states the commands, the hardware, the expected loss and the source.
     """
     from llmtrain.config.recipes import copy_recipe, read_recipe
     from llmtrain.errors import UserError

@@ -5,9 +5,9 @@ imports `online`; the command line imports `request`, which loads neither numpy 
 
 To add a method: write a function in `coefficients.py` from the number of checkpoints to their
 weights, add one line to `request.METHODS`, and add one case to `REQUESTS` in
-`tests/averaging/test_methods.py` and one row to README.md. A parameter of the method is a field of `AverageRequest` and an
-option in `cli/average.py`. To add an online average: add a class in `online.py` and its section in
-`llmtrain/config/sections.py`.
+`tests/averaging/test_methods.py` and one row to README.md. A parameter of the method is a field of
+`AverageRequest` and an option in `cli/average.py`. To add an online average: add a class in
+`online.py` and its section in `llmtrain/config/sections.py`.
 
 Files:
     request.py          options of the command, and the methods with the options they accept

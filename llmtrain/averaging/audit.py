@@ -1,7 +1,7 @@
 """Checks of the inputs: hashes, known-bad revisions, duplicates, and breaks in the trajectory.
 
-Public series contain wrong weights at some steps, and their average loads like a right one. The
-checks are nearly free: they use declared hashes, and norms from the merge.
+Some public series contain wrong weights, and an average of them loads without an error. The checks
+are nearly free: they use declared hashes, and norms from the merge.
 """
 
 import hashlib

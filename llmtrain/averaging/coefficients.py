@@ -61,7 +61,7 @@ def decay_of_half_life(half_life: float, every: int) -> float:
 
 
 def decay(count: int, shape: Shape) -> list[float]:
-    """Return the merge of constant-LR checkpoints that emulates a learning-rate decay over them.
+    """Return weights for constant-LR checkpoints that emulate a learning-rate decay over them.
 
     Scaling the displacement into checkpoint i (from i - 1) by w_i, for a non-increasing w with
     w_0 = 1 and w_n = 0, is the average with c_i = w_i - w_(i+1). Shapes: linear 1 - i/n (the

@@ -1,4 +1,4 @@
-"""From a request to specs: the checkpoints, weights, label and folder of each average."""
+"""Conversion of a request to specs: the checkpoints, weights, label and folder of each average."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -116,7 +116,7 @@ def merge(
         checkpoints: in the order of addition, alike (`require_same_tensors`).
         writes: one for each sum; called in stored order, from several threads but one at a time.
         dtypes: dtype of each output tensor; default: that of the inputs.
-        integers: tensors without a mean must agree in all inputs, or are the newest input's.
+        integers: `equal`: integer tensors must agree in all inputs; `last`: copy the newest one's.
         progress: called with the chunks done and the total.
         hash_inputs: hash the input files while reading.
 
@@ -163,7 +163,7 @@ def _norms(work: Sequence[Chunk], squares: NDArray[np.float64], hashes: dict[Pat
 
 
 class _Stopped(Exception):
-    """Another thread failed, so the awaited chunk never comes."""
+    """Another thread failed, so the awaited chunk never arrives."""
 
 
 class OrderedAccess:
@@ -314,7 +314,7 @@ def _not_finite(checkpoint: Checkpoint, chunk: Chunk, values: Float64s) -> UserE
 
 
 def _square(values: Float64s) -> float:
-    """Return the sum of squares, computed in runs."""
+    """Return the sum of squares, computed in blocks."""
     runs, rest = np.split(values, [len(values) // _RUN * _RUN])
     runs = runs.reshape(-1, _RUN)
     with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for non-finite values

@@ -1,4 +1,4 @@
-"""Online averages: averages of the weights that a run updates while training.
+"""Online averages: averages of the weights, updated during training.
 
 A recursion rounds each operation to float32 (no fused multiply-add). A mean is a float64 sum,
 divided and rounded once. So the same weights give the same bits on every device and after a resume,
@@ -37,7 +37,7 @@ class OnlineAverage(ABC):
 
     config: AverageConfig
     first_ready = 1
-    """Updates until there is an average."""
+    """Number of updates before an average exists."""
 
     def __init__(self, config: AverageConfig, model: nn.Module, start: int) -> None:
         """Average the parameters of `model`, from step `start` unless the config sets another."""
@@ -65,7 +65,7 @@ class OnlineAverage(ABC):
 
     @property
     def ready(self) -> bool:
-        """An average exists."""
+        """True once an average exists."""
         return self.updates >= self.first_ready
 
     @torch.no_grad()

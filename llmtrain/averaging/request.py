@@ -99,7 +99,7 @@ CHECKS: dict[str, tuple[str, object, str]] = {
     "no-verify": ("verify", False, "compare only the sizes of a run's own snapshots, not hashes"),
     "allow-duplicates": ("allow_duplicates", True, "accept identical content at two steps"),
     "allow-known-bad": ("allow_known_bad", True, "accept public revisions with known defects"),
-    "allow-integers": ("integers", "last", "copy integer tensors that differ from the newest"),
+    "allow-integers": ("integers", "last", "copy differing integer tensors from the newest"),
 }
 """Values of `--checks`: field of `MergeOptions`, its value, and the help."""
 

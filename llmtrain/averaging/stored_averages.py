@@ -1,9 +1,9 @@
-"""Averages of averages that a run stored: any span from two running means, any EMA from two.
+"""Averages built from two that a run stored: any span from running means, any EMA from EMAs.
 
 A mean over *every* step, or an EMA of a length chosen after the run, cannot be made from snapshots.
 Both are weighted sums of a few online averages that the run stored.
 
-An EMA whose memory grows with training, β(t) = (1 - 1/t)^(γ+1), weights past time τ by the
+An EMA whose memory grows with training, β(t) = (1 - 1/t)^(γ+1), weights each past time τ by the
 profile p(τ) = (γ+1) τ^γ / t^(γ+1). The profiles of two γ, stored along the run, nearly span those
 of other γ. A least-squares fit of the profiles gives the weights of the stored averages.
 
@@ -115,7 +115,7 @@ def power_ema_specs(series: Series, sigma_rel: float | None, at: int | str) -> l
 def dense_specs(series: Series, start: int | None, at: int | str) -> list[AverageSpec]:
     """Return means over every step in (start, at], each from two stored running means.
 
-    See `coefficients.span`. One is enough from the step at which the running mean began.
+    See `coefficients.span`. One is enough if the span starts where the running mean began.
     """
     if start is None or (isinstance(at, int) and start >= at):
         raise UserError(

@@ -46,7 +46,7 @@ MEMORY = 4 << 30
 """Bytes of averages held at once; larger sweeps make further passes over the snapshots."""
 
 POINTS = 12
-"""Steps at which candidates are compared by default."""
+"""Number of steps at which candidates are compared by default."""
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("window", "every", "start"), int),
@@ -96,7 +96,7 @@ class SummaryRow:
     """Loss minus the raw loss of the same step."""
     best: bool
     reached: int | None
-    """First compared step with at most the raw loss of the last step; None: never."""
+    """First compared step whose loss is at most the last raw loss; None: never."""
     steps_saved: int | None
     """Steps from there to the first one at which the raw weights reach that loss."""
     tokens_saved: int | None
@@ -178,7 +178,7 @@ def sweep(
 def _specs(
     series: Series, requests: Sequence[AverageRequest]
 ) -> tuple[dict[AverageRequest, list[AverageSpec]], list[str]]:
-    """Return all windows of each request, and the reasons of those without any."""
+    """Return all windows of each request, and a reason for each request without any."""
     specs, skipped = {}, []
     for request in requests:
         try:

@@ -193,7 +193,7 @@ def reject_outside_link(path: Path) -> None:
     blobs = folder.parent.parent / "blobs"  # <repo>/snapshots/<commit>/file -> <repo>/blobs/<hash>
     in_cache = folder.parent.name == "snapshots" and real.parent == blobs
     if folder not in real.parents and not in_cache:
-        hint = "do not trust this folder, or replace the link by the file"
+        hint = "do not trust this folder, or replace the link with the file"
         raise UserError(f"{path} is a link to a file outside its folder", hint=hint)
 
 

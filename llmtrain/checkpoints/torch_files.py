@@ -46,7 +46,7 @@ _PREFIXES = re.compile(r"^(_orig_mod\.|module\.)+")
 """Added to every name by torch.compile and DistributedDataParallel."""
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
-"""Output matrices; Hugging Face stores the other one of a tied pair."""
+"""Output matrices; of a tied pair, Hugging Face stores the other one."""
 
 
 class _GPTConfig:
@@ -159,7 +159,7 @@ def _state_dict(path: Path, document: Any) -> dict[str, Tensor]:
 
 
 def _tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Map each name whose memory belongs to another name to that name."""
+    """Map each tied tensor's name to the name that owns its memory."""
     owners: dict[tuple[object, ...], str] = {}
     tied = {}
     for name in sorted(tensors, key=lambda name: (name.endswith(_HEADS), name)):

@@ -1,7 +1,7 @@
 """Data folders behind URLs: local build folders and local copies.
 
 Training reads at random and a preparation must be resumable, so both use local folders, and whole
-files are transferred. Behind a URL, too, a folder with a manifest is complete.
+files are transferred. A folder behind a URL, too, is complete if it has a manifest.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Count and encode the documents of one partition, on any machine.
 
-Documents are divided into chunks of about a megabyte, so a book needs as much memory as a short
+Documents are divided into chunks of about a megabyte, so a book needs no more memory than a short
 text. Threads encode the chunks (the encoder releases the GIL). Results keep the order of the
 documents, so the output depends neither on the engine nor on the number of threads.
 """

@@ -8,7 +8,7 @@ from typing_extensions import Doc
 from llmtrain.errors import UserError
 
 MAX_SHARD_TOKENS = 2**30 - 1
-"""Largest `shard_tokens`: a header counts twice as many, since the last document overruns."""
+"""Largest `shard_tokens`, half of a header's limit, because the last document may overrun it."""
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ class _Build:
         return connect_ray(self.options.ray_address)
 
     def _count(self, engine: Engine, partitions: list[Partition], journal: Journal) -> list[int]:
-        """Return the documents of each partition, up to the one that reaches the limit."""
+        """Return each partition's number of documents, up to the one that reaches the limit."""
         described = [
             [(Path(each.path).name, each.bytes, each.start, each.end) for each in partition]
             for partition in partitions

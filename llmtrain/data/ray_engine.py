@@ -53,7 +53,7 @@ def connect_ray(address: str | None) -> Iterator[Engine]:
 
 
 def _check_port(address: str | None) -> None:
-    """Raise an OSError if nothing listens at `address`: Ray would end the whole process."""
+    """Raise an OSError if nothing listens at `address`: Ray itself would kill this process."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if colon:
         socket.create_connection((host, int(port)), timeout=10).close()

@@ -23,7 +23,7 @@ from llmtrain.model.tokenizer import well_formed
 from llmtrain.storage.urls import is_url, local_path, open_url, url_errors
 
 PARTITION_BYTES = 1 << 26
-"""Approximate input of a partition: seconds of tokenizing. Compressed files are not divided."""
+"""Approximate size of a partition: seconds of tokenizing. Compressed files are not divided."""
 
 T = TypeVar("T")
 
@@ -234,7 +234,7 @@ _READERS: dict[str, Callable[[FileRange, str], Iterator[bytes | memoryview]]] = 
 
 @contextmanager
 def read_errors(path: str) -> Iterator[None]:
-    """Convert a failure to open or parse a file to a UserError that names it."""
+    """Convert a failure to open or parse a file into a UserError that names it."""
     try:
         with url_errors(path) if is_url(path) else nullcontext():
             yield

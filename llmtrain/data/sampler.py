@@ -27,7 +27,7 @@ import numpy.typing as npt
 from llmtrain.errors import UserError
 
 _ROUNDS = 64
-"""After r rounds, positions are uniform up to about K^1.5 * 2^(-r/2); 64 rounds leave no trace."""
+"""After r rounds, positions are uniform up to about K^1.5 * 2^(-r/2); 64 rounds leave no bias."""
 
 _U64 = np.uint64
 _MASK = (1 << 64) - 1

@@ -133,8 +133,8 @@ def tokenizer_of(folder: Path, shape: Shape, name: str | None = None) -> Tokeniz
     tokenizer = load_tokenizer(name) if name else tokenizer_for_eot(shape.eot, folder)
     if tokenizer.vocab_size > shape.model.vocab_size:
         raise UserError(
-            f"{folder} has {shape.model.vocab_size:,} rows of embeddings, "
-            f"the {tokenizer.name} tokenizer {tokenizer.vocab_size:,} ids",
+            f"{folder} has {shape.model.vocab_size:,} embedding rows, but "
+            f"the {tokenizer.name} tokenizer has {tokenizer.vocab_size:,} ids",
             hint="pass the tokenizer of the model: --tokenizer gpt2 or --tokenizer byte",
         )
     if name is None and not has_same_ids(folder, tokenizer):

@@ -34,7 +34,8 @@ from llmtrain.runtime.device import resolve_device
 CPU_BATCH = 8
 """Batch size for "auto" on a CPU, where lm-eval cannot probe the memory."""
 BOOTSTRAPS = 1000
-"""Resamples for the standard error of a perplexity; lm-eval's 100,000 take minutes, change 2%."""
+"""Resamples for the standard error of a perplexity; lm-eval's 100,000 take minutes and
+change it by 2%."""
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval: bootstrap in this process

@@ -1,7 +1,7 @@
 """Causal language models other than our GPT-2, loaded with transformers, and their tokenizers.
 
 transformers computes the logits; windows, sums and results are the same as for our own models.
-Code that a folder brings is never run.
+Code in a model's folder is never run.
 """
 
 from collections.abc import Callable, Iterator
@@ -166,8 +166,8 @@ def encoding_of(folder: Path) -> Encoding:
 def reencode(folder: Path, data: TokenData, split: str, limit: int) -> tuple[IdArray, int] | None:
     """Encode the first `limit` tokens of a split with the tokenizer in a folder.
 
-    Return the ids and the bytes of text, or None if the folder does not need other ids than the
-    split's. For a GPT-2, a comparison of the tokenizer files decides this without transformers.
+    Return the ids and the bytes of text, or None if the folder uses the same ids as the
+    split. For a GPT-2, a comparison of the tokenizer files decides this without transformers.
     """
     ours = load_tokenizer(data.tokenizer)
     same = not is_hf(folder) and load_shape(folder).eot == ours.eot and has_same_ids(folder, ours)

@@ -1,6 +1,6 @@
 """Loss on fixed windows of a split: mean nats per token, each token but the first predicted once.
 
-Why one function for all weights: two losses compare only if they come from the same tokens in the
+Why one function for all weights: losses are comparable only if measured on the same tokens in the
 same windows. Training, averaging and `llmtrain eval` all call `evaluate`.
 """
 

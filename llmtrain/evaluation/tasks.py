@@ -2,7 +2,7 @@
 
 Why lm-eval: a score is comparable with published ones only if the prompts and the arithmetic are
 the same. Documents come from the hub, or from local JSON lines with the task files of this package,
-which contain no code. Task files of others can run any Python, so they need `--trust-task-files`.
+which contain no code. Third-party task files can run any Python, so they need `--trust-task-files`.
 """
 
 import hashlib

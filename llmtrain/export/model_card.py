@@ -1,6 +1,6 @@
 """Model card of an exported model: usage, architecture, data, losses, averaging and recipe.
 
-Everything comes from the records of the run; missing records leave out their section. Local paths
+Everything comes from the records of the run; a section without its records is omitted. Local paths
 are reduced to their last part, because the card may be published.
 """
 

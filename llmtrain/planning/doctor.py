@@ -1,6 +1,6 @@
 """Check that a machine and a folder are ready for a run.
 
-Why by trial: an old torch, a slow or full disk and another tokenizer otherwise show up late.
+Why by trial: an old torch, a slow or full disk or a wrong tokenizer is otherwise noticed late.
 """
 
 import os
@@ -36,7 +36,7 @@ class Check:
 
     name: str
     state: Literal["ok", "note", "problem"]
-    """A note concerns some runs only."""
+    """A note affects only some runs."""
     found: str
     hint: str | None = None
 

@@ -1,7 +1,7 @@
 """Estimate the memory of one device at each moment of a step that can be its peak.
 
 Why moments: the large tensors never coexist. At the loss all activations exist and, in the first
-micro-batch, only the head's gradient; at the end of the backward pass it is the other way round.
+micro-batch, only the head's gradient; at the end of the backward pass the reverse holds.
 
 DDP keeps weights, optimizer and averages on every device, and gradients in buckets that are never
 freed (`gradient_as_bucket_view=True`). FSDP2 shards float32 weights, gradients, optimizer and
@@ -46,7 +46,7 @@ class Layout:
 
     @property
     def sharded(self) -> bool:
-        """Weights, gradients and optimizer are divided among the devices."""
+        """True if weights, gradients and optimizer are divided among the devices."""
         return self.parallel == "fsdp" and self.devices > 1
 
 

@@ -25,7 +25,7 @@ from llmtrain.runtime.signals import Interrupted
 T = TypeVar("T")
 
 _SECONDS_UNTIL_STOPPED = 10.0
-"""The launcher stops the other ranks of a failed one within this time, and reports the cause."""
+"""Time within which the launcher stops the other ranks after a failure and reports the cause."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class World:
         return np.split(rows, self.size)[self.rank]
 
     def mean(self, value: Tensor) -> Tensor:
-        """Replace a scalar tensor by its mean over all ranks."""
+        """Replace a scalar tensor with its mean over all ranks."""
         if self.size > 1:
             dist.all_reduce(value)
             value /= self.size
@@ -106,7 +106,7 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 class _MaxExitCode:
-    """The maximum of an exit code over all ranks, one call late, so that training does not wait."""
+    """The maximum of an exit code over all ranks, one call late, so that training never blocks."""
 
     def __init__(self) -> None:
         self._code = torch.zeros((), dtype=torch.int64)
@@ -195,7 +195,7 @@ def _store() -> Store:
     """Return the key-value store from which the process group is initialized.
 
     The launcher's store outlives a restart, so each start uses its own prefix. Why not torch's
-    prefix: it contains the restart count, which each machine counts on its own.
+    prefix: it contains the restart count, which each machine counts separately.
     """
     shared: Store = next(iter(rendezvous("env://")))[0]
     if not launcher.has_restarts():
@@ -209,7 +209,7 @@ def _start_name(shared: Store) -> str:
     others = [f"here/{rank}" for rank in range(1, int(os.environ["WORLD_SIZE"]))]
     if launcher.rank() == 0:
         for key in others:
-            shared.delete_key(key)  # of an earlier start; living ranks register again
+            shared.delete_key(key)  # of an earlier start; running ranks register again
         for key in others:
             shared.set(f"answer/{shared.get(key).decode()}", name)
         return name

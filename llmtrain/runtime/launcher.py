@@ -2,7 +2,7 @@
 
 `launch` or torchrun starts the workers; both use torch's elastic launcher. Rank 0 prints the log.
 The first worker that fails on a machine prints its error.
-Only `launch` imports torch, because each command calls the others at its start.
+Only `launch` imports torch, because every command calls the other functions when it starts.
 
 Why not only torchrun: `llmtrain pretrain --nproc 2` should return the run's exit code and print one
 error, not the launcher's report. Why not torch's `record`: it adds a traceback to that report.
@@ -112,7 +112,7 @@ def launch(arguments: list[str], processes: int) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.disable()  # the launcher's own reports
-    # More threads than cores would wait for each other.
+    # More threads than cores would slow each other down.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(available_cores() // processes, 1)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SECONDS_TO_SAVE))
     os.environ[LAUNCHER] = str(os.getpid())

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Self
 
 OUT_OF_TIME = 124
-"""Exit code after the time limit, as that of timeout(1)."""
+"""Exit code after the time limit, as in timeout(1)."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _Handler = Callable[[int, FrameType | None], object] | int | None
@@ -57,7 +57,7 @@ class Interrupt:
         return OUT_OF_TIME if late else 0
 
     def check(self) -> None:
-        """Raise Interrupted if a signal arrived or the time is over."""
+        """Raise Interrupted if a signal arrived or the time limit has passed."""
         if code := self._agree(self.exit_code):
             timeout = code == OUT_OF_TIME
             reason = "time limit reached" if timeout else signal.Signals(code - 128).name

@@ -139,7 +139,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 def _remove_abandoned_files(parent: Path, pattern: str) -> None:
     for path in parent.glob(f"{TEMPORARY_PREFIX}{pattern}"):
-        # An error means that its writer lives, or that it is a folder or not ours.
+        # An error means that its writer is running, or that it is a folder or not ours.
         with contextlib.suppress(OSError), path.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _still_named(file, path):
@@ -174,7 +174,7 @@ def remove_leftovers(parent: Path) -> None:
 def remove_abandoned(parent: Path) -> None:
     """Delete only the temporary folders in `parent` whose lock a killed `staged_folder` left."""
     for lock in parent.glob(f"{TEMPORARY_PREFIX}*{_LOCK}"):
-        # An error means that its process lives, or that the lock is not ours.
+        # An error means that its process is running, or that the lock is not ours.
         with contextlib.suppress(UserError, OSError), _locked(lock, lock):
             shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
 
@@ -191,7 +191,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Return whether a living process is inside `locked_folder(folder)`."""
+    """Return whether a running process is inside `locked_folder(folder)`."""
     try:
         with (folder / _LOCK).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

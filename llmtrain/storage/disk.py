@@ -22,7 +22,7 @@ _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 
 @contextlib.contextmanager
 def disk_errors(target: Path, *, needed: int | None = None) -> Iterator[None]:
-    """Replace disk errors by a WriteFailed that names `target`; pass other exceptions through.
+    """Replace disk errors with a WriteFailed that names `target`; pass other exceptions through.
 
     Include the clean-up of a failed write in the block, so that its bytes count as free.
     `needed` is the total size in bytes, if known.

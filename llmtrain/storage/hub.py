@@ -41,7 +41,7 @@ def ping(seconds: float) -> str:
 
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Replace the client's exceptions by messages about `what`, such as a repository."""
+    """Replace the client's exceptions with messages about `what`, such as a repository."""
     try:
         yield
     except (_TRANSPORT_ERROR, EntryNotFoundError, HFValidationError, OSError) as error:

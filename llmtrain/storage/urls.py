@@ -46,7 +46,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 @contextmanager
 def url_errors(url: str) -> Iterator[None]:
-    """Replace an exception of any storage backend by a UserError that names the URL."""
+    """Replace an exception of any storage backend with a UserError that names the URL."""
     try:
         yield
     except (UserError, RunFailed):

@@ -85,7 +85,7 @@ class TrainingState:
         return [names[each] for group in self.optimizer.param_groups for each in group["params"]]
 
     def collect(self, *, copy: bool) -> dict[str, Tensor]:
-        """Return all tensors of a checkpoint by name, in host memory, sharded as the model is."""
+        """Return all tensors of a checkpoint by name, in host memory, sharded like the model."""
         parameters: dict[str, Tensor] = dict(self.model.named_parameters())
         tensors = _prefixed("model/", parameters)
         moments = self.optimizer.state_dict()["state"]
@@ -227,6 +227,6 @@ def newest_checkpoint(
 
 
 def set_aside(folder: Path, reason: str) -> Path:
-    """Rename `step-…` to `step-…-REASON` (or `-REASON-2`, …), which no reader takes for a step."""
+    """Rename `step-…` to `step-…-REASON` (or `-REASON-2`, …), which no reader counts as a step."""
     names = (f"{folder.name}-{reason}" + (f"-{n}" if n > 1 else "") for n in count(1))
     return folder.rename(next(path for path in map(folder.with_name, names) if not path.exists()))

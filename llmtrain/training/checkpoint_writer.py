@@ -81,7 +81,7 @@ class CheckpointWriter(BackgroundWriter):
                 self._write_folder(target, facts, tensors, replace)
             except (UserError, RunFailed, OSError) as error:
                 outcome = error
-            if not self._shared:  # nothing to write: the other processes wait for a folder
+            if not self._shared:  # nothing to write: the other processes block on the folder
                 self._broadcast(None)
         elif (folder := self._broadcast(None)) is not None:
             with suppress(CheckpointException):  # rank 0 raises it too, and broadcasts it

@@ -1,6 +1,6 @@
 """Weights & Biases and TensorBoard: both get the events of `metrics.jsonl` and never stop training.
 
-A dashboard that fails is reported once and then left out.
+A dashboard that fails is reported once and then disabled.
 """
 
 from collections.abc import Callable, Mapping
@@ -75,7 +75,7 @@ class Dashboards:
 
 
 class _Wandb:
-    """A W&B run, new or resumed; offline, without a question, if W&B cannot be reached."""
+    """A W&B run, new or resumed; offline, without a prompt, if W&B cannot be reached."""
 
     name = "W&B"
 

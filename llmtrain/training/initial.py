@@ -1,4 +1,4 @@
-"""Initial weights from an earlier training, in any format that `llmtrain average` reads.
+"""Initial weights from an earlier run, in any format that `llmtrain average` reads.
 
 They are read one tensor at a time, so no process holds the whole model.
 """

@@ -112,7 +112,7 @@ class MetricsLog:
         self.evaluated_steps = {int(e["step"]) for e in events if "val/loss" in e}
 
     def write(self, event: Event, group: str) -> None:
-        """Write an event to the file and the dashboards, where `group/` starts the names."""
+        """Write an event to the file and the dashboards; these prefix names with `group/`."""
         if self._path is None:
             return
         # JSON has no non-finite numbers.

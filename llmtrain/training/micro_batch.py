@@ -87,7 +87,7 @@ def retry_on_oom(worker: Worker, progress: TrainingProgress, work: Callable[[], 
             raise RunFailed(problem, hint=f"resume with {smaller}")
         worker.warn(f"{problem}: continuing with {progress.micro_batch}")
         if worker.is_compiled:
-            torch.compiler.reset()  # else torch replaces this size by code for any size
+            torch.compiler.reset()  # else torch switches to code for any size
 
 
 @contextmanager

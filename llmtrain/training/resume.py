@@ -1,4 +1,4 @@
-"""Where a run starts: at step 0, at its newest training checkpoint, or at another run's checkpoint.
+"""Start of a run: at step 0, at its newest training checkpoint, or at another run's checkpoint.
 
 A run folder is resumed only with an equivalent config and the same data, and is never overwritten.
 After a spike, a rewind restarts training before it with other data (PaLM, Chowdhery et al. 2022,
@@ -113,8 +113,9 @@ def _refuse_other_config(config: RunConfig, run: RunFolder, warn: Log) -> None:
     if "train.max_steps" in changed and getattr(config.schedule, "horizon", 0) is None:
         old, new = changed["train.max_steps"]
         warn(
-            f"train.max_steps changed from {old:,} to {new:,}, where the {config.schedule.name} "
-            "schedule ends: the learning rate jumps; set schedule.horizon to keep the schedule"
+            f"train.max_steps changed from {old:,} to {new:,}, which moves the end of the "
+            f"{config.schedule.name} schedule: the learning rate jumps; "
+            "set schedule.horizon to keep the schedule"
         )
 
 
@@ -195,7 +196,7 @@ def checkpoint_before(
     checkpoint = newest_checkpoint(run, warn, among=old or steps[:1])
     if checkpoint is None:
         problem = f"cannot rewind step {event.step:,}: {run.states} has no training checkpoint"
-        raise RunFailed(problem, hint="restore the folder, which was emptied during training")
+        raise RunFailed(problem, hint="restore the folder: it was emptied during training")
     back = checkpoint.progress
     back.passed_batches = event.step + progress.passed_batches - back.step
     record = {"step": back.step, "rewound_from": event.step, "passed_batches": back.passed_batches}

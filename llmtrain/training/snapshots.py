@@ -1,7 +1,7 @@
 """Snapshots and online averages: one complete Hugging Face folder each, written during training.
 
-The loop waits only for a copy of the weights in host memory and for the previous write, so there
-is at most one copy.
+The loop blocks only until the weights are copied to host memory and the previous write has ended,
+so there is at most one copy.
 """
 
 from collections.abc import Callable, Mapping

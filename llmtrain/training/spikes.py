@@ -1,8 +1,8 @@
 """Spikes and non-finite numbers: detected within the step, before the weights change.
 
-Why on the device: the loop does not wait for it, and every rank, with the same reduced loss and
-norm, decides the same. The host reads events only when it reads numbers anyway (`drain`). If the
-policy is to stop or rewind, every later update is skipped until then.
+Why on the device: the loop does not block, and all ranks decide alike from the same reduced loss
+and norm. The host reads events only when it reads numbers anyway (`drain`). If the policy is to
+stop or rewind, all updates until then are skipped.
 """
 
 import math

@@ -71,7 +71,7 @@ class Trainer:
         worker, progress, step = self.worker, self.progress, self.progress.step + 1
         loss = retry_on_oom(worker, progress, lambda: self._accumulate_gradients(step, interrupt))
         norm = worker.optimizer.gradient_norm()
-        if self.world.size > 1:  # the ranks must decide by the same numbers
+        if self.world.size > 1:  # the ranks must decide from the same numbers
             loss, norm = self.world.mean(torch.stack([loss, norm])).unbind()
         progress.step = step
         progress.tokens += self.config.batch_size * block_size(step, self.config.data)
@@ -282,7 +282,7 @@ class Trainer:
         return Origin(progress.step, progress.tokens, self.learning_rate(), self.config.name)
 
     def _log_not_saved(self, error: WriteFailed) -> None:
-        """Log weights that could not be written, at the present step, and continue without them."""
+        """Log weights that could not be written, at the current step, and continue without them."""
         self.metrics.write({"step": self.progress.step, "not_saved": str(error)}, "incident")
         self.worker.warn(f"{error}. Training continues; averages that need it will fail")
 
@@ -303,7 +303,7 @@ class Trainer:
 
 @torch.no_grad()
 def sample(model: GPT, data: TokenData, tokens: int) -> str:
-    """Return the beginning of the val split, `→`, and the likeliest `tokens` tokens after it."""
+    """Return the beginning of the val split, `→`, and `tokens` tokens generated greedily."""
     tokenizer, reader = load_tokenizer(data.tokenizer), data.reader("val")
     prompt = reader.read(0, min(SAMPLE_PROMPT, len(reader), model.block_size))
     ids = torch.tensor([prompt.tolist()], device=model.transformer.wte.weight.device)

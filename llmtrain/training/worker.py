@@ -60,7 +60,7 @@ class Worker:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each process holds a part of every weight."""
+        """True if each process holds a part of every weight."""
         return self.parallel in ("fsdp", "hsdp")
 
     @property
@@ -160,7 +160,7 @@ def _shard(
 
 @contextmanager
 def grad_sync(forward: nn.Module, enabled: bool) -> Iterator[None]:
-    """Reduce gradients over all processes in the backward passes inside the block, or do not."""
+    """Enable or disable gradient reduction across processes in the backward passes of the block."""
     if isinstance(forward, DistributedDataParallel) and not enabled:
         with forward.no_sync():
             yield
@@ -202,7 +202,7 @@ def _compile(worker: Worker, module: nn.Module, micro_batch: int) -> None:
     """Compile the transformer body as one graph, or FSDP's blocks separately."""
     model = worker.model
     parts: list[nn.Module] = list(model.transformer.h) if worker.is_sharded else [model.transformer]
-    # One dynamic graph from the start: else the graph of a step depends on the steps before it.
+    # One dynamic graph from the start: otherwise a step's graph depends on the steps before it.
     dynamic = True if worker.config.data.block_warmup is not None else None
     worker.uses_cuda_graphs = worker.config.train.compile == "cuda-graphs"
     mode = "reduce-overhead" if worker.uses_cuda_graphs else None  # torch's name for CUDA graphs
@@ -224,7 +224,7 @@ def _compile(worker: Worker, module: nn.Module, micro_batch: int) -> None:
 
 
 def _only_in_training(part: nn.Module, compiled: Forward) -> Forward:
-    """Run evaluation uncompiled: it has too many shapes to compile each."""
+    """Run evaluation uncompiled: compiling for each of its many shapes takes too long."""
     eager = part.forward
 
     def forward(inputs: Tensor) -> Tensor:

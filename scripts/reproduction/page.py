@@ -40,7 +40,7 @@ A difference Δ is the first loss minus the second, averaged over seeds, ± its 
 sides of a pair use the same seed and the same validation tokens. **Verdict**: *gain* if the first
 loss is lower by at least two standard errors, *loss* if it is higher by as much, else
 *no difference*. For LAWA's change (its loss minus the raw loss), a *gain* is a larger decrease.
-Two standard errors are a mild rule for few seeds: noise alone passes it in 18% of comparisons with
+Two standard errors are a weak rule for few seeds: noise alone passes it in 18% of comparisons with
 three seeds and in 30% with two. A value without ± comes from one seed (verdict *one seed*), so it
 also differs from means of several seeds by the choice of the seed.
 """
@@ -166,7 +166,7 @@ def _experiment(
             parts.append(markdown(["first against second", "Δ", "seeds", "verdict"], rows))
         for table in section.tables:
             made = "; ".join(f"`{results.commands[key]}`" for key in table.made)
-            parts += [f"{table.caption}. Made of {made}.\n", markdown(table.head, table.rows)]
+            parts += [f"{table.caption}. Made with {made}.\n", markdown(table.head, table.rows)]
         for chart in section.charts:
             figure = folder / f"{name}-{number}-{chart.name}.svg"
             known = [line for line in chart.lines if line.x]

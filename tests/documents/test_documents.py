@@ -142,9 +142,9 @@ AVERAGE, PREPARE = "5 checkpoints of 124M", "prepare webmix-train, 43,497 docume
 BENCH = "scripts/results/bench/README.md"
 FIGURES = [
     ("README.md", r"training is (\S+) times as fast as eager", TRAINING, "tokens/s", "ratio"),
-    ("README.md", r"default on a CPU, in (\S+) of its memory", TRAINING, "GB", "ratio"),
+    ("README.md", r"default on a CPU, with (\S+) times its memory", TRAINING, "GB", "ratio"),
     ("README.md", r"five 124M checkpoints takes (\S+) s", AVERAGE, "s", "median"),
-    ("README.md", r"`prepare` takes (\S+) of nanoGPT's time", PREPARE, "s", "ratio"),
+    ("README.md", r"`prepare` takes (\S+) times as long", PREPARE, "s", "ratio"),
     (BENCH, r"vs eager float32 \| ≥ 2.6 × \| (\S+) ×", TRAINING, "tokens/s", "ratio"),
     (BENCH, r"≥ 0.75 \| \**([\d.]+)", TRAINING, "share", "median"),
     (BENCH, r"≤ 0.45 × \| \**([\d.]+)", TRAINING, "GB", "ratio"),

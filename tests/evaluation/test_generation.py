@@ -173,7 +173,7 @@ def test_nan_weights_raise_instead_of_generating(tmp_path: Path) -> None:
 def test_the_end_of_text_id_selects_the_tokenizer(tmp_path: Path) -> None:
     write_folder(tmp_path / "bytes", bias=False, scaled=True, vocab_size=264, eot=256)
     assert load_generator(tmp_path / "bytes")[1].name == "byte"
-    with pytest.raises(UserError, match="264 rows of embeddings, the gpt2 tokenizer"):
+    with pytest.raises(UserError, match="264 embedding rows, but the gpt2 tokenizer"):
         load_generator(tmp_path / "bytes", tokenizer="gpt2")
     write_folder(tmp_path / "other", bias=False, scaled=True)
     with pytest.raises(UserError, match="uses the end-of-text token 99"):

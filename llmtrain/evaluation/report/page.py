@@ -115,7 +115,7 @@ def _samples(record: RunRecord) -> list[tuple[str, int, str]]:
 
 
 def _inputs(provenance: Mapping[str, Any]) -> list[list[str]]:
-    """Return step, weight, hash and path of each input; a file of others may have any content."""
+    """Return step, weight, hash and path of each input; a third-party file may have any content."""
     inputs = provenance.get("inputs")
     return [_input(entry) for entry in inputs] if isinstance(inputs, list) else []
 

@@ -100,7 +100,7 @@ class Saving:
     gain: float | None
     """Lowest raw loss of the run minus this loss."""
     reached: int | None
-    """First measured step with at most the lowest raw loss."""
+    """First measured step whose loss is at most the lowest raw loss."""
     raw_step: int | None
     """First measured step with the lowest raw loss."""
     steps_saved: int | None

@@ -19,7 +19,7 @@ class AdamW(torch.optim.AdamW):
     """Fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
 
     fused_scaling = True
-    """Whether `step` itself divides the gradients by `grad_scale`."""
+    """True if `step` itself divides the gradients by `grad_scale`."""
     found_inf: Tensor | None = None
     """Set before a step, shape (), on the parameters' device: 1 skips the update."""
     grad_scale: Tensor | None = None

@@ -87,13 +87,13 @@ class Muon(AdamW):
         self._assign(weight, (weight * (1 - lr * weight_decay)).add_(direction, alpha=-lr * scale))
 
     def _assign(self, target: Tensor, new: Tensor) -> None:
-        """Write `new` into `target` unless the step is skipped; select, since 0 · NaN is NaN."""
+        """Write `new` to `target` unless the step is skipped; `where`, because 0 · NaN is NaN."""
         skip = torch.zeros((), device=target.device) if self.found_inf is None else self.found_inf
         torch.where(skip == 1, target, new, out=target)
 
 
 def build(model: nn.Module, config: OptimizerConfig) -> Muon:
-    """Build Muon for a model: the query, key and value matrices of `c_attn` count separately."""
+    """Build Muon for a model: the query, key and value matrices of `c_attn` are separate."""
     assert config.muon is not None
     linear = decayed_parameters(model, "linear")
     decayed = decayed_parameters(model, config.decay)

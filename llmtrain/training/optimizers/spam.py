@@ -41,7 +41,7 @@ class Spam(AdamW):
                 for moment in (moments["step"], moments["exp_avg"], moments["exp_avg_sq"]):
                     moment.zero_()
             elif since >= SETTLE_STEPS and parameter.grad is not None:
-                # A second moment of zero has had no gradient yet, so it sets no limit.
+                # An element with second moment zero has had no gradient yet, so it has no limit.
                 limit = torch.where(second > 0, (self.spam.threshold * second).sqrt(), torch.inf)
                 to_local(parameter.grad).clamp_(-limit, limit)
 
