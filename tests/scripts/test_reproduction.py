@@ -1,11 +1,9 @@
 """The scripts that test the paper's claims: their runs, statistics, tables and figures."""
 
 import json
-import math
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -17,16 +15,13 @@ from typing import Any
 
 import pytest
 from hub_server import HubServer
-from hypothesis import given
-from hypothesis import strategies as st
 from reproduction import execute, measure, page
 from reproduction.choice import largest_rate, missing, tuned_rate
 from reproduction.execute import Job
 from reproduction.gains import savings
-from reproduction.plan import Plan, Training, text
+from reproduction.plan import Plan, Training
 from reproduction.results import Losses, Results, Run
 from reproduction.spike import in_a_spike
-from reproduction.statistics import Estimate, estimate, paired
 from test_hub_series import write_series
 
 from llmtrain.config.loading import dump_config
@@ -35,33 +30,6 @@ from llmtrain.storage.commit import is_locked
 from llmtrain.storage.run_folder import RunFolder, step_folders
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-
-@given(st.dictionaries(st.integers(0, 9), st.tuples(st.floats(0, 5), st.floats(0, 5)), min_size=2))
-def test_a_difference_counts_from_two_standard_errors_on(
-    losses: dict[int, tuple[float, float]],
-) -> None:
-    ours, theirs = ({seed: pair[side] for seed, pair in losses.items()} for side in (0, 1))
-    found = paired(ours, theirs | {99: 1.0})
-    differences = [a - b for a, b in losses.values()]
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    assert found == Estimate(statistics.fmean(differences), error, len(losses))
-    counts = abs(found.mean) >= 2 * error and found.mean != 0
-    assert found.verdict == (("gain" if found.mean < 0 else "loss") if counts else "no difference")
-
-
-def test_one_seed_or_none_has_no_verdict() -> None:
-    one = paired({1: 1.5}, {1: 1.6, 2: 1.0})
-    assert one is not None and (one.signed, one.verdict) == ("−0.1000", "one seed")
-    assert estimate([]) is None
-    assert str(estimate([1.0, 1.2])) == "1.1000 ± 0.1000"
-
-
-@pytest.mark.parametrize(
-    ("rate", "written"), [(6e-3, "6e-3"), (1e-2 / 3, "3.3e-3"), (0.2, "2e-1"), (9.96e-4, "1e-3")]
-)
-def test_rates_are_formatted_with_two_digits(rate: float, written: str) -> None:
-    assert text(rate) == written
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from tiny_training import EVERY_AVERAGE, Build, assert_same_run, events, interru
 from worlds import in_processes, train, train_together
 
 from llmtrain.config.schema import RunConfig
-from llmtrain.errors import RunFailed, UserError, WriteFailed
+from llmtrain.errors import UserError, WriteFailed
 from llmtrain.model.gpt import GPT
 from llmtrain.runtime.distributed import World, init_distributed
 from llmtrain.runtime.sharded import gather_on_rank_zero, to_local
@@ -359,36 +359,6 @@ def test_a_write_error_of_one_process_leaves_no_checkpoint(tiny: Build, tmp_path
 
 
 # --- processes that a launcher watches ----------------------------------------------------------
-
-
-def join_after_restarts() -> list[float]:
-    """Join on two machines, one of which counts a restart."""
-    os.environ |= {
-        "TORCHELASTIC_MAX_RESTARTS": "2",
-        "TORCHELASTIC_RESTART_COUNT": os.environ["RANK"],
-    }
-    with init_distributed(CPU, spread=False) as (world, _):
-        return world.sums([1.0])
-
-
-def test_machines_with_different_restart_counts_connect() -> None:
-    assert in_processes(2, join_after_restarts, machines=2) == [[2.0], [2.0]]
-
-
-def join_unreachable(patience: float) -> str:
-    import llmtrain.runtime.distributed as module
-
-    module._SECONDS_UNTIL_STOPPED = patience
-    os.environ |= {"GLOO_SOCKET_IFNAME": "no-such-card", "TORCHELASTIC_RUN_ID": "ours"}
-    try:
-        with init_distributed(CPU, spread=False):
-            return "joined"
-    except RunFailed as error:
-        return str(error)
-
-
-def test_a_failed_connection_is_reported_under_a_launcher() -> None:
-    assert all("no-such-card" in output for output in in_processes(2, join_unreachable, 0.1))
 
 
 @pytest.mark.gpu
