@@ -10,12 +10,8 @@ from typing import Any
 
 from llmtrain.averaging import audit
 from llmtrain.averaging.merge import merge
-from llmtrain.checkpoints.checkpoint import (
-    PROVENANCE_FILE,
-    Checkpoint,
-    is_checkpoint,
-    load_origin,
-)
+from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint, load_origin
+from llmtrain.checkpoints.open import is_checkpoint
 from llmtrain.checkpoints.resolve import resolve
 from llmtrain.checkpoints.series import Input, folder_series, local_input, require_same_tensors
 from llmtrain.errors import UserError

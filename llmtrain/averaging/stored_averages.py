@@ -21,7 +21,8 @@ import numpy as np
 
 from llmtrain.averaging.coefficients import span
 from llmtrain.averaging.spec import AverageSpec
-from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, open_with_residual
+from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE
+from llmtrain.checkpoints.open import open_with_residual
 from llmtrain.checkpoints.series import Input, MissingCheckpoints, Series, recorded_hashes
 from llmtrain.checkpoints.windows import describe_steps
 from llmtrain.errors import UserError

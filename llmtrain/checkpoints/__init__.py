@@ -3,11 +3,12 @@
 May import model, config, runtime, storage and errors. Files, from the lowest:
 
     tensors.py            dtype and shape of a stored tensor; exact conversion to and from float64
-    checkpoint.py         `open_checkpoint`, `Checkpoint`, `Reader`, `FORMATS`; shard indexes
+    checkpoint.py         `Checkpoint`, `Reader`, names of files, shard indexes
     safetensors_files.py  format: safetensors, read without torch
     gpt2_folder.py        Hugging Face GPT-2 layout: save and load our model; transposes, biases
     torch_files.py        format: pytorch_model.bin, and .pt files of nanoGPT and similar trainers
     windows.py            windows of steps (pure arithmetic)
+    open.py               `open_checkpoint`, `FORMATS`
     series.py             the checkpoints of a run or folder by step
     hub.py                the revisions of a Hugging Face repository by step
     resolve.py            find the run, path or repository that a word names
@@ -17,6 +18,6 @@ To add a checkpoint format:
 
 1. Write a file with a function `(path, step, location) -> Checkpoint`, which reads only headers.
    Name the tensors as the Hugging Face model does.
-2. Add an entry to `FORMATS` in `checkpoint.py`, and a test to `tests/checkpoints/`. For public
+2. Add an entry to `FORMATS` in `open.py`, and a test to `tests/checkpoints/`. For public
    series, add its file names to `hub.py`.
 """

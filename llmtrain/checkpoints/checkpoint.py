@@ -1,11 +1,10 @@
-"""Open a checkpoint in any format: its tensors, its files, and a reader of elements."""
+"""A checkpoint in any format: its tensors, its files, and a reader of elements."""
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from pkgutil import resolve_name
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,56 +105,6 @@ class Checkpoint:
     def origin(self) -> Origin | None:
         """Position in the training run, if the folder records it."""
         return load_origin(self.folder)
-
-
-class Format(NamedTuple):
-    """One way to store a checkpoint: a folder with `file`, whole or in shards, or a single file."""
-
-    file: str
-    suffixes: tuple[str, ...]
-    """Suffixes of single files."""
-    opener: str
-    """Module and name of a function (path, step, location) -> Checkpoint."""
-
-    def matches(self, path: Path) -> bool:
-        """Return whether `path` has this format, judging by names."""
-        index = path / f"{self.file}.index.json"
-        inside = (path / self.file).exists() or index.exists()
-        return inside or (path.is_file() and path.suffix in self.suffixes)
-
-
-_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
-FORMATS = (
-    Format(WEIGHTS_FILE, (".safetensors",), f"{__package__}.safetensors_files:open_safetensors"),
-    Format(TORCH_WEIGHTS_FILE, _SUFFIXES, f"{__package__}.torch_files:open_torch"),
-)
-"""Supported formats; the first match applies. Modules are imported when needed: torch is slow."""
-
-
-def open_checkpoint(path: Path, *, step: int, location: str | None = None) -> Checkpoint:
-    """Open a folder or file of weights and read its headers."""
-    for candidate in FORMATS:
-        if candidate.matches(path):
-            opener: Callable[[Path, int, str], Checkpoint] = resolve_name(candidate.opener)
-            return opener(path, step, location or str(path))
-    hint = "expected model.safetensors or pytorch_model.bin, whole or in shards with an index"
-    raise UserError(f"{path} contains no weights", hint=hint)
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Return whether `path` is a folder or file of weights, judging by names."""
-    return any(candidate.matches(path) for candidate in FORMATS)
-
-
-def open_with_residual(folder: Path, *, step: int) -> Checkpoint:
-    """Open a folder of weights with its rounding residual, if there is one."""
-    checkpoint, path = open_checkpoint(folder, step=step), folder / RESIDUAL_FILE
-    if not path.exists():
-        return checkpoint
-    residual = open_checkpoint(path, step=step)
-    if residual.tensors != checkpoint.tensors:
-        raise UserError(f"{path} does not match the weights of its folder", hint="restore it")
-    return replace(checkpoint, residual=residual, files=(*checkpoint.files, path))
 
 
 def weights_files(folder: Path, name: str = WEIGHTS_FILE) -> Mapping[Path, set[str] | None]:

@@ -15,8 +15,8 @@ from llmtrain.checkpoints.checkpoint import (
     TORCH_WEIGHTS_FILE,
     WEIGHTS_FILE,
     Checkpoint,
-    open_checkpoint,
 )
+from llmtrain.checkpoints.open import open_checkpoint
 from llmtrain.checkpoints.series import Input, Series, by_step
 from llmtrain.errors import UserError
 from llmtrain.storage.commit import TEMPORARY_PREFIX

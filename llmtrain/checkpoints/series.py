@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from llmtrain.checkpoints import windows
-from llmtrain.checkpoints.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
+from llmtrain.checkpoints.checkpoint import Checkpoint
+from llmtrain.checkpoints.open import is_checkpoint, open_checkpoint
 from llmtrain.config.loading import load_config
 from llmtrain.errors import UserError
 from llmtrain.storage.integrity import INTEGRITY_FILE, integrity_problems, read_integrity

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmtrain.checkpoints.checkpoint import Checkpoint, Reader, open_checkpoint
+from llmtrain.checkpoints.checkpoint import Checkpoint, Reader
 from llmtrain.checkpoints.gpt2_folder import CAUSAL_MASKS, load_shape, shape_of, transpose_conv1d
+from llmtrain.checkpoints.open import open_checkpoint
 from llmtrain.checkpoints.resolve import Repository, resolve
 from llmtrain.checkpoints.tensors import ITEM_BYTES, to_float64
 from llmtrain.config.schema import RunConfig

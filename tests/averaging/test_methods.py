@@ -22,7 +22,7 @@ from llmtrain.averaging.make_specs import make_specs
 from llmtrain.averaging.merge import WeightedSum, merge
 from llmtrain.averaging.request import AverageRequest, MergeOptions
 from llmtrain.averaging.spec import Average
-from llmtrain.checkpoints.checkpoint import open_checkpoint
+from llmtrain.checkpoints.open import open_checkpoint
 from llmtrain.checkpoints.series import folder_series
 from llmtrain.checkpoints.tensors import round_to, to_float64
 from llmtrain.errors import UserError

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llmtrain.checkpoints import checkpoint as formats
+from llmtrain.checkpoints import open as formats
 from llmtrain.checkpoints.checkpoint import Checkpoint, Reader
 from llmtrain.checkpoints.resolve import find_series
 from llmtrain.checkpoints.tensors import StoredArray, TensorSpec
@@ -30,7 +30,7 @@ def open_npy(path: Path, step: int, location: str) -> Checkpoint:
 
 
 def test_new_format_needs_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = formats.Format("x.npy", (".npy",), f"{__name__}:open_npy")
+    entry = formats.Format("x.npy", (".npy",), open_npy)
     monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, entry))
     for step in (10, 20):
         np.save(tmp_path / f"step{step}.npy", np.full(3, float(step)))

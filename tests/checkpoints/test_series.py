@@ -14,7 +14,7 @@ from tiny_runs import MakeRun, model_at, write_checkpoint
 from llmtrain.averaging.average import average
 from llmtrain.averaging.make_specs import make_specs
 from llmtrain.averaging.request import AverageRequest, MergeOptions
-from llmtrain.checkpoints.checkpoint import open_checkpoint
+from llmtrain.checkpoints.open import open_checkpoint
 from llmtrain.checkpoints.resolve import find_series
 from llmtrain.checkpoints.series import folder_series
 from llmtrain.errors import UserError

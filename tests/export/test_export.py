@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from llmtrain.averaging.average import average
 from llmtrain.averaging.make_specs import make_specs
 from llmtrain.averaging.request import AverageRequest
-from llmtrain.checkpoints.checkpoint import Origin, load_origin, open_checkpoint
+from llmtrain.checkpoints.checkpoint import Origin, load_origin
 from llmtrain.checkpoints.gpt2_folder import Shape, load_model, save_weights
+from llmtrain.checkpoints.open import open_checkpoint
 from llmtrain.checkpoints.resolve import Target, find_targets
 from llmtrain.checkpoints.series import run_series
 from llmtrain.config.schema import ModelConfig, RunConfig
