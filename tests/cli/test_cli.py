@@ -187,7 +187,7 @@ def test_a_signal_saves_the_state_and_the_same_command_resumes(
     again = invoke(*longer, cwd=prepared)
     assert again.code == 0, again.stderr
     assert f"resumed at step {step:,}" in again.stdout
-    assert "has finished" in invoke(*longer, cwd=prepared).stdout
+    assert "Already finished" in invoke(*longer, cwd=prepared).stdout
 
 
 @pytest.mark.slow
