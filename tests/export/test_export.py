@@ -176,7 +176,7 @@ def test_invalid_exports_are_rejected(tmp_path: Path) -> None:
     target = make_weights(tmp_path / "made")
     with pytest.raises(UserError, match="already exists"):
         export(target, tmp_path, name="out")
-    with pytest.raises(UserError, match="the gpt2 tokenizer 50,257 ids"):
+    with pytest.raises(UserError, match="the gpt2 tokenizer has 50,257 ids"):
         export(target, tmp_path / "out", name="out", tokenizer="gpt2")
     model = load_model(target.path)
     shape = Shape(model.config, 24, 256)
