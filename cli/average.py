@@ -104,7 +104,7 @@ def average(
     renamed = {
         "--to": (to, "--at"),
         "--half-life": (half_life, "--decay half-life=STEPS"),
-        "--label": (label, "--out DIR"),
+        "--label": (label, "--out RUN/averages/LABEL/step-STEP"),
         "--integers": (integers, "--checks allow-integers"),
         "--no-verify": (not verify, "--checks no-verify"),
         "--strict": (strict, "--checks strict"),
@@ -116,6 +116,9 @@ def average(
             warn(f"{old} was renamed: use {new}")
             if new.startswith("--checks") and given != "equal":
                 checks += f",{new.split()[1]}"
+    for name, earlier, value in (("--decay", half_life, decay), ("--at", to, at)):
+        if earlier is not None and value is not None:
+            raise UserError(f"{name} is given twice, once by its earlier name", hint="keep one")
     if half_life is not None:
         decay = f"half-life={half_life}"
     request = AverageRequest(

@@ -139,3 +139,18 @@ def test_does_not_import_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "twice",
+    [
+        ("--at", "20", "--to", "10"),
+        ("--method", "ema", "--decay", "0.5", "--half-life", "10"),
+    ],
+)
+def test_an_option_and_its_earlier_name_exclude_each_other(
+    average: Command, twice: tuple[str, ...]
+) -> None:
+    done = average("--every", "10", *twice)
+    assert done.code == 2
+    assert "is given twice" in done.err
