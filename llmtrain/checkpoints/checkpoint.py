@@ -67,7 +67,7 @@ class Reader:
 
     def read(self, name: str, start: int, stop: int, buffer: NDArray[np.uint8]) -> StoredArray:
         """Return elements `start` to `stop` of the flattened tensor, possibly in `buffer`."""
-        raise NotImplementedError
+        raise NotImplementedError  # each format has its own
 
     def start_hashing(self) -> None:
         """Hash everything read from now on."""

@@ -113,13 +113,13 @@ def cached(
         write_atomically(path, json.dumps(asdict(result), indent=2) + "\n")
     except (WriteFailed, OSError) as error:
         warn(f"result not cached: {error}")
-    return result  # type: ignore[no-any-return]
+    return result  # type: ignore[no-any-return]  # a Result
 
 
 def read_result(path: Path, form: type[Result]) -> Result | None:
     """Return a stored result, or None if another version with other fields wrote it."""
     document = read_json(path)
-    if document.keys() != form.__dataclass_fields__.keys():  # type: ignore[attr-defined]
+    if document.keys() != form.__dataclass_fields__.keys():  # type: ignore[attr-defined]  # a dataclass
         return None
     try:
         return TypeAdapter(form).validate_json(json.dumps(document), strict=True)

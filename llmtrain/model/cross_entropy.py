@@ -33,7 +33,7 @@ def linear_cross_entropy(
     if not (torch.is_grad_enabled() and (hidden_NC.requires_grad or weight_VC.requires_grad)):
         return _loss_only(hidden_NC, weight_VC, targets_N, ignore, dtype)
     arguments = (hidden_NC, weight_VC, targets_N, ignore, dtype, fused)
-    loss: Tensor = _LinearCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
+    loss: Tensor = _LinearCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]  # torch
     return loss
 
 

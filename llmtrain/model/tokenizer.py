@@ -269,7 +269,7 @@ def fast_tokenizer(tokenizer: Tokenizer) -> "PreTrainedTokenizerFast":
     from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # untyped
         tokenizer_object=Backend.from_str(tokenizer_files(tokenizer, 1)["tokenizer.json"]),
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
