@@ -3,6 +3,20 @@
 raise UserError("no run in runs/", hint="train one: llmtrain pretrain --config FILE")
 """
 
+import unicodedata
+
+
+def printable(text: str) -> str:
+    """Return text from outside (tensor, run or hub names) without control characters.
+
+    Control and format characters, such as newlines, escapes and bidirectional overrides, appear as
+    their Python escapes.
+    """
+    return "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char)[0] == "C" else char
+        for char in text
+    )
+
 
 class _ReportedError(Exception):
     """An error with a hint; it can be sent to other processes."""

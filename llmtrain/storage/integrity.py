@@ -5,6 +5,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from blake3 import blake3
+
 from llmtrain.errors import UserError
 
 INTEGRITY_FILE = "integrity.json"
@@ -33,6 +35,15 @@ def sha256_of(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file, read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def blake3_of(path: Path) -> str:
+    """Return the hexadecimal BLAKE3 of a file, read in chunks."""
+    digest, buffer = blake3(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 def write_integrity(folder: Path, hashes: Mapping[str, str] | None = None) -> None:
