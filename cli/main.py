@@ -4,6 +4,7 @@ Why one place: exit codes are a contract. 0 success; 1 the run failed; 2 invalid
 config or input; 128 + N stopped by signal N.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -52,6 +53,7 @@ _debug = False
 
 def main() -> None:
     """Run one command and exit with its code."""
+    _open_missing_descriptors()
     launcher.silence_other_ranks()
     try:
         app()
@@ -66,6 +68,18 @@ def main() -> None:
                 raise
             _print_exception(error)
         sys.exit(2 if isinstance(error, UserError) else 1)
+
+
+def _open_missing_descriptors() -> None:
+    """Open /dev/null for each closed standard descriptor.
+
+    Otherwise the next file that is opened gets its number, and messages are written into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
 def _print_version(requested: bool) -> None:
