@@ -54,6 +54,7 @@ _debug = False
 def main() -> None:
     """Run one command and exit with its code."""
     _open_missing_descriptors()
+    launcher.let_threads_sleep()
     launcher.silence_other_ranks()
     try:
         app()
