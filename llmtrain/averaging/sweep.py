@@ -34,6 +34,7 @@ from llmtrain.checkpoints.windows import describe_steps
 from llmtrain.config.loading import load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.cache import local_folder
+from llmtrain.data.shard_check import require_intact
 from llmtrain.data.token_data import open_data
 from llmtrain.errors import UserError, printable
 from llmtrain.evaluation.loss import LossResult, evaluate
@@ -241,6 +242,7 @@ def _evaluator(config: RunConfig, folder: Path) -> Callable[[_Weights], LossResu
     device = resolve_device(config.train.device)
     model = load_model(folder).to(device)
     data = open_data(local_folder(config.data.path))
+    require_intact(data.files["val"])
     loss = partial(
         evaluate,
         model,
