@@ -4,6 +4,7 @@ forward, backward → `spikes.check` → `optimizer.update` → `average.update`
 """
 
 import time
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from llmtrain.averaging.online import build_average, swapped_in
 from llmtrain.checkpoints.checkpoint import Origin
 from llmtrain.checkpoints.gpt2_folder import Shape
+from llmtrain.checkpoints.shared_files import SharedFiles
 from llmtrain.config.schedules import block_size, learning_rate
 from llmtrain.data.dataloader import DataLoader
 from llmtrain.data.shard_check import ShardCheck
@@ -59,7 +61,8 @@ class Trainer:
         self.val_tokens = data.reader("val")
         self.token_bytes = load_tokenizer(data.tokenizer).token_bytes()
         shape = Shape(config.model, config.data.block_size, data.eot)
-        self.snapshot_writer = SnapshotWriter(model, world, shape, self._log_not_saved)
+        shared = SharedFiles(run.tokenizer, shape, data.tokenizer)
+        self.snapshot_writer = SnapshotWriter(model, world, shape, shared, self._log_not_saved)
         self.progress = TrainingProgress(data=data.sha256)
         background = world.size > 1 or worker.device.type != "cpu"
         self.checkpoint_writer = CheckpointWriter(run, world, config, background=background)
@@ -97,10 +100,13 @@ class Trainer:
         if worker.uses_cuda_graphs:
             allocate_grads(self.model)
         loss = torch.zeros((), device=worker.device)
+        # A micro-batch of minutes is abandoned at once; several processes finish it together.
+        alone = worker.device.type == "cpu" and self.world.size == 1
         for index, part in enumerate(parts):
             interrupt.check()
             windows = to_device(part, worker.device)
-            with grad_sync(worker.forward, index == n_micro - 1):
+            stops = interrupt.raising() if alone else nullcontext()
+            with stops, grad_sync(worker.forward, index == n_micro - 1):
                 loss += worker.backward(worker.forward, windows, n_micro)
         return loss
 
