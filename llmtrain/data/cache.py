@@ -18,8 +18,10 @@ from llmtrain.storage.urls import download, file_system, is_url, local_path, url
 
 
 def cache_folder() -> Path:
-    """Return the folder of local copies: $LLMTRAIN_CACHE, else `~/.cache/llmtrain`."""
-    return Path(os.environ.get("LLMTRAIN_CACHE") or Path.home() / ".cache" / "llmtrain")
+    """Return this user's cache: $LLMTRAIN_CACHE, else `llmtrain` in $XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("LLMTRAIN_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmtrain"
 
 
 def build_folder(url: str) -> Path:
@@ -66,6 +68,7 @@ def _copy(
     size = sum(shard_bytes(shard.tokens) for shard in missing)
     log(f"copying {url} to {folder}: {len(missing):,} file(s), {size / 1e6:,.1f} MB")
     for shard in missing:
-        download(f"{url.rstrip('/')}/{shard.name}", partial / shard.name, sha256=shard.sha256)
+        source = f"{url.rstrip('/')}/{shard.name}"
+        download(source, partial / shard.name, problem=shard.hash_problem)
     write_manifest(partial, manifest)
     commit_folder(partial, folder)
