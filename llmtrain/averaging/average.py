@@ -82,6 +82,8 @@ def average(
         progress(done, len(inputs))
         checkpoints[source] = source.open()  # may download it
     require_same_tensors(list(checkpoints.values()))
+    for note in dict.fromkeys(note for each in checkpoints.values() for note in each.notes):
+        warn(note)
     hashes = audit.input_hashes(checkpoints, progress, compute=not series.trusted)
     audit.check_hashes(series, hashes, options)
     verify = series.trusted and options.verify

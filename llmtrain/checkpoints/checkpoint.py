@@ -95,6 +95,10 @@ class Checkpoint:
     """Downloaded to a temporary folder, to be deleted after use."""
     config: Mapping[str, Any] | None = None
     """Contents of `config.json`, if the weights file records them instead of the folder."""
+    notes: tuple[str, ...] = ()
+    """Lines to report when the weights are used, such as entries of the file that are ignored."""
+    position: tuple[int, int] | None = None
+    """Epoch and step that the trainer stored in the weights file."""
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
