@@ -76,12 +76,12 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _print_inputs(path: str, provenance: dict[str, Any]) -> None:
-    console.print(f"{path}: {provenance.get('method', 'unknown')}", markup=False)
+    console.print(f"{path}: {provenance.get('method', 'unknown')}")
     for source in provenance.get("inputs", []):
         if isinstance(source, dict):
             line = f"  {source.get('weight')} × {source.get('path')}"
             digest = str(source.get("blake3") or source.get("sha256") or "")
-            console.print(f"{line} ({digest[:12]})", markup=False)
+            console.print(f"{line} ({digest[:12]})")
 
 
 def _print_table(title: str | None, columns: str, rows: list[tuple[str, ...]]) -> None:

@@ -61,6 +61,7 @@ def _copy(
     size = sum(shard_bytes(shard.tokens) for shard in missing)
     log(f"copying {url} to {folder}: {len(missing):,} file(s), {size / 1e6:,.1f} MB")
     for shard in missing:
-        download(f"{url.rstrip('/')}/{shard.name}", partial / shard.name, sha256=shard.sha256)
+        source = f"{url.rstrip('/')}/{shard.name}"
+        download(source, partial / shard.name, problem=shard.hash_problem)
     write_manifest(partial, manifest)
     commit_folder(partial, folder)

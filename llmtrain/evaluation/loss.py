@@ -20,6 +20,7 @@ from llmtrain.checkpoints.resolve import Target
 from llmtrain.config.loading import load_config
 from llmtrain.data.cache import local_folder
 from llmtrain.data.sampler import validation_windows
+from llmtrain.data.shard_check import ShardCheck
 from llmtrain.data.shards import Tokens
 from llmtrain.data.token_data import TokenData, open_data
 from llmtrain.errors import RunFailed, UserError
@@ -222,7 +223,7 @@ def _cached_loss(
     def measure() -> EvalResult:
         model = load_causal(target.path)
         reader, token_bytes, n_bytes = _prepare(target, model, data, split, limit, warn)
-        with keep_freed_memory(device):
+        with ShardCheck(data.files[split]) as check, keep_freed_memory(device):
             result = evaluate(
                 model.to(device),
                 reader,
@@ -234,6 +235,7 @@ def _cached_loss(
                 limit=limit if n_bytes is None else None,
                 on_progress=partial(on_progress, target, split),
             )
+            check.wait(partial(on_progress, target, split, 1, 1))
         require_finite(result, str(target.path))
         result = result if n_bytes is None else replace(result, bytes=n_bytes)
         return EvalResult(

@@ -20,8 +20,10 @@ _SETTLED_NS = 3_000_000_000
 
 
 def cache_folder() -> Path:
-    """Return the folder of local copies: $LLMTRAIN_CACHE, else `~/.cache/llmtrain`."""
-    return Path(os.environ.get("LLMTRAIN_CACHE") or Path.home() / ".cache" / "llmtrain")
+    """Return this user's cache: $LLMTRAIN_CACHE, else `llmtrain` in $XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("LLMTRAIN_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmtrain"
 
 
 def file_identity(path: Path) -> tuple[int, ...]:

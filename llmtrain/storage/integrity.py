@@ -106,6 +106,11 @@ def sha256_of(path: Path) -> str:
     return digest_of(path, "sha256").hex
 
 
+def blake3_of(path: Path) -> str:
+    """Return the hexadecimal BLAKE3 of a file."""
+    return digest_of(path).hex
+
+
 def combined_digest(digests: Mapping[str, Digest]) -> Digest:
     """Return the only digest, or that of the sorted lines `<hash>  <name>` of several files."""
     if len(digests) == 1:
