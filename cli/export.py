@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .common import JsonFlag, WeightsArgument, console, err_console, print_json
+from .common import JsonFlag, WeightsArgument, console, err_console, print_json, warn
 
 
 def export(
@@ -43,9 +43,7 @@ def export(
     weights, _ = choose_weights(target)
     err_console.print(f"{weights.label}: {weights.path}", style="dim", soft_wrap=True)
     name = push or str(to)
-    export_weights(weights, to, dtype=dtype, form=form, name=name, tokenizer=tokenizer)
-    if form == "nanogpt":
-        err_console.print("nanoGPT uses exact GELU instead of tanh: logits differ by about 0.001")
+    export_weights(weights, to, dtype=dtype, form=form, name=name, tokenizer=tokenizer, warn=warn)
     url = None
     if push is not None:
         from llmtrain.storage.hub import push as upload

@@ -83,6 +83,8 @@ def average(
         progress(done, len(inputs))
         checkpoints[source] = source.open()  # may download it
     require_same_tensors(list(checkpoints.values()))
+    for note in dict.fromkeys(note for each in checkpoints.values() for note in each.notes):
+        warn(note)
     digests = audit.input_digests(checkpoints, progress, algorithm_for(specs))
     audit.check_digests(series, digests, options)
     verify = options.verify or not series.trusted

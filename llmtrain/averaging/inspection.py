@@ -1,7 +1,6 @@
 """Facts about checkpoints for `llmtrain inspect`: tensors, hashes, norms, distances, provenance."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint, load_or
 from llmtrain.checkpoints.open import is_checkpoint
 from llmtrain.checkpoints.resolve import resolve
 from llmtrain.checkpoints.series import Input, folder_series, local_input, require_same_tensors
+from llmtrain.checkpoints.step_names import parse_step
 from llmtrain.errors import UserError
 from llmtrain.storage.integrity import DamagedFile
 from llmtrain.storage.json_files import read_json
@@ -100,13 +100,13 @@ def _inputs(path: Path) -> list[Input]:
 
 
 def _step_of(path: Path) -> int:
-    """Return the recorded step of a checkpoint, else the number at the end of its name, else 0."""
+    """Return the recorded step of a checkpoint, else the step in its name, else 0."""
     provenance = path / PROVENANCE_FILE
     if origin := load_origin(path):
         return origin.step
     recorded = read_json(provenance).get("step") if provenance.exists() else None
-    number = re.search(r"(\d+)$", path.stem)
-    return int(recorded or (number[1] if number else 0))
+    named = parse_step(path.stem if path.is_file() else path.name)
+    return int(recorded or (named.step if named else 0))
 
 
 def _measure(opened: Sequence[Checkpoint], progress: Progress | None) -> list[Measured]:

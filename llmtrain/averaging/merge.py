@@ -37,6 +37,9 @@ CHUNK = 131_072
 _RUN = 8192
 """Elements in one dot product; a longer one would start threads inside BLAS."""
 
+_COUNTER = "num_batches_tracked"
+"""BatchNorm's count of batches, which grows during training; the newest value is kept."""
+
 Write = Callable[[str, int, StoredArray], None]
 """Takes a tensor's name, the index of the first element, and elements in stored form."""
 
@@ -288,10 +291,12 @@ class _Summation:
     def _copy_integers(self, chunk: Chunk) -> None:
         """Copy elements without a mean from the newest input of each sum."""
         held = [reader.read(chunk, self._raw).copy() for reader in self.readers]
+        is_counter = chunk.name.rpartition(".")[2] == _COUNTER
+        must_agree = self.integers == "equal" and not is_counter
         for number, each in enumerate(self.sums):
             first, *others = each.inputs
             for other in others:
-                if self.integers == "equal" and not np.array_equal(held[other], held[first]):
+                if must_agree and not np.array_equal(held[other], held[first]):
                     steps = [self.readers[i].checkpoint.step for i in (first, other)]
                     raise UserError(
                         f"{chunk.name} ({chunk.spec}) cannot be averaged and differs between "

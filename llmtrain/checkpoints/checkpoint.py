@@ -103,6 +103,10 @@ class Checkpoint:
     """Contents of `config.json`, if the weights file records them instead of the folder."""
     recorded: Mapping[str, Digest] = field(default_factory=dict)
     """Digests by file name from our own record or from the hub; empty if there are none."""
+    notes: tuple[str, ...] = ()
+    """Lines to report when the weights are used, such as entries of the file that are ignored."""
+    position: tuple[int, int] | None = None
+    """Epoch and step that the trainer stored in the weights file."""
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:

@@ -43,7 +43,7 @@ _LAYER_NORMS = ("ln_1.weight", "ln_2.weight", "ln_f.weight")
 
 _REQUIRED_SETTINGS: dict[str, tuple[object, ...]] = {
     "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "tie_word_embeddings": (True,),
@@ -87,7 +87,7 @@ def hugging_face_config(shape: Shape) -> dict[str, Any]:
         "n_embd": model.n_embd,
         "n_layer": model.n_layer,
         "n_head": model.n_head,
-        "activation_function": "gelu_new",
+        "activation_function": model.activation,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), model.dropout),
         "layer_norm_epsilon": 1e-5,
         "scale_attn_weights": True,
@@ -155,6 +155,7 @@ def shape_of(config: Mapping[str, Any], path: Path) -> Shape:
             **sizes,
             bias=own.get("bias", True) if isinstance(own, dict) else own,
             scale_attn_by_inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False),
+            activation="gelu" if config.get("activation_function") == "gelu" else "gelu_new",
         )
         positions: Any = config.get("n_positions")
         block_size = DataConfig(path="", block_size=positions).block_size

@@ -40,7 +40,10 @@ def hub_series(
     names = sorted({ref.name for ref in (*refs.branches, *refs.tags)})
     expression = re.compile(translate(pattern.replace("{N}", "\0")).replace("\0", r"(\d+)"))
     matches = [(expression.match(name), name) for name in names]
-    revisions = by_step((int(match[1]), name) for match, name in matches if match)
+    revisions = by_step(
+        ((int(match[1]), name) for match, name in matches if match),
+        hint="give a narrower --revision-pattern",
+    )
     if not revisions:
         raise UserError(
             f"{repository} has no revision named {pattern}; it has {', '.join(names[:8])}",

@@ -36,6 +36,8 @@ class ModelConfig(Section):
     dropout: Fraction = 0.0
     scale_attn_by_inverse_layer_idx: bool = True
     """Divide the attention logits of layer i (from 0) by i + 1."""
+    activation: Literal["gelu_new", "gelu"] = "gelu_new"
+    """gelu_new: GELU's tanh approximation (GPT-2); gelu: the exact GELU (nanoGPT)."""
 
     def _problems(self) -> Iterator[str]:
         if self.n_embd % self.n_head:

@@ -60,7 +60,7 @@ def _check_model(source: Checkpoint, config: RunConfig) -> None:
     here, there = config.model.model_dump(), shape.model.model_dump()
     wrong = [
         f"model.{key}={there[key]}".lower()
-        for key in ("n_layer", "n_head", "n_embd", "scale_attn_by_inverse_layer_idx")
+        for key in ("n_layer", "n_head", "n_embd", "scale_attn_by_inverse_layer_idx", "activation")
         if here[key] != there[key]
     ]
     if config.model.vocab_size < shape.model.vocab_size:

@@ -82,6 +82,8 @@ def pretrain(
                 log(f"{how} at step {trainer.progress.step:,}")
             elif config.init_from is not None:
                 initial = world.local_rank_zero_first(partial(open_weights, config.init_from))
+                for note in initial.notes:
+                    warn(note)
                 load_initial_weights(initial, worker.model, config)
                 log(f"starting from the weights of {initial.location}")
             world.on_rank_zero(lambda: _write_config(worker, run))
