@@ -26,7 +26,7 @@ from llmtrain.data.token_data import TokenData, open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.hf_models import HFModel, load_causal, reencode, require_ids
 from llmtrain.evaluation.options import EvalOptions
-from llmtrain.evaluation.results import EvalResult, Progress, cached, ignore, weights_sha256
+from llmtrain.evaluation.results import EvalResult, Progress, cached, ignore, weights_digest
 from llmtrain.model.gpt import GPT, IGNORE
 from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.runtime.device import (
@@ -255,7 +255,7 @@ def _cached_loss(
 ) -> EvalResult:
     split, device = options.split, resolve_device(options.device)
     precision = resolve_precision(options.precision or "auto", device)
-    weights = weights_sha256(target.path)
+    weights = weights_digest(target.path)
     limit = min(data.tokens(split), options.tokens or data.tokens(split))
 
     def measure() -> EvalResult:
@@ -289,11 +289,11 @@ def _cached_loss(
             block_size=model.block_size,
             precision=precision,
             data=data.sha256,
-            weights=weights,
+            weights=str(weights),
         )
 
-    identity = f"{weights} {data.sha256} {split} {limit} {precision}"
-    result = cached(target, "", identity, EvalResult, measure, warn)
+    identity = f" {data.sha256} {split} {limit} {precision}"
+    result = cached(target, "", weights, identity, EvalResult, measure, warn)
     return replace(result, path=str(target.path), delta=None)
 
 
