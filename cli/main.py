@@ -4,6 +4,7 @@ Why one place: exit codes are a contract. 0 success; 1 the run failed; 2 invalid
 config or input; 128 + N stopped by signal N.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -52,6 +53,8 @@ _debug = False
 
 def main() -> None:
     """Run one command and exit with its code."""
+    _open_missing_descriptors()
+    launcher.let_threads_sleep()
     launcher.silence_other_ranks()
     try:
         sys.exit(app(standalone_mode=False))
@@ -71,6 +74,18 @@ def main() -> None:
 def _is_usage_error(error: Exception) -> bool:
     """Return whether typer rejected the command line; its exception classes are private."""
     return hasattr(error, "format_message")
+
+
+def _open_missing_descriptors() -> None:
+    """Open /dev/null for each closed standard descriptor.
+
+    Otherwise the next file that is opened gets its number, and messages are written into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
 def _print_version(requested: bool) -> None:
