@@ -100,7 +100,9 @@ def average(
         group = missing[first : first + size]
         used = unique_inputs([spec for spec, _ in group])
         opened = {source: checkpoints[source] for source in used}
-        _merge_group(group, opened, options, unverified.intersection(used), progress, warn)
+        own = verify and all(source.declared() for source in used)
+        to_verify = unverified.intersection(used)
+        _merge_group(group, opened, options, to_verify, progress, warn, verified=own)
         unverified.difference_update(used)
     return [Average(spec, cached=spec.target not in made) for spec in specs]
 
@@ -112,6 +114,8 @@ def _merge_group(
     verify: AbstractSet[Input],
     progress: Progress,
     warn: Callable[[str], None],
+    *,
+    verified: bool,
 ) -> None:
     """Merge a group in one pass, compare the hashes of the inputs in `verify`, and commit."""
     opened = list(checkpoints.values())
@@ -138,7 +142,7 @@ def _merge_group(
             hash_inputs=bool(verify),
         )
         if all(spec.audited for spec, _ in group):
-            for line in audit.check_norms(opened, norms, options):
+            for line in audit.check_norms(opened, norms, options, verified=verified):
                 warn(line)
         for source in verify:
             audit.hashes_of(source, checkpoints[source], compute=True, known=norms.hashes)
