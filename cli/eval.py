@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich import box
-from rich.markup import escape
 from rich.table import Column, Table
 
 from llmtrain.errors import UserError
@@ -137,7 +136,7 @@ def evaluate(
     else:
         console.print(_measures_table(measured))
         for note in dict.fromkeys(note for each in measured for note in _conditions(each)):
-            console.print(note, markup=False)
+            console.print(note)
 
 
 def _require_companions(option: str, value: object, dependents: dict[str, object]) -> None:
@@ -197,14 +196,15 @@ def _as_json(measured: Measured) -> dict[str, Any]:
 def loss_table(results: "list[EvalResult]") -> Table:
     """Return a table with a line per set of weights, and the run if there are several."""
     several = len({result.run for result in results}) > 1
-    names = ("step", "loss", "perplexity", "bits/byte", "minus raw", "tokens", "s")
+    names = ("step", "loss", "±", "perplexity", "bits/byte", "minus raw", "tokens", "s")
     columns = [Column(name, justify="right", no_wrap=True) for name in names]
     table = Table(Column("weights", no_wrap=True), *columns, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for each in results:
         table.add_row(
-            escape(f"{each.run}: {each.label}" if several and each.run else each.label),
+            f"{each.run}: {each.label}" if several and each.run else each.label,
             "" if each.step is None else f"{each.step:,}",
             f"{each.loss:.4f}",
+            "n/a" if each.stderr is None else f"{each.stderr:.4f}",
             "inf" if each.perplexity is None else _format(each.perplexity, 3),
             "n/a" if each.bits_per_byte is None else f"{each.bits_per_byte:.4f}",
             "n/a" if each.delta is None else f"{each.delta:+.4f}",
@@ -232,8 +232,8 @@ def _measures_table(measured: list[Measured]) -> Table:
             base = raw.get((run, step))
             difference = "n/a" if value is None or base is None else _format(value - base, 4, "+")
             table.add_row(
-                escape(name) if i == 0 else "",
-                escape(f"{run.name}: {target.label}" if several and target.run else target.label),
+                name if i == 0 else "",
+                f"{run.name}: {target.label}" if several and target.run else target.label,
                 "" if step is None else f"{step:,}",
                 "inf" if value is None else _format(value, 4),
                 "" if stderr is None else _format(stderr, 4),
@@ -251,11 +251,11 @@ def _place(target: "Target") -> tuple[Path, int | None]:
 def _values(measured: Measured) -> "Iterator[tuple[str, float | None, float | None]]":
     """Yield name, value (None if it overflows) and standard error of each measure."""
     if loss := measured.loss:
-        yield f"{loss.split}: loss", loss.loss, None
+        yield f"{loss.split}: loss", loss.loss, loss.stderr
         yield f"{loss.split}: bits/byte", loss.bits_per_byte, None
     if text := measured.text:
         name = text.file.rpartition("/")[2]
-        yield f"{name}: loss", text.loss, None
+        yield f"{name}: loss", text.loss, text.stderr
         yield f"{name}: word perplexity", text.word_perplexity, None
         yield f"{name}: byte perplexity", text.byte_perplexity, None
     for score in (score for result in measured.tasks for score in result.scores):

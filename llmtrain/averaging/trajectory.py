@@ -72,7 +72,7 @@ def _pool_small_tensors(newest: Checkpoint, norms: Norms) -> tuple[list[str], No
     names = [name for name, is_small in zip(norms.names, small, strict=True) if not is_small]
     names.append(f"{small.sum()} small tensors")
     norm, distance = np.sqrt(pool(norms.norm**2)), np.sqrt(pool(norms.distance**2))
-    return names, Norms(tuple(names), norm, distance, pool(norms.turn), {})
+    return names, Norms(tuple(names), norm, distance, pool(norms.turn))
 
 
 def _inner(norms: Norms) -> Iterator[tuple[int, int, float]]:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.chunk_sizes import MAX_MATERIALIZED_LENGTH, sequences_per_chunk
-from llmtrain.model.cross_entropy import linear_cross_entropy
+from llmtrain.model.cross_entropy import Collect, linear_cross_entropy
 
 INIT_STD = 0.02
 IGNORE = -1
@@ -75,17 +75,19 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with GPT-2's GELU (tanh approximation) between them."""
+    """Two linear layers with GELU between them, in GPT-2's tanh approximation or exact."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
+        self.approximate = "tanh" if config.activation == "gelu_new" else "none"
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        y: Tensor = self.dropout(self.c_proj(F.gelu(self.c_fc(x_BTC), approximate="tanh")))
+        hidden_BTC = F.gelu(self.c_fc(x_BTC), approximate=self.approximate)
+        y: Tensor = self.dropout(self.c_proj(hidden_BTC))
         return y
 
 
@@ -175,12 +177,19 @@ class GPT(nn.Module):
         """Return the next-token logits (B, T, V) of token ids (B, T)."""
         return F.linear(self.transformer(tokens_BT), self.transformer.wte.weight)
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Return the mean cross-entropy of the targets in nats, float32, shape ()."""
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor, collect: Collect | None = None
+    ) -> Tensor:
+        """Return the mean cross-entropy of the targets in nats, float32, shape ().
+
+        Without gradients, the loss of each target is passed to `collect`.
+        """
         hidden_NC = self.transformer(tokens_BT).flatten(0, 1)
         weight_VC, targets_N = self.transformer.wte.weight, targets_BT.reshape(-1)
         fused = self.fused_loss and self.training
-        return linear_cross_entropy(hidden_NC, weight_VC, targets_N, ignore=IGNORE, fused=fused)
+        return linear_cross_entropy(
+            hidden_NC, weight_VC, targets_N, ignore=IGNORE, fused=fused, collect=collect
+        )
 
     def n_parameters(self) -> int:
         """Return the number of parameters, counting the tied matrix once."""

@@ -47,7 +47,7 @@ def test_prepare_and_verify(source: Path, tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
     damaged = invoke("verify", "data/web", cwd=tmp_path)
     assert damaged.code == 1
-    assert "train-00000.bin does not have the recorded SHA-256" in damaged.stdout
+    assert "train-00000.bin does not have the recorded BLAKE3" in damaged.stdout
     assert "error: 1 of 1 folder(s) differ" in damaged.stderr and "hint: " in damaged.stderr
     listed = json.loads(invoke("verify", "--json", "data/web", cwd=tmp_path).stdout)
     assert listed[0]["folder"] == "data/web" and len(listed[0]["problems"]) == 1
@@ -134,3 +134,12 @@ def test_help_does_not_import_heavy_packages() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout == "set()\n"
+
+
+def test_a_small_val_split_is_reported(source: Path, tmp_path: Path) -> None:
+    command = ("prepare", "web.jsonl", "--tokenizer", "byte", "--out")
+    one = invoke(*command, "one", "--val-fraction", "0.0005", cwd=tmp_path)
+    warning = "warning: one, val split: 1 document(s) are too few for a reliable loss"
+    assert warning in one.stderr and one.stderr.count("warning") == 1
+    ten = invoke(*command, "ten", "--val-fraction", "0.05", cwd=tmp_path)
+    assert "warning" not in ten.stderr
