@@ -150,8 +150,7 @@ class Trainer:
         """Finish what an interruption left undone, and save the start of a branch or rewind."""
         if self.progress.step > 0:
             self._wait_for_shard_check(interrupt)
-        rewinds = self.progress.rewinds
-        if rewinds and rewinds[-1]["step"] == self.progress.step:
+        if self.progress.last_rewind is not None:
             self._finish_rewind()
         is_first = self.world.on_rank_zero(lambda: not step_folders(self.run.states))
         if is_first and (self.config.may_rewind or self.progress.step > 0):
