@@ -14,7 +14,7 @@ from llmtrain.checkpoints.gpt2_folder import Shape, generation_config
 from llmtrain.errors import UserError
 from llmtrain.model.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from llmtrain.storage.commit import staged_folder
-from llmtrain.storage.integrity import integrity_problems, read_integrity
+from llmtrain.storage.integrity import Digest, integrity_problems, read_integrity
 
 _UNSUPPORTED = (
     *(errno.EPERM, errno.EACCES, errno.EXDEV, errno.EMLINK),
@@ -28,21 +28,22 @@ class SharedFiles:
 
     def __init__(self, folder: Path, shape: Shape, tokenizer: str) -> None:
         self._folder, self._shape, self._tokenizer = folder, shape, tokenizer
-        self._names: list[str] = []
+        self._digests: dict[str, Digest] = {}
 
-    def link_into(self, target: Path) -> None:
-        """Link or copy every file into a folder."""
-        self._names = self._names or self._prepare()
-        for name in self._names:
+    def link_into(self, target: Path) -> dict[str, Digest]:
+        """Link or copy every file into a folder; return the digests by name."""
+        self._digests = self._digests or self._prepare()
+        for name in self._digests:
             link_or_copy(self._folder / name, target / name)
+        return self._digests
 
-    def _prepare(self) -> list[str]:
-        """Return the names of the files; write them if one is missing or damaged."""
+    def _prepare(self) -> dict[str, Digest]:
+        """Return the digests of the files; write them if one is missing or damaged."""
         if not _is_intact(self._folder):
             with staged_folder(self._folder, replace=True) as folder:
                 for name, text in text_files(self._shape, load_tokenizer(self._tokenizer)).items():
                     (folder / name).write_text(text, encoding="utf-8")
-        return list(read_integrity(self._folder))
+        return {name: record.digest for name, record in read_integrity(self._folder).items()}
 
 
 def _is_intact(folder: Path) -> bool:

@@ -19,6 +19,7 @@ from llmtrain.errors import WriteFailed
 from llmtrain.runtime.distributed import World
 from llmtrain.runtime.sharded import gather_on_rank_zero, to_local
 from llmtrain.storage.commit import staged_folder
+from llmtrain.storage.integrity import write_integrity
 
 
 class BackgroundWriter:
@@ -102,7 +103,7 @@ class SnapshotWriter(BackgroundWriter):
                 save_weights(folder, weights, self._shape, origin, provenance)
                 if rounding:
                     save_tensors(folder / RESIDUAL_FILE, rounding, self._shape)
-                self._shared.link_into(folder)
+                write_integrity(folder, self._shared.link_into(folder))
 
         if self._world.is_rank_zero:
             self.start(write)
