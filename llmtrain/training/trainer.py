@@ -26,6 +26,7 @@ from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.model.gpt import GPT
 from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.planning.sizes import Architecture
+from llmtrain.runtime.contention import ContentionDetector, threads_spin
 from llmtrain.runtime.device import peak_flops, peak_memory, to_device
 from llmtrain.runtime.signals import Interrupt, Interrupted
 from llmtrain.storage.run_folder import RunFolder, step_folders
@@ -68,6 +69,7 @@ class Trainer:
         self.checkpoint_writer = CheckpointWriter(run, world, config, background=background)
         self._peak = (peak_flops(worker.device, worker.precision) or 0.0) * world.size
         self._intact = False
+        self._contention = ContentionDetector(torch.get_num_threads(), spinning=threads_spin())
         self._restart_timing()
 
     def step(self, interrupt: Interrupt) -> tuple[Tensor, Tensor]:
@@ -127,7 +129,7 @@ class Trainer:
             while self.progress.step < self.config.train.max_steps:
                 step_started = time.perf_counter()
                 loss, norm = self.step(interrupt)
-                self._stepping += time.perf_counter() - step_started
+                self._add_time(time.perf_counter() - step_started)
                 self.progress.seconds = earlier + time.perf_counter() - started
                 if self._handle_spikes():
                     if self._due(self.config.log.every):
@@ -194,6 +196,14 @@ class Trainer:
     def _restart_timing(self) -> None:
         """Measure the speed from this step on."""
         self._stepping, self._logged = 0.0, (self.progress.step, self.progress.tokens)
+
+    def _add_time(self, seconds: float) -> None:
+        """Add the time of a step; on a CPU, warn once if other processes slow it down."""
+        self._stepping += seconds
+        if self.worker.device.type == "cpu":
+            tokens = self.config.batch_size * block_size(self.progress.step, self.config.data)
+            if warning := self._contention.check(tokens, seconds):
+                self.worker.warn(warning)
 
     def _log(self, loss: Tensor, norm: Tensor) -> None:
         self.checkpoint_writer.check()
