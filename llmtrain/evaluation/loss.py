@@ -242,7 +242,7 @@ def _cached_loss(
             label=target.label,
             step=target.step,
             path=str(target.path),
-            run=target.run.path.resolve().name if target.run else None,
+            run=run,
             **asdict(result),
             perplexity=result.perplexity,
             bits_per_byte=result.bits_per_byte,
@@ -254,9 +254,10 @@ def _cached_loss(
             weights=weights,
         )
 
+    run = target.run.path.resolve().name if target.run else None
     identity = f"{weights} {data.sha256} {split} {limit} {precision}"
     result = cached(target, "", identity, EvalResult, measure, warn)
-    return replace(result, path=str(target.path), delta=None)
+    return replace(result, path=str(target.path), run=run, delta=None)  # renamed since then
 
 
 def _prepare(
