@@ -46,8 +46,11 @@ _UNLABELLED = re.compile(r"(?:^|[^\d.])(\d+(?:\.\d+(?=[kK]))?)([kK]?)$")
 _SERIES = re.compile(r"(?<![A-Za-z])(?i:stage|phase|fold|seed|run|ingredient)[-_=]?\d+")
 """Parts that tell apart several runs, or parts of a run, in one folder."""
 
-_NEVER = re.compile(r"^\.|\d-of-\d|(?<![A-Za-z])(?i:tmp|temp|partial|incomplete)(?![A-Za-z])")
-"""Hidden files, shards and unfinished files."""
+_NEVER = re.compile(
+    r"^\.|\d-of-\d|"
+    r"(?<![A-Za-z])(?i:tmp|temp|partial|incomplete|rewound|old|bak|backup|copy)(?![A-Za-z])"
+)
+"""Hidden, unfinished and discarded checkpoints, and shards."""
 
 _COMPANION = re.compile(
     r"(?<![A-Za-z])(?i:optim(?:izer)?s?|sched(?:uler)?s?|rng|scaler|best|last|latest|final)"
