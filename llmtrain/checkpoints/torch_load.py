@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llmtrain.errors import UserError, printable
+from llmtrain.errors import UserError
 
 
 class GPTConfig:
@@ -61,4 +61,4 @@ def _reason(error: Exception) -> str:
     """Return one line; torch puts its own reason at the end of a page of advice."""
     text = str(error) or type(error).__name__
     found = re.search(r"WeightsUnpickler error: (.*)", text)
-    return printable(found[1] if found else text.splitlines()[0])
+    return found[1] if found else text.splitlines()[0]
