@@ -93,7 +93,7 @@ def _growing(series: Series, request: AverageRequest) -> list[AverageSpec]:
 
 def _grid(series: Series, request: AverageRequest, end: int, every: int) -> list[int]:
     """Return the steps `every` apart up to `end`, from --from or, without it, from the last gap."""
-    grid = range(end, (request.start or 1) - 1, -every)  # too long for a list if steps are times
+    grid = range(end, (request.start or 0) - 1, -every)  # too long for a list if steps are times
     if request.start is None:
         return list(takewhile(series.inputs.__contains__, grid))[::-1]
     absent = (step for step in grid if step not in series.inputs)

@@ -104,8 +104,8 @@ def run_series(run: RunFolder) -> Series:
 def folder_series(folder: Path) -> Series:
     """Return the checkpoints in a folder: `step1000/`, `checkpoint-1000/`, `ckpt_1000.pt`, ….
 
-    Their steps are in their names, see `step_names`. Step 0 is left out. Raise a UserError if the
-    names count different things, such as steps and epochs.
+    Their steps are in their names, see `step_names`. Step 0, the initial weights, is left out, but
+    epoch 0 is not. Raise a UserError if the names count different things.
     """
     found = {
         path: path.stem if path.is_file() else path.name
@@ -113,7 +113,11 @@ def folder_series(folder: Path) -> Series:
         if path.suffix not in _SHARD_SUFFIXES and is_checkpoint(path)
     }
     names = parse_series(found.values())
-    steps = {path: names[name] for path, name in found.items() if name in names}
+    steps = {
+        path: names[name]
+        for path, name in found.items()
+        if name in names and (names[name].step or names[name].is_epoch)
+    }
     paths = by_step(
         ((name.step, path) for path, name in steps.items()),
         hint="one file or folder with all weights per step is needed: merge the files of several "
@@ -143,9 +147,9 @@ def _require_one_series(folder: Path, names: Mapping[Path, StepName]) -> None:
 
 
 def by_step(found: Iterable[tuple[int, Name]], hint: str) -> dict[int, Name]:
-    """Return the names or paths by step, ascending, without step 0; raise if two share a step."""
+    """Return the names or paths by step, ascending; raise if two share a step."""
     names: dict[int, Name] = {}
-    for step, name in sorted((step, name) for step, name in found if step > 0):
+    for step, name in sorted(found):
         if step in names:
             raise UserError(f"{names[step]} and {name} both have step {step:,}", hint=hint)
         names[step] = name

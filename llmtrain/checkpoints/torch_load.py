@@ -31,10 +31,12 @@ def load_torch(path: Path) -> Any:
         with torch.serialization.safe_globals(inert):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many types for damaged or hostile files
-        hint = (
-            "restore it; or, if you trust it, save only its weights: "
-            "torch.save(torch.load(FILE, weights_only=False)['model'], NEW)"
-        )
+        hint = "restore the file, or check its permissions"
+        if not isinstance(error, OSError):
+            hint = (
+                "restore it; or, if you trust it, save only its weights: "
+                "torch.save(torch.load(FILE, weights_only=False)['model'], NEW)"
+            )
         raise UserError(f"cannot read {path} as tensors: {_reason(error)}", hint=hint) from None
 
 
