@@ -9,15 +9,18 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Annotated, get_type_hints
+from typing import TYPE_CHECKING, Annotated, TextIO, get_type_hints
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from typing_extensions import Doc
+
+from llmtrain.errors import StorageWarning
 
 if TYPE_CHECKING:
     from llmtrain.runtime.signals import Interrupt
@@ -85,6 +88,26 @@ def print_error(error: object, hint: str) -> None:
 def warn(message: str) -> None:
     """Print a warning on standard error."""
     err_console.print(f"[yellow]warning:[/] {escape(message)}", soft_wrap=True)
+
+
+def show_storage_warnings() -> None:
+    """Print warnings about the file system like those of the commands, on one line."""
+    show = warnings.showwarning
+
+    def print_or_show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, StorageWarning):
+            warn(str(message))
+        else:
+            show(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = print_or_show
 
 
 def print_outcome(message: str) -> None:

@@ -15,7 +15,7 @@ from llmtrain.errors import RunFailed, UserError
 from llmtrain.runtime import launcher
 
 from .average import average
-from .common import print_error
+from .common import print_error, show_storage_warnings
 from .config import config
 from .doctor import doctor
 from .eval import evaluate
@@ -53,6 +53,7 @@ _debug = False
 def main() -> None:
     """Run one command and exit with its code."""
     launcher.silence_other_ranks()
+    show_storage_warnings()
     try:
         app()
     except SystemExit as end:

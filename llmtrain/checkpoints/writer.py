@@ -19,6 +19,7 @@ from llmtrain.checkpoints.checkpoint import (
 )
 from llmtrain.checkpoints.safetensors_files import encode_header
 from llmtrain.checkpoints.tensors import FLOATS, ITEM_BYTES, StoredArray, TensorSpec
+from llmtrain.storage.file_systems import unless_unsupported
 from llmtrain.storage.integrity import SequentialHash
 from llmtrain.storage.json_files import read_json, write_json
 
@@ -102,9 +103,9 @@ class WeightsWriter:
         size = len(header) + sum(spec.bytes for spec in specs.values())
         stream = self._stack.enter_context(path.open("xb"))
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(stream.fileno(), 0, size)
-        else:  # macOS cannot reserve space: the disk may fill up later
-            stream.truncate(size)
+            with unless_unsupported("space reservation", path):
+                os.posix_fallocate(stream.fileno(), 0, size)
+        stream.truncate(size)  # without a reservation, the disk may fill up later
         file = _OutputFile(stream, size, SequentialHash())
         self._places |= {name: (file, spec) for name, spec in stored.items()}
         self._write(file, 0, memoryview(header))

@@ -110,8 +110,9 @@ def cached(
         return stored
     result: Any = measure()
     try:
+        target.run.check_output(path.parent)
         write_atomically(path, json.dumps(asdict(result), indent=2) + "\n")
-    except (WriteFailed, OSError) as error:
+    except (UserError, WriteFailed, OSError) as error:
         warn(f"result not cached: {error}")
     return result  # type: ignore[no-any-return]  # a Result
 

@@ -79,6 +79,7 @@ def find_start(
     config: RunConfig, run: RunFolder, data: TokenData, resume: Resume, warn: Log
 ) -> TrainingCheckpoint | None:
     """Return the checkpoint to start from, of this run or of the parent of a branch, or None."""
+    run.reject_links()
     if not is_run(run.path):
         if isinstance(resume, Path):
             return _branch(config, run, data, resume)
