@@ -13,7 +13,7 @@ import glob
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,12 +55,11 @@ def staged_folder(
     *,
     replace: bool = False,
     needed: int | None = None,
-    hashes: Mapping[str, str] | None = None,
 ) -> Iterator[Path]:
     """Yield a temporary folder; at the end add its `integrity.json` and rename it to `target`.
 
     If the block raises, the temporary folder is removed and `target` is unchanged. `needed` is the
-    size in bytes. `hashes` are the known SHA-256 by file name, complete when the block ends.
+    size in bytes. A block that knows the digests of its files calls `write_integrity` itself.
     """
     if os.path.lexists(target) and not replace:
         raise FileExistsError(f"{target} exists already")
@@ -75,7 +74,7 @@ def staged_folder(
             folder = build / _NEW
             folder.mkdir()
             yield folder
-            _record_and_flush(folder, hashes)
+            _record_and_flush(folder)
             commit_folder(folder, target, replaced=build / _OLD if replace else None)
 
 
@@ -153,13 +152,14 @@ def commit_folder(folder: Path, target: Path, *, replaced: Path | None = None) -
     fsync_path(target.parent)
 
 
-def _record_and_flush(folder: Path, hashes: Mapping[str, str] | None) -> None:
-    files = [path for path in folder.rglob("*") if path.is_file()]
+def _record_and_flush(folder: Path) -> None:
+    record = folder / INTEGRITY_FILE
+    files = [path for path in folder.rglob("*") if path.is_file() and path != record]
     with ThreadPoolExecutor(1) as pool:  # flush and hash at the same time
         flushed = pool.map(fsync_path, files)
-        write_integrity(folder, hashes)
+        if not record.exists():
+            write_integrity(folder)
         list(flushed)
-    record = folder / INTEGRITY_FILE
     for path in files:  # safetensors creates files that only their owner reads
         with unless_unsupported("file permissions", path):
             path.chmod(record.stat().st_mode)

@@ -209,10 +209,8 @@ def checkpoint_before(
 
 def set_aside_after(run: RunFolder, step: int) -> None:
     """Rename snapshots and averages after `step` to `…-rewound`; remove later checkpoints."""
-    for later, folder in step_folders(run.states).items():
-        if later > step:
-            remove_folder(folder)
-    for parent in (run.snapshots, *run.averages.glob("[!.]*")):
+    parents = [run.states, run.snapshots, *run.averages.glob("[!.]*")]
+    for parent in parents:
         for later, folder in step_folders(parent).items():
             if later > step:
-                set_aside(folder, "rewound")
+                remove_folder(folder) if parent == run.states else set_aside(folder, "rewound")
