@@ -106,7 +106,8 @@ def average(
         group = missing[first : first + size]
         used = unique_inputs([spec for spec, _ in group])
         opened = {source: checkpoints[source] for source in used}
-        _merge_group(group, opened, options, progress, warn, verify=verify)
+        own = verify and series.trusted and all(each.recorded for each in opened.values())
+        _merge_group(group, opened, options, progress, warn, verify=verify, own=own)
     return [Average(spec, cached=spec.target not in made) for spec in specs]
 
 
@@ -118,6 +119,7 @@ def _merge_group(
     warn: Callable[[str], None],
     *,
     verify: bool,
+    own: bool,
 ) -> None:
     """Merge a group in one pass, comparing the inputs with their records, and commit."""
     opened = list(checkpoints.values())
@@ -146,7 +148,7 @@ def _merge_group(
             verify=verify,
         )
         if all(spec.audited for spec, _ in group):
-            for line in audit.check_norms(opened, norms, options):
+            for line in audit.check_norms(opened, norms, options, verified=own):
                 warn(line)
         files.close()  # flush the writers
         for writer in writers:

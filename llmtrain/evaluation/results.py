@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,6 +52,8 @@ class EvalResult:
     """SHA-256 of the manifest."""
     weights: str
     """Digest of the weights; see `Digest.parse`."""
+    stderr: float | None = None
+    """Standard error of `loss`; None for one window and for results of earlier versions."""
 
     def with_delta(self, raw: float | None) -> "EvalResult":
         """Return the result with its difference from the raw loss, if there is one."""
@@ -127,7 +129,8 @@ def cached(
 def read_result(path: Path, form: type[Result]) -> Result | None:
     """Return a stored result, or None if another version with other fields wrote it."""
     document = read_json(path)
-    if document.keys() != form.__dataclass_fields__.keys():  # type: ignore[attr-defined]  # a dataclass
+    known = {each.name: each.default is MISSING for each in fields(form)}  # type: ignore[arg-type]  # a dataclass
+    if not document.keys() <= known.keys() or any(known[key] for key in known.keys() - document):
         return None
     try:
         return TypeAdapter(form).validate_json(json.dumps(document), strict=True)
