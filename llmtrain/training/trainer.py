@@ -34,6 +34,7 @@ from llmtrain.training.micro_batch import retry_on_oom
 from llmtrain.training.resume import checkpoint_before, set_aside_after
 from llmtrain.training.snapshots import SnapshotWriter
 from llmtrain.training.spikes import LOWER_RATE_HINT, SpikeDetector, SpikeEvent
+from llmtrain.training.time_left import TimeLeft
 from llmtrain.training.worker import Worker, allocate_grads, grad_sync
 
 _POLL_SECONDS = 0.1
@@ -65,6 +66,7 @@ class Trainer:
         self.checkpoint_writer = CheckpointWriter(run, world, config, background=background)
         self._peak = (peak_flops(worker.device, worker.precision) or 0.0) * world.size
         self._intact = False
+        self._time_left = TimeLeft()
         self._restart_timing()
 
     def step(self, interrupt: Interrupt) -> tuple[Tensor, Tensor]:
@@ -126,7 +128,9 @@ class Trainer:
                 if self._handle_spikes():
                     if self._due(self.config.log.every):
                         self._log(loss, norm)
+                    paused = time.perf_counter()
                     self._after_step(interrupt, fresh=True)
+                    self._paused += time.perf_counter() - paused
             self.snapshot_writer.wait()
             self.checkpoint_writer.wait()
         except Interrupted:
@@ -188,6 +192,7 @@ class Trainer:
     def _restart_timing(self) -> None:
         """Measure the speed from this step on."""
         self._stepping, self._logged = 0.0, (self.progress.step, self.progress.tokens)
+        self._paused, self._started = 0.0, time.perf_counter()
 
     def _log(self, loss: Tensor, norm: Tensor) -> None:
         self.checkpoint_writer.check()
@@ -196,6 +201,8 @@ class Trainer:
         progress, (step, tokens) = self.progress, self._logged
         stepping = self.world.sums([self._stepping])[0] / self.world.size
         rate = (progress.tokens - tokens) / stepping
+        elapsed = time.perf_counter() - self._started
+        self._time_left.add(progress.step - step, elapsed, self._paused)
         architecture = Architecture(self.config.model, self.config.data.block_size)
         flops = architecture.flops_per_token(block_size(progress.step, self.config.data))
         self._restart_timing()
@@ -212,7 +219,7 @@ class Trainer:
             "memory": peak_memory(self.worker.device),
         }
         remaining = self.config.train.max_steps - progress.step
-        self.metrics.training(event, eta=remaining * stepping / (progress.step - step))
+        self.metrics.training(event, eta=self._time_left.predict(remaining))
 
     def _handle_spikes(self, *, now: bool = False) -> bool:
         """Log and handle spikes when the host reads numbers; return False after a rewind."""
