@@ -44,6 +44,8 @@ class RunFolder:
         self.states = path / "state"
         """Training checkpoints by step."""
         self.averages = path / "averages"
+        self.tokenizer = path / "tokenizer"
+        """Tokenizer files, which the weights folders share."""
         self.evals = path / "evals"
         self.report = path / "report"
 
