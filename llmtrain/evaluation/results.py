@@ -115,12 +115,13 @@ def cached(
     if path.exists() and (stored := read_result(path, form)) is not None:
         return stored
     result: Any = measure()
-    if weights_digest(target.path) != weights:
-        warn(f"result not cached: {target.path} changed while it was evaluated")
-        return result  # type: ignore[no-any-return]  # a Result
     try:
-        write_atomically(path, json.dumps(asdict(result), indent=2) + "\n")
-    except (WriteFailed, OSError) as error:
+        target.run.check_output(path.parent)
+        if weights_digest(target.path) != weights:
+            warn(f"result not cached: {target.path} changed while it was evaluated")
+        else:
+            write_atomically(path, json.dumps(asdict(result), indent=2) + "\n")
+    except (UserError, WriteFailed, OSError) as error:
         warn(f"result not cached: {error}")
     return result  # type: ignore[no-any-return]  # a Result
 
