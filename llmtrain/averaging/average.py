@@ -81,7 +81,7 @@ def average(
     inputs = unique_inputs(specs)
     audit.check_metadata(series, inputs, options)
     if options.discard_inputs:
-        return [_average_in_turn(series, specs[0], options, progress)]
+        return [_average_in_turn(series, specs[0], options, progress, warn)]
     checkpoints = {}
     for done, source in enumerate(inputs):
         progress(done, len(inputs))
@@ -181,7 +181,11 @@ def _output_dtypes(newest: Checkpoint, options: MergeOptions) -> dict[str, str]:
 
 
 def _average_in_turn(
-    series: Series, spec: AverageSpec, options: MergeOptions, progress: Progress
+    series: Series,
+    spec: AverageSpec,
+    options: MergeOptions,
+    progress: Progress,
+    warn: Callable[[str], None],
 ) -> Average:
     """Make one average, opening (downloading), adding and deleting its inputs one by one.
 
@@ -207,6 +211,8 @@ def _average_in_turn(
             path = folder / f"sum-{number}.safetensors"
             total = _add(total, checkpoint, factors[number], path, options.integers)
             if number + 1 == len(spec.inputs):
+                for note in checkpoint.notes:
+                    warn(note)
                 document = provenance(spec, opened, digests, options)
                 writer = _prepare(folder, checkpoint, document, options)
             if checkpoint.disposable:
