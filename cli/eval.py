@@ -136,7 +136,7 @@ def evaluate(
             scores = measure_tasks(weights, task_options, progress, warn=warn)
     from llmtrain.evaluation.weights import discarded_inputs
 
-    discarded = [bool(discarded_inputs(target)) for target in weights]
+    discarded = [bool(discarded_inputs(target.path, target.run)) for target in weights]
     measured = list(map(Measured, weights, losses, texts, scores, discarded))
     if any(discarded):
         path = weights[discarded.index(True)].path

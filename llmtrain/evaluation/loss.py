@@ -281,7 +281,7 @@ def _cached_loss(
             label=target.label,
             step=target.step,
             path=str(target.path),
-            run=target.run.path.resolve().name if target.run else None,
+            run=run,
             **asdict(result),
             perplexity=result.perplexity,
             bits_per_byte=result.bits_per_byte,
@@ -293,10 +293,12 @@ def _cached_loss(
             weights=str(weights),
         )
 
+    run = target.run.path.resolve().name if target.run else None
     identity = f" {data.sha256} {split} {limit} {precision}"
     result = cached(target, "", weights, identity, EvalResult, measure, warn)
-    discarded = bool(discarded_inputs(target))
-    return replace(result, path=str(target.path), delta=None, discarded=discarded)
+    discarded = bool(discarded_inputs(target.path, target.run))
+    path = str(target.path)  # it and the run may have been renamed since then
+    return replace(result, path=path, run=run, delta=None, discarded=discarded)
 
 
 def _prepare(

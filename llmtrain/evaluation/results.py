@@ -116,12 +116,13 @@ def cached(
     if path.exists() and (stored := read_result(path, form)) is not None:
         return stored
     result: Any = measure()
-    if weights_digest(target.path) != weights:
-        warn(f"result not cached: {target.path} changed while it was evaluated")
-        return result  # type: ignore[no-any-return]  # a Result
     try:
-        write_atomically(path, json.dumps(asdict(result), indent=2) + "\n")
-    except (WriteFailed, OSError) as error:
+        target.run.check_output(path.parent)
+        if weights_digest(target.path) != weights:
+            warn(f"result not cached: {target.path} changed while it was evaluated")
+        else:
+            write_atomically(path, json.dumps(asdict(result), indent=2) + "\n")
+    except (UserError, WriteFailed, OSError) as error:
         warn(f"result not cached: {error}")
     return result  # type: ignore[no-any-return]  # a Result
 
@@ -146,10 +147,12 @@ def stored_results(run: RunFolder) -> list[EvalResult]:
     """Return the cached losses of the weights still in a run, raw first, then by label and step."""
     paths = sorted(run.evals.glob("[!.]*.json"))
     read = [read_result(path, EvalResult) for path in paths]
+    current = [result for result in read if result is not None and _is_current(run, result)]
+    name = run.path.resolve().name  # the run may have been renamed since the measurement
     results = [
-        replace(result, discarded=bool(discarded_inputs(_target(run, result))))
-        for result in read
-        if result is not None and _is_current(run, result)
+        replace(each, run=name, path=str(path), discarded=bool(discarded_inputs(path, run)))
+        for each in current
+        for path in [_folder(run, each)]
     ]
     raw = {_comparable_key(result): result.loss for result in results if result.label == RAW}
     return sorted(
@@ -164,18 +167,15 @@ def _comparable_key(result: EvalResult) -> tuple[object, ...]:
 
 def _is_current(run: RunFolder, result: EvalResult) -> bool:
     """Return whether the measured weights are still there, or their folder is gone."""
+    folder = _folder(run, result)
     if result.step is None:
         return False
-    folder = _target(run, result).path
     return not folder.is_dir() or is_unchanged(folder, Digest.parse(result.weights))
 
 
-def _target(run: RunFolder, result: EvalResult) -> Target:
-    """Return the place where the run has the weights of a result."""
+def _folder(run: RunFolder, result: EvalResult) -> Path:
     step = result.step or 0
-    raw = result.label == RAW
-    folder = run.snapshot(step) if raw else run.average(result.label, step)
-    return Target(result.label, step, folder, run)
+    return run.snapshot(step) if result.label == RAW else run.average(result.label, step)
 
 
 def choose_weights(name: str | None) -> tuple[Target, Target | None]:

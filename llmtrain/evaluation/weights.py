@@ -15,7 +15,6 @@ from llmtrain.checkpoints.checkpoint import (
     require_listed,
     weights_files,
 )
-from llmtrain.checkpoints.resolve import Target
 from llmtrain.storage.cache import cached_digest, computed_digest
 from llmtrain.storage.integrity import (
     INTEGRITY_FILE,
@@ -54,15 +53,17 @@ def is_unchanged(folder: Path, digest: Digest) -> bool:
     return combined_digest(found) == digest
 
 
-def discarded_inputs(target: Target) -> list[int]:
+def discarded_inputs(folder: Path, run: RunFolder | None) -> list[int]:
     """Return the steps whose weights an average contains and its run has replaced since.
 
     A deleted input is not a discarded one.
     """
-    path = target.path / PROVENANCE_FILE
-    inputs = read_json(path).get("inputs") if target.run and path.exists() else None
-    entries = [entry for entry in inputs if isinstance(entry, dict)] if inputs else []
-    return [entry["step"] for entry in entries if target.run and _is_discarded(target.run, entry)]
+    path = folder / PROVENANCE_FILE
+    inputs = read_json(path).get("inputs") if path.exists() else None
+    if run is None or not isinstance(inputs, list):
+        return []
+    entries = (entry for entry in inputs if isinstance(entry, dict))
+    return [entry["step"] for entry in entries if _is_discarded(run, entry)]
 
 
 def _is_discarded(run: RunFolder, entry: Mapping[str, Any]) -> bool:
