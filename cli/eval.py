@@ -1,5 +1,6 @@
 """`llmtrain eval`: compare raw and averaged weights by loss, on a text, or on zero-shot tasks."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -148,15 +149,20 @@ def _require_companions(option: str, value: object, dependents: dict[str, object
 def _parse_batch_size(text: str) -> Any:
     if text == "auto":
         return text
-    if not text.isdecimal() or int(text) == 0:
-        raise UserError(f"--batch-size {text!r} is not a number", hint="pass auto or 1 or more")
+    if not re.fullmatch("[1-9][0-9]{0,17}", text):
+        raise UserError(
+            f"--batch-size {text!r:.50} is neither auto nor a number of at least 1",
+            hint="use --batch-size 8",
+        )
     return int(text)
 
 
 def _parse_tasks(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     if not all(names):
-        raise UserError(f"--tasks {text!r} contains an empty name", hint="write --tasks piqa,sciq")
+        raise UserError(
+            f"--tasks {text!r:.200} contains an empty name", hint="write --tasks piqa,sciq"
+        )
     return names
 
 

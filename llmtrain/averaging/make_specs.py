@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice, takewhile
 
 from llmtrain.averaging import coefficients
 from llmtrain.averaging.request import (
@@ -71,10 +72,11 @@ def _growing(series: Series, request: AverageRequest) -> list[AverageSpec]:
     every, at, start = _every(series, request, 2), request.at_step, request.start or 1
     ends = [s for s in series.steps if s >= start and (at in ("last", "all") or s == at)]
     if not ends:
+        only = "" if isinstance(at, str) else f" at step {at:,}"
         raise MissingCheckpoints(
-            f"{series.name} has no checkpoint at --at {at} from step {start:,} on; "
+            f"{series.name} has no checkpoint from step {start:,} on{only}; "
             f"it has {describe_steps(series.steps)}",
-            hint="use --at last",
+            hint="use a smaller --from or --at last",
         )
     specs = []
     for end in ends[-1:] if at == "last" else ends:
@@ -89,17 +91,17 @@ def _growing(series: Series, request: AverageRequest) -> list[AverageSpec]:
 
 def _grid(series: Series, request: AverageRequest, end: int, every: int) -> list[int]:
     """Return the steps `every` apart up to `end`, from --from or, without it, from the last gap."""
-    steps = list(range(end, (request.start or 1) - 1, -every))[::-1]
-    missing = [step for step in steps if step not in series.inputs]
+    grid = range(end, (request.start or 1) - 1, -every)
     if request.start is None:
-        return [step for step in steps if step > max(missing, default=0)]
-    if missing:
+        return list(takewhile(series.inputs.__contains__, grid))[::-1]
+    absent = (step for step in grid if step not in series.inputs)
+    if missing := list(islice(absent, 1000)):  # the grid of a large step has too many
         raise MissingCheckpoints(
-            f"{series.name} has no checkpoints at {describe_steps(missing)}; "
+            f"{series.name} has no checkpoints at {describe_steps(missing[::-1])}; "
             f"it has {describe_steps(series.steps)}",
             hint=f"use --every {describe_spacings(possible_spacings(series.steps, 2))}",
         )
-    return steps
+    return list(grid)[::-1]
 
 
 def _weighting(request: AverageRequest, count: int, every: int) -> Weighting:

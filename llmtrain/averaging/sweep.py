@@ -134,7 +134,7 @@ def _parse_key(part: str) -> tuple[str, list[Any]]:
     except (KeyError, ValueError):
         known = ", ".join("from" if n == "start" else n.replace("_", "-") for n in _PARSERS)
         raise UserError(
-            f"--sweep {part!r} is not a known key with values, such as window=3,5",
+            f"--sweep {part!r:.100} is not a known key with values, such as window=3,5",
             hint=f"use the keys {known}",
         ) from None
 

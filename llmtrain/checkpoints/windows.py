@@ -11,6 +11,8 @@ def sliding_windows(steps: Sequence[int], *, every: int, size: int) -> list[Wind
 
     `steps` and the windows are in ascending order.
     """
+    if size > len(steps):
+        return []
     present = set(steps)
     candidates = (tuple(range(last - (size - 1) * every, last + 1, every)) for last in steps)
     return [window for window in candidates if present.issuperset(window)]

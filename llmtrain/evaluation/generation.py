@@ -124,6 +124,7 @@ def filter_logits(logits_V: Tensor, sampling: Sampling) -> Tensor:
         ordered, ids = logits_V.sort(descending=True)
         probabilities = F.softmax(ordered, dim=-1)
         beyond = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        beyond[0] = False  # even if top_p rounds to 0
         logits_V = logits_V.index_fill(0, ids[beyond], -math.inf)
     return logits_V
 

@@ -9,18 +9,26 @@ from llmtrain.errors import UserError
 _COUNTS = ("seconds", "tokens", "skipped", "memory")
 _MEASUREMENTS = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")
 """Keys that may also be null: not finite or unknown."""
+_HINT = "restore the file from a copy"
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, or raise UserError."""
+    _require_regular_file(path)
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        hint = "check that the weights folder is complete"
-        raise UserError(f"cannot read {path}: {error}", hint=hint) from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}", hint=_HINT) from None
     if not isinstance(document, dict):
         raise UserError(f"{path} does not contain a JSON object", hint="restore the damaged file")
     return document
+
+
+def _require_regular_file(path: Path) -> None:
+    """Raise UserError for a pipe or a device: reading it could block or never end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot read {path}: not a regular file", hint=_HINT)
 
 
 def write_json(path: Path, document: object) -> None:
@@ -32,6 +40,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of an append-only file; ignore a last line that a kill truncated."""
     if not path.exists():
         return []
+    _require_regular_file(path)
     *lines, _ = path.read_bytes().split(b"\n")
     objects = []
     for number, line in enumerate(lines, start=1):
