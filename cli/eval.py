@@ -202,7 +202,7 @@ def _as_json(measured: Measured) -> dict[str, Any]:
 def loss_table(results: "list[EvalResult]") -> Table:
     """Return a table with a line per set of weights, and the run if there are several."""
     several = len({result.run for result in results}) > 1
-    names = ("step", "loss", "perplexity", "bits/byte", "minus raw", "tokens", "s")
+    names = ("step", "loss", "±", "perplexity", "bits/byte", "minus raw", "tokens", "s")
     columns = [Column(name, justify="right", no_wrap=True) for name in names]
     table = Table(Column("weights", no_wrap=True), *columns, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for each in results:
@@ -210,6 +210,7 @@ def loss_table(results: "list[EvalResult]") -> Table:
             f"{each.run}: {each.label}" if several and each.run else each.label,
             "" if each.step is None else f"{each.step:,}",
             f"{each.loss:.4f}",
+            "n/a" if each.stderr is None else f"{each.stderr:.4f}",
             "inf" if each.perplexity is None else _format(each.perplexity, 3),
             "n/a" if each.bits_per_byte is None else f"{each.bits_per_byte:.4f}",
             "n/a" if each.delta is None else f"{each.delta:+.4f}",
@@ -256,11 +257,11 @@ def _place(target: "Target") -> tuple[Path, int | None]:
 def _values(measured: Measured) -> "Iterator[tuple[str, float | None, float | None]]":
     """Yield name, value (None if it overflows) and standard error of each measure."""
     if loss := measured.loss:
-        yield f"{loss.split}: loss", loss.loss, None
+        yield f"{loss.split}: loss", loss.loss, loss.stderr
         yield f"{loss.split}: bits/byte", loss.bits_per_byte, None
     if text := measured.text:
         name = text.file.rpartition("/")[2]
-        yield f"{name}: loss", text.loss, None
+        yield f"{name}: loss", text.loss, text.stderr
         yield f"{name}: word perplexity", text.word_perplexity, None
         yield f"{name}: byte perplexity", text.byte_perplexity, None
     for score in (score for result in measured.tasks for score in result.scores):

@@ -94,6 +94,7 @@ def prepare(
     if not err_console.is_terminal:
         os.environ.update(_NO_LIBRARY_PROGRESS)
     from llmtrain.data import prepare as library
+    from llmtrain.data.sampler import small_split
     from llmtrain.data.sources import default_name
 
     options = PrepareOptions(
@@ -115,6 +116,8 @@ def prepare(
         manifest = library.prepare(source, folder, options, on_progress=show, log=log)
     if mismatch := library.openwebtext_mismatch(manifest):
         warn(mismatch)
+    if small := small_split(manifest.val.documents, "document"):
+        warn(f"{folder}, val split: {small}")
     if as_json:
         print_json(manifest.document())
     else:

@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmtrain.averaging.request import Integers
-from llmtrain.checkpoints.checkpoint import Checkpoint
+from llmtrain.checkpoints.checkpoint import Checkpoint, verified_reader
 from llmtrain.checkpoints.tensors import (
     FLOATS,
     Float64s,
@@ -79,8 +78,8 @@ class Norms:
     norm: NDArray[np.float64]
     distance: NDArray[np.float64]
     """Norm of the difference from the previous input; row 0 is 0."""
-    hashes: dict[Path, str]
-    """SHA-256 of each file that was read sequentially, if the inputs were hashed."""
+    turn: NDArray[np.float64]
+    """Dot product of that difference and the previous input's; rows 0 and 1 are 0."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def merge(
     dtypes: Mapping[str, str] | None = None,
     integers: Integers = "equal",
     progress: Callable[[int, int], None] | None = None,
-    hash_inputs: bool = False,
+    verify: bool = True,
 ) -> Norms:
     """Compute every sum in one pass over the checkpoints.
 
@@ -121,23 +120,20 @@ def merge(
         dtypes: dtype of each output tensor; default: that of the inputs.
         integers: `equal`: integer tensors must agree in all inputs; `last`: copy the newest one's.
         progress: called with the chunks done and the total.
-        hash_inputs: hash the input files while reading.
+        verify: compare the inputs with their recorded digests while reading them.
 
     Raises:
-        UserError: a NaN or infinite weight, integers that differ, or a truncated input.
+        UserError: a NaN or infinite weight, integers that differ, or a damaged input.
     """
     work = list(chunks(checkpoints[-1].tensors))
     todo = iter(work)  # shared: each thread takes the next chunk when it is free
-    squares = np.zeros((len(work), 2, len(checkpoints)))
+    squares = np.zeros((len(work), 3, len(checkpoints)))
     done = itertools.count(1)
     _raise_file_limit()
     stopped = threading.Event()
     with ExitStack() as files:
-        readers = [_OrderedReader(checkpoint, files, stopped) for checkpoint in checkpoints]
+        readers = [_OrderedReader(each, files, stopped, verify=verify) for each in checkpoints]
         outputs = [(write, OrderedAccess(stopped)) for write in writes]
-        stored = [reader.stored for each in readers for reader in each.parts]
-        for reader in stored if hash_inputs else []:
-            reader.start_hashing()
 
         def worker() -> None:
             summation = _Summation(readers, sums, outputs, dtypes or {}, integers)
@@ -149,20 +145,19 @@ def merge(
                     progress(next(done), len(work))
 
         _run_threads(worker, min(available_cores(), 4), stopped)
-        hashes = {path: digest for reader in stored for path, digest in reader.hashes().items()}
-    return _norms(work, squares, hashes)
+    return _norms(work, squares)
 
 
-def _norms(work: Sequence[Chunk], squares: NDArray[np.float64], hashes: dict[Path, str]) -> Norms:
+def _norms(work: Sequence[Chunk], squares: NDArray[np.float64]) -> Norms:
     """Add the squares in chunk order, so that threads do not change the result."""
     names = list(dict.fromkeys(chunk.name for chunk in work if chunk.spec.dtype in FLOATS))
     column = {name: index for index, name in enumerate(names)}
-    total = np.zeros((2, squares.shape[2], len(names)))
+    total = np.zeros((3, squares.shape[2], len(names)))
     for chunk, square in zip(work, squares, strict=True):
         if chunk.name in column:
             total[:, :, column[chunk.name]] += square
-    norm, distance = np.sqrt(total)
-    return Norms(tuple(names), norm, distance, hashes)
+    norm, distance = np.sqrt(total[:2])
+    return Norms(tuple(names), norm, distance, total[2])
 
 
 class _Stopped(Exception):
@@ -198,16 +193,20 @@ class OrderedAccess:
 class _OrderedReader:
     """An open input that returns chunks in order."""
 
-    def __init__(self, checkpoint: Checkpoint, files: ExitStack, stopped: threading.Event) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, files: ExitStack, stopped: threading.Event, *, verify: bool
+    ) -> None:
         self.checkpoint = checkpoint
-        self.stored = files.enter_context(checkpoint.reader())
+        self.stored = files.enter_context(
+            verified_reader(checkpoint) if verify else checkpoint.reader()
+        )
         self._tensors = checkpoint.tensors
         self._access = OrderedAccess(stopped)
         residual = checkpoint.residual
         self.parts = [self]
         """This file, then its residual."""
         if residual is not None:
-            self.parts.append(_OrderedReader(residual, files, stopped))
+            self.parts.append(_OrderedReader(residual, files, stopped, verify=verify))
 
     def read(self, chunk: Chunk, buffer: NDArray[np.uint8]) -> StoredArray:
         """Read a chunk in stored form."""
@@ -242,11 +241,12 @@ class _Summation:
         ]
         self._raw = np.empty(CHUNK * 8, np.uint8)
         self._values = [np.empty(CHUNK), np.empty(CHUNK)]
+        self._moves = [np.empty(CHUNK), np.empty(CHUNK)]
         self._scratch = np.empty(CHUNK)
 
     def add(self, chunk: Chunk) -> NDArray[np.float64]:
-        """Sum one chunk; return squares of norms and distances, shape (2, inputs)."""
-        squares = np.zeros((2, len(self.readers)))
+        """Sum one chunk; return the squares in `Norms` and its turns, shape (3, inputs)."""
+        squares = np.zeros((3, len(self.readers)))
         if chunk.spec.dtype not in FLOATS:
             self._copy_integers(chunk)
             return squares
@@ -256,12 +256,14 @@ class _Summation:
         for index, reader in enumerate(self.readers):
             values, previous = (self._values[(index + i) % 2][:count] for i in (0, 1))
             reader.read_floats(chunk, self._raw, values, scratch)
-            squares[0, index] = _square(values)
+            squares[0, index] = _dot(values, values)
             if not math.isfinite(squares[0, index]) and not np.isfinite(values).all():
                 raise _not_finite(reader.checkpoint, chunk, values)
             if index:
-                np.subtract(values, previous, out=scratch)
-                squares[1, index] = _square(scratch)
+                move, before = (self._moves[(index + i) % 2][:count] for i in (0, 1))
+                np.subtract(values, previous, out=move)
+                squares[1, index] = _dot(move, move)
+                squares[2, index] = _dot(move, before) if index > 1 else 0.0
             for number in self._users[index]:
                 factor, inputs = self._factors[number][0][index], self.sums[number].inputs
                 if index == inputs[0]:
@@ -318,12 +320,13 @@ def _not_finite(checkpoint: Checkpoint, chunk: Chunk, values: Float64s) -> UserE
     )
 
 
-def _square(values: Float64s) -> float:
-    """Return the sum of squares, computed in blocks."""
-    runs, rest = np.split(values, [len(values) // _RUN * _RUN])
-    runs = runs.reshape(-1, _RUN)
+def _dot(one: Float64s, other: Float64s) -> float:
+    """Return the dot product, computed in blocks."""
+    whole = len(one) // _RUN * _RUN
+    rows, columns = (each[:whole].reshape(-1, _RUN) for each in (one, other))
     with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for non-finite values
-        return float(np.matmul(runs[:, None, :], runs[:, :, None]).sum() + np.dot(rest, rest))
+        product = np.matmul(rows[:, None, :], columns[:, :, None]).sum()
+        return float(product + np.dot(one[whole:], other[whole:]))
 
 
 def _run_threads(worker: Callable[[], None], count: int, stopped: threading.Event) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from llmtrain.checkpoints import windows
-from llmtrain.checkpoints.checkpoint import Checkpoint
+from llmtrain.checkpoints.checkpoint import Checkpoint, recorded_digests
 from llmtrain.checkpoints.open import is_checkpoint, open_checkpoint
 from llmtrain.checkpoints.step_names import StepName, parse_series
 from llmtrain.config.loading import load_config
 from llmtrain.errors import UserError, printable
-from llmtrain.storage.integrity import INTEGRITY_FILE, integrity_problems, read_integrity
+from llmtrain.storage.integrity import Digest
 from llmtrain.storage.json_files import read_json
 from llmtrain.storage.run_folder import RunFolder, step_folders
 
@@ -38,8 +38,8 @@ class Input:
     location: str
     open: Callable[[], Checkpoint] = field(compare=False, repr=False)
     """Find the files, or download them from the hub, and read their headers."""
-    declared: Callable[[], Mapping[str, str]] = field(compare=False, repr=False, default=dict)
-    """Return SHA-256 by file name as recorded by the writer; empty if not recorded."""
+    declared: Callable[[], Mapping[str, Digest]] = field(compare=False, repr=False, default=dict)
+    """Return digests by file name as recorded by the writer; empty if not recorded."""
 
 
 @dataclass(frozen=True)
@@ -156,21 +156,8 @@ def by_step(found: Iterable[tuple[int, Name]], hint: str) -> dict[int, Name]:
 
 def local_input(step: int, path: Path) -> Input:
     """Return the input for a folder or file of weights in any format."""
-    opener, hashes = partial(open_checkpoint, path, step=step), partial(recorded_hashes, path)
-    return Input(step, str(path), opener, hashes)
-
-
-def recorded_hashes(folder: Path) -> dict[str, str]:
-    """Return SHA-256 by file name as recorded when `folder` was committed; check the sizes.
-
-    The result is empty if nothing was recorded.
-    """
-    if not (folder / INTEGRITY_FILE).exists():
-        return {}
-    for problem in integrity_problems(folder, hashes=False):
-        hint = "restore the damaged file, or average a window without this step"
-        raise UserError(problem, hint=hint)
-    return {name: str(entry["sha256"]) for name, entry in read_integrity(folder).items()}
+    opener, declared = partial(open_checkpoint, path, step=step), partial(recorded_digests, path)
+    return Input(step, str(path), opener, declared)
 
 
 def require_same_tensors(checkpoints: Sequence[Checkpoint]) -> None:

@@ -5,23 +5,16 @@ files are transferred. A folder behind a URL, too, is complete if it has a manif
 """
 
 import hashlib
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from llmtrain.data.manifest import MANIFEST_FILE, Manifest, no_data, parse_manifest, write_manifest
 from llmtrain.data.shards import shard_bytes
+from llmtrain.storage.cache import cache_folder
 from llmtrain.storage.commit import commit_folder, temporary_folder
 from llmtrain.storage.disk import disk_errors
 from llmtrain.storage.urls import download, file_system, is_url, local_path, url_errors
-
-
-def cache_folder() -> Path:
-    """Return this user's cache: $LLMTRAIN_CACHE, else `llmtrain` in $XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("LLMTRAIN_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmtrain"
 
 
 def build_folder(url: str) -> Path:

@@ -13,10 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from llmtrain.data.cache import cache_folder
 from llmtrain.data.manifest import ShardRecord
 from llmtrain.data.shards import TokenFile
 from llmtrain.errors import UserError
+from llmtrain.storage.cache import cache_folder
 from llmtrain.storage.commit import write_atomically
 
 _POLL_SECONDS = 0.1

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.checkpoints.checkpoint import CONFIG_FILE
 from llmtrain.checkpoints.gpt2_folder import load_model, load_shape
 from llmtrain.data.token_data import TokenData
 from llmtrain.errors import UserError
+from llmtrain.model.cross_entropy import Collect, cross_entropy
 from llmtrain.model.gpt import GPT, IGNORE
 from llmtrain.model.tokenizer import has_same_ids, load_tokenizer, tokenizer_for_eot
+from llmtrain.storage.integrity import recorded_digests
 from llmtrain.storage.json_files import read_json
 
 if TYPE_CHECKING:
@@ -51,14 +52,13 @@ class HFModel(nn.Module):
         lengths = [length for length in known if isinstance(length, int)]
         self.block_size = min([*lengths[:1], MAX_CONTEXT])
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor, collect: Collect | None = None
+    ) -> Tensor:
         """Return the mean negative log-likelihood in nats, float32, shape (); see `GPT.forward`."""
         logits_BTV = self.model(tokens_BT, use_cache=False).logits
-        return F.cross_entropy(
-            logits_BTV.float().view(-1, logits_BTV.shape[-1]),
-            targets_BT.reshape(-1),
-            ignore_index=IGNORE,
-        )
+        logits_NV = logits_BTV.view(-1, logits_BTV.shape[-1])
+        return cross_entropy(logits_NV, targets_BT.reshape(-1), IGNORE, "mean", collect)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ def load_causal(folder: Path) -> GPT | HFModel:
 
 
 def load_transformers(folder: Path) -> "PreTrainedModel":
-    """Load the model in a folder with transformers, on the CPU in float32."""
+    """Load the model in a folder with transformers, on the CPU in float32; check its digests."""
+    recorded_digests(folder)  # before transformers maps the files into memory
     model: PreTrainedModel
     with _transformers(folder, "a causal language model") as transformers:
         config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llmtrain.config.loading import dump_config
 from llmtrain.config.schema import RunConfig
+from llmtrain.data.sampler import n_windows, small_split
 from llmtrain.data.shard_check import ShardCheck
 from llmtrain.data.token_data import TokenData, open_training_data
 from llmtrain.errors import UserError
@@ -125,11 +126,15 @@ def _check_vocabulary(config: RunConfig, data: TokenData) -> None:
 
 
 def _warn_about_settings(worker: Worker, data: TokenData) -> None:
+    config = worker.config
     if data.tokenizer_assumed:
-        worker.warn(f"{worker.config.data.path} names no tokenizer: assuming GPT-2's")
-    if len(data.reader("val")) < 2:
+        worker.warn(f"{config.data.path} names no tokenizer: assuming GPT-2's")
+    if (tokens := data.tokens("val")) < 2:
         worker.warn("the val split is empty: skipping evaluations")
-    if worker.config.log.sample_tokens and worker.is_sharded:
+    windows = n_windows(min(tokens, config.eval.tokens or tokens), config.data.block_size)
+    if small := small_split(windows, "window"):
+        worker.warn(f"{config.data.path}, val split: {small}")
+    if config.log.sample_tokens and worker.is_sharded:
         worker.warn("log.sample_tokens is ignored: a sharded model generates no samples")
 
 

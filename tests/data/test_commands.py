@@ -134,3 +134,12 @@ def test_help_does_not_import_heavy_packages() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout == "set()\n"
+
+
+def test_a_small_val_split_is_reported(source: Path, tmp_path: Path) -> None:
+    command = ("prepare", "web.jsonl", "--tokenizer", "byte", "--out")
+    one = invoke(*command, "one", "--val-fraction", "0.0005", cwd=tmp_path)
+    warning = "warning: one, val split: 1 document(s) are too few for a reliable loss"
+    assert warning in one.stderr and one.stderr.count("warning") == 1
+    ten = invoke(*command, "ten", "--val-fraction", "0.05", cwd=tmp_path)
+    assert "warning" not in ten.stderr

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from in_process import invoke
 
 from llmtrain.checkpoints.resolve import Target, find_targets
 from llmtrain.config.schema import RunConfig
@@ -16,6 +17,7 @@ from llmtrain.evaluation.report.page import write_report
 from llmtrain.evaluation.report.records import loss_curves, newest_results
 from llmtrain.evaluation.results import EvalResult, stored_results
 from llmtrain.evaluation.text import measure_text
+from llmtrain.storage.integrity import write_integrity
 from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.run import pretrain
 
@@ -159,7 +161,7 @@ def test_different_token_counts_cause_a_warning(
         lambda *progress: None,
         warn=warned.append,
     )
-    assert len(warned) == 1
+    assert sum("to compare" in warning for warning in warned) == 1
 
 
 def test_nan_weights_raise(run: RunFolder) -> None:
@@ -169,6 +171,7 @@ def test_nan_weights_raise(run: RunFolder) -> None:
     tensors = load_file(path)
     tensors["transformer.ln_f.weight"][:] = float("nan")
     save_file(tensors, path)
+    write_integrity(path.parent)
     with pytest.raises(RunFailed, match="is nan"):
         measure_all(find_targets(run.snapshot(12), every_snapshot=False))
 
@@ -187,6 +190,7 @@ def test_changed_weights_are_measured_again(run: RunFolder) -> None:
     before, _ = measure_all(find_targets(run.snapshot(12), every_snapshot=False))
     path = run.snapshot(12) / "model.safetensors"
     path.write_bytes((run.snapshot(4) / "model.safetensors").read_bytes())
+    write_integrity(path.parent)
     after, computed = measure_all(find_targets(run.snapshot(12), every_snapshot=False))
     assert computed
     assert after[0].loss != before[0].loss
@@ -229,3 +233,29 @@ def test_curves_compare_equal_windows_only(run: RunFolder) -> None:
     measure_all(find_targets(run.path, every_snapshot=False))
     assert {row.tokens for row in newest_results(run)} != {49}
     assert [step for step, _ in loss_curves(run)["raw"]] == [4, 6, 8, 12]
+
+
+def test_a_small_split_is_reported_with_its_standard_error(run: RunFolder, tmp_path: Path) -> None:
+    """Four tokens are one window, which has no standard error."""
+    few = invoke("eval", run.path, "--tokens", "4", "--json", cwd=tmp_path)
+    assert "val split: 1 window(s) are too few for a reliable loss" in few.stderr
+    assert few.stderr.count("too few") == 1
+    assert {row["stderr"] for row in json.loads(few.stdout)} == {None}
+    more = invoke("eval", run.path, "--json", cwd=tmp_path)
+    assert "too few" not in more.stderr
+    assert all(0 < row["stderr"] < 1 for row in json.loads(more.stdout))
+    table = invoke("eval", run.path, cwd=tmp_path).stdout
+    assert f"{json.loads(more.stdout)[0]['stderr']:.4f}" in table and "±" in table
+
+
+def test_results_without_a_standard_error_are_shown(run: RunFolder, tmp_path: Path) -> None:
+    """Earlier versions did not store it."""
+    first = json.loads(invoke("eval", run.path, "--json", cwd=tmp_path).stdout)
+    for path in run.evals.iterdir():
+        document = json.loads(path.read_text())
+        del document["stderr"]
+        path.write_text(json.dumps(document))
+    again = json.loads(invoke("eval", run.path, "--json", cwd=tmp_path).stdout)
+    assert [row | {"stderr": None} for row in first] == again
+    assert "n/a" in invoke("eval", run.path, cwd=tmp_path).stdout
+    assert len(stored_results(run)) == len(first)

@@ -124,7 +124,8 @@ def _input(entry: object) -> list[str]:
     known: Mapping[str, object] = entry if isinstance(entry, dict) else {}
     weight = known.get("weight")
     shown = f"{weight:.6g}" if isinstance(weight, float) else str(weight)
-    return [str(known.get("step")), shown, str(known.get("sha256"))[:16], str(known.get("path"))]
+    digest = str(known.get("blake3") or known.get("sha256"))
+    return [str(known.get("step")), shown, digest[:16], str(known.get("path"))]
 
 
 def _other_facts(provenance: Mapping[str, Any]) -> str:
