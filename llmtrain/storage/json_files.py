@@ -14,7 +14,7 @@ _HINT = "restore the file from a copy"
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, or raise UserError."""
-    _require_regular_file(path)
+    require_regular_file(path)
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -25,7 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def _require_regular_file(path: Path) -> None:
+def require_regular_file(path: Path) -> None:
     """Raise UserError for a pipe or a device: reading it could block or never end."""
     if path.exists() and not path.is_file():
         raise UserError(f"cannot read {path}: not a regular file", hint=_HINT)
@@ -40,7 +40,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of an append-only file; ignore a last line that a kill truncated."""
     if not path.exists():
         return []
-    _require_regular_file(path)
+    require_regular_file(path)
     *lines, _ = path.read_bytes().split(b"\n")
     objects = []
     for number, line in enumerate(lines, start=1):

@@ -282,8 +282,8 @@ def test_a_disk_error_is_reported(
         ({"seed": -1}, "seed -1"),
         ({"shard_tokens": 0}, "--shard-tokens 0"),
         ({"shard_tokens": 2**31}, "is not between 1 and"),
-        ({"workers": 0}, "0 workers"),
-        ({"limit_documents": 0}, "a limit of 0 documents"),
+        ({"workers": 0}, "--workers 0"),
+        ({"limit_documents": 0}, "--limit-documents 0"),
         ({"tokenizer": "gpt3"}, "unknown tokenizer 'gpt3'"),
     ],
 )

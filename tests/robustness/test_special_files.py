@@ -42,8 +42,10 @@ FILES = [
     "data/manifest.json",
     "data/val-00000.bin",
     "data/train-00000.bin",
-    "config.yaml",
+    "runs/run/averages/ema-0.9",
 ]
+FEW = ("metrics.jsonl", "snapshots/step-00000008/integrity.json", "manifest.json")
+CASES = [(file, kind) for file in FILES for kind in KINDS if kind == "pipe" or file.endswith(FEW)]
 COMMANDS = [
     ["runs"],
     ["report", "runs/run"],
@@ -58,19 +60,18 @@ COMMANDS = [
     [
         "pretrain",
         "-c",
-        "runs/run/config.yaml",
+        "config.yaml",
         "--run-dir",
         "runs/run",
         "--set",
         "train.max_steps=10",
     ],
-    ["doctor", "-c", "runs/run/config.yaml", "--run-dir", "runs/run"],
+    ["doctor", "-c", "config.yaml", "--run-dir", "runs/run"],
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(("file", "kind"), CASES)
 def test_no_command_blocks(workplace: Path, file: str, kind: str) -> None:
     (path, *_) = sorted(workplace.glob(file)) or [workplace / file]
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -80,4 +81,3 @@ def test_no_command_blocks(workplace: Path, file: str, kind: str) -> None:
     ):
         assert "this is a bug" not in outcome.stderr, (command, outcome)
         assert outcome.code in (0, 1, 2)
-        print(command, outcome.code, outcome.stderr)
