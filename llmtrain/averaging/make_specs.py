@@ -19,6 +19,9 @@ from llmtrain.checkpoints.windows import describe_spacings, describe_steps, poss
 from llmtrain.errors import UserError
 from llmtrain.storage.run_folder import step_name
 
+_MISSING = 1000
+"""Missing steps to list at most."""
+
 
 def make_specs(series: Series, request: AverageRequest) -> list[AverageSpec]:
     """Return the specs of a request, ascending by step."""
@@ -91,11 +94,11 @@ def _growing(series: Series, request: AverageRequest) -> list[AverageSpec]:
 
 def _grid(series: Series, request: AverageRequest, end: int, every: int) -> list[int]:
     """Return the steps `every` apart up to `end`, from --from or, without it, from the last gap."""
-    grid = range(end, (request.start or 1) - 1, -every)
+    grid = range(end, (request.start or 0) - 1, -every)  # too long for a list if steps are times
     if request.start is None:
         return list(takewhile(series.inputs.__contains__, grid))[::-1]
     absent = (step for step in grid if step not in series.inputs)
-    if missing := list(islice(absent, 1000)):  # the grid of a large step has too many
+    if missing := list(islice(absent, _MISSING)):
         raise MissingCheckpoints(
             f"{series.name} has no checkpoints at {describe_steps(missing[::-1])}; "
             f"it has {describe_steps(series.steps)}",

@@ -41,7 +41,7 @@ def hub_series(
     expression = re.compile(translate(pattern.replace("{N}", "\0")).replace("\0", r"(\d+)"))
     matches = [(expression.match(name), name) for name in names]
     revisions = by_step(
-        ((int(match[1]), name) for match, name in matches if match),
+        ((int(match[1]), name) for match, name in matches if match and int(match[1])),
         hint="give a narrower --revision-pattern",
     )
     if not revisions:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llmtrain.data.manifest import MANIFEST_FILE, Manifest, no_data, parse_manifest, write_manifest
 from llmtrain.data.shards import shard_bytes
+from llmtrain.errors import printable
 from llmtrain.storage.cache import cache_folder
 from llmtrain.storage.commit import commit_folder, temporary_folder
 from llmtrain.storage.disk import disk_errors
@@ -32,7 +33,7 @@ def read_manifest_at(url: str) -> Manifest | None:
 
 
 def _log_to_stderr(line: str) -> None:
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(printable(line) + "\n")
 
 
 def local_folder(path: str, log: Callable[[str], None] = _log_to_stderr) -> Path:

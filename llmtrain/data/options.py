@@ -10,6 +10,9 @@ from llmtrain.errors import UserError
 MAX_SHARD_TOKENS = 2**30 - 1
 """Largest `shard_tokens`, half of a header's limit, because the last document may overrun it."""
 
+MAX_WORKERS = 1024
+"""Largest `workers`: each one keeps a few megabytes of encoded text."""
+
 
 @dataclass(frozen=True)
 class PrepareOptions:
@@ -47,7 +50,9 @@ class PrepareOptions:
             f"--shard-tokens {shard_tokens:,} is not between 1 and {MAX_SHARD_TOKENS:,}": (
                 not 1 <= shard_tokens <= MAX_SHARD_TOKENS
             ),
-            f"--workers {self.workers} is below 1": self.workers is not None and self.workers < 1,
+            f"--workers {self.workers} is not between 1 and {MAX_WORKERS:,}": (
+                self.workers is not None and not 1 <= self.workers <= MAX_WORKERS
+            ),
             f"--limit-documents {limit} is below 1": limit is not None and limit < 1,
             f"--engine {self.engine!r} is unknown": self.engine not in ("local", "ray"),
             "--workers counts local threads: omit it with --engine ray": ray and self.workers,
