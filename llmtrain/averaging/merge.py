@@ -261,7 +261,8 @@ class _Summation:
                 raise _not_finite(reader.checkpoint, chunk, values)
             if index:
                 move, before = (self._moves[(index + i) % 2][:count] for i in (0, 1))
-                np.subtract(values, previous, out=move)
+                with np.errstate(over="ignore"):  # an infinite distance is reported as n/a
+                    np.subtract(values, previous, out=move)
                 squares[1, index] = _dot(move, move)
                 squares[2, index] = _dot(move, before) if index > 1 else 0.0
             for number in self._users[index]:
