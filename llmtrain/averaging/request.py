@@ -74,7 +74,7 @@ class AverageRequest:
         if at.isdecimal() and len(at) <= _MAX_STEP_DIGITS:
             return int(at)
         if at not in ("last", "all"):
-            raise UserError(f"--at {at!r:.50} is not last, all or a step", hint="use --at last")
+            raise UserError(f"--at {at!r:.40} is not last, all or a step", hint="use --at last")
         return at
 
 

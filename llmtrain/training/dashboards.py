@@ -99,7 +99,7 @@ class _Wandb:
     def _start(self, folder: Path, config: RunConfig, run_id: str | None, mode: Any) -> Any:
         return self._wandb.init(
             project=config.log.wandb.project,
-            name=config.name,
+            name=folder.resolve().name,
             mode=mode,
             dir=str(folder),
             id=run_id,
