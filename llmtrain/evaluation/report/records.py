@@ -6,9 +6,11 @@ written again on a machine without the weights.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,30 @@ import numpy as np
 from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE
 from llmtrain.config.loading import load_config
 from llmtrain.config.schema import flatten
+from llmtrain.data.manifest import MANIFEST_FILE, read_manifest
+from llmtrain.errors import UserError
 from llmtrain.evaluation.results import EvalResult, stored_results
 from llmtrain.storage.json_files import read_events, read_json
 from llmtrain.storage.run_folder import RAW, RunFolder, step_folders
 
 Curve = list[tuple[int, float]]
 """Points (step, loss in nats per token), sorted by step."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows and arithmetic of a validation loss; only losses on the same are comparable."""
+
+    data: str
+    """SHA-256 of the manifest, or the folder if it does not exist any more."""
+    block_size: int
+    precision: str
+    tokens: int | None
+    """Predicted tokens; None in logs of earlier versions."""
+
+    def __str__(self) -> str:
+        count = "an unknown number of" if self.tokens is None else f"{self.tokens:,}"
+        return f"{count} tokens in {self.precision}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +92,11 @@ class RunRecord:
     config: dict[str, Any]
     """Dotted key → value."""
     curves: dict[str, Curve]
-    """Validation loss of raw weights, first, and of each average."""
+    """Validation loss of raw weights, first, and of each average, on the same windows."""
+    windows: Windows | None
+    """Those windows; None without a loss."""
+    others: dict[Windows, dict[str, Curve]]
+    """Losses on other windows."""
     clock: Clock
     training: list[dict[str, Any]]
     """Log lines of training steps."""
@@ -111,36 +135,76 @@ class Saving:
 def loss_curves(run: RunFolder) -> dict[str, Curve]:
     """Return the validation loss by step for raw weights, first, and each average.
 
-    Combines the results of `eval` with those of training on the same number of tokens.
+    All were measured on the same windows: see `main_windows`.
     """
-    results = _comparable(stored_results(run))
-    curves: dict[str, dict[int, float]] = defaultdict(dict)
+    measured = measured_curves(run)
+    (windows,) = main_windows([measured])
+    return measured[windows] if windows else {}
+
+
+def measured_curves(run: RunFolder) -> dict[Windows, dict[str, Curve]]:
+    """Return the validation losses of training and of `eval`, by windows, label and step."""
+    found: dict[Windows, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    during = partial(Windows, *_training_windows(run))
     for event in read_events(run.metrics):
-        if results and event.get("val/tokens") != results[0].tokens:
-            continue
         for key, loss in event.items():
             if key.startswith("val/loss") and loss is not None and math.isfinite(loss):
-                curves[key.removeprefix("val/loss").lstrip("/") or RAW][event["step"]] = loss
-    for result in results:
-        if result.step is not None:
-            curves[result.label][result.step] = result.loss
+                label = key.removeprefix("val/loss").lstrip("/") or RAW
+                found[during(event.get("val/tokens"))][label][event["step"]] = loss
+    for result in stored_results(run):
+        if result.step is not None and result.split == "val":
+            found[_windows_of(result)][result.label][result.step] = result.loss
+    return {windows: _sorted_curves(curves) for windows, curves in found.items()}
+
+
+def _training_windows(run: RunFolder) -> tuple[str, int, str]:
+    """Return data, block size and precision of the losses that training logs.
+
+    Without its data or environment.json, take those of a result of `eval`.
+    """
+    config = load_config(run.config)
+    results = [result for result in stored_results(run) if result.split == "val"]
+    folder = Path(config.data.path)
+    data = [result.data for result in results]
+    if (folder / MANIFEST_FILE).is_file():
+        with suppress(UserError):  # a damaged manifest does not affect the losses
+            data.insert(0, read_manifest(folder).sha256)
+    precision = read_json(run.environment).get("precision") if run.environment.exists() else None
+    precisions = [precision, *(result.precision for result in results), config.train.precision]
+    known = next(each for each in precisions if each)
+    return (data or [config.data.path])[0], config.data.block_size, str(known)
+
+
+def _windows_of(result: EvalResult) -> Windows:
+    return Windows(result.data, result.block_size, result.precision, result.tokens)
+
+
+def _sorted_curves(curves: dict[str, dict[int, float]]) -> dict[str, Curve]:
     labels = sorted(curves, key=lambda label: (label != RAW, label))
     return {label: sorted(curves[label].items()) for label in labels}
 
 
+def main_windows(
+    measured: Sequence[Mapping[Windows, Mapping[str, Curve]]],
+) -> list[Windows | None]:
+    """Return the windows to show of each run: those that all share, else each run's own.
+
+    Among several, those with the most losses win; on a tie, those with more tokens.
+    """
+    shared = set.intersection(*(set(each) for each in measured))
+
+    def size(windows: Windows) -> tuple[int, int]:
+        curves = [curve for each in measured for curve in each.get(windows, {}).values()]
+        return sum(map(len, curves)), windows.tokens or 0
+
+    return [max(shared or each, key=size, default=None) for each in measured]
+
+
 def newest_results(run: RunFolder) -> list[EvalResult]:
-    """Return the newest result of raw weights and of each average, on the same windows."""
-    newest = {result.label: result for result in _comparable(stored_results(run))}
-    return list(newest.values())  # sorted by step, so the last one of each label stays
-
-
-def _comparable(results: Sequence[EvalResult]) -> list[EvalResult]:
-    """Return the largest group of results on the same validation windows; on a tie, more tokens."""
-    groups = defaultdict(list)
-    for result in results:
-        if result.split == "val":
-            groups[result.data, result.tokens, result.precision].append(result)
-    return max(groups.values(), key=lambda group: (len(group), group[0].tokens), default=[])
+    """Return the newest result of raw weights and of each average, for each set of windows."""
+    results = [result for result in stored_results(run) if result.split == "val"]
+    newest = {(_windows_of(result), result.label): result for result in results}  # last: newest
+    return sorted(newest.values(), key=lambda each: (-each.tokens, each.data, each.precision))
 
 
 def read_records(runs: Sequence[RunFolder]) -> list[RunRecord]:
@@ -148,10 +212,14 @@ def read_records(runs: Sequence[RunFolder]) -> list[RunRecord]:
     names = [run.path.resolve().name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.path) for run in runs]
-    return [_read_record(run, name) for run, name in zip(runs, names, strict=True)]
+    measured = [measured_curves(run) for run in runs]
+    rows = zip(runs, names, measured, main_windows(measured), strict=True)
+    return [_read_record(*row) for row in rows]
 
 
-def _read_record(run: RunFolder, name: str) -> RunRecord:
+def _read_record(
+    run: RunFolder, name: str, measured: dict[Windows, dict[str, Curve]], windows: Windows | None
+) -> RunRecord:
     events = read_events(run.metrics)
     training = [event for event in events if "lr" in event]
     keys = ("step", "tokens", "seconds")
@@ -162,7 +230,9 @@ def _read_record(run: RunFolder, name: str) -> RunRecord:
         name=name,
         run=run,
         config=flatten(load_config(run.config)),
-        curves=loss_curves(run),
+        curves=measured[windows] if windows else {},
+        windows=windows,
+        others={each: curves for each, curves in measured.items() if each != windows},
         clock=Clock(*columns) if timed else Clock((), (), ()),
         training=training,
         samples=[(event["step"], str(event["sample"])) for event in events if "sample" in event],
