@@ -8,7 +8,7 @@ import shlex
 from dataclasses import dataclass
 
 from llmtrain.checkpoints.resolve import Target, find_targets, resolve
-from llmtrain.evaluation.report.records import Windows, measured_curves
+from llmtrain.evaluation.curves import Windows, measured_curves
 from llmtrain.storage.run_folder import RAW, RunFolder
 
 
@@ -86,7 +86,8 @@ def _reason(
         return f"newest step, not measured yet: run {command}"
     loss = losses[best.label, best.step]
     known = [each for each in candidates if (each.label, each.step) in losses]
-    parts = [f"loss {loss:.4f} on {windows}, the lowest of {len(known)} measured at this step"]
+    rank = f"the lowest of {len(known)}" if len(known) > 1 else "the only one"
+    parts = [f"loss {loss:.4f} on {windows}, {rank} measured at this step"]
     if unknown := [each.label for each in candidates if each not in known]:
         parts.append(f"not measured yet: {', '.join(unknown)} (run {command})")
     (label, step), lowest = min(losses.items(), key=lambda item: item[1])

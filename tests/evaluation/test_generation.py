@@ -43,7 +43,6 @@ from llmtrain.evaluation.generation import (
     stream_text,
 )
 from llmtrain.evaluation.options import Sampling
-from llmtrain.evaluation.selection import choose_weights
 from llmtrain.model.gpt import GPT
 from llmtrain.model.tokenizer import load_tokenizer, tokenizer_files
 from llmtrain.storage.hub import hub_errors

@@ -5,12 +5,10 @@ written again on a machine without the weights.
 """
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,30 +16,9 @@ import numpy as np
 from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE
 from llmtrain.config.loading import load_config
 from llmtrain.config.schema import flatten
-from llmtrain.data.manifest import MANIFEST_FILE, read_manifest
-from llmtrain.errors import UserError
-from llmtrain.evaluation.results import EvalResult, stored_results
+from llmtrain.evaluation.curves import Curve, Windows, main_windows, measured_curves
 from llmtrain.storage.json_files import read_events, read_json
 from llmtrain.storage.run_folder import RAW, RunFolder, step_folders
-
-Curve = list[tuple[int, float]]
-"""Points (step, loss in nats per token), sorted by step."""
-
-
-@dataclass(frozen=True)
-class Windows:
-    """The windows and arithmetic of a validation loss; only losses on the same are comparable."""
-
-    data: str
-    """SHA-256 of the manifest, or the folder if it does not exist any more."""
-    block_size: int
-    precision: str
-    tokens: int | None
-    """Predicted tokens; None in logs of earlier versions."""
-
-    def __str__(self) -> str:
-        count = "an unknown number of" if self.tokens is None else f"{self.tokens:,}"
-        return f"{count} tokens in {self.precision}"
 
 
 @dataclass(frozen=True)
@@ -121,6 +98,8 @@ class Saving:
     label: str
     step: int
     loss: float
+    val_tokens: int | None
+    """Tokens on which the losses of the run were measured."""
     gain: float | None
     """Lowest raw loss of the run minus this loss."""
     reached: int | None
@@ -130,81 +109,6 @@ class Saving:
     steps_saved: int | None
     tokens_saved: float | None
     hours_saved: float | None
-
-
-def loss_curves(run: RunFolder) -> dict[str, Curve]:
-    """Return the validation loss by step for raw weights, first, and each average.
-
-    All were measured on the same windows: see `main_windows`.
-    """
-    measured = measured_curves(run)
-    (windows,) = main_windows([measured])
-    return measured[windows] if windows else {}
-
-
-def measured_curves(run: RunFolder) -> dict[Windows, dict[str, Curve]]:
-    """Return the validation losses of training and of `eval`, by windows, label and step."""
-    found: dict[Windows, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    during = partial(Windows, *_training_windows(run))
-    for event in read_events(run.metrics):
-        for key, loss in event.items():
-            if key.startswith("val/loss") and loss is not None and math.isfinite(loss):
-                label = key.removeprefix("val/loss").lstrip("/") or RAW
-                found[during(event.get("val/tokens"))][label][event["step"]] = loss
-    for result in stored_results(run):
-        if result.step is not None and result.split == "val":
-            found[_windows_of(result)][result.label][result.step] = result.loss
-    return {windows: _sorted_curves(curves) for windows, curves in found.items()}
-
-
-def _training_windows(run: RunFolder) -> tuple[str, int, str]:
-    """Return data, block size and precision of the losses that training logs.
-
-    Without its data or environment.json, take those of a result of `eval`.
-    """
-    config = load_config(run.config)
-    results = [result for result in stored_results(run) if result.split == "val"]
-    folder = Path(config.data.path)
-    data = [result.data for result in results]
-    if (folder / MANIFEST_FILE).is_file():
-        with suppress(UserError):  # a damaged manifest does not affect the losses
-            data.insert(0, read_manifest(folder).sha256)
-    precision = read_json(run.environment).get("precision") if run.environment.exists() else None
-    precisions = [precision, *(result.precision for result in results), config.train.precision]
-    known = next(each for each in precisions if each)
-    return (data or [config.data.path])[0], config.data.block_size, str(known)
-
-
-def _windows_of(result: EvalResult) -> Windows:
-    return Windows(result.data, result.block_size, result.precision, result.tokens)
-
-
-def _sorted_curves(curves: dict[str, dict[int, float]]) -> dict[str, Curve]:
-    labels = sorted(curves, key=lambda label: (label != RAW, label))
-    return {label: sorted(curves[label].items()) for label in labels}
-
-
-def main_windows(
-    measured: Sequence[Mapping[Windows, Mapping[str, Curve]]],
-) -> list[Windows | None]:
-    """Return the windows to show of each run: those that all share, else each run's own.
-
-    Among several, those with the most losses win; on a tie, those with more tokens.
-    """
-    shared = set.intersection(*(set(each) for each in measured))
-
-    def size(windows: Windows) -> tuple[int, int]:
-        curves = [curve for each in measured for curve in each.get(windows, {}).values()]
-        return sum(map(len, curves)), windows.tokens or 0
-
-    return [max(shared or each, key=size, default=None) for each in measured]
-
-
-def newest_results(run: RunFolder) -> list[EvalResult]:
-    """Return the newest result of raw weights and of each average, for each set of windows."""
-    results = [result for result in stored_results(run) if result.split == "val"]
-    newest = {(_windows_of(result), result.label): result for result in results}  # last: newest
-    return sorted(newest.values(), key=lambda each: (-each.tokens, each.data, each.precision))
 
 
 def read_records(runs: Sequence[RunFolder]) -> list[RunRecord]:
@@ -263,6 +167,19 @@ def _provenance(run: RunFolder) -> dict[str, dict[str, Any]]:
     return found
 
 
+def differing_windows(records: Sequence[RunRecord]) -> list[str]:
+    """Return the properties of the validation windows that differ; losses are comparable if none.
+
+    Why not the configs: `eval` may have measured the losses on other tokens.
+    """
+    properties = [asdict(record.windows) for record in records if record.windows]
+    return [
+        field.name
+        for field in fields(Windows)
+        if len({each[field.name] for each in properties}) > 1
+    ]
+
+
 def savings(record: RunRecord) -> list[Saving]:
     """Return the best of raw weights and of each average, lowest loss first."""
     curves = {label: curve for label, curve in record.curves.items() if curve}
@@ -273,10 +190,11 @@ def savings(record: RunRecord) -> list[Saving]:
 def _saving(record: RunRecord, label: str, curve: Curve) -> Saving:
     step, loss = min(curve, key=lambda point: point[1])
     raw = record.curves.get(RAW)
+    count = record.windows.tokens if record.windows else None
     if not raw:
-        return Saving(record.name, label, step, loss, *[None] * 6)
+        return Saving(record.name, label, step, loss, count, *[None] * 6)
     raw_step, raw_loss = min(raw, key=lambda point: point[1])
-    row = partial(Saving, record.name, label, step, loss, raw_loss - loss)
+    row = partial(Saving, record.name, label, step, loss, count, raw_loss - loss)
     reached = next((at for at, value in curve if value <= raw_loss), None)
     if reached is None or label == RAW:
         return row(None, raw_step, None, None, None)
