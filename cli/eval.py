@@ -30,6 +30,7 @@ def _option(options: type, field: str, *names: str, default: str | bool = True, 
 
 _loss = partial(_option, EvalOptions)
 _task = partial(_option, TaskOptions, rich_help_panel="Zero-shot tasks (extra: eval)")
+_MAX_DIGITS = 9
 _TEXT: Any = {"rich_help_panel": "Text file"}
 
 
@@ -148,8 +149,8 @@ def _require_companions(option: str, value: object, dependents: dict[str, object
 def _parse_batch_size(text: str) -> Any:
     if text == "auto":
         return text
-    if not text.isdecimal() or int(text) == 0:
-        raise UserError(f"--batch-size {text!r} is not a number", hint="pass auto or 1 or more")
+    if not text.isdecimal() or len(text) > _MAX_DIGITS or int(text) == 0:
+        raise UserError(f"--batch-size {text!r:.40} is not a number", hint="pass auto or 1 or more")
     return int(text)
 
 

@@ -12,6 +12,7 @@ import typer
 from rich.table import Column, Table
 
 from llmtrain.data.options import PrepareOptions
+from llmtrain.errors import UserError
 
 from .common import (
     JsonFlag,
@@ -102,6 +103,9 @@ def prepare(
         text_field=text_field,
         limit_documents=limit_documents,
     )
+    if out is not None and out.rpartition("::")[2].startswith("memory://"):
+        problem = f"{out} is in the memory of this process, so the data would be lost"
+        raise UserError(problem, hint="choose a folder or another URL with --out")
     folder = out or str(Path("data") / default_name(source))
     started = time.monotonic()
     outcome = f"{folder} is incomplete; the same command resumes after its last finished shard"

@@ -280,7 +280,7 @@ def _cached_loss(
             label=target.label,
             step=target.step,
             path=str(target.path),
-            run=target.run.path.resolve().name if target.run else None,
+            run=run,
             **asdict(result),
             perplexity=result.perplexity,
             bits_per_byte=result.bits_per_byte,
@@ -292,9 +292,10 @@ def _cached_loss(
             weights=str(weights),
         )
 
+    run = target.run.path.resolve().name if target.run else None
     identity = f" {data.sha256} {split} {limit} {precision}"
     result = cached(target, "", weights, identity, EvalResult, measure, warn)
-    return replace(result, path=str(target.path), delta=None)
+    return replace(result, path=str(target.path), run=run, delta=None)  # renamed since then
 
 
 def _prepare(

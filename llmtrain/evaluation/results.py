@@ -114,12 +114,13 @@ def cached(
     if path.exists() and (stored := read_result(path, form)) is not None:
         return stored
     result: Any = measure()
-    if weights_digest(target.path) != weights:
-        warn(f"result not cached: {target.path} changed while it was evaluated")
-        return result  # type: ignore[no-any-return]  # a Result
     try:
-        write_atomically(path, json.dumps(asdict(result), indent=2) + "\n")
-    except (WriteFailed, OSError) as error:
+        target.run.check_output(path.parent)
+        if weights_digest(target.path) != weights:
+            warn(f"result not cached: {target.path} changed while it was evaluated")
+        else:
+            write_atomically(path, json.dumps(asdict(result), indent=2) + "\n")
+    except (UserError, WriteFailed, OSError) as error:
         warn(f"result not cached: {error}")
     return result  # type: ignore[no-any-return]  # a Result
 
@@ -163,7 +164,9 @@ def stored_results(run: RunFolder) -> list[EvalResult]:
     """Return the cached losses of the weights still in a run, raw first, then by label and step."""
     paths = sorted(run.evals.glob("[!.]*.json"))
     read = [read_result(path, EvalResult) for path in paths]
-    results = [result for result in read if result is not None and _is_current(run, result)]
+    current = [result for result in read if result is not None and _is_current(run, result)]
+    name = run.path.resolve().name  # the run may have been renamed since the measurement
+    results = [replace(each, run=name, path=str(_folder(run, each))) for each in current]
     raw = {_comparable_key(result): result.loss for result in results if result.label == RAW}
     return sorted(
         (result.with_delta(raw.get(_comparable_key(result))) for result in results),
@@ -178,10 +181,9 @@ def _comparable_key(result: EvalResult) -> tuple[object, ...]:
 
 def _is_current(run: RunFolder, result: EvalResult) -> bool:
     """Return whether the measured weights are still there, or their folder is gone."""
+    folder = _folder(run, result)
     if result.step is None:
         return False
-    raw = result.label == RAW
-    folder = run.snapshot(result.step) if raw else run.average(result.label, result.step)
     if not folder.is_dir():
         return True
     measured = Digest.parse(result.weights)
@@ -189,3 +191,8 @@ def _is_current(run: RunFolder, result: EvalResult) -> bool:
         path.name: cached_digest(path, measured.algorithm) for path in _weights_paths(folder)
     }
     return combined_digest(digests) == measured
+
+
+def _folder(run: RunFolder, result: EvalResult) -> Path:
+    step = result.step or 0
+    return run.snapshot(step) if result.label == RAW else run.average(result.label, step)

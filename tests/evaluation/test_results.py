@@ -99,6 +99,16 @@ def test_losses_match_training_and_are_cached(run: RunFolder) -> None:
     assert computed_again == set()
 
 
+def test_results_of_a_renamed_run_have_its_new_name(run: RunFolder) -> None:
+    measure_all(find_targets(run.path, every_snapshot=False))
+    renamed = RunFolder(run.path.rename(run.path.with_name("renamed")))
+    rows, computed = measure_all(find_targets(renamed.path, every_snapshot=False))
+    assert computed == set()
+    for row in (*rows, *stored_results(renamed)):
+        assert row.run == "renamed"
+        assert Path(row.path).is_relative_to(renamed.path)
+
+
 def test_other_tokens_or_another_split_are_measured_again(run: RunFolder) -> None:
     targets = find_targets(run.snapshot(12), every_snapshot=False)
     losses = {
