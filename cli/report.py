@@ -59,6 +59,9 @@ def report(
     if different := differing_windows(written.records):
         hint = "run llmtrain eval RUN ... --tokens N for all of them"
         warn(f"the losses of these runs are not comparable, {', '.join(different)} differ: {hint}")
+    for record in (record for record in written.records if record.discarded):
+        listed = ", ".join(record.discarded)
+        warn(f"{record.name}: left out averages of snapshots that a rewind discarded: {listed}")
     lines = [(saving.run, _sentence(saving)) for saving in written.savings]
     lines += [(record.name, str(record.interventions)) for record in written.records]
     for name, line in filter(itemgetter(1), lines):

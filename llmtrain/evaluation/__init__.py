@@ -6,6 +6,7 @@ May import data, checkpoints, model, config, runtime, storage and errors.
     results.py     results, cached under a run's evals/
     curves.py      validation losses of a run by step, grouped by the tokens they were measured on
     selection.py   the weights that generate and export use
+    weights.py     digests of weights; averages whose inputs a run has discarded
     loss.py        loss on a split
     text.py        loss and perplexity on a text file
     tasks.py       zero-shot tasks: definitions, trust, cached scores

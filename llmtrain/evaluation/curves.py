@@ -50,7 +50,10 @@ def loss_curves(run: RunFolder) -> dict[str, Curve]:
 
 
 def measured_curves(run: RunFolder) -> dict[Windows, dict[str, Curve]]:
-    """Return the validation losses of training and of `eval`, by windows, label and step."""
+    """Return the validation losses of training and of `eval`, by windows, label and step.
+
+    Averages of discarded snapshots are left out.
+    """
     found: dict[Windows, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     during = partial(Windows, *_training_windows(run))
     for event in read_events(run.metrics):
@@ -59,7 +62,7 @@ def measured_curves(run: RunFolder) -> dict[Windows, dict[str, Curve]]:
                 label = key.removeprefix("val/loss").lstrip("/") or RAW
                 found[during(event.get("val/tokens"))][label][event["step"]] = loss
     for result in stored_results(run):
-        if result.step is not None and result.split == "val":
+        if result.step is not None and result.split == "val" and not result.discarded:
             found[_windows_of(result)][result.label][result.step] = result.loss
     return {windows: _sorted_curves(curves) for windows, curves in found.items()}
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from llmtrain.checkpoints.resolve import Target, find_targets, resolve
 from llmtrain.evaluation.curves import Windows, measured_curves
+from llmtrain.evaluation.weights import discarded_inputs
 from llmtrain.storage.run_folder import RAW, RunFolder
 
 
@@ -30,7 +31,8 @@ def choose_weights(name: str | None) -> Selection:
 
     A run stands for the weights of its newest step with the lowest measured loss. Losses are
     compared on the windows on which most of these weights were measured. Without any loss, the
-    first average is selected, or the snapshot if there is none.
+    first average is selected, or the snapshot if there is none. Averages of discarded snapshots are
+    left out.
     """
     targets = find_targets(name)
     found, last = resolve(name), targets[-1]
@@ -39,6 +41,8 @@ def choose_weights(name: str | None) -> Selection:
     averages = [target for target in newest if target.label != RAW]
     if not isinstance(found, RunFolder):
         return Selection(last, raw, averages[-1] if averages else None, "")
+    if raw is not None:
+        averages = [each for each in averages if not discarded_inputs(each.path, found)]
     measured = _losses(found)
     windows = _windows_with_most(measured, newest)
     losses = measured.get(windows, {}) if windows else {}

@@ -17,6 +17,7 @@ from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE
 from llmtrain.config.loading import load_config
 from llmtrain.config.schema import flatten
 from llmtrain.evaluation.curves import Curve, Windows, main_windows, measured_curves
+from llmtrain.evaluation.results import stored_results
 from llmtrain.storage.json_files import read_events, read_json
 from llmtrain.storage.run_folder import RAW, RunFolder, step_folders
 
@@ -82,6 +83,8 @@ class RunRecord:
     provenance: dict[str, dict[str, Any]]
     """`provenance.json` of the newest average with each label."""
     environment: dict[str, Any]
+    discarded: list[str]
+    """Labels and steps of measured averages that contain discarded snapshots."""
 
     @property
     def step(self) -> int:
@@ -130,6 +133,7 @@ def _read_record(
     rows = [[event.get(key, math.nan) for key in keys] for event in training]
     timed = [row for row in rows if all(map(math.isfinite, row))]
     columns = zip([0, 0, 0], *timed, strict=True)
+    rejected = [result for result in stored_results(run) if result.discarded]
     return RunRecord(
         name=name,
         run=run,
@@ -143,6 +147,7 @@ def _read_record(
         interventions=_interventions([*events, *read_events(run.rewound_metrics)]),
         provenance=_provenance(run),
         environment=read_json(run.environment) if run.environment.exists() else {},
+        discarded=list(dict.fromkeys(f"{r.label} at step {r.step:,}" for r in rejected)),
     )
 
 
