@@ -211,7 +211,7 @@ def parse_duration(text: str) -> float:
     """Return the seconds of `1h30m`, `90m`, `45s`, `2d` or a plain number of seconds."""
     match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
     if not match or not any(match.groups()) or len(text) > 20:
-        raise typer.BadParameter(f"{text!r} is not a time; use 90m, 1h30m or 3600s")
+        raise typer.BadParameter(f"{text!r:.100} is not a time; use 90m, 1h30m or 3600s")
     days, hours, minutes, seconds = (int(group or 0) for group in match.groups())
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 

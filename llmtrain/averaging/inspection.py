@@ -42,7 +42,8 @@ class Facts:
     previous checkpoint; None if an element is not finite.
     """
 
-    step: int
+    step: int | None
+    """None if neither a record nor the name contains it."""
     path: str
     tensors: list[TensorFacts]
     parameters: int
@@ -138,7 +139,7 @@ def _facts(checkpoint: Checkpoint, digests: audit.InputDigests, measured: Measur
     norm, distance, problems = measured
     specs = checkpoint.tensors
     return Facts(
-        step=checkpoint.step,
+        step=checkpoint.step or None,
         path=checkpoint.location,
         tensors=[
             TensorFacts(name, spec.dtype, spec.shape, norm.get(name), distance.get(name))

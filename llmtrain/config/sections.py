@@ -12,8 +12,8 @@ def _whole_float_to_int(value: object) -> object:
 
 Int = Annotated[int, BeforeValidator(_whole_float_to_int)]
 """Integer; whole floats such as 7e4 are accepted."""
-Positive = Annotated[Int, Field(gt=0)]
-Natural = Annotated[Int, Field(ge=0)]
+Positive = Annotated[Int, Field(gt=0, lt=2**63)]
+Natural = Annotated[Int, Field(ge=0, lt=2**63)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]

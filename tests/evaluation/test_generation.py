@@ -115,7 +115,7 @@ def test_incremental_logits_equal_those_of_the_whole_context(tmp_path: Path) -> 
 @given(
     st.integers(0, 1000),
     st.integers(1, 12) | st.none(),
-    st.floats(0.01, 1.0) | st.none(),
+    st.floats(0.01, 0.999) | st.just(1.0) | st.none(),
     st.floats(0.1, 3.0),
 )
 def test_sampling_filters_equal_those_of_transformers(
@@ -157,7 +157,7 @@ def test_invalid_bytes_become_replacement_characters() -> None:
     ],
 )
 def test_sampling_options_out_of_range_raise(wrong: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=next(iter(wrong))):
+    with pytest.raises(UserError, match="--" + next(iter(wrong)).replace("_", "-")):
         Sampling(**wrong)  # type: ignore[arg-type]
 
 
