@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Column, Table
 
 from llmtrain.averaging.average import average
@@ -85,7 +84,7 @@ def _print_averages(results: Sequence[Average]) -> None:
         spec, steps = result.spec, [str(source.step) for source in result.spec.inputs]
         if len(steps) > 8:
             steps = [*steps[:3], "…", *steps[-3:], f"({len(steps)})"]
-        table.add_row(str(spec.step), spec.label, " ".join(steps), escape(str(spec.target)))
+        table.add_row(str(spec.step), spec.label, " ".join(steps), str(spec.target))
     console.print(table)
     if cached := sum(result.cached for result in results):
         err_console.print(f"kept {cached} of {len(results)}, which existed with the same inputs")
@@ -139,7 +138,8 @@ def evaluate_sweep(
     console.print(_sweep_table(rows))
     last = max(result.raw.losses)
     console.print(f"raw at step {last:,}: {result.raw.losses[last]:.4f}")
-    console.print(f"{table_file}\n{plot_file}", markup=False)
+    console.print(str(table_file))
+    console.print(str(plot_file))
     if written:
         _print_averages(written)
 

@@ -9,15 +9,19 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Annotated, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 from typing_extensions import Doc
+
+from llmtrain.errors import printable
 
 if TYPE_CHECKING:
     from llmtrain.runtime.signals import Interrupt
@@ -29,12 +33,19 @@ _PIPE_INTERVAL = 10.0
 
 
 class _Console(Console):
-    """Console that is wide in a pipe, and exits with the code of a closed one."""
+    """Console that is wide in a pipe, and exits with the code of a closed one.
+
+    Rich converts every string that it prints, and every table cell, with `render_str`. Each becomes
+    one line without control characters, because names of tensors, runs and files may contain any.
+    """
 
     def __init__(self, *, stderr: bool) -> None:
-        super().__init__(stderr=stderr, highlight=False)
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
         if not self.is_terminal:
             self.width, self.soft_wrap = _PIPE_WIDTH, True
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -71,26 +82,51 @@ def help_of(cls: type, field: str) -> str:
 
 
 def print_json(document: object) -> None:
-    """Print one JSON document on standard output."""
-    console.out(json.dumps(document, indent=2, allow_nan=False))
+    """Print one JSON document on standard output, in printable ASCII."""
+    text = json.dumps(document, indent=2, allow_nan=False)
+    print_text(text.replace("\x7f", "\\u007f"))
+
+
+def print_text(text: str, end: str = "\n") -> None:
+    """Print several lines of safe text on standard output."""
+    console.print(Text(text), end=end, no_wrap=True, overflow="ignore", crop=False)
 
 
 def print_error(error: object, hint: str) -> None:
     """Print the error in red and, on the next line, its hint."""
-    err_console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+    _print_labelled("[bold red]error:[/]", str(error))
     if hint:
-        err_console.print(f"[bold]hint:[/] {escape(hint)}", soft_wrap=True)
+        _print_labelled("[bold]hint:[/]", hint)
+
+
+def print_traceback(error: Exception) -> None:
+    """Print the Python traceback of an error on standard error."""
+    for line in "".join(traceback.format_exception(error)).rstrip().split("\n"):
+        err_console.print(line, soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """Print a warning on standard error."""
-    err_console.print(f"[yellow]warning:[/] {escape(message)}", soft_wrap=True)
+    _print_labelled("[yellow]warning:[/]", message)
+
+
+def _print_labelled(label: str, message: str) -> None:
+    """Print a message after its label; keep the indented lines of a list."""
+    first, *items = (clip(line) for line in message.split("\n  "))
+    err_console.print(f"{label} {escape(first)}", markup=True, soft_wrap=True)
+    for item in items:
+        err_console.print(f"  {item}", soft_wrap=True)
+
+
+def clip(text: str, length: int = 1000) -> str:
+    """Return text from outside with its end cut off beyond `length` characters."""
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def print_outcome(message: str) -> None:
     """Print a last line on standard error; a closed pipe does not change the exit code."""
     with suppress(OSError, SystemExit):
-        err_console.print(message, markup=False, soft_wrap=True)
+        err_console.print(message, soft_wrap=True)
 
 
 def discard_stdout() -> None:
@@ -120,7 +156,7 @@ class ProgressLine:
         self._bar = Progress(
             *Progress.get_default_columns(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             console=err_console,
             transient=True,
             disable=not err_console.is_terminal,
@@ -136,6 +172,7 @@ class ProgressLine:
 
     def update(self, done: int, total: int | None, detail: str = "") -> None:
         """Show that `done` of `total` units are complete; None means an unknown total."""
+        detail = printable(detail)
         self._bar.update(self._task, completed=done, total=total, detail=detail, visible=True)
         if self._bar.disable and time.monotonic() - self._last >= _PIPE_INTERVAL:
             self._last = time.monotonic()

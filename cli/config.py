@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
-from .common import JsonFlag, SetOption, console, print_json
+from .common import JsonFlag, SetOption, console, print_json, print_text
 
 if TYPE_CHECKING:
     from llmtrain.config.schema import RunConfig
@@ -35,7 +34,7 @@ def config(
     elif as_json:
         print_json(resolved.model_dump(mode="json"))
     else:
-        typer.echo(dump_config(resolved), nl=False)
+        print_text(dump_config(resolved), end="")
 
 
 def _load(path: Path, settings: list[str]) -> "RunConfig":
@@ -56,9 +55,9 @@ def _print_differences(
     if as_json:
         print_json({key: {"here": a, "other": b} for key, (a, b) in changed.items()})
     elif not changed:
-        console.print(f"{names[0]} and {names[1]} are equivalent", markup=False)
+        console.print(f"{names[0]} and {names[1]} are equivalent")
     else:
-        table = Table("key", *map(escape, names), box=box.SIMPLE)
+        table = Table("key", *names, box=box.SIMPLE)
         for key, values in changed.items():
-            table.add_row(key, *("" if v is None else escape(str(v)) for v in values))
+            table.add_row(key, *("" if v is None else str(v) for v in values))
         console.print(table)

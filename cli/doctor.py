@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from .common import JsonFlag, SetOption, console, print_json
 
@@ -39,9 +39,10 @@ def doctor(
     for check in run_checks(load_config(config, settings or []) if config else None, run_dir):
         checks.append(check)
         if not as_json:
-            state = f"[{_COLOURS[check.state]}]{check.state:<7}[/]"
-            hint = f"\n{'':<18} {check.hint}" if check.hint else ""
-            console.print(f"{state} {check.name:<10} {escape(check.found + hint)}", soft_wrap=True)
+            console.print(Text(f"{check.state:<7} ", _COLOURS[check.state]), end="")
+            console.print(f"{check.name:<10} {check.found}", soft_wrap=True)
+            if check.hint:
+                console.print(f"{'':<18} {check.hint}", soft_wrap=True)
     if as_json:
         print_json([asdict(check) for check in checks])
     if problems := [check.name for check in checks if check.state == "problem"]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich import box
-from rich.markup import escape
 from rich.table import Column, Table
 
 from llmtrain.errors import UserError
@@ -137,7 +136,7 @@ def evaluate(
     else:
         console.print(_measures_table(measured))
         for note in dict.fromkeys(note for each in measured for note in _conditions(each)):
-            console.print(note, markup=False)
+            console.print(note)
 
 
 def _require_companions(option: str, value: object, dependents: dict[str, object]) -> None:
@@ -202,7 +201,7 @@ def loss_table(results: "list[EvalResult]") -> Table:
     table = Table(Column("weights", no_wrap=True), *columns, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for each in results:
         table.add_row(
-            escape(f"{each.run}: {each.label}" if several and each.run else each.label),
+            f"{each.run}: {each.label}" if several and each.run else each.label,
             "" if each.step is None else f"{each.step:,}",
             f"{each.loss:.4f}",
             "inf" if each.perplexity is None else _format(each.perplexity, 3),
@@ -232,8 +231,8 @@ def _measures_table(measured: list[Measured]) -> Table:
             base = raw.get((run, step))
             difference = "n/a" if value is None or base is None else _format(value - base, 4, "+")
             table.add_row(
-                escape(name) if i == 0 else "",
-                escape(f"{run.name}: {target.label}" if several and target.run else target.label),
+                name if i == 0 else "",
+                f"{run.name}: {target.label}" if several and target.run else target.label,
                 "" if step is None else f"{step:,}",
                 "inf" if value is None else _format(value, 4),
                 "" if stderr is None else _format(stderr, 4),

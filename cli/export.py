@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .common import JsonFlag, WeightsArgument, console, err_console, print_json
+from .common import JsonFlag, WeightsArgument, console, err_console, print_json, warn
 
 
 def export(
@@ -41,19 +41,17 @@ def export(
     from llmtrain.export.publish import export as export_weights
 
     weights, _ = choose_weights(target)
-    err_console.print(f"{weights.label}: {weights.path}", markup=False, style="dim", soft_wrap=True)
+    err_console.print(f"{weights.label}: {weights.path}", style="dim", soft_wrap=True)
     name = push or str(to)
-    export_weights(weights, to, dtype=dtype, form=form, name=name, tokenizer=tokenizer)
-    if form == "nanogpt":
-        err_console.print("nanoGPT uses exact GELU instead of tanh: logits differ by about 0.001")
+    export_weights(weights, to, dtype=dtype, form=form, name=name, tokenizer=tokenizer, warn=warn)
     url = None
     if push is not None:
         from llmtrain.storage.hub import push as upload
 
-        err_console.print(f"{to} is complete; uploading it to {push}", markup=False)
+        err_console.print(f"{to} is complete; uploading it to {push}")
         url = upload(to, push)
     if as_json:
         document = {"label": weights.label, "step": weights.step, "source": str(weights.path)}
         print_json(document | {"path": str(to), "url": url})
     else:
-        console.print(f"wrote {to}" + (f", uploaded to {url}" if url else ""), markup=False)
+        console.print(f"wrote {to}" + (f", uploaded to {url}" if url else ""))

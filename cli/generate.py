@@ -7,8 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
 from llmtrain.errors import UserError
 from llmtrain.evaluation.options import EvalOptions, Sampling
@@ -21,11 +21,14 @@ from .common import (
     help_of,
     interruptible,
     print_json,
+    print_text,
 )
 
 if TYPE_CHECKING:
     from llmtrain.checkpoints.resolve import Target
 
+_OVERRIDES = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Change the order in which a terminal shows the characters that follow."""
 _help = partial(help_of, Sampling)
 _option = partial(typer.Option, rich_help_panel="Sampling")
 
@@ -69,7 +72,7 @@ def generate(
         raise UserError(problem, hint="pass a run with averages, or an average inside its run")
     generators: dict[Target, Callable[[Sampling], Iterator[str]]] = {}
     for each in [raw, weights] if compare and raw is not None else [weights]:
-        err_console.print(f"{each.label}: {each.path}", markup=False, style="dim", soft_wrap=True)
+        err_console.print(f"{each.label}: {each.path}", style="dim", soft_wrap=True)
         loaded = load_generator(each.path, tokenizer=tokenizer, device=device)
         generators[each] = partial(generate_text, *loaded, prompt)
     documents = []
@@ -92,9 +95,9 @@ def generate(
                     document = place | {"seed": sampling.seed, "prompt": prompt, "text": text}
                     documents.append(document)
             else:
-                columns = [Column(escape(each.label), ratio=1) for each in texts]
+                columns = [Column(each.label, ratio=1) for each in texts]
                 table = Table(*columns, expand=True)
-                table.add_row(*(escape(visible(prompt + text)) for text in texts.values()))
+                table.add_row(*(Text(visible(prompt + text)) for text in texts.values()))
                 console.print(table)
     if as_json:
         print_json(documents)
@@ -102,14 +105,19 @@ def generate(
 
 def _print_stream(prompt: str, parts: Iterator[str], *, first: bool) -> None:
     """Print a text as it is generated, after a separator line unless it is the first."""
-    console.out(visible(prompt) if first else f"---\n{visible(prompt)}", end="")
+    print_text(visible(prompt) if first else f"---\n{visible(prompt)}", end="")
     try:
         for part in parts:
-            console.out(visible(part), end="")
+            print_text(visible(part), end="")
     finally:
-        console.out()
+        print_text("")
 
 
 def visible(text: str) -> str:
-    """Replace control characters with U+FFFD, because a terminal would execute them."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
+    """Replace control characters and bidirectional overrides with U+FFFD, except line breaks."""
+    return "".join("\ufffd" if _is_control(char) else char for char in text)
+
+
+def _is_control(char: str) -> bool:
+    is_break = char in "\n\t"
+    return not is_break and (unicodedata.category(char) in ("Cc", "Cs") or char in _OVERRIDES)

@@ -24,27 +24,23 @@ def inspect(
         bool, typer.Option("--tensors", help="Show dtype, shape, norm and distance per tensor.")
     ] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Recompute the hashes recorded on writing.")
+        bool, typer.Option("--verify", help="Accepted for earlier scripts: hashes are recomputed.")
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show steps, tensors, parameters, dtypes, SHA-256, norms and provenance of checkpoints.
+    """Show steps, tensors, parameters, dtypes, hashes, norms and provenance of checkpoints.
 
     The norm is that of all float tensors together; the distance is from the previous checkpoint.
     """
     from llmtrain.averaging.inspection import inspect_path
 
     with ProgressLine("reading") as line:
-        found = [
-            facts
-            for path in paths
-            for facts in inspect_path(path, verify=verify, progress=line.update)
-        ]
+        found = [facts for path in paths for facts in inspect_path(path, progress=line.update)]
     if as_json:
         counts = [{} if tensors else {"tensors": len(facts.tensors)} for facts in found]
         print_json([asdict(facts) | count for facts, count in zip(found, counts, strict=True)])
         return
-    columns = "step tensors parameters dtypes norm distance sha256 path"
+    columns = "step tensors parameters dtypes norm distance hash path"
     _print_table(None, columns, [_row(facts) for facts in found])
     for facts in found:
         if facts.provenance is not None:
@@ -64,7 +60,7 @@ def _row(facts: "Facts") -> tuple[str, ...]:
         " ".join(f"{dtype}:{count}" for dtype, count in facts.dtypes.items()),
         _number(facts.norm, 6) or "n/a",
         _number(facts.distance, 4),
-        facts.sha256[:12],
+        (facts.blake3 or facts.sha256 or "")[:12],
         facts.path,
     )
 
@@ -80,11 +76,12 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _print_inputs(path: str, provenance: dict[str, Any]) -> None:
-    console.print(f"{path}: {provenance.get('method', 'unknown')}", markup=False)
+    console.print(f"{path}: {provenance.get('method', 'unknown')}")
     for source in provenance.get("inputs", []):
         if isinstance(source, dict):
             line = f"  {source.get('weight')} × {source.get('path')}"
-            console.print(f"{line} ({source.get('sha256', '')[:12]})", markup=False)
+            digest = str(source.get("blake3") or source.get("sha256") or "")
+            console.print(f"{line} ({digest[:12]})")
 
 
 def _print_table(title: str | None, columns: str, rows: list[tuple[str, ...]]) -> None:

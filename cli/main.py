@@ -4,9 +4,10 @@ Why one place: exit codes are a contract. 0 success; 1 the run failed; 2 invalid
 config or input; 128 + N stopped by signal N.
 """
 
+import os
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +16,7 @@ from llmtrain.errors import RunFailed, UserError
 from llmtrain.runtime import launcher
 
 from .average import average
-from .common import print_error
+from .common import clip, print_error, print_traceback
 from .config import config
 from .doctor import doctor
 from .eval import evaluate
@@ -52,9 +53,11 @@ _debug = False
 
 def main() -> None:
     """Run one command and exit with its code."""
+    _open_missing_descriptors()
+    launcher.let_threads_sleep()
     launcher.silence_other_ranks()
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         sys.exit(launcher.worker_exit_code(code))
@@ -63,9 +66,26 @@ def main() -> None:
     except Exception as error:
         if launcher.reports_error():
             if _debug:
-                raise
+                print_traceback(error)
             _print_exception(error)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        sys.exit(2 if isinstance(error, UserError) or _is_usage_error(error) else 1)
+
+
+def _is_usage_error(error: Exception) -> bool:
+    """Return whether typer rejected the command line; its exception classes are private."""
+    return hasattr(error, "format_message")
+
+
+def _open_missing_descriptors() -> None:
+    """Open /dev/null for each closed standard descriptor.
+
+    Otherwise the next file that is opened gets its number, and messages are written into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
 def _print_version(requested: bool) -> None:
@@ -97,12 +117,21 @@ def _print_exception(error: Exception) -> None:
         error = error.__context__  # pathlib's RuntimeError for a symlink loop, before Python 3.13
     if isinstance(error, UserError | RunFailed):
         print_error(error, error.hint)
+    elif _is_usage_error(error):
+        _print_usage_error(error)
     elif isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         print_error(f"{place}{error.strerror or error}", "check the path and the disk")
     else:
         message = f"{type(error).__name__}: {error}"
         print_error(message, "this is a bug; run `llmtrain --debug …` for the traceback")
+
+
+def _print_usage_error(error: Any) -> None:
+    if type(error).__name__ == "NoArgsIsHelpError":  # typer has printed the help
+        return
+    command = error.ctx.command_path if error.ctx else "llmtrain"
+    print_error(clip(error.format_message(), 300), f"see {command} --help")
 
 
 if __name__ == "__main__":

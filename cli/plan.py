@@ -59,7 +59,7 @@ def plan(
         console.print(table(result), "")
     console.print("Assumptions", style="bold")
     for line in result.machine.assumptions:
-        console.print(f"  {line}", markup=False)
+        console.print(f"  {line}")
 
 
 def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right") -> Table:

@@ -111,7 +111,7 @@ def prepare(
             detail = f"{progress.tokens / 1e6:,.1f}M tokens" if progress.total_documents else "read"
             line.update(progress.documents, progress.total_documents, detail)
 
-        log = partial(err_console.print, markup=False)
+        log = err_console.print
         manifest = library.prepare(source, folder, options, on_progress=show, log=log)
     if mismatch := library.openwebtext_mismatch(manifest):
         warn(mismatch)
@@ -137,4 +137,4 @@ def _print_summary(folder: str, manifest: "Manifest", seconds: float) -> None:
     console.print(table)
     if not manifest.val.documents:
         console.print("The val split is empty (val fraction 0): eval needs another data folder.")
-    console.print(f"{manifest.tokenizer.name} tokens in {folder}, {seconds:.1f} s", markup=False)
+    console.print(f"{manifest.tokenizer.name} tokens in {folder}, {seconds:.1f} s")

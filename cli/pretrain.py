@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
+from llmtrain.errors import UserError, printable
 from llmtrain.runtime import launcher
 
 from .common import SetOption, console, discard_stdout, parse_duration, print_outcome, warn
@@ -75,7 +76,6 @@ def pretrain(
     processes trains the same model and can resume checkpoints that another number wrote.
     """
     from llmtrain.config.loading import load_config
-    from llmtrain.errors import UserError
     from llmtrain.storage.run_folder import RunFolder
 
     resolved = load_config(config, settings or [])
@@ -117,7 +117,7 @@ def pretrain(
     next_step = f"Next: llmtrain average {shlex.quote(str(folder))} --every N"
     if outcome.already_finished:
         next_step = "Already finished: raise train.max_steps to continue"
-    console.print(f"{folder}: step {outcome.step:,} reached. {next_step}", markup=False)
+    console.print(f"{folder}: step {outcome.step:,} reached. {next_step}")
 
 
 def _print_config(path: Path, config: "RunConfig") -> None:
@@ -141,7 +141,7 @@ def _print_config(path: Path, config: "RunConfig") -> None:
 def _print(line: str) -> None:
     # Not through rich, which exits when the pipe is closed; training saves a checkpoint first.
     try:
-        print(line, flush=True)
+        print(printable(line), flush=True)
     except OSError as error:  # a closed terminal, or a full disk under a redirection
         raise BrokenPipeError(error.errno, error.strerror) from error
 

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 from rich import box
-from rich.markup import escape
 from rich.table import Column, Table
 
 from .common import JsonFlag, console, print_json
@@ -40,7 +39,7 @@ def recipes(
     else:
         copy_recipe(name, to)
         command = f"llmtrain pretrain --config {shlex.quote(str(to))}"
-        console.print(f"wrote {to}. Next: {command}", markup=False)
+        console.print(f"wrote {to}. Next: {command}")
 
 
 def _print_list(as_json: bool) -> None:
@@ -53,6 +52,6 @@ def _print_list(as_json: bool) -> None:
         return
     table = Table(Column("recipe", no_wrap=True), "what it trains", box=box.SIMPLE)
     for recipe in found:
-        table.add_row(recipe["name"], escape(recipe["summary"]))
+        table.add_row(recipe["name"], recipe["summary"])
     console.print(table)
-    console.print("copy one: llmtrain recipes NAME --to FILE", markup=False)
+    console.print("copy one: llmtrain recipes NAME --to FILE")

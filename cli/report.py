@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from .common import JsonFlag, console, print_json, warn
 from .eval import loss_table
@@ -59,8 +58,8 @@ def report(
     lines = [(saving.run, _sentence(saving)) for saving in written.savings]
     lines += [(record.name, str(record.interventions)) for record in written.records]
     for name, line in filter(itemgetter(1), lines):
-        console.print(f"{name}: {line}" if len(folders) > 1 else line, markup=False)
-    console.print(f"page: [bold]{escape(str(written.page))}[/]")
+        console.print(f"{name}: {line}" if len(folders) > 1 else line)
+    console.print(f"page: {written.page}", style="bold")
 
 
 def _as_json(written: "Report") -> dict[str, object]:

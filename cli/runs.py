@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
 from .common import JsonFlag, console, err_console, format_bytes, print_json, warn
 
@@ -39,7 +39,7 @@ def runs(
         console.print(_table(entries))
     else:
         hint = "start one with llmtrain pretrain --config FILE"
-        err_console.print(f"{escape(str(folder))}/ contains no runs: {hint}")
+        err_console.print(f"{folder}/ contains no runs: {hint}")
 
 
 def _table(entries: "list[RunEntry]") -> Table:
@@ -54,13 +54,13 @@ def _table(entries: "list[RunEntry]") -> Table:
     )
     for entry in entries:
         table.add_row(
-            escape(entry.name),
-            f"[{_COLOURS[entry.state]}]{entry.state}[/]",
+            entry.name,
+            Text(entry.state, _COLOURS[entry.state]),
             "" if entry.step is None else f"{entry.step:,}/{entry.max_steps:,}",
             *("" if best is None else f"{best.loss:.4f}" for best in (entry.raw, entry.average)),
             _age(time.time() - entry.modified),
             format_bytes(entry.bytes),
-            "" if entry.average is None else escape(entry.average.label),
+            "" if entry.average is None else entry.average.label,
         )
     return table
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from .common import JsonFlag, console, print_json
 
@@ -30,11 +29,11 @@ def verify(
         print_json([{**asdict(check), "folder": str(check.folder)} for check in checks])
     else:
         for check in checks:
-            status = "[red]damaged[/]" if check.problems else "ok"
+            status, style = ("damaged", "red") if check.problems else ("ok", None)
             size = f"{check.files:,} files, {check.bytes:,} bytes"
-            console.print(f"{status}  {escape(str(check.folder))}: {size}")
+            console.print(f"{status}  {check.folder}: {size}", style=style)
             for problem in check.problems:
-                console.print(f"  [red]{escape(problem)}[/]")
+                console.print(f"  {problem}", style=style)
     if damaged := sum(bool(check.problems) for check in checks):
         raise RunFailed(
             f"{damaged} of {len(checks)} folder(s) differ from their records",

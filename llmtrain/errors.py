@@ -5,25 +5,36 @@ raise UserError("no run in runs/", hint="train one: llmtrain pretrain --config F
 
 import unicodedata
 
+_JOINERS = "\u200c\u200d"
+"""Format characters of Persian, Indic scripts and emoji."""
+_MAX_MARKS = 4
+"""Combining marks on one character; more would cover the lines above and below."""
+_LIST_ITEM = "\n  "
+"""Line break and indentation of an item in a message; every other line break is escaped."""
+
 
 def printable(text: str) -> str:
-    """Return text from outside (tensor, run or hub names) without control characters.
+    """Return text from outside (tensor, run or hub names) as one line without control characters.
 
-    Control and format characters, such as newlines, escapes and bidirectional overrides, appear as
-    their Python escapes.
+    Characters that `repr` would escape, such as newlines, terminal escapes, bidirectional overrides
+    and lone surrogates, appear as Python escapes.
     """
-    return "".join(
-        char.encode("unicode_escape").decode() if unicodedata.category(char)[0] == "C" else char
-        for char in text
-    )
+    if text.isascii() and text.isprintable():
+        return text
+    shown, marks = [], 0
+    for char in text:
+        marks = marks + 1 if unicodedata.category(char)[0] == "M" else 0
+        is_safe = (char.isprintable() or char in _JOINERS) and marks <= _MAX_MARKS
+        shown.append(char if is_safe else char.encode("unicode_escape").decode())
+    return "".join(shown)
 
 
 class _ReportedError(Exception):
     """An error with a hint; it can be sent to other processes."""
 
     def __init__(self, message: str, *, hint: str) -> None:
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(_LIST_ITEM.join(map(printable, message.split(_LIST_ITEM))))
+        self.hint = printable(hint)
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), str(self), self.hint))

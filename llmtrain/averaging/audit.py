@@ -1,10 +1,9 @@
-"""Checks of the inputs: hashes, known-bad revisions, duplicates, and breaks in the trajectory.
+"""Checks of the inputs: digests, known-bad revisions, duplicates, and breaks in the trajectory.
 
 Some public series contain wrong weights, and an average of them loads without an error. The checks
-are nearly free: they use declared hashes, and norms from the merge.
+are nearly free: they use recorded digests, and norms from the merge.
 """
 
-import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -12,17 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from llmtrain.averaging.merge import CHUNK, Norms, chunks
 from llmtrain.averaging.request import MergeOptions
-from llmtrain.checkpoints.checkpoint import Checkpoint
+from llmtrain.checkpoints.checkpoint import WEIGHTS_SUFFIXES, Checkpoint
 from llmtrain.checkpoints.series import Input, Series
 from llmtrain.checkpoints.windows import describe_steps
 from llmtrain.errors import UserError
-from llmtrain.storage.integrity import sha256_of
+from llmtrain.storage.integrity import Algorithm, Digest, combined_digest, digest_of
 
 LARGE = 4096
 """Tensors with at least this many elements cannot match by chance."""
@@ -34,83 +33,78 @@ UNRELATED = 1.2
 """A large tensor is unrelated beyond this distance as a share of its norm (√2: independent)."""
 
 _SHOWN = 12
-_WEIGHTS = (".safetensors", ".bin", ".pt")
-_SMALL_FILES = (".json", ".txt", ".model")
 
 
 @dataclass(frozen=True)
-class InputHashes:
-    """SHA-256 of the weights files of one input."""
+class InputDigests:
+    """Digests of the weights files of one input."""
 
-    files: Mapping[str, str]
+    files: Mapping[str, Digest]
     source: str
     """`recorded` when the files were committed, or `computed` now."""
 
     @classmethod
-    def declared(cls, source: Input) -> "InputHashes":
-        """Return the hashes that were recorded for an input before it is opened; may be empty."""
-        hashes = source.declared()
-        return cls({n: h for n, h in hashes.items() if n.endswith(_WEIGHTS)}, "recorded")
+    def declared(cls, source: Input) -> "InputDigests":
+        """Return the digests that were recorded for an input before it is opened; may be empty."""
+        found = source.declared()
+        return cls({n: d for n, d in found.items() if n.endswith(WEIGHTS_SUFFIXES)}, "recorded")
 
     @property
-    def sha256(self) -> str:
-        """Hash of the only file, or of the sorted lines `<sha256>  <name>` of several."""
-        if len(self.files) == 1:
-            return next(iter(self.files.values()))
-        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(self.files.items()))
-        return hashlib.sha256(lines.encode()).hexdigest()
+    def combined(self) -> Digest:
+        """Digest of the input: see `combined_digest`."""
+        return combined_digest(self.files)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the entries of a provenance file."""
+        whole = self.combined
+        entry: dict[str, Any] = {**whole.as_json(), f"{whole.algorithm}_source": self.source}
+        if len(self.files) > 1:
+            entry["files"] = {name: digest.hex for name, digest in self.files.items()}
+        return entry
 
 
-def input_hashes(
-    checkpoints: Mapping[Input, Checkpoint], progress: Callable[[int, int], None], *, compute: bool
-) -> dict[Input, InputHashes]:
-    """Return `hashes_of` every input; `progress` may raise to stop."""
-    found: dict[Input, InputHashes] = {}
+def input_digests(
+    checkpoints: Mapping[Input, Checkpoint],
+    progress: Callable[[int, int], None],
+    algorithm: Algorithm = "blake3",
+) -> dict[Input, InputDigests]:
+    """Return `digests_of` every input; `progress` may raise to stop."""
+    found: dict[Input, InputDigests] = {}
     pool = ThreadPoolExecutor(2)  # hashing releases the GIL
     try:
-        known = pool.map(lambda item: hashes_of(*item, compute=compute), checkpoints.items())
-        for source, hashes in zip(checkpoints, known, strict=True):
-            found[source] = hashes
+        known = pool.map(lambda each: digests_of(each, algorithm), checkpoints.values())
+        for source, digests in zip(checkpoints, known, strict=True):
+            found[source] = digests
             progress(len(found), len(checkpoints))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     return found
 
 
-def hashes_of(
-    source: Input, checkpoint: Checkpoint, *, compute: bool, known: Mapping[Path, str] | None = None
-) -> InputHashes:
-    """Return the declared hashes of one input, or compute and compare them.
-
-    `known` are hashes that were computed while reading. If hashes are computed, the small files
-    that an average copies (configuration, tokenizer) are compared too.
-    """
-    declared = source.declared()
-    if not compute and all(path.name in declared for path in checkpoint.files):
-        return InputHashes({p.name: declared[p.name] for p in checkpoint.files}, "recorded")
-    small = [checkpoint.folder / name for name in declared if name.endswith(_SMALL_FILES)]
-    paths = {*checkpoint.files, *(path for path in small if path.is_file())}
-    computed = {path: (known or {}).get(path) or sha256_of(path) for path in paths}
-    for path, digest in computed.items():
-        if declared.get(path.name, digest) != digest:
-            raise UserError(
-                f"{path} has another SHA-256 than when it was written",
-                hint="restore the damaged file, or average a window without this step",
-            )
-    return InputHashes({path.name: computed[path] for path in checkpoint.files}, "computed")
+def digests_of(checkpoint: Checkpoint, algorithm: Algorithm = "blake3") -> InputDigests:
+    """Return the recorded digests of one input, which `merge` verifies, or compute them."""
+    residual = checkpoint.residual.files if checkpoint.residual else ()
+    paths = {path.name: path for path in (*checkpoint.files, *residual)}
+    recorded = {name: checkpoint.recorded[name] for name in paths if name in checkpoint.recorded}
+    if len(recorded) == len(paths):
+        return InputDigests(recorded, "recorded")
+    if recorded:  # the hub records SHA-256 of large files only
+        algorithm = next(iter(recorded.values())).algorithm
+    computed = {n: recorded.get(n) or digest_of(path, algorithm) for n, path in paths.items()}
+    return InputDigests(computed, "computed")
 
 
 def check_metadata(series: Series, inputs: Sequence[Input], options: MergeOptions) -> None:
     """Raise a UserError for known-bad revisions and for declared duplicates, before a download."""
     if not options.allow_known_bad:
         refuse_known_bad(series.repository, [source.step for source in inputs])
-    declared = {source: InputHashes.declared(source) for source in inputs}
-    check_hashes(series, declared, options, compute=False)
+    declared = {source: InputDigests.declared(source) for source in inputs}
+    check_digests(series, declared, options, compute=False)
 
 
-def check_hashes(
+def check_digests(
     series: Series,
-    hashes: Mapping[Input, InputHashes],
+    digests: Mapping[Input, InputDigests],
     options: MergeOptions,
     *,
     compute: bool = True,
@@ -123,11 +117,12 @@ def check_hashes(
         return
     final = None
     if series.final is not None:
-        known = InputHashes.declared(series.final)
+        known = InputDigests.declared(series.final)
         if compute and not known.files and series.repository is None:
-            known = hashes_of(series.final, series.final.open(), compute=True)
+            algorithms = [known.combined.algorithm for known in digests.values()]
+            known = digests_of(series.final.open(), *algorithms[:1])
         final = series.final.step, known.files
-    refuse_duplicates({source.step: known.files for source, known in hashes.items()}, final)
+    refuse_duplicates({source.step: known.files for source, known in digests.items()}, final)
 
 
 def check_norms(
@@ -167,14 +162,15 @@ def refuse_known_bad(repository: str | None, steps: Sequence[int]) -> None:
 
 
 def refuse_duplicates(
-    hashes: Mapping[int, Mapping[str, str]], final: tuple[int, Mapping[str, str]] | None = None
+    digests: Mapping[int, Mapping[str, Digest]],
+    final: tuple[int, Mapping[str, Digest]] | None = None,
 ) -> None:
-    """Raise a UserError if a file, in `hashes` by step and name, has the same content at two steps.
+    """Raise a UserError if a file, in `digests` by step and name, is the same at two steps.
 
     `final` are the last step and the files of the finished model; another step must have none.
     """
-    holders: dict[str, dict[int, str]] = defaultdict(dict)
-    for step, names in hashes.items():
+    holders: dict[Digest, dict[int, str]] = defaultdict(dict)
+    for step, names in digests.items():
         for name, digest in names.items():
             holders[digest].setdefault(step, name)
     final_step, final_files = final or (0, {})

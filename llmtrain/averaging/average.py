@@ -1,12 +1,11 @@
 """Averages of a series, from the specs to the committed folders.
 
-Phases: `audit.check_metadata`, open and hash the inputs, `audit.check_hashes`, then for each group
-of averages `merge`, `audit.check_norms` and commit.
+Phases: `audit.check_metadata`, open the inputs, `audit.check_digests`, then for each group of
+averages `merge`, which verifies the inputs, `audit.check_norms` and commit.
 """
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from llmtrain.averaging.request import Integers, MergeOptions
 from llmtrain.averaging.spec import (
     Average,
     AverageSpec,
+    algorithm_for,
     provenance,
     require_declared,
     require_same,
@@ -32,6 +32,7 @@ from llmtrain.checkpoints.writer import WeightsWriter, copy_companions, layout_b
 from llmtrain.errors import UserError
 from llmtrain.storage.commit import locked_folder, remove_abandoned, remove_leftovers, staged_folder
 from llmtrain.storage.disk import disk_errors, require_room
+from llmtrain.storage.integrity import write_integrity
 from llmtrain.storage.json_files import write_json
 
 MAX_GROUP = 64
@@ -82,26 +83,26 @@ def average(
         progress(done, len(inputs))
         checkpoints[source] = source.open()  # may download it
     require_same_tensors(list(checkpoints.values()))
-    hashes = audit.input_hashes(checkpoints, progress, compute=not series.trusted)
-    audit.check_hashes(series, hashes, options)
-    verify = series.trusted and options.verify
-    if verify:  # the merge computes these hashes, and commits only if they agree
-        hashes = {source: replace(known, source="computed") for source, known in hashes.items()}
-    documented = [(spec, provenance(spec, checkpoints, hashes, options)) for spec in specs]
+    for note in dict.fromkeys(note for each in checkpoints.values() for note in each.notes):
+        warn(note)
+    digests = audit.input_digests(checkpoints, progress, algorithm_for(specs))
+    audit.check_digests(series, digests, options)
+    verify = options.verify or not series.trusted
+    if verify:  # the merge computes these digests, and commits only if they agree
+        digests = {source: replace(each, source="computed") for source, each in digests.items()}
+    documented = [(spec, provenance(spec, checkpoints, digests, options)) for spec in specs]
     for spec, document in documented:
         if spec.target.exists():
             require_same(spec.target, document)
     missing = [(spec, document) for spec, document in documented if not spec.target.exists()]
     made = {spec.target for spec, _ in missing}
-    unverified = set(inputs) if verify else set()
     needed = _output_bytes(checkpoints[inputs[-1]], options)
     size = min(MAX_GROUP, max(1, MAX_GROUP_BYTES // max(1, needed)))
     for first in range(0, len(missing), size):
         group = missing[first : first + size]
         used = unique_inputs([spec for spec, _ in group])
         opened = {source: checkpoints[source] for source in used}
-        _merge_group(group, opened, options, unverified.intersection(used), progress, warn)
-        unverified.difference_update(used)
+        _merge_group(group, opened, options, progress, warn, verify=verify)
     return [Average(spec, cached=spec.target not in made) for spec in specs]
 
 
@@ -109,11 +110,12 @@ def _merge_group(
     group: Sequence[Documented],
     checkpoints: Mapping[Input, Checkpoint],
     options: MergeOptions,
-    verify: AbstractSet[Input],
     progress: Progress,
     warn: Callable[[str], None],
+    *,
+    verify: bool,
 ) -> None:
-    """Merge a group in one pass, compare the hashes of the inputs in `verify`, and commit."""
+    """Merge a group in one pass, comparing the inputs with their records, and commit."""
     opened = list(checkpoints.values())
     sums = weighted_sums([spec for spec, _ in group], list(checkpoints))
     needed = _output_bytes(opened[-1], options)
@@ -124,9 +126,8 @@ def _merge_group(
             remove_leftovers(parent)
         writers = []
         for spec, document in group:
-            hashes: dict[str, str] = {}
-            folder = commits.enter_context(staged_folder(spec.target, needed=needed, hashes=hashes))
-            writer = _prepare(folder, checkpoints[spec.inputs[-1]], document, options, hashes)
+            folder = commits.enter_context(staged_folder(spec.target, needed=needed))
+            writer = _prepare(folder, checkpoints[spec.inputs[-1]], document, options)
             writers.append(files.enter_context(writer))
         norms = merge(
             opened,
@@ -135,13 +136,14 @@ def _merge_group(
             dtypes=_output_dtypes(opened[-1], options),
             integers=options.integers,
             progress=progress,
-            hash_inputs=bool(verify),
+            verify=verify,
         )
         if all(spec.audited for spec, _ in group):
             for line in audit.check_norms(opened, norms, options):
                 warn(line)
-        for source in verify:
-            audit.hashes_of(source, checkpoints[source], compute=True, known=norms.hashes)
+        files.close()  # flush the writers
+        for writer in writers:
+            write_integrity(writer.folder, writer.digests())
 
 
 def _prepare(
@@ -149,12 +151,11 @@ def _prepare(
     newest: Checkpoint,
     document: dict[str, Any],
     options: MergeOptions,
-    hashes: dict[str, str] | None = None,
 ) -> WeightsWriter:
     copy_companions(newest, folder, options.dtype)
     write_json(folder / PROVENANCE_FILE, document)
     layout = output_layout(newest, dtype=options.dtype)
-    return WeightsWriter(folder, layout, newest.metadata, hashes)
+    return WeightsWriter(folder, layout, newest.metadata)
 
 
 def _output_bytes(newest: Checkpoint, options: MergeOptions) -> int:
@@ -185,18 +186,19 @@ def _average_in_turn(
         return Average(spec, cached=True)
     factors, divisor = WeightedSum(tuple(range(len(spec.inputs))), spec.weights).factors()
     opened: dict[Input, Checkpoint] = {}
-    hashes: dict[Input, audit.InputHashes] = {}
+    digests: dict[Input, audit.InputDigests] = {}
     total: Checkpoint | None = None
     with staged_folder(spec.target) as folder:
         for number, source in enumerate(spec.inputs):
             checkpoint = opened[source] = source.open()
             require_same_tensors(list(opened.values()))
-            hashes[source] = audit.hashes_of(source, checkpoint, compute=True)
-            audit.check_hashes(series, hashes, options)
+            found = audit.digests_of(checkpoint)  # `_add` verifies them
+            digests[source] = replace(found, source="computed")
+            audit.check_digests(series, digests, options)
             path = folder / f"sum-{number}.safetensors"
             total = _add(total, checkpoint, factors[number], path, options.integers)
             if number + 1 == len(spec.inputs):
-                document = provenance(spec, opened, hashes, options)
+                document = provenance(spec, opened, digests, options)
                 writer = _prepare(folder, checkpoint, document, options)
             if checkpoint.disposable:
                 shutil.rmtree(checkpoint.folder)

@@ -1,7 +1,6 @@
 """Facts about checkpoints for `llmtrain inspect`: tensors, hashes, norms, distances, provenance."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint, load_or
 from llmtrain.checkpoints.open import is_checkpoint
 from llmtrain.checkpoints.resolve import resolve
 from llmtrain.checkpoints.series import Input, folder_series, local_input, require_same_tensors
+from llmtrain.checkpoints.step_names import parse_step
 from llmtrain.errors import UserError
+from llmtrain.storage.integrity import DamagedFile
 from llmtrain.storage.json_files import read_json
 from llmtrain.storage.run_folder import RunFolder, step_folders
 
@@ -47,11 +48,13 @@ class Facts:
     bytes: int
     dtypes: dict[str, int]
     """Number of tensors by dtype."""
-    sha256: str
+    blake3: str | None
+    """Hash of the weights in the algorithm of the record; the other one is None."""
+    sha256: str | None
     files: dict[str, str]
-    """SHA-256 of each weights file."""
+    """Hash of each weights file."""
     hash_source: str
-    """`recorded` or `computed`."""
+    """`computed`: every file was read, and agrees with its record if there is one."""
     lr: float | None
     tokens: int | None
     """Tokens trained on so far."""
@@ -66,24 +69,22 @@ Measured = tuple[dict[str, float], dict[str, float], list[str]]
 """Norms and distances by tensor (no distances for the first checkpoint), and problems."""
 
 
-def inspect_path(
-    path: Path, *, verify: bool = False, progress: Progress | None = None
-) -> list[Facts]:
+def inspect_path(path: Path, *, progress: Progress | None = None) -> list[Facts]:
     """Return facts about every checkpoint of a run or folder, or about a single one, by step.
 
-    With `verify`, compute hashes even if they were recorded. `progress` is called with the chunks
-    done and the total. Raise UserError if there is no checkpoint or a file cannot be opened.
+    `progress` is called with the chunks done and the total. Raise UserError if there is no
+    checkpoint, a file cannot be opened, or it differs from its record.
     """
     inputs = _inputs(path)
     opened = [source.open() for source in inputs]
     measured = _measure(opened, progress)
-    hashes = [audit.hashes_of(s, c, compute=verify) for s, c in zip(inputs, opened, strict=True)]
+    digests = [audit.digests_of(checkpoint) for checkpoint in opened]
     try:
-        by_step = {s.step: known.files for s, known in zip(inputs, hashes, strict=True)}
+        by_step = {s.step: known.files for s, known in zip(inputs, digests, strict=True)}
         audit.refuse_duplicates(by_step)
     except UserError as error:
         measured[-1][2].append(str(error))
-    return [_facts(*each) for each in zip(opened, hashes, measured, strict=True)]
+    return [_facts(*each) for each in zip(opened, digests, measured, strict=True)]
 
 
 def _inputs(path: Path) -> list[Input]:
@@ -99,13 +100,13 @@ def _inputs(path: Path) -> list[Input]:
 
 
 def _step_of(path: Path) -> int:
-    """Return the recorded step of a checkpoint, else the number at the end of its name, else 0."""
+    """Return the recorded step of a checkpoint, else the step in its name, else 0."""
     provenance = path / PROVENANCE_FILE
     if origin := load_origin(path):
         return origin.step
     recorded = read_json(provenance).get("step") if provenance.exists() else None
-    number = re.search(r"(\d+)$", path.stem)
-    return int(recorded or (number[1] if number else 0))
+    named = parse_step(path.stem if path.is_file() else path.name)
+    return int(recorded or (named.step if named else 0))
 
 
 def _measure(opened: Sequence[Checkpoint], progress: Progress | None) -> list[Measured]:
@@ -113,6 +114,8 @@ def _measure(opened: Sequence[Checkpoint], progress: Progress | None) -> list[Me
     try:
         require_same_tensors(opened)
         norms = merge(opened, [], [], integers="last", progress=progress)
+    except DamagedFile:
+        raise
     except UserError as error:
         if len(opened) == 1:
             return [({}, {}, [str(error)])]
@@ -129,7 +132,7 @@ def _measure(opened: Sequence[Checkpoint], progress: Progress | None) -> list[Me
     return measured
 
 
-def _facts(checkpoint: Checkpoint, hashes: audit.InputHashes, measured: Measured) -> Facts:
+def _facts(checkpoint: Checkpoint, digests: audit.InputDigests, measured: Measured) -> Facts:
     origin, provenance = checkpoint.origin, checkpoint.folder / PROVENANCE_FILE
     norm, distance, problems = measured
     specs = checkpoint.tensors
@@ -143,9 +146,10 @@ def _facts(checkpoint: Checkpoint, hashes: audit.InputHashes, measured: Measured
         parameters=sum(spec.count for spec in specs.values()),
         bytes=sum(spec.bytes for spec in specs.values()),
         dtypes=dict(Counter(spec.dtype for spec in specs.values())),
-        sha256=hashes.sha256,
-        files=dict(hashes.files),
-        hash_source=hashes.source,
+        blake3=digests.combined.as_json().get("blake3"),
+        sha256=digests.combined.as_json().get("sha256"),
+        files={name: digest.hex for name, digest in digests.files.items()},
+        hash_source="computed",
         lr=origin.lr if origin else None,
         tokens=origin.tokens if origin else None,
         norm=_total(norm),

@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmtrain.averaging.request import Integers
-from llmtrain.checkpoints.checkpoint import Checkpoint
+from llmtrain.checkpoints.checkpoint import Checkpoint, verified_reader
 from llmtrain.checkpoints.tensors import (
     FLOATS,
     Float64s,
@@ -37,6 +36,9 @@ CHUNK = 131_072
 
 _RUN = 8192
 """Elements in one dot product; a longer one would start threads inside BLAS."""
+
+_COUNTER = "num_batches_tracked"
+"""BatchNorm's count of batches, which grows during training; the newest value is kept."""
 
 Write = Callable[[str, int, StoredArray], None]
 """Takes a tensor's name, the index of the first element, and elements in stored form."""
@@ -76,8 +78,6 @@ class Norms:
     norm: NDArray[np.float64]
     distance: NDArray[np.float64]
     """Norm of the difference from the previous input; row 0 is 0."""
-    hashes: dict[Path, str]
-    """SHA-256 of each file that was read sequentially, if the inputs were hashed."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def merge(
     dtypes: Mapping[str, str] | None = None,
     integers: Integers = "equal",
     progress: Callable[[int, int], None] | None = None,
-    hash_inputs: bool = False,
+    verify: bool = True,
 ) -> Norms:
     """Compute every sum in one pass over the checkpoints.
 
@@ -118,10 +118,10 @@ def merge(
         dtypes: dtype of each output tensor; default: that of the inputs.
         integers: `equal`: integer tensors must agree in all inputs; `last`: copy the newest one's.
         progress: called with the chunks done and the total.
-        hash_inputs: hash the input files while reading.
+        verify: compare the inputs with their recorded digests while reading them.
 
     Raises:
-        UserError: a NaN or infinite weight, integers that differ, or a truncated input.
+        UserError: a NaN or infinite weight, integers that differ, or a damaged input.
     """
     work = list(chunks(checkpoints[-1].tensors))
     todo = iter(work)  # shared: each thread takes the next chunk when it is free
@@ -130,11 +130,8 @@ def merge(
     _raise_file_limit()
     stopped = threading.Event()
     with ExitStack() as files:
-        readers = [_OrderedReader(checkpoint, files, stopped) for checkpoint in checkpoints]
+        readers = [_OrderedReader(each, files, stopped, verify=verify) for each in checkpoints]
         outputs = [(write, OrderedAccess(stopped)) for write in writes]
-        stored = [reader.stored for each in readers for reader in each.parts]
-        for reader in stored if hash_inputs else []:
-            reader.start_hashing()
 
         def worker() -> None:
             summation = _Summation(readers, sums, outputs, dtypes or {}, integers)
@@ -146,11 +143,10 @@ def merge(
                     progress(next(done), len(work))
 
         _run_threads(worker, min(available_cores(), 4), stopped)
-        hashes = {path: digest for reader in stored for path, digest in reader.hashes().items()}
-    return _norms(work, squares, hashes)
+    return _norms(work, squares)
 
 
-def _norms(work: Sequence[Chunk], squares: NDArray[np.float64], hashes: dict[Path, str]) -> Norms:
+def _norms(work: Sequence[Chunk], squares: NDArray[np.float64]) -> Norms:
     """Add the squares in chunk order, so that threads do not change the result."""
     names = list(dict.fromkeys(chunk.name for chunk in work if chunk.spec.dtype in FLOATS))
     column = {name: index for index, name in enumerate(names)}
@@ -159,7 +155,7 @@ def _norms(work: Sequence[Chunk], squares: NDArray[np.float64], hashes: dict[Pat
         if chunk.name in column:
             total[:, :, column[chunk.name]] += square
     norm, distance = np.sqrt(total)
-    return Norms(tuple(names), norm, distance, hashes)
+    return Norms(tuple(names), norm, distance)
 
 
 class _Stopped(Exception):
@@ -195,16 +191,20 @@ class OrderedAccess:
 class _OrderedReader:
     """An open input that returns chunks in order."""
 
-    def __init__(self, checkpoint: Checkpoint, files: ExitStack, stopped: threading.Event) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, files: ExitStack, stopped: threading.Event, *, verify: bool
+    ) -> None:
         self.checkpoint = checkpoint
-        self.stored = files.enter_context(checkpoint.reader())
+        self.stored = files.enter_context(
+            verified_reader(checkpoint) if verify else checkpoint.reader()
+        )
         self._tensors = checkpoint.tensors
         self._access = OrderedAccess(stopped)
         residual = checkpoint.residual
         self.parts = [self]
         """This file, then its residual."""
         if residual is not None:
-            self.parts.append(_OrderedReader(residual, files, stopped))
+            self.parts.append(_OrderedReader(residual, files, stopped, verify=verify))
 
     def read(self, chunk: Chunk, buffer: NDArray[np.uint8]) -> StoredArray:
         """Read a chunk in stored form."""
@@ -291,10 +291,12 @@ class _Summation:
     def _copy_integers(self, chunk: Chunk) -> None:
         """Copy elements without a mean from the newest input of each sum."""
         held = [reader.read(chunk, self._raw).copy() for reader in self.readers]
+        is_counter = chunk.name.rpartition(".")[2] == _COUNTER
+        must_agree = self.integers == "equal" and not is_counter
         for number, each in enumerate(self.sums):
             first, *others = each.inputs
             for other in others:
-                if self.integers == "equal" and not np.array_equal(held[other], held[first]):
+                if must_agree and not np.array_equal(held[other], held[first]):
                     steps = [self.readers[i].checkpoint.step for i in (first, other)]
                     raise UserError(
                         f"{chunk.name} ({chunk.spec}) cannot be averaged and differs between "

@@ -1,6 +1,6 @@
 """Specifications: one average to make, its provenance, and its comparison with an existing folder.
 
-The provenance identifies the inputs by hash, so a repeated command keeps finished averages.
+The provenance identifies the inputs by digest, so a repeated command keeps finished averages.
 """
 
 import math
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain import __version__
-from llmtrain.averaging.audit import InputHashes
+from llmtrain.averaging.audit import InputDigests
 from llmtrain.averaging.merge import WeightedSum
 from llmtrain.averaging.request import MergeOptions
 from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint
 from llmtrain.checkpoints.series import Input
 from llmtrain.errors import UserError
-from llmtrain.storage.integrity import integrity_problems
+from llmtrain.storage.integrity import Algorithm, Digest, integrity_problems
 from llmtrain.storage.json_files import read_json
 
 
@@ -78,24 +78,21 @@ def weighted_sums(specs: Sequence[AverageSpec], inputs: Sequence[Input]) -> list
 def provenance(
     spec: AverageSpec,
     checkpoints: Mapping[Input, Checkpoint],
-    hashes: Mapping[Input, InputHashes],
+    digests: Mapping[Input, InputDigests],
     options: MergeOptions,
 ) -> dict[str, Any]:
     """Return the content of `provenance.json`."""
     inputs = []
     for source, weight in zip(spec.inputs, spec.weights, strict=True):
-        origin, known = checkpoints[source].origin, hashes[source]
+        origin = checkpoints[source].origin
         entry = {
             "path": checkpoints[source].location,
             "step": source.step,
             "weight": weight,
             "lr": origin.lr if origin else None,
             "tokens": origin.tokens if origin else None,
-            "sha256": known.sha256,
-            "sha256_source": known.source,
+            **digests[source].as_json(),
         }
-        if len(known.files) > 1:
-            entry["files"] = dict(known.files)
         inputs.append(entry)
     return {
         "llmtrain": __version__,
@@ -128,12 +125,22 @@ def require_same(target: Path, document: Mapping[str, Any]) -> None:
         )
 
 
+def algorithm_for(specs: Sequence[AverageSpec]) -> Algorithm:
+    """Return the algorithm for inputs without a record: that of the existing averages, if any."""
+    for spec in specs:
+        path = spec.target / PROVENANCE_FILE
+        inputs = read_json(path).get("inputs") if path.exists() else None
+        if isinstance(inputs, list) and any("sha256" in entry for entry in inputs):
+            return "sha256"
+    return "blake3"
+
+
 def require_declared(spec: AverageSpec, options: MergeOptions) -> None:
-    """Raise a UserError unless the existing folder has the inputs whose hashes are declared now."""
+    """Raise a UserError unless the existing folder has the inputs that are declared now."""
     inputs = [
-        {"step": source.step, "weight": weight, "sha256": declared.sha256}
+        {"step": source.step, "weight": weight, **declared.as_json()}
         for source, weight in zip(spec.inputs, spec.weights, strict=True)
-        if (declared := InputHashes.declared(source)).files
+        if (declared := InputDigests.declared(source)).files
     ]
     require_same(spec.target, {**_arithmetic(options), "inputs": inputs})
 
@@ -149,6 +156,6 @@ def _arithmetic(options: MergeOptions) -> dict[str, Any]:
 
 def _identity(document: Mapping[str, Any]) -> list[object]:
     """Return everything that determines the numbers of an average, except the weights."""
-    inputs = [(i.get("step"), i.get("sha256")) for i in document.get("inputs") or []]
+    inputs = [(i.get("step"), Digest.from_json(i)) for i in document.get("inputs") or []]
     options = [document.get(key) for key in ("arithmetic", "dtype", "max_shard_bytes")]
     return [*options, document.get("integers", "equal"), inputs]

@@ -21,9 +21,9 @@ import numpy as np
 
 from llmtrain.averaging.coefficients import span
 from llmtrain.averaging.spec import AverageSpec
-from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE
+from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, recorded_digests
 from llmtrain.checkpoints.open import open_with_residual
-from llmtrain.checkpoints.series import Input, MissingCheckpoints, Series, recorded_hashes
+from llmtrain.checkpoints.series import Input, MissingCheckpoints, Series
 from llmtrain.checkpoints.windows import describe_steps
 from llmtrain.errors import UserError
 from llmtrain.storage.json_files import read_json
@@ -199,7 +199,7 @@ def _spec(
             each.step,
             str(each.path),
             partial(open_with_residual, each.path, step=each.step),
-            partial(recorded_hashes, each.path),
+            partial(recorded_digests, each.path),
         )
         for each in used
     )

@@ -7,6 +7,7 @@ memory.
 import csv
 import io
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,8 +34,9 @@ from llmtrain.checkpoints.windows import describe_steps
 from llmtrain.config.loading import load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.cache import local_folder
+from llmtrain.data.shard_check import require_intact
 from llmtrain.data.token_data import open_data
-from llmtrain.errors import UserError
+from llmtrain.errors import UserError, printable
 from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.runtime.device import keep_freed_memory, resolve_device, resolve_precision
@@ -240,6 +242,7 @@ def _evaluator(config: RunConfig, folder: Path) -> Callable[[_Weights], LossResu
     device = resolve_device(config.train.device)
     model = load_model(folder).to(device)
     data = open_data(local_folder(config.data.path))
+    require_intact(data.files["val"])
     loss = partial(
         evaluate,
         model,
@@ -326,11 +329,14 @@ def draw(result: SweepResult, path: Path, title: str) -> None:
     for shade, candidate in zip(shades[1:], result.candidates[1:], strict=False):
         line(candidate, candidate.label, shade, 1.0)
     line(result.best, f"{result.best.label} (best)", "#D55E00", 2.2)
-    axes.set_title(title, loc="left")
+    axes.set_title(printable(title), loc="left", parse_math=False)
     axes.set(xlabel="step", ylabel="validation loss (nats per token)")
     axes.grid(visible=True, alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     png = io.BytesIO()
-    figure.savefig(png, format="png")
+    with warnings.catch_warnings():
+        # A glyph missing from our font is a box.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(png, format="png")
     write_atomically(path, png.getvalue())

@@ -6,8 +6,12 @@ May import model, config, runtime, storage and errors. Files, from the lowest:
     checkpoint.py         `Checkpoint`, `Reader`, names of files, shard indexes
     safetensors_files.py  format: safetensors, read without torch
     gpt2_folder.py        Hugging Face GPT-2 layout: save and load our model; transposes, biases
-    torch_files.py        format: pytorch_model.bin, and .pt files of nanoGPT and similar trainers
+    torch_load.py         load a file of torch without running code
+    state_dicts.py        find the weights in a training file, and check the tensors
+    nanogpt.py            files of nanoGPT and build-nanogpt as GPT-2
+    torch_files.py        format: pytorch_model.bin, and training files of other trainers
     windows.py            windows of steps (pure arithmetic)
+    step_names.py         the step in the name of a checkpoint
     open.py               `open_checkpoint`, `FORMATS`
     series.py             the checkpoints of a run or folder by step
     hub.py                the revisions of a Hugging Face repository by step

@@ -1,7 +1,8 @@
 """A checkpoint in any format: its tensors, its files, and a reader of elements."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 
 from llmtrain.checkpoints.tensors import StoredArray, TensorSpec
 from llmtrain.errors import UserError
+from llmtrain.storage import integrity
+from llmtrain.storage.integrity import Algorithm, Digest
 from llmtrain.storage.json_files import read_json
 
 WEIGHTS_FILE = "model.safetensors"
@@ -36,6 +39,8 @@ COMPANION_FILES = (
     "chat_template.jinja",
 )
 """Patterns of the files that a model needs next to its weights; never code."""
+
+WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt")
 
 
 @dataclass(frozen=True)
@@ -69,11 +74,11 @@ class Reader:
         """Return elements `start` to `stop` of the flattened tensor, possibly in `buffer`."""
         raise NotImplementedError  # each format has its own
 
-    def start_hashing(self) -> None:
-        """Hash everything read from now on."""
+    def start_hashing(self, algorithms: Mapping[str, Algorithm]) -> None:
+        """Hash everything read from now on of the files named in `algorithms`."""
 
-    def hashes(self) -> dict[Path, str]:
-        """Return the SHA-256 of each file read completely and in order since `start_hashing`."""
+    def digests(self) -> dict[Path, Digest]:
+        """Return the digest of each file read completely and in order since `start_hashing`."""
         return {}
 
 
@@ -89,12 +94,19 @@ class Checkpoint:
     """Tensors in stored order, by the safetensors file that contains, or would contain, them."""
     files: tuple[Path, ...]
     reader: Callable[[], Reader] = field(repr=False)
+    """Open the files without checking them; see `verified_reader`."""
     residual: "Checkpoint | None" = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     disposable: bool = False
     """Downloaded to a temporary folder, to be deleted after use."""
     config: Mapping[str, Any] | None = None
     """Contents of `config.json`, if the weights file records them instead of the folder."""
+    recorded: Mapping[str, Digest] = field(default_factory=dict)
+    """Digests by file name from our own record or from the hub; empty if there are none."""
+    notes: tuple[str, ...] = ()
+    """Lines to report when the weights are used, such as entries of the file that are ignored."""
+    position: tuple[int, int] | None = None
+    """Epoch and step that the trainer stored in the weights file."""
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
@@ -105,6 +117,40 @@ class Checkpoint:
     def origin(self) -> Origin | None:
         """Position in the training run, if the folder records it."""
         return load_origin(self.folder)
+
+
+@contextmanager
+def verified_reader(checkpoint: Checkpoint) -> Iterator[Reader]:
+    """Open a checkpoint, of which the caller reads all tensors, in stored order if possible.
+
+    Raise DamagedFile at the end if a file differs from its recorded digest. Files that were read
+    in another order are hashed separately.
+    """
+    recorded = {path: checkpoint.recorded.get(path.name) for path in checkpoint.files}
+    paths = {path: digest for path, digest in recorded.items() if digest is not None}
+    with checkpoint.reader() as reader:
+        reader.start_hashing({path.name: digest.algorithm for path, digest in paths.items()})
+        yield reader
+        found = reader.digests()
+    for path, expected in paths.items():
+        digest = found.get(path) or integrity.digest_of(path, expected.algorithm)
+        integrity.require_recorded(path, digest, expected)
+
+
+def recorded_digests(folder: Path) -> dict[str, Digest]:
+    """Return the digests recorded when a folder was committed; check all but the weights.
+
+    See `integrity.recorded_digests`; the weights are checked while they are read.
+    """
+    return integrity.recorded_digests(folder, unread=WEIGHTS_SUFFIXES)
+
+
+def require_listed(files: Iterable[Path], recorded: Mapping[str, Digest]) -> None:
+    """Raise DamagedFile if a committed folder has weights that are not in its record."""
+    for path in files:
+        if recorded and path.name not in recorded:
+            problem = f"{path} is not in the {integrity.INTEGRITY_FILE} of its folder"
+            raise integrity.DamagedFile(problem, hint="remove the file: it was added later")
 
 
 def weights_files(folder: Path, name: str = WEIGHTS_FILE) -> Mapping[Path, set[str] | None]:

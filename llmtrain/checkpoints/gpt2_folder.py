@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from llmtrain.checkpoints.checkpoint import (
@@ -22,8 +22,11 @@ from llmtrain.checkpoints.checkpoint import (
     TRAINING_FILE,
     WEIGHTS_FILE,
     Origin,
-    weights_files,
+    recorded_digests,
+    verified_reader,
 )
+from llmtrain.checkpoints.safetensors_files import open_safetensors
+from llmtrain.checkpoints.tensors import StoredArray, TensorSpec
 from llmtrain.config.schema import ModelConfig
 from llmtrain.config.sections import DataConfig
 from llmtrain.errors import UserError
@@ -40,7 +43,7 @@ _LAYER_NORMS = ("ln_1.weight", "ln_2.weight", "ln_f.weight")
 
 _REQUIRED_SETTINGS: dict[str, tuple[object, ...]] = {
     "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "tie_word_embeddings": (True,),
@@ -84,7 +87,7 @@ def hugging_face_config(shape: Shape) -> dict[str, Any]:
         "n_embd": model.n_embd,
         "n_layer": model.n_layer,
         "n_head": model.n_head,
-        "activation_function": "gelu_new",
+        "activation_function": model.activation,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), model.dropout),
         "layer_norm_epsilon": 1e-5,
         "scale_attn_weights": True,
@@ -134,6 +137,7 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 def load_shape(folder: Path) -> Shape:
     """Read the shape of the model from `config.json`; raise a UserError unless it is a GPT-2."""
+    recorded_digests(folder)
     return shape_of(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
 
 
@@ -151,6 +155,7 @@ def shape_of(config: Mapping[str, Any], path: Path) -> Shape:
             **sizes,
             bias=own.get("bias", True) if isinstance(own, dict) else own,
             scale_attn_by_inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False),
+            activation="gelu" if config.get("activation_function") == "gelu" else "gelu_new",
         )
         positions: Any = config.get("n_positions")
         block_size = DataConfig(path="", block_size=positions).block_size
@@ -165,18 +170,21 @@ def shape_of(config: Mapping[str, Any], path: Path) -> Shape:
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """Load the weights by our parameter names, on the CPU, in our layout."""
+    """Load the weights by our parameter names, on the CPU, in our layout; check their digests."""
+    checkpoint = open_safetensors(folder, step=0, location=str(folder))
     weights = {}
-    for path in weights_files(folder):
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            hint = "run `llmtrain verify PATH` to find damaged files"
-            raise UserError(f"cannot read {path}: {error}", hint=hint) from None
-        for name, tensor in tensors.items():
+    with verified_reader(checkpoint) as reader:
+        for name, spec in checkpoint.tensors.items():
+            raw = reader.read(name, 0, spec.count, np.empty(spec.bytes, np.uint8))
             full = f"transformer.{name.removeprefix('transformer.')}"
-            weights[full] = transpose_conv1d(name, tensor).contiguous()
+            weights[full] = transpose_conv1d(name, _as_tensor(raw, spec)).contiguous()
     return weights
+
+
+def _as_tensor(raw: StoredArray, spec: TensorSpec) -> Tensor:
+    tensor, others = torch.from_numpy(raw), {"BF16": torch.bfloat16, "BOOL": torch.bool}
+    dtype = others.get(spec.dtype, tensor.dtype)
+    return tensor.view(dtype).view(spec.shape)
 
 
 def load_model(folder: Path) -> GPT:

@@ -21,6 +21,7 @@ from llmtrain.checkpoints.series import Input, Series, by_step
 from llmtrain.errors import UserError
 from llmtrain.storage.commit import TEMPORARY_PREFIX
 from llmtrain.storage.hub import hub_errors
+from llmtrain.storage.integrity import Digest
 
 
 def hub_series(
@@ -39,7 +40,10 @@ def hub_series(
     names = sorted({ref.name for ref in (*refs.branches, *refs.tags)})
     expression = re.compile(translate(pattern.replace("{N}", "\0")).replace("\0", r"(\d+)"))
     matches = [(expression.match(name), name) for name in names]
-    revisions = by_step((int(match[1]), name) for match, name in matches if match)
+    revisions = by_step(
+        ((int(match[1]), name) for match, name in matches if match),
+        hint="give a narrower --revision-pattern",
+    )
     if not revisions:
         raise UserError(
             f"{repository} has no revision named {pattern}; it has {', '.join(names[:8])}",
@@ -50,7 +54,7 @@ def hub_series(
 
     def revision_input(step: int, name: str) -> Input:
         revision, location = _Revision(repository, name, downloads), f"{repository}@{name}"
-        return Input(step, location, lambda: revision.open(step), lambda: revision.hashes)
+        return Input(step, location, lambda: revision.open(step), lambda: revision.digests)
 
     inputs = {step: revision_input(step, name) for step, name in revisions.items()}
     final = revision_input(max(revisions), "main") if "main" in names else None
@@ -93,9 +97,10 @@ class _Revision:
         raise UserError(f"{self._name} contains no weights", hint=hint)
 
     @property
-    def hashes(self) -> Mapping[str, str]:
-        """SHA-256 of the weights files from the hub."""
-        return {name: lfs.sha256 for name, lfs in self._files.items() if lfs is not None}
+    def digests(self) -> Mapping[str, Digest]:
+        """Digests of the weights files from the hub."""
+        known = {name: lfs.sha256 for name, lfs in self._files.items() if lfs is not None}
+        return {name: Digest("sha256", sha256) for name, sha256 in known.items()}
 
     def open(self, step: int) -> Checkpoint:
         """Download the weights and their companion files, and read the headers."""
@@ -110,4 +115,4 @@ class _Revision:
             ]
         location = f"{self._repository}@{commit}"
         checkpoint = open_checkpoint(paths[-1].parent, step=step, location=location)
-        return replace(checkpoint, disposable=folder is not None)
+        return replace(checkpoint, disposable=folder is not None, recorded=self.digests)

@@ -10,6 +10,8 @@ from llmtrain.checkpoints.checkpoint import (
     TORCH_WEIGHTS_FILE,
     WEIGHTS_FILE,
     Checkpoint,
+    recorded_digests,
+    require_listed,
 )
 from llmtrain.checkpoints.safetensors_files import open_safetensors
 from llmtrain.errors import UserError
@@ -34,7 +36,11 @@ class Format(NamedTuple):
 def _open_torch(path: Path, step: int, location: str) -> Checkpoint:
     from llmtrain.checkpoints.torch_files import open_torch  # importing torch takes a second
 
-    return open_torch(path, step, location)
+    recorded = recorded_digests(path if path.is_dir() else path.parent)
+    checkpoint = open_torch(path, step, location)
+    if path.is_dir():
+        require_listed(checkpoint.files, recorded)
+    return replace(checkpoint, recorded=recorded)
 
 
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
@@ -67,4 +73,4 @@ def open_with_residual(folder: Path, *, step: int) -> Checkpoint:
     residual = open_checkpoint(path, step=step)
     if residual.tensors != checkpoint.tensors:
         raise UserError(f"{path} does not match the weights of its folder", hint="restore it")
-    return replace(checkpoint, residual=residual, files=(*checkpoint.files, path))
+    return replace(checkpoint, residual=residual)

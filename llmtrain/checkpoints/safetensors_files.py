@@ -21,17 +21,24 @@ from llmtrain.checkpoints.checkpoint import (
     Checkpoint,
     Reader,
     check_shard,
+    recorded_digests,
     reject_outside_link,
+    require_listed,
     weights_files,
 )
 from llmtrain.checkpoints.tensors import ITEM_BYTES, STORED_DTYPES, StoredArray, TensorSpec
 from llmtrain.errors import UserError
-from llmtrain.storage.integrity import SequentialHash
+from llmtrain.storage.integrity import Algorithm, Digest, RunningDigest
+
+_PIECE_BYTES = 1 << 20
+"""Bytes read and hashed at a time, so that hashing finds them in the processor's cache."""
 
 
 def open_safetensors(path: Path, step: int, location: str) -> Checkpoint:
     """Open one safetensors file, or `model.safetensors` or its shards in a folder."""
-    folder, files = (path, weights_files(path)) if path.is_dir() else (path.parent, {path: None})
+    folder = path if path.is_dir() else path.parent
+    recorded = recorded_digests(folder)
+    files = weights_files(path) if path.is_dir() else {path: None}
     layout: dict[str, dict[str, TensorSpec]] = {}
     metadata: dict[str, str] = {}
     for file, indexed in files.items():
@@ -39,8 +46,12 @@ def open_safetensors(path: Path, step: int, location: str) -> Checkpoint:
         layout[file.name], file_metadata = read_header(file)
         check_shard(file, set(layout[file.name]), indexed)
         metadata |= file_metadata
+    if path.is_dir():
+        require_listed(files, recorded)
     reader = partial(SafetensorsReader, folder, layout)
-    return Checkpoint(step, location, folder, layout, tuple(files), reader, metadata=metadata)
+    return Checkpoint(
+        step, location, folder, layout, tuple(files), reader, metadata=metadata, recorded=recorded
+    )
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
@@ -97,7 +108,7 @@ class SafetensorsReader(Reader):
         self._layout = layout
         self._file_of = {name: file for file, specs in layout.items() for name in specs}
         self._files: dict[str, BufferedReader] = {}
-        self._hashes: dict[str, SequentialHash] = {}
+        self._running: dict[str, RunningDigest] = {}
 
     def __enter__(self) -> Self:
         self._files = {name: (self._folder / name).open("rb") for name in self._layout}
@@ -115,26 +126,31 @@ class SafetensorsReader(Reader):
         target = buffer[: (stop - start) * width]
         position = spec.start + start * width
         self._files[file].seek(position)
-        if self._files[file].readinto(target.data) < len(target):
-            raise UserError(f"{self._folder / file} is truncated", hint="restore the file")
-        if file in self._hashes:
-            self._hashes[file].update(position, target.data)
+        for first in range(0, len(target), _PIECE_BYTES):
+            self._read_piece(file, position + first, target[first : first + _PIECE_BYTES].data)
         raw: StoredArray = target.view(STORED_DTYPES[spec.dtype])
         return raw
 
-    def start_hashing(self) -> None:
-        """Hash the headers now and the tensors as `read` returns them."""
-        for name, file in self._files.items():
-            file.seek(0)
-            header = file.read(min(spec.start for spec in self._layout[name].values()))
-            self._hashes[name] = SequentialHash()
-            self._hashes[name].update(0, header)
+    def _read_piece(self, file: str, position: int, piece: memoryview) -> None:
+        if self._files[file].readinto(piece) < len(piece):
+            raise UserError(f"{self._folder / file} is truncated", hint="restore the file")
+        if file in self._running:
+            self._running[file].update(position, piece)
 
-    def hashes(self) -> dict[Path, str]:
-        """See `Reader.hashes`."""
+    def start_hashing(self, algorithms: Mapping[str, Algorithm]) -> None:
+        """Hash the headers now and the tensors as `read` returns them."""
+        for name in algorithms.keys() & self._files.keys():
+            file = self._files[name]
+            file.seek(0)
+            header = file.read(min((spec.start for spec in self._layout[name].values()), default=0))
+            self._running[name] = RunningDigest(algorithms[name])
+            self._running[name].update(0, header)
+
+    def digests(self) -> dict[Path, Digest]:
+        """See `Reader.digests`."""
         found = {}
-        for name, running in self._hashes.items():
-            digest = running.hexdigest(os.fstat(self._files[name].fileno()).st_size)
+        for name, running in self._running.items():
+            digest = running.digest(os.fstat(self._files[name].fileno()).st_size)
             if digest is not None:
                 found[self._folder / name] = digest
         return found

@@ -1,6 +1,7 @@
 """Checkpoints of one training run by step: our runs, and folders on disk."""
 
-import re
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,14 +9,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from llmtrain.checkpoints import windows
-from llmtrain.checkpoints.checkpoint import Checkpoint
+from llmtrain.checkpoints.checkpoint import Checkpoint, recorded_digests
 from llmtrain.checkpoints.open import is_checkpoint, open_checkpoint
+from llmtrain.checkpoints.step_names import StepName, parse_series
 from llmtrain.config.loading import load_config
-from llmtrain.errors import UserError
-from llmtrain.storage.integrity import INTEGRITY_FILE, integrity_problems, read_integrity
+from llmtrain.errors import UserError, printable
+from llmtrain.storage.integrity import Digest
+from llmtrain.storage.json_files import read_json
 from llmtrain.storage.run_folder import RunFolder, step_folders
 
-_STEP = re.compile(r"(?:^|\D)(\d+)$")
 _SHARD_SUFFIXES = (".safetensors", ".bin", ".tar")
 """Numbered files with these suffixes are shards of weights or data, not checkpoints."""
 
@@ -36,8 +38,8 @@ class Input:
     location: str
     open: Callable[[], Checkpoint] = field(compare=False, repr=False)
     """Find the files, or download them from the hub, and read their headers."""
-    declared: Callable[[], Mapping[str, str]] = field(compare=False, repr=False, default=dict)
-    """Return SHA-256 by file name as recorded by the writer; empty if not recorded."""
+    declared: Callable[[], Mapping[str, Digest]] = field(compare=False, repr=False, default=dict)
+    """Return digests by file name as recorded by the writer; empty if not recorded."""
 
 
 @dataclass(frozen=True)
@@ -103,17 +105,25 @@ def run_series(run: RunFolder) -> Series:
 def folder_series(folder: Path) -> Series:
     """Return the checkpoints in a folder: `step1000/`, `checkpoint-1000/`, `ckpt_1000.pt`, ….
 
-    The step is the number at the end of the name. Step 0 is left out.
+    Their steps are in their names, see `step_names`. Step 0 is left out. Raise a UserError if the
+    names count different things, such as steps and epochs.
     """
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else []:
-        match = _STEP.search(path.stem if path.is_file() else path.name)
-        if match and path.suffix not in _SHARD_SUFFIXES and is_checkpoint(path):
-            found.append((int(match[1]), path))
-    paths = by_step(found)
+    found = {
+        path: path.stem if path.is_file() else path.name
+        for path in sorted(folder.iterdir() if folder.is_dir() else [])
+        if path.suffix not in _SHARD_SUFFIXES and is_checkpoint(path)
+    }
+    names = parse_series(found.values())
+    steps = {path: names[name] for path, name in found.items() if name in names}
+    paths = by_step(
+        ((name.step, path) for path, name in steps.items()),
+        hint="one file or folder with all weights per step is needed: merge the files of several "
+        "ranks, and move other series to folders of their own",
+    )
+    _require_one_series(folder, {path: steps[path] for path in paths.values()})
     if not paths:
         raise UserError(
-            f"{folder} contains no checkpoints whose names end in their step",
+            f"{folder} contains no checkpoints with a step in their names",
             hint="such as step1000/ or checkpoint-1000/ with model.safetensors, or ckpt_1000.pt",
         )
     inputs = {step: local_input(step, path) for step, path in paths.items()}
@@ -122,38 +132,40 @@ def folder_series(folder: Path) -> Series:
     return Series(str(folder), Path("averages") / folder.resolve().name, inputs, final=final)
 
 
-def by_step(found: Iterable[tuple[int, Name]]) -> dict[int, Name]:
+def _require_one_series(folder: Path, names: Mapping[Path, StepName]) -> None:
+    examples = {name.series: path.name for path, name in names.items()}
+    if len(examples) > 1:
+        counts = Counter(name.series for name in names.values())
+        parts = [f"{counts[each]} like {printable(example)}" for each, example in examples.items()]
+        raise UserError(
+            f"{folder} contains several series of checkpoints: {', '.join(parts[:8])}",
+            hint="move each series to a folder of its own",
+        )
+
+
+def by_step(found: Iterable[tuple[int, Name]], hint: str) -> dict[int, Name]:
     """Return the names or paths by step, ascending, without step 0; raise if two share a step."""
     names: dict[int, Name] = {}
     for step, name in sorted((step, name) for step, name in found if step > 0):
         if step in names:
-            hint = "keep one of them in the folder, or give a narrower --revision-pattern"
-            raise UserError(f"{names[step]} and {name} both have step {step:,}", hint=hint)
+            both = printable(f"{names[step]} and {name}")
+            raise UserError(f"{both} both have step {step:,}", hint=hint)
         names[step] = name
     return names
 
 
 def local_input(step: int, path: Path) -> Input:
     """Return the input for a folder or file of weights in any format."""
-    opener, hashes = partial(open_checkpoint, path, step=step), partial(recorded_hashes, path)
-    return Input(step, str(path), opener, hashes)
-
-
-def recorded_hashes(folder: Path) -> dict[str, str]:
-    """Return SHA-256 by file name as recorded when `folder` was committed; check the sizes.
-
-    The result is empty if nothing was recorded.
-    """
-    if not (folder / INTEGRITY_FILE).exists():
-        return {}
-    for problem in integrity_problems(folder, hashes=False):
-        hint = "restore the damaged file, or average a window without this step"
-        raise UserError(problem, hint=hint)
-    return {name: str(entry["sha256"]) for name, entry in read_integrity(folder).items()}
+    opener, declared = partial(open_checkpoint, path, step=step), partial(recorded_digests, path)
+    return Input(step, str(path), opener, declared)
 
 
 def require_same_tensors(checkpoints: Sequence[Checkpoint]) -> None:
-    """Raise unless names, shapes and dtypes of all tensors equal those of the newest checkpoint."""
+    """Raise unless names, shapes and dtypes of all tensors equal those of the newest checkpoint.
+
+    Also raise if the steps stored by the trainer contradict the order of the checkpoints.
+    """
+    _require_stored_order(checkpoints)
     newest = checkpoints[-1]
     expected = newest.tensors
     differences = [
@@ -168,3 +180,34 @@ def require_same_tensors(checkpoints: Sequence[Checkpoint]) -> None:
         title = f"the checkpoints contain different tensors ({len(differences)} differences):"
         message = "\n  ".join([title, *differences[:8]])
         raise UserError(message, hint="average checkpoints of one model")
+
+
+def _require_stored_order(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise if a checkpoint stores an earlier epoch or step than the one before it.
+
+    Why only the order: trainers count from 0 or 1, and name files by epochs, tokens or samples.
+    """
+    stored = [(each, position) for each in checkpoints if (position := _stored_position(each))]
+    for (one, first), (other, second) in itertools.pairwise(stored):
+        if second < first:
+            raise UserError(
+                f"the names contradict the steps in the files: {printable(one.location)} stores "
+                f"{_describe(first)}, {printable(other.location)} stores {_describe(second)}",
+                hint="name them by the stored step, such as step1200.pt",
+            )
+
+
+def _stored_position(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """Return (epoch, step) from the weights file, `training.json` or `trainer_state.json`."""
+    if checkpoint.position is not None:
+        return checkpoint.position
+    if origin := checkpoint.origin:
+        return 0, origin.step
+    state = checkpoint.folder / "trainer_state.json"  # Hugging Face's Trainer
+    step = read_json(state).get("global_step") if state.is_file() else None
+    return (0, step) if type(step) is int else None
+
+
+def _describe(position: tuple[int, int]) -> str:
+    epoch, step = position
+    return f"epoch {epoch:,}, step {step:,}" if epoch else f"step {step:,}"

@@ -19,7 +19,7 @@ from llmtrain.checkpoints.checkpoint import (
 )
 from llmtrain.checkpoints.safetensors_files import encode_header
 from llmtrain.checkpoints.tensors import FLOATS, ITEM_BYTES, StoredArray, TensorSpec
-from llmtrain.storage.integrity import SequentialHash
+from llmtrain.storage.integrity import Digest, RunningDigest
 from llmtrain.storage.json_files import read_json, write_json
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -68,7 +68,7 @@ def copy_companions(newest: Checkpoint, target: Path, dtype: str | None) -> None
 class _OutputFile(NamedTuple):
     stream: BinaryIO
     size: int
-    hash: SequentialHash
+    running: RunningDigest
 
 
 @dataclass
@@ -78,8 +78,7 @@ class WeightsWriter:
     folder: Path
     layout: Layout
     metadata: Mapping[str, str]
-    hashes: dict[str, str] | None = None
-    """Receives the SHA-256 of each file that is written sequentially."""
+    _files: dict[str, _OutputFile] = field(default_factory=dict, init=False)
     _places: dict[str, tuple[_OutputFile, TensorSpec]] = field(default_factory=dict, init=False)
     _stack: ExitStack = field(default_factory=ExitStack, init=False)
 
@@ -105,7 +104,7 @@ class WeightsWriter:
             os.posix_fallocate(stream.fileno(), 0, size)
         else:  # macOS cannot reserve space: the disk may fill up later
             stream.truncate(size)
-        file = _OutputFile(stream, size, SequentialHash())
+        file = self._files[path.name] = _OutputFile(stream, size, RunningDigest())
         self._places |= {name: (file, spec) for name, spec in stored.items()}
         self._write(file, 0, memoryview(header))
 
@@ -119,7 +118,9 @@ class WeightsWriter:
         file.stream.write(data)
         if sys.platform == "linux":  # start writing to disk without waiting for it
             os.posix_fadvise(file.stream.fileno(), position, len(data), os.POSIX_FADV_DONTNEED)
-        file.hash.update(position, data)
-        digest = file.hash.hexdigest(file.size)
-        if digest is not None and self.hashes is not None:
-            self.hashes[Path(file.stream.name).name] = digest
+        file.running.update(position, data)
+
+    def digests(self) -> dict[str, Digest]:
+        """Return the digest by name of each file that was written completely and in order."""
+        found = {name: file.running.digest(file.size) for name, file in self._files.items()}
+        return {name: digest for name, digest in found.items() if digest is not None}

@@ -89,7 +89,7 @@ def load_config(file: Path, overrides: list[str] | None = None) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as invalid:
         raise UserError(
-            "\n".join(_describe(error, values, str(file)) for error in invalid.errors()),
+            "\n  ".join(_describe(error, values, str(file)) for error in invalid.errors()),
             hint="every key is explained in the demo configuration: llmtrain recipes demo",
         ) from None
 

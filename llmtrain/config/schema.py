@@ -36,6 +36,8 @@ class ModelConfig(Section):
     dropout: Fraction = 0.0
     scale_attn_by_inverse_layer_idx: bool = True
     """Divide the attention logits of layer i (from 0) by i + 1."""
+    activation: Literal["gelu_new", "gelu"] = "gelu_new"
+    """gelu_new: GELU's tanh approximation (GPT-2); gelu: the exact GELU (nanoGPT)."""
 
     def _problems(self) -> Iterator[str]:
         if self.n_embd % self.n_head:
@@ -142,7 +144,8 @@ class SpikesConfig(Section):
     window: Annotated[Int, Field(ge=8)] = 128
     """Number of previous steps to compare with. Detection starts after that many steps."""
     threshold: Rate = 10.0
-    """Distance from the median in robust standard deviations (1.4826 · median deviation)."""
+    """Distance from the median in robust standard deviations: the larger of 1.4826 times the median
+    deviation, and the distance from the median to the 84th percentile."""
     rewind_steps: Positive = 100
     """Minimum distance from the spike to the training checkpoint, unless the run or the previous
     rewind started later."""

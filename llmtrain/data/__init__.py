@@ -15,6 +15,7 @@ in this order by `prepare`. A batch comes from `dataloader`, in the order that `
 - manifest.py: `manifest.json` and its records
 - staging.py: the temporary folder of a preparation and the journal of its finished shards
 - cache.py: local copies of data behind URLs
+- shard_check.py: shards compared with their recorded hashes in the background
 - token_data.py: an opened data folder, its splits, nanoGPT's files, mixtures
 - sampler.py: the data order as a pure function of the step, without torch
 - dataloader.py: micro-batches, read ahead by a thread

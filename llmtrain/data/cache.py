@@ -5,21 +5,16 @@ files are transferred. A folder behind a URL, too, is complete if it has a manif
 """
 
 import hashlib
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from llmtrain.data.manifest import MANIFEST_FILE, Manifest, no_data, parse_manifest, write_manifest
 from llmtrain.data.shards import shard_bytes
+from llmtrain.storage.cache import cache_folder
 from llmtrain.storage.commit import commit_folder, temporary_folder
 from llmtrain.storage.disk import disk_errors
 from llmtrain.storage.urls import download, file_system, is_url, local_path, url_errors
-
-
-def cache_folder() -> Path:
-    """Return the folder of local copies: $LLMTRAIN_CACHE, else `~/.cache/llmtrain`."""
-    return Path(os.environ.get("LLMTRAIN_CACHE") or Path.home() / ".cache" / "llmtrain")
 
 
 def build_folder(url: str) -> Path:
@@ -66,6 +61,7 @@ def _copy(
     size = sum(shard_bytes(shard.tokens) for shard in missing)
     log(f"copying {url} to {folder}: {len(missing):,} file(s), {size / 1e6:,.1f} MB")
     for shard in missing:
-        download(f"{url.rstrip('/')}/{shard.name}", partial / shard.name, sha256=shard.sha256)
+        source = f"{url.rstrip('/')}/{shard.name}"
+        download(source, partial / shard.name, problem=shard.hash_problem)
     write_manifest(partial, manifest)
     commit_folder(partial, folder)

@@ -6,17 +6,26 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from llmtrain.errors import UserError
 from llmtrain.storage import commit
+from llmtrain.storage.integrity import blake3_of, sha256_of
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION: Final = 1
 SPLITS = ("train", "val")
 
 Count = Annotated[int, Field(ge=0)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+HexHash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class _Record(BaseModel):
@@ -29,15 +38,36 @@ class TokenizerRecord(_Record):
     name: str
     vocab_size: Annotated[int, Field(ge=2, le=65536)]
     eot: Count
-    sha256: Sha256
+    sha256: HexHash
 
 
-class SourceFile(_Record):
-    """One input file: name relative to the source, bytes on disk, and hash if the file is local."""
+class _FileRecord(_Record):
+    """A file with its BLAKE3, or with the SHA-256 that earlier versions recorded."""
 
     name: str
+    blake3: HexHash | None = None
+    sha256: HexHash | None = None
+
+    def hash_problem(self, path: Path) -> str | None:
+        """Return an error message if the file at `path` has another hash, else None."""
+        if self.blake3 is not None:
+            matches, algorithm = blake3_of(path) == self.blake3, "BLAKE3"
+        else:
+            matches, algorithm = sha256_of(path) == self.sha256, "SHA-256"
+        return None if matches else f"{path} does not have the recorded {algorithm}"
+
+    @model_serializer(mode="wrap")
+    def _with_one_hash(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # The hash of a manifest depends on its keys: keep those of earlier versions.
+        fields: dict[str, Any] = serialize(self)
+        del fields["blake3" if self.blake3 is None else "sha256"]
+        return fields
+
+
+class SourceFile(_FileRecord):
+    """One input file: name relative to the source, bytes on disk, and hash if the file is local."""
+
     bytes: Count
-    sha256: Sha256 | None
 
 
 class SourceRecord(_Record):
@@ -52,6 +82,11 @@ class SourceRecord(_Record):
     limit_documents: Count | None
     files: tuple[SourceFile, ...]
 
+    @property
+    def records_sha256(self) -> bool:
+        """True if an earlier version hashed the files."""
+        return any(file.sha256 for file in self.files)
+
 
 class SplitRule(_Record):
     """Arguments of `datasets`' train_test_split(test_size, seed, shuffle=True)."""
@@ -60,19 +95,23 @@ class SplitRule(_Record):
     seed: int
 
 
-class ShardRecord(_Record):
+class ShardRecord(_FileRecord):
     """One token shard. `text_bytes` is the UTF-8 length of its documents without end-of-text."""
 
-    name: str
     tokens: Count
     documents: Count
     text_bytes: Count
-    sha256: Sha256
 
     @property
     def split(self) -> str:
         """The name of the split: "train" or "val"."""
         return self.name.partition("-")[0]
+
+    @model_validator(mode="after")
+    def _has_hash(self) -> Self:
+        if self.blake3 is None and self.sha256 is None:
+            raise ValueError("the shard has no recorded hash")
+        return self
 
 
 class SplitRecord(_Record):

@@ -92,8 +92,10 @@ def prepare(
     url = str(out) if is_url(str(out)) else None
     folder = Path(local_path(str(out))) if url is None else build_folder(url)
     with staged(folder) as staging:
+        uploaded = read_manifest_at(url) if url else None
+        sha256 = uploaded.source.records_sha256 if uploaded else staging.records_sha256()
         documents = open_source(
-            source, options.text_field, options.limit_documents, staging.documents
+            source, options.text_field, options.limit_documents, staging.documents, sha256=sha256
         )
         spec = PrepareSpec(
             tokenizer=tokenizer_record(options.tokenizer),
@@ -101,9 +103,8 @@ def prepare(
             split=SplitRule(val_fraction=options.val_fraction, seed=options.seed),
             shard_tokens=options.shard_tokens,
         )
-        if url is None:
-            manifest = existing_data(folder, spec)
-        elif manifest := read_manifest_at(url):
+        manifest = existing_data(folder, spec) if url is None else uploaded
+        if url is not None and manifest is not None:
             manifest.require_spec(spec, url)
         if manifest is not None:
             log(f"{out} already contains this data: nothing to do")

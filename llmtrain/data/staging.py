@@ -24,7 +24,7 @@ from llmtrain.data.manifest import (
     shard_name,
     write_manifest,
 )
-from llmtrain.data.shards import hash_problem, shard_problem
+from llmtrain.data.shards import shard_problem
 from llmtrain.data.token_data import open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.storage import commit
@@ -46,6 +46,14 @@ class StagingFolder:
         self.documents = self.folder / "documents"
         """Downloaded or extracted text, which is deleted at the end."""
         self.journal = self.folder / JOURNAL_FILE
+
+    def records_sha256(self) -> bool:
+        """Return whether an earlier version wrote this data or its unfinished build."""
+        if (self.target / MANIFEST_FILE).is_file():
+            return read_manifest(self.target).source.records_sha256
+        header = next(iter(_read_entries(self.journal)), {})
+        files = header.get("plan", {}).get("source", {}).get("files", [])
+        return any(file.get("sha256") for file in files)
 
     def commit(self, manifest: Manifest) -> None:
         """Write the manifest and rename the shards' folder to the target."""
@@ -156,7 +164,8 @@ class Journal:
         record = ShardRecord.model_validate(entry["shard"])
         if record.name != shard_name(record.split, len(self.shards[record.split])):
             return False
-        if problem := shard_problem(folder, record) or hash_problem(folder, record):
+        path = folder / record.name
+        if problem := shard_problem(folder, record) or record.hash_problem(path):
             log(f"{problem}: resuming before it")
             return False
         self.shards[record.split].append(record)

@@ -52,6 +52,12 @@ class TokenData:
         """This folder and those of `mix`."""
         return [self, *(part for part, _ in self.mix)]
 
+    @property
+    def all_files(self) -> tuple[TokenFile, ...]:
+        """The files that training reads: both splits, and the training split of each `mix`."""
+        mixed = (file for part, _ in self.mix for file in part.files["train"])
+        return (*self.files["val"], *self.files["train"], *mixed)
+
     def train_tokens(self) -> TokenReader:
         """Return a reader of the training tokens of all `sources` in order."""
         files = tuple(file for source in self.sources for file in source.files["train"])
@@ -90,7 +96,7 @@ def open_data(folder: Path) -> TokenData:
         )
     files = {
         split: tuple(
-            TokenFile(folder / shard.name, shard.tokens, HEADER_BYTES)
+            TokenFile(folder / shard.name, shard.tokens, HEADER_BYTES, shard)
             for shard in manifest.split_record(split).shards
         )
         for split in SPLITS

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrain.data.manifest import MANIFEST_FILE, read_manifest
-from llmtrain.data.shards import hash_problem, shard_problem
+from llmtrain.data.shards import shard_problem
 from llmtrain.errors import UserError
 from llmtrain.storage import commit, integrity, run_folder
 
@@ -54,7 +54,10 @@ def _check(folder: Path) -> FolderCheck:
 def data_problems(folder: Path) -> list[str]:
     """Read every shard of a data folder and return all problems."""
     manifest = read_manifest(folder)
-    found = (shard_problem(folder, each) or hash_problem(folder, each) for each in manifest.shards)
+    found = (
+        shard_problem(folder, each) or each.hash_problem(folder / each.name)
+        for each in manifest.shards
+    )
     listed = {shard.name for shard in manifest.shards}
     unlisted = (path for path in sorted(folder.glob("*.bin")) if path.name not in listed)
     return [*filter(None, found), *(f"{path} is not in the manifest" for path in unlisted)]

@@ -22,6 +22,7 @@ from llmtrain.data.token_data import TokenData
 from llmtrain.errors import UserError
 from llmtrain.model.gpt import GPT, IGNORE
 from llmtrain.model.tokenizer import has_same_ids, load_tokenizer, tokenizer_for_eot
+from llmtrain.storage.integrity import recorded_digests
 from llmtrain.storage.json_files import read_json
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ def load_causal(folder: Path) -> GPT | HFModel:
 
 
 def load_transformers(folder: Path) -> "PreTrainedModel":
-    """Load the model in a folder with transformers, on the CPU in float32."""
+    """Load the model in a folder with transformers, on the CPU in float32; check its digests."""
+    recorded_digests(folder)  # before transformers maps the files into memory
     model: PreTrainedModel
     with _transformers(folder, "a causal language model") as transformers:
         config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)

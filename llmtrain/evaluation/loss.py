@@ -20,12 +20,13 @@ from llmtrain.checkpoints.resolve import Target
 from llmtrain.config.loading import load_config
 from llmtrain.data.cache import local_folder
 from llmtrain.data.sampler import validation_windows
+from llmtrain.data.shard_check import ShardCheck
 from llmtrain.data.shards import Tokens
 from llmtrain.data.token_data import TokenData, open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.hf_models import HFModel, load_causal, reencode, require_ids
 from llmtrain.evaluation.options import EvalOptions
-from llmtrain.evaluation.results import EvalResult, Progress, cached, ignore, weights_sha256
+from llmtrain.evaluation.results import EvalResult, Progress, cached, ignore, weights_digest
 from llmtrain.model.gpt import GPT, IGNORE
 from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.runtime.device import (
@@ -216,13 +217,13 @@ def _cached_loss(
 ) -> EvalResult:
     split, device = options.split, resolve_device(options.device)
     precision = resolve_precision(options.precision or "auto", device)
-    weights = weights_sha256(target.path)
+    weights = weights_digest(target.path)
     limit = min(data.tokens(split), options.tokens or data.tokens(split))
 
     def measure() -> EvalResult:
         model = load_causal(target.path)
         reader, token_bytes, n_bytes = _prepare(target, model, data, split, limit, warn)
-        with keep_freed_memory(device):
+        with ShardCheck(data.files[split]) as check, keep_freed_memory(device):
             result = evaluate(
                 model.to(device),
                 reader,
@@ -234,6 +235,7 @@ def _cached_loss(
                 limit=limit if n_bytes is None else None,
                 on_progress=partial(on_progress, target, split),
             )
+            check.wait(partial(on_progress, target, split, 1, 1))
         require_finite(result, str(target.path))
         result = result if n_bytes is None else replace(result, bytes=n_bytes)
         return EvalResult(
@@ -249,11 +251,11 @@ def _cached_loss(
             block_size=model.block_size,
             precision=precision,
             data=data.sha256,
-            weights=weights,
+            weights=str(weights),
         )
 
-    identity = f"{weights} {data.sha256} {split} {limit} {precision}"
-    result = cached(target, "", identity, EvalResult, measure, warn)
+    identity = f" {data.sha256} {split} {limit} {precision}"
+    result = cached(target, "", weights, identity, EvalResult, measure, warn)
     return replace(result, path=str(target.path), delta=None)
 
 

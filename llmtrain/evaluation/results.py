@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
-from llmtrain.checkpoints.checkpoint import weights_files
+from llmtrain.checkpoints.checkpoint import recorded_digests, require_listed, weights_files
 from llmtrain.checkpoints.resolve import Target, find_targets
 from llmtrain.errors import UserError, WriteFailed
+from llmtrain.storage.cache import cached_digest, computed_digest
 from llmtrain.storage.commit import write_atomically
-from llmtrain.storage.integrity import INTEGRITY_FILE, read_integrity, sha256_of
+from llmtrain.storage.integrity import Digest, combined_digest, require_recorded
 from llmtrain.storage.json_files import read_json
 from llmtrain.storage.run_folder import RAW, RunFolder, step_name
 
@@ -50,6 +51,7 @@ class EvalResult:
     data: str
     """SHA-256 of the manifest."""
     weights: str
+    """Digest of the weights; see `Digest.parse`."""
 
     def with_delta(self, raw: float | None) -> "EvalResult":
         """Return the result with its difference from the raw loss, if there is one."""
@@ -92,6 +94,7 @@ def ignore(message: str) -> None:
 def cached(
     target: Target,
     kind: str,
+    weights: Digest,
     identity: str,
     form: type[Result],
     measure: Callable[[], Result],
@@ -99,16 +102,20 @@ def cached(
 ) -> Result:
     """Return the stored result, or measure and store it. Weights outside a run are always measured.
 
-    `kind` is a subfolder of `evals/`, or empty. The result depends on nothing but `identity`.
+    `kind` is a subfolder of `evals/`, or empty. `weights` is the digest of the target, computed by
+    `weights_digest`. The result depends on nothing but `weights` and `identity`.
     """
     if target.run is None:
         return measure()
-    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{weights}{identity}".encode()).hexdigest()[:16]
     step = "" if target.step is None else f"-{step_name(target.step)}"
     path = target.run.evals / kind / f"{target.label}{step}-{key}.json"
     if path.exists() and (stored := read_result(path, form)) is not None:
         return stored
     result: Any = measure()
+    if weights_digest(target.path) != weights:
+        warn(f"result not cached: {target.path} changed while it was evaluated")
+        return result  # type: ignore[no-any-return]  # a Result
     try:
         write_atomically(path, json.dumps(asdict(result), indent=2) + "\n")
     except (WriteFailed, OSError) as error:
@@ -131,21 +138,23 @@ def read_result(path: Path, form: type[Result]) -> Result | None:
         ) from None
 
 
-def weights_sha256(folder: Path) -> str:
-    """Return the hash of the weights file; of several files, the hash of their sorted hashes.
+def weights_digest(folder: Path) -> Digest:
+    """Read the weights files of a folder, compare them with its record, and return their digest."""
+    recorded, paths = recorded_digests(folder), _weights_paths(folder)
+    require_listed(paths, recorded)
+    found = {}
+    for path in paths:
+        expected = recorded.get(path.name)
+        digest = computed_digest(path, expected.algorithm if expected else "blake3")
+        require_recorded(path, digest, expected or digest)
+        found[path.name] = digest
+    return combined_digest(found)
 
-    Hashes recorded at commit are reused as long as no weights file is newer than the record.
-    """
+
+def _weights_paths(folder: Path) -> list[Path]:
     torch_files = sorted(folder.glob("pytorch_model*.bin"))
     only_torch = torch_files and not any(folder.glob("*.safetensors"))
-    paths = torch_files if only_torch else weights_files(folder)
-    record = folder / INTEGRITY_FILE
-    known = {}
-    if record.exists():
-        newest = max(path.stat().st_mtime_ns for path in paths)
-        known = read_integrity(folder) if newest <= record.stat().st_mtime_ns else {}
-    hashes = [str(known[p.name]["sha256"]) if p.name in known else sha256_of(p) for p in paths]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+    return torch_files if only_torch else list(weights_files(folder))
 
 
 def stored_results(run: RunFolder) -> list[EvalResult]:
@@ -170,7 +179,13 @@ def _is_current(run: RunFolder, result: EvalResult) -> bool:
         return False
     raw = result.label == RAW
     folder = run.snapshot(result.step) if raw else run.average(result.label, result.step)
-    return not folder.is_dir() or weights_sha256(folder) == result.weights
+    if not folder.is_dir():
+        return True
+    measured = Digest.parse(result.weights)
+    digests = {
+        path.name: cached_digest(path, measured.algorithm) for path in _weights_paths(folder)
+    }
+    return combined_digest(digests) == measured
 
 
 def choose_weights(name: str | None) -> tuple[Target, Target | None]:

@@ -18,8 +18,8 @@ import yaml
 from llmtrain.checkpoints.resolve import Target
 from llmtrain.errors import UserError
 from llmtrain.evaluation.options import TaskDefinition, TaskOptions
-from llmtrain.evaluation.results import Progress, TaskResult, cached, ignore, weights_sha256
-from llmtrain.storage.integrity import sha256_of
+from llmtrain.evaluation.results import Progress, TaskResult, cached, ignore, weights_digest
+from llmtrain.storage.integrity import Digest, sha256_of
 
 if TYPE_CHECKING:
     from llmtrain.evaluation.harness import Scorer
@@ -48,16 +48,17 @@ def measure_tasks(
 
         return Scorer(definitions, options)
 
-    def score(target: Target, weights: str, task: TaskDefinition) -> TaskResult:
+    def score(target: Target, weights: Digest, task: TaskDefinition) -> TaskResult:
         def measure() -> TaskResult:
             return scorer().score(target.path, task, partial(on_progress, target, task.name))
 
-        parts = (weights, task.name, task.source, task.sha256, options.limit, version)
-        return cached(target, "tasks", "\n".join(map(str, parts)), TaskResult, measure, warn)
+        parts = ("", task.name, task.source, task.sha256, options.limit, version)
+        identity = "\n".join(map(str, parts))
+        return cached(target, "tasks", weights, identity, TaskResult, measure, warn)
 
     results = []
     for target in targets:
-        weights = weights_sha256(target.path)
+        weights = weights_digest(target.path)
         results.append([score(target, weights, task) for task in definitions])
     return results
 

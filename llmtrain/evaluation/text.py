@@ -21,7 +21,7 @@ from llmtrain.errors import UserError
 from llmtrain.evaluation.hf_models import IdArray, encoding_of, load_causal, require_ids
 from llmtrain.evaluation.loss import evaluate, exp, require_finite
 from llmtrain.evaluation.options import EvalOptions
-from llmtrain.evaluation.results import Progress, cached, ignore, weights_sha256
+from llmtrain.evaluation.results import Progress, cached, ignore, weights_digest
 from llmtrain.runtime.device import Precision, keep_freed_memory, resolve_device, resolve_precision
 
 
@@ -105,9 +105,10 @@ def measure_text(
     for target in targets:
         requested = load_config(target.run.config).train.precision if target.run else "auto"
         precision = resolve_precision(requested, device)
-        parts = (weights_sha256(target.path), sha256, options.stride, precision)
+        weights = weights_digest(target.path)
+        identity = f"\n{sha256}\n{options.stride}\n{precision}"
         measure_one = partial(measure, target, precision)
-        result = cached(target, "text", "\n".join(map(str, parts)), TextResult, measure_one, warn)
+        result = cached(target, "text", weights, identity, TextResult, measure_one, warn)
         results.append(replace(result, file=str(path)))  # may be cached under another name
     return results
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from llmtrain import __version__
 from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, load_origin
@@ -18,6 +19,7 @@ from llmtrain.checkpoints.resolve import Target
 from llmtrain.config.loading import dump_config, load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.manifest import MANIFEST_FILE, Manifest, read_manifest
+from llmtrain.errors import printable
 from llmtrain.evaluation.results import stored_results
 from llmtrain.model.tokenizer import Tokenizer
 from llmtrain.planning.sizes import Architecture
@@ -42,12 +44,14 @@ def model_card(target: Target, shape: Shape, tokenizer: Tokenizer, *, dtype: str
         trim_blocks=True,
         undefined=StrictUndefined,
         keep_trailing_newline=True,
+        finalize=_plain,
     )
-    environment.filters |= {"cell": _cell, "json": json.dumps, "public": _public_name}
+    environment.filters |= {"code": _code, "json": json.dumps, "public": _public_name}
+    loadable = name if _HUB_NAME.fullmatch(name) else name.rpartition("/")[2]
     return environment.get_template("model_card.md.jinja").render(
-        header=_header(manifests, averaged=provenance.exists()),
+        header=Markup(_header(manifests, averaged=provenance.exists())),
         title=name.rpartition("/")[2],
-        loadable_name=name if _HUB_NAME.fullmatch(name) else name.rpartition("/")[2],
+        loadable_name=Markup(json.dumps(loadable)),
         version=__version__,
         label=target.label,
         run=run and run.path.resolve().name,
@@ -60,7 +64,7 @@ def model_card(target: Target, shape: Shape, tokenizer: Tokenizer, *, dtype: str
         losses=[row for row in stored_results(run) if row.step == target.step] if run else [],
         average={key: value for key, value in average.items() if value is not None},
         inputs=inputs if isinstance(inputs, list) else [],
-        recipe=config and dump_config(_without_local_paths(config)),
+        recipe=config and _fenced(dump_config(_without_local_paths(config)), "yaml"),
     )
 
 
@@ -76,8 +80,27 @@ def _header(manifests: list[Manifest], *, averaged: bool) -> str:
     return yaml.safe_dump(fields, sort_keys=False)
 
 
-def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|")
+def _plain(value: object) -> str:
+    """Return every value in the template as text without Markdown, unless it is `Markup`."""
+    if isinstance(value, Markup):
+        return value
+    return re.sub(r"[][\\`*_<>|&~$#]", r"\\\g<0>", printable(str(value)))
+
+
+def _code(value: object) -> Markup:
+    """Return a code span; one in backticks cannot contain all characters, above all in a table."""
+    text = printable(str(value))
+    if text and not re.search(r"[`|\\<>&]|^ | $", text):
+        return Markup(f"`{text}`")
+    escaped = re.sub(r"[^\w .,:/=+-]", lambda match: f"&#{ord(match[0])};", text)
+    return Markup(f"<code>{escaped.replace('_', '&#95;')}</code>")
+
+
+def _fenced(text: str, language: str) -> Markup:
+    """Return a code block whose fence is longer than any in the text."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return Markup(f"{fence}{language}\n{text}{fence}\n")
 
 
 def _public_name(name: str) -> str:

@@ -1,7 +1,7 @@
 """Export weights as a Hugging Face repository or as nanoGPT's `ckpt.pt`."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmtrain.checkpoints import gpt2_folder
 from llmtrain.checkpoints.checkpoint import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE, load_origin
+from llmtrain.checkpoints.nanogpt import ACTIVATION_KEY
 from llmtrain.checkpoints.resolve import Target
 from llmtrain.errors import UserError
 from llmtrain.evaluation.generation import tokenizer_of
@@ -31,6 +32,7 @@ def export(
     form: Literal["hf", "nanogpt"] = "hf",
     name: str,
     tokenizer: str | None = None,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> None:
     """Write GPT-2 weights to the new folder `to`, rounded to `dtype` (a key of DTYPES).
 
@@ -46,6 +48,10 @@ def export(
         if form == "hf":
             _write_repository(folder, target, model, text_tokenizer, number, name)
         else:
+            if model.config.activation != "gelu":
+                warn(
+                    "nanoGPT uses the exact GELU, this model GPT-2's: logits differ by about 0.001"
+                )
             with (folder / "ckpt.pt").open("wb") as file:  # given a path, torch hides the OSError
                 torch.save(nanogpt_checkpoint(model, target, number), file)
 
@@ -90,8 +96,8 @@ def nanogpt_checkpoint(model: GPT, target: Target, dtype: torch.dtype) -> dict[s
     """Return a checkpoint for nanoGPT's `sample.py` and `train.py --init_from=resume`.
 
     nanoGPT cannot divide the attention logits of layer i by i + 1, so the query weights are
-    divided. Its exact GELU, instead of the tanh approximation, changes the logits by about 0.001.
-    The optimizer state is that of a new optimizer.
+    divided. nanoGPT always applies the exact GELU. The file records the activation function of the
+    model, which nanoGPT ignores. The optimizer state is that of a new optimizer.
     """
     config = model.config
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -103,7 +109,7 @@ def nanogpt_checkpoint(model: GPT, target: Target, dtype: torch.dtype) -> dict[s
     optimizer = _new_optimizer_state(weights)
     weights["lm_head.weight"] = weights["transformer.wte.weight"]
     origin = load_origin(target.path)
-    arguments = config.model_dump(exclude={"scale_attn_by_inverse_layer_idx"})
+    arguments = config.model_dump(exclude={"scale_attn_by_inverse_layer_idx", "activation"})
     return {
         "model": weights,
         "optimizer": optimizer,
@@ -111,6 +117,7 @@ def nanogpt_checkpoint(model: GPT, target: Target, dtype: torch.dtype) -> dict[s
         "iter_num": origin.step if origin else 0,
         "best_val_loss": _best_val_loss(target),
         "config": {},
+        ACTIVATION_KEY: config.activation,
     }
 
 

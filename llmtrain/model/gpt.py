@@ -75,17 +75,19 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with GPT-2's GELU (tanh approximation) between them."""
+    """Two linear layers with GELU between them, in GPT-2's tanh approximation or exact."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
+        self.approximate = "tanh" if config.activation == "gelu_new" else "none"
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        y: Tensor = self.dropout(self.c_proj(F.gelu(self.c_fc(x_BTC), approximate="tanh")))
+        hidden_BTC = F.gelu(self.c_fc(x_BTC), approximate=self.approximate)
+        y: Tensor = self.dropout(self.c_proj(hidden_BTC))
         return y
 
 

@@ -7,6 +7,7 @@ The handler only sets a flag, which long work checks. A second signal stops the 
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -66,10 +67,14 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        if not self._quiet and not self._signal_expected:
-            # Unbuffered, because the signal may interrupt a print. Standard error may be closed.
+        if not self._quiet and not self._signal_expected and sys.__stderr__ is not None:
+            # Unbuffered, because the signal may interrupt a print. Standard error may be closed:
+            # since the start (None), when descriptor 2 can be a data file, or by now (OSError).
             with contextlib.suppress(OSError):
-                os.write(2, b"stopping at the next safe point; a second signal stops at once\n")
+                os.write(
+                    sys.__stderr__.fileno(),
+                    b"stopping at the next safe point; a second signal stops at once\n",
+                )
         for each, previous in self._previous.items():
             default = signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL
             signal.signal(each, previous if self._signal_expected else default)
@@ -85,3 +90,11 @@ class Interrupt:
             return  # its own signal must not end this process before it has printed the outcome
         for each, previous in self._previous.items():
             signal.signal(each, previous)
+
+
+def _print_unbuffered(message: bytes) -> None:
+    """Write to standard error, even while the signal interrupts a print."""
+    if sys.__stderr__ is None:  # closed since the start: descriptor 2 may be a data file
+        return
+    with contextlib.suppress(OSError):  # closed since then
+        os.write(sys.__stderr__.fileno(), message)

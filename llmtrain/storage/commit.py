@@ -11,7 +11,7 @@ import glob
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -31,12 +31,11 @@ def staged_folder(
     *,
     replace: bool = False,
     needed: int | None = None,
-    hashes: Mapping[str, str] | None = None,
 ) -> Iterator[Path]:
     """Yield a temporary folder; at the end add its `integrity.json` and rename it to `target`.
 
     If the block raises, the temporary folder is removed and `target` is unchanged. `needed` is the
-    size in bytes. `hashes` are the known SHA-256 by file name, complete when the block ends.
+    size in bytes. A block that knows the digests of its files calls `write_integrity` itself.
     """
     if target.exists() and not replace:
         raise FileExistsError(f"{target} exists already")
@@ -49,7 +48,7 @@ def staged_folder(
         remove_abandoned(target.parent)
         with temporary_folder(target) as folder:
             yield folder
-            _record_and_flush(folder, hashes)
+            _record_and_flush(folder)
             commit_folder(folder, target, replace=replace)
 
 
@@ -96,13 +95,14 @@ def commit_folder(folder: Path, target: Path, *, replace: bool = False) -> None:
         shutil.rmtree(old)
 
 
-def _record_and_flush(folder: Path, hashes: Mapping[str, str] | None) -> None:
-    files = [path for path in folder.rglob("*") if path.is_file()]
+def _record_and_flush(folder: Path) -> None:
+    record = folder / INTEGRITY_FILE
+    files = [path for path in folder.rglob("*") if path.is_file() and path != record]
     with ThreadPoolExecutor(1) as pool:  # flush and hash at the same time
         flushed = pool.map(fsync_path, files)
-        write_integrity(folder, hashes)
+        if not record.exists():
+            write_integrity(folder)
         list(flushed)
-    record = folder / INTEGRITY_FILE
     for path in files:
         path.chmod(record.stat().st_mode)  # safetensors creates files that only their owner reads
     for path in (record, *(path for path in folder.rglob("*") if path.is_dir())):

@@ -99,17 +99,15 @@ def list_files(url: str) -> list[RemoteFile]:
     return found
 
 
-def download(url: str, path: Path, *, sha256: str) -> None:
-    """Copy the file at `url` to `path`, durably, and verify its SHA-256 before it gets its name."""
-    partial, digest = temporary_path(path), hashlib.sha256()
+def download(url: str, path: Path, *, problem: Callable[[Path], str | None]) -> None:
+    """Copy the file at `url` to `path`, durably, and check the copy before it gets its name."""
+    partial = temporary_path(path)
     with partial.open("wb") as target, url_errors(url), open_url(url) as source:
         while chunk := source.read(_CHUNK_BYTES):
-            digest.update(chunk)
             target.write(chunk)
-    if digest.hexdigest() != sha256:
+    if found := problem(partial):
         partial.unlink()
-        message = f"{url} does not have the SHA-256 in its manifest"
-        raise UserError(message, hint="upload or prepare it again")
+        raise UserError(f"{url}: {found}", hint="upload or prepare it again")
     fsync_path(partial)
     partial.replace(path)
 

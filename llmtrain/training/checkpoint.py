@@ -59,6 +59,12 @@ class TrainingProgress:
     micro_batch_for: dict[str, Any] = field(default_factory=dict)
     """Settings and hardware that the micro-batch was chosen for."""
 
+    @property
+    def last_rewind(self) -> dict[str, Any] | None:
+        """Record of the rewind to this step; None after a step of the new attempt."""
+        last = self.rewinds[-1] if self.rewinds else {}
+        return last if last.get("step") == self.step else None
+
 
 @dataclass
 class TrainingCheckpoint:

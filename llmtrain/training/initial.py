@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmtrain.checkpoints.checkpoint import Checkpoint, Reader
+from llmtrain.checkpoints.checkpoint import Checkpoint, Reader, verified_reader
 from llmtrain.checkpoints.gpt2_folder import CAUSAL_MASKS, load_shape, shape_of, transpose_conv1d
 from llmtrain.checkpoints.open import open_checkpoint
 from llmtrain.checkpoints.resolve import Repository, resolve
@@ -34,12 +34,12 @@ def load_initial_weights(source: Checkpoint, model: GPT, config: RunConfig) -> N
     """Load weights into a model at step 0, sharded or not.
 
     Additional rows of a larger vocabulary keep their random values. If the new block size is
-    smaller, only the first positions are used.
+    smaller, only the first positions are used. A file that differs from its record is an error.
     """
     _check_model(source, config)
     parameters = dict(model.named_parameters())
     names = {name.removeprefix("transformer."): name for name in source.tensors}
-    with source.reader() as reader:
+    with verified_reader(source) as reader:
         for name, fresh in model.initial_weights(config.seed):
             stored = names.pop(name.removeprefix("transformer."), None)
             if stored is None:
@@ -60,7 +60,7 @@ def _check_model(source: Checkpoint, config: RunConfig) -> None:
     here, there = config.model.model_dump(), shape.model.model_dump()
     wrong = [
         f"model.{key}={there[key]}".lower()
-        for key in ("n_layer", "n_head", "n_embd", "scale_attn_by_inverse_layer_idx")
+        for key in ("n_layer", "n_head", "n_embd", "scale_attn_by_inverse_layer_idx", "activation")
         if here[key] != there[key]
     ]
     if config.model.vocab_size < shape.model.vocab_size:

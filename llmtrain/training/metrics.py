@@ -47,12 +47,18 @@ class MetricsLog:
     def __init__(
         self, path: Path | None, config: RunConfig, start: TrainingProgress, *, log: Log, warn: Log
     ) -> None:
-        """Open `metrics.jsonl` and remove the events after `start`; without a path, do nothing."""
+        """Open `metrics.jsonl` and remove the events after `start`; without a path, do nothing.
+
+        The events of an interrupted rewind stay until `rewind` is called again.
+        """
         self.evaluated_steps: set[int] = set()
         self._lines, self._path, self._log = 0, path, log
         if path is None:
             return
-        self._rewrite(path, [each for each in read_events(path) if each["step"] <= start.step])
+        events, rewind = read_events(path), start.last_rewind
+        if rewind is None or rewind in events:  # otherwise `rewind` moves the later events
+            events = [each for each in events if each["step"] <= start.step]
+        self._rewrite(path, events)
         self._boards = Dashboards(RunFolder(path.parent), config, start, warn)
 
     @property
@@ -86,12 +92,18 @@ class MetricsLog:
         return event in read_events(self._path)
 
     def rewind(self, record: Event) -> None:
-        """Log a rewind once, and move the events after its step to `metrics-rewound.jsonl`."""
+        """Log a rewind once, and move the events after its step to `metrics-rewound.jsonl`.
+
+        Each moved event contains the record, so an interrupted move can be repeated.
+        """
         if self._path is None or self.contains(record):
             return
         step, events = int(record["step"] or 0), read_events(self._path)
-        with RunFolder(self._path.parent).rewound_metrics.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(each) + "\n" for each in events if each["step"] > step)
+        later = [each | {"rewind": dict(record)} for each in events if each["step"] > step]
+        target = RunFolder(self._path.parent).rewound_metrics
+        earlier = read_events(target)
+        if not any(each.get("rewind") == record for each in earlier):
+            write_atomically(target, _to_lines([*earlier, *later]))
         self._file.close()
         kept = [each for each in events if each["step"] <= step]
         self._rewrite(self._path, [*kept, dict(record)])
@@ -107,7 +119,7 @@ class MetricsLog:
             os.fsync(self._file.fileno())
 
     def _rewrite(self, path: Path, events: list[dict[str, Any]]) -> None:
-        write_atomically(path, "".join(json.dumps(event) + "\n" for event in events))
+        write_atomically(path, _to_lines(events))
         self._file = path.open("a", encoding="utf-8")
         self.evaluated_steps = {int(e["step"]) for e in events if "val/loss" in e}
 
@@ -132,3 +144,7 @@ class MetricsLog:
             with contextlib.suppress(OSError) if kind else disk_errors(self._path):
                 self._file.close()
             self._boards.close(finished=kind is None)
+
+
+def _to_lines(events: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(event) + "\n" for event in events)

@@ -14,7 +14,7 @@ from llmtrain.config.loading import load_config
 from llmtrain.config.schema import RunConfig, flatten
 from llmtrain.data.token_data import TokenData
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.storage.commit import remove_folder, remove_leftovers, write_atomically
+from llmtrain.storage.commit import fsync_path, remove_folder, remove_leftovers, write_atomically
 from llmtrain.storage.integrity import INTEGRITY_FILE
 from llmtrain.storage.json_files import read_events, read_json
 from llmtrain.storage.run_folder import RunFolder, is_run, require_run, step_folders
@@ -208,10 +208,9 @@ def checkpoint_before(
 
 def set_aside_after(run: RunFolder, step: int) -> None:
     """Rename snapshots and averages after `step` to `…-rewound`; remove later checkpoints."""
-    for later, folder in step_folders(run.states).items():
-        if later > step:
-            remove_folder(folder)
-    for parent in (run.snapshots, *run.averages.glob("[!.]*")):
+    parents = [run.states, run.snapshots, *run.averages.glob("[!.]*")]
+    for parent in filter(Path.is_dir, parents):
         for later, folder in step_folders(parent).items():
             if later > step:
-                set_aside(folder, "rewound")
+                remove_folder(folder) if parent == run.states else set_aside(folder, "rewound")
+        fsync_path(parent)  # the rewind is logged next, and not repeated then

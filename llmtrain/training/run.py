@@ -4,13 +4,14 @@ import json
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from llmtrain.config.loading import dump_config
 from llmtrain.config.schema import RunConfig
+from llmtrain.data.shard_check import ShardCheck
 from llmtrain.data.token_data import TokenData, open_training_data
 from llmtrain.errors import UserError
 from llmtrain.runtime.device import environment, keep_freed_memory, resolve_device
@@ -62,13 +63,16 @@ def pretrain(
         interrupt = Interrupt(max_seconds, quiet=not world.is_rank_zero, agree=agree)
         log, warn = partial(_print, interrupt, log), partial(_print, interrupt, warn)
         lock = world.enter_on_rank_zero(_lock(run.path))
-        with lock, interrupt, explain_oom(), keep_freed_memory(device):
+        with lock, interrupt, explain_oom(), keep_freed_memory(device), ExitStack() as stack:
             start = world.on_rank_zero(lambda: find_start(config, run, data, resume, warn))
             branched = start is not None and start.folder.parent != run.states
             if start is not None and not branched:
                 step = start.progress.step
                 if world.on_rank_zero(lambda: is_finished(config, run, data, step)):
                     return Outcome(run, step, already_finished=True)
+            # One process of each machine hashes its shards, during the preparations and training.
+            files = data.all_files if world.local_rank == 0 else ()
+            shard_check = stack.enter_context(ShardCheck(files))
             worker = make_worker(config, world, device, warn)
             trainer = Trainer(worker, run, data)
             _warn_about_settings(worker, data)
@@ -78,6 +82,8 @@ def pretrain(
                 log(f"{how} at step {trainer.progress.step:,}")
             elif config.init_from is not None:
                 initial = world.local_rank_zero_first(partial(open_weights, config.init_from))
+                for note in initial.notes:
+                    warn(note)
                 load_initial_weights(initial, worker.model, config)
                 log(f"starting from the weights of {initial.location}")
             world.on_rank_zero(lambda: _write_config(worker, run))
@@ -85,7 +91,7 @@ def pretrain(
             worker.forward = compile_model(worker, trainer.progress.micro_batch)
             path, progress = run.metrics if world.is_rank_zero else None, trainer.progress
             with MetricsLog(path, config, progress, log=log, warn=warn) as metrics:
-                trainer.train(metrics, interrupt)
+                trainer.train(metrics, interrupt, shard_check)
             return Outcome(run, trainer.progress.step, already_finished=False)
 
 

@@ -17,6 +17,7 @@ from llmtrain.checkpoints.checkpoint import Origin
 from llmtrain.checkpoints.gpt2_folder import Shape
 from llmtrain.config.schedules import block_size, learning_rate
 from llmtrain.data.dataloader import DataLoader
+from llmtrain.data.shard_check import ShardCheck
 from llmtrain.data.token_data import TokenData
 from llmtrain.errors import RunFailed, WriteFailed
 from llmtrain.evaluation.loss import LossResult, evaluate
@@ -35,6 +36,7 @@ from llmtrain.training.snapshots import SnapshotWriter
 from llmtrain.training.spikes import LOWER_RATE_HINT, SpikeDetector, SpikeEvent
 from llmtrain.training.worker import Worker, allocate_grads, grad_sync
 
+_POLL_SECONDS = 0.1
 SAMPLE_PROMPT = 32  # tokens from the beginning of the val split before a sample
 
 
@@ -42,7 +44,8 @@ class Trainer:
     """A training run: the model, and everything that changes with it."""
 
     metrics: MetricsLog
-    """Set by `train`."""
+    shard_check: ShardCheck
+    """Both set by `train`."""
 
     def __init__(self, worker: Worker, run: RunFolder, data: TokenData) -> None:
         self.worker, self.run, self.data = worker, run, data
@@ -61,6 +64,7 @@ class Trainer:
         background = world.size > 1 or worker.device.type != "cpu"
         self.checkpoint_writer = CheckpointWriter(run, world, config, background=background)
         self._peak = (peak_flops(worker.device, worker.precision) or 0.0) * world.size
+        self._intact = False
         self._restart_timing()
 
     def step(self, interrupt: Interrupt) -> tuple[Tensor, Tensor]:
@@ -108,9 +112,9 @@ class Trainer:
         rate = learning_rate(step, config.schedule, config.optimizer.lr, config.train.max_steps)
         return rate * self.worker.optimizer.lr_factor(step)
 
-    def train(self, metrics: MetricsLog, interrupt: Interrupt) -> None:
+    def train(self, metrics: MetricsLog, interrupt: Interrupt, shard_check: ShardCheck) -> None:
         """Train to `max_steps`; after a signal, save a training checkpoint and raise."""
-        self.metrics = metrics
+        self.metrics, self.shard_check = metrics, shard_check
         started, earlier = time.perf_counter(), self.progress.seconds
         try:
             self._begin(interrupt)
@@ -126,6 +130,7 @@ class Trainer:
             self.snapshot_writer.wait()
             self.checkpoint_writer.wait()
         except Interrupted:
+            # Save without waiting for the shard check: a resume waits for it.
             if self._handle_spikes(now=True):
                 self.save_checkpoint()
             self.checkpoint_writer.wait()
@@ -137,8 +142,9 @@ class Trainer:
 
     def _begin(self, interrupt: Interrupt) -> None:
         """Finish what an interruption left undone, and save the start of a branch or rewind."""
-        rewinds = self.progress.rewinds
-        if rewinds and rewinds[-1]["step"] == self.progress.step:
+        if self.progress.step > 0:
+            self._wait_for_shard_check(interrupt)
+        if self.progress.last_rewind is not None:
             self._finish_rewind()
         is_first = self.world.on_rank_zero(lambda: not step_folders(self.run.states))
         if is_first and (self.config.may_rewind or self.progress.step > 0):
@@ -149,6 +155,9 @@ class Trainer:
     def _after_step(self, interrupt: Interrupt, *, fresh: bool) -> None:
         """Evaluate and save what is due at this step; after a resume, only what is missing."""
         config, step = self.config, self.progress.step
+        saving = config.checkpoint
+        if any(map(self._due, (config.eval.every, saving.snapshot_every, saving.state_every))):
+            self._wait_for_shard_check(interrupt)
         to_evaluate = self._due(config.eval.every) and len(self.val_tokens) > 1
         evaluated = self.metrics.evaluated_steps
         if to_evaluate and not self.world.on_rank_zero(lambda: step in evaluated):
@@ -157,6 +166,20 @@ class Trainer:
             self._save_weights(fresh=fresh)
         if fresh and self._due(config.checkpoint.state_every):
             self.save_checkpoint()
+
+    def _wait_for_shard_check(self, interrupt: Interrupt) -> None:
+        """Wait until all shards are intact, so that no weights from changed data are committed."""
+        while not self._shards_are_intact():
+            interrupt.check()
+            time.sleep(_POLL_SECONDS)
+
+    def _shards_are_intact(self) -> bool:
+        """Return whether every machine has compared all shards; raise its UserError everywhere."""
+        if not self._intact:
+            running = self.world.sums([self.shard_check.is_running])[0]
+            self.world.local_rank_zero_first(self.shard_check.raise_problem)
+            self._intact = not running
+        return self._intact
 
     def _due(self, every: int) -> bool:
         step = self.progress.step
@@ -169,6 +192,7 @@ class Trainer:
     def _log(self, loss: Tensor, norm: Tensor) -> None:
         self.checkpoint_writer.check()
         self.snapshot_writer.check()
+        self._shards_are_intact()
         progress, (step, tokens) = self.progress, self._logged
         stepping = self.world.sums([self._stepping])[0] / self.world.size
         rate = (progress.tokens - tokens) / stepping

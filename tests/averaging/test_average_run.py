@@ -79,7 +79,8 @@ def test_folder_is_complete_and_has_provenance(make_run: MakeRun) -> None:
     recorded = json.loads((run.snapshot(20) / "integrity.json").read_text())["files"][
         "model.safetensors"
     ]
-    assert provenance["inputs"][1]["sha256"] == recorded["sha256"]
+    assert provenance["inputs"][1]["blake3"] == recorded["blake3"]
+    assert provenance["inputs"][1]["blake3_source"] == "computed"
     assert json.loads((folder / "training.json").read_text())["step"] == 30
 
 
@@ -158,7 +159,7 @@ def test_rejects_flipped_bit(make_run: MakeRun) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match="another SHA-256"):
+    with pytest.raises(UserError, match="recorded BLAKE3"):
         lawa(run, 10)
 
 

@@ -14,7 +14,7 @@ from llmtrain.averaging.make_specs import make_specs
 from llmtrain.averaging.request import AverageRequest
 from llmtrain.checkpoints.series import run_series
 from llmtrain.errors import UserError
-from llmtrain.storage.integrity import sha256_of
+from llmtrain.storage.integrity import digest_of
 
 
 def test_facts_of_a_series(tmp_path: Path) -> None:
@@ -25,7 +25,8 @@ def test_facts_of_a_series(tmp_path: Path) -> None:
     a, b = model_at(10), model_at(20)
     assert first.parameters == sum(tensor.numel() for tensor in a.values())
     assert first.dtypes == {"F32": 5, "I64": 1, "BOOL": 1}
-    assert first.sha256 == sha256_of(tmp_path / "s" / "step10" / "model.safetensors")
+    assert first.blake3 == digest_of(tmp_path / "s" / "step10" / "model.safetensors").hex
+    assert first.sha256 is None
     floats = [name for name, tensor in a.items() if tensor.is_floating_point()]
     assert first.norm == pytest.approx(
         math.sqrt(sum(a[n].double().square().sum().item() for n in floats))
@@ -47,7 +48,7 @@ def test_average_has_provenance(make_run: MakeRun) -> None:
     (facts,) = inspect_path(result.spec.target)
     assert facts.step == 30
     assert facts.tokens == 30 * 64
-    assert facts.hash_source == "recorded"
+    assert facts.hash_source == "computed"
     assert facts.provenance is not None
     assert [entry["step"] for entry in facts.provenance["inputs"]] == [10, 20, 30]
     assert [facts.step for facts in inspect_path(run.path)] == [10, 20, 30]

@@ -113,7 +113,7 @@ def test_reads_only_inputs_of_missing_averages(make_run: MakeRun) -> None:
     run = make_run([10, 20, 30, 40, 50])
     every_window(run)
     shutil.rmtree(run.average("lawa-2x10", 30))
-    for step, message in ((50, None), (30, "another SHA-256")):
+    for step, message in ((50, None), (30, "recorded BLAKE3")):
         path = run.snapshot(step) / "model.safetensors"
         content = bytearray(path.read_bytes())
         content[-1] ^= 1

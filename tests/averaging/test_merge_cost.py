@@ -19,7 +19,7 @@ from llmtrain.checkpoints.series import run_series
 from llmtrain.checkpoints.tensors import TensorSpec
 from llmtrain.errors import UserError
 from llmtrain.storage import integrity
-from llmtrain.storage.integrity import integrity_problems, sha256_of
+from llmtrain.storage.integrity import Algorithm, Digest, digest_of, integrity_problems
 
 GIGABYTE = 1 << 30
 
@@ -93,10 +93,13 @@ def test_all_windows_read_each_input_once(
 
     monkeypatch.setattr(SafetensorsReader, "read", counting)
     hashed_separately: list[Path] = []
+
+    def hash_separately(path: Path, *algorithm: Algorithm) -> Digest:
+        hashed_separately.append(path)
+        return digest_of(path, *algorithm)
+
     for module in (audit, integrity):
-        monkeypatch.setattr(
-            module, "sha256_of", lambda path: hashed_separately.append(path) or sha256_of(path)
-        )
+        monkeypatch.setattr(module, "digest_of", hash_separately)
     series = run_series(run)
     results = average(series, make_specs(series, AverageRequest(every=10, window=5, at="all")))
     assert len(results) == 16
@@ -127,7 +130,7 @@ def test_hashes_inputs_with_another_tensor_order(make_run: MakeRun) -> None:
     damaged[-2] ^= 1  # flip a bit; the element stays finite
     intact = path.read_bytes()
     path.write_bytes(damaged)
-    with pytest.raises(UserError, match="another SHA-256"):
+    with pytest.raises(UserError, match="recorded BLAKE3"):
         average(series, specs)
     path.write_bytes(intact)
     (result,) = average(series, specs)

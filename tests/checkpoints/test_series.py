@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,111 @@ def test_steps_come_from_names_not_file_times(tmp_path: Path) -> None:
     assert folder_series(tmp_path / "s").steps == [90, 200, 1000]
 
 
-def test_two_checkpoints_of_one_step_are_rejected(tmp_path: Path) -> None:
-    for name in ("step10", "checkpoint-10"):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("step10", "checkpoint-10"),
+        ("epoch=1-step=10", "epoch=1-step=10-v1"),
+        ("model_000010_rank0", "model_000010_rank1"),
+    ],
+)
+def test_two_checkpoints_of_one_step_are_rejected(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
         write_checkpoint(tmp_path / "s" / name, model_at(10))
-    with pytest.raises(UserError, match="both have step 10"):
+    with pytest.raises(UserError, match="both have step 10") as caught:
         folder_series(tmp_path / "s")
+    assert "folders of their own" in caught.value.hint
+    assert not re.search("delete|remove|keep one", caught.value.hint)
+
+
+def write_files(folder: Path, *documents: tuple[str, dict[str, object]]) -> None:
+    folder.mkdir()
+    for name, document in documents:
+        torch.save({"model": {"w": torch.rand(3)}} | document, folder / name)
+
+
+def test_an_epoch_is_preferred_to_a_metric(tmp_path: Path) -> None:
+    losses = {1: 0.9, 2: 0.62, 3: 0.39}
+    names = [f"epoch={epoch:02d}-val_loss={loss}.ckpt" for epoch, loss in losses.items()]
+    write_files(tmp_path / "s", *((name, {}) for name in [*names, "last.ckpt", "last-v1.ckpt"]))
+    inputs = folder_series(tmp_path / "s").inputs
+    assert [Path(source.location).name for source in inputs.values()] == names
+    assert list(inputs) == [1, 2, 3]
+
+
+def test_optimizer_shards_next_to_a_series_are_left_out(tmp_path: Path) -> None:
+    parts = ("model_{:06d}.pt", "optim_{:06d}_rank0.pt", "optim_{:06d}_rank1.pt")
+    names = [part.format(step) for part in parts for step in (10, 20)]
+    write_files(tmp_path / "s", *((name, {}) for name in names))
+    paths = [source.location for source in folder_series(tmp_path / "s").inputs.values()]
+    assert [Path(path).name for path in paths] == ["model_000010.pt", "model_000020.pt"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("epoch=3.ckpt", "step=200.ckpt"),
+        ("checkpoint2.pt", "checkpoint_1_500.pt"),
+        ("stage1-step1000.pt", "stage2-step500.pt"),
+    ],
+)
+def test_names_that_count_different_things_are_rejected(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    write_files(tmp_path / "s", *((name, {}) for name in names))
+    with pytest.raises(UserError, match="several series of checkpoints: 1 like"):
+        folder_series(tmp_path / "s")
+
+
+STORED = {
+    "global_step": [{"global_step": 100 - n, "epoch": n} for n in range(3)],
+    "iter_num": [{"iter_num": 100 - n} for n in range(3)],
+    "epoch and step": [{"epoch": 3 - n, "step": 100 + n} for n in range(3)],
+}
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_stored_steps_that_contradict_the_names_are_an_error(tmp_path: Path, kind: str) -> None:
+    documents = list(enumerate(STORED[kind], start=1))
+    write_files(tmp_path / "s", *((f"ckpt_{n}0.pt", dict(document)) for n, document in documents))
+    with pytest.raises(UserError, match=r"ckpt_10\.pt stores .*, .*ckpt_20\.pt stores"):
+        run(tmp_path / "s")
+    backwards = [(f"ckpt_{4 - n}0.pt", dict(document)) for n, document in documents]
+    write_files(tmp_path / "t", *backwards)
+    assert run(tmp_path / "t").spec.step == 30
+
+
+@pytest.mark.parametrize("file", ["trainer_state.json", "training.json"])
+def test_a_stored_step_next_to_the_weights_is_compared(tmp_path: Path, file: str) -> None:
+    for step in (10, 20, 30):
+        folder = write_checkpoint(tmp_path / "s" / f"step{step}", model_at(step))
+        stored = {"global_step": 1000 - step, "log_history": [{"loss": float("nan")}]}
+        if file == "training.json":
+            stored = {"step": 1000 - step, "tokens": 1, "lr": 0.1, "run": "x"}
+        (folder / file).write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r"stores step 990, .* stores step 980"):
+        run(tmp_path / "s")
+
+
+def test_a_step_counted_within_its_epoch_is_no_contradiction(tmp_path: Path) -> None:
+    documents = [{"epoch": 1, "step": 500}, {"epoch": 2, "step": 500}, {"epoch": 3, "step": 0}]
+    write_files(tmp_path / "s", *((f"ckpt_{n + 1}0.pt", d) for n, d in enumerate(documents)))
+    assert run(tmp_path / "s").spec.step == 30
+
+
+def test_batch_norm_counters_are_copied_from_the_newest(tmp_path: Path) -> None:
+    """Other integers that differ still stop the average."""
+    for step in (10, 20, 30):
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+        for _ in range(step):
+            model(torch.randn(8, 3))
+        for name, extra in (("s", {}), ("t", {"model.counter": torch.tensor(step)})):
+            (tmp_path / name).mkdir(exist_ok=True)
+            torch.save(model.state_dict() | extra, tmp_path / name / f"ckpt_{step}.pt")
+    weights = load_file(run(tmp_path / "s").spec.target / "model.safetensors")
+    assert weights["1.num_batches_tracked"] == 30
+    with pytest.raises(UserError, match=r"model\.counter .* differs between"):
+        run(tmp_path / "t")
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,26 @@ def test_a_closed_pipe_ends_a_command_with_its_own_code(command: str) -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.parametrize("closed", ["2>&-", "0<&- 1>&- 2>&-"])
+def test_no_file_gets_the_number_of_a_closed_standard_descriptor(
+    tmp_path: Path, closed: str
+) -> None:
+    script = """
+import sys
+from llmtrain.cli.main import main
+
+sys.argv = ["llmtrain", "--version"]
+try:
+    main()
+finally:
+    with open("file", "w") as file:
+        file.write(str(file.fileno()))
+"""
+    command = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, script]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert int((tmp_path / "file").read_text()) > 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pipe", ["|", "2>&1 |"])
 def test_a_closed_pipe_saves_the_state(prepared: Path, pipe: str) -> None:

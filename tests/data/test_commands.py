@@ -47,7 +47,7 @@ def test_prepare_and_verify(source: Path, tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
     damaged = invoke("verify", "data/web", cwd=tmp_path)
     assert damaged.code == 1
-    assert "train-00000.bin does not have the recorded SHA-256" in damaged.stdout
+    assert "train-00000.bin does not have the recorded BLAKE3" in damaged.stdout
     assert "error: 1 of 1 folder(s) differ" in damaged.stderr and "hint: " in damaged.stderr
     listed = json.loads(invoke("verify", "--json", "data/web", cwd=tmp_path).stdout)
     assert listed[0]["folder"] == "data/web" and len(listed[0]["problems"]) == 1

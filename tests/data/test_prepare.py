@@ -343,7 +343,7 @@ def test_verify_finds_and_checks_all_folders(source: Path, tmp_path: Path) -> No
     problems = [problem for check in verify_below(tmp_path / "all") for problem in check.problems]
     assert len(problems) == 3
     for problem, words in zip(
-        problems, ["has format None", "the recorded SHA-256", "is missing"], strict=True
+        problems, ["has format None", "does not have the recorded", "is missing"], strict=True
     ):
         assert words in problem
 

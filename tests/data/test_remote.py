@@ -215,9 +215,7 @@ def test_an_interrupted_copy_resumes_with_the_next_file(
     third = "/bucket/out/train-00002.bin"
     content = memory.cat_file(third)
     memory.pipe(third, content[:-2] + b"xx")
-    with pytest.raises(
-        UserError, match=r"train-00002\.bin does not have the SHA-256 in its manifest"
-    ):
+    with pytest.raises(UserError, match=r"train-00002\.bin does not have the recorded BLAKE3"):
         local_folder("memory://bucket/out")
     staging = cache / "data" / f".tmp-{manifest.sha256}"
     before = {path.name: path.stat().st_ino for path in staging.iterdir()}

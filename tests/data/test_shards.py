@@ -178,7 +178,7 @@ def test_changed_tokens_are_found_by_verify_only(folder: Path) -> None:
     open_data(folder)
     problems = data_problems(folder)
     assert [problem.split(" ", 1)[1] for problem in problems] == [
-        "does not have the recorded SHA-256",
+        "does not have the recorded BLAKE3",
         "is not in the manifest",
     ]
 

@@ -167,8 +167,8 @@ def test_a_changed_file_has_another_hash(tmp_path: Path) -> None:
     assert texts(path, tmp_path) == ["old"]
     path.write_bytes(lines("new"))
     assert (
-        open_source(str(path), "text", None, tmp_path / "cache").files[0].sha256
-        != first.files[0].sha256
+        open_source(str(path), "text", None, tmp_path / "cache").files[0].blake3
+        != first.files[0].blake3
     )
 
 

@@ -16,6 +16,7 @@ from llmtrain.evaluation.report.page import write_report
 from llmtrain.evaluation.report.records import loss_curves, newest_results
 from llmtrain.evaluation.results import EvalResult, stored_results
 from llmtrain.evaluation.text import measure_text
+from llmtrain.storage.integrity import write_integrity
 from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.run import pretrain
 
@@ -169,6 +170,7 @@ def test_nan_weights_raise(run: RunFolder) -> None:
     tensors = load_file(path)
     tensors["transformer.ln_f.weight"][:] = float("nan")
     save_file(tensors, path)
+    write_integrity(path.parent)
     with pytest.raises(RunFailed, match="is nan"):
         measure_all(find_targets(run.snapshot(12), every_snapshot=False))
 
@@ -187,6 +189,7 @@ def test_changed_weights_are_measured_again(run: RunFolder) -> None:
     before, _ = measure_all(find_targets(run.snapshot(12), every_snapshot=False))
     path = run.snapshot(12) / "model.safetensors"
     path.write_bytes((run.snapshot(4) / "model.safetensors").read_bytes())
+    write_integrity(path.parent)
     after, computed = measure_all(find_targets(run.snapshot(12), every_snapshot=False))
     assert computed
     assert after[0].loss != before[0].loss

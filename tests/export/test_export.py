@@ -138,7 +138,11 @@ def test_padded_ids_are_never_generated(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_nanogpt_checkpoint(tmp_path: Path, bias: bool) -> None:
     target = make_weights(tmp_path / "made", bias=bias)
-    export(target, tmp_path / "out", name="out", form="nanogpt")
+    warnings: list[str] = []
+    export(target, tmp_path / "out", name="out", form="nanogpt", warn=warnings.append)
+    assert warnings == [
+        "nanoGPT uses the exact GELU, this model GPT-2's: logits differ by about 0.001"
+    ]
     saved = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
     assert saved.keys() == {
         "model",
@@ -147,6 +151,7 @@ def test_nanogpt_checkpoint(tmp_path: Path, bias: bool) -> None:
         "iter_num",
         "best_val_loss",
         "config",
+        "activation_function",
     }
     sizes = {"n_layer": 3, "n_head": 2, "n_embd": 16, "vocab_size": 264, "block_size": 24}
     assert saved["model_args"] == sizes | {"bias": bias, "dropout": 0.0}
@@ -169,7 +174,8 @@ def test_nanogpt_checkpoint(tmp_path: Path, bias: bool) -> None:
     torch.optim.AdamW([{"params": matrices}, {"params": others}]).load_state_dict(
         saved["optimizer"]
     )
-    assert open_checkpoint(tmp_path / "out" / "ckpt.pt", step=7).config is not None
+    config_here = open_checkpoint(tmp_path / "out" / "ckpt.pt", step=7).config
+    assert config_here is not None and config_here["activation_function"] == "gelu_new"
 
 
 def test_invalid_exports_are_rejected(tmp_path: Path) -> None:

@@ -35,9 +35,11 @@ def final_state(run: RunFolder) -> dict[str, torch.Tensor]:
     return load_file(list(step_folders(run.states).values())[-1] / "tensors.safetensors")
 
 
-def events(run: RunFolder) -> list[dict[str, Any]]:
+def events(run: RunFolder, path: Path | None = None) -> list[dict[str, Any]]:
+    """Return the events in `path`, by default metrics.jsonl, without times."""
     timed = {"seconds", "tokens_per_second", "memory"}
-    return [{k: v for k, v in e.items() if k not in timed} for e in read_json_lines(run.metrics)]
+    lines = read_json_lines(path or run.metrics)
+    return [{k: v for k, v in e.items() if k not in timed} for e in lines]
 
 
 def assert_same_run(one: RunFolder, two: RunFolder) -> None:

@@ -184,6 +184,7 @@ def test_a_loss_that_is_no_number(workplace: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-4:] = np.float32("nan").tobytes()
     path.write_bytes(content)
+    path.with_name("integrity.json").unlink()
     refused("eval", path.parent, cwd=workplace, expected="the loss of", code=1)
 
 
@@ -227,6 +228,7 @@ def test_a_loss_that_is_no_number(workplace: Path) -> None:
 def test_configs_of_foreign_models(workplace: Path, change: dict[str, Any], expected: str) -> None:
     path = workplace / "runs/run/snapshots/step-00000008/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    path.with_name("integrity.json").unlink()
     refused("eval", path.parent, "--tokens", 50, cwd=workplace, expected=expected)
 
 
@@ -238,5 +240,6 @@ def test_configs_that_lack_a_key(workplace: Path, key: str) -> None:
     document = json.loads(path.read_text())
     del document[key]
     path.write_text(json.dumps(document))
+    path.with_name("integrity.json").unlink()
     expected = "model_type None" if key == "model_type" else "is not a valid GPT-2 config"
     refused("eval", path.parent, "--tokens", 50, cwd=workplace, expected=expected)

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +67,17 @@ def test_signal_with_a_closed_stderr() -> None:
         os.dup2(stderr, 2)
         os.close(stderr)
         os.close(writer)
+
+
+def test_a_signal_writes_nothing_to_a_file_that_has_descriptor_2(tmp_path: Path) -> None:
+    script = """
+import os, signal
+from llmtrain.runtime.signals import Interrupt
+
+with open("data.bin", "wb") as file, Interrupt():
+    assert file.fileno() == 2
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+    command = ["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, script]
+    assert subprocess.run(command, cwd=tmp_path, check=False).returncode == 0
+    assert (tmp_path / "data.bin").read_bytes() == b""

@@ -76,7 +76,7 @@ def test_killed_commit_is_ignored_and_cleaned_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda f: (f / "a.txt").write_text("y"), "does not have the recorded SHA-256"),
+        (lambda f: (f / "a.txt").write_text("y"), "does not have the recorded BLAKE3"),
         (lambda f: (f / "a.txt").write_text("longer"), "has 6 bytes instead of 1"),
         (lambda f: (f / "sub" / "b.txt").unlink(), "is missing"),
     ],

@@ -52,7 +52,7 @@ def test_a_public_model_gives_its_own_logits(tiny: Build, public: Path) -> None:
 
 
 def test_a_nanogpt_file_is_read(tiny: Build, tmp_path: Path) -> None:
-    config = biased(tiny)
+    config = biased(tiny, model={"activation": "gelu"})
     trained = GPT(config.model, 16, seed=9)
     state = {f"_orig_mod.{name}": tensor for name, tensor in trained.state_dict().items()}
     state["_orig_mod.lm_head.weight"] = trained.transformer.wte.weight
@@ -65,6 +65,9 @@ def test_a_nanogpt_file_is_read(tiny: Build, tmp_path: Path) -> None:
         "vocab_size": 264,
     }
     torch.save({"model": state, "model_args": arguments, "iter_num": 5}, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="does not fit the model") as caught:
+        begun(tmp_path / "ckpt.pt", biased(tiny))
+    assert caught.value.hint == "--set model.activation=gelu"
     model = begun(tmp_path / "ckpt.pt", config)
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True)

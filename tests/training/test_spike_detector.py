@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from places import REPOSITORY
 from torch import Tensor
 
 from llmtrain.config.schema import RunConfig
@@ -45,7 +46,9 @@ def test_the_z_score_equals_a_float64_oracle(rows: list[tuple[float, float]]) ->
     history, value = data[:, :8], data[:, 8]
     median = np.sort(history, axis=1)[:, 3]  # torch's median is the lower of the two in the middle
     deviation = np.sort(np.abs(history - median[:, None]), axis=1)[:, 3]
-    expected = (value - median) / np.maximum(1.4826 * deviation, 1e-3 * median)
+    upper = np.sort(history, axis=1)[:, 5] - median
+    deviation = np.maximum(1.4826 * deviation, upper)
+    expected = (value - median) / np.maximum(deviation, 1e-3 * median)
     found = robust_z(torch.tensor(value).float(), torch.tensor(history).float())
     np.testing.assert_allclose(found.numpy(), expected, rtol=2e-3, atol=2e-3)
 
@@ -129,3 +132,34 @@ def test_a_resumed_detector_decides_the_same(values: list[tuple[float, float]], 
     assert [str(each) for each in whole.drain()] == [
         str(each) for each in expected + resumed.drain()
     ]
+
+
+def demo_detector() -> SpikeDetector:
+    """Return a detector with the default window (128) and threshold (10), as in the demo."""
+    base = {"name": "x", "data": {"path": "x"}, "train": {"batch_sequences": 16}}
+    return SpikeDetector(RunConfig.model_validate(base), torch.device("cpu"))
+
+
+def demo_numbers() -> list[tuple[float, float]]:
+    """Return the loss and gradient norm of each step of configs/demo.yaml."""
+    lines = (REPOSITORY / "tests" / "files" / "demo_losses_and_norms.txt").read_text().splitlines()
+    return [(float(loss), float(norm)) for loss, norm in map(str.split, lines)]
+
+
+def test_a_healthy_run_has_no_spikes() -> None:
+    """Its gradient norm grows tenfold, with heavy tails, while the loss falls."""
+    detector = demo_detector()
+    feed(detector, demo_numbers())
+    assert [str(each) for each in detector.drain()] == []
+
+
+@pytest.mark.parametrize("step", [140, 186, 206, 400, 880])
+@pytest.mark.parametrize("factors", [(4.0, 1.0), (1.0, 50.0), (math.nan, 1.0)])
+def test_a_spike_in_the_healthy_run_is_found_at_its_step(
+    step: int, factors: tuple[float, float]
+) -> None:
+    detector, numbers = demo_detector(), demo_numbers()
+    loss, norm = numbers[step - 1]
+    numbers[step - 1] = loss * factors[0], norm * factors[1]
+    feed(detector, numbers)
+    assert [each.step for each in detector.drain()] == [step]

@@ -273,19 +273,19 @@ def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(
     damage(run.state(12) / "tensors.safetensors")
     warnings: list[str] = []
     quiet(tiny(), run.path, warn=warnings.append)
-    assert "does not have the recorded SHA-256" in warnings[0]
+    assert "does not have the recorded BLAKE3" in warnings[0]
     assert (run.states / "step-00000012-damaged" / "tensors.safetensors").is_file()
     assert_same_run(whole, run)
     # Again, with a bad sector: both damaged folders are kept.
-    real = integrity.sha256_of
+    real = integrity.digest_of
 
-    def bad_sector(path: Path) -> str:
+    def bad_sector(path: Path, algorithm: integrity.Algorithm = "blake3") -> integrity.Digest:
         if path.parent == run.state(12):
             raise OSError(errno.EIO, "Input/output error", str(path))
-        return real(path)
+        return real(path, algorithm)
 
     with monkeypatch.context() as patch:
-        patch.setattr(integrity, "sha256_of", bad_sector)
+        patch.setattr(integrity, "digest_of", bad_sector)
         quiet(tiny(), run.path, warn=warnings.append)
     assert "Input/output error" in warnings[1]
     assert len(list(run.states.glob("step-00000012-damaged*/tensors.safetensors"))) == 2

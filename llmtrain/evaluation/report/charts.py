@@ -21,8 +21,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from llmtrain.errors import printable
 from llmtrain.evaluation.report.records import Curve, RunRecord, gains
-from llmtrain.model.tokenizer import well_formed
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """The color-blind-safe palette of Okabe and Ito."""
@@ -153,7 +153,7 @@ def _training_chart(
         values = [event[key] for event in events]
         if any(values) or (values and name != "skipped"):
             steps = [event["step"] for event in events]
-            lines.append(Line(well_formed(record.name), steps, values, colour=index, dash=index))
+            lines.append(Line(printable(record.name), steps, values, colour=index, dash=index))
     chart = Chart(name, title, "step", y_label, lines)
     if name == "training-loss":
         return replace(chart, late=True)
@@ -171,7 +171,7 @@ def _lines(
         for label, curve in curves_of(record).items():
             points = [(x, y) for step, y in curve if (x := _x(record, axis, step)) is not None]
             if points:
-                name = well_formed(f"{record.name}: {label}" if several else label)
+                name = printable(f"{record.name}: {label}" if several else label)
                 xs, ys = zip(*points, strict=True)
                 kind = labels.index(label)
                 colour = index if several else kind

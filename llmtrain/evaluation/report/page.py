@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from llmtrain import __version__
-from llmtrain.errors import UserError
+from llmtrain.errors import UserError, printable
 from llmtrain.evaluation.report.charts import Drawing, brief, draw, duration, inline_svg, run_charts
 from llmtrain.evaluation.report.records import RunRecord, Saving, gains, read_records, savings
-from llmtrain.model.tokenizer import well_formed
 from llmtrain.storage.commit import write_atomically
 from llmtrain.storage.run_folder import RunFolder
 
@@ -64,16 +64,17 @@ def write_report(runs: Sequence[RunFolder], folder: Path) -> Report:
 def render_page(
     records: Sequence[RunRecord], saved: Sequence[Saving], drawings: Sequence[Drawing]
 ) -> str:
-    """Return the page; the template escapes all text of the runs."""
+    """Return the page; the template escapes HTML and control characters in all text of the runs."""
     templates = Environment(
         loader=PackageLoader("llmtrain.evaluation.report", "page"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
     templates.filters |= {"brief": brief, "duration": duration, "inline": inline_svg}
-    templates.filters |= {"inputs": _inputs, "other_facts": _other_facts}
+    templates.filters |= {"inputs": _inputs, "other_facts": _other_facts, "lines": _lines}
     settings = _settings([record.config for record in records])
-    rendered = templates.get_template("report.html").render(
+    return templates.get_template("report.html").render(
         runs=records,
         savings=saved,
         unlike=[key for key, values in settings if key in _COMPARABLE_KEYS and len({*values}) > 1],
@@ -89,7 +90,6 @@ def render_page(
         },
         version=__version__,
     )
-    return well_formed(rendered)
 
 
 def _numbers(records: Sequence[RunRecord]) -> dict[str, Any]:
@@ -124,12 +124,18 @@ def _input(entry: object) -> list[str]:
     known: Mapping[str, object] = entry if isinstance(entry, dict) else {}
     weight = known.get("weight")
     shown = f"{weight:.6g}" if isinstance(weight, float) else str(weight)
-    return [str(known.get("step")), shown, str(known.get("sha256"))[:16], str(known.get("path"))]
+    digest = str(known.get("blake3") or known.get("sha256"))
+    return [str(known.get("step")), shown, digest[:16], str(known.get("path"))]
 
 
 def _other_facts(provenance: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in provenance.items() if key != "inputs"}
     return json.dumps(rest, indent=1, ensure_ascii=False)
+
+
+def _lines(text: str) -> Markup:
+    """Return text as HTML with its line breaks."""
+    return Markup("\n").join(map(printable, text.split("\n")))
 
 
 def _settings(documents: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
@@ -164,5 +170,6 @@ def _tables(records: Sequence[RunRecord], saved: Sequence[Saving]) -> dict[str, 
 
 def _csv(rows: Sequence[Sequence[Any]]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return well_formed(text.getvalue())
+    safe = ([printable(cell) if type(cell) is str else cell for cell in row] for row in rows)
+    csv.writer(text, lineterminator="\n").writerows(safe)
+    return text.getvalue()
