@@ -10,9 +10,10 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_type_hints
 
 import typer
 from rich.console import Console
@@ -21,7 +22,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 from typing_extensions import Doc
 
-from llmtrain.errors import printable
+from llmtrain.errors import StorageWarning, printable
 
 if TYPE_CHECKING:
     from llmtrain.runtime.signals import Interrupt
@@ -121,6 +122,26 @@ def _print_labelled(label: str, message: str) -> None:
 def clip(text: str, length: int = 1000) -> str:
     """Return text from outside with its end cut off beyond `length` characters."""
     return text if len(text) <= length else f"{text[:length]}…"
+
+
+def show_storage_warnings() -> None:
+    """Print warnings about the file system like those of the commands, on one line."""
+    show = warnings.showwarning
+
+    def print_or_show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, StorageWarning):
+            warn(str(message))
+        else:
+            show(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = print_or_show
 
 
 def print_outcome(message: str) -> None:

@@ -30,6 +30,7 @@ def _option(options: type, field: str, *names: str, default: str | bool = True, 
 
 _loss = partial(_option, EvalOptions)
 _task = partial(_option, TaskOptions, rich_help_panel="Zero-shot tasks (extra: eval)")
+_MAX_DIGITS = 9
 _TEXT: Any = {"rich_help_panel": "Text file"}
 
 
@@ -148,8 +149,8 @@ def _require_companions(option: str, value: object, dependents: dict[str, object
 def _parse_batch_size(text: str) -> Any:
     if text == "auto":
         return text
-    if not text.isdecimal() or int(text) == 0:
-        raise UserError(f"--batch-size {text!r} is not a number", hint="pass auto or 1 or more")
+    if not text.isdecimal() or len(text) > _MAX_DIGITS or int(text) == 0:
+        raise UserError(f"--batch-size {text!r:.40} is not a number", hint="pass auto or 1 or more")
     return int(text)
 
 
@@ -196,7 +197,7 @@ def _as_json(measured: Measured) -> dict[str, Any]:
 def loss_table(results: "list[EvalResult]") -> Table:
     """Return a table with a line per set of weights, and the run if there are several."""
     several = len({result.run for result in results}) > 1
-    names = ("step", "loss", "perplexity", "bits/byte", "minus raw", "tokens", "s")
+    names = ("step", "loss", "±", "perplexity", "bits/byte", "minus raw", "tokens", "s")
     columns = [Column(name, justify="right", no_wrap=True) for name in names]
     table = Table(Column("weights", no_wrap=True), *columns, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for each in results:
@@ -204,6 +205,7 @@ def loss_table(results: "list[EvalResult]") -> Table:
             f"{each.run}: {each.label}" if several and each.run else each.label,
             "" if each.step is None else f"{each.step:,}",
             f"{each.loss:.4f}",
+            "n/a" if each.stderr is None else f"{each.stderr:.4f}",
             "inf" if each.perplexity is None else _format(each.perplexity, 3),
             "n/a" if each.bits_per_byte is None else f"{each.bits_per_byte:.4f}",
             "n/a" if each.delta is None else f"{each.delta:+.4f}",
@@ -250,11 +252,11 @@ def _place(target: "Target") -> tuple[Path, int | None]:
 def _values(measured: Measured) -> "Iterator[tuple[str, float | None, float | None]]":
     """Yield name, value (None if it overflows) and standard error of each measure."""
     if loss := measured.loss:
-        yield f"{loss.split}: loss", loss.loss, None
+        yield f"{loss.split}: loss", loss.loss, loss.stderr
         yield f"{loss.split}: bits/byte", loss.bits_per_byte, None
     if text := measured.text:
         name = text.file.rpartition("/")[2]
-        yield f"{name}: loss", text.loss, None
+        yield f"{name}: loss", text.loss, text.stderr
         yield f"{name}: word perplexity", text.word_perplexity, None
         yield f"{name}: byte perplexity", text.byte_perplexity, None
     for score in (score for result in measured.tasks for score in result.scores):

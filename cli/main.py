@@ -16,7 +16,7 @@ from llmtrain.errors import RunFailed, UserError
 from llmtrain.runtime import launcher
 
 from .average import average
-from .common import clip, print_error, print_traceback
+from .common import clip, print_error, print_traceback, show_storage_warnings
 from .config import config
 from .doctor import doctor
 from .eval import evaluate
@@ -56,6 +56,7 @@ def main() -> None:
     _open_missing_descriptors()
     launcher.let_threads_sleep()
     launcher.silence_other_ranks()
+    show_storage_warnings()
     try:
         sys.exit(app(standalone_mode=False))
     except SystemExit as end:

@@ -12,6 +12,7 @@ import typer
 from rich.table import Column, Table
 
 from llmtrain.data.options import PrepareOptions
+from llmtrain.errors import UserError
 
 from .common import (
     JsonFlag,
@@ -94,6 +95,7 @@ def prepare(
     if not err_console.is_terminal:
         os.environ.update(_NO_LIBRARY_PROGRESS)
     from llmtrain.data import prepare as library
+    from llmtrain.data.sampler import small_split
     from llmtrain.data.sources import default_name
 
     options = PrepareOptions(
@@ -101,6 +103,9 @@ def prepare(
         text_field=text_field,
         limit_documents=limit_documents,
     )
+    if out is not None and out.rpartition("::")[2].startswith("memory://"):
+        problem = f"{out} is in the memory of this process, so the data would be lost"
+        raise UserError(problem, hint="choose a folder or another URL with --out")
     folder = out or str(Path("data") / default_name(source))
     started = time.monotonic()
     outcome = f"{folder} is incomplete; the same command resumes after its last finished shard"
@@ -115,6 +120,8 @@ def prepare(
         manifest = library.prepare(source, folder, options, on_progress=show, log=log)
     if mismatch := library.openwebtext_mismatch(manifest):
         warn(mismatch)
+    if small := small_split(manifest.val.documents, "document"):
+        warn(f"{folder}, val split: {small}")
     if as_json:
         print_json(manifest.document())
     else:

@@ -15,6 +15,7 @@ Files:
     make_specs.py       from a request to specs
     stored_averages.py  specs of averages that a run stored (dense, posthoc-ema)
     spec.py             one average to make, its provenance, and its comparison with a folder
+    trajectory.py       the check for weights of another step or run
     audit.py            hashes and checks of the inputs; known_bad.json lists public defects
     merge.py            the streaming merge
     average.py          all phases from specs to folders, also with one input on disk at a time

@@ -1,4 +1,4 @@
-"""Checks of the inputs: digests, known-bad revisions, duplicates, and breaks in the trajectory.
+"""Checks of the inputs: digests, known-bad revisions and duplicates.
 
 Some public series contain wrong weights, and an average of them loads without an error. The checks
 are nearly free: they use recorded digests, and norms from the merge.
@@ -17,6 +17,7 @@ import numpy as np
 
 from llmtrain.averaging.merge import CHUNK, Norms, chunks
 from llmtrain.averaging.request import MergeOptions
+from llmtrain.averaging.trajectory import outliers
 from llmtrain.checkpoints.checkpoint import WEIGHTS_SUFFIXES, Checkpoint
 from llmtrain.checkpoints.series import Input, Series
 from llmtrain.checkpoints.windows import describe_steps
@@ -25,12 +26,6 @@ from llmtrain.storage.integrity import Algorithm, Digest, combined_digest, diges
 
 LARGE = 4096
 """Tensors with at least this many elements cannot match by chance."""
-
-FAR = 5.0
-"""A tensor is an outlier beyond this multiple of the usual distance from its neighbours."""
-
-UNRELATED = 1.2
-"""A large tensor is unrelated beyond this distance as a share of its norm (√2: independent)."""
 
 _SHOWN = 12
 
@@ -126,11 +121,16 @@ def check_digests(
 
 
 def check_norms(
-    checkpoints: Sequence[Checkpoint], norms: Norms, options: MergeOptions
+    checkpoints: Sequence[Checkpoint], norms: Norms, options: MergeOptions, *, verified: bool
 ) -> list[str]:
-    """Return one warning for each outlier; with `strict`, raise. Also reject duplicate tensors."""
+    """Return one warning for each outlier; with `strict`, raise. Also reject duplicate tensors.
+
+    `verified` snapshots of a run are as training wrote them, so only `strict` looks for outliers.
+    """
     if not options.allow_duplicates:
         refuse_duplicate_tensors(checkpoints, norms)
+    if verified and not options.strict:
+        return []
     lines = list(outliers(checkpoints, norms).values())
     if lines and options.strict:
         raise UserError(
@@ -236,37 +236,3 @@ def _equal(one: Checkpoint, other: Checkpoint, name: str) -> bool:
             first = a[0].copy() if first is None else first
             constant = constant and bool((a == first).all())
     return not constant
-
-
-def outliers(checkpoints: Sequence[Checkpoint], norms: Norms) -> dict[int, str]:
-    """Return a message for each checkpoint that is off the trajectory, by its index.
-
-    An inner checkpoint is off if its nearer neighbour is `FAR` times the median distance away. An
-    outer one is off if its only neighbour is `FAR` times the largest other distance away. Any is
-    off if a large tensor is more than `UNRELATED` times its norm away from every neighbour.
-    """
-    specs = checkpoints[-1].tensors
-    found: dict[int, list[str]] = defaultdict(list)
-    for column, name in enumerate(norms.names):
-        moves = norms.distance[1:, column]
-        scale = np.minimum(norms.norm[1:, column], norms.norm[:-1, column])
-        unrelated = (moves > UNRELATED * scale) & (specs[name].count >= LARGE)
-        for row in range(len(checkpoints)):
-            adjacent = [i for i in (row - 1, row) if 0 <= i < len(moves)]
-            others = np.delete(moves, adjacent)
-            usual = 0.0
-            if adjacent and len(others):
-                usual = float(np.median(others) if len(adjacent) == 2 else others.max())
-            nearest = float(moves[adjacent].min()) if adjacent else 0.0
-            if usual > 0.0 and nearest > FAR * usual:
-                found[row].append(f"{name} ({nearest / usual:.1f} times the usual distance)")
-            elif len(adjacent) == 2 and unrelated[adjacent].all():
-                found[row].append(f"{name} (unrelated)")
-        if len(moves) == 1 and unrelated[0]:
-            found[1].append(f"{name} (unrelated)")
-    lines = {}
-    for row, names in sorted(found.items()):
-        more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
-        shown = ", ".join(names[:3]) + more
-        lines[row] = f"step {checkpoints[row].step:,} is off the trajectory: {shown}"
-    return lines

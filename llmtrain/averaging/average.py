@@ -29,11 +29,13 @@ from llmtrain.checkpoints.safetensors_files import open_safetensors
 from llmtrain.checkpoints.series import Input, Series, require_same_tensors
 from llmtrain.checkpoints.tensors import FLOATS, TensorSpec
 from llmtrain.checkpoints.writer import WeightsWriter, copy_companions, layout_bytes, output_layout
-from llmtrain.errors import UserError
-from llmtrain.storage.commit import locked_folder, remove_abandoned, remove_leftovers, staged_folder
+from llmtrain.errors import RunFailed, UserError
+from llmtrain.storage.commit import remove_abandoned, remove_leftovers, staged_folder
 from llmtrain.storage.disk import disk_errors, require_room
 from llmtrain.storage.integrity import write_integrity
 from llmtrain.storage.json_files import write_json
+from llmtrain.storage.locks import locked_folder
+from llmtrain.storage.safe_files import reject_links
 
 MAX_GROUP = 64
 """Averages in one merge. A kill loses at most one group; two groups share k - 1 inputs."""
@@ -65,6 +67,8 @@ def average(
         WriteFailed: the disk is full or not writable.
     """
     options = options or MergeOptions()
+    for parent in {spec.target.parent for spec in specs if spec.is_default}:
+        reject_links(parent.parents[1], parent)  # RUN/averages/LABEL
     for parent in {spec.target.parent for spec in specs}:
         remove_abandoned(parent)
     if options.discard_inputs and (len(specs) != 1 or options.strict):
@@ -77,7 +81,7 @@ def average(
     inputs = unique_inputs(specs)
     audit.check_metadata(series, inputs, options)
     if options.discard_inputs:
-        return [_average_in_turn(series, specs[0], options, progress)]
+        return [_average_in_turn(series, specs[0], options, progress, warn)]
     checkpoints = {}
     for done, source in enumerate(inputs):
         progress(done, len(inputs))
@@ -102,7 +106,8 @@ def average(
         group = missing[first : first + size]
         used = unique_inputs([spec for spec, _ in group])
         opened = {source: checkpoints[source] for source in used}
-        _merge_group(group, opened, options, progress, warn, verify=verify)
+        own = verify and series.trusted and all(each.recorded for each in opened.values())
+        _merge_group(group, opened, options, progress, warn, verify=verify, own=own)
     return [Average(spec, cached=spec.target not in made) for spec in specs]
 
 
@@ -114,12 +119,16 @@ def _merge_group(
     warn: Callable[[str], None],
     *,
     verify: bool,
+    own: bool,
 ) -> None:
     """Merge a group in one pass, comparing the inputs with their records, and commit."""
     opened = list(checkpoints.values())
     sums = weighted_sums([spec for spec, _ in group], list(checkpoints))
     needed = _output_bytes(opened[-1], options)
     require_room(group[0][0].target, needed * len(group))
+    if moved := [file for each in opened for file in each.files if not file.exists()]:
+        hint = "run the command again with the new path"
+        raise RunFailed(f"{moved[0]} was moved or deleted", hint=hint)
     with ExitStack() as commits, ExitStack() as files:
         for parent in {spec.target.parent for spec, _ in group if spec.is_default}:
             commits.enter_context(locked_folder(parent))
@@ -139,7 +148,7 @@ def _merge_group(
             verify=verify,
         )
         if all(spec.audited for spec, _ in group):
-            for line in audit.check_norms(opened, norms, options):
+            for line in audit.check_norms(opened, norms, options, verified=own):
                 warn(line)
         files.close()  # flush the writers
         for writer in writers:
@@ -172,7 +181,11 @@ def _output_dtypes(newest: Checkpoint, options: MergeOptions) -> dict[str, str]:
 
 
 def _average_in_turn(
-    series: Series, spec: AverageSpec, options: MergeOptions, progress: Progress
+    series: Series,
+    spec: AverageSpec,
+    options: MergeOptions,
+    progress: Progress,
+    warn: Callable[[str], None],
 ) -> Average:
     """Make one average, opening (downloading), adding and deleting its inputs one by one.
 
@@ -198,6 +211,8 @@ def _average_in_turn(
             path = folder / f"sum-{number}.safetensors"
             total = _add(total, checkpoint, factors[number], path, options.integers)
             if number + 1 == len(spec.inputs):
+                for note in checkpoint.notes:
+                    warn(note)
                 document = provenance(spec, opened, digests, options)
                 writer = _prepare(folder, checkpoint, document, options)
             if checkpoint.disposable:

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmtrain.averaging import audit
 from llmtrain.averaging.merge import merge
+from llmtrain.averaging.trajectory import outliers
 from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint, load_origin
 from llmtrain.checkpoints.open import is_checkpoint
 from llmtrain.checkpoints.resolve import resolve
@@ -123,7 +124,7 @@ def _measure(opened: Sequence[Checkpoint], progress: Progress | None) -> list[Me
         if not any(problems for *_, problems in alone):
             alone[-1][2].append(str(error))
         return alone
-    off = audit.outliers(opened, norms)
+    off = outliers(opened, norms)
     measured: list[Measured] = []
     for row in range(len(opened)):
         norm = dict(zip(norms.names, norms.norm[row].tolist(), strict=True))

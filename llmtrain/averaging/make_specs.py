@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice, takewhile
 
 from llmtrain.averaging import coefficients
 from llmtrain.averaging.request import (
@@ -17,6 +18,9 @@ from llmtrain.checkpoints.series import MissingCheckpoints, Series
 from llmtrain.checkpoints.windows import describe_spacings, describe_steps, possible_spacings
 from llmtrain.errors import UserError
 from llmtrain.storage.run_folder import step_name
+
+_MISSING = 1000
+"""Missing steps to list at most."""
 
 
 def make_specs(series: Series, request: AverageRequest) -> list[AverageSpec]:
@@ -89,17 +93,17 @@ def _growing(series: Series, request: AverageRequest) -> list[AverageSpec]:
 
 def _grid(series: Series, request: AverageRequest, end: int, every: int) -> list[int]:
     """Return the steps `every` apart up to `end`, from --from or, without it, from the last gap."""
-    steps = list(range(end, (request.start or 1) - 1, -every))[::-1]
-    missing = [step for step in steps if step not in series.inputs]
+    grid = range(end, (request.start or 0) - 1, -every)  # too long for a list if steps are times
     if request.start is None:
-        return [step for step in steps if step > max(missing, default=0)]
-    if missing:
+        return list(takewhile(series.inputs.__contains__, grid))[::-1]
+    absent = (step for step in grid if step not in series.inputs)
+    if missing := list(islice(absent, _MISSING)):
         raise MissingCheckpoints(
-            f"{series.name} has no checkpoints at {describe_steps(missing)}; "
+            f"{series.name} has no checkpoints at {describe_steps(missing[::-1])}; "
             f"it has {describe_steps(series.steps)}",
             hint=f"use --every {describe_spacings(possible_spacings(series.steps, 2))}",
         )
-    return steps
+    return list(grid)[::-1]
 
 
 def _weighting(request: AverageRequest, count: int, every: int) -> Weighting:

@@ -78,6 +78,8 @@ class Norms:
     norm: NDArray[np.float64]
     distance: NDArray[np.float64]
     """Norm of the difference from the previous input; row 0 is 0."""
+    turn: NDArray[np.float64]
+    """Dot product of that difference and the previous input's; rows 0 and 1 are 0."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def merge(
     """
     work = list(chunks(checkpoints[-1].tensors))
     todo = iter(work)  # shared: each thread takes the next chunk when it is free
-    squares = np.zeros((len(work), 2, len(checkpoints)))
+    squares = np.zeros((len(work), 3, len(checkpoints)))
     done = itertools.count(1)
     _raise_file_limit()
     stopped = threading.Event()
@@ -150,12 +152,12 @@ def _norms(work: Sequence[Chunk], squares: NDArray[np.float64]) -> Norms:
     """Add the squares in chunk order, so that threads do not change the result."""
     names = list(dict.fromkeys(chunk.name for chunk in work if chunk.spec.dtype in FLOATS))
     column = {name: index for index, name in enumerate(names)}
-    total = np.zeros((2, squares.shape[2], len(names)))
+    total = np.zeros((3, squares.shape[2], len(names)))
     for chunk, square in zip(work, squares, strict=True):
         if chunk.name in column:
             total[:, :, column[chunk.name]] += square
-    norm, distance = np.sqrt(total)
-    return Norms(tuple(names), norm, distance)
+    norm, distance = np.sqrt(total[:2])
+    return Norms(tuple(names), norm, distance, total[2])
 
 
 class _Stopped(Exception):
@@ -239,11 +241,12 @@ class _Summation:
         ]
         self._raw = np.empty(CHUNK * 8, np.uint8)
         self._values = [np.empty(CHUNK), np.empty(CHUNK)]
+        self._moves = [np.empty(CHUNK), np.empty(CHUNK)]
         self._scratch = np.empty(CHUNK)
 
     def add(self, chunk: Chunk) -> NDArray[np.float64]:
-        """Sum one chunk; return squares of norms and distances, shape (2, inputs)."""
-        squares = np.zeros((2, len(self.readers)))
+        """Sum one chunk; return the squares in `Norms` and its turns, shape (3, inputs)."""
+        squares = np.zeros((3, len(self.readers)))
         if chunk.spec.dtype not in FLOATS:
             self._copy_integers(chunk)
             return squares
@@ -253,12 +256,14 @@ class _Summation:
         for index, reader in enumerate(self.readers):
             values, previous = (self._values[(index + i) % 2][:count] for i in (0, 1))
             reader.read_floats(chunk, self._raw, values, scratch)
-            squares[0, index] = _square(values)
+            squares[0, index] = _dot(values, values)
             if not math.isfinite(squares[0, index]) and not np.isfinite(values).all():
                 raise _not_finite(reader.checkpoint, chunk, values)
             if index:
-                np.subtract(values, previous, out=scratch)
-                squares[1, index] = _square(scratch)
+                move, before = (self._moves[(index + i) % 2][:count] for i in (0, 1))
+                np.subtract(values, previous, out=move)
+                squares[1, index] = _dot(move, move)
+                squares[2, index] = _dot(move, before) if index > 1 else 0.0
             for number in self._users[index]:
                 factor, inputs = self._factors[number][0][index], self.sums[number].inputs
                 if index == inputs[0]:
@@ -315,12 +320,13 @@ def _not_finite(checkpoint: Checkpoint, chunk: Chunk, values: Float64s) -> UserE
     )
 
 
-def _square(values: Float64s) -> float:
-    """Return the sum of squares, computed in blocks."""
-    runs, rest = np.split(values, [len(values) // _RUN * _RUN])
-    runs = runs.reshape(-1, _RUN)
+def _dot(one: Float64s, other: Float64s) -> float:
+    """Return the dot product, computed in blocks."""
+    whole = len(one) // _RUN * _RUN
+    rows, columns = (each[:whole].reshape(-1, _RUN) for each in (one, other))
     with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for non-finite values
-        return float(np.matmul(runs[:, None, :], runs[:, :, None]).sum() + np.dot(rest, rest))
+        product = np.matmul(rows[:, None, :], columns[:, :, None]).sum()
+        return float(product + np.dot(one[whole:], other[whole:]))
 
 
 def _run_threads(worker: Callable[[], None], count: int, stopped: threading.Event) -> None:

@@ -20,6 +20,7 @@ DEFAULT_WINDOW = 5
 
 Integers = Literal["equal", "last"]
 
+_MAX_STEP_DIGITS = 18
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _FLAGS = {"start": "--from", "half_life": "--decay"}
 
@@ -69,10 +70,10 @@ class AverageRequest:
     def at_step(self) -> int | str:
         """`last`, `all` or a step number."""
         at = self.at or "last"
-        if at.isdecimal():
+        if at.isdecimal() and len(at) <= _MAX_STEP_DIGITS:
             return int(at)
         if at not in ("last", "all"):
-            raise UserError(f"--at {at!r} is not last, all or a step", hint="use --at last")
+            raise UserError(f"--at {at!r:.40} is not last, all or a step", hint="use --at last")
         return at
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from llmtrain.checkpoints import gpt2_folder
 from llmtrain.checkpoints.gpt2_folder import SIZES, Shape
 from llmtrain.checkpoints.torch_load import GPTConfig
-from llmtrain.errors import printable
 
 ACTIVATION_KEY = "activation_function"
 """Entry of the files that `llmtrain export --format nanogpt` writes; nanoGPT ignores it."""
@@ -46,7 +45,7 @@ def to_gpt2(path: Path, document: object, tensors: dict[str, Tensor]) -> Convers
         return Conversion(tensors)
     activation = _activation(entries)
     if unknown := sorted(map(str, values.keys() - _REQUIRED - {"bias", "dropout"})):
-        problem: str | None = f"its settings include {printable(unknown[0])}"
+        problem: str | None = f"its settings include {unknown[0]}"
     elif activation is None:
         problem = "it does not record the activation function"
     else:
@@ -103,7 +102,7 @@ def _difference(shape: Shape, tensors: Mapping[str, Tensor]) -> str | None:
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != expected.get(name):
             there, here = found.get(name, "absent"), expected.get(name, "absent")
-            return f"{printable(name)} is {there}, in a GPT-2 {here}"
+            return f"{name} is {there}, in a GPT-2 {here}"
     head = tensors.get(_HEAD)
     if head is not None and not torch.equal(head, tensors[_WTE]):
         return f"{_HEAD} is not tied to {_WTE}"

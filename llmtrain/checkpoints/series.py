@@ -13,7 +13,7 @@ from llmtrain.checkpoints.checkpoint import Checkpoint, recorded_digests
 from llmtrain.checkpoints.open import is_checkpoint, open_checkpoint
 from llmtrain.checkpoints.step_names import StepName, parse_series
 from llmtrain.config.loading import load_config
-from llmtrain.errors import UserError, printable
+from llmtrain.errors import UserError
 from llmtrain.storage.integrity import Digest
 from llmtrain.storage.json_files import read_json
 from llmtrain.storage.run_folder import RunFolder, step_folders
@@ -74,11 +74,10 @@ class Series:
         chosen = complete[-1:] if at == "last" else [w for w in complete if at in ("all", w[-1])]
         if chosen:
             return chosen
-        spacings = windows.possible_spacings(self.steps, size)
         hint = f"use --window {max(len(self.steps), 1)} or less, or continue training"
         if complete:
             hint = f"windows end at {windows.describe_steps([each[-1] for each in complete])}"
-        elif spacings:
+        elif spacings := windows.possible_spacings(self.steps, size):
             hint = f"--every {windows.describe_spacings(spacings)} gives a window of {size}"
         end = "" if isinstance(at, str) else f" that ends at step {at:,}"
         raise MissingCheckpoints(
@@ -105,8 +104,8 @@ def run_series(run: RunFolder) -> Series:
 def folder_series(folder: Path) -> Series:
     """Return the checkpoints in a folder: `step1000/`, `checkpoint-1000/`, `ckpt_1000.pt`, ….
 
-    Their steps are in their names, see `step_names`. Step 0 is left out. Raise a UserError if the
-    names count different things, such as steps and epochs.
+    Their steps are in their names, see `step_names`. Step 0, the initial weights, is left out, but
+    epoch 0 is not. Raise a UserError if the names count different things.
     """
     found = {
         path: path.stem if path.is_file() else path.name
@@ -114,7 +113,11 @@ def folder_series(folder: Path) -> Series:
         if path.suffix not in _SHARD_SUFFIXES and is_checkpoint(path)
     }
     names = parse_series(found.values())
-    steps = {path: names[name] for path, name in found.items() if name in names}
+    steps = {
+        path: names[name]
+        for path, name in found.items()
+        if name in names and (names[name].step or names[name].is_epoch)
+    }
     paths = by_step(
         ((name.step, path) for path, name in steps.items()),
         hint="one file or folder with all weights per step is needed: merge the files of several "
@@ -136,7 +139,7 @@ def _require_one_series(folder: Path, names: Mapping[Path, StepName]) -> None:
     examples = {name.series: path.name for path, name in names.items()}
     if len(examples) > 1:
         counts = Counter(name.series for name in names.values())
-        parts = [f"{counts[each]} like {printable(example)}" for each, example in examples.items()]
+        parts = [f"{counts[each]} like {example}" for each, example in examples.items()]
         raise UserError(
             f"{folder} contains several series of checkpoints: {', '.join(parts[:8])}",
             hint="move each series to a folder of its own",
@@ -144,12 +147,11 @@ def _require_one_series(folder: Path, names: Mapping[Path, StepName]) -> None:
 
 
 def by_step(found: Iterable[tuple[int, Name]], hint: str) -> dict[int, Name]:
-    """Return the names or paths by step, ascending, without step 0; raise if two share a step."""
+    """Return the names or paths by step, ascending; raise if two share a step."""
     names: dict[int, Name] = {}
-    for step, name in sorted((step, name) for step, name in found if step > 0):
+    for step, name in sorted(found):
         if step in names:
-            both = printable(f"{names[step]} and {name}")
-            raise UserError(f"{both} both have step {step:,}", hint=hint)
+            raise UserError(f"{names[step]} and {name} both have step {step:,}", hint=hint)
         names[step] = name
     return names
 
@@ -191,8 +193,8 @@ def _require_stored_order(checkpoints: Sequence[Checkpoint]) -> None:
     for (one, first), (other, second) in itertools.pairwise(stored):
         if second < first:
             raise UserError(
-                f"the names contradict the steps in the files: {printable(one.location)} stores "
-                f"{_describe(first)}, {printable(other.location)} stores {_describe(second)}",
+                f"the names contradict the steps in the files: {one.location} stores "
+                f"{_describe(first)}, {other.location} stores {_describe(second)}",
                 hint="name them by the stored step, such as step1200.pt",
             )
 

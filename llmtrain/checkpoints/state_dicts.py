@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmtrain.errors import UserError, printable
+from llmtrain.errors import UserError
 
 DTYPES = {
     torch.float64: "F64",
@@ -135,12 +135,12 @@ def _checked_tensors(path: Path, entries: Mapping[Any, Any]) -> dict[str, Tensor
         name = _PARALLEL.sub("", _WRAPPERS.sub("", str(key)))
         if name in tensors:
             raise UserError(
-                f"{path} contains {printable(name)} twice, once as {printable(str(key))}",
+                f"{path} contains {name} twice, once as {key}",
                 hint="save it with one of them",
             )
         if problem := _name_problem(name) or _tensor_problem(tensor, size):
             raise UserError(
-                f"{path}: {printable(name)} cannot be read: {problem}",
+                f"{path}: {name} cannot be read: {problem}",
                 hint="do not trust this file, or re-save the tensor dense and .contiguous()",
             )
         tensors[name] = tensor.detach().resolve_neg()
@@ -171,4 +171,4 @@ def _tensor_problem(tensor: Tensor, size: int) -> str | None:
 
 
 def _quote(key: object) -> str:
-    return repr(printable(str(key)))
+    return repr(str(key))

@@ -27,6 +27,7 @@ _LABELLED = {
 _OTHER_STEPS = re.compile(r"(?i:val|valid|test|eval|warmup|max|total|decay|accum)[-_ ]?$")
 """Text before a label that makes it another quantity, such as `warmup_steps=100`."""
 
+_EPOCH = "epochs"
 _VALUE = r"\d+(?:\.\d+)?(?:e[-+]?\d+)?"
 _IGNORED = [
     re.compile(pattern)
@@ -45,8 +46,11 @@ _UNLABELLED = re.compile(r"(?:^|[^\d.])(\d+(?:\.\d+(?=[kK]))?)([kK]?)$")
 _SERIES = re.compile(r"(?<![A-Za-z])(?i:stage|phase|fold|seed|run|ingredient)[-_=]?\d+")
 """Parts that tell apart several runs, or parts of a run, in one folder."""
 
-_NEVER = re.compile(r"^\.|\d-of-\d|(?<![A-Za-z])(?i:tmp|temp|partial|incomplete)(?![A-Za-z])")
-"""Hidden files, shards and unfinished files."""
+_NEVER = re.compile(
+    r"^\.|\d-of-\d|"
+    r"(?<![A-Za-z])(?i:tmp|temp|partial|incomplete|rewound|old|bak|backup|copy)(?![A-Za-z])"
+)
+"""Hidden, unfinished and discarded checkpoints, and shards."""
 
 _COMPANION = re.compile(
     r"(?<![A-Za-z])(?i:optim(?:izer)?s?|sched(?:uler)?s?|rng|scaler|best|last|latest|final)"
@@ -63,6 +67,11 @@ class StepName(NamedTuple):
     series: str
     """Equal for names that count the same thing."""
 
+    @property
+    def is_epoch(self) -> bool:
+        """Return whether the step is a number of epochs."""
+        return self.series.startswith(_EPOCH)
+
 
 def parse_step(name: str) -> StepName | None:
     """Return the step in a name without its suffix, or None."""
@@ -73,7 +82,7 @@ def parse_step(name: str) -> StepName | None:
         for match in pattern.finditer(name):
             step = _integer(*match.groups())
             if step is not None and not _OTHER_STEPS.search(name[: match.start()]):
-                return StepName(step, ("epoch" if label == "epoch" else "step") + parts)
+                return StepName(step, (_EPOCH if label == "epoch" else "step") + parts)
     for pattern in _IGNORED:
         name = pattern.sub("", name)
     name = name.rstrip("-_. ")

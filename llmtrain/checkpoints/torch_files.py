@@ -45,6 +45,10 @@ def open_torch(path: Path, step: int, location: str) -> Checkpoint:
     content = _load_folder(path) if path.is_dir() else _load_training_file(path)
     tensors = {name: tensor for part in content.parts.values() for name, tensor in part.items()}
     tied = _tied_names(tensors)
+    notes = list(content.notes)
+    if tied and content.config is None and not path.is_dir():
+        pairs = ", ".join(f"{name} (in {owner})" for name, owner in tied.items())
+        notes.append(f"tensors that share their memory are stored once: {pairs}")
     layout: dict[str, dict[str, TensorSpec]] = {}
     for file, part in content.parts.items():
         output = f"{file.stem.replace('pytorch_model', 'model')}.safetensors"
@@ -61,7 +65,7 @@ def open_torch(path: Path, step: int, location: str) -> Checkpoint:
         partial(_TorchReader, tensors),
         metadata={"format": "pt"} | tied,
         config=content.config,
-        notes=content.notes,
+        notes=tuple(notes),
         position=content.position,
     )
 

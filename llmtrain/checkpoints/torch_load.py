@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llmtrain.errors import UserError, printable
+from llmtrain.errors import UserError
 
 
 class GPTConfig:
@@ -31,10 +31,12 @@ def load_torch(path: Path) -> Any:
         with torch.serialization.safe_globals(inert):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many types for damaged or hostile files
-        hint = (
-            "restore it; or, if you trust it, save only its weights: "
-            "torch.save(torch.load(FILE, weights_only=False)['model'], NEW)"
-        )
+        hint = "restore the file, or check its permissions"
+        if not isinstance(error, OSError):
+            hint = (
+                "restore it; or, if you trust it, save only its weights: "
+                "torch.save(torch.load(FILE, weights_only=False)['model'], NEW)"
+            )
         raise UserError(f"cannot read {path} as tensors: {_reason(error)}", hint=hint) from None
 
 
@@ -61,4 +63,4 @@ def _reason(error: Exception) -> str:
     """Return one line; torch puts its own reason at the end of a page of advice."""
     text = str(error) or type(error).__name__
     found = re.search(r"WeightsUnpickler error: (.*)", text)
-    return printable(found[1] if found else text.splitlines()[0])
+    return found[1] if found else text.splitlines()[0]

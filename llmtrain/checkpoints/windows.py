@@ -1,9 +1,15 @@
 """Windows of checkpoints, as arithmetic on step numbers: s - (k-1)N, …, s - N, s, all present."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 Window = tuple[int, ...]
 """Steps, ascending; the last one is the step of the average."""
+
+_SHOWN_SPACINGS = 6
+_SEARCHED_STEPS = 1000
+"""Newest steps to search for spacings: the search takes quadratic time."""
 
 
 def sliding_windows(steps: Sequence[int], *, every: int, size: int) -> list[Window]:
@@ -12,7 +18,8 @@ def sliding_windows(steps: Sequence[int], *, every: int, size: int) -> list[Wind
     `steps` and the windows are in ascending order.
     """
     present = set(steps)
-    candidates = (tuple(range(last - (size - 1) * every, last + 1, every)) for last in steps)
+    lasts = [last for last in steps if last - (size - 1) * every >= steps[0]]
+    candidates = (tuple(range(last - (size - 1) * every, last + 1, every)) for last in lasts)
     return [window for window in candidates if present.issuperset(window)]
 
 
@@ -29,12 +36,17 @@ def disjoint_windows(steps: Sequence[int], *, every: int, size: int) -> list[Win
 
 
 def possible_spacings(steps: Sequence[int], size: int) -> list[int]:
-    """Return every spacing, ascending, that gives at least one complete window of `size`."""
+    """Return the smallest spacings, ascending, that give a complete window of `size` steps."""
     if size == 1 or len(steps) < size:
         return []
-    longest = (steps[-1] - steps[0]) // (size - 1)
-    distances = {b - a for i, a in enumerate(steps) for b in steps[i + 1 :] if b - a <= longest}
-    return sorted(every for every in distances if sliding_windows(steps, every=every, size=size))
+    return list(islice(_spacings(steps[-_SEARCHED_STEPS:], size), _SHOWN_SPACINGS + 1))
+
+
+def _spacings(steps: Sequence[int], size: int) -> Iterator[int]:
+    pairs = Counter(b - a for i, a in enumerate(steps) for b in steps[i + 1 :])
+    for every in sorted(pairs):
+        if pairs[every] >= size - 1 and sliding_windows(steps, every=every, size=size):
+            yield every
 
 
 def describe_steps(steps: Sequence[int]) -> str:
@@ -54,5 +66,6 @@ def describe_steps(steps: Sequence[int]) -> str:
 
 
 def describe_spacings(spacings: Sequence[int]) -> str:
-    """Format up to six spacings: `20, 40, 60, 80, 100, 120, …`."""
-    return ", ".join([*map(str, spacings[:6]), *(["…"] if len(spacings) > 6 else [])])
+    """Format the first spacings: `20, 40, 60, 80, 100, 120, …`."""
+    more = ["…"] if len(spacings) > _SHOWN_SPACINGS else []
+    return ", ".join([*map(str, spacings[:_SHOWN_SPACINGS]), *more])

@@ -18,7 +18,9 @@ from llmtrain.checkpoints.checkpoint import (
     reject_outside_link,
 )
 from llmtrain.checkpoints.safetensors_files import encode_header
+from llmtrain.checkpoints.shared_files import link_or_copy
 from llmtrain.checkpoints.tensors import FLOATS, ITEM_BYTES, StoredArray, TensorSpec
+from llmtrain.storage.file_systems import unless_unsupported
 from llmtrain.storage.integrity import Digest, RunningDigest
 from llmtrain.storage.json_files import read_json, write_json
 
@@ -56,13 +58,19 @@ def copy_companions(newest: Checkpoint, target: Path, dtype: str | None) -> None
         for path in sorted(p for pattern in COMPANION_FILES for p in newest.folder.glob(pattern)):
             if path.is_file():
                 reject_outside_link(path)
-                shutil.copyfile(path, target / path.name)
+                _copy_or_link(path, target / path.name)
     config = target / CONFIG_FILE
     if dtype is not None and config.exists():
         torch_name = next(name for name, short in DTYPES.items() if short == dtype)
         document = read_json(config)
         key = "torch_dtype" if "torch_dtype" in document and "dtype" not in document else "dtype"
         write_json(config, document | {key: torch_name})
+
+
+def _copy_or_link(source: Path, target: Path) -> None:
+    """Copy a file, or link it if it is one of a run's shared files; the config may be modified."""
+    is_shared = source.name != CONFIG_FILE and source.lstat().st_nlink > 1
+    (link_or_copy if is_shared else shutil.copyfile)(source, target)
 
 
 class _OutputFile(NamedTuple):
@@ -101,9 +109,9 @@ class WeightsWriter:
         size = len(header) + sum(spec.bytes for spec in specs.values())
         stream = self._stack.enter_context(path.open("xb"))
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(stream.fileno(), 0, size)
-        else:  # macOS cannot reserve space: the disk may fill up later
-            stream.truncate(size)
+            with unless_unsupported("space reservation", path):
+                os.posix_fallocate(stream.fileno(), 0, size)
+        stream.truncate(size)  # without a reservation, the disk may fill up later
         file = self._files[path.name] = _OutputFile(stream, size, RunningDigest())
         self._places |= {name: (file, spec) for name, spec in stored.items()}
         self._write(file, 0, memoryview(header))

@@ -221,9 +221,11 @@ def parse_manifest(content: bytes, location: str) -> Manifest:
     """Parse the manifest at `location`; raise a UserError if it is damaged or of a newer format."""
     damaged = "restore it, or delete the folder and prepare it again"
     try:
-        document = dict(json.loads(content))
-    except (ValueError, TypeError, RecursionError):
-        raise UserError(f"{location} is not a JSON object", hint=damaged) from None
+        document = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{location} is not valid JSON: {error}", hint=damaged) from None
+    if not isinstance(document, dict):
+        raise UserError(f"{location} is not a JSON object", hint=damaged)
     if (found := document.get("format")) != FORMAT_VERSION:
         raise UserError(
             f"{location} has format {found!r}; this llmtrain reads format {FORMAT_VERSION}",

@@ -10,6 +10,9 @@ from llmtrain.errors import UserError
 MAX_SHARD_TOKENS = 2**30 - 1
 """Largest `shard_tokens`, half of a header's limit, because the last document may overrun it."""
 
+MAX_WORKERS = 1024
+"""Largest `workers`: each one keeps a few megabytes of encoded text."""
+
 
 @dataclass(frozen=True)
 class PrepareOptions:
@@ -49,7 +52,9 @@ class PrepareOptions:
             f"{shard_tokens:,} tokens per shard is outside 1 to {MAX_SHARD_TOKENS:,}": (
                 not 1 <= shard_tokens <= MAX_SHARD_TOKENS
             ),
-            f"{self.workers} workers is less than 1": self.workers is not None and self.workers < 1,
+            f"{self.workers} workers is outside 1 to {MAX_WORKERS:,}": (
+                self.workers is not None and not 1 <= self.workers <= MAX_WORKERS
+            ),
             f"a limit of {limit} documents is less than 1": limit is not None and limit < 1,
             f"unknown engine {self.engine!r}": self.engine not in ("local", "ray"),
             "--workers counts local threads: omit it with --engine ray": ray and self.workers,

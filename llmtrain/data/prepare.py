@@ -160,9 +160,12 @@ class _Build:
                 self.log(f"resumed at shard {len(finished) + 1:,} ({tokens:,} tokens done)")
             tasks = self._encode_tasks(partitions, counts, split_ids)
             train, val = self._write_shards(engine, tasks, journal, len(split_ids))
-        if not train.text_bytes + val.text_bytes:
+        changed = self.source.changed()
+        if changed is not None or not train.text_bytes + val.text_bytes:
             shutil.rmtree(self.staging.shards)
-            raise UserError("every document is empty", hint="check --text-field")
+            if changed is None:
+                raise UserError("every document is empty", hint="check --text-field")
+            raise UserError(f"{changed} changed while it was read", hint="run the command again")
         return Manifest(**dict(self.spec), train=train, val=val)
 
     def _engine(self) -> AbstractContextManager[Engine]:

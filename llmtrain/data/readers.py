@@ -172,8 +172,13 @@ def _location(file_range: FileRange, number: int) -> str:
 
 
 def _text_of_line(line: bytes, field: str, location: Callable[[], str]) -> bytes:
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if sum(key == field for key, _ in pairs) > 1:
+            raise ValueError(f"field {field!r} appears twice in an object")
+        return dict(pairs)
+
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=checked)
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{location()} is not valid JSON: {error}",
@@ -203,7 +208,11 @@ def _parquet_ranges(path: str, file: Any) -> list[FileRange]:
 def _read_parquet(file_range: FileRange, field: str) -> Iterator[bytes]:
     path, start = file_range.path, file_range.start
     with _open_input(path) as file, pq.ParquetFile(file) as parquet:
-        text_of(dict.fromkeys(parquet.schema_arrow.names, ""), field, lambda: path)
+        names = parquet.schema_arrow.names
+        text_of(dict.fromkeys(names, ""), field, lambda: path)
+        if names.count(field) > 1:
+            problem = f"{path} has {names.count(field)} columns named {field!r}"
+            raise UserError(problem, hint="rename all but one of them")
         row = sum(parquet.metadata.row_group(i).num_rows for i in range(start))
         row_groups = range(start, file_range.end or parquet.num_row_groups)
         batches = parquet.iter_batches(_PARQUET_ROWS, list(row_groups), columns=[field])

@@ -29,6 +29,8 @@ from llmtrain.errors import UserError
 _ROUNDS = 64
 """After r rounds, positions are uniform up to about K^1.5 * 2^(-r/2); 64 rounds leave no bias."""
 
+_FEWEST_SAMPLES = 10
+
 _U64 = np.uint64
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -107,6 +109,25 @@ def divide_rows(first: int, last: int, shares: Sequence[Fraction]) -> list[tuple
         ranges.append((start, stop))
         first, last, remainder = first - start, last - stop, remainder - share
     return [(first, last), *ranges]
+
+
+def small_split(samples: int, unit: str) -> str | None:
+    """Return a warning if a split has too few documents or windows for a reliable loss, else None.
+
+    The standard error estimated from n independent samples is itself off by 1/sqrt(2(n - 1)), which
+    exceeds a quarter below 10 samples.
+    """
+    if not 0 < samples < _FEWEST_SAMPLES:
+        return None
+    return (
+        f"{samples} {unit}(s) are too few for a reliable loss, fewer than {_FEWEST_SAMPLES}: "
+        "prepare with a larger --val-fraction, or evaluate more tokens"
+    )
+
+
+def n_windows(tokens: int, block_size: int) -> int:
+    """Return the number of disjoint `validation_windows`."""
+    return -(-max(tokens - 1, 0) // block_size)
 
 
 def validation_windows(

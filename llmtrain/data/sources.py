@@ -25,7 +25,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from llmtrain.data.manifest import SourceFile, SourceRecord
 from llmtrain.data.readers import KINDS, kind_of, read_errors, text_of
-from llmtrain.errors import UserError
+from llmtrain.errors import UserError, mask_credentials
 from llmtrain.storage.disk import NO_ROOM
 from llmtrain.storage.integrity import blake3_of, sha256_of
 from llmtrain.storage.urls import is_url, list_files, local_path
@@ -59,6 +59,8 @@ class DocumentSource:
     """Returns the paths or URLs of the files, after downloading or writing them if needed."""
     skipped: tuple[str, ...] = ()
     """Files of a folder that have an unknown kind."""
+    changed: Callable[[], str | None] = lambda: None
+    """Returns the first file that changed since the source was opened."""
 
     def record(self, text_field: str, limit: int | None) -> SourceRecord:
         """Return the manifest's record of the source."""
@@ -92,7 +94,7 @@ def open_source(
 
 def default_name(source: str) -> str:
     """Return the default name of the data folder: `openwebtext`, `sotu`, a file's stem, …."""
-    last = source.removeprefix("hub:").rstrip("/").rpartition("/")[2]
+    last = mask_credentials(source).removeprefix("hub:").rstrip("/").rpartition("/")[2]
     for suffix in (".gz", ".zst", ".txt", ".jsonl", ".parquet"):
         last = last.removesuffix(suffix)
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in last).strip(".-") or "data"
@@ -101,16 +103,26 @@ def default_name(source: str) -> str:
 def _local_source(source: str, sha256: bool) -> DocumentSource:
     paths, skipped = find_files(source)
     base = Path(os.path.commonpath([path.parent for path in paths]))
-    files = []
+    files, opened = [], {}
     for path in paths:
         with read_errors(str(path)):
+            opened[path] = _fingerprint(path)
             name, size = path.relative_to(base).as_posix(), path.stat().st_size
             hash_ = {"sha256": sha256_of(path)} if sha256 else {"blake3": blake3_of(path)}
             files.append(SourceFile(name=name, bytes=size, **hash_))
     # Record only the name: the location on this machine is private.
     id_ = f"files:{Path(source).expanduser().resolve().name}"
     absolute = [str(path.absolute()) for path in paths]
-    return DocumentSource(id_, None, files, lambda _: absolute, tuple(map(str, skipped)))
+
+    def changed() -> str | None:
+        return next((str(path) for path in paths if _fingerprint(path) != opened[path]), None)
+
+    return DocumentSource(id_, None, files, lambda _: absolute, tuple(map(str, skipped)), changed)
+
+
+def _fingerprint(path: Path) -> tuple[int, int, int]:
+    info = path.stat()
+    return info.st_ino, info.st_size, info.st_mtime_ns
 
 
 def find_files(source: str) -> tuple[list[Path], list[Path]]:
@@ -155,10 +167,21 @@ def _remote_source(source: str) -> DocumentSource:
         raise _no_known_files(source)
     # Hash the store's version metadata: hashing the files would transfer them once more.
     revision = hashlib.sha256("\n".join(file.version for file in known).encode()).hexdigest()
-    files = [SourceFile(name=file.name, bytes=file.bytes, sha256=None) for file in known]
-    id_ = f"files:{source.rstrip('/').rpartition('/')[2]}"
+    files = [SourceFile(name=_masked_name(f.name), bytes=f.bytes) for f in known]
+    id_ = f"files:{mask_credentials(source).rstrip('/').rpartition('/')[2]}"
     skipped = tuple(file.url for file in found if not kind_of(file.url))
-    return DocumentSource(id_, revision, files, lambda _: [file.url for file in known], skipped)
+
+    def changed() -> str | None:
+        now = {file.url: file.version for file in list_files(source)}
+        return next((file.url for file in known if now.get(file.url) != file.version), None)
+
+    urls = [file.url for file in known]
+    return DocumentSource(id_, revision, files, lambda _: urls, skipped, changed)
+
+
+def _masked_name(name: str) -> str:
+    """Return the name of a remote file, the end of its URL, without credentials in a query."""
+    return mask_credentials(f"://host/{name}").removeprefix("://host/")
 
 
 def _hub_source(source: str, field: str, limit: int | None, cache: Path) -> DocumentSource:

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.checkpoints.checkpoint import CONFIG_FILE
 from llmtrain.checkpoints.gpt2_folder import load_model, load_shape
 from llmtrain.data.token_data import TokenData
 from llmtrain.errors import UserError
+from llmtrain.model.cross_entropy import Collect, cross_entropy
 from llmtrain.model.gpt import GPT, IGNORE
 from llmtrain.model.tokenizer import has_same_ids, load_tokenizer, tokenizer_for_eot
 from llmtrain.storage.integrity import recorded_digests
@@ -52,14 +52,13 @@ class HFModel(nn.Module):
         lengths = [length for length in known if isinstance(length, int)]
         self.block_size = min([*lengths[:1], MAX_CONTEXT])
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor, collect: Collect | None = None
+    ) -> Tensor:
         """Return the mean negative log-likelihood in nats, float32, shape (); see `GPT.forward`."""
         logits_BTV = self.model(tokens_BT, use_cache=False).logits
-        return F.cross_entropy(
-            logits_BTV.float().view(-1, logits_BTV.shape[-1]),
-            targets_BT.reshape(-1),
-            ignore_index=IGNORE,
-        )
+        logits_NV = logits_BTV.view(-1, logits_BTV.shape[-1])
+        return cross_entropy(logits_NV, targets_BT.reshape(-1), IGNORE, "mean", collect)
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,9 @@ def _misfit(folder: Path, problem: str) -> UserError:
 
 
 def own_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
-    """Load the tokenizer files in a folder; a GPT-2 may lack them."""
+    """Load the tokenizer files in a folder; None if it is one of ours and has our ids."""
+    if _has_our_ids(folder):
+        return None
     if not _has_tokenizer_files(folder):
         if not is_hf(folder):
             return None
@@ -139,6 +140,16 @@ def own_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
             folder, **_LOCAL
         )
     return tokenizer
+
+
+def _has_our_ids(folder: Path) -> bool:
+    """Return whether llmtrain wrote the folder, and its tokenizer files produce our ids.
+
+    Our tokenizer is faster, and reads `<|endoftext|>` in a text as ordinary text.
+    """
+    if "llmtrain" not in read_json(folder / CONFIG_FILE):
+        return False
+    return has_same_ids(folder, tokenizer_for_eot(load_shape(folder).eot, folder))
 
 
 def _has_tokenizer_files(folder: Path) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llmtrain.checkpoints.resolve import Target
 from llmtrain.config.loading import load_config
 from llmtrain.data.cache import local_folder
-from llmtrain.data.sampler import validation_windows
+from llmtrain.data.sampler import n_windows, small_split, validation_windows
 from llmtrain.data.shard_check import ShardCheck
 from llmtrain.data.shards import Tokens
 from llmtrain.data.token_data import TokenData, open_data
@@ -51,6 +51,8 @@ class LossResult:
     bytes: int
     """Bytes of text in those tokens; the end-of-text token has none."""
     seconds: float
+    stderr: float | None = None
+    """Standard error of `loss` in nats; None for a single window."""
 
     @property
     def perplexity(self) -> float | None:
@@ -85,8 +87,12 @@ def evaluate(
 ) -> LossResult:
     """Return the loss of `model` on a split; the model keeps its training mode.
 
+    The standard error assumes that the windows' losses are independent samples. Windows predict
+    different tokens, but those of one document are correlated, so it is a lower bound.
+
     Args:
-        model: on `device`; called with (tokens, targets), returns their mean loss.
+        model: on `device`; called with (tokens, targets, collect), returns their mean loss and
+            passes the loss of each target to `collect`.
         token_bytes: bytes of text in each token, shape (vocabulary,).
         stride: tokens predicted in each window after the first; None for disjoint windows.
         world: processes that share the windows; all of them must call this function.
@@ -104,6 +110,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     losses: list[tuple[Tensor, int]] = []
+    nats: list[Tensor] = []
+    predicted: list[npt.NDArray[np.int64]] = []
     n_bytes = 0
     try:
         with autocast(device, precision):  # around all batches: the weights are cast once
@@ -112,18 +120,43 @@ def evaluate(
                 # FSDP's forward is collective, so ranks without windows repeat the first one.
                 some = windows[mine : mine + batch] or windows[:1]
                 tokens, targets = _fill(reader, some, block_size)
-                loss = model(to_device(tokens, device), to_device(targets, device))
+                collected: list[Tensor] = []
+                loss = model(
+                    to_device(tokens, device), to_device(targets, device), collected.append
+                )
                 if mine < len(windows):
                     counted = targets[targets != IGNORE]
                     losses.append((loss, counted.size))  # read at the end: no GPU sync per batch
+                    nats.append(torch.cat(collected).view(targets.shape).sum(dim=1))
+                    predicted.append(np.count_nonzero(targets != IGNORE, axis=1))
                     n_bytes += int(token_bytes[counted].sum())
                 if on_progress is not None:
                     on_progress(min(first + world.size * batch, len(windows)), len(windows))
     finally:
         model.train(was_training)
     total = math.fsum(loss.item() * count for loss, count in losses)
-    nats, predicted, text = world.sums([total, sum(count for _, count in losses), n_bytes])
-    return LossResult(nats / predicted, int(predicted), int(text), time.perf_counter() - started)
+    local = [total, sum(count for _, count in losses), n_bytes, *_moments(nats, predicted)]
+    total, count, text, *moments = world.sums(local)
+    stderr = _standard_error(total / count, count, moments)
+    seconds = time.perf_counter() - started
+    return LossResult(total / count, int(count), int(text), seconds, stderr)
+
+
+def _moments(nats: list[Tensor], tokens: list[npt.NDArray[np.int64]]) -> list[float]:
+    """Return the number of windows and the sums of nats², nats · tokens and tokens² over them."""
+    if not nats:
+        return [0.0] * 4
+    s, n = torch.cat(nats).cpu().numpy().astype(np.float64), np.concatenate(tokens)
+    return [len(s), float(s @ s), float(s @ n), float(n @ n)]
+
+
+def _standard_error(loss: float, tokens: float, moments: list[float]) -> float | None:
+    """Return the standard error of the ratio sum(nats) / sum(tokens) over windows."""
+    windows, nats2, product, tokens2 = moments
+    if windows < 2:
+        return None
+    residual = max(nats2 - 2 * loss * product + loss**2 * tokens2, 0.0)
+    return math.sqrt(windows / (windows - 1) * residual) / tokens
 
 
 def _fill(
@@ -162,10 +195,15 @@ def measure_losses(
         warn("the runs are evaluated on different numbers of tokens: pass --tokens N to compare")
     open_once = cache(open_data)
     raw: dict[tuple[Path, int | None], float] = {}
+    warned: set[str] = set()
     results = []
     for target, each in zip(targets, resolved, strict=True):
         assert each.data is not None
         result = _cached_loss(target, each, open_once(each.data), on_progress, warn)
+        small = small_split(n_windows(result.tokens + 1, result.block_size), "window")
+        if small and small not in warned:
+            warned.add(small)
+            warn(f"{each.data}, {each.split} split: {small}")
         if target.run is not None:
             place = (target.run.path.resolve(), target.step)
             if target.label == RAW:
@@ -242,7 +280,7 @@ def _cached_loss(
             label=target.label,
             step=target.step,
             path=str(target.path),
-            run=target.run.path.resolve().name if target.run else None,
+            run=run,
             **asdict(result),
             perplexity=result.perplexity,
             bits_per_byte=result.bits_per_byte,
@@ -254,9 +292,10 @@ def _cached_loss(
             weights=str(weights),
         )
 
+    run = target.run.path.resolve().name if target.run else None
     identity = f" {data.sha256} {split} {limit} {precision}"
     result = cached(target, "", weights, identity, EvalResult, measure, warn)
-    return replace(result, path=str(target.path), delta=None)
+    return replace(result, path=str(target.path), run=run, delta=None)  # renamed since then
 
 
 def _prepare(

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,6 +52,8 @@ class EvalResult:
     """SHA-256 of the manifest."""
     weights: str
     """Digest of the weights; see `Digest.parse`."""
+    stderr: float | None = None
+    """Standard error of `loss`; None for one window and for results of earlier versions."""
 
     def with_delta(self, raw: float | None) -> "EvalResult":
         """Return the result with its difference from the raw loss, if there is one."""
@@ -113,12 +115,13 @@ def cached(
     if path.exists() and (stored := read_result(path, form)) is not None:
         return stored
     result: Any = measure()
-    if weights_digest(target.path) != weights:
-        warn(f"result not cached: {target.path} changed while it was evaluated")
-        return result  # type: ignore[no-any-return]  # a Result
     try:
-        write_atomically(path, json.dumps(asdict(result), indent=2) + "\n")
-    except (WriteFailed, OSError) as error:
+        target.run.check_output(path.parent)
+        if weights_digest(target.path) != weights:
+            warn(f"result not cached: {target.path} changed while it was evaluated")
+        else:
+            write_atomically(path, json.dumps(asdict(result), indent=2) + "\n")
+    except (UserError, WriteFailed, OSError) as error:
         warn(f"result not cached: {error}")
     return result  # type: ignore[no-any-return]  # a Result
 
@@ -126,7 +129,8 @@ def cached(
 def read_result(path: Path, form: type[Result]) -> Result | None:
     """Return a stored result, or None if another version with other fields wrote it."""
     document = read_json(path)
-    if document.keys() != form.__dataclass_fields__.keys():  # type: ignore[attr-defined]  # a dataclass
+    known = {each.name: each.default is MISSING for each in fields(form)}  # type: ignore[arg-type]  # a dataclass
+    if not document.keys() <= known.keys() or any(known[key] for key in known.keys() - document):
         return None
     try:
         return TypeAdapter(form).validate_json(json.dumps(document), strict=True)
@@ -161,7 +165,9 @@ def stored_results(run: RunFolder) -> list[EvalResult]:
     """Return the cached losses of the weights still in a run, raw first, then by label and step."""
     paths = sorted(run.evals.glob("[!.]*.json"))
     read = [read_result(path, EvalResult) for path in paths]
-    results = [result for result in read if result is not None and _is_current(run, result)]
+    current = [result for result in read if result is not None and _is_current(run, result)]
+    name = run.path.resolve().name  # the run may have been renamed since the measurement
+    results = [replace(each, run=name, path=str(_folder(run, each))) for each in current]
     raw = {_comparable_key(result): result.loss for result in results if result.label == RAW}
     return sorted(
         (result.with_delta(raw.get(_comparable_key(result))) for result in results),
@@ -175,10 +181,9 @@ def _comparable_key(result: EvalResult) -> tuple[object, ...]:
 
 def _is_current(run: RunFolder, result: EvalResult) -> bool:
     """Return whether the measured weights are still there, or their folder is gone."""
+    folder = _folder(run, result)
     if result.step is None:
         return False
-    raw = result.label == RAW
-    folder = run.snapshot(result.step) if raw else run.average(result.label, result.step)
     if not folder.is_dir():
         return True
     measured = Digest.parse(result.weights)
@@ -186,6 +191,11 @@ def _is_current(run: RunFolder, result: EvalResult) -> bool:
         path.name: cached_digest(path, measured.algorithm) for path in _weights_paths(folder)
     }
     return combined_digest(digests) == measured
+
+
+def _folder(run: RunFolder, result: EvalResult) -> Path:
+    step = result.step or 0
+    return run.snapshot(step) if result.label == RAW else run.average(result.label, step)
 
 
 def choose_weights(name: str | None) -> tuple[Target, Target | None]:

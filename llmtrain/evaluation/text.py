@@ -46,6 +46,8 @@ class TextResult:
     bytes: int
     precision: str
     seconds: float
+    stderr: float | None = None
+    """Standard error of `loss`; see `EvalResult`."""
 
 
 def measure_text(

@@ -19,7 +19,7 @@ from llmtrain.checkpoints.resolve import Target
 from llmtrain.config.loading import dump_config, load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.manifest import MANIFEST_FILE, Manifest, read_manifest
-from llmtrain.errors import printable
+from llmtrain.errors import mask_credentials, printable
 from llmtrain.evaluation.results import stored_results
 from llmtrain.model.tokenizer import Tokenizer
 from llmtrain.planning.sizes import Architecture
@@ -106,7 +106,7 @@ def _fenced(text: str, language: str) -> Markup:
 def _public_name(name: str) -> str:
     """Return OWNER/NAME on the hub unchanged, and only the last part of a local path."""
     is_public = _HUB_NAME.fullmatch(name) and not Path(name).exists()
-    return name if is_public else name.rstrip("/").rpartition("/")[2]
+    return name if is_public else mask_credentials(name).rstrip("/").rpartition("/")[2]
 
 
 def _read_manifests(config: RunConfig) -> list[Manifest]:

@@ -18,20 +18,30 @@ from torch.autograd.function import once_differentiable
 
 from llmtrain.model.chunk_sizes import rows_in_cache, rows_per_chunk, rows_per_slab
 
+Collect = Callable[[Tensor], object]
+"""Receiver of the losses of consecutive targets, float32, shape (rows,); 0 for ignored ones."""
+
 
 def linear_cross_entropy(
-    hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, *, ignore: int, fused: bool = False
+    hidden_NC: Tensor,
+    weight_VC: Tensor,
+    targets_N: Tensor,
+    *,
+    ignore: int,
+    fused: bool = False,
+    collect: Collect | None = None,
 ) -> Tensor:
     """Return the mean cross-entropy of the logits hidden · weightᵀ in nats, float32, shape ().
 
     Matrix products use autocast's type. Softmax, loss and the accumulation of the weight gradient
-    use float32. Rows whose target is `ignore` do not count. `fused` compiles the softmax.
+    use float32. Rows whose target is `ignore` do not count. `fused` compiles the softmax. `collect`
+    is called only without gradients.
     """
     device_type = hidden_NC.device.type
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else hidden_NC.dtype
     if not (torch.is_grad_enabled() and (hidden_NC.requires_grad or weight_VC.requires_grad)):
-        return _loss_only(hidden_NC, weight_VC, targets_N, ignore, dtype)
+        return _loss_only(hidden_NC, weight_VC, targets_N, ignore, dtype, collect)
     arguments = (hidden_NC, weight_VC, targets_N, ignore, dtype, fused)
     loss: Tensor = _LinearCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]  # torch
     return loss
@@ -94,7 +104,12 @@ def _loss_and_gradients(
 
 
 def _loss_only(
-    hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, ignore: int, dtype: torch.dtype
+    hidden_NC: Tensor,
+    weight_VC: Tensor,
+    targets_N: Tensor,
+    ignore: int,
+    dtype: torch.dtype,
+    collect: Collect | None,
 ) -> Tensor:
     """Return the mean loss. Autocast caches the cast weight."""
     N, V, device_type = len(hidden_NC), len(weight_VC), hidden_NC.device.type
@@ -106,8 +121,18 @@ def _loss_only(
         logits_RV = F.linear(hidden_RC, weight_VC)
         pieces = zip(torch.split(logits_RV, few), torch.split(targets_R, few), strict=True)
         for logits, targets in pieces:
-            loss += F.cross_entropy(logits.float(), targets, ignore_index=ignore, reduction="sum")
+            loss += cross_entropy(logits, targets, ignore, "sum", collect)
     return loss / (targets_N != ignore).sum()
+
+
+def cross_entropy(
+    logits_RV: Tensor, targets_R: Tensor, ignore: int, reduction: str, collect: Collect | None
+) -> Tensor:
+    """Return what `F.cross_entropy` does, bit for bit, and pass the losses to `collect`."""
+    log_softmax_RV = F.log_softmax(logits_RV.float(), dim=1)
+    if collect is not None:
+        collect(F.nll_loss(log_softmax_RV, targets_R, ignore_index=ignore, reduction="none"))
+    return F.nll_loss(log_softmax_RV, targets_R, ignore_index=ignore, reduction=reduction)
 
 
 def _logits_to_gradient(

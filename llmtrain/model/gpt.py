@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.chunk_sizes import MAX_MATERIALIZED_LENGTH, sequences_per_chunk
-from llmtrain.model.cross_entropy import linear_cross_entropy
+from llmtrain.model.cross_entropy import Collect, linear_cross_entropy
 
 INIT_STD = 0.02
 IGNORE = -1
@@ -177,12 +177,19 @@ class GPT(nn.Module):
         """Return the next-token logits (B, T, V) of token ids (B, T)."""
         return F.linear(self.transformer(tokens_BT), self.transformer.wte.weight)
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Return the mean cross-entropy of the targets in nats, float32, shape ()."""
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor, collect: Collect | None = None
+    ) -> Tensor:
+        """Return the mean cross-entropy of the targets in nats, float32, shape ().
+
+        Without gradients, the loss of each target is passed to `collect`.
+        """
         hidden_NC = self.transformer(tokens_BT).flatten(0, 1)
         weight_VC, targets_N = self.transformer.wte.weight, targets_BT.reshape(-1)
         fused = self.fused_loss and self.training
-        return linear_cross_entropy(hidden_NC, weight_VC, targets_N, ignore=IGNORE, fused=fused)
+        return linear_cross_entropy(
+            hidden_NC, weight_VC, targets_N, ignore=IGNORE, fused=fused, collect=collect
+        )
 
     def n_parameters(self) -> int:
         """Return the number of parameters, counting the tied matrix once."""

@@ -30,6 +30,11 @@ from llmtrain.planning.sizes import (
     snapshot_steps,
 )
 
+LESS_MEMORY = (
+    "see llmtrain plan; --set train.activation_checkpointing=true, a smaller eval.batch or "
+    "data.block_size, and train.parallel=fsdp on several GPUs reduce memory"
+)
+"""Hint for a run that needs too much memory."""
 USABLE = 0.9
 """Share of a device's memory to fill; the rest is for fragmentation and the CUDA context."""
 
@@ -85,6 +90,21 @@ def device_memory(config: RunConfig, layout: Layout) -> list[Usage]:
     """Return the usage at each moment that can be the peak."""
     run = _Run(config, layout)
     return [*run.training(), *run.between_steps()]
+
+
+def smallest_peak(config: RunConfig, layout: Layout) -> Usage:
+    """Return the peak with the micro-batch of the config; `auto` may choose 1."""
+    known = config.with_micro_batch(1) if config.train.micro_batch == "auto" else config
+    return peak(device_memory(known, layout))
+
+
+def shortage(peak: Usage, available: float, *, allocated: float = 0) -> str | None:
+    """Return a message if a peak exceeds the available bytes; `allocated` bytes of it exist."""
+    needed = peak.total - allocated
+    if needed <= available:
+        return None
+    figures = f"needs about {needed / 1e9:,.2f} GB, and {available / 1e9:,.2f} GB are free"
+    return f"memory may run out: the peak, {peak.moment}, {figures}"
 
 
 def host_memory(config: RunConfig, layout: Layout) -> int:

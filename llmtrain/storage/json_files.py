@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.errors import UserError
+from llmtrain.storage.safe_files import read_regular
 
 _COUNTS = ("seconds", "tokens", "skipped", "memory")
 _MEASUREMENTS = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")
@@ -14,7 +15,7 @@ _MEASUREMENTS = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, or raise UserError."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_regular(path).decode())
     except (OSError, ValueError, RecursionError) as error:
         hint = "check that the weights folder is complete"
         raise UserError(f"cannot read {path}: {error}", hint=hint) from None
@@ -30,9 +31,12 @@ def write_json(path: Path, document: object) -> None:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of an append-only file; ignore a last line that a kill truncated."""
-    if not path.exists():
+    try:
+        *lines, _ = read_regular(path).split(b"\n")
+    except FileNotFoundError:
         return []
-    *lines, _ = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}", hint="restore the file") from None
     objects = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -15,5 +15,6 @@ imports: all layers below (`planning`, `averaging`, `evaluation`, `data`, `check
 - `checkpoint.py`, `checkpoint_writer.py`: training checkpoints, from which a run resumes
 - `snapshots.py`: snapshots and online averages, weights only
 - `metrics.py`, `dashboards.py`: events for the terminal, `metrics.jsonl`, W&B and TensorBoard
+- `time_left.py`: prediction of the remaining time
 - `optimizers/`: AdamW, Muon, SPAM
 """

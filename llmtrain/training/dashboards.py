@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.config.schema import RunConfig, flatten
-from llmtrain.errors import UserError
+from llmtrain.errors import UserError, mask_credentials
 from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.checkpoint import TrainingProgress
 
@@ -99,12 +99,12 @@ class _Wandb:
     def _start(self, folder: Path, config: RunConfig, run_id: str | None, mode: Any) -> Any:
         return self._wandb.init(
             project=config.log.wandb.project,
-            name=config.name,
+            name=folder.resolve().name,
             mode=mode,
             dir=str(folder),
             id=run_id,
             resume="allow" if run_id is not None else None,
-            config=flatten(config),
+            config={key: _masked(value) for key, value in flatten(config).items()},
             settings=self._wandb.Settings(silent=True),
         )
 
@@ -159,6 +159,10 @@ class _TensorBoard:
 
     def close(self, *, finished: bool) -> None:
         self._writer.close()
+
+
+def _masked(value: object) -> object:
+    return mask_credentials(value) if isinstance(value, str) else value
 
 
 def _preformat(text: str) -> str:

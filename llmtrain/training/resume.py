@@ -7,17 +7,25 @@ section 5.1), and keeps the weights of the first attempt as `step-…-rewound`.
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from llmtrain.config.loading import load_config
+from llmtrain.checkpoints.checkpoint import CONFIG_FILE
+from llmtrain.config.loading import dump_config, load_config
 from llmtrain.config.schema import RunConfig, flatten
 from llmtrain.data.token_data import TokenData
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.storage.commit import fsync_path, remove_folder, remove_leftovers, write_atomically
+from llmtrain.storage.commit import remove_folder, remove_leftovers, write_atomically
 from llmtrain.storage.integrity import INTEGRITY_FILE
 from llmtrain.storage.json_files import read_events, read_json
-from llmtrain.storage.run_folder import RunFolder, is_run, require_run, step_folders
+from llmtrain.storage.run_folder import (
+    RunFolder,
+    is_run,
+    require_run,
+    step_folders,
+    step_name,
+)
 from llmtrain.training.checkpoint import (
     TrainingCheckpoint,
     TrainingProgress,
@@ -79,13 +87,14 @@ def find_start(
     config: RunConfig, run: RunFolder, data: TokenData, resume: Resume, warn: Log
 ) -> TrainingCheckpoint | None:
     """Return the checkpoint to start from, of this run or of the parent of a branch, or None."""
+    run.reject_links()
     if not is_run(run.path):
-        if isinstance(resume, Path):
-            return _branch(config, run, data, resume)
-        run.parent.unlink(missing_ok=True)  # of a branch killed before its config was written
-        return None
+        return _begin(config, run, data, resume)
     for parent in (run.path, run.snapshots, run.states, run.evals, *run.averages.glob("[!.]*")):
         remove_leftovers(parent)
+    if _never_trained(run) and not _resumes_branch(config, run, resume):
+        _discard(run, config, warn)
+        return _begin(config, run, data, resume)
     if resume == "never":
         problem = f"{run.path} already contains a run, and --resume is never"
         raise UserError(problem, hint="choose another --run-dir, or use --resume auto")
@@ -104,9 +113,60 @@ def find_start(
     return checkpoint
 
 
+def _begin(
+    config: RunConfig, run: RunFolder, data: TokenData, resume: Resume
+) -> TrainingCheckpoint | None:
+    """Return the checkpoint of another run to start from, or None for step 0."""
+    if isinstance(resume, Path):
+        return _branch(config, run, data, resume)
+    run.parent.unlink(missing_ok=True)  # of a branch killed before its config was written
+    return None
+
+
+def _never_trained(run: RunFolder) -> bool:
+    """Return whether a run has no training event, and has saved at most what it started from."""
+    events = read_events(run.metrics)
+    if run.rewound_metrics.exists() or any("lr" in event for event in events):
+        return False
+    start = read_json(run.parent).get("step", 0) if run.parent.exists() else 0
+    return all(event["step"] <= start for event in events) and all(
+        folder.name == step_name(start) for folder in _saved_folders(run)
+    )
+
+
+def _saved_folders(run: RunFolder) -> list[Path]:
+    """Return all training checkpoints, weights and results, also those set aside."""
+    parents = (run.states, run.snapshots, run.evals, *run.averages.glob("[!.]*"))
+    return [folder for parent in parents for folder in parent.glob("[!.]*")]
+
+
+def _resumes_branch(config: RunConfig, run: RunFolder, resume: Resume) -> bool:
+    """Return whether this is the config, and not another parent, of the branch in the folder."""
+    same = not _fixed_keys(_changed_keys(load_config(run.config), config))
+    same_parent = _started_from(run, resume.resolve()) if isinstance(resume, Path) else True
+    return run.parent.exists() and resume != "never" and same and same_parent
+
+
+def _discard(run: RunFolder, config: RunConfig, warn: Log) -> None:
+    """Replace a run that never trained; a kill in between leaves such a run."""
+    if _changed_keys(load_config(run.config), config):
+        warn(f"{run.path} contains a run that never trained: replacing its config")
+    for folder in _saved_folders(run):
+        remove_folder(folder)
+    for path in (run.metrics, run.parent):
+        path.unlink(missing_ok=True)
+    # Before a new `parent.json`, which must not apply to the previous config.
+    write_atomically(run.config, dump_config(config))
+
+
+def _fixed_keys(changed: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """Return the changes that a run with progress must not make."""
+    return {key: values for key, values in changed.items() if not key.startswith(MAY_CHANGE)}
+
+
 def _refuse_other_config(config: RunConfig, run: RunFolder, warn: Log) -> None:
     changed = _changed_keys(load_config(run.config), config)
-    if fixed := {key: values for key, values in changed.items() if not key.startswith(MAY_CHANGE)}:
+    if fixed := _fixed_keys(changed):
         listed = "; ".join(f"{key}: {old} there, {new} here" for key, (old, new) in fixed.items())
         problem = f"{run.path} was trained with another config ({listed})"
         raise UserError(problem, hint="choose another --run-dir (or name:), or restore that config")
@@ -139,11 +199,12 @@ def _branch(config: RunConfig, run: RunFolder, data: TokenData, folder: Path) ->
 
     Averages in both runs continue; others start here.
     """
-    if not (folder / INTEGRITY_FILE).is_file():
-        found = step_folders(folder.parent) or step_folders(RunFolder(folder).states)
-        hint = f"existing training checkpoints: {', '.join(map(str, found.values())) or 'none'}"
-        raise UserError(f"{folder} is not a training checkpoint", hint=hint)
+    _require_checkpoint(folder)
     checkpoint = load_checkpoint(folder)
+    if checkpoint.progress.step >= config.train.max_steps:
+        step, last = checkpoint.progress.step, config.train.max_steps
+        problem = f"nothing to train from step {step:,} to train.max_steps {last:,}"
+        raise UserError(problem, hint=f"--set train.max_steps=N with N above {step}")
     parent = require_run(folder.resolve().parents[1])
     changed = _changed_keys(load_config(parent.config), config)
     if other := [key for key in changed if key.startswith(("model.", "data.block_size"))]:
@@ -157,6 +218,19 @@ def _branch(config: RunConfig, run: RunFolder, data: TokenData, folder: Path) ->
     record["changed"] = changed
     write_atomically(run.parent, json.dumps(record, indent=2) + "\n")
     return checkpoint
+
+
+def _require_checkpoint(folder: Path) -> None:
+    runs = [RunFolder(path) for path in (folder, *folder.absolute().parents[:3])]
+    found = next(filter(None, (step_folders(run.states) for run in runs)), {})
+    listed = ", ".join(map(str, found.values())) or "none"
+    if (folder / CONFIG_FILE).is_file():
+        problem = f"{folder} contains weights, not a training checkpoint"
+        hint = f"start from them: --set init_from={folder}; training checkpoints: {listed}"
+        raise UserError(problem, hint=hint)
+    if not (folder / INTEGRITY_FILE).is_file():
+        hint = f"existing training checkpoints: {listed}"
+        raise UserError(f"{folder} is not a training checkpoint", hint=hint)
 
 
 def _parent_checkpoint(run: RunFolder) -> Path | None:
@@ -209,8 +283,7 @@ def checkpoint_before(
 def set_aside_after(run: RunFolder, step: int) -> None:
     """Rename snapshots and averages after `step` to `…-rewound`; remove later checkpoints."""
     parents = [run.states, run.snapshots, *run.averages.glob("[!.]*")]
-    for parent in filter(Path.is_dir, parents):
+    for parent in parents:
         for later, folder in step_folders(parent).items():
             if later > step:
                 remove_folder(folder) if parent == run.states else set_aside(folder, "rewound")
-        fsync_path(parent)  # the rewind is logged next, and not repeated then

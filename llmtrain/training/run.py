@@ -11,13 +11,15 @@ from pathlib import Path
 
 from llmtrain.config.loading import dump_config
 from llmtrain.config.schema import RunConfig
+from llmtrain.data.sampler import n_windows, small_split
 from llmtrain.data.shard_check import ShardCheck
 from llmtrain.data.token_data import TokenData, open_training_data
 from llmtrain.errors import UserError
 from llmtrain.runtime.device import environment, keep_freed_memory, resolve_device
 from llmtrain.runtime.distributed import init_distributed
 from llmtrain.runtime.signals import Interrupt
-from llmtrain.storage.commit import locked_folder, write_atomically
+from llmtrain.storage.commit import write_atomically
+from llmtrain.storage.locks import is_held, locked_folder
 from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.initial import load_initial_weights, open_weights
 from llmtrain.training.metrics import MetricsLog
@@ -103,7 +105,7 @@ def _lock(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if is_new and folder.exists() and has_only_started(folder):
+            if is_new and is_held(folder) and has_only_started(folder):
                 shutil.rmtree(folder)
 
 
@@ -125,11 +127,15 @@ def _check_vocabulary(config: RunConfig, data: TokenData) -> None:
 
 
 def _warn_about_settings(worker: Worker, data: TokenData) -> None:
+    config = worker.config
     if data.tokenizer_assumed:
-        worker.warn(f"{worker.config.data.path} names no tokenizer: assuming GPT-2's")
-    if len(data.reader("val")) < 2:
+        worker.warn(f"{config.data.path} names no tokenizer: assuming GPT-2's")
+    if (tokens := data.tokens("val")) < 2:
         worker.warn("the val split is empty: skipping evaluations")
-    if worker.config.log.sample_tokens and worker.is_sharded:
+    windows = n_windows(min(tokens, config.eval.tokens or tokens), config.data.block_size)
+    if small := small_split(windows, "window"):
+        worker.warn(f"{config.data.path}, val split: {small}")
+    if config.log.sample_tokens and worker.is_sharded:
         worker.warn("log.sample_tokens is ignored: a sharded model generates no samples")
 
 

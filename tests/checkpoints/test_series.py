@@ -60,12 +60,15 @@ def write_files(folder: Path, *documents: tuple[str, dict[str, object]]) -> None
 
 
 def test_an_epoch_is_preferred_to_a_metric(tmp_path: Path) -> None:
-    losses = {1: 0.9, 2: 0.62, 3: 0.39}
+    losses = {0: 0.95, 1: 0.9, 2: 0.62, 3: 0.39}
     names = [f"epoch={epoch:02d}-val_loss={loss}.ckpt" for epoch, loss in losses.items()]
     write_files(tmp_path / "s", *((name, {}) for name in [*names, "last.ckpt", "last-v1.ckpt"]))
     inputs = folder_series(tmp_path / "s").inputs
     assert [Path(source.location).name for source in inputs.values()] == names
-    assert list(inputs) == [1, 2, 3]
+    assert list(inputs) == [0, 1, 2, 3]  # Lightning counts epochs from 0
+    series = folder_series(tmp_path / "s")
+    request = AverageRequest(method="ema", decay=0.5, every=1)
+    assert [source.step for source in make_specs(series, request)[0].inputs] == [0, 1, 2, 3]
 
 
 def test_optimizer_shards_next_to_a_series_are_left_out(tmp_path: Path) -> None:

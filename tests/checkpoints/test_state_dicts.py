@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from in_process import invoke, refused
 from safetensors.torch import load_file
 from torch import Tensor
 
 from llmtrain.checkpoints.checkpoint import Checkpoint
 from llmtrain.checkpoints.open import open_checkpoint
-from llmtrain.checkpoints.state_dicts import stored_position
+from llmtrain.checkpoints.state_dicts import read_state_dict, stored_position
 from llmtrain.errors import UserError
 
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.arange(3.0)}
@@ -91,7 +93,7 @@ def test_weights_are_found(tmp_path: Path, document: dict[str, Any]) -> None:
         ({"model": {"g": WEIGHTS, "d": WEIGHTS}}, "under 'g', 'd'"),
         ({"model": WEIGHTS | {"layers": [torch.ones(2)]}}, "under 'layers', next to plain"),
         ({"epoch": 3, "loss": torch.tensor(0.1)}, "contains no weights; it has 'epoch', 'loss'"),
-        ({"x\x1b[31m\n": {}}, r"it has 'x\\\\x1b\[31m\\\\n'"),
+        ({"x\x1b[31m\n": {}}, r"it has 'x\\x1b\[31m\\n'"),
         ({"model": {}}, "contains no weights; it has 'model'"),
         ([torch.ones(3)], "contains no weights"),
         ({"model": {0: torch.ones(2), "0": torch.ones(2)}}, "contains 0 twice"),
@@ -112,6 +114,14 @@ def test_entries_that_may_be_weights_are_reported_once(tmp_path: Path) -> None:
     assert outcome.code == 0
     assert outcome.stderr.count("not averaged: 'state_dict_ema'") == 1
     assert "optimizer" not in outcome.stderr
+
+
+def test_a_tied_tensor_is_reported(tmp_path: Path) -> None:
+    state = WEIGHTS | {"head": WEIGHTS["a.weight"]}
+    checkpoint = opened(tmp_path, {"model": state})
+    (note,) = checkpoint.notes
+    assert "stored once: head (in a.weight)" in note
+    assert checkpoint.tensors.keys() == WEIGHTS.keys()
 
 
 def test_cyclic_and_shared_containers_take_no_time(tmp_path: Path) -> None:
@@ -219,3 +229,35 @@ def test_legacy_and_truncated_files_are_named(tmp_path: Path) -> None:
 )
 def test_stored_position(document: object, position: tuple[int, int] | None) -> None:
     assert stored_position(document) == position
+
+
+LEAVES = st.sampled_from([1, "x", None, torch.ones(2), torch.tensor(0.5), torch.arange(3)])
+KEYS = st.sampled_from(["model", "state_dict", "module.w", "w", "_orig_mod.w", "optimizer", "ema"])
+DOCUMENTS = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(DOCUMENTS)
+def test_any_document_gives_its_own_tensors_or_an_error(
+    tmp_path_factory: pytest.TempPathFactory, document: object
+) -> None:
+    """No tensor is made up, lost within the chosen entry, or taken from two entries."""
+    path = tmp_path_factory.getbasetemp() / "any.pt"
+    path.write_bytes(bytes(1000))
+    try:
+        found = read_state_dict(path, document).tensors
+    except UserError:
+        return
+    entries: Any = document
+    while chosen := [k for k in ("model", "state_dict") if isinstance(entries.get(k), dict)]:
+        with_tensors = [k for k in chosen if "tensor(" in repr(entries[k])]
+        if not with_tensors:
+            break
+        (key,) = with_tensors
+        entries = entries[key]
+    own = [value for value in entries.values() if isinstance(value, Tensor)]
+    assert len(found) == len(own) > 0
+    assert all(torch.equal(a, b) for a, b in zip(found.values(), own, strict=True))

@@ -50,6 +50,8 @@ from llmtrain.checkpoints.step_names import parse_series, parse_step
         (".tmp-step100", None),
         ("tmp-checkpoint-1000", None),
         ("step1000.tmp", None),
+        ("step-00001000-rewound", None),
+        ("checkpoint-1000.old", None),
     ],
 )
 def test_steps_of_names(name: str, step: int | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from in_process import invoke
+from in_process import invoke, refused
 
 from llmtrain.cli.prepare import parse_count
 
@@ -134,3 +134,22 @@ def test_help_does_not_import_heavy_packages() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout == "set()\n"
+
+
+def test_a_small_val_split_is_reported(source: Path, tmp_path: Path) -> None:
+    command = ("prepare", "web.jsonl", "--tokenizer", "byte", "--out")
+    one = invoke(*command, "one", "--val-fraction", "0.0005", cwd=tmp_path)
+    warning = "warning: one, val split: 1 document(s) are too few for a reliable loss"
+    assert warning in one.stderr and one.stderr.count("warning") == 1
+    ten = invoke(*command, "ten", "--val-fraction", "0.05", cwd=tmp_path)
+    assert "warning" not in ten.stderr
+
+
+def test_memory_as_output_is_refused(source: Path, tmp_path: Path) -> None:
+    for url in ("memory://bucket/out", "simplecache::memory://bucket/out"):
+        refused("prepare", source, "--out", url, cwd=tmp_path, expected="the data would be lost")
+
+
+def test_too_many_threads_are_refused(source: Path, tmp_path: Path) -> None:
+    expected = "100000 workers is outside 1 to 1,024"
+    refused("prepare", source, "--workers", "100000", cwd=tmp_path, expected=expected)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtrain.data.dataloader import read_windows
-from llmtrain.data.sampler import Sampler, validation_windows
+from llmtrain.data.sampler import Sampler, n_windows, small_split, validation_windows
 from llmtrain.errors import UserError
 
 
@@ -162,6 +162,7 @@ def test_windows_are_read_at_their_starts() -> None:
 @given(st.integers(0, 500), st.integers(1, 60))
 def test_validation_predicts_each_token_once(n: int, block: int) -> None:
     windows = validation_windows(n, block)
+    assert n_windows(n, block) == len(windows)
     predicted = [
         token for start, length, _ in windows for token in range(start + 1, start + length)
     ]
@@ -188,3 +189,9 @@ def test_huge_steps_do_not_overflow() -> None:
     rows = Sampler(10**13, 1024, 512, seed=1).rows(10**9)
     assert rows.min() >= 0
     assert rows.max() + 1025 <= 10**13
+
+
+def test_fewer_than_ten_samples_are_reported() -> None:
+    assert small_split(0, "window") is None  # an empty split has its own warning
+    assert small_split(10, "window") is None
+    assert "9 window(s) are too few for a reliable loss" in (small_split(9, "window") or "")

@@ -6,12 +6,14 @@ import json
 import tempfile
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from preparations import prepare
 
 from llmtrain.data import readers
 from llmtrain.data.readers import partitions_of, read_partition
@@ -204,6 +206,16 @@ BAD_FILES = [
     ("a.jsonl", b'{"text": "cut', r"a\.jsonl, line 1 is not valid JSON"),
     ("a.jsonl", b"[" * 200_000, r"a\.jsonl, line 1 is not valid JSON"),
     ("a.jsonl", b"\x80\x81\n", r"a\.jsonl, line 1 is not valid JSON"),
+    (
+        "a.jsonl",
+        lines("x") + b'{"text": "a", "text": "b"}\n',
+        r"a\.jsonl, line 2 is not valid JSON: field 'text' appears twice in an object",
+    ),
+    (
+        "a.jsonl",
+        b'{"text": "x", "n": ' + b"9" * 5000 + b"}\n",
+        r"line 1 is not valid JSON: an integer has more than 4,300 digits$",
+    ),
     ("a.jsonl", b'["text"]\n', r"a\.jsonl, line 1 is not a JSON object"),
     ("a.jsonl", b"3\n", r"a\.jsonl, line 1 is not a JSON object"),
     (
@@ -283,3 +295,27 @@ def test_default_name() -> None:
         "..": "data",
     }
     assert {source: default_name(source) for source in names} == names
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    """The size stays the same, so only the recorded hash would be wrong."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines("old") * 3000)
+
+    def change(progress: Any) -> None:
+        if progress.total_documents:
+            path.write_bytes(lines("new") * 3000)
+
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"a\.jsonl changed while it was read"):
+        prepare(path, out, on_progress=change, tokenizer="byte")
+    assert not out.exists() and not (tmp_path / ".tmp-out").exists()
+    assert prepare(path, out, tokenizer="byte").train.documents == 2998
+
+
+def test_two_columns_with_the_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "two.parquet"
+    table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, path)
+    with pytest.raises(UserError, match=r"two\.parquet has 2 columns named 'text'"):
+        texts(path, tmp_path)

@@ -15,7 +15,8 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.data.token_data import open_data
 from llmtrain.errors import UserError
 from llmtrain.evaluation.loss import LossResult, evaluate
-from llmtrain.model.gpt import GPT
+from llmtrain.model.chunk_sizes import rows_in_cache
+from llmtrain.model.gpt import GPT, IGNORE
 from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.runtime.signals import Interrupted
 
@@ -65,6 +66,49 @@ def test_loss_equals_transformers_on_the_same_windows(
     assert result.bytes == text_bytes
     assert result.bits_per_byte == pytest.approx(total / text_bytes / math.log(2), abs=1e-4)
     assert result.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_the_standard_error_is_that_of_the_windows_losses(weights: Path, data_folder: Path) -> None:
+    """Compare with the textbook formula on windows of equal size."""
+    result = measured(weights, data_folder, limit=16 * 20 + 1, batch=7)
+    tokens = torch.from_numpy(
+        open_data(data_folder).reader("val").read(0, 16 * 20 + 1).astype(np.int64)
+    )
+    model = AutoModelForCausalLM.from_pretrained(weights).eval()
+    with torch.no_grad():
+        logits = model(tokens[:-1].view(20, 16)).logits
+    losses = F.cross_entropy(logits.flatten(0, 1), tokens[1:], reduction="none").view(20, 16)
+    expected = losses.mean(dim=1).std().item() / math.sqrt(20)
+    assert result.stderr == pytest.approx(expected, rel=1e-4)
+    assert measured(weights, data_folder, limit=16 * 20 + 1, batch=1).stderr == pytest.approx(
+        result.stderr, rel=1e-4
+    )
+
+
+def test_one_window_has_no_standard_error(weights: Path, data_folder: Path) -> None:
+    assert measured(weights, data_folder, limit=17).stderr is None
+    assert measured(weights, data_folder, limit=18).stderr is not None
+
+
+def test_collecting_losses_changes_no_bit(weights: Path) -> None:
+    model, collected = load_model(weights), list[torch.Tensor]()
+    tokens = torch.randint(264, (5, 16), generator=torch.Generator().manual_seed(1))
+    targets = tokens.roll(-1).clone()
+    targets[0, :9] = IGNORE
+    with torch.no_grad():
+        loss = model(tokens, targets, collected.append)
+        assert torch.equal(model(tokens, targets), loss)
+        hidden, total = model.transformer(tokens).flatten(0, 1), torch.zeros(())
+        for logits, part in zip(
+            torch.split(model.logits(tokens).flatten(0, 1), rows_in_cache(264)),
+            torch.split(targets.flatten(), rows_in_cache(264)),
+            strict=True,
+        ):
+            total += F.cross_entropy(logits, part, ignore_index=IGNORE, reduction="sum")
+    assert torch.equal(loss, total / (targets != IGNORE).sum())
+    assert len(torch.cat(collected)) == len(hidden) == targets.numel()
+    assert torch.cat(collected).sum() == pytest.approx(total.item(), rel=1e-6)
+    assert not torch.cat(collected)[:9].any()
 
 
 def test_the_batch_size_does_not_change_the_loss(weights: Path, data_folder: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from in_process import invoke
 
 from llmtrain.checkpoints.resolve import Target, find_targets
 from llmtrain.config.schema import RunConfig
@@ -98,6 +99,16 @@ def test_losses_match_training_and_are_cached(run: RunFolder) -> None:
     assert computed_again == set()
 
 
+def test_results_of_a_renamed_run_have_its_new_name(run: RunFolder) -> None:
+    measure_all(find_targets(run.path, every_snapshot=False))
+    renamed = RunFolder(run.path.rename(run.path.with_name("renamed")))
+    rows, computed = measure_all(find_targets(renamed.path, every_snapshot=False))
+    assert computed == set()
+    for row in (*rows, *stored_results(renamed)):
+        assert row.run == "renamed"
+        assert Path(row.path).is_relative_to(renamed.path)
+
+
 def test_other_tokens_or_another_split_are_measured_again(run: RunFolder) -> None:
     targets = find_targets(run.snapshot(12), every_snapshot=False)
     losses = {
@@ -160,7 +171,7 @@ def test_different_token_counts_cause_a_warning(
         lambda *progress: None,
         warn=warned.append,
     )
-    assert len(warned) == 1
+    assert sum("to compare" in warning for warning in warned) == 1
 
 
 def test_nan_weights_raise(run: RunFolder) -> None:
@@ -232,3 +243,29 @@ def test_curves_compare_equal_windows_only(run: RunFolder) -> None:
     measure_all(find_targets(run.path, every_snapshot=False))
     assert {row.tokens for row in newest_results(run)} != {49}
     assert [step for step, _ in loss_curves(run)["raw"]] == [4, 6, 8, 12]
+
+
+def test_a_small_split_is_reported_with_its_standard_error(run: RunFolder, tmp_path: Path) -> None:
+    """Four tokens are one window, which has no standard error."""
+    few = invoke("eval", run.path, "--tokens", "4", "--json", cwd=tmp_path)
+    assert "val split: 1 window(s) are too few for a reliable loss" in few.stderr
+    assert few.stderr.count("too few") == 1
+    assert {row["stderr"] for row in json.loads(few.stdout)} == {None}
+    more = invoke("eval", run.path, "--json", cwd=tmp_path)
+    assert "too few" not in more.stderr
+    assert all(0 < row["stderr"] < 1 for row in json.loads(more.stdout))
+    table = invoke("eval", run.path, cwd=tmp_path).stdout
+    assert f"{json.loads(more.stdout)[0]['stderr']:.4f}" in table and "±" in table
+
+
+def test_results_without_a_standard_error_are_shown(run: RunFolder, tmp_path: Path) -> None:
+    """Earlier versions did not store it."""
+    first = json.loads(invoke("eval", run.path, "--json", cwd=tmp_path).stdout)
+    for path in run.evals.iterdir():
+        document = json.loads(path.read_text())
+        del document["stderr"]
+        path.write_text(json.dumps(document))
+    again = json.loads(invoke("eval", run.path, "--json", cwd=tmp_path).stdout)
+    assert [row | {"stderr": None} for row in first] == again
+    assert "n/a" in invoke("eval", run.path, cwd=tmp_path).stdout
+    assert len(stored_results(run)) == len(first)

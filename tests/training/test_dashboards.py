@@ -10,7 +10,7 @@ import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import Build, events, interrupt_at, quiet
-from wandb.proto.wandb_internal_pb2 import HistoryRecord, Record
+from wandb.proto.wandb_internal_pb2 import Record
 
 from llmtrain.config.loading import dump_config
 from llmtrain.runtime.signals import Interrupted
@@ -95,13 +95,15 @@ def test_wandb_drops_nothing_after_a_rewind(tiny: Build, tmp_path: Path) -> None
     (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     rows = [
         {item.key or item.nested_key[0]: item.value_json for item in row.item}
-        for row in history(written)
+        for row in (each.history for each in records(written) if each.HasField("history"))
     ]
+    names = {each.run.display_name for each in records(written) if each.HasField("run")}
+    assert names == {tmp_path.name}  # not `name` of the config: the folder may have been renamed
     assert [(int(row["step"]), float(row["train/loss"])) for row in rows] == first + second
 
 
-def history(path: Path) -> Iterator[HistoryRecord]:
-    """Yield the rows of a W&B file: blocks of 32 KiB with records split into typed pieces."""
+def records(path: Path) -> Iterator[Record]:
+    """Yield the records of a W&B file: blocks of 32 KiB with records split into typed pieces."""
     data, position, record = path.read_bytes(), 7, b""
     while position < len(data):
         if (left := 2**15 - position % 2**15) < 7:
@@ -111,9 +113,7 @@ def history(path: Path) -> Iterator[HistoryRecord]:
         record += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a complete record, or its last piece
-            parsed = Record.FromString(record)
-            if parsed.HasField("history"):
-                yield parsed.history
+            yield Record.FromString(record)
             record = b""
 
 

@@ -52,6 +52,8 @@ def write_report(runs: Sequence[RunFolder], folder: Path) -> Report:
             raise UserError(f"{path} does not contain validation losses", hint=hint)
     saved = sorted((row for record in records for row in savings(record)), key=lambda row: row.loss)
     drawings = [draw(chart) for chart in run_charts(records)]
+    for run in runs:
+        run.check_output(folder)
     for drawing in drawings:
         write_atomically(folder / f"{drawing.chart.name}.svg", drawing.svg)
         write_atomically(folder / f"{drawing.chart.name}.png", drawing.png)

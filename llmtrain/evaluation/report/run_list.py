@@ -13,8 +13,8 @@ from typing import Literal
 from llmtrain.config.loading import load_config
 from llmtrain.errors import UserError
 from llmtrain.evaluation.report.records import Curve, loss_curves
-from llmtrain.storage.commit import is_locked
 from llmtrain.storage.json_files import read_events
+from llmtrain.storage.locks import is_locked
 from llmtrain.storage.run_folder import RAW, RunFolder, is_run
 
 RunState = Literal["running", "finished", "interrupted", "damaged"]
