@@ -1,5 +1,6 @@
 """The `llmtrain average` command."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -140,6 +141,8 @@ def average(
     if write_best and sweep is None:
         raise UserError("--write-best needs --sweep", hint='add --sweep "window=3,5 every=200,400"')
 
+    # numpy starts BLAS threads that would spin on the cores that the merge needs.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     from llmtrain.checkpoints.writer import DTYPES
 
     from .average_output import average_series, evaluate_sweep

@@ -55,6 +55,9 @@ def report(
     for path in (path for path, found in measured.items() if not found):
         command = f"llmtrain eval {shlex.quote(str(path))}"
         warn(f"{path} has losses from training only: run {command} to measure every average")
+    for record in (record for record in written.records if record.discarded):
+        listed = ", ".join(record.discarded)
+        warn(f"{record.name}: left out averages of snapshots that a rewind discarded: {listed}")
     lines = [(saving.run, _sentence(saving)) for saving in written.savings]
     lines += [(record.name, str(record.interventions)) for record in written.records]
     for name, line in filter(itemgetter(1), lines):

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from llmtrain.checkpoints.checkpoint import (
     COMPANION_FILES,
@@ -26,6 +27,8 @@ from llmtrain.storage.json_files import read_json, write_json
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """Values of --dtype, and the safetensors dtype of each."""
+
+_FLUSH_BYTES = 8 << 20
 
 Layout = Mapping[str, Mapping[str, TensorSpec]]
 """Tensors by file name, in stored order."""
@@ -74,7 +77,7 @@ def _copy_or_link(source: Path, target: Path) -> None:
 
 
 class _OutputFile(NamedTuple):
-    stream: BinaryIO
+    stream: FileIO
     size: int
     running: RunningDigest
 
@@ -107,7 +110,7 @@ class WeightsWriter:
     def _create(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
         header, stored = encode_header(specs, {"format": "pt"} | dict(self.metadata))
         size = len(header) + sum(spec.bytes for spec in specs.values())
-        stream = self._stack.enter_context(path.open("xb"))
+        stream = self._stack.enter_context(path.open("xb", buffering=0))
         if hasattr(os, "posix_fallocate"):
             with unless_unsupported("space reservation", path):
                 os.posix_fallocate(stream.fileno(), 0, size)
@@ -122,11 +125,15 @@ class WeightsWriter:
         self._write(file, spec.start + start * ITEM_BYTES[spec.dtype], raw.data.cast("B"))
 
     def _write(self, file: "_OutputFile", position: int, data: memoryview) -> None:
-        file.stream.seek(position)
-        file.stream.write(data)
-        if sys.platform == "linux":  # start writing to disk without waiting for it
-            os.posix_fadvise(file.stream.fileno(), position, len(data), os.POSIX_FADV_DONTNEED)
         file.running.update(position, data)
+        file.stream.seek(position)
+        written = 0
+        while written < len(data):
+            written += file.stream.write(data[written:])
+        first, end = position // _FLUSH_BYTES, (position + written) // _FLUSH_BYTES
+        if sys.platform == "linux" and end > first:  # start writing to disk without waiting for it
+            start, length = first * _FLUSH_BYTES, (end - first) * _FLUSH_BYTES
+            os.posix_fadvise(file.stream.fileno(), start, length, os.POSIX_FADV_DONTNEED)
 
     def digests(self) -> dict[str, Digest]:
         """Return the digest by name of each file that was written completely and in order."""

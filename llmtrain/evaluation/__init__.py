@@ -4,6 +4,7 @@ May import data, checkpoints, model, config, runtime, storage and errors.
 
     options.py     options of all measurements and of sampling; source of the help texts
     results.py     results, cached under a run's evals/; the choice of its best weights
+    weights.py     digests of weights; averages whose inputs a run has discarded
     loss.py        loss on a split
     text.py        loss and perplexity on a text file
     tasks.py       zero-shot tasks: definitions, trust, cached scores

@@ -14,12 +14,11 @@ from typing import Any, TypeVar
 
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
-from llmtrain.checkpoints.checkpoint import recorded_digests, require_listed, weights_files
 from llmtrain.checkpoints.resolve import Target, find_targets
 from llmtrain.errors import UserError, WriteFailed
-from llmtrain.storage.cache import cached_digest, computed_digest
+from llmtrain.evaluation.weights import discarded_inputs, is_unchanged, weights_digest
 from llmtrain.storage.commit import write_atomically
-from llmtrain.storage.integrity import Digest, combined_digest, require_recorded
+from llmtrain.storage.integrity import Digest
 from llmtrain.storage.json_files import read_json
 from llmtrain.storage.run_folder import RAW, RunFolder, step_name
 
@@ -54,10 +53,12 @@ class EvalResult:
     """Digest of the weights; see `Digest.parse`."""
     stderr: float | None = None
     """Standard error of `loss`; None for one window and for results of earlier versions."""
+    discarded: bool = False
+    """The average contains snapshots that the run has discarded since: see `discarded_inputs`."""
 
     def with_delta(self, raw: float | None) -> "EvalResult":
-        """Return the result with its difference from the raw loss, if there is one."""
-        return replace(self, delta=None if raw is None else self.loss - raw)
+        """Return the result with its difference from the raw loss, if they can be compared."""
+        return replace(self, delta=None if raw is None or self.discarded else self.loss - raw)
 
 
 @dataclass(frozen=True)
@@ -142,32 +143,17 @@ def read_result(path: Path, form: type[Result]) -> Result | None:
         ) from None
 
 
-def weights_digest(folder: Path) -> Digest:
-    """Read the weights files of a folder, compare them with its record, and return their digest."""
-    recorded, paths = recorded_digests(folder), _weights_paths(folder)
-    require_listed(paths, recorded)
-    found = {}
-    for path in paths:
-        expected = recorded.get(path.name)
-        digest = computed_digest(path, expected.algorithm if expected else "blake3")
-        require_recorded(path, digest, expected or digest)
-        found[path.name] = digest
-    return combined_digest(found)
-
-
-def _weights_paths(folder: Path) -> list[Path]:
-    torch_files = sorted(folder.glob("pytorch_model*.bin"))
-    only_torch = torch_files and not any(folder.glob("*.safetensors"))
-    return torch_files if only_torch else list(weights_files(folder))
-
-
 def stored_results(run: RunFolder) -> list[EvalResult]:
     """Return the cached losses of the weights still in a run, raw first, then by label and step."""
     paths = sorted(run.evals.glob("[!.]*.json"))
     read = [read_result(path, EvalResult) for path in paths]
     current = [result for result in read if result is not None and _is_current(run, result)]
     name = run.path.resolve().name  # the run may have been renamed since the measurement
-    results = [replace(each, run=name, path=str(_folder(run, each))) for each in current]
+    results = [
+        replace(each, run=name, path=str(path), discarded=bool(discarded_inputs(path, run)))
+        for each in current
+        for path in [_folder(run, each)]
+    ]
     raw = {_comparable_key(result): result.loss for result in results if result.label == RAW}
     return sorted(
         (result.with_delta(raw.get(_comparable_key(result))) for result in results),
@@ -184,13 +170,7 @@ def _is_current(run: RunFolder, result: EvalResult) -> bool:
     folder = _folder(run, result)
     if result.step is None:
         return False
-    if not folder.is_dir():
-        return True
-    measured = Digest.parse(result.weights)
-    digests = {
-        path.name: cached_digest(path, measured.algorithm) for path in _weights_paths(folder)
-    }
-    return combined_digest(digests) == measured
+    return not folder.is_dir() or is_unchanged(folder, Digest.parse(result.weights))
 
 
 def _folder(run: RunFolder, result: EvalResult) -> Path:

@@ -81,6 +81,8 @@ class RunRecord:
     provenance: dict[str, dict[str, Any]]
     """`provenance.json` of the newest average with each label."""
     environment: dict[str, Any]
+    discarded: list[str]
+    """Labels and steps of measured averages that contain discarded snapshots."""
 
     @property
     def step(self) -> int:
@@ -111,9 +113,10 @@ class Saving:
 def loss_curves(run: RunFolder) -> dict[str, Curve]:
     """Return the validation loss by step for raw weights, first, and each average.
 
-    Combines the results of `eval` with those of training on the same number of tokens.
+    Combines the results of `eval` with those of training on the same number of tokens. Averages of
+    discarded snapshots are left out.
     """
-    results = _comparable(stored_results(run))
+    results = _comparable([each for each in stored_results(run) if not each.discarded])
     curves: dict[str, dict[int, float]] = defaultdict(dict)
     for event in read_events(run.metrics):
         if results and event.get("val/tokens") != results[0].tokens:
@@ -158,6 +161,7 @@ def _read_record(run: RunFolder, name: str) -> RunRecord:
     rows = [[event.get(key, math.nan) for key in keys] for event in training]
     timed = [row for row in rows if all(map(math.isfinite, row))]
     columns = zip([0, 0, 0], *timed, strict=True)
+    rejected = [result for result in stored_results(run) if result.discarded]
     return RunRecord(
         name=name,
         run=run,
@@ -169,6 +173,7 @@ def _read_record(run: RunFolder, name: str) -> RunRecord:
         interventions=_interventions([*events, *read_events(run.rewound_metrics)]),
         provenance=_provenance(run),
         environment=read_json(run.environment) if run.environment.exists() else {},
+        discarded=list(dict.fromkeys(f"{r.label} at step {r.step:,}" for r in rejected)),
     )
 
 
