@@ -7,7 +7,7 @@ file systems lose less: they keep the order of names within a folder, for exampl
 
 import random
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -132,7 +132,7 @@ class Disk:
                 _set(names.setdefault(folder, dict(folder.names)), name, inode)
                 renamed = len(entries) == 2 and inode is not None and inode.is_folder
                 promises[folder, name] = renamed and number in durable
-        paths = _paths(self.root, names)
+        paths = {inode: path for path, inode in _walk(self.root, names)} | {self.root: ""}
         return {
             f"{paths[folder]}{name}/"
             for (folder, name), promise in promises.items()
@@ -168,11 +168,9 @@ class Disk:
             elif isinstance(operation, Write):
                 content = contents.setdefault(operation.file, bytearray(operation.file.content))
                 _apply(operation, content)
-        paths = _paths(self.root, names)
         return {
             path: b"" if inode.is_folder else bytes(contents.get(inode, inode.content))
-            for inode, path in paths.items()
-            if inode is not self.root
+            for path, inode in _walk(self.root, names)
         }
 
 
@@ -217,19 +215,19 @@ def _set(names: dict[str, Inode], name: str, inode: Inode | None) -> None:
         names[name] = inode
 
 
-def _paths(root: Inode, names: Mapping[Inode, Mapping[str, Inode]]) -> dict[Inode, str]:
-    """Return the path of every file and folder below `root`; those of folders end in a slash.
+def _walk(root: Inode, names: Mapping[Inode, Mapping[str, Inode]]) -> Iterator[tuple[str, Inode]]:
+    """Yield the path of every file and folder below `root`; those of folders end in a slash.
 
-    `names` are the names in the folders that changed.
+    `names` are the names in the folders that changed. A file with several names has several paths.
     """
-    found, todo = {root: ""}, [root]
+    todo = [("", root)]
     while todo:
-        folder = todo.pop()
+        parent, folder = todo.pop()
         for name, inode in names.get(folder, folder.names).items():
-            found[inode] = f"{found[folder]}{name}" + ("/" if inode.is_folder else "")
+            path = f"{parent}{name}" + ("/" if inode.is_folder else "")
+            yield path, inode
             if inode.is_folder:
-                todo.append(inode)
-    return found
+                todo.append((path, inode))
 
 
 def _read(path: Path) -> Inode:

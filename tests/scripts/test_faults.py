@@ -22,6 +22,7 @@ with open("new/.tmp-file", "wb") as file:
     file.flush()
     {sync_file}
 os.rename("new/.tmp-file", "new/file")
+os.link("new/file", "new/link")
 {sync_folder}
 {sync_parent}
 """
@@ -52,7 +53,7 @@ def test_a_flushed_commit_survives_every_kind_of_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = traced(tmp_path / "folder", monkeypatch)
-    expected = {"old": b"before", "new/": b"", "new/file": b"content"}
+    expected = {"old": b"before", "new/": b"", "new/file": b"content", "new/link": b"content"}
     modes: tuple[Mode, ...] = ("durable", "names", "random")
     assert all(left(disk, mode) == expected for mode in modes)
     real = {
