@@ -1,5 +1,6 @@
 """The `llmtrain average` command."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -112,9 +113,9 @@ def average(
         "--allow-known-bad": (allow_known_bad, "--checks allow-known-bad"),
     }
     for old, (given, new) in renamed.items():
-        if given:
+        if given not in (None, False, "equal"):
             warn(f"{old} was renamed: use {new}")
-            if new.startswith("--checks") and given != "equal":
+            if new.startswith("--checks"):
                 checks += f",{new.split()[1]}"
     for name, earlier, value in (("--decay", half_life, decay), ("--at", to, at)):
         if earlier is not None and value is not None:
@@ -140,6 +141,8 @@ def average(
     if write_best and sweep is None:
         raise UserError("--write-best needs --sweep", hint='add --sweep "window=3,5 every=200,400"')
 
+    # numpy starts BLAS threads that would spin on the cores that the merge needs.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     from llmtrain.checkpoints.writer import DTYPES
 
     from .average_output import average_series, evaluate_sweep

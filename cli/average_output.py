@@ -121,6 +121,7 @@ def evaluate_sweep(
     for reason in result.skipped:
         warn(reason)
     rows = summary(result, run)
+    run.check_output(run.report)
     table_file, plot_file = run.report / "sweep.csv", run.report / "sweep.png"
     write_csv(result, table_file)
     draw(result, plot_file, f"{run.path.name}: averages of {len(result.candidates)} kinds")

@@ -10,9 +10,10 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_type_hints
 
 import typer
 from rich.console import Console
@@ -21,7 +22,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 from typing_extensions import Doc
 
-from llmtrain.errors import printable
+from llmtrain.errors import StorageWarning, printable
 
 if TYPE_CHECKING:
     from llmtrain.runtime.signals import Interrupt
@@ -61,8 +62,8 @@ err_console = _Console(stderr=True)
 WeightsArgument = Annotated[
     str | None,
     typer.Argument(
-        help="A run (the average that eval found best, or the newest), a folder of GPT-2 weights, "
-        "or OWNER/NAME[@REVISION] on the hub.",
+        help="A run (of its newest step, the weights with the lowest measured loss), a folder of "
+        "GPT-2 weights, or OWNER/NAME[@REVISION] on the hub.",
         show_default="the newest run under runs/",
     ),
 ]
@@ -121,6 +122,32 @@ def _print_labelled(label: str, message: str) -> None:
 def clip(text: str, length: int = 1000) -> str:
     """Return text from outside with its end cut off beyond `length` characters."""
     return text if len(text) <= length else f"{text[:length]}…"
+
+
+def print_selection(label: str, path: object, reason: str) -> None:
+    """Print on standard error which weights a command uses, and why."""
+    explained = f" ({reason})" if reason else ""
+    err_console.print(f"{label}: {path}{explained}", style="dim", soft_wrap=True)
+
+
+def show_storage_warnings() -> None:
+    """Print warnings about the file system like those of the commands, on one line."""
+    show = warnings.showwarning
+
+    def print_or_show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, StorageWarning):
+            warn(str(message))
+        else:
+            show(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = print_or_show
 
 
 def print_outcome(message: str) -> None:
@@ -184,7 +211,7 @@ def parse_duration(text: str) -> float:
     """Return the seconds of `1h30m`, `90m`, `45s`, `2d` or a plain number of seconds."""
     match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
     if not match or not any(match.groups()) or len(text) > 20:
-        raise typer.BadParameter(f"{text!r} is not a time; use 90m, 1h30m or 3600s")
+        raise typer.BadParameter(f"{text!r:.100} is not a time; use 90m, 1h30m or 3600s")
     days, hours, minutes, seconds = (int(group or 0) for group in match.groups())
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 

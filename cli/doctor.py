@@ -22,7 +22,7 @@ def doctor(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Check Python, torch, device, precision, compile, tokenizer, disk, data and network.
+    """Check Python, torch, device, memory, compile, tokenizer, disk, data and network.
 
     Writes and removes a file of 64 MiB. A note affects only some runs. Exits with 1 if there is a
     problem.

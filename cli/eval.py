@@ -1,5 +1,6 @@
 """`llmtrain eval`: compare raw and averaged weights by loss, on a text, or on zero-shot tasks."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -30,8 +31,10 @@ def _option(options: type, field: str, *names: str, default: str | bool = True, 
 
 _loss = partial(_option, EvalOptions)
 _task = partial(_option, TaskOptions, rich_help_panel="Zero-shot tasks (extra: eval)")
-_MAX_DIGITS = 9
 _TEXT: Any = {"rich_help_panel": "Text file"}
+
+
+_DISCARDED = " (discarded inputs)"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Measured:
     loss: "EvalResult | None"
     text: "TextResult | None"
     tasks: "list[TaskResult]"
+    discarded: bool
+    """It is an average of snapshots that the run has discarded since."""
 
 
 def evaluate(
@@ -129,7 +134,16 @@ def evaluate(
             from llmtrain.evaluation.tasks import measure_tasks
 
             scores = measure_tasks(weights, task_options, progress, warn=warn)
-    measured = list(map(Measured, weights, losses, texts, scores))
+    from llmtrain.evaluation.weights import discarded_inputs
+
+    discarded = [bool(discarded_inputs(target.path, target.run)) for target in weights]
+    measured = list(map(Measured, weights, losses, texts, scores, discarded))
+    if any(discarded):
+        path = weights[discarded.index(True)].path
+        warn(
+            f"{sum(discarded)} of the averages contain snapshots that their run has discarded, "
+            f"such as {path}: not compared with raw; delete them and run llmtrain average again"
+        )
     if as_json:
         print_json([_as_json(each) for each in measured])
     elif text is None and tasks is None:
@@ -149,15 +163,20 @@ def _require_companions(option: str, value: object, dependents: dict[str, object
 def _parse_batch_size(text: str) -> Any:
     if text == "auto":
         return text
-    if not text.isdecimal() or len(text) > _MAX_DIGITS or int(text) == 0:
-        raise UserError(f"--batch-size {text!r:.40} is not a number", hint="pass auto or 1 or more")
+    if not re.fullmatch("[1-9][0-9]{0,17}", text):
+        raise UserError(
+            f"--batch-size {text!r:.50} is neither auto nor a number of at least 1",
+            hint="use --batch-size 8",
+        )
     return int(text)
 
 
 def _parse_tasks(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     if not all(names):
-        raise UserError(f"--tasks {text!r} contains an empty name", hint="write --tasks piqa,sciq")
+        raise UserError(
+            f"--tasks {text!r:.200} contains an empty name", hint="write --tasks piqa,sciq"
+        )
     return names
 
 
@@ -185,6 +204,7 @@ def _as_json(measured: Measured) -> dict[str, Any]:
         "step": target.step,
         "path": str(target.path),
         "run": target.run.path.resolve().name if target.run else None,
+        "discarded": measured.discarded,
     }
     document |= asdict(measured.loss) if measured.loss else {}
     if measured.text is not None:
@@ -202,7 +222,8 @@ def loss_table(results: "list[EvalResult]") -> Table:
     table = Table(Column("weights", no_wrap=True), *columns, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for each in results:
         table.add_row(
-            f"{each.run}: {each.label}" if several and each.run else each.label,
+            (f"{each.run}: {each.label}" if several and each.run else each.label)
+            + _DISCARDED * each.discarded,
             "" if each.step is None else f"{each.step:,}",
             f"{each.loss:.4f}",
             "n/a" if each.stderr is None else f"{each.stderr:.4f}",
@@ -222,19 +243,20 @@ def _measures_table(measured: list[Measured]) -> Table:
     columns = [Column(name, justify="right", no_wrap=True) for name in names]
     first = (Column("measure", overflow="fold"), Column("weights", overflow="fold"))
     table = Table(*first, *columns, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    groups: dict[str, list[tuple[Target, float | None, float | None]]] = {}
+    groups: dict[str, list[tuple[Target, float | None, float | None, bool]]] = {}
     for each in measured:
         for name, value, stderr in _values(each):
-            groups.setdefault(name, []).append((each.target, value, stderr))
+            groups.setdefault(name, []).append((each.target, value, stderr, each.discarded))
     for name, lines in groups.items():
-        raw = {_place(target): value for target, value, _ in lines if target.label == "raw"}
-        for i, (target, value, stderr) in enumerate(lines):
+        raw = {_place(target): value for target, value, *_ in lines if target.label == "raw"}
+        for i, (target, value, stderr, discarded) in enumerate(lines):
             run, step = _place(target)
-            base = raw.get((run, step))
+            base = None if discarded else raw.get((run, step))
             difference = "n/a" if value is None or base is None else _format(value - base, 4, "+")
             table.add_row(
                 name if i == 0 else "",
-                f"{run.name}: {target.label}" if several and target.run else target.label,
+                (f"{run.name}: {target.label}" if several and target.run else target.label)
+                + _DISCARDED * discarded,
                 "" if step is None else f"{step:,}",
                 "inf" if value is None else _format(value, 4),
                 "" if stderr is None else _format(stderr, 4),

@@ -57,7 +57,7 @@ def inspect(
 
 def _row(facts: "Facts") -> tuple[str, ...]:
     return (
-        f"{facts.step:,}",
+        "" if facts.step is None else f"{facts.step:,}",
         f"{len(facts.tensors):,}",
         f"{facts.parameters:,}",
         " ".join(f"{dtype}:{count}" for dtype, count in facts.dtypes.items()),

@@ -16,7 +16,7 @@ from llmtrain.errors import RunFailed, UserError
 from llmtrain.runtime import launcher
 
 from .average import average
-from .common import clip, print_error, print_traceback
+from .common import clip, print_error, print_traceback, show_storage_warnings
 from .config import config
 from .doctor import doctor
 from .eval import evaluate
@@ -56,6 +56,7 @@ def main() -> None:
     _open_missing_descriptors()
     launcher.let_threads_sleep()
     launcher.silence_other_ranks()
+    show_storage_warnings()
     try:
         sys.exit(app(standalone_mode=False))
     except SystemExit as end:
@@ -77,15 +78,17 @@ def _is_usage_error(error: Exception) -> bool:
 
 
 def _open_missing_descriptors() -> None:
-    """Open /dev/null for each closed standard descriptor.
+    """Open /dev/null for each closed standard descriptor and its stream.
 
     Otherwise the next file that is opened gets its number, and messages are written into it.
     """
-    for number in range(3):
+    for number, (stream, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, stream) is None:  # Python found the descriptor closed
+            setattr(sys, stream, os.fdopen(number, mode, closefd=False))
 
 
 def _print_version(requested: bool) -> None:

@@ -71,9 +71,9 @@ def pretrain(
 
     Prints a line every log.every steps: loss (nats per token), learning rate, gradient norm, tokens
     per second, utilization of the device's peak (MFU) and time left. Ctrl-C, SIGTERM, SIGUSR1 and
-    --max-time stop the run at the next micro-batch and save a training checkpoint (exit codes 130,
-    143, 138 and 124); the same command resumes it. A second signal stops at once. Any number of
-    processes trains the same model and can resume checkpoints that another number wrote.
+    --max-time stop the run within a micro-batch or after it and save a training checkpoint (exit
+    codes 130, 143, 138 and 124); the same command resumes it. A second signal stops at once. Any
+    number of processes trains the same model and can resume checkpoints of another number.
     """
     from llmtrain.config.loading import load_config
     from llmtrain.storage.run_folder import RunFolder

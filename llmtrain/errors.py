@@ -68,6 +68,10 @@ class RunFailed(_ReportedError, RuntimeError):
     """A valid request that failed, such as a NaN loss or a full disk (exit code 1)."""
 
 
+class StorageWarning(UserWarning):
+    """A limitation of a file system that reduces safety; the command continues."""
+
+
 class WriteFailed(RunFailed):
     """A full, limited or read-only disk; training continues without optional files."""
 

@@ -29,11 +29,14 @@ from llmtrain.checkpoints.safetensors_files import open_safetensors
 from llmtrain.checkpoints.series import Input, Series, require_same_tensors
 from llmtrain.checkpoints.tensors import FLOATS, TensorSpec
 from llmtrain.checkpoints.writer import WeightsWriter, copy_companions, layout_bytes, output_layout
-from llmtrain.errors import UserError
-from llmtrain.storage.commit import locked_folder, remove_abandoned, remove_leftovers, staged_folder
+from llmtrain.errors import RunFailed, UserError
+from llmtrain.storage.cache import file_identity
+from llmtrain.storage.commit import remove_abandoned, remove_leftovers, staged_folder
 from llmtrain.storage.disk import disk_errors, require_room
-from llmtrain.storage.integrity import write_integrity
+from llmtrain.storage.integrity import DamagedFile, write_integrity
 from llmtrain.storage.json_files import write_json
+from llmtrain.storage.locks import locked_folder
+from llmtrain.storage.safe_files import reject_links
 
 MAX_GROUP = 64
 """Averages in one merge. A kill loses at most one group; two groups share k - 1 inputs."""
@@ -42,6 +45,7 @@ MAX_GROUP_BYTES = 8 << 30
 """Disk space of the averages in one merge."""
 
 Progress = Callable[[int, int], None]
+_Identity = tuple[int, ...]
 Documented = tuple[AverageSpec, dict[str, Any]]
 """A spec and the content of its provenance file."""
 
@@ -65,6 +69,8 @@ def average(
         WriteFailed: the disk is full or not writable.
     """
     options = options or MergeOptions()
+    for parent in {spec.target.parent for spec in specs if spec.is_default}:
+        reject_links(parent.parents[1], parent)  # RUN/averages/LABEL
     for parent in {spec.target.parent for spec in specs}:
         remove_abandoned(parent)
     if options.discard_inputs and (len(specs) != 1 or options.strict):
@@ -77,12 +83,13 @@ def average(
     inputs = unique_inputs(specs)
     audit.check_metadata(series, inputs, options)
     if options.discard_inputs:
-        return [_average_in_turn(series, specs[0], options, progress)]
+        return [_average_in_turn(series, specs[0], options, progress, warn)]
     checkpoints = {}
     for done, source in enumerate(inputs):
         progress(done, len(inputs))
         checkpoints[source] = source.open()  # may download it
     require_same_tensors(list(checkpoints.values()))
+    identities = {path: _identity(path) for each in checkpoints.values() for path in each.files}
     for note in dict.fromkeys(note for each in checkpoints.values() for note in each.notes):
         warn(note)
     digests = audit.input_digests(checkpoints, progress, algorithm_for(specs))
@@ -103,13 +110,15 @@ def average(
         used = unique_inputs([spec for spec, _ in group])
         opened = {source: checkpoints[source] for source in used}
         own = verify and series.trusted and all(each.recorded for each in opened.values())
-        _merge_group(group, opened, options, progress, warn, verify=verify, own=own)
+        files = {path: identities[path] for each in opened.values() for path in each.files}
+        _merge_group(group, opened, files, options, progress, warn, verify=verify, own=own)
     return [Average(spec, cached=spec.target not in made) for spec in specs]
 
 
 def _merge_group(
     group: Sequence[Documented],
     checkpoints: Mapping[Input, Checkpoint],
+    files: Mapping[Path, _Identity],
     options: MergeOptions,
     progress: Progress,
     warn: Callable[[str], None],
@@ -122,7 +131,10 @@ def _merge_group(
     sums = weighted_sums([spec for spec, _ in group], list(checkpoints))
     needed = _output_bytes(opened[-1], options)
     require_room(group[0][0].target, needed * len(group))
-    with ExitStack() as commits, ExitStack() as files:
+    if moved := [file for file in files if not file.exists()]:
+        hint = "run the command again with the new path"
+        raise RunFailed(f"{moved[0]} was moved or deleted", hint=hint)
+    with ExitStack() as commits, ExitStack() as outputs:
         for parent in {spec.target.parent for spec, _ in group if spec.is_default}:
             commits.enter_context(locked_folder(parent))
             remove_leftovers(parent)
@@ -130,22 +142,40 @@ def _merge_group(
         for spec, document in group:
             folder = commits.enter_context(staged_folder(spec.target, needed=needed))
             writer = _prepare(folder, checkpoints[spec.inputs[-1]], document, options)
-            writers.append(files.enter_context(writer))
-        norms = merge(
-            opened,
-            sums,
-            [writer.write for writer in writers],
-            dtypes=_output_dtypes(opened[-1], options),
-            integers=options.integers,
-            progress=progress,
-            verify=verify,
-        )
+            writers.append(outputs.enter_context(writer))
+        try:
+            norms = merge(
+                opened,
+                sums,
+                [writer.write for writer in writers],
+                dtypes=_output_dtypes(opened[-1], options),
+                integers=options.integers,
+                progress=progress,
+                verify=verify,
+            )
+        except (DamagedFile, FileNotFoundError):
+            _require_unchanged(files)
+            raise
         if all(spec.audited for spec, _ in group):
             for line in audit.check_norms(opened, norms, options, verified=own):
                 warn(line)
-        files.close()  # flush the writers
+        outputs.close()
         for writer in writers:
             write_integrity(writer.folder, writer.digests())
+        _require_unchanged(files)
+
+
+def _identity(path: Path) -> _Identity:
+    """Return device, inode, size and mtime: those of another file after a rewind."""
+    return file_identity(path)[:4]  # a hard link or chmod changes the ctime only
+
+
+def _require_unchanged(files: Mapping[Path, _Identity]) -> None:
+    """Raise a UserError if training, or somebody else, replaced an input since it was opened."""
+    for path, identity in files.items():
+        if not path.exists() or _identity(path) != identity:
+            hint = "if training went back to an earlier step, repeat the command later"
+            raise UserError(f"{path} was replaced while it was averaged", hint=hint)
 
 
 def _prepare(
@@ -174,7 +204,11 @@ def _output_dtypes(newest: Checkpoint, options: MergeOptions) -> dict[str, str]:
 
 
 def _average_in_turn(
-    series: Series, spec: AverageSpec, options: MergeOptions, progress: Progress
+    series: Series,
+    spec: AverageSpec,
+    options: MergeOptions,
+    progress: Progress,
+    warn: Callable[[str], None],
 ) -> Average:
     """Make one average, opening (downloading), adding and deleting its inputs one by one.
 
@@ -200,6 +234,8 @@ def _average_in_turn(
             path = folder / f"sum-{number}.safetensors"
             total = _add(total, checkpoint, factors[number], path, options.integers)
             if number + 1 == len(spec.inputs):
+                for note in checkpoint.notes:
+                    warn(note)
                 document = provenance(spec, opened, digests, options)
                 writer = _prepare(folder, checkpoint, document, options)
             if checkpoint.disposable:

@@ -43,7 +43,8 @@ class Facts:
     previous checkpoint; None if an element is not finite.
     """
 
-    step: int
+    step: int | None
+    """None if neither a record nor the name contains it."""
     path: str
     tensors: list[TensorFacts]
     parameters: int
@@ -143,7 +144,7 @@ def _facts(checkpoint: Checkpoint, digests: audit.InputDigests, measured: Measur
     specs = checkpoint.tensors
     zeros = sum(specs[name].count for name in added_biases(checkpoint.folder, specs))
     return Facts(
-        step=checkpoint.step,
+        step=checkpoint.step or None,
         path=checkpoint.location,
         tensors=[
             TensorFacts(name, spec.dtype, spec.shape, norm.get(name), distance.get(name))

@@ -24,18 +24,21 @@ from llmtrain.checkpoints.tensors import (
     Float64s,
     StoredArray,
     TensorSpec,
+    exact_floats,
     overflows,
     round_to,
-    to_float64,
 )
 from llmtrain.errors import UserError
 from llmtrain.runtime.hardware import available_cores
 
-CHUNK = 131_072
-"""Elements summed at a time: buffers fit in the cache, and threads rarely block each other."""
+CHUNK = 262_144
+"""Elements summed at a time: buffers fit in the cache, and Python takes little of the time."""
 
-_RUN = 8192
-"""Elements in one dot product; a longer one would start threads inside BLAS."""
+_RUN = 2048
+"""Elements in one dot product: few, so that float32 is accurate and BLAS starts no threads."""
+
+_ACCURATE = (1e-25, 1e30)
+"""Sums of float32 squares between these neither overflow nor lose small terms."""
 
 _COUNTER = "num_batches_tracked"
 """BatchNorm's count of batches, which grows during training; the newest value is kept."""
@@ -213,14 +216,21 @@ class _OrderedReader:
         with self._access.at(chunk.number):
             return self.stored.read(chunk.name, chunk.start, chunk.stop, buffer)
 
-    def read_floats(
-        self, chunk: Chunk, buffer: NDArray[np.uint8], out: Float64s, scratch: Float64s
-    ) -> None:
-        """Read a chunk, plus its residual, into `out`."""
-        to_float64(self.read(chunk, buffer), self._tensors[chunk.name].dtype, out)
+    def read_floats(self, chunk: Chunk, buffer: "_Buffer") -> StoredArray:
+        """Read a chunk exactly, as float32 or float64, or the float64 sum with its residual."""
+        raw = self.read(chunk, buffer.raw)
+        floats = exact_floats(raw, self._tensors[chunk.name].dtype, buffer.floats)
         for residual in self.parts[1:]:
-            residual.read_floats(chunk, buffer, scratch, scratch)
-            out += scratch
+            total = floats.astype(np.float64)
+            floats = np.add(total, residual.read_floats(chunk, buffer), out=total)
+        return floats
+
+
+class _Buffer:
+    """Memory for one chunk of one input: as stored, as floats, and minus the previous input."""
+
+    def __init__(self) -> None:
+        self.raw, self.floats, self.move = np.empty((3, CHUNK * 8), np.uint8)
 
 
 @dataclass
@@ -239,10 +249,9 @@ class _Summation:
             [number for number, each in enumerate(self.sums) if index in each.inputs]
             for index in range(len(self.readers))
         ]
-        self._raw = np.empty(CHUNK * 8, np.uint8)
-        self._values = [np.empty(CHUNK), np.empty(CHUNK)]
-        self._moves = [np.empty(CHUNK), np.empty(CHUNK)]
+        self._buffers = [_Buffer(), _Buffer()]
         self._scratch = np.empty(CHUNK)
+        self._free: list[Float64s] = []
 
     def add(self, chunk: Chunk) -> NDArray[np.float64]:
         """Sum one chunk; return the squares in `Norms` and its turns, shape (3, inputs)."""
@@ -250,35 +259,46 @@ class _Summation:
         if chunk.spec.dtype not in FLOATS:
             self._copy_integers(chunk)
             return squares
-        count = chunk.stop - chunk.start
-        scratch = self._scratch[:count]
         totals: dict[int, Float64s] = {}
+        values: StoredArray | None = None
+        move: StoredArray | None = None
         for index, reader in enumerate(self.readers):
-            values, previous = (self._values[(index + i) % 2][:count] for i in (0, 1))
-            reader.read_floats(chunk, self._raw, values, scratch)
-            squares[0, index] = _dot(values, values)
+            buffer, previous, before = self._buffers[index % 2], values, move
+            values = reader.read_floats(chunk, buffer)
+            squares[0, index], _ = _square(values, None, buffer.move)
             if not math.isfinite(squares[0, index]) and not np.isfinite(values).all():
                 raise _not_finite(reader.checkpoint, chunk, values)
-            if index:
-                move, before = (self._moves[(index + i) % 2][:count] for i in (0, 1))
-                np.subtract(values, previous, out=move)
-                squares[1, index] = _dot(move, move)
-                squares[2, index] = _dot(move, before) if index > 1 else 0.0
+            if previous is not None:
+                squares[1, index], move = _square(values, previous, buffer.move)
+                squares[2, index] = 0.0 if before is None else _dot(move, before)
             for number in self._users[index]:
-                factor, inputs = self._factors[number][0][index], self.sums[number].inputs
-                if index == inputs[0]:
-                    totals[number] = values * factor
-                else:
-                    totals[number] += (
-                        values if factor == 1.0 else np.multiply(values, factor, out=scratch)
-                    )
-                if index == inputs[-1]:
-                    self._finish(number, chunk, totals.pop(number))
+                self._accumulate(totals, number, index, values)
+                if index == self.sums[number].inputs[-1]:
+                    total = totals.pop(number)
+                    self._finish(number, chunk, total[: len(values)])
+                    self._free.append(total)
         return squares
+
+    def _accumulate(
+        self, totals: dict[int, Float64s], number: int, index: int, values: StoredArray
+    ) -> None:
+        """Add the values of an input, times its factor, to the total of sum `number`."""
+        factor, count = self._factors[number][0][index], len(values)
+        if index == self.sums[number].inputs[0]:
+            totals[number] = self._free.pop() if self._free else np.empty(CHUNK)
+            totals[number][:count] = values
+            if factor != 1.0:
+                totals[number][:count] *= factor
+        elif factor == 1.0:
+            totals[number][:count] += values
+        else:
+            scratch = self._scratch[:count]
+            totals[number][:count] += np.multiply(values, factor, out=scratch, dtype=np.float64)
 
     def _finish(self, number: int, chunk: Chunk, total: Float64s) -> None:
         """Round the total of sum `number` and write it."""
-        total /= self._factors[number][1]
+        if (divisor := self._factors[number][1]) != 1.0:
+            total /= divisor
         dtype = self.dtypes.get(chunk.name, chunk.spec.dtype)
         raw = round_to(total, dtype)
         if overflows(raw, dtype):
@@ -295,7 +315,8 @@ class _Summation:
 
     def _copy_integers(self, chunk: Chunk) -> None:
         """Copy elements without a mean from the newest input of each sum."""
-        held = [reader.read(chunk, self._raw).copy() for reader in self.readers]
+        buffer = self._buffers[0].raw
+        held = [reader.read(chunk, buffer).copy() for reader in self.readers]
         is_counter = chunk.name.rpartition(".")[2] == _COUNTER
         must_agree = self.integers == "equal" and not is_counter
         for number, each in enumerate(self.sums):
@@ -311,7 +332,7 @@ class _Summation:
             self._write(number, chunk, held[each.inputs[-1]])
 
 
-def _not_finite(checkpoint: Checkpoint, chunk: Chunk, values: Float64s) -> UserError:
+def _not_finite(checkpoint: Checkpoint, chunk: Chunk, values: StoredArray) -> UserError:
     offset = int(np.flatnonzero(~np.isfinite(values))[0])
     index = np.unravel_index(chunk.start + offset, chunk.spec.shape or (1,))
     return UserError(
@@ -320,12 +341,33 @@ def _not_finite(checkpoint: Checkpoint, chunk: Chunk, values: Float64s) -> UserE
     )
 
 
-def _dot(one: Float64s, other: Float64s) -> float:
-    """Return the dot product, computed in blocks."""
+def _square(
+    values: StoredArray, previous: StoredArray | None, buffer: NDArray[np.uint8]
+) -> tuple[float, StoredArray]:
+    """Return the sum of squares of `values - previous`, and this difference, possibly in `buffer`.
+
+    It is computed in float32 if the numbers are float32 and this is accurate, else in float64.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for non-finite values
+        if previous is None:
+            move = values
+        else:
+            out = buffer.view(np.result_type(values, previous))[: len(values)]
+            move = np.subtract(values, previous, out=out)
+        total = _dot(move, move)
+        if move.dtype == np.float32 and not _ACCURATE[0] < total < _ACCURATE[1]:
+            wide = values.astype(np.float64)
+            move = wide if previous is None else wide - previous
+            total = _dot(move, move)
+    return total, move
+
+
+def _dot(one: StoredArray, other: StoredArray) -> float:
+    """Return the dot product, computed in blocks that are added in float64."""
     whole = len(one) // _RUN * _RUN
     rows, columns = (each[:whole].reshape(-1, _RUN) for each in (one, other))
     with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for non-finite values
-        product = np.matmul(rows[:, None, :], columns[:, :, None]).sum()
+        product = np.matmul(rows[:, None, :], columns[:, :, None]).sum(dtype=np.float64)
         return float(product + np.dot(one[whole:], other[whole:]))
 
 

@@ -6,6 +6,7 @@ May import model, config, runtime, storage and errors. Files, from the lowest:
     checkpoint.py         `Checkpoint`, `Reader`, names of files, shard indexes
     safetensors_files.py  format: safetensors, read without torch
     gpt2_folder.py        Hugging Face GPT-2 layout: save and load our model; transposes, biases
+    shared_files.py       tokenizer files of a run, linked into each of its weights folders
     torch_load.py         load a file of torch without running code
     state_dicts.py        find the weights in a training file, and check the tensors
     nanogpt.py            files of nanoGPT and build-nanogpt as GPT-2

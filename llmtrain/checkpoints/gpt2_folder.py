@@ -31,6 +31,7 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.config.sections import DataConfig
 from llmtrain.errors import UserError
 from llmtrain.model.gpt import GPT
+from llmtrain.model.tokenizer import Tokenizer
 from llmtrain.storage.json_files import read_json, write_json
 
 CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")
@@ -106,6 +107,14 @@ def hugging_face_config(shape: Shape) -> dict[str, Any]:
         "dtype": "float32",
         "llmtrain": {"bias": model.bias},
     }
+
+
+def generation_config(shape: Shape, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return transformers' generation settings: no padded ids, at most the block size."""
+    unused = list(range(tokenizer.vocab_size, shape.model.vocab_size))
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
+    suppress = {"suppress_tokens": unused} if unused else {}
+    return {**special, "max_length": shape.block_size, **suppress}
 
 
 def save_weights(

@@ -22,6 +22,7 @@ from llmtrain.errors import UserError
 from llmtrain.storage.commit import TEMPORARY_PREFIX
 from llmtrain.storage.hub import hub_errors
 from llmtrain.storage.integrity import Digest
+from llmtrain.storage.safe_files import reject_links
 
 
 def hub_series(
@@ -107,7 +108,10 @@ class _Revision:
         names = [file.rfilename for file in self._info.siblings or []]
         companions = [n for n in names if any(fnmatchcase(n, p) for p in COMPANION_FILES)]
         commit = self._info.sha
-        folder = self._downloads / str(commit) if self._downloads is not None else None
+        folder = None
+        if self._downloads is not None:
+            folder = self._downloads / str(commit)
+            reject_links(self._downloads.parent, folder)
         with hub_errors(self._name):
             paths = [
                 Path(hf_hub_download(self._repository, name, revision=commit, local_dir=folder))

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from io import BufferedReader
+from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
@@ -107,11 +107,12 @@ class SafetensorsReader(Reader):
         self._folder = folder
         self._layout = layout
         self._file_of = {name: file for file, specs in layout.items() for name in specs}
-        self._files: dict[str, BufferedReader] = {}
+        self._files: dict[str, FileIO] = {}
         self._running: dict[str, RunningDigest] = {}
 
     def __enter__(self) -> Self:
-        self._files = {name: (self._folder / name).open("rb") for name in self._layout}
+        paths = {name: self._folder / name for name in self._layout}
+        self._files = {name: path.open("rb", buffering=0) for name, path in paths.items()}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -125,26 +126,28 @@ class SafetensorsReader(Reader):
         width = ITEM_BYTES[spec.dtype]
         target = buffer[: (stop - start) * width]
         position = spec.start + start * width
-        self._files[file].seek(position)
         for first in range(0, len(target), _PIECE_BYTES):
             self._read_piece(file, position + first, target[first : first + _PIECE_BYTES].data)
         raw: StoredArray = target.view(STORED_DTYPES[spec.dtype])
         return raw
 
     def _read_piece(self, file: str, position: int, piece: memoryview) -> None:
-        if self._files[file].readinto(piece) < len(piece):
-            raise UserError(f"{self._folder / file} is truncated", hint="restore the file")
+        read = 0
+        self._files[file].seek(position)
+        while read < len(piece):
+            count = self._files[file].readinto(piece[read:])
+            if not count:
+                raise UserError(f"{self._folder / file} is truncated", hint="restore the file")
+            read += count
         if file in self._running:
             self._running[file].update(position, piece)
 
     def start_hashing(self, algorithms: Mapping[str, Algorithm]) -> None:
         """Hash the headers now and the tensors as `read` returns them."""
         for name in algorithms.keys() & self._files.keys():
-            file = self._files[name]
-            file.seek(0)
-            header = file.read(min((spec.start for spec in self._layout[name].values()), default=0))
             self._running[name] = RunningDigest(algorithms[name])
-            self._running[name].update(0, header)
+            length = min((spec.start for spec in self._layout[name].values()), default=0)
+            self._read_piece(name, 0, memoryview(bytearray(length)))
 
     def digests(self) -> dict[Path, Digest]:
         """See `Reader.digests`."""

@@ -69,6 +69,18 @@ def to_float64(raw: StoredArray, dtype: str, out: Float64s) -> None:
         out[...] = raw
 
 
+def exact_floats(raw: StoredArray, dtype: str, out: NDArray[np.uint8]) -> StoredArray:
+    """Return stored floats as float32 or float64, whichever is exact, possibly in `out`."""
+    if dtype in ("F32", "F64"):
+        return raw
+    floats = out.view(np.float32)[: len(raw)]
+    if dtype == "BF16":
+        np.left_shift(raw, 16, out=floats.view(np.uint32), dtype=np.uint32)
+    else:
+        floats[...] = raw
+    return floats
+
+
 def round_to(values: Float64s, dtype: str) -> StoredArray:
     """Round to nearest even, once, and return the stored form; overflow gives infinity."""
     with np.errstate(over="ignore"):

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from llmtrain.checkpoints.checkpoint import (
     COMPANION_FILES,
@@ -19,11 +20,14 @@ from llmtrain.checkpoints.checkpoint import (
 )
 from llmtrain.checkpoints.safetensors_files import encode_header
 from llmtrain.checkpoints.tensors import FLOATS, ITEM_BYTES, StoredArray, TensorSpec
+from llmtrain.storage.file_systems import link_or_copy, unless_unsupported
 from llmtrain.storage.integrity import Digest, RunningDigest
 from llmtrain.storage.json_files import read_json, write_json
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """Values of --dtype, and the safetensors dtype of each."""
+
+_FLUSH_BYTES = 8 << 20
 
 Layout = Mapping[str, Mapping[str, TensorSpec]]
 """Tensors by file name, in stored order."""
@@ -56,7 +60,7 @@ def copy_companions(newest: Checkpoint, target: Path, dtype: str | None) -> None
         for path in sorted(p for pattern in COMPANION_FILES for p in newest.folder.glob(pattern)):
             if path.is_file():
                 reject_outside_link(path)
-                shutil.copyfile(path, target / path.name)
+                _copy_or_link(path, target / path.name)
     config = target / CONFIG_FILE
     if dtype is not None and config.exists():
         torch_name = next(name for name, short in DTYPES.items() if short == dtype)
@@ -65,8 +69,14 @@ def copy_companions(newest: Checkpoint, target: Path, dtype: str | None) -> None
         write_json(config, document | {key: torch_name})
 
 
+def _copy_or_link(source: Path, target: Path) -> None:
+    """Copy a file, or link it if it is one of a run's shared files; the config may be modified."""
+    is_shared = source.name != CONFIG_FILE and source.lstat().st_nlink > 1
+    (link_or_copy if is_shared else shutil.copyfile)(source, target)
+
+
 class _OutputFile(NamedTuple):
-    stream: BinaryIO
+    stream: FileIO
     size: int
     running: RunningDigest
 
@@ -99,11 +109,11 @@ class WeightsWriter:
     def _create(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
         header, stored = encode_header(specs, {"format": "pt"} | dict(self.metadata))
         size = len(header) + sum(spec.bytes for spec in specs.values())
-        stream = self._stack.enter_context(path.open("xb"))
+        stream = self._stack.enter_context(path.open("xb", buffering=0))
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(stream.fileno(), 0, size)
-        else:  # macOS cannot reserve space: the disk may fill up later
-            stream.truncate(size)
+            with unless_unsupported("space reservation", path):
+                os.posix_fallocate(stream.fileno(), 0, size)
+        stream.truncate(size)  # without a reservation, the disk may fill up later
         file = self._files[path.name] = _OutputFile(stream, size, RunningDigest())
         self._places |= {name: (file, spec) for name, spec in stored.items()}
         self._write(file, 0, memoryview(header))
@@ -114,11 +124,15 @@ class WeightsWriter:
         self._write(file, spec.start + start * ITEM_BYTES[spec.dtype], raw.data.cast("B"))
 
     def _write(self, file: "_OutputFile", position: int, data: memoryview) -> None:
-        file.stream.seek(position)
-        file.stream.write(data)
-        if sys.platform == "linux":  # start writing to disk without waiting for it
-            os.posix_fadvise(file.stream.fileno(), position, len(data), os.POSIX_FADV_DONTNEED)
         file.running.update(position, data)
+        file.stream.seek(position)
+        written = 0
+        while written < len(data):
+            written += file.stream.write(data[written:])
+        first, end = position // _FLUSH_BYTES, (position + written) // _FLUSH_BYTES
+        if sys.platform == "linux" and end > first:  # start writing to disk without waiting for it
+            start, length = first * _FLUSH_BYTES, (end - first) * _FLUSH_BYTES
+            os.posix_fadvise(file.stream.fileno(), start, length, os.POSIX_FADV_DONTNEED)
 
     def digests(self) -> dict[str, Digest]:
         """Return the digest by name of each file that was written completely and in order."""

@@ -15,6 +15,7 @@ from llmtrain.errors import printable
 from llmtrain.storage.cache import cache_folder
 from llmtrain.storage.commit import commit_folder, temporary_folder
 from llmtrain.storage.disk import disk_errors
+from llmtrain.storage.safe_files import make_own_folder
 from llmtrain.storage.urls import download, file_system, is_url, local_path, url_errors
 
 
@@ -49,9 +50,10 @@ def local_folder(path: str, log: Callable[[str], None] = _log_to_stderr) -> Path
     folder = cache_folder() / "data" / manifest.sha256
     if folder.exists():
         return folder
-    with disk_errors(folder), temporary_folder(folder, resumable=True, wait=True) as partial:
+    with disk_errors(folder), temporary_folder(folder, wait=True) as build:
         if not folder.exists():
-            _copy(path, manifest, partial, folder, log)
+            make_own_folder(build / "shards")
+            _copy(path, manifest, build / "shards", folder, log)
     return folder
 
 

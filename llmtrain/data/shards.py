@@ -21,6 +21,7 @@ import numpy.typing as npt
 from llmtrain.data.manifest import ShardRecord, SplitRecord, shard_name
 from llmtrain.errors import UserError
 from llmtrain.storage import commit, integrity
+from llmtrain.storage.file_systems import fsync_path
 
 MAGIC = 20240520
 VERSION = 1
@@ -77,7 +78,9 @@ class ShardWriter:
     def add(self, tokens: npt.NDArray[np.uint16], text_bytes: int, *, ends_document: bool) -> None:
         """Append the tokens of a document, or of a part of it."""
         if self._file is None:
-            self._file = commit.temporary_path(self._path).open("wb", buffering=1 << 20)
+            temporary = commit.temporary_path(self._path)
+            temporary.unlink(missing_ok=True)
+            self._file = temporary.open("xb", buffering=1 << 20)
             self._file.write(bytes(HEADER_BYTES))
         self._file.write(tokens.astype(TOKEN, copy=False).data)
         self._tokens += len(tokens)
@@ -117,7 +120,7 @@ class ShardWriter:
         self._file.close()
         self._file = None
         temporary = commit.temporary_path(self._path)
-        commit.fsync_path(temporary)
+        fsync_path(temporary)
         record = ShardRecord(
             name=self._path.name,
             tokens=self._tokens,
@@ -126,7 +129,7 @@ class ShardWriter:
             blake3=integrity.blake3_of(temporary),
         )
         temporary.replace(self._path)
-        commit.fsync_path(self.folder)
+        fsync_path(self.folder)
         self.on_shard(record)
         self.finished.append(record)
         self._tokens = self._documents = self._text_bytes = 0

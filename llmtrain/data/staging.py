@@ -29,6 +29,8 @@ from llmtrain.data.token_data import open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.storage import commit
 from llmtrain.storage.disk import disk_errors
+from llmtrain.storage.file_systems import fsync
+from llmtrain.storage.safe_files import delete, make_own_folder, open_own
 
 JOURNAL_FILE = "journal.jsonl"
 _JOURNAL_VERSION = 1
@@ -67,17 +69,18 @@ def staged(out: Path) -> Iterator[StagingFolder]:
     staging = StagingFolder(out)
     created = [folder for folder in staging.target.parents if not folder.exists()]
     try:
-        with disk_errors(out), commit.temporary_folder(staging.target, resumable=True):
+        with disk_errors(out), commit.temporary_folder(staging.target):
             for leftover in staging.folder.iterdir():
-                if leftover.name not in {staging.shards.name, JOURNAL_FILE}:
-                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            staging.shards.mkdir(exist_ok=True)
+                if leftover.name not in {staging.shards.name, JOURNAL_FILE, commit.RESUMABLE}:
+                    delete(leftover)
+            make_own_folder(staging.shards)
             try:
                 yield staging
             finally:
                 shutil.rmtree(staging.documents, ignore_errors=True)
                 if not any(staging.shards.glob("[!.]*.bin")):
-                    shutil.rmtree(staging.folder, ignore_errors=True)
+                    with suppress(OSError):  # it was moved; the next command deletes the rest
+                        commit.clear(staging.folder)
     except OSError as error:
         hint = "choose another folder with --out"
         raise RunFailed(f"cannot write {out}: {error}", hint=hint) from error
@@ -131,7 +134,7 @@ class Journal:
         valid = {record.name for record in journal.finished}
         for path in staging.shards.iterdir():
             if path.name not in valid:
-                path.unlink()
+                delete(path)
         commit.write_atomically(staging.journal, "".join(map(_line, kept)))
         return journal
 
@@ -151,10 +154,10 @@ class Journal:
         self._append({"shard": record.model_dump(mode="json")})
 
     def _append(self, entry: dict[str, Any]) -> None:
-        with self._path.open("a") as file:
+        with os.fdopen(open_own(self._path, os.O_WRONLY | os.O_APPEND), "a") as file:
             file.write(_line(entry))
             file.flush()
-            os.fsync(file.fileno())
+            fsync(file.fileno(), self._path)
 
     def _restore(self, entry: dict[str, Any], folder: Path, log: Log) -> bool:
         """Restore an entry; return False for a damaged shard and for those after it."""
@@ -183,7 +186,7 @@ def _hash(entry: object) -> str:
 def _read_entries(path: Path) -> list[dict[str, Any]]:
     """Return the entries before the first torn or damaged line."""
     entries = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             document = json.loads(line)
             if document["sha256"] != _hash(document["entry"]):

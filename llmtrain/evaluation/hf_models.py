@@ -128,7 +128,9 @@ def _misfit(folder: Path, problem: str) -> UserError:
 
 
 def own_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
-    """Load the tokenizer files in a folder; a GPT-2 may lack them."""
+    """Load the tokenizer files in a folder; None if it is one of ours and has our ids."""
+    if _has_our_ids(folder):
+        return None
     if not _has_tokenizer_files(folder):
         if not is_hf(folder):
             return None
@@ -138,6 +140,16 @@ def own_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
             folder, **_LOCAL
         )
     return tokenizer
+
+
+def _has_our_ids(folder: Path) -> bool:
+    """Return whether llmtrain wrote the folder, and its tokenizer files produce our ids.
+
+    Our tokenizer is faster, and reads `<|endoftext|>` in a text as ordinary text.
+    """
+    if "llmtrain" not in read_json(folder / CONFIG_FILE):
+        return False
+    return has_same_ids(folder, tokenizer_for_eot(load_shape(folder).eot, folder))
 
 
 def _has_tokenizer_files(folder: Path) -> bool:

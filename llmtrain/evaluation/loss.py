@@ -26,7 +26,8 @@ from llmtrain.data.token_data import TokenData, open_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.evaluation.hf_models import HFModel, load_causal, reencode, require_ids
 from llmtrain.evaluation.options import EvalOptions
-from llmtrain.evaluation.results import EvalResult, Progress, cached, ignore, weights_digest
+from llmtrain.evaluation.results import EvalResult, Progress, cached, ignore
+from llmtrain.evaluation.weights import discarded_inputs, weights_digest
 from llmtrain.model.gpt import GPT, IGNORE
 from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.runtime.device import (
@@ -295,7 +296,9 @@ def _cached_loss(
     run = target.run.path.resolve().name if target.run else None
     identity = f" {data.sha256} {split} {limit} {precision}"
     result = cached(target, "", weights, identity, EvalResult, measure, warn)
-    return replace(result, path=str(target.path), run=run, delta=None)  # renamed since then
+    discarded = bool(discarded_inputs(target.path, target.run))
+    path = str(target.path)  # it and the run may have been renamed since then
+    return replace(result, path=path, run=run, delta=None, discarded=discarded)
 
 
 def _prepare(

@@ -1,4 +1,4 @@
-"""Results of evaluation, stored as JSON under a run's `evals/`, and the choice of its best weights.
+"""Results of evaluation, stored as JSON under a run's `evals/`.
 
 Why by content: a file name contains a hash of everything the result depends on, such as the
 weights, the data and the precision. Retrained weights are measured again; a moved folder is not.
@@ -6,7 +6,6 @@ weights, the data and the precision. Retrained weights are measured again; a mov
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -14,12 +13,11 @@ from typing import Any, TypeVar
 
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
-from llmtrain.checkpoints.checkpoint import recorded_digests, require_listed, weights_files
-from llmtrain.checkpoints.resolve import Target, find_targets
+from llmtrain.checkpoints.resolve import Target
 from llmtrain.errors import UserError, WriteFailed
-from llmtrain.storage.cache import cached_digest, computed_digest
+from llmtrain.evaluation.weights import discarded_inputs, is_unchanged, weights_digest
 from llmtrain.storage.commit import write_atomically
-from llmtrain.storage.integrity import Digest, combined_digest, require_recorded
+from llmtrain.storage.integrity import Digest
 from llmtrain.storage.json_files import read_json
 from llmtrain.storage.run_folder import RAW, RunFolder, step_name
 
@@ -54,10 +52,12 @@ class EvalResult:
     """Digest of the weights; see `Digest.parse`."""
     stderr: float | None = None
     """Standard error of `loss`; None for one window and for results of earlier versions."""
+    discarded: bool = False
+    """The average contains snapshots that the run has discarded since: see `discarded_inputs`."""
 
     def with_delta(self, raw: float | None) -> "EvalResult":
-        """Return the result with its difference from the raw loss, if there is one."""
-        return replace(self, delta=None if raw is None else self.loss - raw)
+        """Return the result with its difference from the raw loss, if they can be compared."""
+        return replace(self, delta=None if raw is None or self.discarded else self.loss - raw)
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,13 @@ def cached(
     if path.exists() and (stored := read_result(path, form)) is not None:
         return stored
     result: Any = measure()
-    if weights_digest(target.path) != weights:
-        warn(f"result not cached: {target.path} changed while it was evaluated")
-        return result  # type: ignore[no-any-return]  # a Result
     try:
-        write_atomically(path, json.dumps(asdict(result), indent=2) + "\n")
-    except (WriteFailed, OSError) as error:
+        target.run.check_output(path.parent)
+        if weights_digest(target.path) != weights:
+            warn(f"result not cached: {target.path} changed while it was evaluated")
+        else:
+            write_atomically(path, json.dumps(asdict(result), indent=2) + "\n")
+    except (UserError, WriteFailed, OSError) as error:
         warn(f"result not cached: {error}")
     return result  # type: ignore[no-any-return]  # a Result
 
@@ -141,32 +142,17 @@ def read_result(path: Path, form: type[Result]) -> Result | None:
         ) from None
 
 
-def weights_digest(folder: Path) -> Digest:
-    """Read the weights files of a folder, compare them with its record, and return their digest."""
-    recorded, paths = recorded_digests(folder), _weights_paths(folder)
-    require_listed(paths, recorded)
-    found = {}
-    for path in paths:
-        expected = recorded.get(path.name)
-        digest = computed_digest(path, expected.algorithm if expected else "blake3")
-        require_recorded(path, digest, expected or digest)
-        found[path.name] = digest
-    return combined_digest(found)
-
-
-def _weights_paths(folder: Path) -> list[Path]:
-    torch_files = sorted(folder.glob("pytorch_model*.bin"))
-    only_torch = torch_files and not any(folder.glob("*.safetensors"))
-    return torch_files if only_torch else list(weights_files(folder))
-
-
 def stored_results(run: RunFolder) -> list[EvalResult]:
     """Return the cached losses of the weights still in a run, raw first, then by label and step."""
     paths = sorted(run.evals.glob("[!.]*.json"))
     read = [read_result(path, EvalResult) for path in paths]
     current = [result for result in read if result is not None and _is_current(run, result)]
     name = run.path.resolve().name  # the run may have been renamed since the measurement
-    results = [replace(each, run=name, path=str(_folder(run, each))) for each in current]
+    results = [
+        replace(each, run=name, path=str(path), discarded=bool(discarded_inputs(path, run)))
+        for each in current
+        for path in [_folder(run, each)]
+    ]
     raw = {_comparable_key(result): result.loss for result in results if result.label == RAW}
     return sorted(
         (result.with_delta(raw.get(_comparable_key(result))) for result in results),
@@ -175,7 +161,8 @@ def stored_results(run: RunFolder) -> list[EvalResult]:
 
 
 def _comparable_key(result: EvalResult) -> tuple[object, ...]:
-    return result.step, result.data, result.split, result.tokens, result.precision
+    windows = result.data, result.split, result.tokens, result.block_size, result.precision
+    return result.step, *windows
 
 
 def _is_current(run: RunFolder, result: EvalResult) -> bool:
@@ -183,37 +170,9 @@ def _is_current(run: RunFolder, result: EvalResult) -> bool:
     folder = _folder(run, result)
     if result.step is None:
         return False
-    if not folder.is_dir():
-        return True
-    measured = Digest.parse(result.weights)
-    digests = {
-        path.name: cached_digest(path, measured.algorithm) for path in _weights_paths(folder)
-    }
-    return combined_digest(digests) == measured
+    return not folder.is_dir() or is_unchanged(folder, Digest.parse(result.weights))
 
 
 def _folder(run: RunFolder, result: EvalResult) -> Path:
     step = result.step or 0
     return run.snapshot(step) if result.label == RAW else run.average(result.label, step)
-
-
-def choose_weights(name: str | None) -> tuple[Target, Target | None]:
-    """Return one set of weights and, if it is an average, the raw weights of its step.
-
-    A run stands for its newest average or, without averages, its newest snapshot. Among averages of
-    one step, the lowest measured loss wins, else the first name. None is the newest run.
-    """
-    targets = find_targets(name)
-    last = targets[-1]
-    newest = [target for target in targets if target.step == last.step]
-    raw = next((target for target in newest if target.label == RAW), None)
-    averages = [target for target in newest if target.label != RAW]
-    if len(averages) < 2:
-        return last, raw if last is not raw else None
-    assert last.run is not None
-    deltas = {
-        result.label: result.delta
-        for result in stored_results(last.run)
-        if result.step == last.step and result.split == "val" and result.delta is not None
-    }
-    return min(averages, key=lambda each: (deltas.get(each.label, math.inf), each.label)), raw

@@ -18,7 +18,8 @@ import yaml
 from llmtrain.checkpoints.resolve import Target
 from llmtrain.errors import UserError
 from llmtrain.evaluation.options import TaskDefinition, TaskOptions
-from llmtrain.evaluation.results import Progress, TaskResult, cached, ignore, weights_digest
+from llmtrain.evaluation.results import Progress, TaskResult, cached, ignore
+from llmtrain.evaluation.weights import weights_digest
 from llmtrain.storage.integrity import Digest, sha256_of
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from llmtrain.errors import UserError
 from llmtrain.evaluation.hf_models import IdArray, encoding_of, load_causal, require_ids
 from llmtrain.evaluation.loss import evaluate, exp, require_finite
 from llmtrain.evaluation.options import EvalOptions
-from llmtrain.evaluation.results import Progress, cached, ignore, weights_digest
+from llmtrain.evaluation.results import Progress, cached, ignore
+from llmtrain.evaluation.weights import weights_digest
 from llmtrain.runtime.device import Precision, keep_freed_memory, resolve_device, resolve_precision
 
 

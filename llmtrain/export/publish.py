@@ -12,12 +12,13 @@ from llmtrain.checkpoints import gpt2_folder
 from llmtrain.checkpoints.checkpoint import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE, load_origin
 from llmtrain.checkpoints.nanogpt import ACTIVATION_KEY
 from llmtrain.checkpoints.resolve import Target
+from llmtrain.checkpoints.shared_files import text_files
 from llmtrain.errors import UserError
 from llmtrain.evaluation.generation import tokenizer_of
 from llmtrain.evaluation.results import stored_results
 from llmtrain.export.model_card import model_card
 from llmtrain.model.gpt import GPT
-from llmtrain.model.tokenizer import Tokenizer, tokenizer_files
+from llmtrain.model.tokenizer import Tokenizer
 from llmtrain.storage.commit import staged_folder
 from llmtrain.storage.json_files import write_json
 
@@ -75,21 +76,12 @@ def _write_repository(
     write_json(
         folder / CONFIG_FILE, gpt2_folder.hugging_face_config(shape) | {"dtype": _name(dtype)}
     )
-    write_json(folder / "generation_config.json", generation_config(shape, tokenizer))
     card = model_card(target, shape, tokenizer, dtype=_name(dtype), name=name)
-    texts = tokenizer_files(tokenizer, shape.block_size) | {"README.md": card}
+    texts = text_files(shape, tokenizer) | {"README.md": card}
     for file, content in texts.items():
         (folder / file).write_text(content, encoding="utf-8")
     if load_origin(target.path) is not None:
         shutil.copyfile(target.path / TRAINING_FILE, folder / TRAINING_FILE)
-
-
-def generation_config(shape: gpt2_folder.Shape, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return transformers' generation settings: no padded ids, at most the block size."""
-    unused = list(range(tokenizer.vocab_size, shape.model.vocab_size))
-    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
-    suppress = {"suppress_tokens": unused} if unused else {}
-    return {**special, "max_length": shape.block_size, **suppress}
 
 
 def nanogpt_checkpoint(model: GPT, target: Target, dtype: torch.dtype) -> dict[str, Any]:
@@ -131,10 +123,11 @@ def _new_optimizer_state(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _best_val_loss(target: Target) -> float:
-    """Return the loss that `llmtrain eval` measured, or nanoGPT's initial value 1e9."""
+    """Return the loss measured on most validation tokens, or nanoGPT's initial value 1e9."""
     rows = stored_results(target.run) if target.run else []
     wanted = (target.label, target.step, "val")
-    return min((r.loss for r in rows if (r.label, r.step, r.split) == wanted), default=1e9)
+    found = [row for row in rows if (row.label, row.step, row.split) == wanted]
+    return max(found, key=lambda row: row.tokens).loss if found else 1e9
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -19,8 +19,15 @@ from llmtrain.config.schema import RunConfig, TrainConfig
 from llmtrain.data.token_data import open_training_data
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.model.tokenizer import load_tokenizer
+from llmtrain.planning.memory import LESS_MEMORY, Layout, shortage, smallest_peak
 from llmtrain.planning.sizes import disk_usage
-from llmtrain.runtime.device import device_name, resolve_compile, resolve_device, resolve_precision
+from llmtrain.runtime.device import (
+    available_memory,
+    device_name,
+    resolve_compile,
+    resolve_device,
+    resolve_precision,
+)
 from llmtrain.storage.disk import disk_errors, free_bytes
 from llmtrain.storage.hub import ping
 from llmtrain.storage.urls import is_url
@@ -52,6 +59,7 @@ def run_checks(config: RunConfig | None = None, run: Path | None = None) -> Iter
         yield _check(
             "precision", lambda: resolve_precision(train.precision, resolve_device(train.device))
         )
+        yield _check("memory", lambda: _memory(config, train), failure="note")
         yield _check("compile", lambda: _compile(train))
     yield _check("tokenizer", _tokenizer)
     yield _check("disk speed", lambda: _disk_speed(folder))
@@ -102,6 +110,18 @@ def _compile(train: TrainConfig) -> str:
         hint = "--set train.compile=false trains without it"
         raise UserError(f"torch.compile failed: {reason}", hint=hint) from None
     return f"works (a first function took {time.perf_counter() - started:.1f} s)"
+
+
+def _memory(config: RunConfig | None, train: TrainConfig) -> str:
+    device = resolve_device(train.device)
+    available = available_memory(device)
+    if config is None:
+        return f"{available / 1e9:,.1f} GB free"
+    item = 2 if resolve_precision(train.precision, device) == "bfloat16" else 4
+    usage = smallest_peak(config, Layout(1, "ddp", item, cuda=device.type == "cuda"))
+    if problem := shortage(usage, available):
+        raise UserError(f"{problem} (one process)", hint=LESS_MEMORY)
+    return f"{available / 1e9:,.1f} GB free; one process needs about {usage.total / 1e9:,.2f} GB"
 
 
 def _tokenizer() -> str:

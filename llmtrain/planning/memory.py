@@ -26,10 +26,15 @@ from llmtrain.planning.sizes import (
     Activations,
     Architecture,
     bytes_held,
+    has_several_snapshots,
     moments,
-    snapshot_steps,
 )
 
+LESS_MEMORY = (
+    "see llmtrain plan; --set train.activation_checkpointing=true, a smaller eval.batch or "
+    "data.block_size, and train.parallel=fsdp on several GPUs reduce memory"
+)
+"""Hint for a run that needs too much memory."""
 USABLE = 0.9
 """Share of a device's memory to fill; the rest is for fragmentation and the CUDA context."""
 
@@ -85,6 +90,21 @@ def device_memory(config: RunConfig, layout: Layout) -> list[Usage]:
     """Return the usage at each moment that can be the peak."""
     run = _Run(config, layout)
     return [*run.training(), *run.between_steps()]
+
+
+def smallest_peak(config: RunConfig, layout: Layout) -> Usage:
+    """Return the peak with the micro-batch of the config; `auto` may choose 1."""
+    known = config.with_micro_batch(1) if config.train.micro_batch == "auto" else config
+    return peak(device_memory(known, layout))
+
+
+def shortage(peak: Usage, available: float, *, allocated: float = 0) -> str | None:
+    """Return a message if a peak exceeds the available bytes; `allocated` bytes of it exist."""
+    needed = peak.total - allocated
+    if needed <= available:
+        return None
+    figures = f"needs about {needed / 1e9:,.2f} GB, and {available / 1e9:,.2f} GB are free"
+    return f"memory may run out: the peak, {peak.moment}, {figures}"
 
 
 def host_memory(config: RunConfig, layout: Layout) -> int:
@@ -153,7 +173,7 @@ class _Run:
         self.written = (2 if residual else 1) * FLOAT * self.model.parameters
         """Bytes that the first process writes: weights and a running mean's residual."""
         # A CPU takes steps while it writes a snapshot.
-        overlaps = not layout.cuda and len(snapshot_steps(config)) > 1
+        overlaps = not layout.cuda and has_several_snapshots(config)
         self.resident = Usage(
             "",
             weights=FLOAT * self.share,

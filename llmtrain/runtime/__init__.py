@@ -2,6 +2,7 @@
 
 May import: storage, errors.
 
+- contention: detect other processes that slow the compute threads down.
 - device: device, precision, compilation, memory.
 - distributed: the process group and collective helpers.
 - hardware: published figures of devices, and the cores of this machine.

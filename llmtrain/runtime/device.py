@@ -23,6 +23,11 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt, from malloc.h."""
 _LARGE_BLOCK = 32 << 20
 """Largest mmap threshold (bytes) that glibc would choose itself."""
+_CGROUPS = (
+    ("", Path("/sys/fs/cgroup"), "memory.max", "anon"),
+    ("memory", Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "total_rss"),
+)
+"""Controller, root, file of the limit, and used bytes in `memory.stat`, of versions 2 and 1."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -126,18 +131,26 @@ def available_memory(device: torch.device) -> float:
         return torch.cuda.mem_get_info(device)[0] + cached
     limits = [math.inf]
     limits += [int(value.split()[0]) * 1024 for value in _proc("meminfo", "MemAvailable")]
-    for group in _cgroups():
-        maximum, usage = group / "memory.max", group / "memory.stat"
-        if maximum.exists() and maximum.read_text().strip() != "max":
-            used = dict(line.split() for line in usage.read_text().splitlines())
-            limits.append(int(maximum.read_text()) - int(used["anon"]))
-    return min(limits)
+    return min([*limits, *_cgroup_limits()])
 
 
-def _cgroups() -> list[Path]:
-    """Return the folders of this process's cgroup (version 2) and its parents."""
-    own = Path("/", *(name.lstrip(":/") for name in _proc("self/cgroup", "0")))
-    return [Path("/sys/fs/cgroup", group.relative_to("/")) for group in (own, *own.parents)]
+def _cgroup_limits() -> Iterator[int]:
+    """Yield the bytes that each cgroup of this process, of version 1 or 2, leaves for new data."""
+    for controller, root, maximum, used in _CGROUPS:
+        for group in _cgroups(controller):
+            limit, usage = root / group / maximum, root / group / "memory.stat"
+            if limit.exists() and (content := limit.read_text().strip()) != "max":
+                statistics = dict(line.split() for line in usage.read_text().splitlines())
+                yield int(content) - int(statistics[used])
+
+
+def _cgroups(controller: str) -> list[Path]:
+    """Return the cgroup of this process and its parents, relative to the controller's root."""
+    path = Path("/proc/self/cgroup")
+    lines = path.read_text().splitlines() if path.exists() else []
+    named = (line.split(":", 2) for line in lines)
+    own = [Path(group.lstrip("/")) for _, names, group in named if controller in names.split(",")]
+    return [group for each in own for group in (each, *each.parents)]
 
 
 def _proc(file: str, key: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Signals and a time limit that stop work at the next safe point.
 
 Why: Slurm, spot machines and Ctrl-C all send one signal and expect a saved training checkpoint.
-The handler only sets a flag, which long work checks. A second signal stops the process at once.
+The handler sets a flag, which long work checks. A second signal stops the process at once.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Self
 
@@ -45,7 +45,7 @@ class Interrupt:
         self.received: int | None = None
         self._agree = agree
         self._quiet = quiet
-        self._signal_expected = False
+        self._signal_expected = self._raises = False
         self._deadline = time.monotonic() + max_seconds if max_seconds is not None else None
         self._previous: dict[int, _Handler] = {}
 
@@ -61,9 +61,21 @@ class Interrupt:
         """Raise Interrupted if a signal arrived or the time limit has passed."""
         if code := self._agree(self.exit_code):
             timeout = code == OUT_OF_TIME
-            reason = "time limit reached" if timeout else signal.Signals(code - 128).name
             self._signal_expected = self.received is None and not timeout
-            raise Interrupted(reason, code)
+            raise Interrupted(_reason(code), code)
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """Raise Interrupted in the block when a signal arrives, between any two Python operations.
+
+        Only for the main thread of a process alone, and for work that leaves nothing behind.
+        """
+        self._raises = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._raises = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = number
@@ -78,6 +90,8 @@ class Interrupt:
         for each, previous in self._previous.items():
             default = signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL
             signal.signal(each, previous if self._signal_expected else default)
+        if self._raises:
+            raise Interrupted(_reason(self.exit_code), self.exit_code)
 
     def __enter__(self) -> Self:
         # Signals that nohup or a shell's `&` disabled stay ignored.
@@ -90,6 +104,11 @@ class Interrupt:
             return  # its own signal must not end this process before it has printed the outcome
         for each, previous in self._previous.items():
             signal.signal(each, previous)
+
+
+def _reason(exit_code: int) -> str:
+    timeout = exit_code == OUT_OF_TIME
+    return "time limit reached" if timeout else signal.Signals(exit_code - 128).name
 
 
 def _print_unbuffered(message: bytes) -> None:

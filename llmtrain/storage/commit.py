@@ -1,28 +1,52 @@
-"""Atomic commits of files and folders: write under a temporary name, flush, rename. Also locks.
+"""Atomic commits of files and folders: write under a temporary name, flush, rename.
 
 Why: a run must survive a kill between any two system calls. Anything with its final name is
 complete and durable. Temporary names start with `.tmp-`; the next command that writes there
 removes or resumes the unfinished work of a killed process.
+
+A folder is built inside a build folder, `.tmp-NUMBER-NAME` or, if it can be resumed, `.tmp-NAME`.
+Its lock file marks it as ours: without this marker, a folder is neither used nor deleted.
 """
 
 import contextlib
-import fcntl
 import glob
 import os
+import re
 import secrets
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
 
 from llmtrain.errors import UserError
 from llmtrain.storage.disk import disk_errors
+from llmtrain.storage.file_systems import fsync, fsync_path, make_folders, unless_unsupported
 from llmtrain.storage.integrity import INTEGRITY_FILE, write_integrity
+from llmtrain.storage.locks import holding, open_locked, require_held, try_locked
+from llmtrain.storage.safe_files import delete, is_real_folder
 
 TEMPORARY_PREFIX = ".tmp-"
-_REPLACED_PREFIX = f"{TEMPORARY_PREFIX}replaced-"
-_LOCK = ".lock"
+_MARKER = ".building"
+RESUMABLE = ".resumable"
+"""Marker of a build folder that the next process resumes."""
+_MARKERS = (_MARKER, RESUMABLE)
+_BUILD_NAME = re.compile(r"\.tmp-\d+-(.+)", re.DOTALL)
+_NEW, _OLD = "new", "old"
+"""Names in a build folder: what is built, and what it replaces."""
+
+
+@contextlib.contextmanager
+def writing(target: Path, *, needed: int | None = None) -> Iterator[None]:
+    """Replace disk errors with clear ones; fail if a locked folder above `target` was moved.
+
+    `needed` is the size in bytes.
+    """
+    require_held(target)
+    with disk_errors(target, needed=needed):
+        try:
+            yield
+        except Exception:
+            require_held(target)
+            raise
 
 
 @contextlib.contextmanager
@@ -37,45 +61,77 @@ def staged_folder(
     If the block raises, the temporary folder is removed and `target` is unchanged. `needed` is the
     size in bytes. A block that knows the digests of its files calls `write_integrity` itself.
     """
-    if target.exists() and not replace:
+    if os.path.lexists(target) and not replace:
         raise FileExistsError(f"{target} exists already")
-    with disk_errors(target, needed=needed):
+    with writing(target, needed=needed):
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folders(target.parent)
         except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
             message = f"cannot create the directory {target.parent}: {error.strerror}"
             raise UserError(message, hint="choose another output path") from None
-        remove_abandoned(target.parent)
-        with temporary_folder(target) as folder:
+        remove_abandoned(target.parent, target)
+        with _build_folder(target) as build:
+            folder = build / _NEW
+            folder.mkdir()
             yield folder
             _record_and_flush(folder)
-            commit_folder(folder, target, replace=replace)
+            commit_folder(folder, target, replaced=build / _OLD if replace else None)
 
 
 @contextlib.contextmanager
-def temporary_folder(
-    target: Path, *, resumable: bool = False, wait: bool = False
-) -> Iterator[Path]:
-    """Lock and yield the temporary folder next to `target`, to be renamed by `commit_folder`.
+def _build_folder(target: Path) -> Iterator[Path]:
+    """Create and lock a folder with an unpredictable name next to `target`; finally delete it."""
+    build = target.with_name(f"{TEMPORARY_PREFIX}{secrets.randbits(32)}-{target.name}")
+    build.mkdir()
+    try:
+        with _marked(build, target, _MARKER):
+            yield build
+    finally:
+        with contextlib.suppress(OSError):  # it was moved; the next command deletes it
+            _delete_build(build)
 
-    If `resumable`, keep existing content, and keep the folder at the end unless it is empty. If
-    another process builds `target`, `wait` for it or raise UserError.
+
+@contextlib.contextmanager
+def temporary_folder(target: Path, *, wait: bool = False) -> Iterator[Path]:
+    """Lock and yield the build folder `.tmp-NAME` next to `target`, with its existing content.
+
+    It remains at the end unless it is empty. If another process builds `target`, `wait` for it or
+    raise UserError. Also raise UserError if the existing folder is not one of ours.
     """
-    folder = temporary_path(target)
-    # `remove_abandoned` deletes the folder of any lock that matches `.tmp-*.lock`.
-    lock = target.with_name(f".{target.name}{_LOCK}" if resumable else f"{folder.name}{_LOCK}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(lock, target, wait=wait):
-        if not resumable:
-            shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(exist_ok=resumable)
+    build = temporary_path(target)
+    make_folders(target.parent)
+    with _marked(build, target, RESUMABLE, wait=wait):
         try:
-            yield folder
+            yield build
         finally:
-            if not resumable:
-                shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # it is not empty, or it was renamed
-                folder.rmdir()
+            if {path.name for path in build.glob("*")} == {RESUMABLE}:
+                _delete_build(build)
+
+
+@contextlib.contextmanager
+def _marked(build: Path, target: Path, marker: str, *, wait: bool = False) -> Iterator[None]:
+    """Create `build` if it is missing, and hold the lock file that marks it."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            build.mkdir()
+        _require_ours(build, marker)
+        try:
+            file = open_locked(build / marker, target, wait=wait)
+            break
+        except FileNotFoundError:  # the process that held the lock has deleted the folder
+            continue
+    with file, holding(file, build / marker, target):
+        yield
+
+
+def _require_ours(build: Path, marker: str) -> None:
+    """Raise UserError unless `build` is a folder that is empty or marked as ours."""
+    if is_real_folder(build) and (os.path.lexists(build / marker) or not any(build.iterdir())):
+        return
+    raise UserError(
+        f"cannot build in {build}: it is a link, or no llmtrain command marked it as its own",
+        hint=f"move it away; to resume the work of an earlier version, run touch {build / marker}",
+    )
 
 
 def temporary_path(target: Path) -> Path:
@@ -83,16 +139,17 @@ def temporary_path(target: Path) -> Path:
     return target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
 
 
-def commit_folder(folder: Path, target: Path, *, replace: bool = False) -> None:
-    """Rename a folder with flushed files to `target`, durably."""
+def commit_folder(folder: Path, target: Path, *, replaced: Path | None = None) -> None:
+    """Rename a folder with flushed files to `target`, durably.
+
+    An existing folder is first renamed to `replaced`, if given.
+    """
     fsync_path(folder)
-    old = target.with_name(f"{_REPLACED_PREFIX}{target.name}")
-    if replace and target.exists():
-        target.rename(old)
+    require_held(folder)
+    if replaced is not None and os.path.lexists(target):
+        target.rename(replaced)
     folder.rename(target)
     fsync_path(target.parent)
-    if old.exists():
-        shutil.rmtree(old)
 
 
 def _record_and_flush(folder: Path) -> None:
@@ -103,19 +160,12 @@ def _record_and_flush(folder: Path) -> None:
         if not record.exists():
             write_integrity(folder)
         list(flushed)
-    for path in files:
-        path.chmod(record.stat().st_mode)  # safetensors creates files that only their owner reads
+    # safetensors creates files that only their owner reads. Files with several names are shared.
+    for path in (path for path in files if path.stat().st_nlink <= 1):
+        with unless_unsupported("file permissions", path):
+            path.chmod(record.stat().st_mode)
     for path in (record, *(path for path in folder.rglob("*") if path.is_dir())):
         fsync_path(path)
-
-
-def fsync_path(path: Path) -> None:
-    """Flush a file, or the list of names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -123,14 +173,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     encoded = content.encode() if isinstance(content, str) else content
     # Two processes may write the same file: each has its own temporary name, the last one wins.
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.randbits(32)}-{path.name}")
-    with disk_errors(path, needed=len(encoded)):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path, needed=len(encoded)):
+        make_folders(path.parent)
         _remove_abandoned_files(path.parent, f"[0-9]*-{glob.escape(path.name)}")
-        with _open_locked(temporary, wait=True, optional=True) as file:
+        with open_locked(temporary, path, flags=os.O_EXCL, wait=True) as file:
             try:
                 file.write(encoded)
                 file.flush()
-                os.fsync(file.fileno())
+                fsync(file.fileno(), temporary)
+                require_held(path)
                 temporary.replace(path)
                 fsync_path(path.parent)
             finally:
@@ -140,18 +191,22 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def _remove_abandoned_files(parent: Path, pattern: str) -> None:
     for path in parent.glob(f"{TEMPORARY_PREFIX}{pattern}"):
         # An error means that its writer is running, or that it is a folder or not ours.
-        with contextlib.suppress(OSError), path.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _still_named(file, path):
-                path.unlink()
+        with contextlib.suppress(UserError, OSError), try_locked(path):
+            path.unlink()
 
 
 def remove_folder(folder: Path) -> None:
     """Delete a committed folder; if this is interrupted, no incomplete folder has its name."""
-    deleted = folder.with_name(f"{TEMPORARY_PREFIX}deleted-{folder.name}")
-    shutil.rmtree(deleted, ignore_errors=True)
-    folder.rename(deleted)
-    shutil.rmtree(deleted)
+    with writing(folder), _build_folder(folder) as build:
+        rename_durably(folder, build / "deleted")
+
+
+def rename_durably(path: Path, target: Path) -> None:
+    """Rename a file or folder, and flush the change of names."""
+    require_held(path)
+    path.rename(target)
+    for parent in {path.parent, target.parent}:
+        fsync_path(parent)
 
 
 def remove_leftovers(parent: Path) -> None:
@@ -159,91 +214,76 @@ def remove_leftovers(parent: Path) -> None:
 
     A folder whose replacement was not committed gets its name back.
     """
+    for build in _builds(parent):
+        _restore_replaced(build)
     remove_abandoned(parent)
+    _remove_leftovers_of_earlier_versions(parent)
     _remove_abandoned_files(parent, "*")
-    live = {lock.stem for lock in parent.glob(f"{TEMPORARY_PREFIX}*{_LOCK}")}
-    for path in parent.glob(f"{_REPLACED_PREFIX}*"):
-        target = parent / path.name.removeprefix(_REPLACED_PREFIX)
-        if not target.exists():
-            path.rename(target)
-    for path in parent.glob(f"{TEMPORARY_PREFIX}*"):
-        if path.is_dir() and path.name not in live:
-            shutil.rmtree(path)
 
 
-def remove_abandoned(parent: Path) -> None:
-    """Delete only the temporary folders in `parent` whose lock a killed `staged_folder` left."""
-    for lock in parent.glob(f"{TEMPORARY_PREFIX}*{_LOCK}"):
-        # An error means that its process is running, or that the lock is not ours.
-        with contextlib.suppress(UserError, OSError), _locked(lock, lock):
-            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+def remove_abandoned(parent: Path, target: Path | None = None) -> None:
+    """Delete only the build folders in `parent` that a killed `staged_folder` left.
 
-
-@contextlib.contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Lock `folder`, or raise UserError. The kernel drops the lock when the process ends."""
-    lock = folder / _LOCK
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.touch()
-    with _locked(lock, folder, keep=True):
-        yield
-
-
-def is_locked(folder: Path) -> bool:
-    """Return whether a running process is inside `locked_folder(folder)`."""
-    try:
-        with (folder / _LOCK).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    return False
-
-
-@contextlib.contextmanager
-def _locked(lock: Path, what: Path, *, keep: bool = False, wait: bool = False) -> Iterator[None]:
-    """Hold the lock file `lock`; remove it afterwards unless `keep`."""
-    try:
-        file = _open_locked(lock, wait=wait)
-    except BlockingIOError:
-        holder = lock.read_text().strip() if lock.exists() else ""
-        message = f"{what} is in use by another llmtrain process (pid {holder or 'unknown'})"
-        raise UserError(message, hint="wait for it, stop it, or choose another folder") from None
-    with file:
-        try:
-            with disk_errors(what):
-                file.truncate(0)
-                # Unbuffered, so that closing the file cannot fail a second time.
-                os.write(file.fileno(), str(os.getpid()).encode())
-            yield
-        finally:
-            if not keep:
-                lock.unlink(missing_ok=True)
-
-
-def _open_locked(path: Path, *, wait: bool, optional: bool = False) -> IO[bytes]:
-    """Open or create a file and lock it until it is closed.
-
-    If another process has locked it, wait or raise BlockingIOError. If `optional`, continue without
-    a lock on a file system that does not support locks.
+    Raise UserError if a running process builds `target`.
     """
-    while True:
-        file = path.open("a+b")
+    for build in _builds(parent):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            if not optional:
-                file.close()
-                raise
-        if _still_named(file, path):
-            return file
-        file.close()  # renamed or removed by the process that held the lock: open the new file
+            with try_locked(build / _MARKER):
+                _restore_replaced(build)
+                _delete_build(build)
+        except BlockingIOError:
+            if _target(build) == target:
+                with contextlib.suppress(FileNotFoundError):  # it has just ended
+                    open_locked(build / _MARKER, _target(build)).close()
+        except (UserError, OSError):
+            continue  # it cannot be locked, or it is gone
 
 
-def _still_named(file: IO[Any], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except OSError:
-        return False
+def _builds(parent: Path) -> list[Path]:
+    found = parent.glob(f"{TEMPORARY_PREFIX}*-*")
+    return [
+        path
+        for path in found
+        if _BUILD_NAME.fullmatch(path.name)
+        and is_real_folder(path)
+        and os.path.lexists(path / _MARKER)
+    ]
+
+
+def _target(build: Path) -> Path:
+    match = _BUILD_NAME.fullmatch(build.name)
+    assert match is not None, "build folders are found by this pattern"
+    return build.with_name(match[1])
+
+
+def _restore_replaced(build: Path) -> None:
+    old, target = build / _OLD, _target(build)
+    if os.path.lexists(old) and not os.path.lexists(target):
+        rename_durably(old, target)
+
+
+def clear(build: Path) -> None:
+    """Delete everything in a build folder except its markers."""
+    for path in build.iterdir():
+        if path.name not in _MARKERS:
+            delete(path)
+
+
+def _delete_build(build: Path) -> None:
+    clear(build)  # first, so that an interruption leaves a marked folder
+    for name in _MARKERS:
+        (build / name).unlink(missing_ok=True)
+    build.rmdir()
+
+
+def _remove_leftovers_of_earlier_versions(parent: Path) -> None:
+    """Handle `.tmp-NAME` with `.tmp-NAME.lock`, `.tmp-replaced-NAME` and `.tmp-deleted-NAME`."""
+    for path in filter(is_real_folder, parent.glob(f"{TEMPORARY_PREFIX}replaced-*")):
+        target = parent / path.name.removeprefix(f"{TEMPORARY_PREFIX}replaced-")
+        delete(path) if os.path.lexists(target) else rename_durably(path, target)
+    for path in filter(is_real_folder, parent.glob(f"{TEMPORARY_PREFIX}deleted-*")):
+        delete(path)
+    for lock in parent.glob(f"{TEMPORARY_PREFIX}*.lock"):
+        if is_real_folder(folder := lock.with_suffix("")):
+            with contextlib.suppress(UserError, OSError), try_locked(lock):
+                delete(folder)

@@ -5,22 +5,30 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.errors import UserError
+from llmtrain.storage.safe_files import read_regular
 
 _COUNTS = ("seconds", "tokens", "skipped", "memory")
 _MEASUREMENTS = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")
 """Keys that may also be null: not finite or unknown."""
+_HINT = "restore the file from a copy"
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, or raise UserError."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_regular(path).decode())
     except (OSError, ValueError, RecursionError) as error:
-        hint = "check that the weights folder is complete"
-        raise UserError(f"cannot read {path}: {error}", hint=hint) from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}", hint=_HINT) from None
     if not isinstance(document, dict):
         raise UserError(f"{path} does not contain a JSON object", hint="restore the damaged file")
     return document
+
+
+def require_regular_file(path: Path) -> None:
+    """Raise UserError for a pipe or a device: reading it could block or never end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot read {path}: not a regular file", hint=_HINT)
 
 
 def write_json(path: Path, document: object) -> None:
@@ -30,9 +38,12 @@ def write_json(path: Path, document: object) -> None:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of an append-only file; ignore a last line that a kill truncated."""
-    if not path.exists():
+    try:
+        *lines, _ = read_regular(path).split(b"\n")
+    except FileNotFoundError:
         return []
-    *lines, _ = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}", hint="restore the file") from None
     objects = []
     for number, line in enumerate(lines, start=1):
         try:

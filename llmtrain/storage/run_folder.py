@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from llmtrain.errors import UserError
+from llmtrain.storage.safe_files import reject_links
 
 RAW = "raw"
 """Label of weights that are not averaged."""
@@ -43,6 +44,8 @@ class RunFolder:
         self.states = path / "state"
         """Training checkpoints by step."""
         self.averages = path / "averages"
+        self.tokenizer = path / "tokenizer"
+        """Tokenizer files, which the weights folders share."""
         self.evals = path / "evals"
         self.report = path / "report"
 
@@ -51,6 +54,19 @@ class RunFolder:
 
     def __hash__(self) -> int:
         return hash(self.path)
+
+    def reject_links(self) -> None:
+        """Raise UserError if a folder of the run that commands write to is a symbolic link."""
+        folders = [self.snapshots, self.states, self.averages, self.evals, self.report]
+        folders += [self.tokenizer, self.path / "tensorboard", self.path / "wandb"]
+        folders += self.averages.glob("[!.]*")
+        for folder in folders:
+            reject_links(self.path, folder)
+
+    def check_output(self, path: Path) -> None:
+        """Raise UserError if the run was moved, or if a link in it leads to `path`."""
+        require_run(self.path)
+        reject_links(self.path, path)
 
     def snapshot(self, step: int) -> Path:
         """Return the folder of the weights at `step`."""

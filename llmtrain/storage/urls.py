@@ -14,8 +14,9 @@ import fsspec
 from fsspec.registry import known_implementations
 
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.storage.commit import fsync_path, temporary_path
+from llmtrain.storage.commit import temporary_path
 from llmtrain.storage.disk import NO_ROOM
+from llmtrain.storage.file_systems import fsync_path
 
 _CHUNK_BYTES = 1 << 22
 
@@ -102,7 +103,8 @@ def list_files(url: str) -> list[RemoteFile]:
 def download(url: str, path: Path, *, problem: Callable[[Path], str | None]) -> None:
     """Copy the file at `url` to `path`, durably, and check the copy before it gets its name."""
     partial = temporary_path(path)
-    with partial.open("wb") as target, url_errors(url), open_url(url) as source:
+    partial.unlink(missing_ok=True)
+    with partial.open("xb") as target, url_errors(url), open_url(url) as source:
         while chunk := source.read(_CHUNK_BYTES):
             target.write(chunk)
     if found := problem(partial):

@@ -6,6 +6,7 @@ step are functions of (seed, step).
 """
 
 import errno
+import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from torch.optim import Optimizer
 from llmtrain.averaging.online import OnlineAverage
 from llmtrain.errors import UserError
 from llmtrain.runtime.sharded import from_local, load_shards, to_local
+from llmtrain.storage.commit import rename_durably
 from llmtrain.storage.integrity import integrity_problems
 from llmtrain.storage.json_files import read_json
 from llmtrain.storage.run_folder import RunFolder, step_folders
@@ -235,4 +237,6 @@ def newest_checkpoint(
 def set_aside(folder: Path, reason: str) -> Path:
     """Rename `step-…` to `step-…-REASON` (or `-REASON-2`, …), which no reader counts as a step."""
     names = (f"{folder.name}-{reason}" + (f"-{n}" if n > 1 else "") for n in count(1))
-    return folder.rename(next(path for path in map(folder.with_name, names) if not path.exists()))
+    kept = next(path for path in map(folder.with_name, names) if not os.path.lexists(path))
+    rename_durably(folder, kept)
+    return kept

@@ -9,13 +9,15 @@ import math
 import os
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llmtrain.config.schema import RunConfig
-from llmtrain.storage.commit import write_atomically
+from llmtrain.storage.commit import write_atomically, writing
 from llmtrain.storage.disk import disk_errors
+from llmtrain.storage.file_systems import fsync
 from llmtrain.storage.json_files import read_events
 from llmtrain.storage.run_folder import RunFolder
+from llmtrain.storage.safe_files import open_own
 from llmtrain.training.checkpoint import TrainingProgress
 from llmtrain.training.dashboards import Dashboards, Event
 from llmtrain.training.spikes import SpikeEvent
@@ -43,6 +45,11 @@ def format_evaluation(event: Event) -> str:
     losses = {k.removeprefix("val/loss"): v for k, v in event.items() if k.startswith("val/loss")}
     cells = [f"{label.lstrip('/') or 'validation'} {loss:.4f}" for label, loss in losses.items()]
     return f"{event['step']:>9,}  " + "  ".join(cells)
+
+
+def _append(path: Path) -> IO[str]:
+    descriptor = open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    return os.fdopen(descriptor, "a", encoding="utf-8")
 
 
 class MetricsLog:
@@ -118,13 +125,13 @@ class MetricsLog:
     def flush(self) -> None:
         """On rank 0, make the file durable; a training checkpoint depends on it."""
         assert self._path is not None
-        with disk_errors(self._path):
+        with writing(self._path):
             self._file.flush()
-            os.fsync(self._file.fileno())
+            fsync(self._file.fileno(), self._path)
 
     def _rewrite(self, path: Path, events: list[dict[str, Any]]) -> None:
         write_atomically(path, _to_lines(events))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = _append(path)
         self.evaluated_steps = {int(e["step"]) for e in events if "val/loss" in e}
 
     def write(self, event: Event, group: str) -> None:

@@ -8,12 +8,22 @@ would take minutes.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
 from llmtrain.errors import RunFailed
-from llmtrain.planning.memory import USABLE, Layout, device_memory, divisors, peak
+from llmtrain.planning.memory import (
+    LESS_MEMORY,
+    USABLE,
+    Layout,
+    Usage,
+    device_memory,
+    divisors,
+    peak,
+    shortage,
+    smallest_peak,
+)
 from llmtrain.runtime.device import available_memory, device_name
 from llmtrain.training.checkpoint import TrainingProgress
 from llmtrain.training.worker import Log, Worker, is_out_of_memory
@@ -25,10 +35,6 @@ _LONG_ENOUGH = 0.1  # seconds to time the passes of a small model
 _PATIENCE = 60.0  # seconds for the whole search
 _SPARE = 0.05  # share of GPU memory left free in a trial for library buffers and fragmentation
 _CPU_FACTOR = 1.35  # safety factor: the CPU allocator does not return freed memory
-_HINT = (
-    "see llmtrain plan; --set train.activation_checkpointing=true, a smaller eval.batch or "
-    "data.block_size, and train.parallel=fsdp on several GPUs reduce memory"
-)
 
 
 def find_micro_batch(worker: Worker, progress: TrainingProgress, log: Log) -> None:
@@ -48,6 +54,8 @@ def find_micro_batch(worker: Worker, progress: TrainingProgress, log: Log) -> No
         "activation_checkpointing": config.train.activation_checkpointing,
         "device": world.on_rank_zero(lambda: device_name(worker.device)),
     }
+    known = progress.micro_batch if progress.micro_batch_for == depends_on else asked
+    _warn_about_memory(worker, known)
     if progress.micro_batch_for == depends_on:
         if progress.micro_batch != asked:
             log(f"micro-batch: {progress.micro_batch}, as before")
@@ -67,6 +75,22 @@ def find_micro_batch(worker: Worker, progress: TrainingProgress, log: Log) -> No
     fast = max(speeds.values()) / _GAIN
     progress.micro_batch = next(size for size, speed in speeds.items() if speed >= fast)
     log(f"micro-batch: {progress.micro_batch}, the fastest of {', '.join(map(str, speeds))}")
+
+
+def _warn_about_memory(worker: Worker, micro_batch: int | Literal["auto"]) -> None:
+    """Warn if less memory is available than the planned peak of this micro-batch."""
+    config = worker.config if micro_batch == "auto" else worker.config.with_micro_batch(micro_batch)
+    usage = smallest_peak(config, _layout(worker))
+    available = available_memory(worker.device)
+    available /= 1 if worker.device.type == "cuda" else worker.world.local_size
+    if problem := shortage(usage, available, allocated=_allocated(worker, usage)):
+        worker.warn(f"{problem}; {LESS_MEMORY}")
+
+
+def _allocated(worker: Worker, usage: Usage) -> int:
+    """Return the part of a usage that exists before the first step."""
+    resumed = bool(worker.optimizer.state)
+    return usage.weights + usage.averages + (usage.optimizer if resumed else 0)
 
 
 def retry_on_oom(worker: Worker, progress: TrainingProgress, work: Callable[[], T]) -> T:
@@ -99,7 +123,7 @@ def explain_oom() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise RunFailed(f"out of memory: {reason}", hint=_HINT) from error
+        raise RunFailed(f"out of memory: {reason}", hint=LESS_MEMORY) from error
 
 
 def _reduce(worker: Worker, progress: TrainingProgress) -> str:
@@ -108,7 +132,7 @@ def _reduce(worker: Worker, progress: TrainingProgress) -> str:
     size = progress.micro_batch
     problem = f"out of memory at micro-batch {size}"
     if size == 1:
-        raise RunFailed(problem, hint=_HINT)
+        raise RunFailed(problem, hint=LESS_MEMORY)
     progress.micro_batch = max(n for n in divisors(worker.sequences) if n < size)
     return problem
 

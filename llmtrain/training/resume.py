@@ -16,7 +16,7 @@ from llmtrain.config.loading import dump_config, load_config
 from llmtrain.config.schema import RunConfig, flatten
 from llmtrain.data.token_data import TokenData
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.storage.commit import fsync_path, remove_folder, remove_leftovers, write_atomically
+from llmtrain.storage.commit import remove_folder, remove_leftovers, write_atomically
 from llmtrain.storage.integrity import INTEGRITY_FILE
 from llmtrain.storage.json_files import read_events, read_json
 from llmtrain.storage.run_folder import (
@@ -87,6 +87,7 @@ def find_start(
     config: RunConfig, run: RunFolder, data: TokenData, resume: Resume, warn: Log
 ) -> TrainingCheckpoint | None:
     """Return the checkpoint to start from, of this run or of the parent of a branch, or None."""
+    run.reject_links()
     if not is_run(run.path):
         return _begin(config, run, data, resume)
     for parent in (run.path, run.snapshots, run.states, run.evals, *run.averages.glob("[!.]*")):
@@ -282,8 +283,7 @@ def checkpoint_before(
 def set_aside_after(run: RunFolder, step: int) -> None:
     """Rename snapshots and averages after `step` to `…-rewound`; remove later checkpoints."""
     parents = [run.states, run.snapshots, *run.averages.glob("[!.]*")]
-    for parent in filter(Path.is_dir, parents):
+    for parent in parents:
         for later, folder in step_folders(parent).items():
             if later > step:
                 remove_folder(folder) if parent == run.states else set_aside(folder, "rewound")
-        fsync_path(parent)  # the rewind is logged next, and not repeated then

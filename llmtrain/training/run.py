@@ -18,7 +18,8 @@ from llmtrain.errors import UserError
 from llmtrain.runtime.device import environment, keep_freed_memory, resolve_device
 from llmtrain.runtime.distributed import init_distributed
 from llmtrain.runtime.signals import Interrupt
-from llmtrain.storage.commit import locked_folder, write_atomically
+from llmtrain.storage.commit import write_atomically
+from llmtrain.storage.locks import is_held, locked_folder
 from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.initial import load_initial_weights, open_weights
 from llmtrain.training.metrics import MetricsLog
@@ -104,7 +105,7 @@ def _lock(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if is_new and folder.exists() and has_only_started(folder):
+            if is_new and is_held(folder) and has_only_started(folder):
                 shutil.rmtree(folder)
 
 

@@ -14,10 +14,12 @@ from torch.distributed.tensor import DTensor
 
 from llmtrain.checkpoints.checkpoint import RESIDUAL_FILE, Origin
 from llmtrain.checkpoints.gpt2_folder import Shape, save_tensors, save_weights, tensor_bytes
+from llmtrain.checkpoints.shared_files import SharedFiles
 from llmtrain.errors import WriteFailed
 from llmtrain.runtime.distributed import World
 from llmtrain.runtime.sharded import gather_on_rank_zero, to_local
 from llmtrain.storage.commit import staged_folder
+from llmtrain.storage.integrity import write_integrity
 
 
 class BackgroundWriter:
@@ -53,12 +55,17 @@ class SnapshotWriter(BackgroundWriter):
     """Writes folders of weights on rank 0, one at a time."""
 
     def __init__(
-        self, model: nn.Module, world: World, shape: Shape, failed: Callable[[WriteFailed], None]
+        self,
+        model: nn.Module,
+        world: World,
+        shape: Shape,
+        shared: SharedFiles,
+        failed: Callable[[WriteFailed], None],
     ) -> None:
         """Call `failed` on every process when a folder could not be written."""
         super().__init__(world)
         self._parameters, self._shape = dict(model.named_parameters()), shape
-        self._failed = failed
+        self._shared, self._failed = shared, failed
 
     def wait(self) -> None:
         """Block until the last folder is durable, or could not be written."""
@@ -96,6 +103,7 @@ class SnapshotWriter(BackgroundWriter):
                 save_weights(folder, weights, self._shape, origin, provenance)
                 if rounding:
                     save_tensors(folder / RESIDUAL_FILE, rounding, self._shape)
+                write_integrity(folder, self._shared.link_into(folder))
 
         if self._world.is_rank_zero:
             self.start(write)

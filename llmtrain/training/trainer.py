@@ -4,6 +4,7 @@ forward, backward → `spikes.check` → `optimizer.update` → `average.update`
 """
 
 import time
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from llmtrain.averaging.online import build_average, swapped_in
 from llmtrain.checkpoints.checkpoint import Origin
 from llmtrain.checkpoints.gpt2_folder import Shape
+from llmtrain.checkpoints.shared_files import SharedFiles
 from llmtrain.config.schedules import block_size, learning_rate
 from llmtrain.data.dataloader import DataLoader
 from llmtrain.data.shard_check import ShardCheck
@@ -24,6 +26,7 @@ from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.model.gpt import GPT
 from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.planning.sizes import Architecture
+from llmtrain.runtime.contention import ContentionDetector, threads_spin
 from llmtrain.runtime.device import peak_flops, peak_memory, to_device
 from llmtrain.runtime.signals import Interrupt, Interrupted
 from llmtrain.storage.run_folder import RunFolder, step_folders
@@ -60,12 +63,14 @@ class Trainer:
         self.val_tokens = data.reader("val")
         self.token_bytes = load_tokenizer(data.tokenizer).token_bytes()
         shape = Shape(config.model, config.data.block_size, data.eot)
-        self.snapshot_writer = SnapshotWriter(model, world, shape, self._log_not_saved)
+        shared = SharedFiles(run.tokenizer, shape, data.tokenizer)
+        self.snapshot_writer = SnapshotWriter(model, world, shape, shared, self._log_not_saved)
         self.progress = TrainingProgress(data=data.sha256)
         background = world.size > 1 or worker.device.type != "cpu"
         self.checkpoint_writer = CheckpointWriter(run, world, config, background=background)
         self._peak = (peak_flops(worker.device, worker.precision) or 0.0) * world.size
         self._intact = False
+        self._contention = ContentionDetector(torch.get_num_threads(), spinning=threads_spin())
         self._time_left = TimeLeft()
         self._restart_timing()
 
@@ -99,10 +104,13 @@ class Trainer:
         if worker.uses_cuda_graphs:
             allocate_grads(self.model)
         loss = torch.zeros((), device=worker.device)
+        # A micro-batch of minutes is abandoned at once; several processes finish it together.
+        alone = worker.device.type == "cpu" and self.world.size == 1
         for index, part in enumerate(parts):
             interrupt.check()
             windows = to_device(part, worker.device)
-            with grad_sync(worker.forward, index == n_micro - 1):
+            stops = interrupt.raising() if alone else nullcontext()
+            with stops, grad_sync(worker.forward, index == n_micro - 1):
                 loss += worker.backward(worker.forward, windows, n_micro)
         return loss
 
@@ -123,7 +131,7 @@ class Trainer:
             while self.progress.step < self.config.train.max_steps:
                 step_started = time.perf_counter()
                 loss, norm = self.step(interrupt)
-                self._stepping += time.perf_counter() - step_started
+                self._add_time(time.perf_counter() - step_started)
                 self.progress.seconds = earlier + time.perf_counter() - started
                 if self._handle_spikes():
                     if self._due(self.config.log.every):
@@ -193,6 +201,14 @@ class Trainer:
         """Measure the speed from this step on."""
         self._stepping, self._logged = 0.0, (self.progress.step, self.progress.tokens)
         self._paused, self._started = 0.0, time.perf_counter()
+
+    def _add_time(self, seconds: float) -> None:
+        """Add the time of a step; on a CPU, warn once if other processes slow it down."""
+        self._stepping += seconds
+        if self.worker.device.type == "cpu":
+            tokens = self.config.batch_size * block_size(self.progress.step, self.config.data)
+            if warning := self._contention.check(tokens, seconds):
+                self.worker.warn(warning)
 
     def _log(self, loss: Tensor, norm: Tensor) -> None:
         self.checkpoint_writer.check()

@@ -95,8 +95,17 @@ def make_worker(config: RunConfig, world: World, device: torch.device, warn: Log
     if reason is not None:
         warn(reason)
     model = build_model(config, parallel, world, device, precision)
+    if parallel is None and device.type == "cpu" and not to_compile:
+        for block in model.transformer.h:
+            block.register_forward_pre_hook(_run_python_in_backward)
     shared = (config, world, device, precision, parallel, to_compile)
     return Worker(*shared, model, build_optimizer(model, config.optimizer), model, warn)
+
+
+def _run_python_in_backward(block: nn.Module, inputs: tuple[Tensor]) -> None:
+    """Let the handlers of signals run after the backward pass of a block, which is in C++."""
+    if inputs[0].requires_grad:
+        inputs[0].register_hook(lambda gradient: None)  # type: ignore[no-untyped-call]  # torch
 
 
 def resolve_parallel(

@@ -16,6 +16,7 @@ import typer
 
 from llmtrain.checkpoints.checkpoint import Origin
 from llmtrain.checkpoints.gpt2_folder import Shape
+from llmtrain.checkpoints.shared_files import SharedFiles
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.gpt import GPT
 from llmtrain.runtime.device import resolve_device
@@ -41,9 +42,11 @@ def measure(*, rounds: int) -> list[Row]:
     shape = ModelConfig(n_layer=12, n_head=12, n_embd=768, bias=False)
     model = GPT(shape, BLOCK, seed=1).to(resolve_device("auto"))
     model_shape = Shape(shape, BLOCK, shape.vocab_size - 1)
-    writer = SnapshotWriter(model, World(), model_shape, failed=print)
     with tempfile.TemporaryDirectory(prefix="bench-snapshot-") as folder:
-        save = partial(_save, writer, model, RunFolder(Path(folder)))
+        run = RunFolder(Path(folder))
+        shared = SharedFiles(run.tokenizer, model_shape, "gpt2")
+        writer = SnapshotWriter(model, World(), model_shape, shared, failed=print)
+        save = partial(_save, writer, model, run)
         sides = {"llmtrain": partial(save, wait=False), "synchronous": partial(save, wait=True)}
         taken = take_turns(sides, rounds)
         writer.close()

@@ -23,8 +23,8 @@ from llmtrain.checkpoints.gpt2_folder import load_model, load_weights
 from llmtrain.checkpoints.series import run_series
 from llmtrain.checkpoints.writer import WeightsWriter
 from llmtrain.errors import RunFailed, UserError
-from llmtrain.storage.commit import locked_folder
 from llmtrain.storage.integrity import integrity_problems
+from llmtrain.storage.locks import locked_folder
 from llmtrain.storage.run_folder import RunFolder
 
 
@@ -199,9 +199,13 @@ def test_snapshots_differ(make_run: MakeRun) -> None:
 
 def test_removes_leftovers_of_a_killed_process(make_run: MakeRun) -> None:
     run = make_run([10, 20, 30])
-    leftover = run.averages / "lawa-3x10" / ".tmp-step-00000020"
-    leftover.mkdir(parents=True)
-    (leftover / "model.safetensors").write_bytes(b"half")
+    leftover = run.averages / "lawa-3x10" / ".tmp-5-step-00000020"
+    earlier = run.averages / "lawa-3x10" / ".tmp-step-00000010"  # with its lock next to it
+    for folder in (leftover, earlier):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half")
+    (leftover / ".building").touch()
+    earlier.with_name(f"{earlier.name}.lock").touch()
     lawa(run, 10)
     assert [path.name for path in sorted((run.averages / "lawa-3x10").glob("*step*"))] == [
         "step-00000030"

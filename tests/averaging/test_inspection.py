@@ -89,3 +89,18 @@ def test_different_models_are_inspected_one_by_one(tmp_path: Path) -> None:
 def test_missing_path_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere"):
         inspect_path(tmp_path / "nowhere")
+
+
+def test_a_file_without_a_step_and_extreme_distances(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    (tmp_path / "alone").mkdir()
+    save_file({"w": torch.ones(2)}, tmp_path / "alone" / "model.safetensors")
+    (facts,) = inspect_path(tmp_path / "alone" / "model.safetensors")
+    assert facts.step is None
+    for step, value in ((1, 1.7e308), (2, -1.7e308)):
+        (tmp_path / f"step{step}").mkdir()
+        tensor = torch.full((9,), value, dtype=torch.float64)
+        save_file({"w": tensor}, tmp_path / f"step{step}" / "model.safetensors")
+    assert inspect_path(tmp_path)[1].tensors[0].distance == float("inf")
+    assert not [each for each in recwarn if each.category is RuntimeWarning]

@@ -1,5 +1,6 @@
 """Preparation: split, order, target folder and invalid options. Also `verify_below`."""
 
+import contextlib
 import itertools
 import json
 import random
@@ -250,11 +251,53 @@ def test_leftovers_are_deleted(source: Path, tmp_path: Path) -> None:
     leftover = tmp_path / ".tmp-out"
     (leftover / "documents").mkdir(parents=True)
     (leftover / "shards").mkdir()
+    (leftover / ".resumable").touch()
     for name in ("train-00007.bin", "shards/train-00000.bin", "shards/.tmp-train-00001.bin"):
         (leftover / name).write_bytes(b"half")
     prepare(str(source), tmp_path / "out", tokenizer="byte")
     assert data_problems(tmp_path / "out") == []
     assert not leftover.exists()
+
+
+@pytest.mark.parametrize("name", [".tmp-out", ".tmp-out/shards", ".tmp-out/shards/x"])
+@pytest.mark.parametrize("valid", [True, False])
+def test_the_target_of_a_link_is_kept(source: Path, tmp_path: Path, name: str, valid: bool) -> None:
+    """Also if the archive of an attacker contains our marker."""
+    victim, place = tmp_path / "victim", tmp_path / "place"
+    (victim / "deeper").mkdir(parents=True)
+    for path in (victim / ".resumable", victim / "precious", victim / "deeper" / "precious"):
+        path.touch()
+    (place / name).parent.mkdir(parents=True)
+    (place / name).symlink_to(victim)
+    if name != ".tmp-out":
+        (place / ".tmp-out" / ".resumable").touch()
+    if not valid:
+        source.write_text("{broken\n")
+    ends_well = valid and name != ".tmp-out"
+    with contextlib.nullcontext() if ends_well else pytest.raises(UserError) as caught:
+        prepare(str(source), place / "out", tokenizer="byte")
+    assert len(list(victim.rglob("*"))) == 4
+    if name == ".tmp-out":
+        assert caught is not None and "it is a link" in str(caught.value)
+        assert (place / ".tmp-out").is_symlink()
+
+
+def test_a_folder_of_another_program_is_kept(source: Path, tmp_path: Path) -> None:
+    (tmp_path / ".tmp-out").mkdir()
+    (tmp_path / ".tmp-out" / "mine").touch()
+    with pytest.raises(UserError, match="no llmtrain command marked it as its own"):
+        prepare(str(source), tmp_path / "out", tokenizer="byte")
+    assert (tmp_path / ".tmp-out" / "mine").exists()
+    (tmp_path / ".tmp-out" / ".resumable").touch()  # as the hint says
+    prepare(str(source), tmp_path / "out", tokenizer="byte")
+    assert not (tmp_path / ".tmp-out").exists()
+
+
+def test_out_may_be_a_link(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    prepare(str(source), tmp_path / "out", tokenizer="byte")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "manifest.json").exists()
 
 
 def test_a_disk_error_is_reported(
@@ -263,7 +306,7 @@ def test_a_disk_error_is_reported(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llmtrain.data.shards.commit.fsync_path", full)
+    monkeypatch.setattr("llmtrain.data.shards.fsync_path", full)
     with pytest.raises(RunFailed, match="No space left on device"):
         prepare(str(source), tmp_path / "out", tokenizer="byte")
     assert not (tmp_path / "out").exists()
@@ -275,15 +318,15 @@ def test_a_disk_error_is_reported(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"val_fraction": -0.1}, "val fraction -0.1"),
-        ({"val_fraction": 1.0}, "val fraction 1.0"),
-        ({"val_fraction": float("nan")}, "val fraction nan"),
+        ({"val_fraction": -0.1}, "--val-fraction -0.1"),
+        ({"val_fraction": 1.0}, "--val-fraction 1.0"),
+        ({"val_fraction": float("nan")}, "--val-fraction nan"),
         ({"val_fraction": 0.999}, r"leaves none of 500 document\(s\) for train"),
         ({"seed": -1}, "seed -1"),
-        ({"shard_tokens": 0}, "0 tokens per shard"),
-        ({"shard_tokens": 2**31}, "tokens per shard is outside"),
-        ({"workers": 0}, "0 workers"),
-        ({"limit_documents": 0}, "a limit of 0 documents"),
+        ({"shard_tokens": 0}, "--shard-tokens 0"),
+        ({"shard_tokens": 2**31}, "is not between 1 and"),
+        ({"workers": 0}, "--workers 0"),
+        ({"limit_documents": 0}, "--limit-documents 0"),
         ({"tokenizer": "gpt3"}, "unknown tokenizer 'gpt3'"),
     ],
 )

@@ -217,7 +217,7 @@ def test_an_interrupted_copy_resumes_with_the_next_file(
     memory.pipe(third, content[:-2] + b"xx")
     with pytest.raises(UserError, match=r"train-00002\.bin does not have the recorded BLAKE3"):
         local_folder("memory://bucket/out")
-    staging = cache / "data" / f".tmp-{manifest.sha256}"
+    staging = cache / "data" / f".tmp-{manifest.sha256}" / "shards"
     before = {path.name: path.stat().st_ino for path in staging.iterdir()}
     assert sorted(before) == ["train-00000.bin", "train-00001.bin"]
     memory.pipe(third, content)

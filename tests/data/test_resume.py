@@ -277,7 +277,7 @@ def test_only_one_process_resumes(undisturbed: tuple[Path, Path], interrupted: P
 
     before = identity(interrupted / "shards")
     with (
-        temporary_folder(interrupted.parent / "out", resumable=True),
+        temporary_folder(interrupted.parent / "out"),
         pytest.raises(UserError, match="in use by another llmtrain process"),
     ):
         prepare(str(undisturbed[0]), interrupted.parent / "out", **OPTIONS)

@@ -10,7 +10,7 @@ from in_process import invoke
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
 from llmtrain.evaluation.report.run_list import list_runs
-from llmtrain.storage.commit import is_locked, locked_folder
+from llmtrain.storage.locks import is_locked, locked_folder
 from llmtrain.training.run import pretrain
 
 

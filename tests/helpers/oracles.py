@@ -27,7 +27,9 @@ def ulps(got: Tensor, exact: Tensor) -> int:
     """Return the largest distance from `exact` (float64), in units in the last place of `got`."""
     if got.numel() == 0:
         return 0
-    rounded = exact.to(got.dtype)
+    rounded = exact.to(got.dtype)  # torch rounds to float32 first: prefer what is at least as near
+    nearer = (got.double() - exact).abs() <= (rounded.double() - exact).abs()
+    rounded = torch.where(nearer, got, rounded)
     if got.dtype == torch.float64:
         ordered = [_ordered(t.view(torch.int64).numpy().astype(object), 63) for t in (got, rounded)]
     elif got.dtype == torch.float32:

@@ -26,7 +26,9 @@ def test_a_healthy_machine_has_no_problems(
     done = llmtrain("doctor", "--config", "tiny.yaml", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = {check["name"]: check for check in json.loads(done.stdout)}
-    names = "python,torch,device,precision,compile,tokenizer,disk speed,disk space,data,network"
+    names = (
+        "python,torch,device,precision,memory,compile,tokenizer,disk speed,disk space,data,network"
+    )
     assert list(found) == names.split(",")
     assert found.pop("network")["state"] == "note"  # tests are offline
     assert {check["state"] for check in found.values()} == {"ok"}
@@ -48,6 +50,8 @@ def test_problems_come_with_hints(
         tiny(model=huge, train__max_steps=10**5, train__compile=True, data__path="no data"),
         tmp_path,
     )
+    assert "GB are free" in found["memory"].found
+    assert found["memory"].state == "note"  # several GPUs may share the model
     assert "needs a C++ compiler" in found["compile"].found
     assert "GB are free" in found["disk space"].found
     assert (found["data"].found, found["data"].hint) == (

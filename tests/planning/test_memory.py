@@ -18,7 +18,15 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.evaluation.hf_models import IdArray
 from llmtrain.evaluation.loss import evaluate
 from llmtrain.model.gpt import GPT
-from llmtrain.planning.memory import Layout, device_memory, host_memory, micro_batch, peak
+from llmtrain.planning.memory import (
+    Layout,
+    Usage,
+    device_memory,
+    host_memory,
+    micro_batch,
+    peak,
+    shortage,
+)
 from llmtrain.runtime.device import autocast
 from llmtrain.runtime.distributed import World
 from llmtrain.training.optimizers import build_optimizer
@@ -343,3 +351,12 @@ def test_the_host_holds_a_copy_of_saved_tensors(planned: Build) -> None:
     assert host_memory(planned(), layout) == (3 + 1) * 4 * parameters
     mean = planned(averages=[{"kind": "running-mean"}])
     assert host_memory(mean, layout) == (3 + 2 + 2) * 4 * parameters
+
+
+def test_a_shortage_names_the_peak_and_both_numbers() -> None:
+    usage = Usage("at the loss", weights=10**9, activations=3 * 10**9)
+    assert shortage(usage, 4e9) is None
+    assert shortage(usage, 3e9, allocated=10**9) is None
+    assert shortage(usage, 2.9e9, allocated=10**9) == (
+        "memory may run out: the peak, at the loss, needs about 3.00 GB, and 2.90 GB are free"
+    )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llmtrain.errors import UserError
+from llmtrain.runtime import device
 from llmtrain.runtime.device import (
     autocast,
     available_memory,
@@ -52,6 +53,30 @@ def test_available_memory_decreases_by_an_allocation() -> None:
         taken = torch.ones(100_000_000)
         less.append(before - available_memory(CPU))
         del taken
+
+
+@pytest.mark.parametrize(
+    ("controller", "limit", "statistics"),
+    [
+        ("", "memory.max", "anon 300\nfile 900\n"),
+        ("memory", "memory.limit_in_bytes", "rss 200\ntotal_rss 300\n"),
+    ],
+)
+def test_the_limit_of_a_cgroup_is_available(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, controller: str, limit: str, statistics: str
+) -> None:
+    if not device._cgroups(controller):
+        pytest.skip("this machine has the other version of cgroups")
+    (tmp_path / limit).write_text("1000\n")
+    (tmp_path / "memory.stat").write_text(statistics)
+    roots = [
+        (c, tmp_path if c == controller else tmp_path / "none", *f) for c, _, *f in device._CGROUPS
+    ]
+    monkeypatch.setattr(device, "_CGROUPS", roots)
+    assert available_memory(CPU) == 700
+    if limit == "memory.max":
+        (tmp_path / limit).write_text("max\n")
+        assert available_memory(CPU) > 1000
 
 
 def test_peak_flops_is_none_if_unpublished() -> None:

@@ -26,7 +26,7 @@ from test_hub_series import write_series
 
 from llmtrain.config.loading import dump_config
 from llmtrain.config.schema import RunConfig
-from llmtrain.storage.commit import is_locked
+from llmtrain.storage.locks import is_locked
 from llmtrain.storage.run_folder import RunFolder, step_folders
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

@@ -1,4 +1,4 @@
-"""`scripts/torture` (kill -9 at random moments) and the Slurm script (requeue after a signal)."""
+"""`scripts/torture` (random kills), `scripts/attack_links` and the Slurm script (requeues)."""
 
 import os
 import re
@@ -29,6 +29,18 @@ def test_random_kills_lose_nothing() -> None:
     }
     assert kills == {"prepare": 2, "pretrain": 6, "average": 2, "eval": 2}
     assert done.stdout.endswith("lost: 0\n")
+
+
+@pytest.mark.slow
+def test_planted_links_change_no_victim() -> None:
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "attack_links", "--cases", "16", "--seed", "3"],
+        capture_output=True, text=True, timeout=540, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    header, *cases, summary = done.stdout.splitlines()
+    assert header.startswith("command") and len(cases) == 16
+    assert set(re.findall(r"(\w+): \d+", summary)) <= {"success", "error"}
 
 
 @pytest.mark.slow

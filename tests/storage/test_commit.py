@@ -11,9 +11,7 @@ from typing import IO
 import pytest
 
 from llmtrain.errors import UserError
-from llmtrain.storage import commit
 from llmtrain.storage.commit import (
-    locked_folder,
     remove_folder,
     remove_leftovers,
     staged_folder,
@@ -21,6 +19,7 @@ from llmtrain.storage.commit import (
 )
 from llmtrain.storage.integrity import integrity_problems
 from llmtrain.storage.json_files import read_json_lines
+from llmtrain.storage.locks import locked_folder
 from llmtrain.storage.run_folder import RunFolder, newest_run, require_run, step_folders
 
 
@@ -171,7 +170,7 @@ def test_clean_up_deletes_the_file_that_it_locked(
             staging.write_text("second")
         lock(file, operation)
 
-    monkeypatch.setattr(commit.fcntl, "flock", later)
+    monkeypatch.setattr(fcntl, "flock", later)
     remove_leftovers(tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         "f": "first",
@@ -183,7 +182,7 @@ def test_write_atomically_without_locks(tmp_path: Path, monkeypatch: pytest.Monk
     def no_locks(file: object, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(commit.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     for content in ("one", "two"):
         write_atomically(tmp_path / "f", content)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["two"]
@@ -218,7 +217,7 @@ def test_remove_folder(tmp_path: Path) -> None:
 def test_lock_is_exclusive_and_ends_with_its_process(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from llmtrain.storage.commit import locked_folder\n"
+        "from llmtrain.storage.locks import locked_folder\n"
         "with locked_folder(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(
@@ -270,11 +269,18 @@ def test_step_folders_and_newest_run(tmp_path: Path) -> None:
     assert list(step_folders(tmp_path / "steps")) == [2, 10, 100_000_000]
 
 
-def test_killed_replacement_restores_the_old_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("earlier", [False, True], ids=["now", "earlier-version"])
+def test_killed_replacement_restores_the_old_folder(tmp_path: Path, earlier: bool) -> None:
     """Simulate a kill between the two renames of a replacement."""
     write_folder(tmp_path / "t", "old")
-    (tmp_path / "t").rename(tmp_path / ".tmp-replaced-t")
-    write_folder(tmp_path / ".tmp-t", "new")
+    if earlier:
+        (tmp_path / "t").rename(tmp_path / ".tmp-replaced-t")
+        write_folder(tmp_path / ".tmp-t", "new")
+        (tmp_path / ".tmp-t.lock").touch()
+    else:
+        write_folder(tmp_path / ".tmp-5-t" / "new", "new")
+        (tmp_path / ".tmp-5-t" / ".building").touch()
+        (tmp_path / "t").rename(tmp_path / ".tmp-5-t" / "old")
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
     assert (tmp_path / "t" / "a.txt").read_text() == "old"

@@ -18,6 +18,7 @@ from worlds import in_processes, train_together
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed
 from llmtrain.runtime.distributed import init_distributed
+from llmtrain.runtime.signals import Interrupted
 from llmtrain.storage.run_folder import RunFolder, step_folders
 from llmtrain.training.checkpoint import TrainingProgress, load_checkpoint
 from llmtrain.training.micro_batch import find_micro_batch
@@ -63,6 +64,22 @@ def memory_limit(room: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def test_a_planned_peak_above_the_free_memory_is_a_warning(tiny: Build, tmp_path: Path) -> None:
+    """Before the first step."""
+    for sequences, expected in ((1 << 22, 1), (8, 0)):
+        lines: list[str] = []
+        config = tiny(train__batch_sequences=sequences, train__micro_batch=sequences)
+        with pytest.raises(Interrupted):
+            pretrain(
+                config,
+                tmp_path / str(sequences),
+                max_seconds=0,
+                warn=lines.append,
+                log=lines.append,
+            )
+        assert sum("memory may run out" in line for line in lines) == expected
 
 
 def test_auto_trains_like_the_number_that_it_finds(tiny: Build, tmp_path: Path) -> None:

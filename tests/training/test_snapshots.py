@@ -14,6 +14,7 @@ from tiny_training import Build, assert_same_run, events, quiet
 
 from llmtrain.checkpoints.checkpoint import Origin
 from llmtrain.checkpoints.gpt2_folder import Shape, load_weights
+from llmtrain.checkpoints.shared_files import SharedFiles
 from llmtrain.config.schema import ModelConfig
 from llmtrain.errors import WriteFailed
 from llmtrain.model.gpt import GPT
@@ -41,7 +42,9 @@ def test_a_snapshot_has_the_weights_at_the_time_of_the_save(
     shape = ModelConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=97)
     model = GPT(shape, 16, seed=1)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    writer = SnapshotWriter(model, World(), Shape(shape, 16, 96), failed=pytest.fail)
+    model_shape = Shape(shape, 16, 96)
+    shared = SharedFiles(tmp_path / "tokenizer", model_shape, "byte")
+    writer = SnapshotWriter(model, World(), model_shape, shared, failed=pytest.fail)
     writer.save(tmp_path / "step-00000001", dict(model.named_parameters()), Origin(1, 1, 1e-3, "r"))
     with torch.no_grad():
         for parameter in model.parameters():
