@@ -145,7 +145,7 @@ def test_removing_or_replacing_a_linked_folder_keeps_its_target(place: Path, vic
     assert is_untouched(victim)
 
 
-@pytest.mark.parametrize("where", ["snapshots", "state", "averages", "averages/ema", "evals"])
+@pytest.mark.parametrize("where", ["snapshots", "state", "averages", "averages/ema", "tokenizer"])
 def test_links_inside_a_run_are_rejected(place: Path, victim: Path, where: str) -> None:
     path = place / where
     path.parent.mkdir(exist_ok=True)
