@@ -62,8 +62,8 @@ err_console = _Console(stderr=True)
 WeightsArgument = Annotated[
     str | None,
     typer.Argument(
-        help="A run (the average that eval found best, or the newest), a folder of GPT-2 weights, "
-        "or OWNER/NAME[@REVISION] on the hub.",
+        help="A run (of its newest step, the weights with the lowest measured loss), a folder of "
+        "GPT-2 weights, or OWNER/NAME[@REVISION] on the hub.",
         show_default="the newest run under runs/",
     ),
 ]
@@ -122,6 +122,12 @@ def _print_labelled(label: str, message: str) -> None:
 def clip(text: str, length: int = 1000) -> str:
     """Return text from outside with its end cut off beyond `length` characters."""
     return text if len(text) <= length else f"{text[:length]}…"
+
+
+def print_selection(label: str, path: object, reason: str) -> None:
+    """Print on standard error which weights a command uses, and why."""
+    explained = f" ({reason})" if reason else ""
+    err_console.print(f"{label}: {path}{explained}", style="dim", soft_wrap=True)
 
 
 def show_storage_warnings() -> None:
