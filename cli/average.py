@@ -113,9 +113,9 @@ def average(
         "--allow-known-bad": (allow_known_bad, "--checks allow-known-bad"),
     }
     for old, (given, new) in renamed.items():
-        if given:
+        if given not in (None, False, "equal"):
             warn(f"{old} was renamed: use {new}")
-            if new.startswith("--checks") and given != "equal":
+            if new.startswith("--checks"):
                 checks += f",{new.split()[1]}"
     for name, earlier, value in (("--decay", half_life, decay), ("--at", to, at)):
         if earlier is not None and value is not None:

@@ -62,8 +62,8 @@ err_console = _Console(stderr=True)
 WeightsArgument = Annotated[
     str | None,
     typer.Argument(
-        help="A run (the average that eval found best, or the newest), a folder of GPT-2 weights, "
-        "or OWNER/NAME[@REVISION] on the hub.",
+        help="A run (of its newest step, the weights with the lowest measured loss), a folder of "
+        "GPT-2 weights, or OWNER/NAME[@REVISION] on the hub.",
         show_default="the newest run under runs/",
     ),
 ]
@@ -122,6 +122,12 @@ def _print_labelled(label: str, message: str) -> None:
 def clip(text: str, length: int = 1000) -> str:
     """Return text from outside with its end cut off beyond `length` characters."""
     return text if len(text) <= length else f"{text[:length]}…"
+
+
+def print_selection(label: str, path: object, reason: str) -> None:
+    """Print on standard error which weights a command uses, and why."""
+    explained = f" ({reason})" if reason else ""
+    err_console.print(f"{label}: {path}{explained}", style="dim", soft_wrap=True)
 
 
 def show_storage_warnings() -> None:
@@ -205,7 +211,7 @@ def parse_duration(text: str) -> float:
     """Return the seconds of `1h30m`, `90m`, `45s`, `2d` or a plain number of seconds."""
     match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
     if not match or not any(match.groups()) or len(text) > 20:
-        raise typer.BadParameter(f"{text!r} is not a time; use 90m, 1h30m or 3600s")
+        raise typer.BadParameter(f"{text!r:.100} is not a time; use 90m, 1h30m or 3600s")
     days, hours, minutes, seconds = (int(group or 0) for group in match.groups())
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 

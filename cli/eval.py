@@ -1,5 +1,6 @@
 """`llmtrain eval`: compare raw and averaged weights by loss, on a text, or on zero-shot tasks."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -30,7 +31,6 @@ def _option(options: type, field: str, *names: str, default: str | bool = True, 
 
 _loss = partial(_option, EvalOptions)
 _task = partial(_option, TaskOptions, rich_help_panel="Zero-shot tasks (extra: eval)")
-_MAX_DIGITS = 9
 _TEXT: Any = {"rich_help_panel": "Text file"}
 
 
@@ -163,15 +163,20 @@ def _require_companions(option: str, value: object, dependents: dict[str, object
 def _parse_batch_size(text: str) -> Any:
     if text == "auto":
         return text
-    if not text.isdecimal() or len(text) > _MAX_DIGITS or int(text) == 0:
-        raise UserError(f"--batch-size {text!r:.40} is not a number", hint="pass auto or 1 or more")
+    if not re.fullmatch("[1-9][0-9]{0,17}", text):
+        raise UserError(
+            f"--batch-size {text!r:.50} is neither auto nor a number of at least 1",
+            hint="use --batch-size 8",
+        )
     return int(text)
 
 
 def _parse_tasks(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     if not all(names):
-        raise UserError(f"--tasks {text!r} contains an empty name", hint="write --tasks piqa,sciq")
+        raise UserError(
+            f"--tasks {text!r:.200} contains an empty name", hint="write --tasks piqa,sciq"
+        )
     return names
 
 

@@ -5,7 +5,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from .common import JsonFlag, WeightsArgument, console, err_console, print_json, warn
+from .common import (
+    JsonFlag,
+    WeightsArgument,
+    console,
+    err_console,
+    print_json,
+    print_selection,
+    warn,
+)
 
 
 def export(
@@ -37,11 +45,12 @@ def export(
 
     The model card contains data, recipe, losses and averaging from the run, but no local paths.
     """
-    from llmtrain.evaluation.results import choose_weights
+    from llmtrain.evaluation.selection import choose_weights
     from llmtrain.export.publish import export as export_weights
 
-    weights, _ = choose_weights(target)
-    err_console.print(f"{weights.label}: {weights.path}", style="dim", soft_wrap=True)
+    chosen = choose_weights(target)
+    weights = chosen.weights
+    print_selection(weights.label, weights.path, chosen.reason)
     name = push or str(to)
     export_weights(weights, to, dtype=dtype, form=form, name=name, tokenizer=tokenizer, warn=warn)
     url = None

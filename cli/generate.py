@@ -17,10 +17,10 @@ from .common import (
     JsonFlag,
     WeightsArgument,
     console,
-    err_console,
     help_of,
     interruptible,
     print_json,
+    print_selection,
     print_text,
 )
 
@@ -61,18 +61,19 @@ def generate(
     kept.
     """
     from llmtrain.evaluation.generation import generate_text, load_generator
-    from llmtrain.evaluation.results import choose_weights
+    from llmtrain.evaluation.selection import choose_weights
     from llmtrain.model.tokenizer import well_formed
 
     prompt = well_formed(prompt)  # an argument may contain invalid bytes
     first = Sampling(max_tokens, temperature, top_k, top_p, seed)
-    weights, raw = choose_weights(target)
-    if compare and raw is None:
+    chosen = choose_weights(target)
+    weights, pair = chosen.weights, (chosen.raw, chosen.average)
+    if compare and None in pair:
         problem = f"{weights.path} is not an average with raw weights of the same step"
         raise UserError(problem, hint="pass a run with averages, or an average inside its run")
     generators: dict[Target, Callable[[Sampling], Iterator[str]]] = {}
-    for each in [raw, weights] if compare and raw is not None else [weights]:
-        err_console.print(f"{each.label}: {each.path}", style="dim", soft_wrap=True)
+    for each in filter(None, pair) if compare else [weights]:
+        print_selection(each.label, each.path, chosen.reason if each == weights else "")
         loaded = load_generator(each.path, tokenizer=tokenizer, device=device)
         generators[each] = partial(generate_text, *loaded, prompt)
     documents = []

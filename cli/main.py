@@ -78,15 +78,17 @@ def _is_usage_error(error: Exception) -> bool:
 
 
 def _open_missing_descriptors() -> None:
-    """Open /dev/null for each closed standard descriptor.
+    """Open /dev/null for each closed standard descriptor and its stream.
 
     Otherwise the next file that is opened gets its number, and messages are written into it.
     """
-    for number in range(3):
+    for number, (stream, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, stream) is None:  # Python found the descriptor closed
+            setattr(sys, stream, os.fdopen(number, mode, closefd=False))
 
 
 def _print_version(requested: bool) -> None:

@@ -45,7 +45,7 @@ def parse_count(value: str | int) -> int:
         number = Decimal(text[:-1] if scale > 1 else text) * scale
         if abs(number) < 10**18 and number == int(number):
             return int(number)
-    raise typer.BadParameter(f"{text!r} is not a whole number such as 100M, 1_000 or 2.5e6")
+    raise typer.BadParameter(f"{text!r:.100} is not a whole number such as 100M, 1_000 or 2.5e6")
 
 
 def _option(field: str, **keywords: Any) -> Any:

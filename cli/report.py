@@ -37,8 +37,9 @@ def report(
     With several runs, the page compares them. The report shows what `pretrain` logged and `eval`
     measured; it does not compute losses.
     """
+    from llmtrain.evaluation.curves import newest_results
     from llmtrain.evaluation.report.page import write_report
-    from llmtrain.evaluation.report.records import newest_results
+    from llmtrain.evaluation.report.records import differing_windows
     from llmtrain.storage.run_folder import newest_run, require_run
 
     named = {run.resolve(): run for run in runs or []}  # a run named twice counts once
@@ -55,6 +56,9 @@ def report(
     for path in (path for path, found in measured.items() if not found):
         command = f"llmtrain eval {shlex.quote(str(path))}"
         warn(f"{path} has losses from training only: run {command} to measure every average")
+    if different := differing_windows(written.records):
+        hint = "run llmtrain eval RUN ... --tokens N for all of them"
+        warn(f"the losses of these runs are not comparable, {', '.join(different)} differ: {hint}")
     for record in (record for record in written.records if record.discarded):
         listed = ", ".join(record.discarded)
         warn(f"{record.name}: left out averages of snapshots that a rewind discarded: {listed}")

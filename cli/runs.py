@@ -25,7 +25,9 @@ def runs(
     """List runs: state, step, lowest validation loss of raw and averaged weights, age, size.
 
     A run is *running* while a process trains it, *finished* when its log reaches train.max_steps,
-    otherwise *interrupted*. Losses are in nats per token. Age is the time since the last log line.
+    otherwise *interrupted*. Losses are in nats per token, measured on the number of validation
+    tokens shown; only those on the same tokens are comparable. Age is the time since the last log
+    line.
     """
     from llmtrain.evaluation.report.run_list import list_runs
 
@@ -37,13 +39,18 @@ def runs(
         warn(problem)
     if entries:
         console.print(_table(entries))
+        if len({entry.windows for entry in entries if entry.windows}) > 1:
+            warn(
+                "the runs were measured on different tokens, data or precisions: their losses are "
+                "comparable only after llmtrain eval RUN ... --tokens N"
+            )
     else:
         hint = "start one with llmtrain pretrain --config FILE"
         err_console.print(f"{folder}/ contains no runs: {hint}")
 
 
 def _table(entries: "list[RunEntry]") -> Table:
-    names = ("step", "raw", "averaged", "age", "size")
+    names = ("step", "raw", "averaged", "tokens", "age", "size")
     table = Table(
         Column("run", overflow="fold"),
         Column("state", no_wrap=True),
@@ -58,6 +65,7 @@ def _table(entries: "list[RunEntry]") -> Table:
             Text(entry.state, _COLOURS[entry.state]),
             "" if entry.step is None else f"{entry.step:,}/{entry.max_steps:,}",
             *("" if best is None else f"{best.loss:.4f}" for best in (entry.raw, entry.average)),
+            f"{entry.windows.tokens:,}" if entry.windows and entry.windows.tokens else "",
             _age(time.time() - entry.modified),
             format_bytes(entry.bytes),
             "" if entry.average is None else entry.average.label,

@@ -18,7 +18,8 @@ from llmtrain.config.loading import load_config
 from llmtrain.evaluation.generation import generate_text, load_generator
 from llmtrain.evaluation.loss import measure_losses
 from llmtrain.evaluation.options import EvalOptions, Sampling
-from llmtrain.evaluation.results import EvalResult, choose_weights
+from llmtrain.evaluation.results import EvalResult
+from llmtrain.evaluation.selection import choose_weights
 from llmtrain.export.publish import export as export_weights
 from llmtrain.training.run import pretrain
 
@@ -53,12 +54,12 @@ def evaluate(target: str | Path, settings: EvalOptions | None = None) -> list[Ev
 
 def generate(target: str | Path, prompt: str, sampling: Sampling | None = None) -> str:
     """Return the text that the model of a run, folder or hub repository generates."""
-    weights, _ = choose_weights(str(target))
+    weights = choose_weights(str(target)).weights
     return "".join(generate_text(*load_generator(weights.path), prompt, sampling or Sampling()))
 
 
 def export(target: str | Path, to: Path, *, dtype: str = "fp32") -> Path:
     """Write weights as a Hugging Face repository into the new folder `to`."""
-    weights, _ = choose_weights(str(target))
+    weights = choose_weights(str(target)).weights
     export_weights(weights, to, dtype=dtype, name=str(to))
     return to

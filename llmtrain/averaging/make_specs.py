@@ -75,10 +75,11 @@ def _growing(series: Series, request: AverageRequest) -> list[AverageSpec]:
     every, at, start = _every(series, request, 2), request.at_step, request.start or 1
     ends = [s for s in series.steps if s >= start and (at in ("last", "all") or s == at)]
     if not ends:
+        only = "" if isinstance(at, str) else f" at step {at:,}"
         raise MissingCheckpoints(
-            f"{series.name} has no checkpoint at --at {at} from step {start:,} on; "
+            f"{series.name} has no checkpoint from step {start:,} on{only}; "
             f"it has {describe_steps(series.steps)}",
-            hint="use --at last",
+            hint="use a smaller --from or --at last",
         )
     specs = []
     for end in ends[-1:] if at == "last" else ends:

@@ -3,6 +3,7 @@
 Why apart from `make_specs.py`: the command line takes its help from here and must not import numpy.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ def parse_checks(text: str) -> dict[str, Any]:
     """Return the fields of `MergeOptions` that comma-separated keys of `CHECKS` set."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if unknown := [name for name in names if name not in CHECKS]:
-        raise UserError(f"--checks {unknown[0]!r} is unknown", hint=f"use {', '.join(CHECKS)}")
+        raise UserError(f"--checks {unknown[0]!r:.50} is unknown", hint=f"use {', '.join(CHECKS)}")
     return {field: value for field, value, _ in (CHECKS[name] for name in names)}
 
 
@@ -119,7 +120,8 @@ def parse_decay(text: str) -> dict[str, float]:
     try:
         return {field: float(text.removeprefix("half-life="))}
     except ValueError:
-        raise UserError(f"--decay {text!r} is not a number", hint="use a value like 0.9") from None
+        hint = "use a value such as 0.9, or half-life=2000 (in training steps)"
+        raise UserError(f"--decay {text!r:.50} is not a number", hint=hint) from None
 
 
 class Weighting(NamedTuple):
@@ -162,9 +164,7 @@ def _decay(request: AverageRequest, count: int, every: int) -> Weighting:
 def _ema(request: AverageRequest, count: int, every: int) -> Weighting:
     half_life, decay = request.half_life, request.decay
     if half_life is not None and decay is None:
-        if half_life <= 0:
-            raise UserError(f"half-life {half_life} is not above 0", hint="give training steps")
-        decay, label = coefficients.decay_of_half_life(half_life, every), f"half-life-{half_life!r}"
+        decay, label = _decay_of_half_life(half_life, every), f"half-life-{half_life!r}"
     elif decay is not None and half_life is None:
         label = repr(float(decay))
     else:
@@ -175,6 +175,22 @@ def _ema(request: AverageRequest, count: int, every: int) -> Weighting:
         raise UserError(f"--decay {decay} is not in [0, 1)", hint="use a value such as 0.9")
     options = {"decay": float(decay), "half_life": half_life}
     return Weighting(coefficients.exponential(count, float(decay)), f"ema-{label}", options)
+
+
+def _decay_of_half_life(half_life: float, every: int) -> float:
+    if not 0.0 < half_life < math.inf:
+        raise UserError(
+            f"--decay half-life={half_life:g} is not a positive number of training steps",
+            hint="use a value such as half-life=2000",
+        )
+    decay = coefficients.decay_of_half_life(half_life, every)
+    if decay == 1.0:
+        raise UserError(
+            f"--decay half-life={half_life:g} is too long: checkpoints {every:,} steps apart would "
+            "have equal weights",
+            hint="use a shorter half-life, or --method swa for equal weights",
+        )
+    return decay
 
 
 _WINDOW = {"every", "window", "at", "disjoint", "blend"}
@@ -207,7 +223,9 @@ METHODS = {
 def find_method(name: str) -> Method:
     """Return the method with this name, or raise a UserError."""
     if name not in METHODS:
-        raise UserError(f"--method {name!r} is unknown", hint=f"use one of {', '.join(METHODS)}")
+        raise UserError(
+            f"--method {name!r:.50} is unknown", hint=f"use one of {', '.join(METHODS)}"
+        )
     return METHODS[name]
 
 
@@ -218,7 +236,7 @@ def check_request(request: AverageRequest) -> None:
     if not given <= accepted:
         raise UserError(
             f"--method {request.method} does not take {_flags(given - accepted)}",
-            hint=f"it takes {_flags(accepted)}",
+            hint=f"it takes {_flags(accepted - {'label'})}",
         )
     label = request.label
     if label is not None and (label == RAW or not _LABEL.fullmatch(label)):
@@ -227,8 +245,9 @@ def check_request(request: AverageRequest) -> None:
             hint="use another name with letters, digits, - _ .",
         )
     for name in given & {"every", "window", "start"}:
-        if (value := getattr(request, name)) < 1:
-            raise UserError(f"{_flags({name})} is {value}", hint="use a number of at least 1")
+        if not 1 <= getattr(request, name) < 2**63:
+            problem = f"{_flags({name})} is not between 1 and 2^63 - 1"
+            raise UserError(problem, hint="give a number of steps or checkpoints")
     if request.blend is not None and not 0.0 <= request.blend <= 1.0:
         raise UserError(f"--blend {request.blend} is not a share", hint="use a number from 0 to 1")
 

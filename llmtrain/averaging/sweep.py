@@ -7,6 +7,7 @@ memory.
 import csv
 import io
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.data.cache import local_folder
 from llmtrain.data.shard_check import require_intact
 from llmtrain.data.token_data import open_data
-from llmtrain.errors import UserError, printable
+from llmtrain.errors import RunFailed, UserError, printable
 from llmtrain.evaluation.loss import LossResult, evaluate
 from llmtrain.model.tokenizer import load_tokenizer
 from llmtrain.runtime.device import keep_freed_memory, resolve_device, resolve_precision
@@ -134,7 +135,7 @@ def _parse_key(part: str) -> tuple[str, list[Any]]:
     except (KeyError, ValueError):
         known = ", ".join("from" if n == "start" else n.replace("_", "-") for n in _PARSERS)
         raise UserError(
-            f"--sweep {part!r} is not a known key with values, such as window=3,5",
+            f"--sweep {part!r:.100} is not a known key with values, such as window=3,5",
             hint=f"use the keys {known}",
         ) from None
 
@@ -164,6 +165,11 @@ def sweep(
     losses: dict[str, dict[int, float]] = {}
     for done, (job, weights) in enumerate(_averages(jobs), start=1):
         measured = measure(weights)
+        if not math.isfinite(measured.loss):
+            raise RunFailed(
+                f"the loss of {job.label} at step {job.step:,} is {measured.loss}",
+                hint="leave it out with --at, or check the snapshots: llmtrain inspect RUN",
+            )
         losses.setdefault(job.label, {})[job.step] = measured.loss
         progress(done, len(jobs))
     candidates = []

@@ -18,7 +18,7 @@ from llmtrain.errors import printable
 SMALL = 1024
 """Tensors with fewer elements move too irregularly to be checked one by one."""
 
-APART = 2.0
+APART = 1.7
 """An inner tensor is off if it is this many times as far away as its neighbors are apart."""
 
 FAR, FAR_ALONE = 4.0, 10.0

@@ -81,7 +81,7 @@ class Series:
             hint = f"--every {windows.describe_spacings(spacings)} gives a window of {size}"
         end = "" if isinstance(at, str) else f" that ends at step {at:,}"
         raise MissingCheckpoints(
-            f"{self.name} has no window of {size} checkpoints every {every:,} steps{end}; "
+            f"{self.name} has no window of {size:,} checkpoints every {every:,} steps{end}; "
             f"it has {len(self.steps)}: {windows.describe_steps(self.steps)}",
             hint=hint,
         )

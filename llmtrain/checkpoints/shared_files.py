@@ -4,23 +4,15 @@ Why links: GPT-2's files take 3.6 MB, and a run has hundreds of snapshots. A fil
 is never modified in place.
 """
 
-import errno
 import json
-import os
-import shutil
 from pathlib import Path
 
 from llmtrain.checkpoints.gpt2_folder import Shape, generation_config
 from llmtrain.errors import UserError
 from llmtrain.model.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from llmtrain.storage.commit import staged_folder
+from llmtrain.storage.file_systems import link_or_copy
 from llmtrain.storage.integrity import Digest, integrity_problems, read_integrity
-
-_UNSUPPORTED = (
-    *(errno.EPERM, errno.EACCES, errno.EXDEV, errno.EMLINK),
-    *(errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL),
-)
-"""Errors of file systems without hard links, or between two of them, or of a file with too many."""
 
 
 class SharedFiles:
@@ -57,13 +49,3 @@ def text_files(shape: Shape, tokenizer: Tokenizer) -> dict[str, str]:
     """Return the tokenizer files and `generation_config.json`, content by name."""
     settings = json.dumps(generation_config(shape, tokenizer), indent=2) + "\n"
     return tokenizer_files(tokenizer, shape.block_size) | {"generation_config.json": settings}
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Create `target` as another name of the file `source`, or as a copy if links do not work."""
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            raise
-        shutil.copyfile(source, target)

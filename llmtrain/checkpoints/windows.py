@@ -17,6 +17,8 @@ def sliding_windows(steps: Sequence[int], *, every: int, size: int) -> list[Wind
 
     `steps` and the windows are in ascending order.
     """
+    if size > len(steps):
+        return []
     present = set(steps)
     lasts = [last for last in steps if last - (size - 1) * every >= steps[0]]
     candidates = (tuple(range(last - (size - 1) * every, last + 1, every)) for last in lasts)

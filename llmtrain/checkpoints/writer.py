@@ -19,9 +19,8 @@ from llmtrain.checkpoints.checkpoint import (
     reject_outside_link,
 )
 from llmtrain.checkpoints.safetensors_files import encode_header
-from llmtrain.checkpoints.shared_files import link_or_copy
 from llmtrain.checkpoints.tensors import FLOATS, ITEM_BYTES, StoredArray, TensorSpec
-from llmtrain.storage.file_systems import unless_unsupported
+from llmtrain.storage.file_systems import link_or_copy, unless_unsupported
 from llmtrain.storage.integrity import Digest, RunningDigest
 from llmtrain.storage.json_files import read_json, write_json
 

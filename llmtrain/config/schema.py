@@ -141,7 +141,7 @@ class SpikesConfig(Section):
     action: Literal["ignore", "log", "skip", "rewind"] = "log"
     """log: log it; skip: skip the update; rewind: return to an earlier training checkpoint and skip
     the batches since then (PaLM, Chowdhery et al. 2022, section 5.1)."""
-    window: Annotated[Int, Field(ge=8)] = 128
+    window: Annotated[Int, Field(ge=8, lt=2**63)] = 128
     """Number of previous steps to compare with. Detection starts after that many steps."""
     threshold: Rate = 10.0
     """Distance from the median in robust standard deviations: the larger of 1.4826 times the median
@@ -158,7 +158,7 @@ class EvalConfig(Section):
 
     every: Positive = 1000
     """Steps between two evaluations. The last step is always evaluated."""
-    tokens: Annotated[Int, Field(ge=2)] | None = None
+    tokens: Annotated[Int, Field(ge=2, lt=2**63)] | None = None
     """Number of tokens from the start of the val split; default: all."""
     batch: Positive = 16
 
@@ -186,7 +186,7 @@ class RunConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run folder, runs/<name>; default: name of the file."""
-    seed: Annotated[Natural, Field(lt=2**63)] = 1337
+    seed: Natural = 1337
     init_from: str | None = None
     """Initial weights instead of random ones: a weights folder, a nanoGPT .pt file, or a GPT-2 on
     the hub (owner/name or owner/name@revision)."""

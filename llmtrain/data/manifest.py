@@ -20,6 +20,7 @@ from pydantic import (
 from llmtrain.errors import UserError
 from llmtrain.storage import commit
 from llmtrain.storage.integrity import Algorithm, Digest, digest_of, mismatch
+from llmtrain.storage.json_files import require_regular_file
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION: Final = 1
@@ -213,6 +214,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
     if not path.exists():
         raise no_data(str(folder))
+    require_regular_file(path)
     return parse_manifest(path.read_bytes(), str(path))
 
 

@@ -45,18 +45,16 @@ class PrepareOptions:
         limit, shard_tokens = self.limit_documents, self.shard_tokens
         ray, address = self.engine == "ray", self.ray_address
         problems = {
-            f"val fraction {self.val_fraction} is outside 0 <= f < 1": not 0
-            <= self.val_fraction
-            < 1,
-            f"seed {self.seed} is outside 0 to {2**32 - 1}": not 0 <= self.seed < 2**32,
-            f"{shard_tokens:,} tokens per shard is outside 1 to {MAX_SHARD_TOKENS:,}": (
+            f"--val-fraction {self.val_fraction} is not in [0, 1)": not 0 <= self.val_fraction < 1,
+            f"--seed {self.seed} is not between 0 and 2^32 - 1": not 0 <= self.seed < 2**32,
+            f"--shard-tokens {shard_tokens:,} is not between 1 and {MAX_SHARD_TOKENS:,}": (
                 not 1 <= shard_tokens <= MAX_SHARD_TOKENS
             ),
-            f"{self.workers} workers is outside 1 to {MAX_WORKERS:,}": (
+            f"--workers {self.workers} is not between 1 and {MAX_WORKERS:,}": (
                 self.workers is not None and not 1 <= self.workers <= MAX_WORKERS
             ),
-            f"a limit of {limit} documents is less than 1": limit is not None and limit < 1,
-            f"unknown engine {self.engine!r}": self.engine not in ("local", "ray"),
+            f"--limit-documents {limit} is below 1": limit is not None and limit < 1,
+            f"--engine {self.engine!r} is unknown": self.engine not in ("local", "ray"),
             "--workers counts local threads: omit it with --engine ray": ray and self.workers,
             "--ray-address needs --engine ray": address is not None and not ray,
         }

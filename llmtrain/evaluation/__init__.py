@@ -3,7 +3,9 @@
 May import data, checkpoints, model, config, runtime, storage and errors.
 
     options.py     options of all measurements and of sampling; source of the help texts
-    results.py     results, cached under a run's evals/; the choice of its best weights
+    results.py     results, cached under a run's evals/
+    curves.py      validation losses of a run by step, grouped by the tokens they were measured on
+    selection.py   the weights that generate and export use
     weights.py     digests of weights; averages whose inputs a run has discarded
     loss.py        loss on a split
     text.py        loss and perplexity on a text file

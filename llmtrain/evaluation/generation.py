@@ -120,10 +120,11 @@ def filter_logits(logits_V: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_k is not None and sampling.top_k < len(logits_V):
         least = logits_V.topk(sampling.top_k).values[-1]
         logits_V = logits_V.masked_fill(logits_V < least, -math.inf)
-    if sampling.top_p is not None:
+    if sampling.top_p is not None and sampling.top_p < 1:
         ordered, ids = logits_V.sort(descending=True)
         probabilities = F.softmax(ordered, dim=-1)
         beyond = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        beyond[0] = False  # even if top_p rounds to 0
         logits_V = logits_V.index_fill(0, ids[beyond], -math.inf)
     return logits_V
 

@@ -95,6 +95,6 @@ class Sampling:
         }
         for name, problem in problems.items():
             if problem:
-                raise UserError(
-                    f"{name} {getattr(self, name)} {problem}", hint="see llmtrain generate --help"
-                )
+                option = f"--{name.replace('_', '-')}"
+                message = f"{option} {getattr(self, name)} {problem}"
+                raise UserError(message, hint="see llmtrain generate --help")

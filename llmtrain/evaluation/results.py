@@ -1,4 +1,4 @@
-"""Results of evaluation, stored as JSON under a run's `evals/`, and the choice of its best weights.
+"""Results of evaluation, stored as JSON under a run's `evals/`.
 
 Why by content: a file name contains a hash of everything the result depends on, such as the
 weights, the data and the precision. Retrained weights are measured again; a moved folder is not.
@@ -6,7 +6,6 @@ weights, the data and the precision. Retrained weights are measured again; a mov
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
-from llmtrain.checkpoints.resolve import Target, find_targets
+from llmtrain.checkpoints.resolve import Target
 from llmtrain.errors import UserError, WriteFailed
 from llmtrain.evaluation.weights import discarded_inputs, is_unchanged, weights_digest
 from llmtrain.storage.commit import write_atomically
@@ -162,7 +161,8 @@ def stored_results(run: RunFolder) -> list[EvalResult]:
 
 
 def _comparable_key(result: EvalResult) -> tuple[object, ...]:
-    return result.step, result.data, result.split, result.tokens, result.precision
+    windows = result.data, result.split, result.tokens, result.block_size, result.precision
+    return result.step, *windows
 
 
 def _is_current(run: RunFolder, result: EvalResult) -> bool:
@@ -176,25 +176,3 @@ def _is_current(run: RunFolder, result: EvalResult) -> bool:
 def _folder(run: RunFolder, result: EvalResult) -> Path:
     step = result.step or 0
     return run.snapshot(step) if result.label == RAW else run.average(result.label, step)
-
-
-def choose_weights(name: str | None) -> tuple[Target, Target | None]:
-    """Return one set of weights and, if it is an average, the raw weights of its step.
-
-    A run stands for its newest average or, without averages, its newest snapshot. Among averages of
-    one step, the lowest measured loss wins, else the first name. None is the newest run.
-    """
-    targets = find_targets(name)
-    last = targets[-1]
-    newest = [target for target in targets if target.step == last.step]
-    raw = next((target for target in newest if target.label == RAW), None)
-    averages = [target for target in newest if target.label != RAW]
-    if len(averages) < 2:
-        return last, raw if last is not raw else None
-    assert last.run is not None
-    deltas = {
-        result.label: result.delta
-        for result in stored_results(last.run)
-        if result.step == last.step and result.split == "val" and result.delta is not None
-    }
-    return min(averages, key=lambda each: (deltas.get(each.label, math.inf), each.label)), raw

@@ -123,10 +123,11 @@ def _new_optimizer_state(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _best_val_loss(target: Target) -> float:
-    """Return the loss that `llmtrain eval` measured, or nanoGPT's initial value 1e9."""
+    """Return the loss measured on most validation tokens, or nanoGPT's initial value 1e9."""
     rows = stored_results(target.run) if target.run else []
     wanted = (target.label, target.step, "val")
-    return min((r.loss for r in rows if (r.label, r.step, r.split) == wanted), default=1e9)
+    found = [row for row in rows if (row.label, row.step, row.split) == wanted]
+    return max(found, key=lambda row: row.tokens).loss if found else 1e9
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -28,6 +28,9 @@ DISK = 2e9
 """Assumed bytes/s of the disk, reading and writing together."""
 
 
+_MAX_CHECKPOINTS = 10**6
+
+
 @dataclass(frozen=True)
 class Machine:
     """The devices of an estimate; unknown values are None."""
@@ -113,6 +116,7 @@ class CostEstimate:
 
 def estimate(config: RunConfig, options: HardwareOptions) -> CostEstimate:
     """Estimate the cost of a run; raise UserError if the options do not fit the config."""
+    _require_countable(config)
     model = Architecture(config.model, config.data.block_size)
     machine = _resolve_machine(config, options, model.flops_per_token())
     config = config.with_micro_batch(machine.micro_batch)
@@ -188,6 +192,17 @@ def _resolve_machine(config: RunConfig, options: HardwareOptions, flops_per_toke
         disk=DISK,
         assumptions=tuple(filter(None, notes)),
     )
+
+
+def _require_countable(config: RunConfig) -> None:
+    """Raise UserError if the estimate would list more steps than fit in memory."""
+    every = min(config.checkpoint.snapshot_every, config.checkpoint.state_every)
+    if config.train.max_steps // every > _MAX_CHECKPOINTS:
+        raise UserError(
+            f"train.max_steps {config.train.max_steps:,} would save a checkpoint more than "
+            f"{_MAX_CHECKPOINTS:,} times",
+            hint="plan a shorter run, or raise checkpoint.snapshot_every and state_every",
+        )
 
 
 def _flops(config: RunConfig, model: Architecture) -> int:

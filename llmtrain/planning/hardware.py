@@ -10,6 +10,14 @@ from llmtrain.errors import UserError
 
 Parallel = Literal["ddp", "fsdp"]
 
+_LIMITS = {
+    "devices": (10**6, "between 1 and 1,000,000"),
+    "mfu": (1, "between 0.000001 and 1"),
+    "tokens_per_second": (sys.float_info.max, "a number of at least 0.000001"),
+    "interconnect_gbps": (sys.float_info.max, "a number of at least 0.000001"),
+}
+"""Largest value of a field, and a description of its values."""
+
 
 @dataclass(frozen=True)
 class HardwareOptions:
@@ -39,15 +47,12 @@ class HardwareOptions:
 
     def check(self) -> None:
         """Raise UserError unless the values are in range and compatible."""
-        for name in ("devices", "mfu", "tokens_per_second", "interconnect_gbps"):
+        for name, (limit, valid) in _LIMITS.items():
             value = getattr(self, name)
-            limit = 1 if name == "mfu" else sys.float_info.max
-            if value is not None and not 0 < value <= limit:
+            if value is not None and not 1e-6 <= value <= limit:
                 option = f"--{name.replace('_', '-')}"
-                raise UserError(
-                    f"{option} {value:g} is not above 0 and at most {limit:g}",
-                    hint=f"see llmtrain plan --help for {option}",
-                )
+                hint = f"see llmtrain plan --help for {option}"
+                raise UserError(f"{option} {value!s:.20} is not {valid}", hint=hint)
         if self.tokens_per_second is not None and self.mfu is not None:
             raise UserError(
                 "--tokens-per-second is a measured speed, and --mfu an assumed one",

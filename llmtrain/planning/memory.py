@@ -26,8 +26,8 @@ from llmtrain.planning.sizes import (
     Activations,
     Architecture,
     bytes_held,
+    has_several_snapshots,
     moments,
-    snapshot_steps,
 )
 
 LESS_MEMORY = (
@@ -173,7 +173,7 @@ class _Run:
         self.written = (2 if residual else 1) * FLOAT * self.model.parameters
         """Bytes that the first process writes: weights and a running mean's residual."""
         # A CPU takes steps while it writes a snapshot.
-        overlaps = not layout.cuda and len(snapshot_steps(config)) > 1
+        overlaps = not layout.cuda and has_several_snapshots(config)
         self.resident = Usage(
             "",
             weights=FLOAT * self.share,

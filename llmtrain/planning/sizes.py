@@ -230,6 +230,12 @@ def snapshot_steps(config: RunConfig) -> list[int]:
     return [step for step in steps if step > config.schedule.warmup_steps]
 
 
+def has_several_snapshots(config: RunConfig) -> bool:
+    """Return whether a snapshot precedes that of the last step."""
+    every, last = config.checkpoint.snapshot_every, config.train.max_steps
+    return (last - 1) // every * every > config.schedule.warmup_steps
+
+
 def snapshot_bytes(config: RunConfig) -> int:
     """Return the bytes of one weights folder."""
     return FLOAT * Architecture(config.model, config.data.block_size).stored

@@ -5,6 +5,7 @@ Examples: Lustre mounted without flock, CIFS, some FUSE file systems.
 
 import errno
 import os
+import shutil
 import threading
 import warnings
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ _ERRORS: dict[Feature, set[int]] = {
     "flushes": {*_UNSUPPORTED, errno.EBADF, errno.EACCES},  # EACCES: a folder that is not readable
     "space reservation": _UNSUPPORTED,
 }
+_NO_LINKS = {*_UNSUPPORTED, errno.EPERM, errno.EACCES, errno.EXDEV, errno.EMLINK}
+"""Errors of file systems without hard links, or between two of them, or of a file with too many."""
 _CONSEQUENCES: dict[Feature, str] = {
     "file locks": "nothing prevents two commands from writing to one folder, so run only one",
     "file permissions": "new files have the permissions of the mount",
@@ -80,3 +83,13 @@ def make_folders(folder: Path) -> None:
         make_folders(folder.parent)
     folder.mkdir(exist_ok=True)
     fsync_path(folder.parent)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Create `target` as another name of the file `source`, or as a copy if links do not work."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        shutil.copyfile(source, target)

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 from blake3 import blake3
 
 from llmtrain.errors import UserError
+from llmtrain.storage.json_files import require_regular_file
 
 INTEGRITY_FILE = "integrity.json"
 """Name, size and digest of each other file in a committed folder; written last."""
@@ -138,6 +139,7 @@ def write_integrity(folder: Path, known: Mapping[str, Digest] | None = None) -> 
 def read_integrity(folder: Path) -> dict[str, FileRecord]:
     """Return the record of each file, or raise UserError."""
     path = folder / INTEGRITY_FILE
+    require_regular_file(path)
     try:
         files = json.loads(path.read_text())["files"]
         if any(name.startswith("/") or ".." in name.split("/") or "\0" in name for name in files):

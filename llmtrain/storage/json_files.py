@@ -10,6 +10,7 @@ from llmtrain.storage.safe_files import read_regular
 _COUNTS = ("seconds", "tokens", "skipped", "memory")
 _MEASUREMENTS = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")
 """Keys that may also be null: not finite or unknown."""
+_HINT = "restore the file from a copy"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -17,11 +18,17 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(read_regular(path).decode())
     except (OSError, ValueError, RecursionError) as error:
-        hint = "check that the weights folder is complete"
-        raise UserError(f"cannot read {path}: {error}", hint=hint) from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}", hint=_HINT) from None
     if not isinstance(document, dict):
         raise UserError(f"{path} does not contain a JSON object", hint="restore the damaged file")
     return document
+
+
+def require_regular_file(path: Path) -> None:
+    """Raise UserError for a pipe or a device: reading it could block or never end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot read {path}: not a regular file", hint=_HINT)
 
 
 def write_json(path: Path, document: object) -> None:

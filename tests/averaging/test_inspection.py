@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_runs import MakeRun, model_at, write_checkpoint
+from tiny_runs import MakeRun, model_at, weights_at, write_checkpoint
 
 from llmtrain.averaging.average import average
 from llmtrain.averaging.inspection import inspect_path
@@ -39,6 +39,14 @@ def test_facts_of_a_series(tmp_path: Path) -> None:
     assert facts["embed.weight"].norm == pytest.approx(b["embed.weight"].double().norm().item())
     assert facts["position_ids"].norm is None
     assert second.problems == []
+
+
+def test_zero_biases_of_the_layout_are_not_parameters(make_run: MakeRun) -> None:
+    for facts in inspect_path(make_run([10]).path):
+        expected = sum(tensor.numel() for tensor in weights_at(10).values())
+        assert facts.parameters == expected
+        stored = sum(math.prod(tensor.shape) for tensor in facts.tensors)
+        assert stored == expected + facts.zero_biases > expected
 
 
 def test_average_has_provenance(make_run: MakeRun) -> None:
@@ -81,3 +89,18 @@ def test_different_models_are_inspected_one_by_one(tmp_path: Path) -> None:
 def test_missing_path_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere"):
         inspect_path(tmp_path / "nowhere")
+
+
+def test_a_file_without_a_step_and_extreme_distances(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    (tmp_path / "alone").mkdir()
+    save_file({"w": torch.ones(2)}, tmp_path / "alone" / "model.safetensors")
+    (facts,) = inspect_path(tmp_path / "alone" / "model.safetensors")
+    assert facts.step is None
+    for step, value in ((1, 1.7e308), (2, -1.7e308)):
+        (tmp_path / f"step{step}").mkdir()
+        tensor = torch.full((9,), value, dtype=torch.float64)
+        save_file({"w": tensor}, tmp_path / f"step{step}" / "model.safetensors")
+    assert inspect_path(tmp_path)[1].tensors[0].distance == float("inf")
+    assert not [each for each in recwarn if each.category is RuntimeWarning]

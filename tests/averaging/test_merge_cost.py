@@ -112,6 +112,12 @@ def test_all_windows_read_each_input_once(
     assert not [problem for result in results for problem in integrity_problems(result.spec.target)]
 
 
+def test_the_command_does_not_import_torch() -> None:
+    """Importing torch takes longer than averaging five checkpoints of GPT-2 small."""
+    code = "import sys, llmtrain.cli.average_output as _; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_hashes_inputs_with_another_tensor_order(make_run: MakeRun) -> None:
     run = make_run([10, 20])
     path = run.snapshot(10) / "model.safetensors"

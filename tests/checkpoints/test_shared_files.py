@@ -9,7 +9,8 @@ from typing import NoReturn
 import pytest
 from tiny_runs import SHAPE
 
-from llmtrain.checkpoints.shared_files import SharedFiles, link_or_copy
+from llmtrain.checkpoints.shared_files import SharedFiles
+from llmtrain.storage.file_systems import link_or_copy
 from llmtrain.storage.integrity import integrity_problems
 
 NAMES = {

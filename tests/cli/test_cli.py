@@ -257,3 +257,22 @@ def test_pretrain_refuses_folders_with_other_files(prepared: Path) -> None:
         assert result.code == 2
         assert f"{folder} exists and is not a run" in result.stderr
     assert (prepared / "mine" / ".tmp-work").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+@pytest.mark.parametrize(
+    ("command", "code"), [("recipes demo", 0), ("recipes --json", 0), ("report nowhere", 2)]
+)
+def test_a_closed_descriptor_is_like_dev_null(
+    tmp_path: Path, command: str, code: int, closed: str
+) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{BIN}/llmtrain {command} {closed}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code
+    assert "this is a bug" not in done.stderr

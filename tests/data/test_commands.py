@@ -151,5 +151,5 @@ def test_memory_as_output_is_refused(source: Path, tmp_path: Path) -> None:
 
 
 def test_too_many_threads_are_refused(source: Path, tmp_path: Path) -> None:
-    expected = "100000 workers is outside 1 to 1,024"
+    expected = "--workers 100000 is not between 1 and 1,024"
     refused("prepare", source, "--workers", "100000", cwd=tmp_path, expected=expected)

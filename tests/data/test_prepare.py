@@ -318,15 +318,15 @@ def test_a_disk_error_is_reported(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"val_fraction": -0.1}, "val fraction -0.1"),
-        ({"val_fraction": 1.0}, "val fraction 1.0"),
-        ({"val_fraction": float("nan")}, "val fraction nan"),
+        ({"val_fraction": -0.1}, "--val-fraction -0.1"),
+        ({"val_fraction": 1.0}, "--val-fraction 1.0"),
+        ({"val_fraction": float("nan")}, "--val-fraction nan"),
         ({"val_fraction": 0.999}, r"leaves none of 500 document\(s\) for train"),
         ({"seed": -1}, "seed -1"),
-        ({"shard_tokens": 0}, "0 tokens per shard"),
-        ({"shard_tokens": 2**31}, "tokens per shard is outside"),
-        ({"workers": 0}, "0 workers"),
-        ({"limit_documents": 0}, "a limit of 0 documents"),
+        ({"shard_tokens": 0}, "--shard-tokens 0"),
+        ({"shard_tokens": 2**31}, "is not between 1 and"),
+        ({"workers": 0}, "--workers 0"),
+        ({"limit_documents": 0}, "--limit-documents 0"),
         ({"tokenizer": "gpt3"}, "unknown tokenizer 'gpt3'"),
     ],
 )

@@ -43,7 +43,6 @@ from llmtrain.evaluation.generation import (
     stream_text,
 )
 from llmtrain.evaluation.options import Sampling
-from llmtrain.evaluation.results import choose_weights
 from llmtrain.model.gpt import GPT
 from llmtrain.model.tokenizer import load_tokenizer, tokenizer_files
 from llmtrain.storage.hub import hub_errors
@@ -116,7 +115,7 @@ def test_incremental_logits_equal_those_of_the_whole_context(tmp_path: Path) -> 
 @given(
     st.integers(0, 1000),
     st.integers(1, 12) | st.none(),
-    st.floats(0.01, 1.0) | st.none(),
+    st.floats(0.01, 0.999) | st.just(1.0) | st.none(),
     st.floats(0.1, 3.0),
 )
 def test_sampling_filters_equal_those_of_transformers(
@@ -158,7 +157,7 @@ def test_invalid_bytes_become_replacement_characters() -> None:
     ],
 )
 def test_sampling_options_out_of_range_raise(wrong: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=next(iter(wrong))):
+    with pytest.raises(UserError, match="--" + next(iter(wrong)).replace("_", "-")):
         Sampling(**wrong)  # type: ignore[arg-type]
 
 
@@ -199,25 +198,6 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., RunConfig]
     return trained
 
 
-def test_a_run_resolves_to_the_best_of_its_newest_averages(run: RunFolder) -> None:
-    from llmtrain.checkpoints.resolve import find_targets
-    from llmtrain.evaluation.loss import measure_losses
-    from llmtrain.evaluation.options import EvalOptions
-
-    before, raw = choose_weights(str(run.path))
-    assert before.label == "ema-0.9"  # the first by name before any measurement
-    assert raw is not None
-    assert raw.path == run.snapshot(12)
-    rows = measure_losses(
-        find_targets(run.path, every_snapshot=False), EvalOptions(), lambda *progress: None
-    )
-    best = min(
-        (row for row in rows if row.step == 12 and row.label != "raw"), key=lambda row: row.loss
-    )
-    assert choose_weights(str(run.path))[0].label == best.label
-    assert choose_weights(str(run.snapshot(10)))[0].path == run.snapshot(10)
-
-
 def test_the_command_streams_compares_and_prints_json(run: RunFolder) -> None:
     place = run.path.parents[1]
     options = ("--prompt", "é [b]", "--max-tokens", "30", "--num", "2")
@@ -226,7 +206,7 @@ def test_the_command_streams_compares_and_prints_json(run: RunFolder) -> None:
     documents = json.loads(invoke("generate", *options, "--json", "--compare", cwd=place).stdout)
     assert [(d["label"], d["seed"]) for d in documents][::2] == [("raw", 1337), ("raw", 1338)]
     texts = ["é [b]" + visible(document["text"]) for document in documents]
-    assert streamed.stdout == "\n---\n".join(texts[1::2]) + "\n"
+    assert streamed.stdout == "\n---\n".join(texts[::2]) + "\n"  # raw is better so early
     assert len(set(texts)) > 2
     table = invoke("generate", *options, "--compare", cwd=place).stdout
     assert "raw" in table

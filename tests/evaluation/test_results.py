@@ -11,10 +11,10 @@ from in_process import invoke
 from llmtrain.checkpoints.resolve import Target, find_targets
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed, UserError
+from llmtrain.evaluation.curves import loss_curves, newest_results
 from llmtrain.evaluation.loss import measure_losses
 from llmtrain.evaluation.options import EvalOptions
 from llmtrain.evaluation.report.page import write_report
-from llmtrain.evaluation.report.records import loss_curves, newest_results
 from llmtrain.evaluation.results import EvalResult, stored_results
 from llmtrain.evaluation.text import measure_text
 from llmtrain.storage.integrity import write_integrity

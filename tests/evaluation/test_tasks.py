@@ -301,7 +301,7 @@ def test_documents_of_another_task_raise(tmp_path: Path) -> None:
         (["--batch-size", "3"], "--batch-size requires --tasks"),
         (["--tasks", "piqa", "--trust-task-files"], "--trust-task-files requires --task-files"),
         (["--tasks", "piqa,"], "contains an empty name"),
-        (["--tasks", "piqa", "--batch-size", "many"], "'many' is not a number"),
+        (["--tasks", "piqa", "--batch-size", "many"], "'many' is neither auto nor"),
         (["--stride", "8"], "--stride requires --text"),
     ],
 )

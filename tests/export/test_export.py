@@ -24,7 +24,7 @@ from llmtrain.errors import UserError
 from llmtrain.evaluation.generation import generate_text, load_generator
 from llmtrain.evaluation.loss import measure_losses
 from llmtrain.evaluation.options import EvalOptions, Sampling
-from llmtrain.evaluation.results import choose_weights
+from llmtrain.evaluation.selection import choose_weights
 from llmtrain.export.model_card import model_card
 from llmtrain.export.publish import export
 from llmtrain.model.gpt import GPT
@@ -74,7 +74,7 @@ def make_weights(folder: Path, *, bias: bool = False, vocab_size: int = 264) -> 
 @pytest.mark.slow
 def test_transformers_pipeline_loads_the_folder(run: RunFolder) -> None:
     folder = run.path / "exported"
-    weights, _ = choose_weights(str(run.path))
+    weights = choose_weights(str(run.path)).weights
     export(weights, folder, name="exported")
     done = subprocess.run(
         [sys.executable, "-c", PIPELINE, folder], capture_output=True, check=False
@@ -89,7 +89,7 @@ def test_transformers_pipeline_loads_the_folder(run: RunFolder) -> None:
 
 
 def test_model_card_has_data_losses_and_averaging(run: RunFolder) -> None:
-    weights, _ = choose_weights(str(run.path))
+    weights = choose_weights(str(run.average("lawa-3x2", 12))).weights
     export(weights, run.path / "carded", name="owner/name", dtype="bf16")
     card = (run.path / "carded" / "README.md").read_text()
     assert "- weight-averaging" in card

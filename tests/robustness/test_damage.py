@@ -29,9 +29,9 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.data.token_data import open_data
 from llmtrain.data.verify import verify_below
 from llmtrain.errors import RunFailed, UserError
+from llmtrain.evaluation.curves import loss_curves, newest_results
 from llmtrain.evaluation.loss import measure_losses
 from llmtrain.evaluation.options import EvalOptions
-from llmtrain.evaluation.report.records import loss_curves, newest_results
 from llmtrain.model import tokenizer
 from llmtrain.storage.run_folder import RunFolder
 from llmtrain.training.checkpoint import load_checkpoint, read_tensors

@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from llmtrain.errors import printable
-from llmtrain.evaluation.report.records import Curve, RunRecord, gains
+from llmtrain.evaluation.curves import Curve
+from llmtrain.evaluation.report.records import RunRecord, gains
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """The color-blind-safe palette of Okabe and Ito."""
@@ -49,6 +50,8 @@ _TRAINING = (
 
 _SIZE = (5.6, 3.6)
 """Inches: 403 by 259 points, so that 11.5-point text suits a phone and a desktop."""
+_LEGEND_ROW, _ROWS_INCLUDED = 0.22, 2
+"""Inches that each further row of the legend adds, so that it does not shrink the plot."""
 _MAX_POINTS = 500
 """Points of a line whose values the page shows; longer lines are thinned."""
 _LARGEST = 1e30
@@ -135,13 +138,20 @@ def run_charts(records: Sequence[RunRecord]) -> list[Chart]:
     drawn = []
     for name, axis, x_label in _LOSS_CHARTS:
         lines = _lines(records, lambda record: record.curves, axis)
-        title = f"Validation loss against {axis}"
+        title = f"Validation loss{_on_tokens(records)}, by {axis}"
         drawn.append(loss(name, title, x_label, lines=lines, axis=axis))
     title = "Gain over raw at the same step (up is better)"
     lines = _lines(records, gains, "steps")
     drawn.append(loss("gain", title, "step", lines=lines, baseline=0.0))
     drawn += [_training_chart(records, *each) for each in _TRAINING]
     return [chart for chart in drawn if any(line.x for line in chart.lines)]
+
+
+def _on_tokens(records: Sequence[RunRecord]) -> str:
+    """Return the number of validation tokens, if it is the same for all runs."""
+    counts = {record.windows.tokens for record in records if record.windows}
+    count = counts.pop() if len(counts) == 1 else None
+    return f" on {count:,} tokens" if count else ""
 
 
 def _training_chart(
@@ -166,12 +176,15 @@ def _lines(
     """Return a line per run and label; a label looks the same in every chart."""
     labels = list(dict.fromkeys(label for record in records for label in record.curves))
     several = len(records) > 1
+    unlike = several and not _on_tokens(records)
     lines = []
     for index, record in enumerate(records):
+        tokens = record.windows.tokens if unlike and record.windows else None
+        suffix = f" ({tokens:,} tokens)" if tokens else ""
         for label, curve in curves_of(record).items():
             points = [(x, y) for step, y in curve if (x := _x(record, axis, step)) is not None]
             if points:
-                name = printable(f"{record.name}: {label}" if several else label)
+                name = printable(f"{record.name}: {label}{suffix}" if several else label)
                 xs, ys = zip(*points, strict=True)
                 kind = labels.index(label)
                 colour = index if several else kind
@@ -190,13 +203,15 @@ def draw(chart: Chart) -> Drawing:
     with matplotlib.rc_context(fname=_STYLE), warnings.catch_warnings():
         # A glyph missing from our font is a box in the PNG; the SVG uses the reader's fonts.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure = Figure(figsize=_SIZE, dpi=144, layout="constrained")
+        columns = 1 if max(len(line.label) for line in chart.lines) > 24 else 2
+        rows = math.ceil(len(chart.lines) / columns) if len(chart.lines) > 1 else 0
+        size = _SIZE[0], _SIZE[1] + _LEGEND_ROW * max(rows - _ROWS_INCLUDED, 0)
+        figure = Figure(figsize=size, dpi=144, layout="constrained")
         axes = figure.subplots()
         for line in chart.lines:
             _draw_line(axes, line)
         _label(axes, chart)
         if len(chart.lines) > 1:
-            columns = 1 if max(len(line.label) for line in chart.lines) > 24 else 2
             place: Any = {"loc": "outside lower left", "ncols": columns, "fontsize": 10.5}
             figure.legend(**place, handlelength=2.6, columnspacing=1.2)
         png, svg = io.BytesIO(), io.StringIO()
@@ -205,7 +220,7 @@ def draw(chart: Chart) -> Drawing:
         points = [_points(axes, line, chart) for line in chart.lines]
         (left, bottom), (right, top) = axes.get_position().get_points()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    frame = (*_svg_units(left, top), *_svg_units(right, bottom))
+    frame = (*_svg_units(figure, left, top), *_svg_units(figure, right, bottom))
     return Drawing(chart, svg.getvalue(), png.getvalue(), points, frame)
 
 
@@ -237,9 +252,18 @@ def _draw_line(axes: Axes, line: Line) -> None:
         markevery=max(1, math.ceil(len(line.x) / 12)),
         linewidth=1.5,
     )
+    if alone := _isolated(values):
+        marks = [line.x[i] for i in alone], [values[i] for i in alone]
+        axes.plot(*marks, color=_colour(line), linestyle="", marker="o", markersize=4)
     if line.spread:
         bars: Any = {"fmt": "none", "ecolor": _colour(line), "elinewidth": 1.0, "capsize": 2.5}
         axes.errorbar(line.x, values, line.spread, label=None, **bars)
+
+
+def _isolated(values: Sequence[float]) -> list[int]:
+    """Return the indices of points without a neighbor, which a line does not show."""
+    known = [False, *map(math.isfinite, values), False]
+    return [i - 1 for i in range(1, len(known) - 1) if known[i - 1 : i + 2] == [False, True, False]]
 
 
 def _label(axes: Axes, chart: Chart) -> None:
@@ -291,7 +315,7 @@ def _points(axes: Axes, line: Line, chart: Chart) -> dict[str, Any]:
     for x, y in chosen:
         drawn = lowest if axes.get_yscale() == "log" and y <= 0 else y
         place = axes.figure.transFigure.inverted().transform(axes.transData.transform((x, drawn)))
-        points.append([*_svg_units(*place), _value(x, ".4g"), _value(y, chart.shown)])
+        points.append([*_svg_units(axes.figure, *place), _value(x, ".4g"), _value(y, chart.shown)])
     return {"label": line.label, "colour": _colour(line), "points": points}
 
 
@@ -299,6 +323,7 @@ def _value(value: float, shown: str) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:{shown}}"
 
 
-def _svg_units(x: float, y: float) -> tuple[float, float]:
+def _svg_units(figure: Any, x: float, y: float) -> tuple[float, float]:
     """Convert a position in the figure (0 to 1, upward) to points from the upper left corner."""
-    return round(x * _SIZE[0] * 72, 1), round((1 - y) * _SIZE[1] * 72, 1)
+    width, height = figure.get_size_inches()
+    return round(float(x * width * 72), 1), round(float((1 - y) * height * 72), 1)

@@ -17,8 +17,16 @@ from markupsafe import Markup
 
 from llmtrain import __version__
 from llmtrain.errors import UserError, printable
+from llmtrain.evaluation.curves import Curve
 from llmtrain.evaluation.report.charts import Drawing, brief, draw, duration, inline_svg, run_charts
-from llmtrain.evaluation.report.records import RunRecord, Saving, gains, read_records, savings
+from llmtrain.evaluation.report.records import (
+    RunRecord,
+    Saving,
+    differing_windows,
+    gains,
+    read_records,
+    savings,
+)
 from llmtrain.storage.commit import write_atomically
 from llmtrain.storage.run_folder import RunFolder
 
@@ -28,8 +36,6 @@ _TRAINING_COLUMNS = (
     "step", "loss", "lr", "grad_norm", "tokens",
     "tokens_per_second", "mfu", "memory", "seconds", "skipped",
 )  # fmt: skip
-_COMPARABLE_KEYS = ("data.path", "data.block_size", "eval.tokens")
-"""Config keys that must agree for validation losses to be comparable."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,9 @@ def write_report(runs: Sequence[RunFolder], folder: Path) -> Report:
             path = record.run.path
             hint = f"train with eval.every, or run llmtrain eval {shlex.quote(str(path))}"
             raise UserError(f"{path} does not contain validation losses", hint=hint)
-    saved = sorted((row for record in records for row in savings(record)), key=lambda row: row.loss)
+    saved = [row for record in records for row in savings(record)]
+    if not differing_windows(records):
+        saved.sort(key=lambda row: row.loss)
     drawings = [draw(chart) for chart in run_charts(records)]
     for run in runs:
         run.check_output(folder)
@@ -79,7 +87,8 @@ def render_page(
     return templates.get_template("report.html").render(
         runs=records,
         savings=saved,
-        unlike=[key for key, values in settings if key in _COMPARABLE_KEYS and len({*values}) > 1],
+        unlike=differing_windows(records),
+        elsewhere=_elsewhere(records),
         drawings=drawings,
         numbers=_numbers(records),
         samples=[sample for record in records for sample in _samples(record)],
@@ -107,6 +116,20 @@ def _numbers(records: Sequence[RunRecord]) -> dict[str, Any]:
         for step in steps
     ]
     return {"names": [name for name, _ in columns], "rows": rows}
+
+
+def _elsewhere(records: Sequence[RunRecord]) -> list[tuple[str, str, int, str, str]]:
+    """Return run, label, step, loss and windows of each loss that the charts do not show."""
+    return [
+        (record.name, label, step, f"{loss:.4f}", str(windows))
+        for record in records
+        for windows, curves in record.others.items()
+        for label, step, loss in _points(curves)
+    ]
+
+
+def _points(curves: Mapping[str, Curve]) -> list[tuple[str, int, float]]:
+    return [(label, step, loss) for label, curve in curves.items() for step, loss in curve]
 
 
 def _samples(record: RunRecord) -> list[tuple[str, int, str]]:
@@ -154,15 +177,18 @@ def _setting(value: object) -> str:
 
 def _tables(records: Sequence[RunRecord], saved: Sequence[Saving]) -> dict[str, list[list[Any]]]:
     """Return the rows of each CSV file by name, header first."""
-    losses: list[list[Any]] = [["run", "weights", "step", "tokens", "hours", "loss", "gain"]]
+    losses: list[list[Any]] = [
+        ["run", "weights", "step", "tokens", "hours", "loss", "val_tokens", "gain"]
+    ]
     training: list[list[Any]] = [["run", *_TRAINING_COLUMNS]]
     for record in records:
         clock, gained = record.clock, {k: dict(curve) for k, curve in gains(record).items()}
-        for label, curve in record.curves.items():
-            for step, loss in curve:
+        for windows, curves in [(record.windows, record.curves), *record.others.items()]:
+            for label, step, loss in _points(curves):
                 place = [clock.tokens_at(step), clock.hours_at(step)]
-                gain = gained.get(label, {}).get(step)
-                losses.append([record.name, label, step, *place, loss, gain])
+                gain = gained.get(label, {}).get(step) if windows == record.windows else None
+                counted = windows.tokens if windows else None
+                losses.append([record.name, label, step, *place, loss, counted, gain])
         rows = [[record.name, *map(event.get, _TRAINING_COLUMNS)] for event in record.training]
         training += rows
     header = [field.name for field in fields(Saving)]

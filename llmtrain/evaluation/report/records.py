@@ -5,9 +5,9 @@ written again on a machine without the weights.
 """
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -16,12 +16,10 @@ import numpy as np
 from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE
 from llmtrain.config.loading import load_config
 from llmtrain.config.schema import flatten
-from llmtrain.evaluation.results import EvalResult, stored_results
+from llmtrain.evaluation.curves import Curve, Windows, main_windows, measured_curves
+from llmtrain.evaluation.results import stored_results
 from llmtrain.storage.json_files import read_events, read_json
 from llmtrain.storage.run_folder import RAW, RunFolder, step_folders
-
-Curve = list[tuple[int, float]]
-"""Points (step, loss in nats per token), sorted by step."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,11 @@ class RunRecord:
     config: dict[str, Any]
     """Dotted key → value."""
     curves: dict[str, Curve]
-    """Validation loss of raw weights, first, and of each average."""
+    """Validation loss of raw weights, first, and of each average, on the same windows."""
+    windows: Windows | None
+    """Those windows; None without a loss."""
+    others: dict[Windows, dict[str, Curve]]
+    """Losses on other windows."""
     clock: Clock
     training: list[dict[str, Any]]
     """Log lines of training steps."""
@@ -99,6 +101,8 @@ class Saving:
     label: str
     step: int
     loss: float
+    val_tokens: int | None
+    """Tokens on which the losses of the run were measured."""
     gain: float | None
     """Lowest raw loss of the run minus this loss."""
     reached: int | None
@@ -110,51 +114,19 @@ class Saving:
     hours_saved: float | None
 
 
-def loss_curves(run: RunFolder) -> dict[str, Curve]:
-    """Return the validation loss by step for raw weights, first, and each average.
-
-    Combines the results of `eval` with those of training on the same number of tokens. Averages of
-    discarded snapshots are left out.
-    """
-    results = _comparable([each for each in stored_results(run) if not each.discarded])
-    curves: dict[str, dict[int, float]] = defaultdict(dict)
-    for event in read_events(run.metrics):
-        if results and event.get("val/tokens") != results[0].tokens:
-            continue
-        for key, loss in event.items():
-            if key.startswith("val/loss") and loss is not None and math.isfinite(loss):
-                curves[key.removeprefix("val/loss").lstrip("/") or RAW][event["step"]] = loss
-    for result in results:
-        if result.step is not None:
-            curves[result.label][result.step] = result.loss
-    labels = sorted(curves, key=lambda label: (label != RAW, label))
-    return {label: sorted(curves[label].items()) for label in labels}
-
-
-def newest_results(run: RunFolder) -> list[EvalResult]:
-    """Return the newest result of raw weights and of each average, on the same windows."""
-    newest = {result.label: result for result in _comparable(stored_results(run))}
-    return list(newest.values())  # sorted by step, so the last one of each label stays
-
-
-def _comparable(results: Sequence[EvalResult]) -> list[EvalResult]:
-    """Return the largest group of results on the same validation windows; on a tie, more tokens."""
-    groups = defaultdict(list)
-    for result in results:
-        if result.split == "val":
-            groups[result.data, result.tokens, result.precision].append(result)
-    return max(groups.values(), key=lambda group: (len(group), group[0].tokens), default=[])
-
-
 def read_records(runs: Sequence[RunFolder]) -> list[RunRecord]:
     """Read the runs in the given order, each under a unique name."""
     names = [run.path.resolve().name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.path) for run in runs]
-    return [_read_record(run, name) for run, name in zip(runs, names, strict=True)]
+    measured = [measured_curves(run) for run in runs]
+    rows = zip(runs, names, measured, main_windows(measured), strict=True)
+    return [_read_record(*row) for row in rows]
 
 
-def _read_record(run: RunFolder, name: str) -> RunRecord:
+def _read_record(
+    run: RunFolder, name: str, measured: dict[Windows, dict[str, Curve]], windows: Windows | None
+) -> RunRecord:
     events = read_events(run.metrics)
     training = [event for event in events if "lr" in event]
     keys = ("step", "tokens", "seconds")
@@ -166,7 +138,9 @@ def _read_record(run: RunFolder, name: str) -> RunRecord:
         name=name,
         run=run,
         config=flatten(load_config(run.config)),
-        curves=loss_curves(run),
+        curves=measured[windows] if windows else {},
+        windows=windows,
+        others={each: curves for each, curves in measured.items() if each != windows},
         clock=Clock(*columns) if timed else Clock((), (), ()),
         training=training,
         samples=[(event["step"], str(event["sample"])) for event in events if "sample" in event],
@@ -198,6 +172,19 @@ def _provenance(run: RunFolder) -> dict[str, dict[str, Any]]:
     return found
 
 
+def differing_windows(records: Sequence[RunRecord]) -> list[str]:
+    """Return the properties of the validation windows that differ; losses are comparable if none.
+
+    Why not the configs: `eval` may have measured the losses on other tokens.
+    """
+    properties = [asdict(record.windows) for record in records if record.windows]
+    return [
+        field.name
+        for field in fields(Windows)
+        if len({each[field.name] for each in properties}) > 1
+    ]
+
+
 def savings(record: RunRecord) -> list[Saving]:
     """Return the best of raw weights and of each average, lowest loss first."""
     curves = {label: curve for label, curve in record.curves.items() if curve}
@@ -208,10 +195,11 @@ def savings(record: RunRecord) -> list[Saving]:
 def _saving(record: RunRecord, label: str, curve: Curve) -> Saving:
     step, loss = min(curve, key=lambda point: point[1])
     raw = record.curves.get(RAW)
+    count = record.windows.tokens if record.windows else None
     if not raw:
-        return Saving(record.name, label, step, loss, *[None] * 6)
+        return Saving(record.name, label, step, loss, count, *[None] * 6)
     raw_step, raw_loss = min(raw, key=lambda point: point[1])
-    row = partial(Saving, record.name, label, step, loss, raw_loss - loss)
+    row = partial(Saving, record.name, label, step, loss, count, raw_loss - loss)
     reached = next((at for at, value in curve if value <= raw_loss), None)
     if reached is None or label == RAW:
         return row(None, raw_step, None, None, None)

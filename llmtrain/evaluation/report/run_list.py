@@ -12,7 +12,7 @@ from typing import Literal
 
 from llmtrain.config.loading import load_config
 from llmtrain.errors import UserError
-from llmtrain.evaluation.report.records import Curve, loss_curves
+from llmtrain.evaluation.curves import Curve, Windows, main_windows, measured_curves
 from llmtrain.storage.json_files import read_events
 from llmtrain.storage.locks import is_locked
 from llmtrain.storage.run_folder import RAW, RunFolder, is_run
@@ -42,6 +42,8 @@ class RunEntry:
     max_steps: int | None
     raw: BestLoss | None
     average: BestLoss | None
+    windows: Windows | None
+    """Windows of both losses."""
     modified: float
     """Time of the last log line, in seconds since 1970."""
     bytes: int
@@ -60,11 +62,14 @@ def _entry(run: RunFolder) -> RunEntry:
     log = run.metrics if run.metrics.exists() else run.config
     step = max_steps = problem = None
     curves: dict[str, Curve] = {}
+    windows = None
     state: RunState = "damaged"
     try:
         max_steps = load_config(run.config).train.max_steps
         step = max((event["step"] for event in read_events(run.metrics)), default=0)
-        curves = loss_curves(run)
+        measured = measured_curves(run)
+        (windows,) = main_windows([measured])
+        curves = measured[windows] if windows else {}
         state = "finished" if step >= max_steps else "interrupted"
     except UserError as error:
         problem = str(error)
@@ -77,6 +82,7 @@ def _entry(run: RunFolder) -> RunEntry:
         max_steps=max_steps,
         raw=_best(raw),
         average=_best(curves),
+        windows=windows,
         modified=log.stat().st_mtime,
         bytes=_size(run.path),
         problem=problem,
