@@ -160,7 +160,8 @@ def _record_and_flush(folder: Path) -> None:
         if not record.exists():
             write_integrity(folder)
         list(flushed)
-    for path in files:  # safetensors creates files that only their owner reads
+    # safetensors creates files that only their owner reads. Files with several names are shared.
+    for path in (path for path in files if path.stat().st_nlink <= 1):
         with unless_unsupported("file permissions", path):
             path.chmod(record.stat().st_mode)
     for path in (record, *(path for path in folder.rglob("*") if path.is_dir())):

@@ -58,7 +58,8 @@ class RunFolder:
     def reject_links(self) -> None:
         """Raise UserError if a folder of the run that commands write to is a symbolic link."""
         folders = [self.snapshots, self.states, self.averages, self.evals, self.report]
-        folders += [self.path / "tensorboard", self.path / "wandb", *self.averages.glob("[!.]*")]
+        folders += [self.tokenizer, self.path / "tensorboard", self.path / "wandb"]
+        folders += self.averages.glob("[!.]*")
         for folder in folders:
             reject_links(self.path, folder)
 

@@ -145,13 +145,24 @@ def test_removing_or_replacing_a_linked_folder_keeps_its_target(place: Path, vic
     assert is_untouched(victim)
 
 
-@pytest.mark.parametrize("where", ["snapshots", "state", "averages", "averages/ema", "evals"])
+@pytest.mark.parametrize(
+    "where", ["snapshots", "state", "averages", "averages/ema", "evals", "tokenizer"]
+)
 def test_links_inside_a_run_are_rejected(place: Path, victim: Path, where: str) -> None:
     path = place / where
     path.parent.mkdir(exist_ok=True)
     path.symlink_to(victim)
     with pytest.raises(UserError, match=f"cannot write to .*{where}: it is a symbolic link inside"):
         RunFolder(place).reject_links()
+
+
+def test_a_commit_changes_the_permissions_of_its_own_files_only(place: Path, victim: Path) -> None:
+    (victim / "file").chmod(0o600)
+    with staged_folder(place / "t") as folder:
+        (folder / "shared").hardlink_to(victim / "file")
+        (folder / "own").touch(mode=0o600)
+    assert (victim / "file").stat().st_mode & 0o777 == 0o600
+    assert (place / "t" / "own").stat().st_mode & 0o044
 
 
 def test_links_to_a_run_and_above_it_are_accepted(place: Path, tmp_path: Path) -> None:
