@@ -42,6 +42,9 @@ def inspect(
         return
     columns = "step tensors parameters dtypes norm distance hash path"
     _print_table(None, columns, [_row(facts) for facts in found])
+    if zeros := max((facts.zero_biases for facts in found), default=0):
+        note = "zero biases that the Hugging Face layout adds are not counted as parameters"
+        console.print(f"{zeros:,} {note}", markup=False)
     for facts in found:
         if facts.provenance is not None:
             _print_inputs(facts.path, facts.provenance)

@@ -152,6 +152,7 @@ def _merge_group(
                 integers=options.integers,
                 progress=progress,
                 verify=verify,
+                distances=options.strict or not own,
             )
         except (DamagedFile, FileNotFoundError):
             _require_unchanged(files)

@@ -11,6 +11,7 @@ from llmtrain.averaging import audit
 from llmtrain.averaging.merge import merge
 from llmtrain.averaging.trajectory import outliers
 from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE, Checkpoint, load_origin
+from llmtrain.checkpoints.gpt2_folder import added_biases
 from llmtrain.checkpoints.open import is_checkpoint
 from llmtrain.checkpoints.resolve import resolve
 from llmtrain.checkpoints.series import Input, folder_series, local_input, require_same_tensors
@@ -47,6 +48,9 @@ class Facts:
     path: str
     tensors: list[TensorFacts]
     parameters: int
+    """Number of weights, without `zero_biases`."""
+    zero_biases: int
+    """Number of zeros that Hugging Face's layout adds to a model without biases."""
     bytes: int
     dtypes: dict[str, int]
     """Number of tensors by dtype."""
@@ -138,6 +142,7 @@ def _facts(checkpoint: Checkpoint, digests: audit.InputDigests, measured: Measur
     origin, provenance = checkpoint.origin, checkpoint.folder / PROVENANCE_FILE
     norm, distance, problems = measured
     specs = checkpoint.tensors
+    zeros = sum(specs[name].count for name in added_biases(checkpoint.folder, specs))
     return Facts(
         step=checkpoint.step or None,
         path=checkpoint.location,
@@ -145,7 +150,8 @@ def _facts(checkpoint: Checkpoint, digests: audit.InputDigests, measured: Measur
             TensorFacts(name, spec.dtype, spec.shape, norm.get(name), distance.get(name))
             for name, spec in specs.items()
         ],
-        parameters=sum(spec.count for spec in specs.values()),
+        parameters=sum(spec.count for spec in specs.values()) - zeros,
+        zero_biases=zeros,
         bytes=sum(spec.bytes for spec in specs.values()),
         dtypes=dict(Counter(spec.dtype for spec in specs.values())),
         blake3=digests.combined.as_json().get("blake3"),

@@ -5,7 +5,7 @@ read them without an export. The layout differs from our model in two points: li
 (in, out), as in GPT-2's Conv1D, and biases always exist (zero for a model without biases).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,15 @@ def zero_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in tensors.items()
         if name.endswith((*_CONV1D, *_LAYER_NORMS))
     }
+
+
+def added_biases(folder: Path, names: Iterable[str]) -> set[str]:
+    """Return which of `names` are zero biases of a model without biases, see `zero_biases`."""
+    config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    own = config.get("llmtrain")
+    if not isinstance(own, dict) or own.get("bias") is not False:
+        return set()
+    return {name for name in names if name.endswith(".bias")}
 
 
 def hugging_face_config(shape: Shape) -> dict[str, Any]:

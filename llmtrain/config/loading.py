@@ -186,7 +186,7 @@ def _message(error: ErrorDetails) -> str:
         case "value_error":
             return error["msg"].removeprefix("Value error, ")
         case kind:
-            return f"{_MESSAGES.get(kind, error['msg'])} (got {error['input']!r})"
+            return f"{_MESSAGES.get(kind, error['msg'])} (got {error['input']!r:.60})"
 
 
 def _suggest_key(location: tuple[int | str, ...]) -> str:

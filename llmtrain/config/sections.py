@@ -10,10 +10,10 @@ def _whole_float_to_int(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Int = Annotated[int, BeforeValidator(_whole_float_to_int)]
-"""Integer; whole floats such as 7e4 are accepted."""
-Positive = Annotated[Int, Field(gt=0, lt=2**63)]
-Natural = Annotated[Int, Field(ge=0, lt=2**63)]
+Int = Annotated[int, BeforeValidator(_whole_float_to_int), Field(lt=2**63)]
+"""Integer of at most 64 bits; whole floats such as 7e4 are accepted."""
+Positive = Annotated[Int, Field(gt=0)]
+Natural = Annotated[Int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]

@@ -78,7 +78,11 @@ def _read(reader: Reader, source: Checkpoint, name: str) -> Tensor:
     buffer = np.empty(spec.count * ITEM_BYTES[spec.dtype], dtype=np.uint8)
     values = np.empty(spec.count)
     to_float64(reader.read(name, 0, spec.count, buffer), spec.dtype, values)
-    tensor = torch.from_numpy(values.astype(np.float32)).view(spec.shape)
+    with np.errstate(over="ignore"):
+        tensor = torch.from_numpy(values.astype(np.float32)).view(spec.shape)
+    if not tensor.isfinite().all():
+        problem = f"{source.location}: {name} contains NaN, infinity or values beyond float32"
+        raise UserError(problem, hint="choose weights from before the training diverged")
     return transpose_conv1d(name, tensor)
 
 

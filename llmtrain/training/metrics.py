@@ -32,8 +32,12 @@ def format_training(event: Event, eta: float) -> str:
     return (
         f"{event['step']:>9,}  {event['loss']:>8.4f}  {event['lr']:>9.3e}  "
         f"{event['grad_norm']:>9.3f}  {event['tokens_per_second']:>9,.0f}  {mfu:>6}  "
-        f"{timedelta(seconds=round(eta))!s:>8}"
+        f"{_format_eta(eta):>8}"
     )
+
+
+def _format_eta(seconds: float) -> str:
+    return "> 999 d" if seconds >= 999 * 86_400 else str(timedelta(seconds=round(seconds)))
 
 
 def format_evaluation(event: Event) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_runs import MakeRun, model_at, write_checkpoint
+from tiny_runs import MakeRun, model_at, weights_at, write_checkpoint
 
 from llmtrain.averaging.average import average
 from llmtrain.averaging.inspection import inspect_path
@@ -39,6 +39,14 @@ def test_facts_of_a_series(tmp_path: Path) -> None:
     assert facts["embed.weight"].norm == pytest.approx(b["embed.weight"].double().norm().item())
     assert facts["position_ids"].norm is None
     assert second.problems == []
+
+
+def test_zero_biases_of_the_layout_are_not_parameters(make_run: MakeRun) -> None:
+    for facts in inspect_path(make_run([10]).path):
+        expected = sum(tensor.numel() for tensor in weights_at(10).values())
+        assert facts.parameters == expected
+        stored = sum(math.prod(tensor.shape) for tensor in facts.tensors)
+        assert stored == expected + facts.zero_biases > expected
 
 
 def test_average_has_provenance(make_run: MakeRun) -> None:

@@ -163,6 +163,15 @@ def test_errors_in_overrides_name_the_option(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("value", ["1" + 4000 * "0", "1e300", str(2**63)])
+@pytest.mark.parametrize("key", ["train.max_steps", "train.micro_batch", "log.every"])
+def test_integers_beyond_64_bits_are_one_short_error(tmp_path: Path, key: str, value: str) -> None:
+    path = write(tmp_path, GOOD)
+    with pytest.raises(UserError, match="should be less than 922337203685477") as caught:
+        load_config(path, [f"{key}={value}"])
+    assert len(str(caught.value)) < 500
+
+
 def test_override_fills_empty_section(tmp_path: Path) -> None:
     text = GOOD.replace("  lr: 6e-3", "")
     assert load_config(write(tmp_path, text), ["optimizer.lr=1e-3"]).optimizer.lr == 1e-3

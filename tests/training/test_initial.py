@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from preparations import prepare
+from safetensors.torch import load_file, save_file
 from tiny_training import Build, quiet
 from transformers import GPT2Config, GPT2LMHeadModel
 from worlds import train_together
@@ -49,6 +50,19 @@ def test_a_public_model_gives_its_own_logits(tiny: Build, public: Path) -> None:
     torch.testing.assert_close(model.logits(tokens)[..., :260], expected, rtol=1e-5, atol=1e-5)
     fresh = GPT(config.model, 16, config.seed).transformer.wte.weight[260:]
     assert torch.equal(model.transformer.wte.weight[260:], fresh)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("value", [1e300, float("nan")])
+def test_weights_that_float32_cannot_hold_are_rejected(
+    tiny: Build, public: Path, value: float
+) -> None:
+    path = public / "model.safetensors"
+    tensors = {name: tensor.double() for name, tensor in load_file(path).items()}
+    tensors["transformer.wte.weight"][0, 0] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"wte.weight contains NaN, infinity or values beyond"):
+        begun(public, biased(tiny))
 
 
 def test_a_nanogpt_file_is_read(tiny: Build, tmp_path: Path) -> None:

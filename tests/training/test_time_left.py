@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tiny_training import Build, quiet
 
-from llmtrain.training.metrics import MetricsLog
+from llmtrain.training.metrics import MetricsLog, format_training
 from llmtrain.training.time_left import WINDOW, TimeLeft
 from llmtrain.training.trainer import Trainer
 
@@ -58,3 +58,10 @@ def test_the_eta_of_a_run_ignores_a_slow_step(
     config = tiny(train__max_steps=24, log={"every": 1})
     quiet(config, tmp_path / "run")
     assert predicted[20] < 2  # three steps are left; the last one alone predicts nine seconds
+
+
+def test_an_eta_beyond_a_thousand_days_is_shortened() -> None:
+    event: dict[str, Any] = dict.fromkeys(("step", "loss", "lr", "grad_norm"), 1)
+    event |= {"tokens_per_second": 1.0, "mfu": None}
+    for eta, text in ((3661.0, " 1:01:01"), (1e9, "> 999 d"), (1e300, "> 999 d")):
+        assert format_training(event, eta).endswith(text)
