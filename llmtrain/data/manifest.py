@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -18,7 +19,7 @@ from pydantic import (
 
 from llmtrain.errors import UserError
 from llmtrain.storage import commit
-from llmtrain.storage.integrity import blake3_of, sha256_of
+from llmtrain.storage.integrity import Algorithm, Digest, digest_of, mismatch
 from llmtrain.storage.json_files import require_regular_file
 
 MANIFEST_FILE = "manifest.json"
@@ -49,13 +50,19 @@ class _FileRecord(_Record):
     blake3: HexHash | None = None
     sha256: HexHash | None = None
 
-    def hash_problem(self, path: Path) -> str | None:
-        """Return an error message if the file at `path` has another hash, else None."""
+    @property
+    def digest(self) -> Digest:
+        """The recorded hash."""
         if self.blake3 is not None:
-            matches, algorithm = blake3_of(path) == self.blake3, "BLAKE3"
-        else:
-            matches, algorithm = sha256_of(path) == self.sha256, "SHA-256"
-        return None if matches else f"{path} does not have the recorded {algorithm}"
+            return Digest("blake3", self.blake3)
+        return Digest("sha256", str(self.sha256))
+
+    def hash_problem(
+        self, path: Path, compute: Callable[[Path, Algorithm], Digest] = digest_of
+    ) -> str | None:
+        """Return an error message if the file at `path` has another hash, else None."""
+        found = compute(path, self.digest.algorithm)
+        return None if found == self.digest else mismatch(path, found)
 
     @model_serializer(mode="wrap")
     def _with_one_hash(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:

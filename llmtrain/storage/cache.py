@@ -7,11 +7,12 @@ preserve the size and the mtime, but no program can set the ctime.
 import hashlib
 import os
 import re
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from llmtrain.errors import WriteFailed
+from llmtrain.errors import UserError, WriteFailed
 from llmtrain.storage.commit import write_atomically
 from llmtrain.storage.integrity import Algorithm, Digest, digest_of
 
@@ -28,15 +29,16 @@ def cache_folder() -> Path:
 
 def file_identity(path: Path) -> tuple[int, ...]:
     """Return device, inode, size, mtime and ctime: equal as long as the file is unchanged."""
-    stat = path.stat()
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    info = path.stat()
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
 
 def cached_digest(path: Path, algorithm: Algorithm = "blake3") -> Digest:
     """Return the digest of a file; compute it only if the file changed since the last time."""
-    entry = _entry(file_identity(path), algorithm)
-    with suppress(OSError, UnicodeDecodeError):  # not cached, or damaged: compute it
-        if re.fullmatch(r"[0-9a-f]{64}", known := entry.read_text()):
+    # Without a usable cache, the next call computes it again. RuntimeError: no home folder.
+    with suppress(OSError, UnicodeDecodeError, RuntimeError):
+        known = _entry(file_identity(path), algorithm).read_text()
+        if re.fullmatch(r"[0-9a-f]{64}", known):
             return Digest(algorithm, known)
     return computed_digest(path, algorithm)
 
@@ -47,11 +49,16 @@ def computed_digest(path: Path, algorithm: Algorithm = "blake3") -> Digest:
     digest = digest_of(path, algorithm)
     settled = time.time_ns() - before[-1] > _SETTLED_NS
     if settled and file_identity(path) == before:
-        with suppress(OSError, WriteFailed):  # the next call computes it again
+        with suppress(OSError, UserError, WriteFailed, RuntimeError):
             write_atomically(_entry(before, algorithm), digest.hex)
     return digest
 
 
 def _entry(identity: tuple[int, ...], algorithm: Algorithm) -> Path:
-    name = hashlib.sha256(f"{algorithm} {identity}".encode()).hexdigest()
-    return cache_folder() / "digests" / name
+    """Return the file with a cached digest, in a folder that only this user can change."""
+    folder = cache_folder() / "digests"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    info = folder.stat()
+    if info.st_uid != os.getuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{folder} can be changed by other users")
+    return folder / hashlib.sha256(f"{algorithm} {identity}".encode()).hexdigest()

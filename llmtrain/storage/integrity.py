@@ -176,18 +176,19 @@ def _problem(path: Path, expected: FileRecord, *, hashes: bool) -> str | None:
     if (size := path.stat().st_size) != expected.bytes:
         return f"{path} has {size:,} bytes instead of {expected.bytes:,}"
     if hashes and (found := digest_of(path, expected.digest.algorithm)) != expected.digest:
-        return _mismatch(path, found)
+        return mismatch(path, found)
     return None
 
 
-def _mismatch(path: Path, found: Digest) -> str:
+def mismatch(path: Path, found: Digest) -> str:
+    """Return the error message for a file whose digest is not the recorded one."""
     return f"{path} does not have the recorded {_TITLES[found.algorithm]}"
 
 
 def require_recorded(path: Path, found: Digest, recorded: Digest) -> None:
     """Raise DamagedFile unless the digest of a file is the recorded one."""
     if found != recorded:
-        raise DamagedFile(_mismatch(path, found))
+        raise DamagedFile(mismatch(path, found))
 
 
 def recorded_digests(folder: Path, unread: tuple[str, ...] = ()) -> dict[str, Digest]:

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from tiny_training import Build
 
 from llmtrain.config.loading import dump_config
 from llmtrain.config.schema import RunConfig
-from llmtrain.data.manifest import ShardRecord
 from llmtrain.data.shard_check import require_intact
 from llmtrain.data.shards import HEADER_BYTES, TokenFile
 from llmtrain.data.token_data import open_data
 from llmtrain.errors import UserError
+from llmtrain.storage import cache
+from llmtrain.storage.integrity import Algorithm, Digest, digest_of
 from llmtrain.storage.run_folder import RunFolder
 
 CHANGED = "the data has changed since it was prepared: "
@@ -29,9 +30,19 @@ def data(data_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files hashed so far, with an empty cache and a clock by which all files are old."""
+    paths: list[Path] = []
+
+    def record(path: Path, algorithm: Algorithm = "blake3") -> Digest:
+        paths.append(path)
+        return digest_of(path, algorithm)
+
+    later = time.time_ns() + 10 * 10**9
     monkeypatch.setenv("LLMTRAIN_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "intact-shards"
+    monkeypatch.setattr(time, "time_ns", lambda: later)
+    monkeypatch.setattr(cache, "digest_of", record)
+    return paths
 
 
 def change(folder: Path, split: str = "train") -> None:
@@ -49,79 +60,19 @@ def files(folder: Path) -> list[TokenFile]:
     return [*data.files["train"], *data.files["val"]]
 
 
-class Counting(ShardRecord):
-    """A record that counts how often its shard is hashed."""
-
-    hashed: list[Path]
-
-    def hash_problem(self, path: Path) -> str | None:
-        self.hashed.append(path)
-        return super().hash_problem(path)
-
-
-def counted(folder: Path) -> tuple[TokenFile, list[Path]]:
-    """Return the training shard and the list of the times it was hashed."""
-    file = files(folder)[0]
-    assert file.record is not None
-    record = Counting(**file.record.model_dump(), hashed=[])
-    return TokenFile(file.path, file.tokens, file.offset, record), record.hashed
-
-
-def test_a_shard_is_hashed_once_and_again_after_a_change(data: Path, cache: Path) -> None:
-    file, hashed = counted(data)
+def test_a_shard_is_hashed_once_and_again_after_a_change(data: Path, hashed: list[Path]) -> None:
+    file = files(data)[0]
     require_intact([file, file])
     require_intact([file])
     assert hashed == [file.path]
-    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
     change(data)
-    for times in (2, 3):
+    for _ in range(2):
         with pytest.raises(UserError, match=r"train-00000\.bin does not have the recorded BLAKE3"):
             require_intact([file])
-        assert len(hashed) == times
+    assert hashed == [file.path] * 2
     shutil.rmtree(data)
     with pytest.raises(UserError, match=r"cannot read .*train-00000\.bin: No such file"):
         require_intact([file])
-
-
-def damaged(path: Path) -> None:
-    path.write_bytes(b"\xff\n")
-
-
-def replaced_by_a_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def writable_by_others(path: Path) -> None:
-    path.parent.chmod(0o777)
-
-
-def without_a_folder(path: Path) -> None:
-    shutil.rmtree(path.parent)
-    path.parent.write_text("not a folder")
-
-
-@pytest.mark.parametrize(
-    "spoil", [damaged, replaced_by_a_folder, writable_by_others, without_a_folder]
-)
-def test_an_unusable_cache_means_hashing_again(
-    data: Path, cache: Path, spoil: Callable[[Path], None]
-) -> None:
-    file, hashed = counted(data)
-    require_intact([file])
-    (entry,) = cache.iterdir()
-    spoil(entry)
-    require_intact([file])
-    assert len(hashed) == 2
-
-
-def test_the_cache_respects_xdg_cache_home(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("LLMTRAIN_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    require_intact(files(data))
-    assert len(list((tmp_path / "xdg" / "llmtrain" / "intact-shards").iterdir())) == 2
 
 
 def write_config(folder: Path, config: RunConfig) -> Path:
@@ -132,7 +83,7 @@ def write_config(folder: Path, config: RunConfig) -> Path:
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_training_on_changed_data_commits_no_weights(
-    tiny: Build, data: Path, tmp_path: Path, cache: Path, split: str
+    tiny: Build, data: Path, tmp_path: Path, hashed: list[Path], split: str
 ) -> None:
     change(data, split)
     config = write_config(tmp_path, tiny(data__path=str(data)))
@@ -145,7 +96,7 @@ def test_training_on_changed_data_commits_no_weights(
 
 
 def test_resuming_with_changed_data_is_refused(
-    tiny: Build, data: Path, tmp_path: Path, cache: Path
+    tiny: Build, data: Path, tmp_path: Path, hashed: list[Path]
 ) -> None:
     config = write_config(tmp_path, tiny(data__path=str(data)))
     command: list[Any] = ["pretrain", "--config", config, "--run-dir", "run"]
@@ -162,7 +113,7 @@ def test_resuming_with_changed_data_is_refused(
 
 
 def test_evaluating_changed_data_stores_no_result(
-    tiny: Build, data: Path, tmp_path: Path, cache: Path
+    tiny: Build, data: Path, tmp_path: Path, hashed: list[Path]
 ) -> None:
     config = write_config(tmp_path, tiny(data__path=str(data)))
     assert invoke("pretrain", "--config", config, "--run-dir", "run", cwd=tmp_path).code == 0
@@ -177,7 +128,7 @@ def test_evaluating_changed_data_stores_no_result(
 
 @pytest.mark.slow
 def test_all_processes_stop_and_one_error_is_printed(
-    tiny: Build, data: Path, tmp_path: Path, cache: Path, llmtrain: Callable[..., Any]
+    tiny: Build, data: Path, tmp_path: Path, hashed: list[Path], llmtrain: Callable[..., Any]
 ) -> None:
     change(data)
     config = write_config(tmp_path, tiny(data__path=str(data)))

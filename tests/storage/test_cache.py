@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import stat
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -87,14 +89,46 @@ def test_a_file_changed_just_now_is_not_cached(tmp_path: Path) -> None:
     assert not cache._entry(cache.file_identity(path), "blake3").exists()
 
 
-def test_a_damaged_or_unwritable_cache_is_ignored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def damaged(entry: Path) -> None:
+    entry.write_bytes(b"\xff half")
+
+
+def replaced_by_a_folder(entry: Path) -> None:
+    entry.unlink()
+    entry.mkdir()
+
+
+def writable_by_others(entry: Path) -> None:
+    entry.write_text("0" * 64)
+    entry.parent.chmod(0o777)
+
+
+def without_a_folder(entry: Path) -> None:
+    shutil.rmtree(entry.parent)
+    entry.parent.write_text("not a folder")
+
+
+@pytest.mark.parametrize(
+    "spoil", [damaged, replaced_by_a_folder, writable_by_others, without_a_folder]
+)
+def test_an_unusable_cache_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None]
 ) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"one")
+    monkeypatch.setenv("LLMTRAIN_CACHE", str(tmp_path / "cache"))
     settle(monkeypatch)
     expected = computed_digest(path)
-    cache._entry(cache.file_identity(path), "blake3").write_bytes(b"\xff half")
+    (entry,) = (tmp_path / "cache" / "digests").iterdir()
+    assert stat.S_IMODE(entry.parent.stat().st_mode) == 0o700
+    spoil(entry)
     assert cached_digest(path) == expected
-    monkeypatch.setenv("LLMTRAIN_CACHE", str(path / "not a folder"))
-    assert cached_digest(path) == expected
+
+
+def test_the_cache_respects_xdg_cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLMTRAIN_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    settle(monkeypatch)
+    (tmp_path / "file").write_bytes(b"one")
+    computed_digest(tmp_path / "file")
+    assert len(list((tmp_path / "llmtrain" / "digests").iterdir())) == 1

@@ -1,0 +1,6 @@
+"""What `scripts/torture` and `scripts/power_loss` share: kills and power losses of real commands.
+
+workload.py    the commands, and the comparison of their results with an undisturbed run
+trace.py       the file system calls of a command, recorded by strace
+disk.py        what a disk may contain after a power loss at any of these calls
+"""
