@@ -99,13 +99,15 @@ def main_windows(
 ) -> list[Windows | None]:
     """Return the windows to show of each run: those that all share, else each run's own.
 
-    Among several, those with the most losses win; on a tie, those with more tokens.
+    Among several, those with the most tokens over all losses win, so that a quick `eval` on a few
+    tokens does not replace the curve of training.
     """
     shared = set.intersection(*(set(each) for each in measured))
 
     def size(windows: Windows) -> tuple[int, int]:
         curves = [curve for each in measured for curve in each.get(windows, {}).values()]
-        return sum(map(len, curves)), windows.tokens or 0
+        count = sum(map(len, curves))
+        return count * (windows.tokens or 0), count
 
     return [max(shared or each, key=size, default=None) for each in measured]
 

@@ -234,14 +234,10 @@ def test_a_result_with_other_fields_is_measured_again(run: RunFolder) -> None:
 
 def test_curves_compare_equal_windows_only(run: RunFolder) -> None:
     measure_all(find_targets(run.path, every_snapshot=False), EvalOptions(tokens=50))
-    curves = loss_curves(run)
-    assert [step for step, _ in curves["raw"]] == [
-        4,
-        8,
-        12,
-    ]  # training measured step 6 on more tokens
+    # Training measured steps 6 and 12 on more tokens.
+    assert [step for step, _ in loss_curves(run)["raw"]] == [6, 12]
     measure_all(find_targets(run.path, every_snapshot=False))
-    assert {row.tokens for row in newest_results(run)} != {49}
+    assert newest_results(run)[0].tokens > newest_results(run)[-1].tokens == 49
     assert [step for step, _ in loss_curves(run)["raw"]] == [4, 6, 8, 12]
 
 
