@@ -149,7 +149,7 @@ def commit_folder(folder: Path, target: Path, *, replaced: Path | None = None) -
     fsync_path(folder)
     require_held(folder)
     if replaced is not None and os.path.lexists(target):
-        target.rename(replaced)
+        rename_durably(target, replaced)  # with the marker, by which it is found again
     folder.rename(target)
     fsync_path(target.parent)
 
