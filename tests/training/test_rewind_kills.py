@@ -84,7 +84,7 @@ def test_a_rewind_killed_between_any_two_system_calls_loses_nothing(
         killed = run_until(config, parts.path, kill)
         assert_same_run(whole, quiet(config, parts.path) if killed else parts)
         assert events(parts, parts.rewound_metrics) == discarded, f"after {calls} calls"
-        # A temporary folder may stay: the lock of its writer is open until this process ends.
+        # A kill between two calls of a cleanup may leave an empty temporary folder.
         names = [path.name for path in parts.snapshots.glob("step-*")]
         assert sorted(names) == sorted(path.name for path in whole.snapshots.glob("step-*"))
         shutil.rmtree(parts.path)
