@@ -12,7 +12,7 @@ from llmtrain.checkpoints import windows
 from llmtrain.checkpoints.checkpoint import Checkpoint, recorded_digests
 from llmtrain.checkpoints.open import is_checkpoint, open_checkpoint
 from llmtrain.checkpoints.step_names import StepName, parse_series
-from llmtrain.config.loading import load_config
+from llmtrain.config.warmup import warmup_steps
 from llmtrain.errors import UserError
 from llmtrain.storage.integrity import Digest
 from llmtrain.storage.json_files import read_json
@@ -89,7 +89,7 @@ class Series:
 
 def run_series(run: RunFolder) -> Series:
     """Return the snapshots of a run after warm-up; earlier ones make averages worse than raw."""
-    warmup = load_config(run.config).schedule.warmup_steps
+    warmup = warmup_steps(run.config)
     snapshots = step_folders(run.snapshots)
     inputs = {step: local_input(step, path) for step, path in snapshots.items() if step > warmup}
     if not inputs:

@@ -125,7 +125,9 @@ def _marked(build: Path, target: Path, marker: str, *, wait: bool = False) -> It
 
 
 def _require_ours(build: Path, marker: str) -> None:
-    """Raise UserError unless `build` is a folder that is empty or marked as ours."""
+    """Raise UserError unless `build` is a folder that is empty or marked as ours, or missing."""
+    if not os.path.lexists(build):
+        return  # another process cleaned up just now
     if is_real_folder(build) and (os.path.lexists(build / marker) or not any(build.iterdir())):
         return
     raise UserError(
@@ -147,7 +149,7 @@ def commit_folder(folder: Path, target: Path, *, replaced: Path | None = None) -
     fsync_path(folder)
     require_held(folder)
     if replaced is not None and os.path.lexists(target):
-        target.rename(replaced)
+        rename_durably(target, replaced)  # with the marker, by which it is found again
     folder.rename(target)
     fsync_path(target.parent)
 
@@ -226,6 +228,9 @@ def remove_abandoned(parent: Path, target: Path | None = None) -> None:
 
     Raise UserError if a running process builds `target`.
     """
+    for build in _named_builds(parent):
+        with contextlib.suppress(OSError):  # it is not empty
+            build.rmdir()  # of a process killed before it created the marker or after it removed it
     for build in _builds(parent):
         try:
             with try_locked(build / _MARKER):
@@ -239,15 +244,13 @@ def remove_abandoned(parent: Path, target: Path | None = None) -> None:
             continue  # it cannot be locked, or it is gone
 
 
-def _builds(parent: Path) -> list[Path]:
+def _named_builds(parent: Path) -> list[Path]:
     found = parent.glob(f"{TEMPORARY_PREFIX}*-*")
-    return [
-        path
-        for path in found
-        if _BUILD_NAME.fullmatch(path.name)
-        and is_real_folder(path)
-        and os.path.lexists(path / _MARKER)
-    ]
+    return [path for path in found if _BUILD_NAME.fullmatch(path.name) and is_real_folder(path)]
+
+
+def _builds(parent: Path) -> list[Path]:
+    return [path for path in _named_builds(parent) if os.path.lexists(path / _MARKER)]
 
 
 def _target(build: Path) -> Path:

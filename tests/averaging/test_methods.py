@@ -1,5 +1,7 @@
 """Every method in every dtype equals a float64 sum; properties of the merge."""
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ from llmtrain.checkpoints.open import open_checkpoint
 from llmtrain.checkpoints.series import folder_series
 from llmtrain.checkpoints.tensors import round_to, to_float64
 from llmtrain.errors import UserError
+from llmtrain.storage.integrity import write_integrity
 
 STEPS = (100, 200, 300, 400, 500, 600)
 
@@ -359,3 +362,24 @@ def test_no_drift_over_a_thousand_windows(tmp_path: Path) -> None:
         exact: Tensor = torch.from_numpy(walk[last - 5 : last].astype(np.float64).mean(0))
         assert ulps(load_file(result.spec.target / "model.safetensors")["w"], exact) == 0
     assert math.isfinite(float(walk.sum()))
+
+
+def test_an_average_of_an_earlier_version_is_recognized(tmp_path: Path) -> None:
+    """Its provenance has the SHA-256 of inputs without a record."""
+    root = make_series(tmp_path / "series")
+    (first,) = run(root, every=100)
+    path = first.spec.target / "provenance.json"
+    document = json.loads(path.read_text())
+    for source in document["inputs"]:
+        del source["blake3"], source["blake3_source"]
+        weights = Path(source["path"]) / "model.safetensors"
+        source["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        source["sha256_source"] = "computed"
+    path.write_text(json.dumps(document))
+    write_integrity(first.spec.target)
+    assert run(root, every=100)[0].cached
+    document["inputs"][0]["sha256"] = "0" * 64
+    path.write_text(json.dumps(document))
+    write_integrity(first.spec.target)
+    with pytest.raises(UserError, match="is not the average of these checkpoints"):
+        run(root, every=100)

@@ -269,7 +269,7 @@ def test_a_missing_ray_package_is_reported(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "spark"}, "unknown engine 'spark'"),
+        ({"engine": "spark"}, "--engine 'spark' is unknown"),
         ({"engine": "ray", "workers": 2}, "--workers counts local threads"),
         ({"ray_address": "auto"}, "--ray-address needs --engine ray"),
     ],

@@ -198,7 +198,7 @@ def test_the_report_has_no_foreign_markup(hostile: Path) -> None:
     assert "FORGED # [bold]`|*<b>" not in page
     assert "&lt;b&gt;" in page
     with (hostile / "page/losses.csv").open(newline="") as file:
-        assert {len(row) for row in csv.reader(file)} == {7}
+        assert {len(row) for row in csv.reader(file)} == {8}
 
 
 @pytest.mark.slow

@@ -147,6 +147,15 @@ def test_clean_up_deletes_only_files_of_killed_processes(
     }
 
 
+def test_an_empty_build_folder_is_deleted(tmp_path: Path) -> None:
+    """A kill before the marker exists, or after it was removed, leaves one."""
+    for name in (".tmp-12-step", ".tmp-13-step"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".tmp-13-step" / "file").write_text("of another program")
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".tmp-13-step"}
+
+
 def test_similar_names_of_other_programs_are_kept(tmp_path: Path) -> None:
     """A config may be in a folder with unrelated files."""
     for name in (".tmp-2024-notes", ".tmp-cache.lock"):

@@ -84,8 +84,9 @@ def test_a_rewind_killed_between_any_two_system_calls_loses_nothing(
         killed = run_until(config, parts.path, kill)
         assert_same_run(whole, quiet(config, parts.path) if killed else parts)
         assert events(parts, parts.rewound_metrics) == discarded, f"after {calls} calls"
-        names = [path.name for path in parts.snapshots.iterdir()]
-        assert sorted(names) == sorted(path.name for path in whole.snapshots.iterdir())
+        # A kill between two calls of a cleanup may leave an empty temporary folder.
+        names = [path.name for path in parts.snapshots.glob("step-*")]
+        assert sorted(names) == sorted(path.name for path in whole.snapshots.glob("step-*"))
         shutil.rmtree(parts.path)
         calls += 1
     assert calls > 30
