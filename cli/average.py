@@ -19,7 +19,7 @@ from llmtrain.averaging.request import (
 )
 from llmtrain.errors import UserError
 
-from .common import help_of, warn
+from .common import help_of, local_folder, warn
 
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
 
@@ -77,7 +77,7 @@ def average(
     show_weights: Annotated[
         bool, _option("Print the weights and stop.", _METHOD, "--show-weights")
     ] = False,
-    out: Annotated[Path | None, _field("out", _OUTPUT)] = None,
+    out: Annotated[Path | None, _field("out", _OUTPUT, callback=local_folder)] = None,
     dtype: Annotated[Dtype | None, _option(help_of(MergeOptions, "dtype"), _OUTPUT)] = None,
     as_json: Annotated[bool, _option("Print the result as JSON.", _OUTPUT, "--json")] = False,
     checks: Annotated[str, _option(_CHECKS_HELP, _INPUTS)] = "",

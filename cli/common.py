@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_type_hints
 
 import typer
@@ -22,7 +23,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 from typing_extensions import Doc
 
-from llmtrain.errors import StorageWarning, printable
+from llmtrain.errors import StorageWarning, UserError, printable
 
 if TYPE_CHECKING:
     from llmtrain.runtime.signals import Interrupt
@@ -80,6 +81,14 @@ def help_of(cls: type, field: str) -> str:
     """Return the `Doc` text of a dataclass field, the help of the option that sets it."""
     hint = get_type_hints(cls, include_extras=True)[field]
     return next(each.documentation for each in hint.__metadata__ if isinstance(each, Doc))
+
+
+def local_folder(path: Path | None) -> Path | None:
+    """Raise UserError if an option that takes a local folder got a URL."""
+    if path is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        problem = f"{path} is a URL, and this command writes to local folders only"
+        raise UserError(problem, hint="choose a local folder, and upload it afterwards")
+    return path
 
 
 def print_json(document: object) -> None:

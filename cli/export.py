@@ -10,6 +10,7 @@ from .common import (
     WeightsArgument,
     console,
     err_console,
+    local_folder,
     print_json,
     print_selection,
     warn,
@@ -17,7 +18,9 @@ from .common import (
 
 
 def export(
-    to: Annotated[Path, typer.Option(metavar="DIR", help="New folder to write.")],
+    to: Annotated[
+        Path, typer.Option(metavar="DIR", help="New folder to write.", callback=local_folder)
+    ],
     target: WeightsArgument = None,
     dtype: Annotated[
         Literal["fp32", "bf16", "fp16"], typer.Option(help="Number format of the weights.")

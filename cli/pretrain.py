@@ -14,7 +14,15 @@ from rich.table import Table
 from llmtrain.errors import UserError, printable
 from llmtrain.runtime import launcher
 
-from .common import SetOption, console, discard_stdout, parse_duration, print_outcome, warn
+from .common import (
+    SetOption,
+    console,
+    discard_stdout,
+    local_folder,
+    parse_duration,
+    print_outcome,
+    warn,
+)
 
 if TYPE_CHECKING:
     from llmtrain.config.schema import RunConfig
@@ -26,7 +34,8 @@ def pretrain(
     ],
     settings: SetOption = None,
     run_dir: Annotated[
-        Path | None, typer.Option(help="Run folder.", show_default="runs/<name>")
+        Path | None,
+        typer.Option(help="Run folder.", show_default="runs/<name>", callback=local_folder),
     ] = None,
     resume: Annotated[
         str,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import JsonFlag, console, print_json, warn
+from .common import JsonFlag, console, local_folder, print_json, warn
 from .eval import loss_table
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the report.", show_default="RUN/report or RUN/report/compared"
+            help="Folder of the report.",
+            show_default="RUN/report or RUN/report/compared",
+            callback=local_folder,
         ),
     ] = None,
     as_json: JsonFlag = False,

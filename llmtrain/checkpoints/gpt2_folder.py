@@ -219,9 +219,27 @@ def load_model(folder: Path) -> GPT:
             f"such as {misfits[0]}",
             hint="use the config.json and model.safetensors of one model",
         )
-    # Unused tensors are the tied head, and the zero biases of a model without biases.
+    if extra := other_tensors(weights, expected):
+        raise UserError(
+            f"{folder} is not a GPT-2: it contains {extra[0]}, which a GPT-2 does not use",
+            hint="compute with the program that wrote these weights",
+        )
     model.load_state_dict({name: weights[name] for name in expected})
     return model.eval()
+
+
+def other_tensors(names: Iterable[str], expected: Iterable[str]) -> list[str]:
+    """Return the names that belong to another architecture, such as normalized queries.
+
+    Not among them: the tied head, causal masks, and the zero biases of a model without biases.
+    """
+    bare = {name.removeprefix("transformer.") for name in expected}
+    known = bare | {name.removesuffix("weight") + "bias" for name in bare} | {"lm_head.weight"}
+    return [
+        name
+        for name in names
+        if name.removeprefix("transformer.") not in known and not name.endswith(CAUSAL_MASKS)
+    ]
 
 
 def _check_sizes(folder: Path, shape: Shape, weights: Mapping[str, Tensor]) -> None:

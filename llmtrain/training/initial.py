@@ -7,8 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmtrain.checkpoints.checkpoint import Checkpoint, Reader, verified_reader
-from llmtrain.checkpoints.gpt2_folder import CAUSAL_MASKS, load_shape, shape_of, transpose_conv1d
+from llmtrain.checkpoints.checkpoint import CONFIG_FILE, Checkpoint, Reader, verified_reader
+from llmtrain.checkpoints.gpt2_folder import (
+    CAUSAL_MASKS,
+    load_shape,
+    other_tensors,
+    shape_of,
+    transpose_conv1d,
+)
 from llmtrain.checkpoints.open import open_checkpoint
 from llmtrain.checkpoints.resolve import Repository, resolve
 from llmtrain.checkpoints.tensors import ITEM_BYTES, to_float64
@@ -18,6 +24,7 @@ from llmtrain.model.gpt import GPT
 from llmtrain.runtime.sharded import copy_full_tensor
 from llmtrain.storage.run_folder import RunFolder
 
+_GPT2_ONLY = "name a GPT-2 in the format of Hugging Face or nanoGPT"
 _EMBEDDINGS = ("wte.weight", "wpe.weight")
 
 
@@ -39,6 +46,9 @@ def load_initial_weights(source: Checkpoint, model: GPT, config: RunConfig) -> N
     _check_model(source, config)
     parameters = dict(model.named_parameters())
     names = {name.removeprefix("transformer."): name for name in source.tensors}
+    if extra := other_tensors(source.tensors, parameters):
+        problem = f"{source.location} is not a GPT-2: it contains {extra[0]}"
+        raise UserError(f"{problem}, which a GPT-2 does not use", hint=_GPT2_ONLY)
     with verified_reader(source) as reader:
         for name, fresh in model.initial_weights(config.seed):
             stored = names.pop(name.removeprefix("transformer."), None)
@@ -54,6 +64,8 @@ def load_initial_weights(source: Checkpoint, model: GPT, config: RunConfig) -> N
 
 def _check_model(source: Checkpoint, config: RunConfig) -> None:
     if source.config is None:
+        if not (source.folder / CONFIG_FILE).is_file():
+            raise UserError(f"{source.location} is not a GPT-2: it has no config", hint=_GPT2_ONLY)
         shape = load_shape(source.folder)
     else:
         shape = shape_of(source.config, source.files[0])

@@ -103,3 +103,21 @@ def test_extreme_values(
         assert outcome.code in (0, 2), shown
         assert len(errors) == (outcome.code == 2), shown
         assert all(len(line) < 1100 for line in outcome.stderr.splitlines()), shown
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        (*LAWA, "--out"),
+        ("export", "runs/tiny", "--to"),
+        ("report", "runs/tiny", "--out"),
+        ("pretrain", "-c", "runs/tiny/config.yaml", "--run-dir"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_urls_are_not_taken_for_local_folders(make_run: MakeRun, command: Sequence[str]) -> None:
+    place = make_run([2, 4]).path.parents[1]
+    before = set(place.iterdir())
+    outcome = invoke(*command, "memory://x/y", cwd=place)
+    assert (outcome.code, "is a URL" in outcome.stderr) == (2, True)
+    assert set(place.iterdir()) == before

@@ -113,6 +113,22 @@ def test_another_model_is_refused(
     assert message in caught.value.hint
 
 
+def test_tensors_that_a_gpt2_does_not_use_are_refused(tiny: Build, public: Path) -> None:
+    path = public / "model.safetensors"
+    extra = {"transformer.h.0.attn.q_norm.weight": torch.ones(16)}
+    save_file(load_file(path) | extra, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"not a GPT-2: it contains .*q_norm"):
+        begun(public, biased(tiny))
+    with pytest.raises(UserError, match=r"not a GPT-2: it contains .*q_norm"):
+        load_model(public)
+
+
+def test_a_file_without_a_config_is_refused(tiny: Build, tmp_path: Path) -> None:
+    torch.save({"model": {"transformer.h.0.q_norm.weight": torch.ones(16)}}, tmp_path / "fork.pt")
+    with pytest.raises(UserError, match=r"fork\.pt is not a GPT-2: it has no config"):
+        begun(tmp_path / "fork.pt", biased(tiny))
+
+
 def test_sources_without_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
     with pytest.raises(UserError, match="is a run") as caught:
