@@ -31,7 +31,7 @@ RESUMABLE = ".resumable"
 _MARKERS = (_MARKER, RESUMABLE)
 _BUILD_NAME = re.compile(r"\.tmp-\d+-(.+)", re.DOTALL)
 _NEW, _OLD = "new", "old"
-"""Names in a build folder: what is built, and what it replaces."""
+"""Names in a build folder: the new folder, and the one that it replaces."""
 
 
 @contextlib.contextmanager
@@ -59,7 +59,7 @@ def staged_folder(
     """Yield a temporary folder; at the end add its `integrity.json` and rename it to `target`.
 
     If the block raises, the temporary folder is removed and `target` is unchanged. `needed` is the
-    size in bytes. A block that knows the digests of its files calls `write_integrity` itself.
+    size in bytes. If the block has computed digests, it calls `write_integrity` itself.
     """
     if os.path.lexists(target) and not replace:
         raise FileExistsError(f"{target} exists already")
@@ -149,7 +149,7 @@ def commit_folder(folder: Path, target: Path, *, replaced: Path | None = None) -
     fsync_path(folder)
     require_held(folder)
     if replaced is not None and os.path.lexists(target):
-        rename_durably(target, replaced)  # with the marker, by which it is found again
+        rename_durably(target, replaced)  # next to the marker, so a later command finds it
     folder.rename(target)
     fsync_path(target.parent)
 

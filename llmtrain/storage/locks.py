@@ -1,4 +1,4 @@
-"""Locks: files that a process holds until it ends, whatever ends it.
+"""Locks on files, which the kernel releases when the process ends for any reason.
 
 A lock also ties a process to a folder: `require_held` fails if the folder was moved or deleted.
 """

@@ -80,14 +80,14 @@ def environment() -> dict[str, str]:
 
 
 def require_rewind(folder: Path) -> None:
-    """Raise SystemExit unless the undisturbed run rewound: without it, less is tested."""
+    """Raise SystemExit unless the undisturbed run contains a rewind to test."""
     events = read_json_lines(folder / RESULTS["pretrain"] / "metrics.jsonl")
     if not any("rewound_from" in event for event in events):
         raise SystemExit("the undisturbed run has no rewind: adapt `spikes` in CONFIG")
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Return what two equal results have in common: by path, JSON without times or a hash."""
+    """Return by path the JSON of a file without times, or its hash: equal for equal results."""
     return {
         path.relative_to(folder).as_posix(): _content(path).replace(str(folder.resolve()), ".")
         for path in sorted(folder.rglob("*"))

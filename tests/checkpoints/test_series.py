@@ -49,7 +49,7 @@ def test_two_checkpoints_of_one_step_are_rejected(tmp_path: Path, names: tuple[s
         write_checkpoint(tmp_path / "s" / name, model_at(10))
     with pytest.raises(UserError, match="both have step 10") as caught:
         folder_series(tmp_path / "s")
-    assert "folders of their own" in caught.value.hint
+    assert "separate folder" in caught.value.hint
     assert not re.search("delete|remove|keep one", caught.value.hint)
 
 

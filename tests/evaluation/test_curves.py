@@ -111,7 +111,7 @@ def test_a_report_of_several_runs_ranks_only_losses_on_the_same_tokens(tmp_path:
     labels = [line.label for line in run_charts(records)[0].lines]
     assert labels == ["a: raw (99 tokens)", "b: raw (9 tokens)"]
     shown = invoke("report", runs[0].path, runs[1].path, cwd=tmp_path)
-    assert "not comparable, tokens differ" in shown.stderr
+    assert "not comparable: different tokens" in shown.stderr
     for run, loss in zip(runs, (2.0, 3.0), strict=True):  # now on the same tokens
         for step in (10, 20, 30):
             write_result(run, "raw", loss, 500, step=step)
