@@ -21,7 +21,7 @@ train: {max_steps: STEPS, batch_sequences: 8, micro_batch: 4, precision: float32
         device: cpu}
 checkpoint: {snapshot_every: 5, state_every: 10, keep_states: 3}
 averages: [{kind: ema, decay: 0.9, save_every: 20}, {kind: running-mean}]
-spikes: {action: rewind, window: 8, threshold: 6, rewind_steps: 3}
+spikes: {action: rewind, window: 8, threshold: 8, rewind_steps: 3, max_rewinds: 100}
 eval: {every: 20, batch: 64, tokens: 4000}
 log: {every: 5}
 """
@@ -77,6 +77,12 @@ def start(command: list[str], folder: Path) -> "subprocess.Popen[bytes]":
 def environment() -> dict[str, str]:
     """Return variables that make the results independent of the number of cores."""
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+
+
+def run(command: list[str], folder: Path) -> None:
+    """Run a command in `folder`; raise SystemExit if it fails."""
+    if code := start(command, folder).wait():
+        raise SystemExit(f"{' '.join(command)} failed with exit code {code}")
 
 
 def require_rewind(folder: Path) -> None:
