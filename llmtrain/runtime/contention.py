@@ -1,7 +1,7 @@
-"""Detect that other processes take the cores of the compute threads, and slow training down.
+"""Detect other processes that take the cores of the compute threads and slow training down.
 
-Threads wait for each other after every operation. If they spin meanwhile, one that lost its core
-blocks the others, and two threads can be 20 times as slow as one.
+Threads wait for each other after every operation. If they spin while waiting, a thread that lost
+its core blocks the others, and two threads can be slower than one.
 """
 
 import os

@@ -132,7 +132,7 @@ def test_a_step_counted_within_its_epoch_is_no_contradiction(tmp_path: Path) -> 
 
 
 def test_batch_norm_counters_are_copied_from_the_newest(tmp_path: Path) -> None:
-    """Other integers that differ still stop the average."""
+    """If other integers differ, the average still fails."""
     for step in (10, 20, 30):
         model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
         for _ in range(step):

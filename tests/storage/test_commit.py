@@ -148,7 +148,7 @@ def test_clean_up_deletes_only_files_of_killed_processes(
 
 
 def test_an_empty_build_folder_is_deleted(tmp_path: Path) -> None:
-    """A kill before the marker exists, or after it was removed, leaves one."""
+    """A kill before the marker is created, or after it is removed, leaves an empty folder."""
     for name in (".tmp-12-step", ".tmp-13-step"):
         (tmp_path / name).mkdir()
     (tmp_path / ".tmp-13-step" / "file").write_text("of another program")
