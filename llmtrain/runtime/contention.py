@@ -64,7 +64,7 @@ class ContentionDetector:
 
     def _warning(self, rate: float, waiting: float) -> str:
         fastest = f" instead of {self._fastest:,.0f}" if rate < self._fastest else ""
-        hint = "stop them"
+        hint = "stop those processes"
         if self._spinning:
             hint += ", or restart with OMP_WAIT_POLICY=PASSIVE"
         elif self._threads > 1:

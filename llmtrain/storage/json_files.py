@@ -38,7 +38,7 @@ def write_json(path: Path, document: object) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of an append-only file, except those that an interruption spoiled.
+    """Return the objects of an append-only file, except those that an interruption damaged.
 
     A kill truncates the last line. A power loss may leave zeros in place of lines or sectors that
     were not flushed; nothing after them was flushed either.
@@ -65,7 +65,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _until_zeros(content: bytes) -> bytes:
-    """Return the content before zeros that a power loss can explain."""
+    """Return the content before the zeros that a power loss left, if any."""
     zeros = content.find(b"\0")
     is_lost = zeros >= 0 and (zeros % _SECTOR == 0 or content[zeros - 1 : zeros] == b"\n")
     return content[:zeros] if is_lost else content

@@ -204,7 +204,7 @@ def _branch(config: RunConfig, run: RunFolder, data: TokenData, folder: Path) ->
     if checkpoint.progress.step >= config.train.max_steps:
         step, last = checkpoint.progress.step, config.train.max_steps
         problem = f"nothing to train from step {step:,} to train.max_steps {last:,}"
-        raise UserError(problem, hint=f"--set train.max_steps=N with N above {step}")
+        raise UserError(problem, hint=f"use --set train.max_steps=N with N above {step}")
     parent = require_run(folder.resolve().parents[1])
     changed = _changed_keys(load_config(parent.config), config)
     if other := [key for key in changed if key.startswith(("model.", "data.block_size"))]:
