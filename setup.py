@@ -1,4 +1,4 @@
-"""Let an editable install import llmtrain from every folder. Everything else: pyproject.toml."""
+"""Let an editable install import llmtrain from any folder; pyproject.toml has the rest."""
 
 from pathlib import Path
 

@@ -34,7 +34,7 @@ _PIPE_INTERVAL = 10.0
 
 
 class _Console(Console):
-    """Console that is wide in a pipe, and exits with the code of a closed one.
+    """Console with wide lines in a pipe, which exits with its own code if the pipe closes.
 
     Rich converts every string that it prints, and every table cell, with `render_str`. Each becomes
     one line without control characters, because names of tensors, runs and files may contain any.
@@ -62,8 +62,8 @@ err_console = _Console(stderr=True)
 WeightsArgument = Annotated[
     str | None,
     typer.Argument(
-        help="A run (of its newest step, the weights with the lowest measured loss), a folder of "
-        "GPT-2 weights, or OWNER/NAME[@REVISION] on the hub.",
+        help="A run (the best measured weights of its newest step), a folder of GPT-2 weights, or "
+        " OWNER/NAME[@REVISION] on the hub.",
         show_default="the newest run under runs/",
     ),
 ]
@@ -89,7 +89,7 @@ def print_json(document: object) -> None:
 
 
 def print_text(text: str, end: str = "\n") -> None:
-    """Print several lines of safe text on standard output."""
+    """Print text without escaping it on standard output; it may contain several lines."""
     console.print(Text(text), end=end, no_wrap=True, overflow="ignore", crop=False)
 
 
@@ -120,7 +120,7 @@ def _print_labelled(label: str, message: str) -> None:
 
 
 def clip(text: str, length: int = 1000) -> str:
-    """Return text from outside with its end cut off beyond `length` characters."""
+    """Return the text, truncated to `length` characters."""
     return text if len(text) <= length else f"{text[:length]}…"
 
 
@@ -131,7 +131,7 @@ def print_selection(label: str, path: object, reason: str) -> None:
 
 
 def show_storage_warnings() -> None:
-    """Print warnings about the file system like those of the commands, on one line."""
+    """Print warnings about the file system on one line, like those of the commands."""
     show = warnings.showwarning
 
     def print_or_show(

@@ -46,7 +46,7 @@ class Measured:
     text: "TextResult | None"
     tasks: "list[TaskResult]"
     discarded: bool
-    """It is an average of snapshots that the run has discarded since."""
+    """True for an average of snapshots that the run discarded in a rewind."""
 
 
 def evaluate(
@@ -141,8 +141,8 @@ def evaluate(
     if any(discarded):
         path = weights[discarded.index(True)].path
         warn(
-            f"{sum(discarded)} of the averages contain snapshots that their run has discarded, "
-            f"such as {path}: not compared with raw; delete them and run llmtrain average again"
+            f"{sum(discarded)} average(s) of discarded snapshots, such as {path}, are not compared "
+            "with raw weights: delete these averages and run llmtrain average again"
         )
     if as_json:
         print_json([_as_json(each) for each in measured])

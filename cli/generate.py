@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from llmtrain.checkpoints.resolve import Target
 
 _OVERRIDES = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-"""Change the order in which a terminal shows the characters that follow."""
+"""Characters that change the order in which a terminal shows the following ones."""
 _help = partial(help_of, Sampling)
 _option = partial(typer.Option, rich_help_panel="Sampling")
 

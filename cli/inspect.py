@@ -24,7 +24,7 @@ def inspect(
         bool, typer.Option("--tensors", help="Show dtype, shape, norm and distance per tensor.")
     ] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Accepted for earlier scripts: hashes are recomputed.")
+        bool, typer.Option("--verify", help="No effect: hashes are always recomputed.")
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:

@@ -80,7 +80,8 @@ def _is_usage_error(error: Exception) -> bool:
 def _open_missing_descriptors() -> None:
     """Open /dev/null for each closed standard descriptor and its stream.
 
-    Otherwise the next file that is opened gets its number, and messages are written into it.
+    Otherwise the next opened file gets the number of the closed descriptor, and messages are
+    written into that file.
     """
     for number, (stream, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:

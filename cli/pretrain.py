@@ -121,7 +121,7 @@ def pretrain(
 
 
 def _print_config(path: Path, config: "RunConfig") -> None:
-    """Print a table of the configuration and what it resolves to on this machine."""
+    """Print a table of the configuration and its resolved values on this machine."""
     from llmtrain.config.schedules import tokens_until
     from llmtrain.config.schema import flatten
     from llmtrain.runtime.device import device_name, resolve_device, resolve_precision

@@ -58,7 +58,9 @@ def report(
         warn(f"{path} has losses from training only: run {command} to measure every average")
     if different := differing_windows(written.records):
         hint = "run llmtrain eval RUN ... --tokens N for all of them"
-        warn(f"the losses of these runs are not comparable, {', '.join(different)} differ: {hint}")
+        warn(
+            f"the losses of these runs are not comparable: different {', '.join(different)}; {hint}"
+        )
     for record in (record for record in written.records if record.discarded):
         listed = ", ".join(record.discarded)
         warn(f"{record.name}: left out averages of snapshots that a rewind discarded: {listed}")

@@ -41,8 +41,8 @@ def runs(
         console.print(_table(entries))
         if len({entry.windows for entry in entries if entry.windows}) > 1:
             warn(
-                "the runs were measured on different tokens, data or precisions: their losses are "
-                "comparable only after llmtrain eval RUN ... --tokens N"
+                "the losses are not comparable: the runs were measured on different tokens, data "
+                "or precisions; run llmtrain eval RUN ... --tokens N for all of them"
             )
     else:
         hint = "start one with llmtrain pretrain --config FILE"

@@ -13,16 +13,16 @@ _MAX_MARKS = 4
 _LIST_ITEM = "\n  "
 """Line break and indentation of an item in a message; every other line break is escaped."""
 _INTEGER_LIMIT = re.compile(r"Exceeds the limit \(4300 digits\) for integer .* increase the limit")
-"""Python's message, whose advice concerns the code."""
+"""Python's message, with advice for programmers only."""
 _USER = re.compile(r"(?<=://)[^\s/?#]*@|(?<=:/)(/?)[^\s/?#@]*:\S*@")
 """User and password; `Path` reduces `://` to `:/`."""
 _QUERY = re.compile(r"(?<=:/)[^\s?#]*\?[^\s#]*")
 _QUERY_VALUE = re.compile(r"=[^&'\"]*[^&'\",;:.)]")
-"""A value without the punctuation of the sentence that follows the URL."""
+"""A query value, without punctuation that ends the sentence around the URL."""
 
 
 def mask_credentials(text: str) -> str:
-    """Return a text in which URLs contain `***` for user and password, and for values of queries.
+    """Return the text with `***` for the user, password and query values of each URL.
 
     All values are masked, because stores name their tokens and signatures differently.
     """

@@ -40,7 +40,7 @@ class InputDigests:
 
     @classmethod
     def declared(cls, source: Input) -> "InputDigests":
-        """Return the digests that were recorded for an input before it is opened; may be empty."""
+        """Return the recorded digests of an input without opening it; empty if there are none."""
         found = source.declared()
         return cls({n: d for n, d in found.items() if n.endswith(WEIGHTS_SUFFIXES)}, "recorded")
 
@@ -125,7 +125,8 @@ def check_norms(
 ) -> list[str]:
     """Return one warning for each outlier; with `strict`, raise. Also reject duplicate tensors.
 
-    `verified` snapshots of a run are as training wrote them, so only `strict` looks for outliers.
+    `verified` snapshots of a run equal what training wrote, so only `strict` checks them for
+    outliers.
     """
     if not options.allow_duplicates:
         refuse_duplicate_tensors(checkpoints, norms)
@@ -167,7 +168,7 @@ def refuse_duplicates(
 ) -> None:
     """Raise a UserError if a file, in `digests` by step and name, is the same at two steps.
 
-    `final` are the last step and the files of the finished model; another step must have none.
+    `final` is the last step and the files of the finished model, which no other step may contain.
     """
     holders: dict[Digest, dict[int, str]] = defaultdict(dict)
     for step, names in digests.items():

@@ -167,15 +167,15 @@ def _merge_group(
 
 
 def _identity(path: Path) -> _Identity:
-    """Return device, inode, size and mtime: those of another file after a rewind."""
+    """Return device, inode, size and mtime, which differ after a rewind replaced the file."""
     return file_identity(path)[:4]  # a hard link or chmod changes the ctime only
 
 
 def _require_unchanged(files: Mapping[Path, _Identity]) -> None:
-    """Raise a UserError if training, or somebody else, replaced an input since it was opened."""
+    """Raise a UserError if an input was replaced after it was opened."""
     for path, identity in files.items():
         if not path.exists() or _identity(path) != identity:
-            hint = "if training went back to an earlier step, repeat the command later"
+            hint = "run the command again; after a rewind, first wait until training has caught up"
             raise UserError(f"{path} was replaced while it was averaged", hint=hint)
 
 

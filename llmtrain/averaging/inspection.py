@@ -55,8 +55,9 @@ class Facts:
     dtypes: dict[str, int]
     """Number of tensors by dtype."""
     blake3: str | None
-    """Hash of the weights in the algorithm of the record; the other one is None."""
+    """BLAKE3 of the weights; None if their record contains SHA-256."""
     sha256: str | None
+    """SHA-256 of the weights; None if their record does not contain it."""
     files: dict[str, str]
     """Hash of each weights file."""
     hash_source: str

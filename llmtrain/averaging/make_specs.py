@@ -19,8 +19,8 @@ from llmtrain.checkpoints.windows import describe_spacings, describe_steps, poss
 from llmtrain.errors import UserError
 from llmtrain.storage.run_folder import step_name
 
-_MISSING = 1000
-"""Missing steps to list at most."""
+_MAX_MISSING = 1000
+"""Number of missing steps after which the search for more stops."""
 
 
 def make_specs(series: Series, request: AverageRequest) -> list[AverageSpec]:
@@ -98,7 +98,7 @@ def _grid(series: Series, request: AverageRequest, end: int, every: int) -> list
     if request.start is None:
         return list(takewhile(series.inputs.__contains__, grid))[::-1]
     absent = (step for step in grid if step not in series.inputs)
-    if missing := list(islice(absent, _MISSING)):
+    if missing := list(islice(absent, _MAX_MISSING)):
         raise MissingCheckpoints(
             f"{series.name} has no checkpoints at {describe_steps(missing[::-1])}; "
             f"it has {describe_steps(series.steps)}",

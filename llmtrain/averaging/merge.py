@@ -34,11 +34,11 @@ from llmtrain.runtime.hardware import available_cores
 CHUNK = 262_144
 """Elements summed at a time: buffers fit in the cache, and Python takes little of the time."""
 
-_RUN = 2048
-"""Elements in one dot product: few, so that float32 is accurate and BLAS starts no threads."""
+_DOT_ELEMENTS = 2048
+"""Elements per dot product: few enough for accurate float32 sums without BLAS threads."""
 
 _ACCURATE = (1e-25, 1e30)
-"""Sums of float32 squares between these neither overflow nor lose small terms."""
+"""Range in which sums of float32 squares neither overflow nor lose small terms."""
 
 _COUNTER = "num_batches_tracked"
 """BatchNorm's count of batches, which grows during training; the newest value is kept."""
@@ -80,7 +80,7 @@ class Norms:
     names: tuple[str, ...]
     norm: NDArray[np.float64]
     distance: NDArray[np.float64]
-    """Norm of the difference from the previous input; row 0 is 0, as is all that is unmeasured."""
+    """Norm of the difference from the previous input; 0 in row 0 and if it is not measured."""
     turn: NDArray[np.float64]
     """Dot product of that difference and the previous input's; rows 0 and 1 are 0."""
 
@@ -219,7 +219,7 @@ class _OrderedReader:
             return self.stored.read(chunk.name, chunk.start, chunk.stop, buffer)
 
     def read_floats(self, chunk: Chunk, buffer: "_Buffer") -> StoredArray:
-        """Read a chunk exactly, as float32 or float64, or the float64 sum with its residual."""
+        """Read a chunk as exact float32 or float64; with a residual, as their float64 sum."""
         raw = self.read(chunk, buffer.raw)
         floats = exact_floats(raw, self._tensors[chunk.name].dtype, buffer.floats)
         for residual in self.parts[1:]:
@@ -256,9 +256,9 @@ class _Summation:
         self._scratch = np.empty(CHUNK)
         self._free: list[Float64s] = []
 
-    @np.errstate(over="ignore", invalid="ignore")  # it looks for numbers that are not finite
+    @np.errstate(over="ignore", invalid="ignore")  # non-finite numbers are reported below
     def add(self, chunk: Chunk) -> NDArray[np.float64]:
-        """Sum one chunk; return the squares in `Norms` and its turns, shape (3, inputs)."""
+        """Sum one chunk; return its squared norms, squared distances and turns: (3, inputs)."""
         squares = np.zeros((3, len(self.readers)))
         if chunk.spec.dtype not in FLOATS:
             self._copy_integers(chunk)
@@ -366,8 +366,8 @@ def _square(
 
 def _dot(one: StoredArray, other: StoredArray) -> float:
     """Return the dot product, computed in blocks that are added in float64."""
-    whole = len(one) // _RUN * _RUN
-    rows, columns = (each[:whole].reshape(-1, _RUN) for each in (one, other))
+    whole = len(one) // _DOT_ELEMENTS * _DOT_ELEMENTS
+    rows, columns = (each[:whole].reshape(-1, _DOT_ELEMENTS) for each in (one, other))
     product = np.matmul(rows[:, None, :], columns[:, :, None]).sum(dtype=np.float64)
     return float(product + np.dot(one[whole:], other[whole:]))
 

@@ -342,7 +342,7 @@ def draw(result: SweepResult, path: Path, title: str) -> None:
     axes.legend(frameon=False, fontsize=8)
     png = io.BytesIO()
     with warnings.catch_warnings():
-        # A glyph missing from our font is a box.
+        # Characters without a glyph are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(png, format="png")
     write_atomically(path, png.getvalue())

@@ -88,7 +88,9 @@ def _inner(norms: Norms) -> Iterator[tuple[int, int, float]]:
 def _outer(
     steps: NDArray[np.int64], norm: Floats, moves: Floats
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """Check the first row: by tensor, its ratio to the usual distance if far, and if unrelated.
+    """Compare the first row with the next ones, by tensor.
+
+    Return its ratio to the usual distance, or 0 if it is not far, and whether it is unrelated.
 
     A tensor that did not move later has no usual distance. Weights of the first steps are unrelated
     to those of more than twice the step.

@@ -121,7 +121,7 @@ class Checkpoint:
 
 @contextmanager
 def verified_reader(checkpoint: Checkpoint) -> Iterator[Reader]:
-    """Open a checkpoint, of which the caller reads all tensors, in stored order if possible.
+    """Open a checkpoint; the caller must read all tensors, in stored order if possible.
 
     Raise DamagedFile at the end if a file differs from its recorded digest. Files that were read
     in another order are hashed separately.

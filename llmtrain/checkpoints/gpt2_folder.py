@@ -78,7 +78,7 @@ def zero_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def added_biases(folder: Path, names: Iterable[str]) -> set[str]:
-    """Return which of `names` are zero biases of a model without biases, see `zero_biases`."""
+    """Return those of `names` that `zero_biases` added to a model without biases."""
     config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     own = config.get("llmtrain")
     if not isinstance(own, dict) or own.get("bias") is not False:
@@ -110,7 +110,7 @@ def hugging_face_config(shape: Shape) -> dict[str, Any]:
 
 
 def generation_config(shape: Shape, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return transformers' generation settings: no padded ids, at most the block size."""
+    """Return transformers' generation settings: no unused ids, at most block-size tokens."""
     unused = list(range(tokenizer.vocab_size, shape.model.vocab_size))
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
     suppress = {"suppress_tokens": unused} if unused else {}

@@ -43,7 +43,7 @@ def hub_series(
     matches = [(expression.match(name), name) for name in names]
     revisions = by_step(
         ((int(match[1]), name) for match, name in matches if match and int(match[1])),
-        hint="give a narrower --revision-pattern",
+        hint="use a narrower --revision-pattern",
     )
     if not revisions:
         raise UserError(

@@ -2,7 +2,7 @@
 
 Both use GPT-2's names in our layout. nanoGPT applies the exact GELU, build-nanogpt GPT-2's tanh
 approximation. A fork with other tensors or settings is not converted: with a GPT-2 config it would
-load, and compute something else.
+load without an error and compute different logits.
 """
 
 import argparse
@@ -26,7 +26,7 @@ _REQUIRED = {*SIZES, "block_size"}
 
 
 class Conversion(NamedTuple):
-    """Tensors by the names to write; in the file's own names if it is not a GPT-2."""
+    """Tensors by output name: the file's own names if it is not a GPT-2."""
 
     tensors: dict[str, Tensor]
     config: dict[str, Any] | None = None
@@ -101,8 +101,8 @@ def _difference(shape: Shape, tensors: Mapping[str, Tensor]) -> str | None:
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name != _HEAD}
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != expected.get(name):
-            there, here = found.get(name, "absent"), expected.get(name, "absent")
-            return f"{name} is {there}, in a GPT-2 {here}"
+            here, gpt2 = found.get(name, "absent"), expected.get(name, "absent")
+            return f"{name} is {here}, in a GPT-2 {gpt2}"
     head = tensors.get(_HEAD)
     if head is not None and not torch.equal(head, tensors[_WTE]):
         return f"{_HEAD} is not tied to {_WTE}"

@@ -120,8 +120,8 @@ def folder_series(folder: Path) -> Series:
     }
     paths = by_step(
         ((name.step, path) for path, name in steps.items()),
-        hint="one file or folder with all weights per step is needed: merge the files of several "
-        "ranks, and move other series to folders of their own",
+        hint="merge the files of several ranks into one per step, and move each other series to a "
+        "separate folder",
     )
     _require_one_series(folder, {path: steps[path] for path in paths.values()})
     if not paths:
@@ -142,7 +142,7 @@ def _require_one_series(folder: Path, names: Mapping[Path, StepName]) -> None:
         parts = [f"{counts[each]} like {example}" for each, example in examples.items()]
         raise UserError(
             f"{folder} contains several series of checkpoints: {', '.join(parts[:8])}",
-            hint="move each series to a folder of its own",
+            hint="move each series to a separate folder",
         )
 
 

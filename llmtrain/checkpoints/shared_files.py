@@ -16,7 +16,7 @@ from llmtrain.storage.integrity import Digest, integrity_problems, read_integrit
 
 
 class SharedFiles:
-    """The shared files of a run, in a committed folder that is created when it is first needed."""
+    """The shared files of a run, in a committed folder that the first use creates."""
 
     def __init__(self, folder: Path, shape: Shape, tokenizer: str) -> None:
         self._folder, self._shape, self._tokenizer = folder, shape, tokenizer

@@ -34,13 +34,13 @@ WEIGHTS_KEYS = ("model", "net", "state_dict", "model_state_dict", "module")
 """Keys under which trainers store the weights."""
 
 _TRAINER_STATE = re.compile(r"optim|sched|scaler|rng|callback|loop|loss|metric", re.IGNORECASE)
-"""Keys of tensors that are no weights, and are ignored without a note."""
+"""Keys of tensors that are not weights and are ignored without a note."""
 
 _WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""Added to names at any depth by torch.compile, FSDP and activation checkpointing."""
+"""Prefixes that torch.compile, FSDP and activation checkpointing add at any depth of a name."""
 
 _PARALLEL = re.compile(r"^(?:module\.)+")
-"""Added to every name by DistributedDataParallel."""
+"""Prefix that DistributedDataParallel adds to every name."""
 
 _COUNTERS = ("global_step", "iter_num", "num_updates", "iteration", "iter", "step")
 _MAX_DEPTH = 4
@@ -72,9 +72,10 @@ def read_state_dict(path: Path, document: object) -> StateDict:
 
 
 def stored_position(document: object) -> tuple[int, int] | None:
-    """Return (epoch, step) as the trainer stored them in the file, with 0 for the absent one.
+    """Return (epoch, step) as the trainer stored them in the file, with 0 for a missing one.
 
-    A step of the whole run has no epoch: trainers differ in when they advance that counter.
+    If the step counts the whole run, the epoch is 0, because trainers advance it at different
+    times.
     """
     entries = document if isinstance(document, Mapping) else {}
     numbers = {k: v for k, v in entries.items() if type(v) is int}
@@ -116,11 +117,11 @@ def _is_number(tensor: Tensor) -> bool:
 
 def _unclear(path: Path, entries: Mapping[Any, Any], candidates: list[Any]) -> UserError:
     plain = [key for key, value in entries.items() if isinstance(value, Tensor)]
-    beside = f", next to plain tensors such as {_quote(plain[0])}" if plain else ""
+    plain_note = f", next to plain tensors such as {_quote(plain[0])}" if plain else ""
     first = next((k for k in candidates if not _TRAINER_STATE.search(str(k))), candidates[0])
     return UserError(
-        f"{path} does not show which tensors are the weights: "
-        f"it has some under {', '.join(map(_quote, candidates[:8]))}{beside}",
+        f"cannot identify the weights in {path}: "
+        f"it has tensors under {', '.join(map(_quote, candidates[:8]))}{plain_note}",
         hint=f"save the weights alone, such as torch.save(torch.load(FILE)[{_quote(first)}], NEW); "
         f"a single one of {', '.join(WEIGHTS_KEYS)} is found without this",
     )
@@ -167,7 +168,7 @@ def _tensor_problem(tensor: Tensor, size: int) -> str | None:
         return f"its device is {tensor.device}"
     if tensor.dtype not in DTYPES:
         return f"{tensor.dtype} is not supported"
-    return f"{tensor.nbytes:,} bytes, more than the file" if tensor.nbytes > size else None
+    return f"it has {tensor.nbytes:,} bytes, more than the file" if tensor.nbytes > size else None
 
 
 def _quote(key: object) -> str:

@@ -63,7 +63,7 @@ class StepName(NamedTuple):
     """The step that a name contains."""
 
     step: int
-    """In training steps, or in epochs if the series is labelled so."""
+    """Training steps, or epochs if the name labels them so."""
     series: str
     """Equal for names that count the same thing."""
 
@@ -95,9 +95,9 @@ def parse_step(name: str) -> StepName | None:
 
 
 def parse_series(names: Iterable[str]) -> dict[str, StepName]:
-    """Return the steps of names that have one, without optimizer states and `best` or `last`.
+    """Return the step of each name that has one, without optimizer states, `best` and `last`.
 
-    If there is nothing else, these are returned.
+    If only such names have a step, return theirs.
     """
     found = {name: step for name in names if (step := parse_step(name)) is not None}
     return {n: step for n, step in found.items() if not _COMPANION.search(n)} or found

@@ -31,7 +31,7 @@ _HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 class _Content(NamedTuple):
-    """What the files of one checkpoint contain."""
+    """Content of the files of one checkpoint."""
 
     parts: dict[Path, dict[str, Tensor]]
     config: dict[str, Any] | None = None

@@ -9,7 +9,7 @@ Window = tuple[int, ...]
 
 _SHOWN_SPACINGS = 6
 _SEARCHED_STEPS = 1000
-"""Newest steps to search for spacings: the search takes quadratic time."""
+"""Number of newest steps in which to search for spacings, which takes quadratic time."""
 
 
 def sliding_windows(steps: Sequence[int], *, every: int, size: int) -> list[Window]:

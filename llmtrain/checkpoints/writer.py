@@ -70,7 +70,7 @@ def copy_companions(newest: Checkpoint, target: Path, dtype: str | None) -> None
 
 
 def _copy_or_link(source: Path, target: Path) -> None:
-    """Copy a file, or link it if it is one of a run's shared files; the config may be modified."""
+    """Copy a file, or link a shared file of a run; the config is copied to be modified."""
     is_shared = source.name != CONFIG_FILE and source.lstat().st_nlink > 1
     (link_or_copy if is_shared else shutil.copyfile)(source, target)
 

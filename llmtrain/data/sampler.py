@@ -114,13 +114,13 @@ def divide_rows(first: int, last: int, shares: Sequence[Fraction]) -> list[tuple
 def small_split(samples: int, unit: str) -> str | None:
     """Return a warning if a split has too few documents or windows for a reliable loss, else None.
 
-    The standard error estimated from n independent samples is itself off by 1/sqrt(2(n - 1)), which
-    exceeds a quarter below 10 samples.
+    The relative error of a standard error from n independent samples is 1/sqrt(2(n - 1)): a quarter
+    or more below 10 samples.
     """
     if not 0 < samples < _FEWEST_SAMPLES:
         return None
     return (
-        f"{samples} {unit}(s) are too few for a reliable loss, fewer than {_FEWEST_SAMPLES}: "
+        f"{samples} {unit}(s) are too few for a reliable loss: use at least {_FEWEST_SAMPLES}; "
         "prepare with a larger --val-fraction, or evaluate more tokens"
     )
 

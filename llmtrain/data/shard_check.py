@@ -18,10 +18,10 @@ _POLL_SECONDS = 0.1
 
 
 class ShardCheck:
-    """Hashes of `files`, compared by a background thread. Files without a record are skipped."""
+    """Background comparison of `files` with their recorded hashes; others are skipped."""
 
     def __init__(self, files: Iterable[TokenFile]) -> None:
-        """Start the comparison. Each distinct file is hashed once."""
+        """Start the comparison; hash each distinct file once."""
         self._thread = ThreadPoolExecutor(1, "shard-check")
         records = {file.path: file.record for file in files if file.record is not None}
         self._results: list[Future[str | None]] = [

@@ -60,7 +60,7 @@ class DocumentSource:
     skipped: tuple[str, ...] = ()
     """Files of a folder that have an unknown kind."""
     changed: Callable[[], str | None] = lambda: None
-    """Returns the first file that changed since the source was opened."""
+    """Returns the first file that changed since the source was opened, or None."""
 
     def record(self, text_field: str, limit: int | None) -> SourceRecord:
         """Return the manifest's record of the source."""

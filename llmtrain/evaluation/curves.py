@@ -25,10 +25,10 @@ Curve = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows and arithmetic of a validation loss; only losses on the same are comparable."""
+    """Windows and precision of a validation loss; losses with equal `Windows` are comparable."""
 
     data: str
-    """SHA-256 of the manifest, or the folder if it does not exist any more."""
+    """SHA-256 of the manifest, or the folder if it no longer exists."""
     block_size: int
     precision: str
     tokens: int | None
@@ -70,7 +70,7 @@ def measured_curves(run: RunFolder) -> dict[Windows, dict[str, Curve]]:
 def _training_windows(run: RunFolder) -> tuple[str, int, str]:
     """Return data, block size and precision of the losses that training logs.
 
-    Without its data or environment.json, take those of a result of `eval`.
+    If the data or environment.json is missing, take the values of an `eval` result.
     """
     config = load_config(run.config)
     results = [result for result in stored_results(run) if result.split == "val"]
@@ -97,7 +97,7 @@ def _sorted_curves(curves: dict[str, dict[int, float]]) -> dict[str, Curve]:
 def main_windows(
     measured: Sequence[Mapping[Windows, Mapping[str, Curve]]],
 ) -> list[Windows | None]:
-    """Return the windows to show of each run: those that all share, else each run's own.
+    """Return the windows to show for each run: shared by all runs, or else its own.
 
     Among several, those with the most tokens over all losses win, so that a quick `eval` on a few
     tokens does not replace the curve of training.

@@ -128,7 +128,7 @@ def _misfit(folder: Path, problem: str) -> UserError:
 
 
 def own_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
-    """Load the tokenizer files in a folder; None if it is one of ours and has our ids."""
+    """Load the tokenizer files in a folder; None if llmtrain's own tokenizer has the same ids."""
     if _has_our_ids(folder):
         return None
     if not _has_tokenizer_files(folder):

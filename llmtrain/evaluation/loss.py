@@ -297,7 +297,7 @@ def _cached_loss(
     identity = f" {data.sha256} {split} {limit} {precision}"
     result = cached(target, "", weights, identity, EvalResult, measure, warn)
     discarded = bool(discarded_inputs(target.path, target.run))
-    path = str(target.path)  # it and the run may have been renamed since then
+    path = str(target.path)  # the cached path and run may have been renamed
     return replace(result, path=path, run=run, delta=None, discarded=discarded)
 
 

@@ -53,7 +53,7 @@ class EvalResult:
     stderr: float | None = None
     """Standard error of `loss`; None for one window and for results of earlier versions."""
     discarded: bool = False
-    """The average contains snapshots that the run has discarded since: see `discarded_inputs`."""
+    """True if the average contains discarded snapshots: see `discarded_inputs`."""
 
     def with_delta(self, raw: float | None) -> "EvalResult":
         """Return the result with its difference from the raw loss, if they can be compared."""

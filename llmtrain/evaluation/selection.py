@@ -1,6 +1,6 @@
 """The one set of weights that `generate` and `export` use.
 
-Why from measured losses on identical tokens: an average can be worse than the raw weights, for
+Why by the measured loss on identical tokens: an average can be worse than the raw weights, for
 example early in training.
 """
 
@@ -15,7 +15,7 @@ from llmtrain.storage.run_folder import RAW, RunFolder
 
 @dataclass(frozen=True)
 class Selection:
-    """The selected weights, and those to compare with each other."""
+    """The selected weights, and the pair that `generate --compare` shows."""
 
     weights: Target
     raw: Target | None
@@ -27,10 +27,10 @@ class Selection:
 
 
 def choose_weights(name: str | None) -> Selection:
-    """Return one set of weights. None is the newest run.
+    """Return one set of weights for a run, folder or hub name; None means the newest run.
 
-    A run stands for the weights of its newest step with the lowest measured loss. Losses are
-    compared on the windows on which most of these weights were measured. Without any loss, the
+    For a run, these are the best measured weights of its newest step. Losses are compared on the
+    windows on which most of these weights were measured. Without any loss, the
     first average is selected, or the snapshot if there is none. Averages of discarded snapshots are
     left out.
     """

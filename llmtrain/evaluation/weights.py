@@ -1,4 +1,4 @@
-"""Identity of weights: their digest, and averages whose inputs the run has replaced since.
+"""Identity of weights: their digest, and averages of inputs that the run replaced later.
 
 Training with `spikes.action: rewind` sets snapshots aside and writes others with the same steps. An
 average of the discarded ones keeps its name, so only its provenance shows what it contains.
@@ -54,9 +54,9 @@ def is_unchanged(folder: Path, digest: Digest) -> bool:
 
 
 def discarded_inputs(folder: Path, run: RunFolder | None) -> list[int]:
-    """Return the steps whose weights an average contains and its run has replaced since.
+    """Return the steps of an average's inputs that its run has replaced since.
 
-    A deleted input is not a discarded one.
+    An input that was only deleted does not count.
     """
     path = folder / PROVENANCE_FILE
     inputs = read_json(path).get("inputs") if path.exists() else None
@@ -95,7 +95,7 @@ def _input_folder(run: RunFolder, entry: Mapping[str, Any]) -> Path | None:
 
 
 def _is_recorded(folder: Path, digest: Digest) -> bool:
-    """Return whether the record of a folder, or the weights without one, have this digest."""
+    """Return whether a folder's record, or its weights if it has none, have this digest."""
     paths = [*weights_paths(folder), *folder.glob(RESIDUAL_FILE)]
     records = read_integrity(folder) if (folder / INTEGRITY_FILE).exists() else {}
     recorded = {path.name: records[path.name].digest for path in paths if path.name in records}

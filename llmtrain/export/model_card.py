@@ -81,14 +81,14 @@ def _header(manifests: list[Manifest], *, averaged: bool) -> str:
 
 
 def _plain(value: object) -> str:
-    """Return every value in the template as text without Markdown, unless it is `Markup`."""
+    """Escape Markdown in a value of the template, unless it is `Markup`."""
     if isinstance(value, Markup):
         return value
     return re.sub(r"[][\\`*_<>|&~$#]", r"\\\g<0>", printable(str(value)))
 
 
 def _code(value: object) -> Markup:
-    """Return a code span; one in backticks cannot contain all characters, above all in a table."""
+    """Return a code span, in HTML if backticks cannot contain the text in a table."""
     text = printable(str(value))
     if text and not re.search(r"[`|\\<>&]|^ | $", text):
         return Markup(f"`{text}`")

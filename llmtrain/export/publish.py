@@ -51,7 +51,8 @@ def export(
         else:
             if model.config.activation != "gelu":
                 warn(
-                    "nanoGPT uses the exact GELU, this model GPT-2's: logits differ by about 0.001"
+                    "nanoGPT uses the exact GELU and this model the tanh form: "
+                    "logits differ by about 0.001"
                 )
             with (folder / "ckpt.pt").open("wb") as file:  # given a path, torch hides the OSError
                 torch.save(nanogpt_checkpoint(model, target, number), file)

@@ -128,7 +128,7 @@ def _loss_only(
 def cross_entropy(
     logits_RV: Tensor, targets_R: Tensor, ignore: int, reduction: str, collect: Collect | None
 ) -> Tensor:
-    """Return what `F.cross_entropy` does, bit for bit, and pass the losses to `collect`."""
+    """Return the same bits as `F.cross_entropy`, and pass the losses to `collect`."""
     log_softmax_RV = F.log_softmax(logits_RV.float(), dim=1)
     if collect is not None:
         collect(F.nll_loss(log_softmax_RV, targets_R, ignore_index=ignore, reduction="none"))

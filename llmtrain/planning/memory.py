@@ -31,8 +31,8 @@ from llmtrain.planning.sizes import (
 )
 
 LESS_MEMORY = (
-    "see llmtrain plan; --set train.activation_checkpointing=true, a smaller eval.batch or "
-    "data.block_size, and train.parallel=fsdp on several GPUs reduce memory"
+    "see llmtrain plan; use --set train.activation_checkpointing=true, a smaller eval.batch or "
+    "data.block_size, or train.parallel=fsdp on several GPUs"
 )
 """Hint for a run that needs too much memory."""
 USABLE = 0.9
@@ -93,7 +93,7 @@ def device_memory(config: RunConfig, layout: Layout) -> list[Usage]:
 
 
 def smallest_peak(config: RunConfig, layout: Layout) -> Usage:
-    """Return the peak with the micro-batch of the config; `auto` may choose 1."""
+    """Return the peak with the micro-batch of the config; `auto` counts as 1."""
     known = config.with_micro_batch(1) if config.train.micro_batch == "auto" else config
     return peak(device_memory(known, layout))
 

@@ -1,7 +1,7 @@
-"""Detect that other processes take the cores of the compute threads, and slow training down.
+"""Detect other processes that take the cores of the compute threads and slow training down.
 
-Threads wait for each other after every operation. If they spin meanwhile, one that lost its core
-blocks the others, and two threads can be 20 times as slow as one.
+Threads wait for each other after every operation. If they spin while waiting, a thread that lost
+its core blocks the others, and two threads can be slower than one.
 """
 
 import os
@@ -10,10 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 
 _SECONDS = 5.0
-"""Training time that is judged together."""
+"""Training time between two comparisons."""
 _WAITING = 0.25
-"""Share of its time that a ready thread has to wait for a core."""
+"""Smallest share of their time that ready threads wait for a core."""
 _SLOWDOWN = 0.5
+"""Largest speed, relative to the fastest so far, that counts as slow."""
 
 CoreTimes = tuple[int, int]
 
@@ -38,7 +39,7 @@ def threads_spin() -> bool:
 
 
 class ContentionDetector:
-    """Compares the speed of training with the fastest so far, and how long threads wait."""
+    """Detector of other processes, from the speed of training and the waiting time of threads."""
 
     def __init__(
         self, threads: int, *, spinning: bool, read: Callable[[], CoreTimes] = core_times
@@ -63,7 +64,7 @@ class ContentionDetector:
 
     def _warning(self, rate: float, waiting: float) -> str:
         fastest = f" instead of {self._fastest:,.0f}" if rate < self._fastest else ""
-        hint = "stop them"
+        hint = "stop those processes"
         if self._spinning:
             hint += ", or restart with OMP_WAIT_POLICY=PASSIVE"
         elif self._threads > 1:

@@ -68,7 +68,8 @@ class Interrupt:
     def raising(self) -> Iterator[None]:
         """Raise Interrupted in the block when a signal arrives, between any two Python operations.
 
-        Only for the main thread of a process alone, and for work that leaves nothing behind.
+        Use it only in the main thread of a single process, for work that can be abandoned at any
+        point.
         """
         self._raises = True
         try:
@@ -79,14 +80,8 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        if not self._quiet and not self._signal_expected and sys.__stderr__ is not None:
-            # Unbuffered, because the signal may interrupt a print. Standard error may be closed:
-            # since the start (None), when descriptor 2 can be a data file, or by now (OSError).
-            with contextlib.suppress(OSError):
-                os.write(
-                    sys.__stderr__.fileno(),
-                    b"stopping at the next safe point; a second signal stops at once\n",
-                )
+        if not self._quiet and not self._signal_expected:
+            _print_unbuffered(b"stopping at the next safe point; a second signal stops at once\n")
         for each, previous in self._previous.items():
             default = signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL
             signal.signal(each, previous if self._signal_expected else default)
@@ -113,7 +108,7 @@ def _reason(exit_code: int) -> str:
 
 def _print_unbuffered(message: bytes) -> None:
     """Write to standard error, even while the signal interrupts a print."""
-    if sys.__stderr__ is None:  # closed since the start: descriptor 2 may be a data file
+    if sys.__stderr__ is None:  # closed from the start: descriptor 2 may be a data file
         return
-    with contextlib.suppress(OSError):  # closed since then
+    with contextlib.suppress(OSError):  # closed later
         os.write(sys.__stderr__.fileno(), message)

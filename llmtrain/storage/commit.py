@@ -5,7 +5,7 @@ complete and durable. Temporary names start with `.tmp-`; the next command that 
 removes or resumes the unfinished work of a killed process.
 
 A folder is built inside a build folder, `.tmp-NUMBER-NAME` or, if it can be resumed, `.tmp-NAME`.
-Its lock file marks it as ours: without this marker, a folder is neither used nor deleted.
+Its lock file marks it as llmtrain's: a folder without this marker is neither used nor deleted.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ RESUMABLE = ".resumable"
 _MARKERS = (_MARKER, RESUMABLE)
 _BUILD_NAME = re.compile(r"\.tmp-\d+-(.+)", re.DOTALL)
 _NEW, _OLD = "new", "old"
-"""Names in a build folder: what is built, and what it replaces."""
+"""Names in a build folder: the new folder, and the one that it replaces."""
 
 
 @contextlib.contextmanager
@@ -59,7 +59,7 @@ def staged_folder(
     """Yield a temporary folder; at the end add its `integrity.json` and rename it to `target`.
 
     If the block raises, the temporary folder is removed and `target` is unchanged. `needed` is the
-    size in bytes. A block that knows the digests of its files calls `write_integrity` itself.
+    size in bytes. If the block has computed digests, it calls `write_integrity` itself.
     """
     if os.path.lexists(target) and not replace:
         raise FileExistsError(f"{target} exists already")
@@ -96,7 +96,7 @@ def temporary_folder(target: Path, *, wait: bool = False) -> Iterator[Path]:
     """Lock and yield the build folder `.tmp-NAME` next to `target`, with its existing content.
 
     It remains at the end unless it is empty. If another process builds `target`, `wait` for it or
-    raise UserError. Also raise UserError if the existing folder is not one of ours.
+    raise UserError. Also raise UserError if the existing folder has no marker.
     """
     build = temporary_path(target)
     make_folders(target.parent)
@@ -125,7 +125,7 @@ def _marked(build: Path, target: Path, marker: str, *, wait: bool = False) -> It
 
 
 def _require_ours(build: Path, marker: str) -> None:
-    """Raise UserError unless `build` is a folder that is empty or marked as ours, or missing."""
+    """Raise UserError unless `build` is missing, or is an empty or marked folder."""
     if not os.path.lexists(build):
         return  # another process cleaned up just now
     if is_real_folder(build) and (os.path.lexists(build / marker) or not any(build.iterdir())):
@@ -149,7 +149,7 @@ def commit_folder(folder: Path, target: Path, *, replaced: Path | None = None) -
     fsync_path(folder)
     require_held(folder)
     if replaced is not None and os.path.lexists(target):
-        rename_durably(target, replaced)  # with the marker, by which it is found again
+        rename_durably(target, replaced)  # next to the marker, so a later command finds it
     folder.rename(target)
     fsync_path(target.parent)
 
@@ -192,7 +192,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 def _remove_abandoned_files(parent: Path, pattern: str) -> None:
     for path in parent.glob(f"{TEMPORARY_PREFIX}{pattern}"):
-        # An error means that its writer is running, or that it is a folder or not ours.
+        # Skip files in use and anything that is not a regular file with one name.
         with contextlib.suppress(UserError, OSError), try_locked(path):
             path.unlink()
 

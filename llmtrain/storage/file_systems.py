@@ -25,7 +25,7 @@ _ERRORS: dict[Feature, set[int]] = {
     "space reservation": _UNSUPPORTED,
 }
 _NO_LINKS = {*_UNSUPPORTED, errno.EPERM, errno.EACCES, errno.EXDEV, errno.EMLINK}
-"""Errors of file systems without hard links, or between two of them, or of a file with too many."""
+"""Errors of hard links: unsupported, across file systems, or too many for one file."""
 _CONSEQUENCES: dict[Feature, str] = {
     "file locks": "nothing prevents two commands from writing to one folder, so run only one",
     "file permissions": "new files have the permissions of the mount",

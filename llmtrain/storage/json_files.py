@@ -10,6 +10,7 @@ from llmtrain.storage.safe_files import read_regular
 _COUNTS = ("seconds", "tokens", "skipped", "memory")
 _MEASUREMENTS = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")
 """Keys that may also be null: not finite or unknown."""
+_SECTOR = 512
 _HINT = "restore the file from a copy"
 
 
@@ -37,9 +38,13 @@ def write_json(path: Path, document: object) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of an append-only file; ignore a last line that a kill truncated."""
+    """Return the objects of an append-only file, except those that an interruption damaged.
+
+    A kill truncates the last line. A power loss may leave zeros in place of lines or sectors that
+    were not flushed; nothing after them was flushed either.
+    """
     try:
-        *lines, _ = read_regular(path).split(b"\n")
+        *lines, _ = _until_zeros(read_regular(path)).split(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -57,6 +62,13 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
                 hint="the file is damaged: restore it or fix the line",
             ) from None
     return objects
+
+
+def _until_zeros(content: bytes) -> bytes:
+    """Return the content before the zeros that a power loss left, if any."""
+    zeros = content.find(b"\0")
+    is_lost = zeros >= 0 and (zeros % _SECTOR == 0 or content[zeros - 1 : zeros] == b"\n")
+    return content[:zeros] if is_lost else content
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

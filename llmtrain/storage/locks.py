@@ -1,4 +1,4 @@
-"""Locks: files that a process holds until it ends, whatever ends it.
+"""Locks on files, which the kernel releases when the process ends for any reason.
 
 A lock also ties a process to a folder: `require_held` fails if the folder was moved or deleted.
 """
@@ -97,7 +97,7 @@ def holding(file: IO[bytes], path: Path, what: Path) -> Iterator[None]:
 
 
 def require_held(path: Path) -> None:
-    """Raise RunFailed if a folder that contains `path` was locked here and is not there anymore."""
+    """Raise RunFailed if a locked folder that contains `path` was moved or deleted."""
     absolute = path.absolute()
     for folder in (*reversed(absolute.parents), absolute):
         if folder in _HELD and not is_held(folder):

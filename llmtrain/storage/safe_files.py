@@ -1,4 +1,4 @@
-"""Files and folders whose names someone else may have chosen, such as those of a run archive.
+"""Safe access to files and folders from outside, such as those of an extracted run archive.
 
 The rule: a run folder, and any folder above it, may be a symbolic link. Below it, commands write
 only to real folders and to regular files with one name, so nothing outside the run can change.

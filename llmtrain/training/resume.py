@@ -125,7 +125,7 @@ def _begin(
 
 
 def _never_trained(run: RunFolder) -> bool:
-    """Return whether a run has no training event, and has saved at most what it started from."""
+    """Return whether a run has neither a training event nor anything saved after its start."""
     events = read_events(run.metrics)
     if run.rewound_metrics.exists() or any("lr" in event for event in events):
         return False
@@ -149,7 +149,7 @@ def _resumes_branch(config: RunConfig, run: RunFolder, resume: Resume) -> bool:
 
 
 def _discard(run: RunFolder, config: RunConfig, warn: Log) -> None:
-    """Replace a run that never trained; a kill in between leaves such a run."""
+    """Replace a run that never trained; if this is killed, the run still counts as one."""
     if _changed_keys(load_config(run.config), config):
         warn(f"{run.path} contains a run that never trained: replacing its config")
     for folder in _saved_folders(run):
@@ -205,7 +205,7 @@ def _branch(config: RunConfig, run: RunFolder, data: TokenData, folder: Path) ->
     if checkpoint.progress.step >= config.train.max_steps:
         step, last = checkpoint.progress.step, config.train.max_steps
         problem = f"nothing to train from step {step:,} to train.max_steps {last:,}"
-        raise UserError(problem, hint=f"--set train.max_steps=N with N above {step}")
+        raise UserError(problem, hint=f"use --set train.max_steps=N with N above {step}")
     parent = require_run(folder.resolve().parents[1])
     changed = _changed_keys(load_config(parent.config), config)
     if other := [key for key in changed if key.startswith(("model.", "data.block_size"))]:

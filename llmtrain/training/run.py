@@ -129,7 +129,7 @@ def _check_vocabulary(config: RunConfig, data: TokenData) -> None:
 def _warn_about_settings(worker: Worker, data: TokenData) -> None:
     config = worker.config
     if data.tokenizer_assumed:
-        worker.warn(f"{config.data.path} names no tokenizer: assuming GPT-2's")
+        worker.warn(f"{config.data.path} does not name a tokenizer: assuming GPT-2's")
     if (tokens := data.tokens("val")) < 2:
         worker.warn("the val split is empty: skipping evaluations")
     windows = n_windows(min(tokens, config.eval.tokens or tokens), config.data.block_size)

@@ -8,9 +8,9 @@ WINDOW = 15
 
 
 class TimeLeft:
-    """Predicts from the median speed of recent log intervals, and from the mean pause per step.
+    """Prediction from the median speed of recent log intervals and the mean pause per step.
 
-    Why: evaluations and saves are regular, so their mean counts; a single slow interval is not.
+    Why both: evaluations and saves are regular, but a single slow interval is not.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class TimeLeft:
         self._paused = 0.0
 
     def add(self, steps: int, seconds: float, paused: float) -> None:
-        """Add a log interval of `seconds`, of which it `paused` to evaluate and save."""
+        """Add a log interval of `seconds`, including `paused` seconds of evaluating and saving."""
         self._seconds_per_step.append((seconds - paused) / steps)
         self._steps += steps
         self._paused += paused

@@ -165,7 +165,7 @@ class Trainer:
         self._after_step(interrupt, fresh=False)
 
     def _after_step(self, interrupt: Interrupt, *, fresh: bool) -> None:
-        """Evaluate and save what is due at this step; after a resume, only what is missing."""
+        """Run the evaluations and saves due at this step; after a resume, only the missing ones."""
         config, step = self.config, self.progress.step
         saving = config.checkpoint
         if any(map(self._due, (config.eval.every, saving.snapshot_every, saving.state_every))):

@@ -103,7 +103,7 @@ def make_worker(config: RunConfig, world: World, device: torch.device, warn: Log
 
 
 def _run_python_in_backward(block: nn.Module, inputs: tuple[Tensor]) -> None:
-    """Let the handlers of signals run after the backward pass of a block, which is in C++."""
+    """Let signal handlers run after each block's backward pass, which otherwise stays in C++."""
     if inputs[0].requires_grad:
         inputs[0].register_hook(lambda gradient: None)  # type: ignore[no-untyped-call]  # torch
 

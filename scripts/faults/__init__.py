@@ -1,4 +1,4 @@
-"""What `scripts/torture` and `scripts/power_loss` share: kills and power losses of real commands.
+"""Shared parts of `scripts/torture` (kills) and `scripts/power_loss`.
 
 workload.py    the commands, and the comparison of their results with an undisturbed run
 trace.py       the file system calls of a command, recorded by strace

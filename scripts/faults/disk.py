@@ -1,6 +1,6 @@
-"""A disk after a power loss: which writes, names and sizes it may contain.
+"""Model of a disk after a power loss: the writes, names and sizes that it may contain.
 
-The model is that of POSIX. A write is durable after an fsync of its file, and a name (created,
+It follows POSIX. A write is durable after an fsync of its file, and a name (created,
 renamed or removed) after an fsync of its folder. Anything later may be on the disk or not. Real
 file systems lose less: they keep the order of names within a folder, for example.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 Mode = Literal["durable", "names", "random"]
-"""What is left of the operations that are not durable: nothing, the names, or a random part."""
+"""Part of the operations without an fsync that survives: none, the names, or a random part."""
 
 
 @dataclass(eq=False)
@@ -118,9 +118,9 @@ class Disk:
         return self.files([operation for number, operation in enumerate(done) if number in kept])
 
     def promised(self, count: int) -> set[str]:
-        """Return the paths of folders that were renamed and flushed, and not removed since.
+        """Return the paths of folders that were renamed and flushed, and not removed later.
 
-        A command that commits a folder this way relies on it afterwards.
+        A command relies on the folders that it committed this way.
         """
         done = self.operations[:count]
         durable = self._durable(done)

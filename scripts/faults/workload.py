@@ -21,7 +21,7 @@ train: {max_steps: STEPS, batch_sequences: 8, micro_batch: 4, precision: float32
         device: cpu}
 checkpoint: {snapshot_every: 5, state_every: 10, keep_states: 3}
 averages: [{kind: ema, decay: 0.9, save_every: 20}, {kind: running-mean}]
-spikes: {action: rewind, window: 8, threshold: 6, rewind_steps: 3}
+spikes: {action: rewind, window: 8, threshold: 8, rewind_steps: 3, max_rewinds: 100}
 eval: {every: 20, batch: 64, tokens: 4000}
 log: {every: 5}
 """
@@ -79,15 +79,21 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
 
 
+def run(command: list[str], folder: Path) -> None:
+    """Run a command in `folder`; raise SystemExit if it fails."""
+    if code := start(command, folder).wait():
+        raise SystemExit(f"{' '.join(command)} failed with exit code {code}")
+
+
 def require_rewind(folder: Path) -> None:
-    """Raise SystemExit unless the undisturbed run rewound: without it, less is tested."""
+    """Raise SystemExit unless the undisturbed run contains a rewind to test."""
     events = read_json_lines(folder / RESULTS["pretrain"] / "metrics.jsonl")
     if not any("rewound_from" in event for event in events):
         raise SystemExit("the undisturbed run has no rewind: adapt `spikes` in CONFIG")
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Return what two equal results have in common: by path, JSON without times or a hash."""
+    """Return by path the JSON of a file without times, or its hash: equal for equal results."""
     return {
         path.relative_to(folder).as_posix(): _content(path).replace(str(folder.resolve()), ".")
         for path in sorted(folder.rglob("*"))

@@ -365,7 +365,7 @@ def test_no_drift_over_a_thousand_windows(tmp_path: Path) -> None:
 
 
 def test_an_average_of_an_earlier_version_is_recognized(tmp_path: Path) -> None:
-    """Its provenance has the SHA-256 of inputs without a record."""
+    """Earlier versions computed SHA-256 of inputs without a record."""
     root = make_series(tmp_path / "series")
     (first,) = run(root, every=100)
     path = first.spec.target / "provenance.json"

@@ -22,7 +22,7 @@ def rewind(run: RunFolder) -> None:
 
 
 def rewind_and_train(run: RunFolder) -> None:
-    """Also write another snapshot of the same step and size."""
+    """Set the newest snapshot aside and write another one of the same step and size."""
     aside = set_aside(run.snapshot(30), "rewound")
     path = shutil.copytree(aside, run.snapshot(30)) / "model.safetensors"
     content = bytearray(path.read_bytes())

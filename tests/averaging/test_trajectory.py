@@ -1,4 +1,4 @@
-"""The trajectory check: silent on honest runs with any schedule, and it finds chimeras."""
+"""The trajectory check: no warning for correct runs of any schedule, one for each chimera."""
 
 import shutil
 from collections.abc import Callable, Iterator

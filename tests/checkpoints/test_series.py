@@ -49,7 +49,7 @@ def test_two_checkpoints_of_one_step_are_rejected(tmp_path: Path, names: tuple[s
         write_checkpoint(tmp_path / "s" / name, model_at(10))
     with pytest.raises(UserError, match="both have step 10") as caught:
         folder_series(tmp_path / "s")
-    assert "folders of their own" in caught.value.hint
+    assert "separate folder" in caught.value.hint
     assert not re.search("delete|remove|keep one", caught.value.hint)
 
 
@@ -132,7 +132,7 @@ def test_a_step_counted_within_its_epoch_is_no_contradiction(tmp_path: Path) -> 
 
 
 def test_batch_norm_counters_are_copied_from_the_newest(tmp_path: Path) -> None:
-    """Other integers that differ still stop the average."""
+    """If other integers differ, the average still fails."""
     for step in (10, 20, 30):
         model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
         for _ in range(step):

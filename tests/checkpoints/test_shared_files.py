@@ -38,7 +38,7 @@ def test_all_folders_of_a_run_share_one_copy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["changed", "unrecorded"])
 def test_damaged_files_are_written_again_under_new_names(tmp_path: Path, damage: str) -> None:
-    """The old folders keep their files."""
+    """Folders that were linked earlier keep their files."""
     one = linked(SharedFiles(tmp_path / "tokenizer", SHAPE, "byte"), tmp_path / "a")
     if damage == "changed":
         with (tmp_path / "tokenizer/vocab.json").open("r+b") as file:

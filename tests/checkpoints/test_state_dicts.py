@@ -1,4 +1,4 @@
-"""Which tensors of a training file are its weights, and which files are rejected."""
+"""The search for weights in training files, and the files that it rejects."""
 
 import argparse
 import collections
@@ -193,7 +193,7 @@ def test_a_rejected_class_is_named(tmp_path: Path, value: object, name: str) -> 
 
 
 def test_a_compressed_archive_is_rejected(tmp_path: Path) -> None:
-    """Its bytes would be mapped as numbers, although the sizes look right."""
+    """Otherwise compressed bytes would be mapped as numbers, although the sizes look right."""
     torch.save({"model": {"w": torch.ones(500)}}, tmp_path / "plain.pt")
     with (
         zipfile.ZipFile(tmp_path / "plain.pt") as plain,
@@ -244,7 +244,7 @@ DOCUMENTS = st.recursive(
 def test_any_document_gives_its_own_tensors_or_an_error(
     tmp_path_factory: pytest.TempPathFactory, document: object
 ) -> None:
-    """No tensor is made up, lost within the chosen entry, or taken from two entries."""
+    """All tensors come from one entry of the file, and none of that entry is missing."""
     path = tmp_path_factory.getbasetemp() / "any.pt"
     path.write_bytes(bytes(1000))
     try:

@@ -262,7 +262,7 @@ def test_leftovers_are_deleted(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [".tmp-out", ".tmp-out/shards", ".tmp-out/shards/x"])
 @pytest.mark.parametrize("valid", [True, False])
 def test_the_target_of_a_link_is_kept(source: Path, tmp_path: Path, name: str, valid: bool) -> None:
-    """Also if the archive of an attacker contains our marker."""
+    """The target is kept even if the folder contains llmtrain's marker."""
     victim, place = tmp_path / "victim", tmp_path / "place"
     (victim / "deeper").mkdir(parents=True)
     for path in (victim / ".resumable", victim / "precious", victim / "deeper" / "precious"):

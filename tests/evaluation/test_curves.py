@@ -97,7 +97,7 @@ def test_runs_show_the_token_count_and_never_the_lowest_of_different_tokens(
     write_run(tmp_path / "runs" / "two", tokens=1_234)
     shown = invoke("runs", cwd=tmp_path)
     assert "1,234" in shown.stdout
-    assert "their losses are comparable only after llmtrain eval" in shown.stderr
+    assert "the losses are not comparable: the runs were measured on different" in shown.stderr
 
 
 def test_a_report_of_several_runs_ranks_only_losses_on_the_same_tokens(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_report_of_several_runs_ranks_only_losses_on_the_same_tokens(tmp_path:
     labels = [line.label for line in run_charts(records)[0].lines]
     assert labels == ["a: raw (99 tokens)", "b: raw (9 tokens)"]
     shown = invoke("report", runs[0].path, runs[1].path, cwd=tmp_path)
-    assert "not comparable, tokens differ" in shown.stderr
+    assert "not comparable: different tokens" in shown.stderr
     for run, loss in zip(runs, (2.0, 3.0), strict=True):  # now on the same tokens
         for step in (10, 20, 30):
             write_result(run, "raw", loss, 500, step=step)

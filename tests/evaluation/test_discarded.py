@@ -64,7 +64,7 @@ def test_a_moved_run_keeps_its_averages(place: Path) -> None:
 
 
 def test_a_copy_is_compared_with_its_own_snapshots(place: Path) -> None:
-    """Its provenance names the original, whose snapshots exist; they do not count."""
+    """The provenance of a copy contains the paths of the original run, which are ignored."""
     shutil.copytree(place / "runs/run", place / "runs/copy")
     rewrite(RunFolder(place / "runs/run"), 10)
     outcome = invoke("eval", "runs/copy", "--json", cwd=place)

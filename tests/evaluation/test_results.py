@@ -255,7 +255,7 @@ def test_a_small_split_is_reported_with_its_standard_error(run: RunFolder, tmp_p
 
 
 def test_results_without_a_standard_error_are_shown(run: RunFolder, tmp_path: Path) -> None:
-    """Earlier versions did not store it."""
+    """Earlier versions did not store a standard error."""
     first = json.loads(invoke("eval", run.path, "--json", cwd=tmp_path).stdout)
     for path in run.evals.iterdir():
         document = json.loads(path.read_text())

@@ -204,7 +204,7 @@ def grown(config: RunConfig, folder: Path) -> int:
         cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip  # keep the comment next to its line
     assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+    return int(done.stdout.split()[-1])  # after the log lines
 
 
 @pytest.mark.slow

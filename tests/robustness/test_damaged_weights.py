@@ -44,7 +44,7 @@ def flip(path: Path) -> None:
 
 
 def replace(path: Path) -> None:
-    """Copy the file of another step over it, with its times."""
+    """Overwrite the file with that of another step, including the times."""
     shutil.copy2(path.parents[1] / "step-00000004" / path.name, path)
 
 

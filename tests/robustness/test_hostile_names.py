@@ -23,7 +23,7 @@ from llmtrain.storage.integrity import write_integrity
 
 FORGED = "FORGED"
 EVIL = f"x\x1b[31m\r\n{FORGED} # [bold]`|*<b>${{$\u202e\u2028\x9b\x7f&amp;![a](b)"
-"""A file name that is every kind of attack at once."""
+"""A file name that combines all kinds of attack."""
 LABEL = f"evil{EVIL}"
 
 

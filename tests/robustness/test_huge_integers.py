@@ -22,7 +22,10 @@ def workplace(tmp_path: Path) -> Path:
     ("arguments", "expected"),
     [
         (("config", "runs/old/config.yaml", "--set", f"seed={HUGE}"), LIMIT),
-        (("eval", "runs/old", "--tasks", "piqa", "--batch-size", HUGE), "is neither auto nor a number"),
+        (
+            ("eval", "runs/old", "--tasks", "piqa", "--batch-size", HUGE),
+            "is neither auto nor a number",
+        ),
         (("average", "runs/old", "--every", "5", "--at", HUGE), "is not last, all or a step"),
     ],
 )

@@ -27,7 +27,7 @@ def test_a_collapse_is_reported_once_with_a_setting() -> None:
         None,
         None,
         "other processes slow this run down: 1,000 tokens/s instead of 40,000; its threads wait "
-        "for a core 48% of the time; stop them, or restart with OMP_NUM_THREADS=1",
+        "for a core 48% of the time; stop those processes, or restart with OMP_NUM_THREADS=1",
         None,
     ]
 

@@ -148,7 +148,7 @@ def test_clean_up_deletes_only_files_of_killed_processes(
 
 
 def test_an_empty_build_folder_is_deleted(tmp_path: Path) -> None:
-    """A kill before the marker exists, or after it was removed, leaves one."""
+    """A kill before the marker is created, or after it is removed, leaves an empty folder."""
     for name in (".tmp-12-step", ".tmp-13-step"):
         (tmp_path / name).mkdir()
     (tmp_path / ".tmp-13-step" / "file").write_text("of another program")
@@ -253,6 +253,25 @@ def test_truncated_last_json_line_is_ignored(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{broken\n{"step": 3}\n')
     with pytest.raises(UserError, match="line 2"):
         read_json_lines(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "count"),
+    [
+        (b'{"step": 1}\n' + bytes(12) + b'{"step": 3}\n', 1),  # the second line is lost
+        (b'{"step": 1}\n' * 50 + bytes(600), 50),
+        ((b'{"step": 1}\n' * 50)[:512] + bytes(512), 42),  # a sector within a line
+        (bytes(30), 0),
+        (b'{"step":\0 1}\n{"step": 2}\n', None),  # a flipped bit
+    ],
+)
+def test_zeros_of_a_power_loss_end_a_log(tmp_path: Path, content: bytes, count: int | None) -> None:
+    (tmp_path / "m.jsonl").write_bytes(content)
+    if count is None:
+        with pytest.raises(UserError, match="line 1"):
+            read_json_lines(tmp_path / "m.jsonl")
+    else:
+        assert len(read_json_lines(tmp_path / "m.jsonl")) == count
 
 
 def test_step_folders_and_newest_run(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def memory_limit(room: int) -> Iterator[None]:
 
 
 def test_a_planned_peak_above_the_free_memory_is_a_warning(tiny: Build, tmp_path: Path) -> None:
-    """Before the first step."""
+    """The warning comes before the first step."""
     for sequences, expected in ((1 << 22, 1), (8, 0)):
         lines: list[str] = []
         config = tiny(train__batch_sequences=sequences, train__micro_batch=sequences)

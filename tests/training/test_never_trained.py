@@ -15,7 +15,7 @@ REWIND = {"action": "rewind", "rewind_steps": 4}
 
 
 class KilledError(Exception):
-    """Simulates a kill."""
+    """A simulated kill."""
 
 
 def kill_before_first_step(config: Any, folder: Path, **options: Any) -> None:
@@ -32,7 +32,7 @@ def kill_before_first_step(config: Any, folder: Path, **options: Any) -> None:
 def test_a_run_that_never_trained_does_not_claim_its_folder(
     tiny: Build, tmp_path: Path, policy: str
 ) -> None:
-    """With rewinds, it has saved a training checkpoint at step 0."""
+    """With rewinds, such a run contains a training checkpoint at step 0."""
     spikes, config = REWIND | {"action": policy}, tiny(optimizer={"lr": 5e-3}, spikes=REWIND)
     kill_before_first_step(tiny(spikes=spikes), tmp_path / "run")
     warnings: list[str] = []
@@ -45,7 +45,7 @@ def test_a_run_that_never_trained_does_not_claim_its_folder(
 def test_a_branch_that_never_trained_can_start_from_another_checkpoint(
     tiny: Build, tmp_path: Path
 ) -> None:
-    """It has copied the weights and the training checkpoint of its parent."""
+    """Such a branch contains the weights and the training checkpoint of its parent."""
     trunk = quiet(tiny(checkpoint__keep_states=3), tmp_path / "trunk")
     config = tiny(optimizer={"lr": 5e-3})
     kill_before_first_step(tiny(), tmp_path / "branch", resume=trunk.state(8))

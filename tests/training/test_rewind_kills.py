@@ -21,11 +21,11 @@ CALLS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 
 
 class KilledError(BaseException):
-    """Not an Exception: no handler may continue after a kill."""
+    """A simulated kill; not an Exception, so that no handler continues after it."""
 
 
 class Kill:
-    """From the n-th system call on, all fail: the disk looks as after a SIGKILL."""
+    """Failure of all system calls from the n-th on, which leaves the disk as SIGKILL would."""
 
     def __init__(self, after: int) -> None:
         self._left, self._patch = after, pytest.MonkeyPatch()

@@ -147,7 +147,7 @@ def demo_numbers() -> list[tuple[float, float]]:
 
 
 def test_a_healthy_run_has_no_spikes() -> None:
-    """Its gradient norm grows tenfold, with heavy tails, while the loss falls."""
+    """In the demo, the gradient norm grows tenfold, with heavy tails, while the loss falls."""
     detector = demo_detector()
     feed(detector, demo_numbers())
     assert [str(each) for each in detector.drain()] == []

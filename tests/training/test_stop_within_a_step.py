@@ -23,7 +23,7 @@ STEP = 2
 
 
 class Stopwatch:
-    """Sends SIGTERM a fraction of a step after step `STEP`, as seen in the log."""
+    """Log that sends SIGTERM a fraction of a step after it receives step `STEP`."""
 
     def __init__(self, fraction: float) -> None:
         self.fraction = fraction
@@ -70,7 +70,7 @@ def test_a_signal_abandons_a_long_micro_batch(tiny: Build, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_a_backward_pass_stops_between_blocks(tiny: Build) -> None:
-    """The first block, whose turn comes last, gets no gradients."""
+    """The backward pass reaches the first block last, so it gets no gradients."""
     model = {"n_layer": 8, "n_head": 2, "n_embd": 64, "vocab_size": 264}
     worker = make_worker(tiny(model=model), World(), torch.device("cpu"), pytest.fail)
     blocks = worker.model.transformer.h

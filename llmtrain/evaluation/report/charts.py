@@ -51,7 +51,7 @@ _TRAINING = (
 _SIZE = (5.6, 3.6)
 """Inches: 403 by 259 points, so that 11.5-point text suits a phone and a desktop."""
 _LEGEND_ROW, _ROWS_INCLUDED = 0.22, 2
-"""Inches that each further row of the legend adds, so that it does not shrink the plot."""
+"""Inches added per legend row after the included ones, so that the plot does not shrink."""
 _MAX_POINTS = 500
 """Points of a line whose values the page shows; longer lines are thinned."""
 _LARGEST = 1e30

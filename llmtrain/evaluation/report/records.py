@@ -72,7 +72,7 @@ class RunRecord:
     curves: dict[str, Curve]
     """Validation loss of raw weights, first, and of each average, on the same windows."""
     windows: Windows | None
-    """Those windows; None without a loss."""
+    """Windows of `curves`; None if there are no losses."""
     others: dict[Windows, dict[str, Curve]]
     """Losses on other windows."""
     clock: Clock
@@ -173,7 +173,7 @@ def _provenance(run: RunFolder) -> dict[str, dict[str, Any]]:
 
 
 def differing_windows(records: Sequence[RunRecord]) -> list[str]:
-    """Return the properties of the validation windows that differ; losses are comparable if none.
+    """Return the properties in which the validation windows differ; empty if comparable.
 
     Why not the configs: `eval` may have measured the losses on other tokens.
     """
