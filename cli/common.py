@@ -62,8 +62,8 @@ err_console = _Console(stderr=True)
 WeightsArgument = Annotated[
     str | None,
     typer.Argument(
-        help="A run (the best measured weights of its newest step), a folder of GPT-2 weights, or "
-        " OWNER/NAME[@REVISION] on the hub.",
+        help="A run (the best measured weights of its newest averaged step), a folder of GPT-2 "
+        "weights, or OWNER/NAME[@REVISION] on the hub.",
         show_default="the newest run under runs/",
     ),
 ]

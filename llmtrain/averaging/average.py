@@ -109,9 +109,11 @@ def average(
         group = missing[first : first + size]
         used = unique_inputs([spec for spec, _ in group])
         opened = {source: checkpoints[source] for source in used}
-        own = verify and series.trusted and all(each.recorded for each in opened.values())
+        verified_run = verify and series.trusted and all(each.recorded for each in opened.values())
         files = {path: identities[path] for each in opened.values() for path in each.files}
-        _merge_group(group, opened, files, options, progress, warn, verify=verify, own=own)
+        _merge_group(
+            group, opened, files, options, progress, warn, verify=verify, verified_run=verified_run
+        )
     return [Average(spec, cached=spec.target not in made) for spec in specs]
 
 
@@ -124,9 +126,13 @@ def _merge_group(
     warn: Callable[[str], None],
     *,
     verify: bool,
-    own: bool,
+    verified_run: bool,
 ) -> None:
-    """Merge a group in one pass, comparing the inputs with their records, and commit."""
+    """Merge a group in one pass and commit it.
+
+    If `verify`, compare the inputs with their records. `verified_run` is true if all inputs are
+    snapshots of a run with records, so their distances are measured only with `strict`.
+    """
     opened = list(checkpoints.values())
     sums = weighted_sums([spec for spec, _ in group], list(checkpoints))
     needed = _output_bytes(opened[-1], options)
@@ -152,13 +158,13 @@ def _merge_group(
                 integers=options.integers,
                 progress=progress,
                 verify=verify,
-                distances=options.strict or not own,
+                distances=options.strict or not verified_run,
             )
         except (DamagedFile, FileNotFoundError):
             _require_unchanged(files)
             raise
         if all(spec.audited for spec, _ in group):
-            for line in audit.check_norms(opened, norms, options, verified=own):
+            for line in audit.check_norms(opened, norms, options, verified=verified_run):
                 warn(line)
         outputs.close()
         for writer in writers:

@@ -49,8 +49,8 @@ def outliers(checkpoints: Sequence[Checkpoint], norms: Norms) -> dict[int, str]:
     for end, order in ((0, 1), (last, -1)) if last > 1 else ((last, -1),):
         moves = pooled.distance[1:][::order]
         far, unrelated = _outer(steps[::order], pooled.norm[::order], moves)
-        for name, ratio, alien in zip(names, far, unrelated, strict=True):
-            if ratio or alien:
+        for name, ratio, is_unrelated in zip(names, far, unrelated, strict=True):
+            if ratio or is_unrelated:
                 reason = f"{ratio:.1f} times the usual distance" if ratio else "unrelated"
                 found[end].append(f"{name} ({reason})")
     return {row: _message(checkpoints[row].step, found[row]) for row in sorted(found)}

@@ -29,8 +29,8 @@ class Selection:
 def choose_weights(name: str | None) -> Selection:
     """Return one set of weights for a run, folder or hub name; None means the newest run.
 
-    For a run, these are the best measured weights of its newest step. Losses are compared on the
-    windows on which most of these weights were measured. Without any loss, the
+    For a run, these are the best measured weights of its newest averaged step. Losses are compared
+    on the windows on which most of these weights were measured. Without any loss, the
     first average is selected, or the snapshot if there is none. Averages of discarded snapshots are
     left out.
     """

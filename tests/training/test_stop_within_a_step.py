@@ -22,7 +22,7 @@ STEP = 2
 """Last finished step when the signal arrives."""
 
 
-class Stopwatch:
+class SignalWithinStep:
     """Log that sends SIGTERM a fraction of a step after it receives step `STEP`."""
 
     def __init__(self, fraction: float) -> None:
@@ -58,7 +58,7 @@ def test_a_signal_abandons_a_long_micro_batch(tiny: Build, tmp_path: Path) -> No
         eval={"every": 100},
         log={"every": 1},
     )
-    watch = Stopwatch(0.1)
+    watch = SignalWithinStep(0.1)
     with pytest.raises(Interrupted) as stopped:
         pretrain(config, tmp_path / "stopped", log=watch.log)
     taken = time.perf_counter() - watch.sent
