@@ -13,7 +13,7 @@ from typing import IO
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.storage.disk import disk_errors
 from llmtrain.storage.file_systems import make_folders, unless_unsupported
-from llmtrain.storage.safe_files import open_own
+from llmtrain.storage.safe_files import open_regular
 
 LOCK_FILE = ".lock"
 
@@ -34,7 +34,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
 def is_locked(folder: Path) -> bool:
     """Return whether a running process is inside `locked_folder(folder)`."""
     try:
-        with os.fdopen(open_own(folder / LOCK_FILE, os.O_RDONLY), "rb") as file:
+        with os.fdopen(open_regular(folder / LOCK_FILE, os.O_RDONLY), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -47,10 +47,11 @@ def open_locked(path: Path, what: Path, *, flags: int = 0, wait: bool = False) -
     """Open or create a file and lock it until it is closed.
 
     If another process has locked it, wait or raise a UserError about `what`. `flags` are added to
-    those of the open call.
+    those of the open call. A file with several names, such as `cp -al` creates, is not written to,
+    but replaced.
     """
     while True:
-        file = os.fdopen(open_own(path, os.O_RDWR | os.O_CREAT | flags), "r+b")
+        file = os.fdopen(open_regular(path, os.O_RDWR | os.O_CREAT | flags), "r+b")
         try:
             with unless_unsupported("file locks", path):
                 fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,8 +59,10 @@ def open_locked(path: Path, what: Path, *, flags: int = 0, wait: bool = False) -
             with file:
                 raise _in_use(what, file.read(20)) from None
         if is_named(file, path):
-            return file
-        file.close()  # renamed or removed by the process that held the lock: open the new file
+            if os.fstat(file.fileno()).st_nlink <= 1:
+                return file
+            path.unlink()
+        file.close()  # renamed or removed, here or by the process that held it: open the new file
 
 
 def _in_use(what: Path, content: bytes) -> UserError:
@@ -71,7 +74,7 @@ def _in_use(what: Path, content: bytes) -> UserError:
 @contextlib.contextmanager
 def try_locked(path: Path) -> Iterator[None]:
     """Lock an existing file; raise UserError or OSError if that is impossible for any reason."""
-    with os.fdopen(open_own(path, os.O_RDWR), "r+b") as file:
+    with os.fdopen(open_regular(path, os.O_RDWR), "r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not is_named(file, path):
             raise FileNotFoundError(path)

@@ -19,6 +19,15 @@ _NOT_A_FILE = {errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EISDIR}
 
 def open_own(path: Path, flags: int) -> int:
     """Open a file for writing; raise UserError unless it is a regular file with one name."""
+    descriptor = open_regular(path, flags)
+    if os.fstat(descriptor).st_nlink > 1:  # some FUSE file systems report zero names
+        os.close(descriptor)
+        raise _not_own(path)
+    return descriptor
+
+
+def open_regular(path: Path, flags: int) -> int:
+    """Open a file; raise UserError unless it is a regular file, which may have several names."""
     safe = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # O_NONBLOCK: a FIFO would block
     try:
         descriptor = os.open(path, flags | safe, 0o666)
@@ -26,9 +35,7 @@ def open_own(path: Path, flags: int) -> int:
         if error.errno in _NOT_A_FILE:
             raise _not_own(path) from None
         raise
-    status = os.fstat(descriptor)
-    # Some FUSE file systems report zero names.
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise _not_own(path)
     return descriptor

@@ -109,7 +109,8 @@ def find_start(
         _refuse_lost_checkpoints(run, 0 if checkpoint is None else checkpoint.progress.step, warn)
     elif checkpoint.progress.data != data.sha256:
         problem = f"{run.path} was trained on other data than {config.data.path}"
-        raise UserError(problem, hint="restore data.path, or choose another --run-dir")
+        hint = "restore that folder (data prepared again by a newer llmtrain counts as other data)"
+        raise UserError(problem, hint=f"{hint}, or choose another --run-dir")
     return checkpoint
 
 

@@ -1,6 +1,8 @@
 """Links, FIFOs and hard links where a command writes: nothing outside changes."""
 
+import contextlib
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,12 +56,32 @@ def is_untouched(victim: Path) -> bool:
     return {p.name: p.read_text() for p in victim.iterdir()} == {"file": "precious"}
 
 
+def refusal(path: Path) -> contextlib.AbstractContextManager[object]:
+    """Expect an error unless `path` is a regular file: one with several names is replaced."""
+    if path.is_file() and not path.is_symlink():
+        return contextlib.nullcontext()
+    return pytest.raises(UserError, match=r"cannot write .*it is a link, has several")
+
+
 def test_lock_files_are_regular_files(place: Path, victim: Path, plant: Plant) -> None:
     plant(place / ".lock")
-    with pytest.raises(UserError, match="cannot write"), locked_folder(place):
-        pass
+    with refusal(place / ".lock"), locked_folder(place):
+        assert (place / ".lock").stat().st_nlink == 1
     assert not is_locked(place)
     assert is_untouched(victim)
+
+
+def test_a_copy_with_hard_links_does_not_block_a_folder(place: Path) -> None:
+    """`cp -al run backup` gives the lock file of the run a second name."""
+    copy = place.with_name("copy")
+    with locked_folder(place):
+        shutil.copytree(place, copy, copy_function=os.link)
+        assert is_locked(place)
+        with pytest.raises(UserError, match="in use"), locked_folder(place):
+            pass
+    with locked_folder(place), locked_folder(copy):
+        assert is_locked(place)
+        assert not (place / ".lock").samefile(copy / ".lock")
 
 
 def test_marker_of_a_resumable_folder_is_a_regular_file(
@@ -67,7 +89,7 @@ def test_marker_of_a_resumable_folder_is_a_regular_file(
 ) -> None:
     (place / ".tmp-t").mkdir()
     plant(place / ".tmp-t" / ".resumable")
-    with pytest.raises(UserError, match="it is a link, has several"), temporary_folder(place / "t"):
+    with refusal(place / ".tmp-t" / ".resumable"), temporary_folder(place / "t"):
         pass
     assert is_untouched(victim)
 
