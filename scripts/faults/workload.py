@@ -19,7 +19,7 @@ optimizer: {lr: 3e-3}
 schedule: {name: constant, warmup_steps: 5}
 train: {max_steps: STEPS, batch_sequences: 8, micro_batch: 4, precision: float32, compile: false,
         device: cpu}
-checkpoint: {snapshot_every: 5, state_every: 10, keep_states: 3}
+checkpoint: {snapshot_every: 5, state_every: 10, keep_states: 6}
 averages: [{kind: ema, decay: 0.9, save_every: 20}, {kind: running-mean}]
 spikes: {action: rewind, window: 8, threshold: 8, rewind_steps: 3, max_rewinds: 100}
 eval: {every: 20, batch: 64, tokens: 4000}
