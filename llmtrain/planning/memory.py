@@ -98,12 +98,11 @@ def smallest_peak(config: RunConfig, layout: Layout) -> Usage:
     return peak(device_memory(known, layout))
 
 
-def shortage(peak: Usage, available: float, *, allocated: float = 0) -> str | None:
-    """Return a message if a peak exceeds the available bytes; `allocated` bytes of it exist."""
-    needed = peak.total - allocated
-    if needed <= available:
+def shortage(peak: Usage, available: float) -> str | None:
+    """Return a message if a peak exceeds the available bytes."""
+    if peak.total <= available:
         return None
-    figures = f"needs about {needed / 1e9:,.2f} GB, and {available / 1e9:,.2f} GB are free"
+    figures = f"needs about {peak.total / 1e9:,.2f} GB, and {available / 1e9:,.2f} GB are free"
     return f"memory may run out: the peak, {peak.moment}, {figures}"
 
 

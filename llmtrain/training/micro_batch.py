@@ -8,7 +8,7 @@ would take minutes.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -16,13 +16,9 @@ from llmtrain.errors import RunFailed
 from llmtrain.planning.memory import (
     LESS_MEMORY,
     USABLE,
-    Layout,
-    Usage,
     device_memory,
     divisors,
     peak,
-    shortage,
-    smallest_peak,
 )
 from llmtrain.runtime.device import available_memory, device_name
 from llmtrain.training.checkpoint import TrainingProgress
@@ -54,8 +50,6 @@ def find_micro_batch(worker: Worker, progress: TrainingProgress, log: Log) -> No
         "activation_checkpointing": config.train.activation_checkpointing,
         "device": world.on_rank_zero(lambda: device_name(worker.device)),
     }
-    known = progress.micro_batch if progress.micro_batch_for == depends_on else asked
-    _warn_about_memory(worker, known)
     if progress.micro_batch_for == depends_on:
         if progress.micro_batch != asked:
             log(f"micro-batch: {progress.micro_batch}, as before")
@@ -75,22 +69,6 @@ def find_micro_batch(worker: Worker, progress: TrainingProgress, log: Log) -> No
     fast = max(speeds.values()) / _GAIN
     progress.micro_batch = next(size for size, speed in speeds.items() if speed >= fast)
     log(f"micro-batch: {progress.micro_batch}, the fastest of {', '.join(map(str, speeds))}")
-
-
-def _warn_about_memory(worker: Worker, micro_batch: int | Literal["auto"]) -> None:
-    """Warn if less memory is available than the planned peak of this micro-batch."""
-    config = worker.config if micro_batch == "auto" else worker.config.with_micro_batch(micro_batch)
-    usage = smallest_peak(config, _layout(worker))
-    available = available_memory(worker.device)
-    available /= 1 if worker.device.type == "cuda" else worker.world.local_size
-    if problem := shortage(usage, available, allocated=_allocated(worker, usage)):
-        worker.warn(f"{problem}; {LESS_MEMORY}")
-
-
-def _allocated(worker: Worker, usage: Usage) -> int:
-    """Return the part of a usage that exists before the first step."""
-    resumed = bool(worker.optimizer.state)
-    return usage.weights + usage.averages + (usage.optimizer if resumed else 0)
 
 
 def retry_on_oom(worker: Worker, progress: TrainingProgress, work: Callable[[], T]) -> T:
@@ -158,20 +136,11 @@ def _candidates(worker: Worker) -> list[int]:
         return sizes
     room = USABLE * available_memory(worker.device)
     room /= 1 if cuda else _CPU_FACTOR * world.local_size
-    usages = [device_memory(worker.config.with_micro_batch(n), _layout(worker)) for n in sizes]
+    usages = [device_memory(worker.config.with_micro_batch(n), worker.layout) for n in sizes]
     # Weights and averages are already allocated.
     needed = [peak(each).total - each[0].weights - each[0].averages for each in usages]
     fitting = world.sums([each <= room for each in needed])
     return [size for size, n in zip(sizes, fitting, strict=True) if size == 1 or n == world.size]
-
-
-def _layout(worker: Worker) -> Layout:
-    return Layout(
-        worker.world.local_size if worker.parallel == "hsdp" else worker.world.size,
-        "fsdp" if worker.is_sharded else "ddp",
-        2 if worker.precision == "bfloat16" else 4,
-        cuda=worker.device.type == "cuda",
-    )
 
 
 def _speeds(worker: Worker, sizes: list[int]) -> dict[int, float]:
@@ -226,7 +195,7 @@ def _reserve(worker: Worker) -> torch.Tensor:
     """Allocate what a new optimizer has yet to allocate, and some spare memory."""
     device, size = worker.device, 0
     if not worker.optimizer.state:
-        size = device_memory(worker.config.with_micro_batch(1), _layout(worker))[0].optimizer
+        size = device_memory(worker.config.with_micro_batch(1), worker.layout)[0].optimizer
     if device.type == "cuda":
         size += int(_SPARE * torch.cuda.get_device_properties(device).total_memory)
     return torch.empty(size, dtype=torch.uint8, device=device)

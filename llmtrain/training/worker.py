@@ -17,8 +17,23 @@ from torch.nn.parallel import DistributedDataParallel
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import RunFailed, UserError
 from llmtrain.model.gpt import GPT
-from llmtrain.planning.memory import USABLE, Layout, check_batch, device_memory, peak
-from llmtrain.runtime.device import Precision, autocast, resolve_compile, resolve_precision
+from llmtrain.planning.memory import (
+    LESS_MEMORY,
+    USABLE,
+    Layout,
+    check_batch,
+    device_memory,
+    peak,
+    shortage,
+    smallest_peak,
+)
+from llmtrain.runtime.device import (
+    Precision,
+    autocast,
+    available_memory,
+    resolve_compile,
+    resolve_precision,
+)
 from llmtrain.runtime.distributed import World
 from llmtrain.runtime.sharded import copy_full_tensor
 from llmtrain.training.optimizers import build_optimizer
@@ -64,6 +79,11 @@ class Worker:
         return self.parallel in ("fsdp", "hsdp")
 
     @property
+    def layout(self) -> Layout:
+        """Distribution of the weights, for memory estimates."""
+        return _layout(self.world, self.device, self.precision, self.parallel)
+
+    @property
     def autocast_precision(self) -> Precision:
         """Precision for autocast; FSDP casts the weights itself."""
         return "float32" if self.is_sharded else self.precision
@@ -94,12 +114,34 @@ def make_worker(config: RunConfig, world: World, device: torch.device, warn: Log
     to_compile, reason = resolve_compile(config.train.compile, device)
     if reason is not None:
         warn(reason)
+    layout = _layout(world, device, precision, parallel)
+    _warn_about_memory(config, world, device, layout, warn)
     model = build_model(config, parallel, world, device, precision)
     if parallel is None and device.type == "cpu" and not to_compile:
         for block in model.transformer.h:
             block.register_forward_pre_hook(_run_python_in_backward)
     shared = (config, world, device, precision, parallel, to_compile)
     return Worker(*shared, model, build_optimizer(model, config.optimizer), model, warn)
+
+
+def _layout(
+    world: World, device: torch.device, precision: Precision, parallel: Parallel | None
+) -> Layout:
+    return Layout(
+        world.local_size if parallel == "hsdp" else world.size,
+        "fsdp" if parallel in ("fsdp", "hsdp") else "ddp",
+        2 if precision == "bfloat16" else 4,
+        cuda=device.type == "cuda",
+    )
+
+
+def _warn_about_memory(
+    config: RunConfig, world: World, device: torch.device, layout: Layout, warn: Log
+) -> None:
+    """Warn if less memory is free than the planned peak, before the model is allocated."""
+    available = available_memory(device) / (1 if device.type == "cuda" else world.local_size)
+    if problem := shortage(smallest_peak(config, layout), available):
+        warn(f"{problem}; {LESS_MEMORY}")
 
 
 def _run_python_in_backward(block: nn.Module, inputs: tuple[Tensor]) -> None:

@@ -82,6 +82,13 @@ def test_a_planned_peak_above_the_free_memory_is_a_warning(tiny: Build, tmp_path
         assert sum("memory may run out" in line for line in lines) == expected
 
 
+def test_the_warning_comes_before_the_model_is_allocated(tiny: Build, tmp_path: Path) -> None:
+    lines: list[str] = []
+    with pytest.raises(RunFailed, match="out of memory"):
+        pretrain(tiny(model__vocab_size=10**12), tmp_path / "run", warn=lines.append)
+    assert "memory may run out" in lines[0]
+
+
 def test_auto_trains_like_the_number_that_it_finds(tiny: Build, tmp_path: Path) -> None:
     """Bitwise, with dropout: trials leave no trace, and a resumed run needs none."""
     lines: list[str] = []
