@@ -132,7 +132,9 @@ def _require_ours(build: Path, marker: str) -> None:
         return
     raise UserError(
         f"cannot build in {build}: it is a link, or no llmtrain command marked it as its own",
-        hint=f"move it away; to resume the work of an earlier version, run touch {build / marker}",
+        hint="move it away"
+        if build.is_symlink()
+        else f"move it away; to resume an earlier version's work, run touch {build / marker}",
     )
 
 
@@ -149,7 +151,7 @@ def commit_folder(folder: Path, target: Path, *, replaced: Path | None = None) -
     fsync_path(folder)
     require_held(folder)
     if replaced is not None and os.path.lexists(target):
-        rename_durably(target, replaced)  # next to the marker, so a later command finds it
+        rename_durably(target, replaced)
     folder.rename(target)
     fsync_path(target.parent)
 
@@ -206,8 +208,9 @@ def remove_folder(folder: Path) -> None:
 def rename_durably(path: Path, target: Path) -> None:
     """Rename a file or folder, and flush the change of names."""
     require_held(path)
+    fsync_path(target.parent)  # first the marker of a build folder, by which it is found again
     path.rename(target)
-    for parent in {path.parent, target.parent}:
+    for parent in dict.fromkeys((target.parent, path.parent)):  # the new name first
         fsync_path(parent)
 
 
