@@ -50,7 +50,7 @@ def loss_curves(run: RunFolder) -> dict[str, Curve]:
 
 
 def measured_curves(run: RunFolder) -> dict[Windows, dict[str, Curve]]:
-    """Return the validation losses of training and of `eval`, by windows, label and step.
+    """Return the validation losses of training, first, and of `eval`, by windows, label and step.
 
     Averages of discarded snapshots are left out.
     """
@@ -99,17 +99,22 @@ def main_windows(
 ) -> list[Windows | None]:
     """Return the windows to show for each run: shared by all runs, or else its own.
 
-    Among several, those with the most tokens over all losses win, so that a quick `eval` on a few
-    tokens does not replace the curve of training.
+    Among several, those with the most tokens over all losses win, but never with fewer tokens than
+    training used: a quick `eval` of all snapshots does not replace the curve of training.
     """
     shared = set.intersection(*(set(each) for each in measured))
+    least = min((_tokens_of(next(iter(each), None)) for each in measured), default=0)
 
-    def size(windows: Windows) -> tuple[int, int]:
+    def size(windows: Windows) -> tuple[bool, int, int]:
         curves = [curve for each in measured for curve in each.get(windows, {}).values()]
-        count = sum(map(len, curves))
-        return count * (windows.tokens or 0), count
+        count, tokens = sum(map(len, curves)), _tokens_of(windows)
+        return tokens >= least, count * tokens, count
 
     return [max(shared or each, key=size, default=None) for each in measured]
+
+
+def _tokens_of(windows: Windows | None) -> int:
+    return (windows.tokens if windows else None) or 0
 
 
 def newest_results(run: RunFolder) -> list[EvalResult]:

@@ -73,6 +73,16 @@ def test_eval_on_few_tokens_does_not_hide_the_curve_of_the_run(tmp_path: Path) -
     assert [(row.label, row.tokens) for row in newest_results(run)] == [("raw", 9), ("lawa", 9)]
 
 
+def test_many_results_on_fewer_tokens_do_not_hide_the_curve_of_the_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    for number in range(20):
+        write_result(run, f"lawa-{number}", 0.4, 90)
+    assert list(loss_curves(run)) == ["raw"]
+    for number in range(4):
+        write_result(run, f"lawa-{number}", 0.4, 100)  # more losses, on more tokens
+    assert len(loss_curves(run)) == 4
+
+
 def test_eval_on_the_tokens_of_training_extends_its_curve(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     write_result(run, "lawa", 1.5, 99)
