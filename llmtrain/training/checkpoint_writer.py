@@ -46,8 +46,7 @@ class CheckpointWriter(BackgroundWriter):
     ) -> None:
         """In the background, the saved tensors must be copies."""
         super().__init__(world)
-        self._run, self._keep = run, config.checkpoint.keep_states
-        self._every = config.checkpoint.state_every if config.may_rewind else 1
+        self._run, self._config = run, config
         self.in_background = background
 
     def save(
@@ -101,7 +100,7 @@ class CheckpointWriter(BackgroundWriter):
                     self._shared = self._broadcast(folder) is not None
                     self._write_all_parts(folder, tensors)
                 write_json(folder / checkpoint.FACTS_FILE, facts)
-        self._remove_old(target)
+        remove_old(self._run, self._config, newest=target)
 
     def _broadcast(self, value: T | None) -> T | None:
         """Return rank 0's value on every process."""
@@ -131,11 +130,14 @@ class CheckpointWriter(BackgroundWriter):
                     hint="put the run folder on a disk that all machines share",
                 )
 
-    def _remove_old(self, target: Path) -> None:
-        folders = step_folders(self._run.states)
-        steps = list(folders)
-        # A rewind needs regular checkpoints, which interruptions must not displace.
-        kept = {*steps[-self._keep :], *checkpoint.regular_steps(steps, self._every)[-self._keep :]}
-        for step, folder in folders.items():
-            if step not in kept and folder != target:
-                remove_folder(folder)
+
+def remove_old(run: RunFolder, config: RunConfig, newest: Path | None = None) -> None:
+    """Delete the training checkpoints beyond `checkpoint.keep_states`, except `newest`."""
+    folders, keep = step_folders(run.states), config.checkpoint.keep_states
+    steps = list(folders)
+    # A rewind needs regular checkpoints, which interruptions must not displace.
+    every = config.checkpoint.state_every if config.may_rewind else 1
+    kept = {*steps[-keep:], *checkpoint.regular_steps(steps, every)[-keep:]}
+    for step, folder in folders.items():
+        if step not in kept and folder != newest:
+            remove_folder(folder)

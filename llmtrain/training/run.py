@@ -21,6 +21,7 @@ from llmtrain.runtime.signals import Interrupt
 from llmtrain.storage.commit import write_atomically
 from llmtrain.storage.locks import is_held, locked_folder
 from llmtrain.storage.run_folder import RunFolder
+from llmtrain.training.checkpoint_writer import remove_old
 from llmtrain.training.initial import load_initial_weights, open_weights
 from llmtrain.training.metrics import MetricsLog
 from llmtrain.training.micro_batch import explain_oom, find_micro_batch
@@ -71,6 +72,7 @@ def pretrain(
             if start is not None and not branched:
                 step = start.progress.step
                 if world.on_rank_zero(lambda: is_finished(config, run, data, step)):
+                    world.on_rank_zero(lambda: remove_old(run, config))  # after a kill at the end
                     return Outcome(run, step, already_finished=True)
             # One process of each machine hashes its shards, during the preparations and training.
             files = data.all_files if world.local_rank == 0 else ()

@@ -52,7 +52,7 @@ def test_tensorboard_contains_the_events_of_the_log(tiny: Build, tmp_path: Path)
 def test_a_resume_repeats_no_point(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupt_at(monkeypatch, 19)
+    interrupt_at(monkeypatch, 30)
     with pytest.raises(Interrupted):
         quiet(tiny(log=BOARD), tmp_path / "run")
     monkeypatch.undo()

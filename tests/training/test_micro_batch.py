@@ -134,15 +134,16 @@ def test_processes_agree_on_a_micro_batch_that_fits_all(tiny: Build, asked: int 
 def under_limit(config: RunConfig, folder: Path, room: int) -> tuple[list[str], str]:
     """Return a run's warnings and its failure under a memory limit.
 
-    The limit ends with the first warning: the memory freed by a failed pass may be too fragmented
+    The limit ends when a pass has failed: the memory freed by a failed pass may be too fragmented
     for the stack of the thread that writes the snapshot.
     """
     warnings: list[str] = []
 
     def warn(line: str) -> None:
         warnings.append(line)
-        most = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+        if line.startswith("out of memory"):
+            most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+            resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
     importlib.import_module("torch._dynamo")  # AdamW imports it
     os.environ.pop("RANK")  # no launcher: no process group with threads
@@ -176,7 +177,7 @@ def test_no_memory_for_one_sequence_is_a_one_line_error(tiny: Build, tmp_path: P
         }
     )
     [(warnings, failure)] = in_processes(1, under_limit, config, tmp_path / "run", 24 << 20)
-    assert warnings == []
+    assert all("val split" in line or "memory" in line for line in warnings)
     assert failure.startswith("out of memory at micro-batch 1; ")
     assert "activation_checkpointing" in failure
 

@@ -225,6 +225,15 @@ def test_a_finished_run_can_be_extended(tiny: Build, tmp_path: Path) -> None:
     assert (outcome.step, outcome.already_finished) == (14, False)
 
 
+def test_a_finished_run_keeps_no_more_checkpoints_than_asked(tiny: Build, tmp_path: Path) -> None:
+    """After a kill between the last checkpoint and the removal of the oldest."""
+    run = quiet(tiny(), tmp_path / "run")
+    kept = list(step_folders(run.states))
+    shutil.copytree(run.state(kept[0]), run.state(1))
+    quiet(tiny(), run.path)
+    assert list(step_folders(run.states)) == kept
+
+
 @pytest.mark.slow
 def test_a_jump_of_the_learning_rate_is_a_warning(tiny: Build, tmp_path: Path) -> None:
     cosine = {"name": "cosine", "warmup_steps": 2}
