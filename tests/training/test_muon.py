@@ -201,7 +201,10 @@ def test_a_branch_cannot_change_between_adamw_and_muon(
     adamw = quiet(tiny(train__max_steps=4), tmp_path / "adamw")
     changed = training(tiny, optimizer={"name": "muon", "lr": 5e-3, "muon": {"momentum": 0.9}})
     assert quiet(changed, tmp_path / "branch", resume=alone.state(12)).snapshot(16).exists()
-    for config, state in ((training(tiny), adamw.state(4)), (tiny(train__max_steps=16), alone.state(12))):
+    for config, state in (
+        (training(tiny), adamw.state(4)),
+        (tiny(train__max_steps=16), alone.state(12)),
+    ):
         with pytest.raises(UserError, match="Muon has other moments than AdamW"):
             quiet(config, tmp_path / "other", resume=state)
 
