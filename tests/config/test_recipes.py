@@ -64,7 +64,7 @@ def test_wheel_contains_the_recipes(tmp_path: Path) -> None:
     code = "from llmtrain.config import recipes as r; print(r.__file__, r.list_recipes()['demo'])"
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run(
-        [sys.executable, "-S", "-c", code],  # without the packages of this environment
+        [sys.executable, "-c", code],  # PYTHONPATH precedes the packages of this environment
         cwd=tmp_path,
         env=environment,
         capture_output=True,
