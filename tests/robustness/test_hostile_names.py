@@ -21,6 +21,8 @@ from llmtrain.checkpoints.checkpoint import PROVENANCE_FILE
 from llmtrain.config.loading import dump_config, load_config
 from llmtrain.storage.integrity import write_integrity
 
+pytestmark = pytest.mark.slow
+
 FORGED = "FORGED"
 EVIL = f"x\x1b[31m\r\n{FORGED} # [bold]`|*<b>${{$\u202e\u2028\x9b\x7f&amp;![a](b)"
 """A file name that combines all kinds of attack."""
@@ -201,7 +203,6 @@ def test_the_report_has_no_foreign_markup(hostile: Path) -> None:
         assert {len(row) for row in csv.reader(file)} == {8}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["runs", "report", "inspect", "average", "missing file"])
 def test_output_on_a_terminal(hostile: Path, name: str) -> None:
     controller, terminal = os.openpty()
