@@ -203,7 +203,7 @@ def draw(chart: Chart) -> Drawing:
     with matplotlib.rc_context(fname=_STYLE), warnings.catch_warnings():
         # A glyph missing from our font is a box in the PNG; the SVG uses the reader's fonts.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        columns = 1 if max(len(line.label) for line in chart.lines) > 24 else 2
+        columns = 1 if any(len(line.label) > 24 for line in chart.lines) else 2
         rows = math.ceil(len(chart.lines) / columns) if len(chart.lines) > 1 else 0
         size = _SIZE[0], _SIZE[1] + _LEGEND_ROW * max(rows - _ROWS_INCLUDED, 0)
         figure = Figure(figsize=size, dpi=144, layout="constrained")
